@@ -34,7 +34,7 @@ import muntin
 from ablation import SURE, difference
 from kept import Row, kept_row, now
 from muntin.artifact import Artifact
-from muntin.deployment.assessment import export_checkpoint
+from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.runtime import describe_hardware
 from muntin.training import read_checkpoint
 from muntin.training.checkpoint import source_of

@@ -35,7 +35,7 @@ import muntin
 from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
 from muntin.compression import load_model
-from muntin.deployment.assessment import REVISION, export_checkpoint, integer_model
+from muntin.deployment.checkpoint_export import REVISION, export_checkpoint, integer_model
 from muntin.errors import DependencyError
 from muntin.images import IGNORED
 from muntin.models import TorchSession

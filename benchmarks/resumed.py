@@ -15,7 +15,7 @@ from kept import Row
 from muntin.artifact import Artifact, open_artifact
 from muntin.compression import Change, fold, freeze, load_model, prepare_qat, remove_closed_channels
 from muntin.compression.stages import CompressionRun, compress_checkpoint
-from muntin.deployment.assessment import REVISION
+from muntin.deployment.checkpoint_export import REVISION
 from muntin.errors import ArtifactError
 from muntin.models import PRESETS, ModelConfig
 from muntin.models.compression_record import Stage

@@ -137,7 +137,7 @@ def point(output: Path, network: Network, answer: str, kind: str, side: int) -> 
 
 def measured(output: Path, network: Network, answer: str, kind: str, side: int, limit: float, hardware: Row) -> Row:
     """The point that is there, or a new one."""
-    from muntin.deployment.assessment import REVISION
+    from muntin.deployment.checkpoint_export import REVISION
 
     timing = {"revision": REVISION, "budget_s": BUDGET_S, "threads": physical_cores(), "cache": False, "protocol": PROTOCOL}
     settings = {"model": network.preset, "structure": network.structure, "answer": answer, "steps": STEPS, **timing}

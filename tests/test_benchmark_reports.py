@@ -88,7 +88,7 @@ def verdicts(goals: Sequence[Row]) -> list[bool | None]:
     return [goal["met"] for goal in goals]
 
 
-def test_a_variant_may_be_deployed_within_half_a_point_of_floats_on_what_admits_it(report: ModuleType) -> None:
+def test_variant_within_half_a_point_of_floats(report: ModuleType) -> None:
     scores = {"float f32": 0.5, "float bf16": 0.52, "int8 f32": 0.4951, "int8 bf16": 0.4949}
     variants = {name: {"validation": 0.0, "admission": score, "test": 0.0} for name, score in scores.items()}
     assert report.admitted(variants) == ["float f32", "float bf16", "int8 f32"]
@@ -110,7 +110,7 @@ def trained(model: str, seed: int, **tests: float) -> Row:
     return {"model": model, "seed": seed, "variants": variants, **figures}
 
 
-def test_a_summary_is_of_the_variant_that_each_seed_deploys(report: ModuleType) -> None:
+def test_summary_of_the_deployed_variant(report: ModuleType) -> None:
     rows = [
         trained("hybrid-xxs", 0, float=0.71, small=0.72),
         trained("hybrid-xxs", 1, float=0.70, small=0.60),
@@ -145,7 +145,7 @@ def test_a_summary_is_of_the_variant_that_each_seed_deploys(report: ModuleType) 
     assert peer["ms"] == {"512": {"mean": 20.0, "spread": None}}
 
 
-def test_one_seed_judges_no_score(report: ModuleType) -> None:
+def test_score_goal_of_one_seed(report: ModuleType) -> None:
     goals = report.judge(field(spread=None), "earth")
     assert [goal["goal"] for goal in goals] == [
         "a hybrid has the best mIoU, by more than both spreads",
@@ -164,13 +164,13 @@ def test_one_seed_judges_no_score(report: ModuleType) -> None:
         (0.67, 0.001, [True, False, True]),
     ],
 )
-def test_several_seeds_judge_the_lead_by_both_spreads(report: ModuleType, hybrid: float, spread: float, met: list[bool]) -> None:
+def test_lead_of_several_seeds(report: ModuleType, hybrid: float, spread: float, met: list[bool]) -> None:
     goals = report.judge(field(hybrid=hybrid, spread=spread), "earth")
     assert verdicts(goals) == met
     assert goals[0]["told"] == f"hybrid-xxs {hybrid:.4f} ± {spread:.4f}, pan-mobilenet-v2 0.6600 ± {spread:.4f}: {hybrid - 0.66:+.4f}"
 
 
-def test_a_lead_is_asked_on_earth_alone(report: ModuleType) -> None:
+def test_lead_goal_on_earth_only(report: ModuleType) -> None:
     assert verdicts(report.judge(field(), "earth:climate")) == [True, True]
 
 
@@ -178,9 +178,7 @@ def test_a_lead_is_asked_on_earth_alone(report: ModuleType) -> None:
     ("hybrid_ms", "best_ms", "most", "met"),
     [(4.4, 20.0, 4.5, True), (4.6, 20.0, 4.5, False), (4.4, 16.0, 4.0, False), (2.1, 8.0, 2.0, False), (1.9, 8.0, 2.0, True)],
 )
-def test_a_hybrid_is_to_take_a_quarter_of_the_best_and_half_of_the_fastest(
-    report: ModuleType, hybrid_ms: float, best_ms: float, most: float, met: bool
-) -> None:
+def test_goals_of_a_hybrid(report: ModuleType, hybrid_ms: float, best_ms: float, most: float, met: bool) -> None:
     goal = report.judge(field(hybrid_ms=hybrid_ms, best_ms=best_ms), "earth")[-1]
     best = f"pan-mobilenet-v2 0.6600 ± 0.0100 in {best_ms:.2f} ms"
     fastest = best if best_ms < 9 else "segformer-mit-b0 0.6000 ± 0.0100 in 9.00 ms"
@@ -189,21 +187,21 @@ def test_a_hybrid_is_to_take_a_quarter_of_the_best_and_half_of_the_fastest(
     assert goal["met"] is met
 
 
-def test_a_hybrid_that_is_behind_misses_everything(report: ModuleType) -> None:
+def test_goals_of_a_slow_hybrid(report: ModuleType) -> None:
     goals = report.judge(field(hybrid=0.64), "earth")
     assert verdicts(goals) == [False, False, False]
     assert goals[0]["told"].endswith(": -0.0200")
     assert goals[2]["told"].endswith(": at most 4.50 ms; no hybrid reaches the best peer")
 
 
-def test_goals_say_how_many_peers_they_are_judged_by_where_some_are_missing(report: ModuleType) -> None:
+def test_goals_with_missing_peers(report: ModuleType) -> None:
     told = [goal["told"] for goal in report.judge(field()[:3], "earth")]
     assert [text.rpartition("; ")[2] for text in told] == ["against 2 of 7 peers"] * 3
     assert not any("against" in goal["told"] for goal in report.judge(field(), "earth"))
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "peer"])
-def test_without_one_of_each_there_is_nothing_to_judge(report: ModuleType, kind: str) -> None:
+def test_goals_without_a_peer_or_hybrid(report: ModuleType, kind: str) -> None:
     alone = [row for row in field() if row["hybrid"] is (kind == "hybrid")]
     assert report.judge(alone, "earth") == [{"goal": "hybrids against peers", "met": None, "told": "needs at least one of each"}]
 
@@ -212,7 +210,7 @@ def test_without_one_of_each_there_is_nothing_to_judge(report: ModuleType, kind:
     ("made", "common"),
     [([], []), ([("a", 1), ("a", 0)], [0, 1]), ([("a", 0), ("a", 1), ("b", 1), ("b", 2)], [1]), ([("a", 0), ("b", 1)], [])],
 )
-def test_goals_are_judged_by_the_seeds_of_all_models(peers: ModuleType, made: list[tuple[str, int]], common: list[int]) -> None:
+def test_goals_by_common_seeds(peers: ModuleType, made: list[tuple[str, int]], common: list[int]) -> None:
     assert peers.seeds_of_all([{"model": model, "seed": seed} for model, seed in made]) == common
 
 
@@ -230,7 +228,7 @@ class OddError(Exception):
         (1.0, [2e-3, 4e-3, 8e-3, 16e-3, 32e-3], True),
     ],
 )
-def test_a_search_goes_on_where_the_best_rate_is_at_an_end(
+def test_learning_rate_search_at_the_ends(
     peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: float, tried: list[float], at_an_end: bool
 ) -> None:
     def tried_(self: object, entry: Any, rate: float) -> Row:
@@ -245,7 +243,7 @@ def test_a_search_goes_on_where_the_best_rate_is_at_an_end(
     assert peers.at_an_end(rows) == (["pan_mobilenet_v2"] if at_an_end else [])
 
 
-def test_pictures_in_folders_give_every_fifth_away_for_a_choice(tmp_path: Path) -> None:
+def test_choice_split_of_folders(tmp_path: Path) -> None:
     tuning = importlib.import_module("segmentation_peers.tuning")
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
@@ -278,7 +276,7 @@ def test_pictures_in_folders_give_every_fifth_away_for_a_choice(tmp_path: Path) 
         ("data: {crops: 64}", "unknown key 'data.crops'"),
     ],
 )
-def test_peers_refuse_recipes_that_they_cannot_be_compared_by(
+def test_peers_with_unsuitable_recipes(
     peers: ModuleType, text: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
@@ -289,7 +287,7 @@ def test_peers_refuse_recipes_that_they_cannot_be_compared_by(
     assert not (tmp_path / "rows").exists()
 
 
-def test_peers_train_by_the_recipe_that_is_given(peers: ModuleType, tmp_path: Path) -> None:
+def test_peers_train_by_the_recipe(peers: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "name: mine\nmodel: {name: hybrid-m, options: {window: 16}}\ntraining: {batch_size: 4, weight_decay: 0.5}", encoding="utf-8"
@@ -308,7 +306,7 @@ def test_peers_train_by_the_recipe_that_is_given(peers: ModuleType, tmp_path: Pa
     assert "recipe.training.batch_size 4 (now 8)" in told
 
 
-def test_peers_know_rows_by_the_pictures_that_lie_in_the_folders(peers: ModuleType, tmp_path: Path) -> None:
+def test_peers_row_keys_of_folders(peers: ModuleType, tmp_path: Path) -> None:
     for folder in ("images", "masks"):
         (tmp_path / folder).mkdir()
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / folder / "1.png")
@@ -325,7 +323,7 @@ def test_peers_know_rows_by_the_pictures_that_lie_in_the_folders(peers: ModuleTy
     assert [told.partition(" ")[0] for told in peers.differences(before, identity())] == ["pictures"]
 
 
-def test_a_peers_picture_is_padded_in_its_graph(tmp_path: Path) -> None:
+def test_peer_padding(tmp_path: Path) -> None:
     deployment = importlib.import_module("segmentation_peers.deployment")
     openvino = deployment.openvino
     image = openvino.opset13.parameter([-1, -1, -1, 3], openvino.Type.u8)
@@ -342,9 +340,7 @@ def test_a_peers_picture_is_padded_in_its_graph(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["seed=5", "model.name=hybrid-m", "data.source=earth:shore", "training.steps=5"])
-def test_regions_take_what_has_an_option_by_that_alone(
-    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_regions_options(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     regions = importlib.import_module("regions")
     monkeypatch.setattr(sys, "argv", ["regions.py", "--set", change, "--output", str(tmp_path / "rows")])
     with pytest.raises(SystemExit):
@@ -352,7 +348,7 @@ def test_regions_take_what_has_an_option_by_that_alone(
     assert f"--set {change.partition('=')[0]}: give --" in capsys.readouterr().err
 
 
-def test_what_admits_a_variant_has_every_class() -> None:
+def test_choice_split_has_every_class() -> None:
     tuning = importlib.import_module("segmentation_peers.tuning")
     source = EarthSource("cover")
     samples = list(tuning.admission(source))
@@ -375,16 +371,14 @@ def fail(peers: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, error
 
 
 @pytest.mark.parametrize("kind", [OddError, RuntimeError])
-def test_a_model_that_fails_is_left_out_with_the_kind_and_the_text(
-    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
-) -> None:
+def test_failed_model_is_left_out(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     found = fail(peers, tmp_path, monkeypatch, kind("no scales"))
     assert found["left_out"] == [f"pan-mobilenet-v2, seed {seed}: {kind.__name__}: no scales" for seed in (0, 1)]
     assert found["rows"] == found["summary"] == found["latencies"] == []
 
 
 @pytest.mark.parametrize("kind", ["Interrupted", "Refused"])
-def test_what_ends_a_comparison_goes_through(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_interrupt_ends_a_comparison(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     with pytest.raises(getattr(peers, kind)):
         fail(peers, tmp_path, monkeypatch, getattr(peers, kind)())
 
@@ -403,7 +397,7 @@ def test_what_ends_a_comparison_goes_through(peers: ModuleType, tmp_path: Path, 
         (["--sources", "earth", "--recipe", "mine.yaml"], "argument --recipe: not allowed with argument --sources"),
     ],
 )
-def test_peers_refuse_impossible_numbers_at_once(
+def test_peers_with_impossible_numbers(
     peers: ModuleType, words: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["peers.py", *words])
@@ -414,7 +408,7 @@ def test_peers_refuse_impossible_numbers_at_once(
     assert capsys.readouterr().err.endswith(f"\npeers.py: error: {told}\n")
 
 
-def test_peers_name_the_packages_that_are_missing_at_once(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_with_missing_packages(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["peers.py", "--samples", "8"])
     monkeypatch.setattr(peers, "find_spec", lambda module: None if module in ("nncf", "segmentation_models_pytorch") else module)
     with pytest.raises(SystemExit) as ended:
@@ -422,7 +416,7 @@ def test_peers_name_the_packages_that_are_missing_at_once(peers: ModuleType, mon
     assert ended.value.code == "peers.py: segmentation-models-pytorch, nncf missing: pip install '.[bench]'"
 
 
-def test_a_difference_has_the_standard_error_of_its_mean(ablation: ModuleType) -> None:
+def test_standard_error_of_a_difference(ablation: ModuleType) -> None:
     found = ablation.difference([1.0, 2.0, 3.0])
     assert (found.mean, found.error) == (2.0, pytest.approx(3**-0.5))
     assert ablation.difference([2.0]) == ablation.Difference(mean=2.0, error=None)
@@ -439,13 +433,13 @@ def test_a_difference_has_the_standard_error_of_its_mean(ablation: ModuleType) -
         ((0.1, 0.2), (2.0, 1.0), "not told apart"),
     ],
 )
-def test_a_verdict_counts_what_is_beyond_two_standard_errors(
+def test_verdict_beyond_two_standard_errors(
     ablation: ModuleType, points: tuple[float, float | None], slower: tuple[float, float | None], said: str
 ) -> None:
     assert ablation.verdict(*(ablation.Difference(mean=mean, error=error) for mean, error in (points, slower))) == said
 
 
-def test_a_summary_pairs_variants_with_the_base_over_the_seeds_that_they_have(ablation: ModuleType) -> None:
+def test_summary_of_paired_variants(ablation: ModuleType) -> None:
     scores = [
         {"variant": name, "seed": seed, "miou": miou, "gmac": 2.0, "parameters": 7}
         for name, seed, miou in [("base", 0, 0.70), ("serial", 0, 0.69), ("no gate", 0, 0.71), ("base", 1, 0.72), ("serial", 1, 0.70)]
@@ -473,7 +467,7 @@ def test_a_summary_pairs_variants_with_the_base_over_the_seeds_that_they_have(ab
 @pytest.mark.parametrize(
     ("between", "said"), [((1.3, 1.5), "met"), ((1.0, 1.29), "MISSED"), ((1.2, 1.3), "within the range"), ((1.2, 1.4), "within the range")]
 )
-def test_a_goal_is_met_by_all_passes_and_missed_by_all(ablation: ModuleType, between: tuple[float, float], said: str) -> None:
+def test_goal_over_all_passes(ablation: ModuleType, between: tuple[float, float], said: str) -> None:
     assert ablation.met(between, 1.3) == said
 
 
@@ -488,20 +482,18 @@ def test_a_goal_is_met_by_all_passes_and_missed_by_all(ablation: ModuleType, bet
         (-0.6, None, "points lost +0.60: one seed (goal 0.5)"),
     ],
 )
-def test_points_lost_are_told_with_their_standard_error(ablation: ModuleType, points: float, error: float | None, told: str) -> None:
+def test_points_lost_with_standard_error(ablation: ModuleType, points: float, error: float | None, told: str) -> None:
     assert ablation.points_lost(ablation.Difference(mean=points, error=error)) == told
 
 
-def test_a_document_says_of_a_pairs_goals_what_the_table_does(ablation: ModuleType) -> None:
+def test_goals_in_document_and_table(ablation: ModuleType) -> None:
     found = {"gate budget 0.25": {"points": 0.36, "points_error": 0.53}}
     rows = [{"way": "eager f32", "range": [1.31, 1.33]}, {"way": "compile f32", "cannot": "no compiler"}]
     assert ablation.judgements(found, "gate budget 0.25", rows) == {"eager f32": "met", "points_lost": "not told apart"}
     assert ablation.judgements({}, "serial", rows[:1]) == {"eager f32": "met"}
 
 
-def test_a_variant_that_cannot_be_trained_is_a_row_with_the_reason(
-    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ablation_row_of_a_failed_variant(ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def checkpoint(self: object, name: str, seed: int) -> NoReturn:
         raise ablation.MuntinError("the loss is\n  no longer finite")
 
@@ -523,7 +515,7 @@ def without(*failing: tuple[str, int]) -> Any:
     return score_row
 
 
-def test_an_ablation_goes_on_without_a_variant_that_fails(
+def test_ablation_after_a_failed_variant(
     ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def latency_row(setting: object, names: list[str], seed: int) -> Row:
@@ -548,7 +540,7 @@ def test_an_ablation_goes_on_without_a_variant_that_fails(
     assert "left out: serial, seed 0: no memory\n" in captured.err
 
 
-def test_an_ablation_ends_without_its_base(ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablation_without_its_base(ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "score_row", without(("base", 0)))
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--seeds", "0", "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
@@ -557,7 +549,7 @@ def test_an_ablation_ends_without_its_base(ablation: ModuleType, tmp_path: Path,
 
 
 @pytest.mark.parametrize("option", ["--steps", "--rounds", "--threads"])
-def test_an_ablation_refuses_impossible_numbers_at_once(
+def test_ablation_with_impossible_numbers(
     ablation: ModuleType, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def go_on() -> NoReturn:
@@ -583,7 +575,7 @@ def test_an_ablation_refuses_impossible_numbers_at_once(
         ),
     ],
 )
-def test_a_row_of_other_settings_is_refused(kept: ModuleType, tmp_path: Path, settings: Row, differs: str) -> None:
+def test_resumed_row_of_other_settings(kept: ModuleType, tmp_path: Path, settings: Row, differs: str) -> None:
     path = tmp_path / "row.json"
     row: Row = {"settings": {"steps": 5, "training": {"rate": 0.1}, "sides": [512]}, "ms": 1.5}
     kept.write_whole(path, row)
@@ -593,7 +585,7 @@ def test_a_row_of_other_settings_is_refused(kept: ModuleType, tmp_path: Path, se
     assert ended.value.code == f"{path} was measured with {differs}: give another --output"
 
 
-def test_a_row_of_another_machine_is_refused_where_that_is_asked(kept: ModuleType, tmp_path: Path) -> None:
+def test_resumed_row_of_another_machine(kept: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "row.json"
     row: Row = {"settings": {}, "ms": 1.5, "hardware": {**HERE, "cpu": "another", "features": []}}
     kept.write_whole(path, row)
@@ -605,7 +597,7 @@ def test_a_row_of_another_machine_is_refused_where_that_is_asked(kept: ModuleTyp
     assert ended.value.code == f"{path} was measured with {differs}: give another --output"
 
 
-def test_a_row_that_does_not_say_its_settings_is_refused(kept: ModuleType, tmp_path: Path) -> None:
+def test_resumed_row_without_settings(kept: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "row.json"
     kept.write_whole(path, [1, 2])
     with pytest.raises(SystemExit) as ended:
@@ -613,7 +605,7 @@ def test_a_row_that_does_not_say_its_settings_is_refused(kept: ModuleType, tmp_p
     assert ended.value.code == f"{path} does not say what it was measured with: give another --output"
 
 
-def test_rows_are_kept_and_failures_measured_again(kept: ModuleType, tmp_path: Path) -> None:
+def test_resumed_rows_and_failures(kept: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "row.json"
     answers: list[Row] = [{"cannot": "no memory"}, {"ms": 1.5}]
     measured = iter(answers)
@@ -631,14 +623,14 @@ def test_rows_are_kept_and_failures_measured_again(kept: ModuleType, tmp_path: P
     assert json.loads(path.read_text(encoding="utf-8")) == made
 
 
-def test_a_failure_on_the_disk_is_no_row(kept: ModuleType, tmp_path: Path) -> None:
+def test_resumed_failure_is_no_row(kept: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "row.json"
     assert kept.read_row(path, {}) is None
     kept.write_whole(path, {"settings": {"steps": 6}, "cannot": "no memory"})
     assert kept.read_row(path, {"steps": 5}) is None
 
 
-def test_a_changed_preset_has_a_place_of_its_own_in_scaling(tmp_path: Path) -> None:
+def test_scaling_folder_of_a_changed_preset(tmp_path: Path) -> None:
     scaling = importlib.import_module("scaling")
     options = dict(scaling.option(text) for text in ("stem=[8, 16]", "pairs=[0]", "attention=dense"))
     assert options == {"stem": [8, 16], "pairs": [0], "attention": "dense"}
@@ -652,12 +644,12 @@ def test_a_changed_preset_has_a_place_of_its_own_in_scaling(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["stem", "width=3", "stem=[8, 16"])
-def test_scaling_refuses_options_that_are_none(text: str) -> None:
+def test_scaling_with_unknown_options(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(text)):
         importlib.import_module("scaling").option(text)
 
 
-def test_goals_of_scaling_are_judged_by_what_was_measured() -> None:
+def test_scaling_goals() -> None:
     scaling = importlib.import_module("scaling")
     rows = [
         {"kind": kind, "side": side, "ms": ms, "mib": mib}
@@ -675,7 +667,7 @@ def test_goals_of_scaling_are_judged_by_what_was_measured() -> None:
     assert scaling.summary(shorter)["slopes"] == {}  # none from 1024 to 4096
 
 
-def test_a_load_without_answers_has_no_times_and_ends_no_run() -> None:
+def test_load_without_answers() -> None:
     swap = importlib.import_module("swap")
     answered = {"requests": 100, "failures": {"503": 2}, "goodput_per_s": 4.5, "seconds": 20, "p99_ms": 30.0, "worst_ms": 41.0}
     silent = {"requests": 7, "failures": {"503": 5, "late": 2}, "goodput_per_s": 0.0, "seconds": 20, "p99_ms": None, "worst_ms": None}
@@ -684,7 +676,7 @@ def test_a_load_without_answers_has_no_times_and_ends_no_run() -> None:
     assert swap._together([silent])["worst_ms"] is None
 
 
-def test_what_size_alone_costs_integers_is_what_they_lose_beyond_the_calibration_images_own_size() -> None:
+def test_size_cost_of_integers() -> None:
     areas = importlib.import_module("areas")
 
     def row(floats: Sequence[float], integers: Sequence[float], largest: float = 68.0) -> Row:

@@ -39,7 +39,7 @@ def test_every_row_has_a_label_and_help(page: str) -> None:
 
 def test_names_ranges_and_defaults(page: str) -> None:
     serve = page.partition("## muntin serve\n")[2].partition("\n## ")[0]
-    assert "| `--http-port` | whole number from 0 to 65535 | `8000` | 0: any that is free. |" in serve
+    assert "| `--http-port` | whole number from 0 to 65535 | `8000` | HTTP port; 0: any free port. |" in serve
     assert "| `--watch` |  |  | " in serve
     fit = page.partition("## muntin fit\n")[2].partition("\n## ")[0]
     assert "| `--output`, `-o` | path |  | " in fit

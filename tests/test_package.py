@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import inspect
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,19 @@ import muntin
 from muntin.errors import install
 
 SOURCE = Path(muntin.__file__).parent
-# From the foundations up: a module may import from its own room and from those before it.
+TESTS = Path(__file__).parent
+# Exceptions that must shrink: files with test names of more than 60 characters, and names of two classes or aliases.
+LONG_TEST_NAMES = {
+    "serving/http/test_image_route.py",
+    "serving/protocol/test_json_codec.py",
+    "serving/protocol/test_messages.py",
+    "serving/protocol/test_metadata.py",
+    "serving/protocol/test_openapi.py",
+    "serving/test_serve.py",
+    "serving/test_server.py",
+}
+REPEATED_NAMES = {"Answer", "Batch", "Computed", "Done", "Head", "_Frozen"}
+# Rooms in import order: a module imports only from its own room and from those before it.
 ROOMS = (
     *("errors", "text", "artifact", "images", "runtime", "layers", "models", "data", "training", "compression", "deployment"),
     *("reporting", "serving", "cli"),
@@ -24,7 +37,7 @@ ROOMS = (
 LIGHT = ("errors", "text", "artifact", "images", "runtime", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}
 HEAVY = WITH_TORCH | {"numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "rich", "typer"}
-# What executes the data that it reads: modules, calls, and calls that do unless an argument has this value.
+# Modules and calls that execute the data that they read, and calls that are safe with this value of an argument.
 EXECUTING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 EXECUTING_CALLS = {
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__", "importlib.__import__", "importlib.import_module"),
@@ -35,7 +48,7 @@ SAFE_WITH = {
     "numpy.lib.format.read_array": ("allow_pickle", False),
     "torch.load": ("weights_only", True),
 }
-# The rooms that read what others wrote, artefacts and requests; and the calls that they may make all the same, and why.
+# Rooms that read artefacts and requests, and their calls that are allowed, with the reason.
 EXPOSED = ("artifact", "images", "runtime", "serving")
 EXCEPTIONS = {
     ("serving/versions/trial.py", "importlib.import_module"): "a function of ours, named by the server to its child process",
@@ -45,14 +58,14 @@ EXCEPTIONS = {
 
 
 def loaded_by(statement: str) -> set[str]:
-    """The top-level packages that a fresh process holds after a statement."""
+    """Return the top-level packages that a new process has loaded after a statement."""
     code = f"import json, sys\n{statement}\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout))
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Every module that a file imports, inside functions too."""
+    """Yield every module that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -62,7 +75,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def executing_calls(source: str) -> Iterator[str]:
-    """Calls of a source that may execute the data that they are given, by their full names, whatever they were imported as."""
+    """Yield the full names of calls in a source that may execute their data, also under other imported names."""
     tree = ast.parse(source)
     names = {name.removeprefix("builtins."): name for name in EXECUTING_CALLS if name.startswith("builtins.")}
     for node in ast.walk(tree):
@@ -79,12 +92,12 @@ def executing_calls(source: str) -> Iterator[str]:
 
 
 def is_safe(name: str, call: ast.Call) -> bool:
-    """Whether its arguments, as they are written, keep a call from executing anything that it reads."""
+    """Return True if the literal arguments of a call keep it from executing data."""
     if name == "importlib.import_module":
         return bool(call.args) and isinstance(call.args[0], ast.Constant)
     argument, value = SAFE_WITH.get(name, ("", None))
-    given = (keyword.value for keyword in call.keywords if keyword.arg == argument)
-    return any(isinstance(found, ast.Constant) and found.value is value for found in given)
+    values = (keyword.value for keyword in call.keywords if keyword.arg == argument)
+    return any(isinstance(literal, ast.Constant) and literal.value is value for literal in values)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +115,14 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("serve", ("path",)),
     ],
 )
-def test_the_public_names_are_there_with_their_parameters(name: str, parameters: tuple[str, ...]) -> None:
+def test_public_names_and_parameters(name: str, parameters: tuple[str, ...]) -> None:
     assert name in muntin.__all__
     assert name in dir(muntin)
-    found = inspect.signature(getattr(muntin, name)).parameters
-    assert [p for p in found if p in parameters] == list(parameters)
+    signature = inspect.signature(getattr(muntin, name)).parameters
+    assert [p for p in signature if p in parameters] == list(parameters)
 
 
-def test_every_public_name_loads_and_no_other() -> None:
+def test_public_names_load() -> None:
     for name in muntin.__all__:
         assert getattr(muntin, name) is not None
     assert muntin.layers.HybridAttention
@@ -120,7 +133,7 @@ def test_every_public_name_loads_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("name", "package", "extra"), [("serve", "granian", "serve"), ("fit", "torch", "train"), ("layers", "torch", "train")]
 )
-def test_what_is_not_installed_is_named_with_its_extra(name: str, package: str, extra: str) -> None:
+def test_missing_package_names_its_extra(name: str, package: str, extra: str) -> None:
     use = f"try:\n    muntin.{name}\nexcept Exception as error:\n    print(error)"
     code = f"import sys\nsys.modules['{package}'] = None\nimport muntin\n{use}"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -137,17 +150,16 @@ def test_what_is_not_installed_is_named_with_its_extra(name: str, package: str, 
         (None, "pip install 'muntin[serve]'"),
     ],
 )
-def test_extras_are_installed_from_where_muntin_came(record: str | None, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_command_of_an_extra(record: str | None, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata.PathDistribution, "read_text", lambda distribution, name: record)
     assert install("serve") == command
 
 
-def test_importing_muntin_loads_nothing_heavy() -> None:
+def test_import_is_light() -> None:
     assert not HEAVY & loaded_by("import muntin")
 
 
-def test_the_light_rooms_do_without_torch() -> None:
-    """Torch is made unimportable, not only unimported."""
+def test_light_rooms_without_torch() -> None:
     absent = f"sys.modules.update(dict.fromkeys({sorted(WITH_TORCH)}))"
     rooms = [room for room in LIGHT if (SOURCE / room).exists() or (SOURCE / f"{room}.py").exists()]
     modules = [
@@ -158,12 +170,12 @@ def test_the_light_rooms_do_without_torch() -> None:
     assert "openvino" in loaded_by(f"{absent}\nimport {names}\nfrom muntin import load, predict, verify")
 
 
-def test_the_rooms_are_those_that_there_are() -> None:
+def test_list_of_rooms() -> None:
     parts = [part for part in SOURCE.iterdir() if part.suffix == ".py" or (part / "__init__.py").exists()]
     assert {part.stem for part in parts if not part.stem.startswith("__")} == set(ROOMS)
 
 
-def test_no_room_imports_from_one_above_it() -> None:
+def test_import_order_of_rooms() -> None:
     wrong = []
     for path in SOURCE.rglob("*.py"):
         room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
@@ -176,18 +188,18 @@ def test_no_room_imports_from_one_above_it() -> None:
     assert not wrong
 
 
-def test_nothing_that_executes_data_is_imported() -> None:
+def test_no_imports_that_execute_data() -> None:
     assert not [(str(path), name) for path in SOURCE.rglob("*.py") for name in imports_of(path) if name.split(".")[0] in EXECUTING]
 
 
-def test_what_artefacts_and_requests_hold_is_not_executed() -> None:
-    found = {
+def test_no_calls_that_execute_data() -> None:
+    calls = {
         (path.relative_to(SOURCE).as_posix(), call)
         for room in EXPOSED
         for path in (SOURCE / room).rglob("*.py")
         for call in executing_calls(path.read_text(encoding="utf-8"))
     }
-    assert found == set(EXCEPTIONS)
+    assert calls == set(EXCEPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -204,10 +216,51 @@ def test_what_artefacts_and_requests_hold_is_not_executed() -> None:
         ("from importlib import import_module\nimport_module('resource')", []),
     ],
 )
-def test_calls_that_execute_data_are_found_in_a_source(source: str, calls: list[str]) -> None:
+def test_executing_calls(source: str, calls: list[str]) -> None:
     assert sorted(executing_calls(source)) == sorted(calls)
 
 
-def test_the_version_is_told_once() -> None:
+def defined_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the names of a module's classes and type aliases."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and re.fullmatch(r"_?[A-Z]\w*[a-z]\w*", node.targets[0].id)
+        ):
+            yield node.targets[0].id
+
+
+def test_class_names_are_unique() -> None:
+    places: dict[str, list[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        for name in defined_names(ast.parse(path.read_text(encoding="utf-8"))):
+            places.setdefault(name, []).append(str(path.relative_to(SOURCE)))
+    assert {name for name, files in places.items() if len(files) > 1} <= REPEATED_NAMES
+
+
+def test_size_of_folders_files_and_classes() -> None:
+    for folder in [SOURCE, *(path.parent for path in SOURCE.rglob("__init__.py"))]:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 15, folder
+    for path in SOURCE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            assert not isinstance(node, ast.ClassDef) or (node.end_lineno or 0) - node.lineno < 300, f"{path}: {node.name}"
+
+
+def test_length_of_test_names() -> None:
+    files = {
+        path.relative_to(TESTS).as_posix()
+        for path in TESTS.rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_") and len(node.name) > 60
+    }
+    assert files <= LONG_TEST_NAMES
+
+
+def test_version_of_the_package() -> None:
     project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]
     assert importlib.metadata.version("muntin") == project["version"]

@@ -30,7 +30,7 @@ import muntin
 from muntin.artifact import Signature
 from muntin.compression import load_model
 from muntin.data import calibration_batches
-from muntin.deployment.assessment import export_checkpoint
+from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.models import DividedSides
 from muntin.runtime.host.quiet_imports import import_without_telemetry, openvino
 from muntin.runtime.host.signals import signal_stack_kept

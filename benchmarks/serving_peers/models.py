@@ -80,7 +80,7 @@ def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
 
     import muntin
     from muntin.artifact import open_artifact
-    from muntin.deployment.assessment import REVISION
+    from muntin.deployment.checkpoint_export import REVISION
     from muntin.errors import ArtifactError
     from muntin.layers import MapNorm, TokenNorm
 

@@ -1,6 +1,6 @@
-"""muntin: vision models made small and fast, proven on what is deployed, and served.
+"""muntin: vision models made small and fast, measured as deployed artefacts, and served.
 
-The public names load on first use: `import muntin` imports nothing heavy, and what needs no torch works without it.
+Public names load on first use, so `import muntin` is light, and only names that need torch import it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ROOMS = {
     "load": "runtime",
     "predict": "runtime",
     "quantize": "compression",
-    "serve": "serving.server",  # not of its room, which the processes of engines begin with: they need neither HTTP nor gRPC
+    "serve": "serving.server",  # `muntin.serving` itself is imported by engine processes, which need neither HTTP nor gRPC
     "verify": "runtime",
 }
 
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"muntin.{room}")
     except ModuleNotFoundError as error:
         package = (error.name or "muntin").partition(".")[0]
-        if package == "muntin" or room == "runtime":  # a fault of ours, or of the installation
+        if package == "muntin" or room == "runtime":  # a bug, or a broken installation
             raise
         extra = "serve" if name == "serve" else "train"
         raise DependencyError(f"muntin.{name} needs the package {package}: {install(extra)}") from error

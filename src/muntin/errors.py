@@ -1,6 +1,6 @@
-"""What muntin raises for a user's mistake or a failed check.
+"""Exceptions for a user's mistake or a failed check.
 
-Every message says what came, what is allowed and what to do, on one line: the CLI prints it as it stands and exits 1.
+Each message names the wrong value, the allowed ones and the remedy on one line, which the CLI prints before it exits with 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ Raised = TypeVar("Raised", bound=BaseException)
 
 
 class MuntinError(Exception):
-    """Base of every error that is the user's to act on; its text is one line."""
+    """Base of all errors that a user can act on; the text is one line."""
 
 
 class DataError(MuntinError):
@@ -39,12 +39,12 @@ class VerificationError(MuntinError):
 
 
 class DependencyError(MuntinError):
-    """Something that must be installed is not: a package of an extra, a compiler, a device."""
+    """A package of an extra, a compiler or a device is missing."""
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra of muntin's: from the checkout that it was installed from, where it was (PEP 610's record)."""
-    import json  # here, with what follows: every command imports this module, and hardly any needs them
+    """Return the command that installs an extra of muntin, from the checkout of the installation if there is one (PEP 610)."""
+    import json  # not at the top: every command imports this module, and few need these
     import shlex
     from importlib.metadata import PackageNotFoundError, distribution
     from urllib.parse import urlsplit
@@ -62,7 +62,6 @@ def install(extra: str) -> str:
 
 
 def bare(error: Raised) -> Raised:
-    """An error without where it was raised, and why: the frames that it was raised through hold what they were given, megabytes of it, for
-    as long as anybody keeps the error. Where one of them keeps it, that is until cycles are collected."""
+    """Return the error without traceback, cause and context, whose frames keep megabytes of arguments alive."""
     error.__cause__ = error.__context__ = None
     return error.with_traceback(None)

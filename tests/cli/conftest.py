@@ -104,7 +104,7 @@ def make(*, task, classes, channels):
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Iterator[Exported]:
     """Of a user's own model of three convolutions: our own takes PyTorch ten times as long to trace."""
-    from muntin.deployment.assessment import export_checkpoint
+    from muntin.deployment.checkpoint_export import export_checkpoint
     from muntin.training import fit, read_checkpoint
 
     root = tmp_path_factory.mktemp("exported")

@@ -20,19 +20,19 @@ Call = Callable[..., Any]
 QUICK = ("--threads", "1", "--rounds", "2")
 
 
-def test_the_document_holds_every_row(call: Call, exported: Any) -> None:
+def test_bench_json(call: Call, exported: Any) -> None:
     document = call("bench", exported.artifact, "--size", "24x16", "--batch", "1,2", *QUICK, "--json").document()
     assert [row["shape"] for row in document["rows"]] == [[1, 24, 16], [2, 24, 16]]
     assert all(row["latency"]["median_ms"] > 0 and row["images_per_s"] > 0 for row in document["rows"])
 
 
-def test_engine_and_precision_are_the_baseline_s_too(call: Call, exported: Any) -> None:
+def test_bench_options_of_the_baseline(call: Call, exported: Any) -> None:
     words = ("--baseline", exported.artifact, "--engine", "onnxruntime", "--precision", "f32", "--size", "16")
     document = call("bench", exported.artifact, *words, *QUICK, "--json").document()
     assert [(row["engine"], row["precision"], row["cached"]) for row in document["rows"]] == [("onnxruntime", "f32", None)] * 2
 
 
-def test_a_run_is_a_baseline_in_pytorch(call: Call, exported: Any) -> None:
+def test_bench_with_a_run_as_baseline(call: Call, exported: Any) -> None:
     document = call("bench", exported.artifact, "--baseline", exported.run, "--size", "32", *QUICK, "--json").document()
     base, row = document["rows"]
     assert (base["engine"], base["precision"], row["engine"]) == ("pytorch eager", "f32", "openvino")
@@ -41,7 +41,7 @@ def test_a_run_is_a_baseline_in_pytorch(call: Call, exported: Any) -> None:
     assert row["ratio"] == pytest.approx(base["latency"]["median_ms"] / row["latency"]["median_ms"])
 
 
-def test_the_table_shows_the_baseline_beside_it(call: Call, exported: Any) -> None:
+def test_bench_table_with_baseline(call: Call, exported: Any) -> None:
     answer = call("bench", exported.artifact, "--baseline", exported.artifact, "--size", "16", *QUICK)
     assert (answer.code, answer.err) == (0, "")
     for words in ("median ms", "p99", "images/s", "load s", "cached", "MiB", "faster", f"baseline {exported.artifact.name}", "1.00x"):
@@ -49,7 +49,7 @@ def test_the_table_shows_the_baseline_beside_it(call: Call, exported: Any) -> No
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be given one core")
-def test_one_core_is_one(exported: Any) -> None:
+def test_bench_on_one_core(exported: Any) -> None:
     cpu = min(os.sched_getaffinity(0))
     start = f"import os; os.sched_setaffinity(0, {{{cpu}}}); from muntin.cli import main; main()"
     words = ("bench", str(exported.artifact), "--size", "16", "--threads", "2", "--rounds", "2")
@@ -71,13 +71,13 @@ def test_one_core_is_one(exported: Any) -> None:
         (["--baseline", "nowhere"], "--baseline nowhere does not exist: name another artefact, a run or a checkpoint"),
     ],
 )
-def test_mistakes_are_one_line(call: Call, exported: Any, words: list[str], message: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_bench_mistakes(call: Call, exported: Any, words: list[str], message: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "muntin.training", None)  # as where there is no PyTorch
     assert message in call("bench", exported.artifact, *words).mistake()
 
 
-def test_compiling_an_artefact_makes_no_sense(call: Call, exported: Any) -> None:
+def test_bench_compile_of_an_artefact(call: Call, exported: Any) -> None:
     text = call("bench", exported.artifact, "--baseline", exported.artifact, "--compile").mistake()
     assert "--compile is for a PyTorch baseline" in text
 
@@ -86,7 +86,7 @@ def latency(ms: float) -> Latency:
     return Latency(median_ms=ms, p90_ms=ms, p99_ms=ms, calls=1)
 
 
-def test_wide_numbers_are_whole_and_columns_stay_columns() -> None:
+def test_bench_table_with_wide_numbers() -> None:
     common: dict[str, Any] = {
         "engine": "openvino", "precision": "f32", "threads": 16, "streams": 16, "held_mib": 1.0, "peak_mib": 12345.0, "cached": False,
         "load_s": 123.25,

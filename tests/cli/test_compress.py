@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -19,7 +20,6 @@ from muntin.compression import load_model
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.counting import parameter_count
 from muntin.models.compression_record import STAGES
-from muntin.reporting import read_report
 from muntin.training import read_checkpoint
 from muntin.training.recipe import override_recipe
 
@@ -52,7 +52,7 @@ def copied(compressed: Path, tmp_path: Path) -> Path:
 # ---- compress ----
 
 
-def test_compress_says_what_it_left(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_compress_output(call: Call, exported: Any, tmp_path: Path) -> None:
     answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES)
     assert (answer.code, answer.err) == (0, "")
     assert all(line.endswith(" on the validation split") for line in answer.out.splitlines()[:3])
@@ -68,7 +68,7 @@ def test_compress_says_what_it_left(call: Call, exported: Any, tmp_path: Path) -
     assert not (exported.run / "compressed").exists()
 
 
-def test_compress_gives_one_document(call: Call, copied: Path) -> None:
+def test_compress_json(call: Call, copied: Path) -> None:
     document = call("compress", copied, *CHANGES, "--resume", "--json").document()
     assert (Path(document["directory"]), document["interrupted"]) == (copied / "compressed", False)
     assert Path(document["checkpoint"]) == copied / "compressed" / "3-mixed" / "checkpoints" / "step-00000002"
@@ -80,7 +80,7 @@ def test_compress_gives_one_document(call: Call, copied: Path) -> None:
         assert entry["seconds"] > 0
 
 
-def test_compress_does_not_overwrite(call: Call, compressed: Path, tree: Callable[[Path], Any]) -> None:
+def test_compress_into_an_existing_folder(call: Call, compressed: Path, tree: Callable[[Path], Any]) -> None:
     before = tree(compressed)
     assert "already holds stages; --resume goes on with them" in call("compress", compressed, *CHANGES).mistake()
     text = call("compress", compressed, *CHANGES, "--set", "compression.average_bits=7", "--resume").mistake()
@@ -110,19 +110,19 @@ def test_compress_does_not_overwrite(call: Call, compressed: Path, tree: Callabl
         (["--until", "low-rank", "--set", "compression.low_rank=null"], "compression.low_rank is null"),
     ],
 )
-def test_a_wrong_wish_is_one_line_and_nothing_is_written(call: Call, exported: Any, tmp_path: Path, words: list[str], says: str) -> None:
+def test_compress_mistakes(call: Call, exported: Any, tmp_path: Path, words: list[str], says: str) -> None:
     assert says in call("compress", exported.run, "-o", tmp_path / "out", *words).mistake()
     assert not (tmp_path / "out").exists()
 
 
-def test_what_holds_no_trained_model_is_one_line(call: Call, compressed: Path, tmp_path: Path) -> None:
+def test_compress_without_a_model(call: Call, compressed: Path, tmp_path: Path) -> None:
     assert "holds no checkpoint" in call("compress", tmp_path).mistake()
     stage = compressed / "compressed" / "2-w4a8"
     assert "is compressed already" in call("compress", stage, *CHANGES, "-o", tmp_path / "out").mistake()
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(
+def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(
     call: Call, compressed: Path, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real SIGINT after the first stage's last step: the second is not begun."""
@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_stages_one_at_a_time(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_compress_until(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--json")
     first = call(*words, "--until", "low-rank").document()
     assert [entry["stage"] for entry in first["stages"]] == ["low-rank"] and not first["interrupted"]
@@ -162,14 +162,14 @@ def test_stages_one_at_a_time(call: Call, exported: Any, tmp_path: Path) -> None
     assert "bits " not in described.out and "layers are factored" in described.out
 
 
-def test_more_calibration_images_can_be_asked_for(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_compress_calibration_images(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--until", "low-rank", "--json")
     call(*words, "--set", "quantization.calibration_images=5").document()
     assert read_checkpoint(tmp_path / "out" / "1-low-rank").recipe.quantization.calibration_images == 5
     assert "was made from another checkpoint or recipe" in call(*words, "--resume").mistake()
 
 
-def test_stages_that_no_step_is_left_for_are_told(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_compress_notes_stages_without_steps(call: Call, exported: Any, tmp_path: Path) -> None:
     """The fit had 6 steps: a share of 0.05 is none of them, and a share of 0 asks for none."""
     shares = [word for key in ("recover", "mix") for word in ("--set", f"compression.{key}.share=0")]
     answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.05", *shares)
@@ -178,7 +178,7 @@ def test_stages_that_no_step_is_left_for_are_told(call: Call, exported: Any, tmp
     assert document["notes"] == []
 
 
-def test_what_is_made_of_a_training_that_was_broken_off_says_so(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_compress_after_an_interrupted_training(call: Call, exported: Any, tmp_path: Path) -> None:
     run, note = tmp_path / "run", "step 3 of 6: `muntin fit --resume` goes on"
     shutil.copytree(exported.run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
     assert f"note      {note}\n" in call("evaluate", run).out
@@ -193,7 +193,7 @@ def test_what_is_made_of_a_training_that_was_broken_off_says_so(call: Call, expo
 # ---- what the other commands make of it ----
 
 
-def test_a_stage_is_exported_and_evaluated(call: Call, copied: Path) -> None:
+def test_export_and_evaluate_a_stage(call: Call, copied: Path) -> None:
     stage = copied / "compressed" / "3-mixed"
     document = call("export", stage, "--json").document()
     artifact = open_artifact(stage / "artifact")
@@ -215,7 +215,7 @@ def test_a_stage_is_exported_and_evaluated(call: Call, copied: Path) -> None:
     assert again["bytes"] == artifact.bytes and open_artifact(stage / "artifact").digest == artifact.digest
 
 
-def test_the_low_rank_stage_is_exported_in_int8_as_asked(call: Call, copied: Path, tmp_path: Path) -> None:
+def test_export_the_low_rank_stage_in_int8(call: Call, copied: Path, tmp_path: Path) -> None:
     stage = copied / "compressed" / "1-low-rank"
     document = call("export", stage, "--json", "--set", "quantization.min_sqnr_db=0").document()
     records = open_artifact(stage / "artifact").manifest.layers
@@ -226,17 +226,17 @@ def test_the_low_rank_stage_is_exported_in_int8_as_asked(call: Call, copied: Pat
     assert floating["int8_layers"] == 0 and set(floating["kept"].values()) == {"16 bits, as assigned"}
 
 
-def test_what_is_quantised_already_has_no_float_form(call: Call, compressed: Path, tmp_path: Path) -> None:
+def test_export_in_float_of_a_quantised_stage(call: Call, compressed: Path, tmp_path: Path) -> None:
     assert "leave out --float" in call("export", compressed / "compressed" / "3-mixed", "--float", "-o", tmp_path / "a").mistake()
     assert not (tmp_path / "a").exists()
 
 
-def test_each_stage_is_evaluated(call: Call, compressed: Path) -> None:
+def test_evaluate_each_stage(call: Call, compressed: Path) -> None:
     scores = [call("evaluate", compressed / "compressed" / folder, "--json").document()["score"] for folder in FOLDERS]
     assert all(0 <= score <= 1 for score in scores)
 
 
-def test_export_says_what_it_replaces(call: Call, copied: Path) -> None:
+def test_export_prints_the_replaced_artefact(call: Call, copied: Path) -> None:
     weights = read_checkpoint(copied).state.sha256["average.safetensors"]
     created = open_artifact(copied / "artifact").manifest.created
     words = ("export", copied / "compressed" / "3-mixed", "-o", copied / "artifact")
@@ -247,7 +247,7 @@ def test_export_says_what_it_replaces(call: Call, copied: Path) -> None:
     assert "replaced  what was there, plain INT8 of these weights" in floats and "kept" not in floats
 
 
-def test_a_report_tells_the_stages(call: Call, copied: Path, tree: Callable[[Path], Any]) -> None:
+def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], Any]) -> None:
     before = tree(copied / "artifact")
     document = call("report", copied, "--json").document()
     assert tree(copied / "artifact") == before  # exported as plain INT8: only an export replaces it
@@ -269,10 +269,10 @@ def test_a_report_tells_the_stages(call: Call, copied: Path, tree: Callable[[Pat
     assert document["agreement"] > 0.9
     page = (copied / "report.html").read_text()
     assert all(f">{name}<" in page for name in ("low-rank", "w4a8", "mixed"))
-    assert read_report(copied).task == "segment"
+    assert json.loads((copied / "report.json").read_text())["task"] == "segment"
 
 
-def test_a_report_of_a_run_whose_compression_is_not_done_tells_plain_int8(call: Call, copied: Path) -> None:
+def test_report_of_an_unfinished_compression(call: Call, copied: Path) -> None:
     shutil.rmtree(copied / "compressed" / "3-mixed")
     document = call("report", copied, "--json").document()
     assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
@@ -280,7 +280,7 @@ def test_a_report_of_a_run_whose_compression_is_not_done_tells_plain_int8(call: 
     assert [note for note in document["notes"] if "are not done; `muntin compress --resume` goes on with them" in note]
 
 
-def test_stages_that_were_interrupted_are_not_reported_as_done(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_report_after_an_interrupted_stage(call: Call, exported: Any, tmp_path: Path) -> None:
     run = Path(shutil.copytree(exported.run, tmp_path / "run"))
 
     def report(stage: str, progress: Any) -> None:
@@ -294,7 +294,7 @@ def test_stages_that_were_interrupted_are_not_reported_as_done(call: Call, expor
     assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
 
 
-def test_who_asks_to_stop_when_the_last_stage_is_done_is_told_that_it_was_heard(exported: Any, tmp_path: Path) -> None:
+def test_stop_request_after_the_last_stage(exported: Any, tmp_path: Path) -> None:
     def report(stage: str, progress: Any) -> None:
         if progress.kind == "validation":
             os.kill(os.getpid(), signal.SIGINT)
@@ -307,13 +307,13 @@ def test_who_asks_to_stop_when_the_last_stage_is_done_is_told_that_it_was_heard(
     assert (again.interrupted, again.stop_requested, again.checkpoint) == (False, False, stopped.checkpoint)
 
 
-def test_stages_of_another_checkpoint_are_not_reported(call: Call, copied: Path) -> None:
+def test_report_with_stages_of_another_checkpoint(call: Call, copied: Path) -> None:
     older = copied / "checkpoints" / "step-00000003"
     document = call("report", older, "--json", "-o", copied / "older").document()
     assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
 
 
-def test_a_report_of_a_stage_is_refused_in_one_line(call: Call, compressed: Path, tmp_path: Path) -> None:
+def test_report_of_a_stage(call: Call, compressed: Path, tmp_path: Path) -> None:
     text = call("report", compressed / "compressed" / "3-mixed", "-o", tmp_path / "out").mistake()
     assert "holds a compressed model: give the checkpoint of `muntin fit` that it was made from" in text
     assert not (tmp_path / "out" / "report.html").exists()

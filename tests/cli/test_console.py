@@ -10,7 +10,7 @@ from rich.table import Table
 from muntin.cli.console import print_json, print_table, progress_bar, say, status
 
 
-def test_a_line_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_say_prints_markup_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     """No markup, no emoji, no wrapping: paths and class names are the user's."""
     line = f"[red]x[/red] :smile: {'long ' * 60}[/] \\[a]"
     say(line)
@@ -18,7 +18,7 @@ def test_a_line_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> N
     assert (captured.out, captured.err) == ("", f"{line}\n")
 
 
-def test_a_document_is_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_json_is_strict(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"path": Path("a/b"), "name": "über", "none": None})
     assert capsys.readouterr().out == '{\n "path": "a/b",\n "name": "über",\n "none": null\n}\n'
     print_json({"name": "\udcffü"})
@@ -27,7 +27,7 @@ def test_a_document_is_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
         print_json({"x": float("nan")})
 
 
-def test_a_terminal_sees_a_path_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_with_a_path_like_markup(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(file=StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr("muntin.cli.console.err", terminal)
     with status("loading runs/[final]/a[/b]") as stage:
@@ -36,7 +36,7 @@ def test_a_terminal_sees_a_path_as_it_stands(monkeypatch: pytest.MonkeyPatch) ->
     assert "loading runs/[final]/a[/b]" in terminal.file.getvalue()
 
 
-def test_a_pipe_sees_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar("working") as advance, status("thinking") as stage:
         advance(1, 2)
         stage("hard")
@@ -44,9 +44,7 @@ def test_a_pipe_sees_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_a_table_is_as_wide_as_it_is_in_a_pipe_and_folds_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_width_in_a_pipe_and_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     table = Table("name", "figure")
     table.add_row("n" * 90, "f" * 40)
     print_table(table)

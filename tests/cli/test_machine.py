@@ -30,7 +30,7 @@ def checks(document: Any, name: str) -> list[dict[str, str]]:
     return [check for check in document["checks"] if check["name"] == name]
 
 
-def test_a_quick_look_reads_and_measures_nothing(call: Call) -> None:
+def test_doctor_quick(call: Call) -> None:
     document = call("doctor", "--quick", "--json").document()
     assert document["machine"]["cpu"]
     assert document["machine"]["physical_cores"] == document["threads"]
@@ -46,7 +46,7 @@ def test_a_quick_look_reads_and_measures_nothing(call: Call) -> None:
     assert "ceilings" not in answer.out
 
 
-def test_values_are_a_column_and_lists_are_wrapped(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_layout(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     lines = call("doctor", "--quick").out.splitlines()
     start, end = lines.index("environment"), lines.index("checks")
@@ -63,7 +63,7 @@ def test_values_are_a_column_and_lists_are_wrapped(call: Call, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_the_self_test_measures_and_too_many_threads_are_named(call_process: Call) -> None:
+def test_doctor_self_test_and_threads(call_process: Call) -> None:
     answer = call_process("doctor", "--threads", "64", "--json", env=os.environ | {"OMP_NUM_THREADS": "65"})
     if "avx512_vnni" not in FEATURES and answer.code == 1:
         pytest.skip("this CPU's INT8 sums are wrong, which the test of saturating kernels reads")
@@ -85,7 +85,7 @@ def test_the_self_test_measures_and_too_many_threads_are_named(call_process: Cal
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity and /proc/stat are Linux's")
-def test_a_process_that_fights_for_the_cores_is_named_and_is_no_failure(call: Call) -> None:
+def test_doctor_names_a_busy_process(call: Call) -> None:
     cpu = min(os.sched_getaffinity(0))
     with subprocess.Popen([sys.executable, "-c", SPIN % cpu], stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -103,7 +103,7 @@ def test_a_process_that_fights_for_the_cores_is_named_and_is_no_failure(call: Ca
 
 @pytest.mark.slow
 @pytest.mark.skipif("avx512_vnni" not in FEATURES, reason="kernels that saturate are had by switching VNNI's off")
-def test_wrong_integers_are_a_failure(call_process: Call) -> None:
+def test_doctor_with_wrong_integers(call_process: Call) -> None:
     answer = call_process("doctor", env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     text = answer.mistake()
     assert text.startswith("INT8 in openvino: wrong integers: ")
@@ -113,7 +113,7 @@ def test_wrong_integers_are_a_failure(call_process: Call) -> None:
     assert ["ok", "INT8", "in", "onnxruntime:"] in [line[:4] for line in words]
 
 
-def test_no_engine_is_a_failure_and_json_comes_all_the_same(call_process: Call, tmp_path: Path) -> None:
+def test_doctor_without_engines(call_process: Call, tmp_path: Path) -> None:
     for name in ("openvino", "onnxruntime"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")

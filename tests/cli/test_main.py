@@ -19,7 +19,7 @@ from muntin.errors import install
 Call = Callable[..., Any]
 
 
-def test_help_lists_every_command(call: Call) -> None:
+def test_help_of_all_commands(call: Call) -> None:
     answer = call("--help")
     assert (answer.code, answer.err) == (0, "")
     for name in ("demo", "init", "fit", "evaluate", "export", "verify", "predict", "report", "models"):
@@ -27,13 +27,13 @@ def test_help_lists_every_command(call: Call) -> None:
         assert name in answer.out
 
 
-def test_the_version_is_that_of_the_package(call: Call) -> None:
+def test_version_option(call: Call) -> None:
     answer = call("--version")
     assert (answer.code, answer.out, answer.err) == (0, f"muntin {importlib.metadata.version('muntin')}\n", "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_and_json(call: Call, name: str) -> None:
+def test_help_and_json_of_each_command(call: Call, name: str) -> None:
     answer = call(name, "--help")
     assert (answer.code, answer.err) == (0, "")
     assert "--json" in answer.out
@@ -56,14 +56,14 @@ def test_every_command_has_help_and_json(call: Call, name: str) -> None:
         ["evaluate", "a", "--tile", "x"],
     ],
 )
-def test_wrong_usage_exits_2_and_says_where_help_is(call: Call, words: list[str]) -> None:
+def test_wrong_usage(call: Call, words: list[str]) -> None:
     answer = call(*words)
     assert (answer.code, answer.out) == (2, "")
     assert "--help" in answer.err
     assert "Traceback" not in answer.err
 
 
-def test_no_command_at_all_shows_help(call: Call) -> None:
+def test_no_command(call: Call) -> None:
     answer = call()
     assert answer.code == 2
     assert "predict" in answer.out + answer.err
@@ -81,15 +81,13 @@ def test_no_command_at_all_shows_help(call: Call) -> None:
         (["init", "none"], "does not exist"),
     ],
 )
-def test_what_is_not_there_is_told_in_one_line_and_nothing_is_made(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str
-) -> None:
+def test_missing_paths(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], says: str) -> None:
     monkeypatch.chdir(tmp_path)
     assert says in call(*words).mistake()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any) -> None:
+def test_ctrl_c(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any) -> None:
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
@@ -97,7 +95,7 @@ def test_ctrl_c_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, exporte
     assert call("verify", exported.artifact).mistake() == "interrupted"
 
 
-def test_no_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any, tmp_path: Path) -> None:
+def test_out_of_memory(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any, tmp_path: Path) -> None:
     def too_large(*arguments: Any, **options: Any) -> None:
         np.empty(1 << 60, np.uint8)
 
@@ -111,9 +109,7 @@ def test_no_memory_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch, expo
     assert [failure["source"] for failure in json.loads(answer.out)["failures"]] == [str(exported.image)]
 
 
-def test_no_memory_for_a_tensor_is_one_line_and_other_errors_of_pytorch_are_raised(
-    call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any
-) -> None:
+def test_out_of_memory_in_pytorch(call: Call, monkeypatch: pytest.MonkeyPatch, exported: Any) -> None:
     import torch
 
     monkeypatch.setattr("muntin.runtime.verify", lambda *arguments, **options: torch.empty(1 << 60, dtype=torch.uint8))
@@ -125,16 +121,14 @@ def test_no_memory_for_a_tensor_is_one_line_and_other_errors_of_pytorch_are_rais
         call("verify", exported.artifact)
 
 
-def test_what_the_system_refuses_is_one_line(call: Call, exported: Any) -> None:
+def test_os_error(call: Call, exported: Any) -> None:
     name = f"{'x' * 300}.png"
     text = f"{name}: File name too long; check the path, its permissions and the free space"
     assert call("predict", exported.artifact, name).mistake() == text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape", "ascii:strict"])
-def test_names_that_the_output_cannot_hold_are_written_all_the_same(
-    call_process: Call, exported: Any, tmp_path: Path, encoding: str
-) -> None:
+def test_output_of_names_outside_its_encoding(call_process: Call, exported: Any, tmp_path: Path, encoding: str) -> None:
     image = tmp_path / os.fsdecode(b"\xff\xc3\xbc.png")
     shutil.copy(exported.image, image)
     words = ("predict", exported.artifact, image, "-o", tmp_path / "out")
@@ -147,7 +141,7 @@ def test_names_that_the_output_cannot_hold_are_written_all_the_same(
     assert f"{tmp_path}/{shown} -> " in told.out
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_closed_pipe() -> None:
     """`muntin ... --json | head -1`: more than a pipe holds is written to nobody."""
     code = "from muntin.cli.console import print_json\nfrom muntin.cli import app, main\n"
     code += "app.command('long')(lambda: print_json(['x' * 70] * 10_000))\nmain()"
@@ -159,7 +153,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         assert process.stderr.read() == b""
 
 
-def test_the_program_and_the_module_are_one(tmp_path: Path) -> None:
+def test_program_and_module(tmp_path: Path) -> None:
     for program in ([str(Path(sys.executable).with_name("muntin"))], [sys.executable, "-m", "muntin"]):
         done = subprocess.run([*program, "verify", str(tmp_path), "--json"], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (1, "")
@@ -179,20 +173,20 @@ sys.meta_path.insert(0, Absent())
 """
 
 
-def test_an_artefact_is_verified_and_predicts_without_torch(call_process: Call, exported: Any, tmp_path: Path) -> None:
+def test_verify_and_predict_without_torch(call_process: Call, exported: Any, tmp_path: Path) -> None:
     verified = call_process("verify", exported.artifact, "--json", before=WITHOUT_TORCH).document()
     assert verified["passed"]
     predicted = call_process("predict", exported.artifact, exported.image, "-o", tmp_path, "--json", before=WITHOUT_TORCH).document()
     assert Path(predicted["results"][0]["mask"]).is_file()
 
 
-def test_init_does_without_torch(call_process: Call, tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+def test_init_without_torch(call_process: Call, tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
     write_tiny(tmp_path / "data").recipe.unlink()
     assert Path(call_process("init", tmp_path / "data", "--json", before=WITHOUT_TORCH).document()["recipe"]).is_file()
 
 
 @pytest.mark.parametrize("words", [["fit", "recipe.yaml"], ["models"], ["evaluate", "run"], ["export", "run"], ["report", "run"], ["demo"]])
-def test_what_needs_torch_says_what_to_install(words: list[str], tmp_path: Path) -> None:
+def test_commands_that_need_torch(words: list[str], tmp_path: Path) -> None:
     code = f"{WITHOUT_TORCH}\nfrom muntin.cli import main\nmain()"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
@@ -200,7 +194,7 @@ def test_what_needs_torch_says_what_to_install(words: list[str], tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_command_line_loads_is_light() -> None:
+def test_imports_of_the_command_line() -> None:
     code = "import json, sys, muntin.cli\nprint(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     heavy = {*BLOCKED, "numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "safetensors"}

@@ -15,7 +15,7 @@ from muntin.training import load_recipe
 Call = Callable[..., Any]
 
 
-def test_models_are_listed_with_their_figures(call: Call) -> None:
+def test_models_table(call: Call) -> None:
     document = call("models", "--size", "64", "--json").document()
     assert [row["name"] for row in document["models"]] == list(PRESETS)
     small = {row["name"]: row for row in document["models"]}["hybrid-xs"]
@@ -34,7 +34,7 @@ def pictures(tmp_path: Path, write_tiny: Callable[..., Any]) -> Path:
     return tmp_path / "data"
 
 
-def test_init_writes_a_recipe_that_trains(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
+def test_init_recipe_trains(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
     path = Path(call("init", pictures, "--json").document()["recipe"])
     assert path == pictures / "recipe.yaml"
     assert [entry.value for entry in load_recipe(path).data.classes] == [0, 1, 2]
@@ -49,14 +49,14 @@ def tiny_options(tmp_path: Path, write_tiny: Callable[..., Any]) -> str:
     return yaml.safe_dump(options, default_flow_style=True, width=1000).strip()
 
 
-def test_init_says_what_comes_next(call: Call, pictures: Path) -> None:
+def test_init_output(call: Call, pictures: Path) -> None:
     answer = call("init", pictures)
     assert answer.code == 0
     assert f"(task: segment): read it, rename the classes, then `muntin fit {pictures / 'recipe.yaml'}`" in answer.out
     assert "classes   0, 1, 2; 255 in a mask counts as nothing" in answer.out
 
 
-def test_init_writes_elsewhere_what_trains_from_there(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
+def test_init_output_option(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
     path = tmp_path / "my recipe.yaml"
     answer = call("init", pictures, "-o", path)
     assert f"wrote     {path}" in answer.out and f"`muntin fit '{path}'`" in answer.out
@@ -66,7 +66,7 @@ def test_init_writes_elsewhere_what_trains_from_there(call: Call, pictures: Path
     assert call("fit", path, "-o", tmp_path / "run", *words, "--json").document()["step"] == 1
 
 
-def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Call, tmp_path: Path) -> None:
+def test_init_of_class_folders(call: Call, tmp_path: Path) -> None:
     for number in range(24):
         folder = tmp_path / ("cat", "dog")[number % 2]
         folder.mkdir(exist_ok=True)
@@ -79,7 +79,7 @@ def test_init_does_not_advise_other_names_for_classes_that_are_folders(call: Cal
     assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in call("init", spaced).out
 
 
-def test_init_does_not_overwrite(call: Call, pictures: Path) -> None:
+def test_init_never_overwrites(call: Call, pictures: Path) -> None:
     (pictures / "recipe.yaml").write_text("mine")
     assert "exists already" in call("init", pictures).mistake()
     assert (pictures / "recipe.yaml").read_text() == "mine"
@@ -89,13 +89,13 @@ def test_init_does_not_overwrite(call: Call, pictures: Path) -> None:
     ("words", "says"),
     [([], "holds nothing to make a recipe of"), (["--task", "classify"], "holds nothing"), (["--task", "x"], "give segment or classify")],
 )
-def test_init_of_an_empty_folder_is_one_line(call: Call, tmp_path: Path, words: list[str], says: str) -> None:
+def test_init_of_an_empty_folder(call: Call, tmp_path: Path, words: list[str], says: str) -> None:
     (tmp_path / "empty" / "images").mkdir(parents=True)
     assert says in call("init", tmp_path / "empty", *words).mistake()
     assert [p.name for p in (tmp_path / "empty").iterdir()] == ["images"]
 
 
-def test_init_says_in_how_many_masks_it_looked(call: Call, tmp_path: Path) -> None:
+def test_init_counts_examined_masks(call: Call, tmp_path: Path) -> None:
     for count, said in ((8, ""), (100, "; seen in 50 of 100 masks")):
         folder = tmp_path / str(count)
         for number in range(count):

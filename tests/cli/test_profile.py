@@ -19,7 +19,7 @@ Write = Callable[..., Path]
 QUICK = ("--size", "24x40", "--rounds", "2", "--threads", "1", "--precision", "f32")
 
 
-def test_profile_says_why_and_writes_the_page(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_profile_output_and_page(call: Call, exported: Any, tmp_path: Path) -> None:
     answer = call("profile", exported.artifact, *QUICK, "-o", tmp_path / "out")
     assert (answer.code, answer.err) == (0, "")
     assert answer.out.startswith("whole     ")
@@ -34,9 +34,7 @@ def test_profile_says_why_and_writes_the_page(call: Call, exported: Any, tmp_pat
     assert len([event for event in trace["traceEvents"] if event["ph"] == "X"]) == len(document["kernels"]) + 1
 
 
-def test_profile_counts_the_work_that_the_manifest_records_and_lists_the_files_that_it_wrote(
-    call: Call, exported: Any, tmp_path: Path
-) -> None:
+def test_profile_macs_and_files(call: Call, exported: Any, tmp_path: Path) -> None:
     """An exported model: multiply-adds as executed are those recorded at the example's size, scaled by the area."""
     folder = tmp_path / "out"
     folder.mkdir()
@@ -55,9 +53,7 @@ def test_profile_counts_the_work_that_the_manifest_records_and_lists_the_files_t
     assert document["files"] == written == sorted(str(file) for file in folder.iterdir() if file.name != "mine.txt")
 
 
-def test_profile_writes_beside_the_artefact_and_leaves_it_alone(
-    call: Call, tmp_path: Path, write_small: Write, tree: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_profile_default_folder(call: Call, tmp_path: Path, write_small: Write, tree: Callable[[Path], dict[str, bytes]]) -> None:
     path = write_small(tmp_path / "artefact")
     before = tree(path)
     call("profile", path, "--size", "16", "--rounds", "1", "--engine", "onnxruntime", "--json").document()
@@ -68,7 +64,7 @@ def test_profile_writes_beside_the_artefact_and_leaves_it_alone(
     assert tree(path) == before
 
 
-def test_profile_of_this_folder_writes_beside_it(
+def test_profile_of_the_current_folder(
     call: Call, tmp_path: Path, write_small: Write, monkeypatch: pytest.MonkeyPatch, tree: Callable[[Path], dict[str, bytes]]
 ) -> None:
     path = write_small(tmp_path / "artefact")
@@ -92,13 +88,13 @@ def test_profile_of_this_folder_writes_beside_it(
         (("--size", "999999", "--engine", "onnxruntime"), "their scores alone take 2.3e+04 GB"),
     ],
 )
-def test_what_it_cannot_profile_is_one_line(call: Call, tmp_path: Path, write_small: Write, words: tuple[str, ...], said: str) -> None:
+def test_profile_mistakes(call: Call, tmp_path: Path, write_small: Write, words: tuple[str, ...], said: str) -> None:
     path = write_small(tmp_path / "artefact")
     assert said in call("profile", path, *words).mistake()
     assert not (tmp_path / "artefact-profile").exists()
 
 
-def test_a_folder_without_an_artefact_is_one_line(call: Call, tmp_path: Path) -> None:
+def test_profile_of_a_folder_without_artefact(call: Call, tmp_path: Path) -> None:
     assert "no such artefact directory" in call("profile", tmp_path / "none").mistake()
 
 
@@ -110,7 +106,7 @@ def test_sizes() -> None:
             parse_size(size)
 
 
-def test_a_run_is_profiled_live_in_pytorch(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_profile_of_a_run(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("profile", exported.run, "--size", "24", "--rounds", "2", "-o", tmp_path / "out")
     answer = call(*words)
     assert (answer.code, answer.err) == (0, "")

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-from muntin.reporting import read_report
-
 Call = Callable[..., Any]
 
 
@@ -23,7 +21,7 @@ def run(exported: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported.run, tmp_path / "run"))
 
 
-def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path: Path) -> None:
+def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(run / "artifact", out / "artifact")
     document = call("report", run / "checkpoints" / "step-00000006", "-o", out, "--json").document()
@@ -50,11 +48,11 @@ def test_a_report_of_a_run_in_a_place_of_its_own(call: Call, run: Path, tmp_path
     assert executed == {"i8"}
     for example in document["pictures"]["examples"]:
         assert all((out / example[kind]).is_file() for kind in ("image", "truth", "prediction", "difference"))
-    assert read_report(out).task == "segment"
+    assert json.loads((out / "report.json").read_text())["task"] == "segment"
 
 
-def test_a_report_looks_at_its_folder_before_the_work(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.deployment.assessment.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
+def test_report_checks_the_folder_first(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.deployment.comparison.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is a file: name a folder" in call("report", run, "-o", tmp_path / "file").mistake()
     (tmp_path / "mine" / "artifact").mkdir(parents=True)
@@ -62,22 +60,22 @@ def test_a_report_looks_at_its_folder_before_the_work(call: Call, run: Path, tmp
     assert "letters.txt" in call("report", run, "-o", tmp_path / "mine").mistake()
 
 
-def test_a_report_onto_a_full_disk_leaves_none(call: Call, run: Path, full_disk: Callable[[int], AbstractContextManager[None]]) -> None:
+def test_report_to_a_full_disk(call: Call, run: Path, full_disk: Callable[[int], AbstractContextManager[None]]) -> None:
     with full_disk(30_000):
         text = call("report", run).mistake()
     assert "File too large" in text
     assert not list(run.glob("*report*"))
 
 
-def test_a_report_says_on_the_terminal_what_its_page_notes(call: Call, run: Path) -> None:
+def test_report_notes_on_the_terminal(call: Call, run: Path) -> None:
     answer = call("report", run)
     assert (answer.code, answer.err) == (0, "")
     notes = [line.removeprefix("note      ") for line in answer.out.splitlines() if line.startswith("note ")]
-    assert notes == list(read_report(run).notes) and "Trained in" in notes[0]
+    assert notes == json.loads((run / "report.json").read_text())["notes"] and "Trained in" in notes[0]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
-def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_notes_other_processes(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes that want all of our CPUs, one for each."""
     monkeypatch.setattr("muntin.runtime.profiling.contention.SHORTEST", 0.0)  # so small a model is timed in a few of the system's ticks
     told = "cores meanwhile: the times are too long; measure alone"
@@ -90,4 +88,6 @@ def test_a_report_notes_who_used_the_cores_while_it_timed(call: Call, run: Path,
             if told in answer.out:
                 break
     assert "note      Latency: other processes used " in answer.out and f" {told}.\n" in answer.out
-    assert any(told in note for note in read_report(run).notes) and told in (run / "report.html").read_text()
+    assert (
+        any(told in note for note in json.loads((run / "report.json").read_text())["notes"]) and told in (run / "report.html").read_text()
+    )

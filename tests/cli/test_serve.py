@@ -104,7 +104,7 @@ def ask(address: str, images: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_it_answers_and_ends_when_it_is_told_to(artifact: Path, stop: signal.Signals) -> None:
+def test_serve_answers_and_stops(artifact: Path, stop: signal.Signals) -> None:
     with serving(artifact, "--access-log", "--objective-ms", "60000") as (process, said):
         assert said["model"] == "brighter"
         assert said["version"] == "1"
@@ -131,7 +131,7 @@ def test_it_answers_and_ends_when_it_is_told_to(artifact: Path, stop: signal.Sig
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are listed in Linux's form")
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_it_ends_when_it_is_told_to_while_it_loads(artifact: Path, stop: signal.Signals) -> None:
+def test_serve_stops_while_loading(artifact: Path, stop: signal.Signals) -> None:
     command = [sys.executable, "-m", "muntin", "serve", str(artifact), "--http-port", "0", "--no-grpc", "--threads", "1", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -160,7 +160,7 @@ def test_it_ends_when_it_is_told_to_while_it_loads(artifact: Path, stop: signal.
         (["--engine", "nonsense"], "openvino, onnxruntime"),
     ],
 )
-def test_what_it_may_not_be_told_is_one_line(artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
+def test_serve_mistakes(artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
     files = {"empty": tmp_path / "empty", "words": tmp_path / "words"}
     files["empty"].write_text("\n")
     files["words"].write_text("secret\ntwo words\n")
@@ -179,7 +179,7 @@ def test_what_it_may_not_be_told_is_one_line(artifact: Path, tmp_path: Path, opt
         (3, "muntin: stopped; 3 connections or calls were still busy after 7 s and cut off; --drain-seconds gives more time\n"),
     ],
 )
-def test_it_says_at_the_end_what_was_not_answered(call: Any, monkeypatch: pytest.MonkeyPatch, cut_off: int, said: str) -> None:
+def test_serve_reports_cut_off_calls(call: Any, monkeypatch: pytest.MonkeyPatch, cut_off: int, said: str) -> None:
     class Ended:
         def __init__(self, path: Path, config: Any, **_: Any) -> None:
             assert config.drain_seconds == 7
@@ -193,7 +193,7 @@ def test_it_says_at_the_end_what_was_not_answered(call: Any, monkeypatch: pytest
     assert (answer.code, answer.out, answer.err) == (0, "", said)
 
 
-def test_what_it_is_told_reaches_the_server(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_options_reach_the_server(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Bounds] = []
 
     class Ended:
@@ -212,7 +212,7 @@ def test_what_it_is_told_reaches_the_server(call: Any, monkeypatch: pytest.Monke
     assert told == [Bounds(), Bounds().model_copy(update=changed)]
 
 
-def test_every_option_reaches_the_server(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_serve_maps_every_option(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     told: list[ServeConfig] = []
 
     class Ended:
@@ -249,13 +249,13 @@ def test_every_option_reaches_the_server(call: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1.5", "86401"])
-def test_the_time_at_the_end_is_seconds_from_1(call: Any, seconds: str) -> None:
+def test_serve_drain_seconds_range(call: Any, seconds: str) -> None:
     answer = call("serve", "artefact", "--drain-seconds", seconds)
     assert (answer.code, "--drain-seconds" in answer.err) == (2, True)
 
 
 @pytest.mark.parametrize("face", ["http", "grpc"])
-def test_a_port_that_is_taken_is_one_line(artifact: Path, face: str) -> None:
+def test_serve_on_a_used_port(artifact: Path, face: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = {"http": "0", "grpc": "0"} | {face: str(taken.getsockname()[1])}
         command = [sys.executable, "-m", "muntin", "serve", str(artifact), "--http-port", ports["http"], "--grpc-port", ports["grpc"]]
@@ -266,7 +266,7 @@ def test_a_port_that_is_taken_is_one_line(artifact: Path, face: str) -> None:
     assert ended.stderr.endswith(f": choose another --{face}-port or --host\n")
 
 
-def test_an_altered_artefact_is_not_served(artifact: Path, tmp_path: Path) -> None:
+def test_serve_an_altered_artefact(artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "altered").mkdir()
     for file in artifact.iterdir():
         (tmp_path / "altered" / file.name).write_bytes(file.read_bytes())
@@ -281,9 +281,7 @@ def test_an_altered_artefact_is_not_served(artifact: Path, tmp_path: Path) -> No
     ("hard", "allowed", "soft", "told"),
     [(4096, 4096, 4096, False), (4096, 3178, 3168, False), (500, 500, 500, True), (4096, 100, 256, True), (-1, 1 << 30, -1, False)],
 )
-def test_as_many_files_may_be_open_as_the_system_allows(
-    monkeypatch: pytest.MonkeyPatch, hard: int, allowed: int, soft: int, told: bool
-) -> None:
+def test_serve_raises_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch, hard: int, allowed: int, soft: int, told: bool) -> None:
     """`allowed`: what it allows indeed."""
     resource = pytest.importorskip("resource")
     limits = [256, hard]
@@ -301,7 +299,7 @@ def test_as_many_files_may_be_open_as_the_system_allows(
     assert bool(line) == told
 
 
-def test_a_file_of_tokens_is_text(tmp_path: Path) -> None:
+def test_serve_token_file_encoding(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_bytes("\ufeffone\ntwo\n".encode())
     assert _tokens(path) == ("one", "two")

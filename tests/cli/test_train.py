@@ -20,7 +20,7 @@ from PIL import Image
 
 import muntin.training
 from muntin.compression import load_model
-from muntin.deployment.live import checkpoint_session
+from muntin.deployment.checkpoint_candidate import checkpoint_session
 from muntin.images import write_image
 from muntin.training import fit, load_recipe, read_checkpoint
 from muntin.training.evaluation import tile_of
@@ -36,7 +36,7 @@ def cut(path: Path) -> None:
 # ---- fit ----
 
 
-def test_fit_says_what_it_left(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_output(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     answer = call("fit", tiny.recipe, "--set", "training.steps=2")
     assert (answer.code, answer.err) == (0, "")
@@ -45,7 +45,7 @@ def test_fit_says_what_it_left(call: Call, tiny: Any, tmp_path: Path, monkeypatc
     assert "wrote     runs/tiny/checkpoints/step-00000002" in answer.out
 
 
-def test_fit_tells_its_notes_before_it_trains_and_once(call: Call, call_process: Call, tiny: Any, tmp_path: Path) -> None:
+def test_fit_prints_notes_once_and_early(call: Call, call_process: Call, tiny: Any, tmp_path: Path) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
     note = f"note      {tiny.root}/train/masks: 1 masks have no image and are not used\n"
     answer = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1")
@@ -57,14 +57,14 @@ def test_fit_tells_its_notes_before_it_trains_and_once(call: Call, call_process:
     assert (broken.code, broken.err) == (9, note)
 
 
-def test_fit_gives_one_document(call: Call, tiny: Any, tmp_path: Path) -> None:
+def test_fit_json(call: Call, tiny: Any, tmp_path: Path) -> None:
     document = call("fit", tiny.recipe, "-o", tmp_path / "run", "--json").document()
     assert (document["step"], document["steps"], document["interrupted"]) == (6, 6, False)
     assert Path(document["checkpoint"]) == tmp_path / "run" / "checkpoints" / "step-00000006"
     assert [point["step"] for point in document["validation"]] == [3, 6]
 
 
-def test_fit_does_not_overwrite_and_goes_on_when_asked(call: Call, exported: Any, tmp_path: Path, tree: Callable[[Path], Any]) -> None:
+def test_fit_resume(call: Call, exported: Any, tmp_path: Path, tree: Callable[[Path], Any]) -> None:
     before = tree(exported.run)
     assert "--resume goes on with it" in call("fit", exported.recipe, "-o", exported.run).mistake()
     words = ("fit", exported.recipe, "-o", exported.run, "--resume", "--set", "seed=4")
@@ -87,9 +87,7 @@ def test_fit_does_not_overwrite_and_goes_on_when_asked(call: Call, exported: Any
         (lambda root: (root / "recipe.yaml").write_text("trainings: {}"), "unknown key 'trainings'; did you mean 'training'?"),
     ],
 )
-def test_bad_data_are_one_line_and_nothing_is_written(
-    call: Call, tiny: Any, tmp_path: Path, spoil: Callable[[Path], Any], says: str
-) -> None:
+def test_fit_with_bad_data(call: Call, tiny: Any, tmp_path: Path, spoil: Callable[[Path], Any], says: str) -> None:
     spoil(tiny.root)
     assert says in call("fit", tiny.recipe, "-o", tmp_path / "run").mistake()
     assert not (tmp_path / "run").exists()
@@ -104,18 +102,18 @@ def test_bad_data_are_one_line_and_nothing_is_written(
         ("model.name=hybrid-xl", "unknown model 'hybrid-xl'"),
     ],
 )
-def test_a_wrong_change_is_one_line(call: Call, tiny: Any, tmp_path: Path, change: str, says: str) -> None:
+def test_fit_with_a_wrong_set(call: Call, tiny: Any, tmp_path: Path, change: str, says: str) -> None:
     assert says in call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", change).mistake()
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_cannot_be_written_is_told_before_the_pictures_are_looked_at(call: Call, tiny: Any, tmp_path: Path) -> None:
+def test_fit_checks_the_output_first(call: Call, tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     cut(tiny.root / "train/images/train-1.png")
     assert "taken is a file: name a folder" in call("fit", tiny.recipe, "-o", tmp_path / "taken").mistake()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(call: Call, tiny: Any, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(call: Call, tiny: Any, tmp_path: Path) -> None:
     """A process that is really interrupted, and the one it names, end in the bits of a run that nothing interrupted."""
     run, steps = tmp_path / "a run", 100
     words = [
@@ -155,9 +153,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_command_that_goes_on(call: Call, tin
     assert [point["loss"] for point in whole.state.training] == [point["loss"] for point in resumed.state.training]
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_no_part_of_a_new_one(
-    call_process: Call, call: Call, tiny: Any, tmp_path: Path
-) -> None:
+def test_fit_to_a_full_disk(call_process: Call, call: Call, tiny: Any, tmp_path: Path) -> None:
     def ctrl_c(progress: Any) -> None:
         if progress.kind == "validation":
             os.kill(os.getpid(), signal.SIGINT)
@@ -172,7 +168,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_part_of_a_new_one(
     assert call("fit", tiny.recipe, "-o", run, "--resume", "--json").document()["step"] == 6
 
 
-def test_compiling_without_a_compiler_is_one_line(call_process: Call, tiny: Any, tmp_path: Path) -> None:
+def test_fit_without_a_compiler(call_process: Call, tiny: Any, tmp_path: Path) -> None:
     words = ("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true")
     text = call_process(*words, env={"PATH": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}).mistake()
     assert "needs a C++ compiler on CPUs" in text
@@ -181,7 +177,7 @@ def test_compiling_without_a_compiler_is_one_line(call_process: Call, tiny: Any,
 
 
 @pytest.mark.slow
-def test_a_compiler_that_fails_is_one_line(call_process: Call, tiny: Any, tmp_path: Path) -> None:
+def test_fit_with_a_failing_compiler(call_process: Call, tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "g++").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99" || { echo "error: no"; exit 1; }\n')
     (tmp_path / "bin" / "g++").chmod(0o755)
@@ -200,7 +196,7 @@ def test_a_compiler_that_fails_is_one_line(call_process: Call, tiny: Any, tmp_pa
 # ---- evaluate ----
 
 
-def test_evaluate_scores_a_checkpoint(call: Call, exported: Any) -> None:
+def test_evaluate_checkpoint(call: Call, exported: Any) -> None:
     document = call("evaluate", exported.run, "--json").document()
     assert document["split"] == "test"
     assert document["samples"] == 2
@@ -213,37 +209,37 @@ def test_evaluate_scores_a_checkpoint(call: Call, exported: Any) -> None:
     assert f"mIoU {document['score']:.4f} on test (2 samples), pytorch eager f32\n  IoU of each class:\n  sea " in text.out
 
 
-def test_evaluate_takes_a_split_a_checkpoint_and_tiles(call: Call, exported: Any) -> None:
+def test_evaluate_options(call: Call, exported: Any) -> None:
     older = exported.run / "checkpoints" / "step-00000003"
     assert call("evaluate", older, "--split", "train", "--json").document()["samples"] == 4
     assert call("evaluate", exported.run, "--tile", "20", "--json").document()["counted"] == 2 * 47 * 48
     assert "split 'tset': give one of train, validation, test" in call("evaluate", exported.run, "--split", "tset").mistake()
 
 
-def test_evaluate_refuses_tiles_of_a_classifier(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_classifier_with_tiles(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = SimpleNamespace(signature=SimpleNamespace(task="classify"))
     monkeypatch.setattr("muntin.training.read_checkpoint", lambda path: classifier)
     assert "--tile 20: the run's task is classify" in call("evaluate", exported.run, "--tile", "20").mistake()
 
 
-def test_evaluate_refuses_an_engine_for_a_checkpoint(call: Call, exported: Any) -> None:
+def test_evaluate_checkpoint_with_engine(call: Call, exported: Any) -> None:
     assert "--engine openvino is an artefact's" in call("evaluate", exported.run, "--engine", "openvino").mistake()
 
 
-def test_evaluate_scores_an_artefact_alike(call: Call, exported: Any) -> None:
+def test_evaluate_artefact(call: Call, exported: Any) -> None:
     live, deployed = (call("evaluate", exported.run, *words, "--json").document() for words in ([], ["--artifact", exported.artifact]))
     assert deployed["engine"] == "openvino"
     assert deployed["counted"] == live["counted"]
     assert abs(deployed["score"] - live["score"]) < 0.05
 
 
-def test_evaluate_refuses_the_artefact_of_other_data(call: Call, exported: Any, tmp_path: Path, write_small: Callable[..., Path]) -> None:
+def test_evaluate_artefact_of_other_data(call: Call, exported: Any, tmp_path: Path, write_small: Callable[..., Path]) -> None:
     text = call("evaluate", exported.run, "--artifact", write_small(tmp_path / "other")).mistake()
     assert "is not for this run's data" in text
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "checkpoint.json"])
-def test_a_corrupted_checkpoint_is_one_line_for_every_command(call: Call, exported: Any, tmp_path: Path, name: str) -> None:
+def test_corrupted_checkpoint(call: Call, exported: Any, tmp_path: Path, name: str) -> None:
     shutil.copytree(exported.run / "checkpoints", tmp_path / "run" / "checkpoints")
     file = tmp_path / "run" / "checkpoints" / "step-00000006" / name
     data = bytearray(file.read_bytes())
@@ -260,14 +256,14 @@ def test_a_corrupted_checkpoint_is_one_line_for_every_command(call: Call, export
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints"]
 
 
-def test_a_newer_checkpoint_says_upgrade(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_newer_checkpoint(call: Call, exported: Any, tmp_path: Path) -> None:
     shutil.copytree(exported.run / "checkpoints" / "step-00000006", tmp_path / "newer")
     state = tmp_path / "newer" / "checkpoint.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
     assert "upgrade muntin" in call("evaluate", tmp_path / "newer").mistake()
 
 
-def test_data_that_changed_since_are_one_line(call: Call, tiny: Any, tmp_path: Path) -> None:
+def test_evaluate_changed_data(call: Call, tiny: Any, tmp_path: Path) -> None:
     call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1", "--json").document()
     Image.new("L", (10, 10)).save(tiny.root / "test" / "masks" / "test-1.png")
     assert "they must be of one size" in call("evaluate", tmp_path / "run").mistake()
@@ -292,7 +288,7 @@ def write_pets(root: Path, small: Any) -> Path:
     return root / "recipe.yaml"
 
 
-def test_class_folders_that_were_renamed_are_one_line(call: Call, tiny: Any, tmp_path: Path) -> None:
+def test_evaluate_renamed_class_folders(call: Call, tiny: Any, tmp_path: Path) -> None:
     run, recipe = tmp_path / "run", write_pets(tmp_path, tiny.content["model"])
     call("fit", recipe, "-o", run, "--json").document()
     (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "ape")
@@ -305,7 +301,7 @@ def test_class_folders_that_were_renamed_are_one_line(call: Call, tiny: Any, tmp
     assert checkpoint_session(read_checkpoint(run)).signature.classes == read_checkpoint(run).state.classes  # without the data
 
 
-def test_evaluate_computes_in_the_tiles_and_the_engine_that_are_named(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_tile_and_engine(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: list[Any] = []
     evaluate = muntin.training.evaluate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import muntin
 from muntin import create_model
 from muntin.artifact import Artifact
 from muntin.compression import quantize
+from muntin.errors import ExportError, MuntinError
 from muntin.layers import ChannelGate, MapNorm, TokenNorm
 from muntin.training.config import QuantizationConfig
 
@@ -106,6 +108,27 @@ def pictures() -> Callable[..., NDArray[np.uint8]]:
 def trained() -> Callable[[nn.Module], nn.Module]:
     """Gives a model statistics as training leaves them."""
     return as_trained
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[[], nn.Module]:
+    """`tiny()`: a model that exports in a second."""
+    return lambda: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
+
+
+@pytest.fixture(scope="session")
+def refused() -> Callable[..., str]:
+    """`refused(model, example, path, ...)`: the message of an `ExportError`, one line, that leaves `path` empty."""
+
+    def run(model: nn.Module, example: Tensor, path: Path, **arguments: Any) -> str:
+        with pytest.raises(MuntinError) as caught:
+            muntin.export(model, example, path / "artifact", **arguments)
+        assert isinstance(caught.value, ExportError), caught.value
+        assert "\n" not in str(caught.value)
+        assert not list(path.iterdir())
+        return str(caught.value)
+
+    return run
 
 
 @pytest.fixture(scope="session")

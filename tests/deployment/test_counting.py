@@ -47,20 +47,20 @@ PRODUCT = 12 * 130 * 12
 PARAMETERS = (8 * 27 + 8) + 12 * 36 + (12 * 25 + 12) + (144 + 12) + 60
 
 
-def test_a_layers_multiply_adds_by_hand(mixed: nn.Module) -> None:
+def test_layer_macs(mixed: nn.Module) -> None:
     assert layer_macs(mixed, torch.zeros(3, 3, 20, 25)) == MACS  # of one image, whatever the batch
 
 
-def test_a_models_multiply_adds_are_its_layers_and_its_products(mixed: nn.Module) -> None:
+def test_image_macs(mixed: nn.Module) -> None:
     assert image_macs(mixed, torch.zeros(3, 3, 20, 25)) == sum(MACS.values()) + PRODUCT
 
 
-def test_parameters_by_hand(mixed: nn.Module) -> None:
+def test_parameter_count(mixed: nn.Module) -> None:
     assert parameter_count(mixed) == PARAMETERS
 
 
 @pytest.mark.parametrize("keep", [(), ("linear", "depthwise")])
-def test_quantising_changes_no_count(mixed: nn.Module, keep: tuple[str, ...], pixels: Callable[..., Tensor]) -> None:
+def test_counts_after_quantisation(mixed: nn.Module, keep: tuple[str, ...], pixels: Callable[..., Tensor]) -> None:
     x = pixels(2, 3, 20, 25)
     changes = quantize([x], QuantizationConfig(keep=keep, min_sqnr_db=0))(mixed)
     assert sum(not change.kept for change in changes) == 5 - len(keep)
@@ -69,7 +69,7 @@ def test_quantising_changes_no_count(mixed: nn.Module, keep: tuple[str, ...], pi
     assert parameter_count(mixed) == PARAMETERS
 
 
-def test_a_quantised_hybrid_counts_as_the_float_one(pixels: Callable[..., Tensor]) -> None:
+def test_macs_of_a_quantised_hybrid(pixels: Callable[..., Tensor]) -> None:
     model, x = create_model("hybrid-xs", options={"depths": (1,), "dims": (128,)}), pixels(1, 3, 40, 56)
     before, layers = image_macs(model, x), layer_macs(model, x)
     quantize([x])(model)
@@ -77,7 +77,7 @@ def test_a_quantised_hybrid_counts_as_the_float_one(pixels: Callable[..., Tensor
     assert 0.5 * before < sum(layers.values()) < before  # the rest are attention's products
 
 
-def test_dense_attention_counts_its_two_products() -> None:
+def test_macs_of_dense_attention() -> None:
     class Dense(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -93,7 +93,7 @@ def test_dense_attention_counts_its_two_products() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor")
-def test_pytorchs_own_attention_counts_its_products() -> None:
+def test_macs_of_pytorch_attention() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -109,19 +109,19 @@ def test_pytorchs_own_attention_counts_its_products() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_counting_takes_no_memory() -> None:
+def test_macs_without_memory() -> None:
     dense = DenseAttention(8, heads=2)
     assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8  # its logits alone would be 512 GiB
     quantize([torch.rand(1, 4, 4, 8)])(dense)
     assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8
 
 
-def test_bytes_count_as_floats_do_and_the_batch_does_not(mixed: nn.Module) -> None:
+def test_macs_of_uint8_batches(mixed: nn.Module) -> None:
     images = torch.zeros(4, 3, 20, 25, dtype=torch.uint8)
     assert image_macs(mixed, images) == image_macs(mixed, images[:1].float())
 
 
-def test_hooks_do_not_stay(mixed: nn.Module) -> None:
+def test_layer_macs_removes_its_hooks(mixed: nn.Module) -> None:
     layer_macs(mixed, torch.zeros(1, 3, 8, 8))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in mixed.modules())
 
@@ -135,14 +135,14 @@ def test_counts_of_one_layer(layer: nn.Module, counts: tuple[int, int, int]) -> 
     ("inputs", "value", "each"),
     [(13, 0.5, 2), (13, 1 / 3, 4), (13, 1e6, 4), (13, 1e-9, 4), (12, 0.5, 4)],  # too long, too large, too small for FP16; only 60
 )
-def test_more_than_64_parameters_that_lose_nothing_in_fp16_take_two_bytes_each(inputs: int, value: float, each: int) -> None:
+def test_stored_bytes_of_half_precision(inputs: int, value: float, each: int) -> None:
     layer = nn.Linear(inputs, 5)
     nn.init.constant_(layer.weight, value)
     nn.init.zeros_(layer.bias)
     assert stored_bytes(nn.Sequential(layer, nn.ReLU())) == each * inputs * 5 + 4 * 5
 
 
-def test_a_model_that_looks_at_values_or_keeps_what_it_makes_is_counted_and_stays_as_it_is() -> None:
+def test_macs_of_data_dependent_models() -> None:
     class Keeping(nn.Module):
         grid: Tensor
 

@@ -82,7 +82,7 @@ def stored(artifact: Artifact, like: Tensor) -> Any:
     return found[0]
 
 
-def test_four_bits_are_stored_as_four_bits(deployed: dict[str, Deployed]) -> None:
+def test_stored_size_of_4_bits(deployed: dict[str, Deployed]) -> None:
     low = deployed["w4"]
     layers = integers(low.model)
     assert list(layers) == list(LAYERS)
@@ -94,7 +94,7 @@ def test_four_bits_are_stored_as_four_bits(deployed: dict[str, Deployed]) -> Non
     assert packed == sorted((layer.integers.numel() + 1) // 2 for layer in layers.values())  # bytes
 
 
-def test_each_layer_says_how_many_bits_it_has(deployed: dict[str, Deployed]) -> None:
+def test_layer_records_of_low_bits(deployed: dict[str, Deployed]) -> None:
     assert {name: (r.weight_bits, r.activation_bits) for name, r in deployed["w4"].records.items()} == dict.fromkeys(LAYERS, (4, 8))
     assert {name: (r.weight_bits, r.activation_bits) for name, r in deployed["mixed"].records.items()} == {
         "stem": (4, 8), "depthwise": (8, 8), "body": (2, 8), "expand": (16, None), "head": (4, 8),
@@ -104,7 +104,7 @@ def test_each_layer_says_how_many_bits_it_has(deployed: dict[str, Deployed]) -> 
     assert passes == {"stem": "W4A8", "depthwise": "W8A8", "body": "W2A8", "expand": "kept", "head": "W4A8"}
 
 
-def test_mixed_widths_are_stored_as_they_are(deployed: dict[str, Deployed]) -> None:
+def test_stored_mixed_widths(deployed: dict[str, Deployed]) -> None:
     mixed = deployed["mixed"]
     bits = {name: stored(mixed.artifact, layer.integers).bits for name, layer in integers(mixed.model).items()}
     assert bits == {"stem": 4, "depthwise": 8, "body": 2, "head": 4}
@@ -112,7 +112,7 @@ def test_mixed_widths_are_stored_as_they_are(deployed: dict[str, Deployed]) -> N
     assert any(record.shape in ((33, 65), (65, 33)) for record in halves)
 
 
-def test_fewer_bits_are_a_smaller_artefact(deployed: dict[str, Deployed]) -> None:
+def test_artefact_size_by_bits(deployed: dict[str, Deployed]) -> None:
     sizes = {name: (made.artifact.path / "weights.safetensors").stat().st_size for name, made in deployed.items()}
     weights = sum(layer.integers.numel() for layer in integers(deployed["w8"].model).values())
     saved = sizes["w8"] - sizes["w4"]
@@ -126,7 +126,7 @@ def test_fewer_bits_are_a_smaller_artefact(deployed: dict[str, Deployed]) -> Non
 
 
 @pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
-def test_low_bits_run_on_integers(deployed: dict[str, Deployed]) -> None:
+def test_execution_of_low_bits(deployed: dict[str, Deployed]) -> None:
     for made in (deployed["w4"], deployed["mixed"]):
         session = muntin.load(made.artifact.path, precision="f32", threads=1)
         executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
@@ -137,7 +137,7 @@ def test_low_bits_run_on_integers(deployed: dict[str, Deployed]) -> None:
 
 
 @pytest.mark.parametrize("name", ["w4", "mixed"])
-def test_the_runtime_computes_the_frozen_model(deployed: dict[str, Deployed], name: str, pictures: Any) -> None:
+def test_scores_of_the_frozen_model(deployed: dict[str, Deployed], name: str, pictures: Any) -> None:
     made = deployed[name]
     session = muntin.load(made.artifact.path, precision="f32", threads=1)
     images = pictures(2, 41, 60, 3)
@@ -147,7 +147,7 @@ def test_the_runtime_computes_the_frozen_model(deployed: dict[str, Deployed], na
     assert error.max() <= step and error.mean() <= step / 20
 
 
-def test_attention_is_recorded_and_runs_in_eight_bits(trained: Any, pixels: Any, tmp_path: Path) -> None:
+def test_attention_in_8_bits(trained: Any, pixels: Any, tmp_path: Path) -> None:
     options = {"depths": (1,), "dims": (64,), "head_dim": 32, "stem": (16, 16, 32), "latents": 8, "decoder": 16}
     model, example = trained(create_model("hybrid-xs", classes=4, options=options)), pixels(2, 3, 48, 48)
     made = Deployed(model, example, tmp_path / "artifact", bits=4)
@@ -191,7 +191,7 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize("value", [0, 255])
-def test_a_uniform_image_of_many_tokens_does_not_overflow(seeing: Deployed, engine: str, value: int) -> None:
+def test_attention_of_a_uniform_image(seeing: Deployed, engine: str, value: int) -> None:
     """Each token has the same share, the largest there is, of the same value, and 255 · 127 · 262,144 needs 34 bits."""
     session = muntin.load(seeing.artifact.path, engine=engine, precision="f32", threads=1)
     few, many = (session(np.full((1, side, side + 24, 3), value, np.uint8))[0, :, 0, 0] for side in (16, 500))
@@ -200,7 +200,7 @@ def test_a_uniform_image_of_many_tokens_does_not_overflow(seeing: Deployed, engi
 
 
 @pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
-def test_what_many_tokens_are_summed_by_runs_on_integers(seeing: Deployed) -> None:
+def test_attention_sums_on_integers(seeing: Deployed) -> None:
     session = muntin.load(seeing.artifact.path, precision="f32", threads=1)
     session(np.zeros((1, 72, 56, 3), np.uint8))
     executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}

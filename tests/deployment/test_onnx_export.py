@@ -66,7 +66,7 @@ def awkward(build: type[nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_layers_are_found_by_name_whatever_they_are_called(
+def test_node_names_of_layers(
     awkward: nn.Module, quantized: bool, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
 ) -> None:
     model = awkward
@@ -80,7 +80,7 @@ def test_layers_are_found_by_name_whatever_they_are_called(
     np.testing.assert_allclose(run(proto, images), torch_answer(model, images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_face_is_bytes_of_every_size_and_float32_scores(awkward: nn.Module, pixels: Callable[..., Tensor]) -> None:
+def test_graph_inputs_and_outputs(awkward: nn.Module, pixels: Callable[..., Tensor]) -> None:
     proto = to_onnx(awkward, pixels(1, 3, 32, 32), signature(4))
     (images,), (scores,) = proto.graph.input, proto.graph.output
     assert (images.name, images.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
@@ -91,7 +91,7 @@ def test_the_face_is_bytes_of_every_size_and_float32_scores(awkward: nn.Module, 
     assert not proto.functions
 
 
-def test_quantised_layers_are_integers_between_quantise_and_dequantise(build: type[nn.Module], pixels: Callable[..., Tensor]) -> None:
+def test_nodes_of_quantised_layers(build: type[nn.Module], pixels: Callable[..., Tensor]) -> None:
     def run(m: Any, x: Tensor) -> Any:
         return m.linear(torch.relu(m.conv(x / 255)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -111,7 +111,7 @@ def test_quantised_layers_are_integers_between_quantise_and_dequantise(build: ty
     assert Counter(node.op_type for node in proto.graph.node)["QuantizeLinear"] == 2
 
 
-def test_half_precision_answers_come_as_float32(
+def test_float32_scores_of_half_precision(
     build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
 ) -> None:
     model = build(lambda m, x: m.conv(x / 255).half(), conv=nn.Conv2d(3, 2, 1)).eval()
@@ -119,7 +119,7 @@ def test_half_precision_answers_come_as_float32(
     assert run(proto, pictures(1, 8, 9, 3)).dtype == np.float32
 
 
-def test_canonical_names_are_the_first_of_each_module(awkward: nn.Module) -> None:
+def test_canonical_names(awkward: nn.Module) -> None:
     names = canonical_names(awkward)
     assert names["alias"] == names["model"] == "model" and names[""] == "" and names["add"] == "add"
 
@@ -192,7 +192,7 @@ def answers_as_its_model_at_every_size(model: nn.Module, pixels: Callable[..., T
             np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4 * expected.std())
 
 
-def test_who_lacks_memory_is_not_told_that_the_size_is_wrong() -> None:
+def test_out_of_memory_message() -> None:
     class Hungry(nn.Module):
         def forward(self, pixels_BCHW: Tensor) -> Tensor:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes")
@@ -202,7 +202,7 @@ def test_who_lacks_memory_is_not_told_that_the_size_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("kind", POOLS)
-def test_partial_windows_are_pooled_at_every_size(kind: str, pixels: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_pooling_with_ceil_mode(kind: str, pixels: Callable[..., Tensor], tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), POOLS[kind], POOLS[kind], nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     answers_as_its_model_at_every_size(model, pixels, tmp_path / "a")
 
@@ -215,7 +215,7 @@ class SamePadding(nn.Conv2d):
         return super().forward(F.pad(x_BCHW, (width // 2, width - width // 2, height // 2, height - height // 2)))
 
 
-def test_sizes_are_rounded_as_python_rounds_them(pixels: Callable[..., Tensor], tmp_path: Path) -> None:
+def test_floor_division_of_sizes(pixels: Callable[..., Tensor], tmp_path: Path) -> None:
     convolutions = [SamePadding(channels, 8, 3, 2) for channels in (3, 8, 8)]
     model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     answers_as_its_model_at_every_size(model, pixels, tmp_path / "a")
@@ -240,9 +240,7 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize(("stride", "resize"), [(2, True), (2, False), (8, False)])
-def test_what_a_model_does_to_sides_that_need_it_is_in_the_graph(
-    stride: int, resize: bool, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
-) -> None:
+def test_padding_of_odd_sides(stride: int, resize: bool, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]) -> None:
     model = Padded(stride, resize).eval()
     proto = to_onnx(model, pixels(1, 3, 64, 64), signature(4))
     for height, width in ((33, 47), (64, 64), (50, 40), (48, 31)):
@@ -251,9 +249,7 @@ def test_what_a_model_does_to_sides_that_need_it_is_in_the_graph(
 
 
 @pytest.mark.parametrize("case", cases())
-def test_a_model_that_has_no_graph_is_an_error_of_one_line_and_no_noise(
-    case: str, build: type[nn.Module], pixels: Callable[..., Tensor], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_model_without_a_graph(case: str, build: type[nn.Module], pixels: Callable[..., Tensor], capfd: pytest.CaptureFixture[str]) -> None:
     forward, message = cases()[case]
     level = logging.getLogger("torch").level
     with pytest.raises(ExportError, match=message) as caught:
@@ -263,9 +259,7 @@ def test_a_model_that_has_no_graph_is_an_error_of_one_line_and_no_noise(
     assert logging.getLogger("torch").level == level
 
 
-def test_pooling_to_one_value_works_for_every_size(
-    build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
-) -> None:
+def test_adaptive_pooling_to_one_value(build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]) -> None:
     model = build(
         lambda m, x: m.head(m.pool(m.conv(x / 255)).flatten(1)), conv=nn.Conv2d(3, 8, 3), pool=nn.AdaptiveAvgPool2d(1), head=nn.Linear(8, 5)
     )
@@ -276,14 +270,12 @@ def test_pooling_to_one_value_works_for_every_size(
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64)])
-def test_an_example_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_example_of_another_shape(shape: tuple[int, ...]) -> None:
     with pytest.raises(ExportError, match=r"give raw pixels \(B, 3, H, W\)"):
         to_onnx(nn.Sequential(nn.Conv2d(3, 4, 1)), torch.zeros(shape), signature(4))
 
 
-def test_a_model_in_training_is_exported_as_deployed(
-    build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
-) -> None:
+def test_model_in_training_mode(build: type[nn.Module], pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]) -> None:
     model = build(
         lambda m, x: m.drop(m.norm(m.conv(x / 255))), conv=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4), drop=nn.Dropout(0.5)
     ).train()
@@ -292,7 +284,7 @@ def test_a_model_in_training_is_exported_as_deployed(
     np.testing.assert_allclose(run(proto, images), torch_answer(model.eval(), images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_callers_random_numbers_stay_what_they_were() -> None:
+def test_random_state_is_kept() -> None:
     before = torch.get_rng_state()
     _traced_example(torch.zeros(1, 3, 8, 8))
     assert torch.equal(torch.get_rng_state(), before)

@@ -51,14 +51,14 @@ def tiled() -> list[Sample]:
     return [sample(first, "first"), sample(second, "second")]
 
 
-def test_the_most_varied_truth_comes_first_and_windows_are_apart() -> None:
+def test_example_windows_by_variety() -> None:
     assert example_windows(tiled(), side=SIDE, count=2) == [(1, 0, SIDE), (0, SIDE, 0)]
     everywhere = example_windows(tiled(), side=SIDE, count=99)
     assert len(everywhere) == len(set(everywhere)) == 4
     assert example_windows(tiled(), side=SIDE, count=99) == everywhere
 
 
-def test_pictures_do_not_matter_to_the_choice() -> None:
+def test_example_windows_ignore_images() -> None:
     samples = tiled()
     other = [
         Sample(name=s.name, image=np.random.default_rng(1).integers(0, 256, s.image.shape).astype(np.uint8), target=s.target)
@@ -67,7 +67,7 @@ def test_pictures_do_not_matter_to_the_choice() -> None:
     assert example_windows(samples, side=SIDE, count=3) == example_windows(other, side=SIDE, count=3)
 
 
-def test_ignored_pixels_are_no_variety_and_a_window_of_them_is_no_example() -> None:
+def test_example_windows_without_ignored_pixels() -> None:
     labels = np.full((SIDE, 3 * SIDE), IGNORED, np.uint8)
     labels[:, SIDE : 2 * SIDE] = 1
     labels[: SIDE // 2, SIDE : 2 * SIDE] = IGNORED  # half ignored, half of one class: no variety
@@ -75,12 +75,12 @@ def test_ignored_pixels_are_no_variety_and_a_window_of_them_is_no_example() -> N
     assert example_windows([sample(labels)], side=SIDE, count=9) == [(0, 0, 2 * SIDE), (0, 0, SIDE)]
 
 
-def test_a_picture_smaller_than_a_window_is_one_window() -> None:
+def test_example_window_of_a_small_picture() -> None:
     assert example_windows([sample(varied(np.random.default_rng(0), 3, 5, 7))], side=SIDE, count=3) == [(0, 0, 0)]
 
 
 @pytest.mark.parametrize("always", [None, 2])
-def test_examples_show_picture_truth_prediction_and_difference(tmp_path: Path, always: int | None) -> None:
+def test_example_files(tmp_path: Path, always: int | None) -> None:
     samples = tiled()
     examples = write_examples(tmp_path, Reads(always), samples, CLASSES, side=SIDE, tile=SIDE, count=2)
     assert [example["name"] for example in examples] == ["second, rows 0-16, columns 16-32", "first, rows 16-32, columns 0-16"]
@@ -94,13 +94,13 @@ def test_examples_show_picture_truth_prediction_and_difference(tmp_path: Path, a
         assert np.array_equal(views["difference"], np.where((truth == expected)[..., None], RIGHT, WRONG))
 
 
-def test_a_picture_whose_name_is_no_utf_8_is_told_by_one_that_is(tmp_path: Path) -> None:
+def test_example_name_that_is_not_utf_8(tmp_path: Path) -> None:
     named = sample(varied(np.random.default_rng(0), 3), os.fsdecode(b"caf\xe9"))
     (example,) = write_examples(tmp_path, Reads(), [named], CLASSES, side=SIDE, tile=SIDE, count=1)
     assert example["name"] == "caf\\udce9, rows 0-16, columns 0-16"
 
 
-def test_pictures_of_one_channel_are_shown_grey(tmp_path: Path) -> None:
+def test_examples_of_one_channel(tmp_path: Path) -> None:
     class Grey(Reads):
         signature = Signature(task="segment", channels=1, classes=CLASSES)
 
@@ -110,7 +110,7 @@ def test_pictures_of_one_channel_are_shown_grey(tmp_path: Path) -> None:
     assert np.array_equal(read_image(tmp_path / example["image"]), np.repeat(labels[..., None], 3, 2))
 
 
-def test_the_whole_picture_in_tiles(tmp_path: Path) -> None:
+def test_whole_picture(tmp_path: Path) -> None:
     labels = varied(np.random.default_rng(0), 3, 70, 90)
     borders = [(0, 40, "train"), (40, 45, "left out"), (45, 90, "test")]
     whole = sample(labels)
@@ -125,7 +125,7 @@ def test_the_whole_picture_in_tiles(tmp_path: Path) -> None:
     assert (right == right[0]).all()
 
 
-def test_borders_are_drawn_on_a_copy() -> None:
+def test_draw_borders() -> None:
     picture = np.full((90, 200, 3), 100, np.uint8)
     drawn = draw_borders(picture, [(0, 80, "train"), (80, 90, "left out"), (90, 200, "test")])
     assert (picture == 100).all() and drawn.shape == picture.shape and drawn.dtype == np.uint8

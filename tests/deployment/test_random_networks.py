@@ -134,11 +134,11 @@ def check(seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(16))
-def test_integers_of_networks_drawn_at_random(seed: int) -> None:
+def test_random_networks(seed: int) -> None:
     check(seed)
 
 
 @pytest.mark.soak
-def test_integers_of_many_networks_drawn_at_random() -> None:
+def test_many_random_networks() -> None:
     for seed in range(16, 160):
         check(seed)

@@ -29,7 +29,7 @@ CHANGES = (
 
 
 @pytest.mark.slow
-def test_the_demonstration_leaves_what_it_promises_and_goes_on_when_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_and_its_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["demo", "-o", str(tmp_path / "demo"), *(word for change in CHANGES for word in ("--set", change)), "--json"]
     with monkeypatch.context() as patch:
         patch.setattr("muntin.training.fit", interrupted_at_its_end)

@@ -52,7 +52,7 @@ def run(*words: object) -> Any:
 
 
 @pytest.mark.slow
-def test_from_pictures_to_a_verified_artefact(tmp_path: Path) -> None:
+def test_pictures_to_a_verified_artefact(tmp_path: Path) -> None:
     recipe = {
         "name": "slice",
         "data": write_pictures(tmp_path),

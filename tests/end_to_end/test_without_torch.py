@@ -51,7 +51,7 @@ def run(python: Path, *words: object) -> Any:
 
 
 @pytest.mark.slow
-def test_what_needs_no_torch_works_where_there_is_none(python: Path, artifact: Path, tmp_path: Path) -> None:
+def test_runtime_without_torch(python: Path, artifact: Path, tmp_path: Path) -> None:
     missing = subprocess.run([str(python), "-c", "import torch"], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError" in missing.stderr
     write_image(tmp_path / "image.png", np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
@@ -72,7 +72,7 @@ def test_what_needs_no_torch_works_where_there_is_none(python: Path, artifact: P
 
 
 @pytest.mark.slow
-def test_a_server_needs_no_torch(python: Path, artifact: Path, tmp_path: Path) -> None:
+def test_server_without_torch(python: Path, artifact: Path, tmp_path: Path) -> None:
     subprocess.run([str(python), *INSTALL, f"{ROOT}[serve]"], check=True)
     assert subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False).returncode
     images = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), dtype=np.uint8)

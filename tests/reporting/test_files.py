@@ -13,7 +13,7 @@ import pytest
 
 import muntin.reporting
 from muntin.errors import MuntinError
-from muntin.reporting import parse_report, read_report, write_report
+from muntin.reporting import write_report
 from muntin.reporting.files import write_files
 
 
@@ -29,7 +29,6 @@ def test_report_round_trip(report: dict[str, Any], run_directory: Path) -> None:
     page = write_report(run_directory, report)
     assert page == run_directory / "report.html"
     assert json.loads((run_directory / "report.json").read_text(encoding="utf-8")) == report
-    assert read_report(run_directory) == read_report(run_directory / "report.json") == parse_report(report)
     assert not [file for file in contents(run_directory) if file.startswith(".")]
 
 
@@ -110,21 +109,6 @@ def test_report_file_is_a_folder(report: dict[str, Any], tmp_path: Path) -> None
     with pytest.raises(MuntinError, match="cannot write the report into"):
         write_report(tmp_path, without_pictures(report))
     assert not [file for file in contents(tmp_path) if file.startswith(".")]
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"format": 1}', "[]", "[" * 100_000, '{"title": "\\ud800"}', '{"a": NaN}', "\udcff"])
-def test_read_report_of_other_text(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "report.json"
-    file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(MuntinError) as caught:
-        read_report(tmp_path)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_read_report_without_a_file(tmp_path: Path) -> None:
-    with pytest.raises(MuntinError, match="there is no report"):
-        read_report(tmp_path)
 
 
 def test_import_without_torch_and_matplotlib() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from muntin.errors import MuntinError
-from muntin.reporting.profile_schema import parse_profile, profile_values
+from muntin.reporting.profile_schema import parse_profile
 
 
 def refusal(profile: Any) -> str:
@@ -24,7 +24,7 @@ def refusal(profile: Any) -> str:
 
 def test_profile_round_trip(profile: dict[str, Any]) -> None:
     checked = parse_profile(profile)
-    values = json.loads(json.dumps(profile_values(checked), allow_nan=False))
+    values = json.loads(json.dumps(checked.model_dump(mode="json"), allow_nan=False))
     assert values == profile
     assert parse_profile(values) == parse_profile(checked) == checked
 

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. A command imports its room when it runs, so that `--help` is quick."""
+"""The command line: parse, call, print. A command imports its room when it runs, which keeps `--help` quick."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import typer
 from muntin.cli.bench import bench_command
 from muntin.cli.compress import compress_command
 from muntin.cli.console import accept_any_name, memory_advice, out, say
-from muntin.cli.deploy import export_command, predict_command, verify_command
+from muntin.cli.export import export_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
+from muntin.cli.predict import predict_command
 from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
 from muntin.cli.serve import serve_command
 from muntin.cli.train import evaluate_command, fit_command
+from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install
 
 app = typer.Typer(
@@ -27,28 +29,28 @@ app = typer.Typer(
 )
 
 
-def _tell_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         from importlib.metadata import version
 
-        out.print(f"muntin {version('muntin')}", markup=False)
+        out.print(f"muntin {version('muntin')}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Make vision models small and fast, and prove it on what is deployed."""
+    """Make vision models small and fast, and measure the deployed artefact."""
 
 
 _EXTRAS = {
     "train": ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"),
     "serve": ("granian", "starlette", "orjson", "grpc", "google", "prometheus_client"),
 }
-"""What brings the packages that a command may lack."""
+"""Packages that a command may lack, by the extra that installs them."""
 CTRL_C = 130
-"""What typer turns a KeyboardInterrupt into."""
+"""Exit code that typer gives a KeyboardInterrupt."""
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
@@ -71,7 +73,7 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point: 0 done, 1 the user's input or a failed check (one line on stderr), 2 usage."""
+    """Run the command line. Exit codes: 0 done, 1 wrong input or a failed check (one line on stderr), 2 usage."""
     accept_any_name()
     try:
         app()
@@ -86,7 +88,7 @@ def main() -> None:
         say(f"muntin: this command needs the package {package}: {install(extra)}")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        from muntin.runtime.host.memory import no_memory  # of a module that loads much
+        from muntin.runtime.host.memory import no_memory  # slow to import
 
         if not no_memory(error):
             raise

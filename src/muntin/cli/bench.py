@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import Json, out, print_json, progress_bar
-from muntin.cli.deploy import ArtifactPath, Engine, Precision
+from muntin.cli.console import out, print_json, print_notes, progress_bar
+from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption
 from muntin.cli.profile import parse_size
 from muntin.errors import DataError
 from muntin.text import count
@@ -23,27 +23,29 @@ CACHED = {True: "yes", False: "no", None: "-"}
 
 
 def bench_command(
-    artifact: ArtifactPath,
+    artifact: ArtifactArgument,
     baseline: Annotated[
         Path | None,
         typer.Option(
-            help="Another artefact, opened with the same --engine and --precision, or a run or checkpoint (PyTorch FP32, on a GPU where "
-            "there is one; needs the extra `train`), measured in turns with this one."
+            help="Another artefact (same --engine and --precision), or a run or checkpoint (PyTorch FP32, on a GPU if present; needs the "
+            "extra `train`), measured in turns with this one."
         ),
     ] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Height and width in pixels, 512 or 512x768; what it was exported for by default.")
+    size: Annotated[str | None, typer.Option(help="Height and width in pixels, 512 or 512x768; the size of the export by default.")] = None,
+    batch: Annotated[str, typer.Option(help="Images a call; several values separated by commas.")] = "1",
+    threads: Annotated[
+        str | None, typer.Option(help="Threads; several values separated by commas; the usable physical cores by default.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images a call; several separated by commas.")] = "1",
-    threads: Annotated[str | None, typer.Option(help="Threads, several separated by commas; the usable physical cores by default.")] = None,
-    streams: Annotated[str, typer.Option(help="Calls computed at the same time: 1 for latency, as many as threads for throughput.")] = "1",
+    streams: Annotated[
+        str, typer.Option(help="Calls computed at the same time: 1 for latency, the number of threads for throughput.")
+    ] = "1",
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls a row.")] = 50,
     compile: Annotated[bool, typer.Option("--compile", help="Compile a PyTorch baseline by torch.compile.")] = False,
-    engine: Engine = "openvino",
-    precision: Precision = "recorded",
-    json: Json = False,
+    engine: EngineOption = "openvino",
+    precision: PrecisionOption = "recorded",
+    json: JsonOption = False,
 ) -> None:
-    """Measure an artefact: latency, images a second, memory, loading; beside a baseline if one is given."""
+    """Measure an artefact's latency, throughput, memory and loading time, and compare them with a baseline if one is given."""
     from muntin.runtime.profiling.bench import bench
 
     if compile and baseline is None:
@@ -89,8 +91,8 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
         return ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     from muntin.training import read_checkpoint
 
-    read_checkpoint(path)  # a mistake is told here, before anything is measured
-    from muntin.deployment.candidate import CheckpointCandidate
+    read_checkpoint(path)  # raises before anything is measured
+    from muntin.deployment.checkpoint_candidate import CheckpointCandidate
 
     return CheckpointCandidate(path=str(path), compile=compile)
 
@@ -100,20 +102,19 @@ def _print(result: Bench) -> None:
     letters = dict(zip(names, "AB", strict=False))
     for name, letter in letters.items():
         row = next(row for row in result.rows if row.name == name)
-        out.print(f"{letter}  {name}: {row.engine}, float layers in {row.precision}", markup=False)
-    for line in table_lines(result, letters):  # a narrow terminal wraps lines: better than numbers that are cut
-        out.print(line, markup=False)
-    out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own", markup=False)
-    out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept", markup=False)
+        out.print(f"{letter}  {name}: {row.engine}, float layers in {row.precision}")
+    for line in table_lines(result, letters):
+        out.print(line)
+    out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own")
+    out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept")
     hardware = result.hardware
     cores = count(hardware["cores"], "core")
-    out.print(f"{hardware['cpu']}, {cores}, {', '.join(hardware['features'])}; {result.created}", markup=False)
-    for note in result.notes:
-        out.print(f"note      {note}", markup=False)
+    out.print(f"{hardware['cpu']}, {cores}, {', '.join(hardware['features'])}; {result.created}")
+    print_notes(result.notes)
 
 
 def table_lines(result: Bench, letters: Mapping[str, str]) -> list[str]:
-    """Lines of columns, each as wide as its widest number."""
+    """Return a heading and a line for each row, in aligned columns."""
     headings = ["", "batch", "size", "threads", "streams", "median ms", "p90", "p99", "images/s", "load s", "cached", "MiB"]
     lines = [headings + (["faster"] if len(letters) > 1 else [])]
     for row in result.rows:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import Json, out, print_json, say
+from muntin.cli.console import out, print_json, print_notes, say
+from muntin.cli.options import JsonOption
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
@@ -17,20 +18,19 @@ if TYPE_CHECKING:
     from muntin.models.compression_record import Stage
     from muntin.training import Checkpoint
 
-
 QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
-"""What of a recipe's `quantization` counts in compression."""
+"""Keys of a recipe's `quantization` that compression uses."""
 
 
 def compress_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the stages; RUN/compressed by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from what is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the stages in the folder.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.average_bits=5; repeatable.")
     ] = None,
-    until: Annotated[str, typer.Option(help="The last stage to go through: low-rank, w4a8 or mixed.")] = "mixed",
-    json: Json = False,
+    until: Annotated[str, typer.Option(help="The last stage to run: low-rank, w4a8 or mixed.")] = "mixed",
+    json: JsonOption = False,
 ) -> None:
     """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
     from muntin.compression.stages import FOLDER
@@ -41,19 +41,12 @@ def compress_command(
     if until not in STAGES:
         raise RecipeError(f"--until '{until}': give one of {', '.join(STAGES)}")
 
-    found = find_checkpoint(checkpoint)
-    directory = output or found.parent.parent / FOLDER
-    run = compress_with_progress(read_checkpoint(found), directory, until=until, resume=resume, overrides=set_ or ())
+    file = find_checkpoint(checkpoint)
+    directory = output or file.parent.parent / FOLDER
+    run = compress_with_progress(read_checkpoint(file), directory, until=until, resume=resume, overrides=set_ or ())
     if json:
-        print_json(
-            {
-                "directory": run.directory,
-                "interrupted": run.interrupted,
-                "checkpoint": run.checkpoint,
-                "stages": [asdict(stage) for stage in run.stages],
-                "notes": run.notes,
-            }
-        )
+        document = {"directory": run.directory, "interrupted": run.interrupted, "checkpoint": run.checkpoint}
+        print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": run.notes})
     else:
         describe_compression(run)
     if run.interrupted:
@@ -66,13 +59,13 @@ def compress_command(
 def compress_with_progress(
     checkpoint: Checkpoint, directory: Path, *, until: Stage = "mixed", resume: bool, overrides: list[str] | tuple[str, ...] = ()
 ) -> CompressionRun:
-    """`compress_checkpoint`, with a bar on a terminal."""
+    """Run `compress_checkpoint` with a bar on a terminal."""
     from muntin.compression.stages import compress_checkpoint
     from muntin.errors import RecipeError
     from muntin.training.recipe import override_recipe
 
-    here = ("compression.", *(f"{key}=" for key in QUANTIZATION))
-    other = next((override for override in overrides if not override.startswith(here)), None)
+    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
+    other = next((override for override in overrides if not override.startswith(allowed)), None)
     if other is not None:
         raise RecipeError(
             f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
@@ -85,21 +78,18 @@ def compress_with_progress(
 
 
 def describe_compression(run: CompressionRun) -> None:
-    """What was done, for a person."""
-
+    """Print the stages, ranks and bits of a compression."""
     from muntin.training import read_checkpoint
 
     for stage in run.stages:
         score = "" if stage.score is None else f", {stage.score:.4f} on the validation split"
-        out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s{score}", markup=False)
+        out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s{score}")
     changes = read_checkpoint(run.checkpoint).changes
-    factored = sum(1 for change in changes if change.pass_ == "low_rank" and not change.kept)
-    looked = sum(1 for change in changes if change.pass_ == "low_rank")
-    if looked:
-        out.print(f"ranks     {factored} of {looked} layers are factored", markup=False)
+    kept = [change.kept for change in changes if change.pass_ == "low_rank"]
+    if kept:
+        out.print(f"ranks     {kept.count(False)} of {len(kept)} layers are factored")
     bits = [change.done for change in changes if change.pass_ == "mix"]
     if bits:
-        out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))), markup=False)
-    for note in run.notes:
-        out.print(f"note      {note}", markup=False)
-    out.print(f"wrote     {run.checkpoint}", markup=False)
+        out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))))
+    print_notes(run.notes)
+    out.print(f"wrote     {run.checkpoint}")

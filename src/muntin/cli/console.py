@@ -1,17 +1,17 @@
-"""What every command shares: progress on a terminal, one JSON document where asked, one line and an exit code for a mistake."""
+"""Output that every command shares: tables, notes, progress on a terminal, one JSON document."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,18 +19,20 @@ from rich.text import Text
 
 from muntin.errors import DataError
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+out = Console(markup=False, highlight=False, soft_wrap=True, emoji=False)
+err = Console(markup=False, highlight=False, soft_wrap=True, emoji=False, stderr=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last output.")]
 SHOWN = 12
-"""Classes that are named in a line."""
+"""Maximum number of class names in a line."""
 UNBOUNDED = 10_000
-"""Columns that no table has."""
+"""Width, in columns, of the console that measures a table."""
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on standard output; in ASCII where it holds what the output's encoding does not, as a name that is no UTF-8."""
+    """Print one JSON document on standard output. Raises ValueError for numbers that are not finite (see `finite`).
+
+    ASCII only where the output's encoding lacks a character, such as an escaped byte of a file name that is not UTF-8.
+    """
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False, default=str)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -40,42 +42,57 @@ def print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
+def finite(value: Any) -> Any:
+    """Return the value with None for each number that is not finite, also inside dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 def memory_advice(error: BaseException) -> str:
-    """What to do where memory is out; numpy says how much it wanted, PyTorch too."""
-    wanted = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
+    """Return advice for an out-of-memory error, with the error's own text."""
+    reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
     return (
-        f"not enough memory{wanted}: choose a smaller --tile, --size or --batch where the command has it, a smaller training.batch_size or "
+        f"not enough memory{reason}: choose a smaller --tile, --size or --batch where the command has it, a smaller training.batch_size or "
         "data.crop to train, or a machine with more"
     )
 
 
 def accept_any_name() -> None:
-    """Lets both outputs write names that their encoding does not have: by the numbers of their bytes, where it would be an error."""
+    """Let both outputs escape characters that their encoding lacks instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_table(table: Table) -> None:
-    """A table on standard output: in a pipe as wide as it is, since nobody's window cuts it there; on a terminal its cells fold."""
+    """Print a table on standard output: its cells fold on a terminal; in a pipe it is as wide as its contents."""
     for column in table.columns:
         if not column.no_wrap:
             column.overflow = "fold"
     if out.file.isatty():
         out.print(table)
         return
-    wide = Console(file=out.file, width=UNBOUNDED, highlight=False, emoji=False)
+    wide = Console(file=out.file, width=UNBOUNDED, markup=False, highlight=False, emoji=False)
     wide.print(table, width=wide.measure(table).maximum)
 
 
+def print_notes(notes: Iterable[object]) -> None:
+    """Print a line for each note on standard output."""
+    for note in notes:
+        out.print(f"note      {note}")
+
+
 def say(text: str) -> None:
-    """A line for a person, on standard error, so that standard output stays what was asked for."""
-    err.print(text, markup=False)
+    """Print a line on standard error, because standard output holds only results."""
+    err.print(text)
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """`advance(done, total)` for a bar on a terminal; in a pipe it shows nothing."""
+    """Yield `advance(done, total)`, which moves a bar on a terminal and does nothing in a pipe."""
     if not err.is_terminal:
         yield lambda done, total: None
         return
@@ -87,19 +104,19 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def status(description: str) -> Iterator[Callable[[str], None]]:
-    """`stage(name)` for work that has named stages and no count; in a pipe it shows nothing."""
+    """Yield `stage(name)`, which shows a stage on a terminal and does nothing in a pipe."""
     if not err.is_terminal:
         yield lambda name: None
         return
-    with err.status(Text(description)) as spinner:  # as it is: a path may look like markup
+    with err.status(Text(description)) as spinner:  # Text, because rich reads "[x]" in a str as markup
         yield lambda name: spinner.update(Text(f"{description}: {name}"))
 
 
 def refuse_unwritable(output: Path) -> None:
-    """Raises DataError where no folder can be made, or nothing written into it: before the work, not after it."""
+    """Raise DataError where the folder cannot be created or written into. Called before long work."""
     target = output.resolve()
-    there = next(path for path in (target, *target.parents) if os.path.lexists(path))  # what is missing below it will be made
-    if not there.is_dir():
-        raise DataError(f"--output {output}: {there} is a file: name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise DataError(f"--output {output}: nothing may be written in {there}: change its permissions or name another folder")
+    parent = next(path for path in (target, *target.parents) if os.path.lexists(path))
+    if not parent.is_dir():
+        raise DataError(f"--output {output}: {parent} is a file: name a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise DataError(f"--output {output}: nothing may be written in {parent}: change its permissions or name another folder")

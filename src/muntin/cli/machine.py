@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import zip_longest
-from math import isfinite
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from muntin.cli.console import Json, out, print_json, status
+from muntin.cli.console import finite, out, print_json, status
+from muntin.cli.options import JsonOption
 from muntin.errors import VerificationError
 
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
     from muntin.runtime.profiling.doctor_facts import Machine
 
 LABEL, LINE = 12, 64
-"""Columns of a row's label, at least, and of a list of packages: with the margins 80 in all."""
+"""Minimum width of a row's label and width of the list of packages, in columns; 80 with the margins."""
 _GLUE = "\N{NO-BREAK SPACE}"
 _COLORS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 
 def doctor_command(
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that you mean to use; the usable physical cores by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the self-test, which takes about ten seconds.")] = False,
-    json: Json = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads to check for; the usable physical cores by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the self-test, which takes about ten seconds.")] = False,
+    json: JsonOption = False,
 ) -> None:
-    """Look over this machine: what it computes with, whether integers come out right, what would make timings lie."""
+    """Examine this machine: hardware, software, correct integer arithmetic, and settings that distort timings."""
     from muntin.runtime.profiling.doctor import examine
 
     with status("examining") as stage:
         diagnosis = examine(threads=threads, self_test=not quick, stage=stage)
     if json:
-        print_json(_finite(asdict(diagnosis) | {"problems": diagnosis.problems}))
+        print_json(finite(asdict(diagnosis) | {"problems": diagnosis.problems}))
     else:
         _print(diagnosis)
     if diagnosis.problems:
@@ -57,15 +57,15 @@ def _print(diagnosis: Diagnosis) -> None:
 def _table(title: str, rows: Iterable[tuple[str, str]]) -> None:
     out.print(Text(title, style="bold"))
     rows = list(rows)
-    if not out.is_terminal:  # a row stays a line in a pipe, however long
+    if not out.is_terminal:  # one line a row in a pipe
         width = max(LABEL, *(len(label) for label, _ in rows))
         for label, text in rows:
-            out.print(f"  {label:<{width}}  {text}", markup=False)
+            out.print(f"  {label:<{width}}  {text}")
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(min_width=2 + LABEL)
-    table.add_column(overflow="fold")  # a path or a command that is cut cannot be copied
-    for label, text in rows:  # Text, not str: rich would read "[train]" as markup
+    table.add_column(overflow="fold")  # complete paths and commands can be copied
+    for label, text in rows:
         table.add_row(Text(f"  {label}", style=_COLORS.get(label, "")), Text(text))
     out.print(table)
 
@@ -108,12 +108,3 @@ def _software(diagnosis: Diagnosis) -> list[tuple[str, str]]:
         lacking = f"without {', '.join(extra.missing)}: {extra.install}"
         rows.append((f"[{extra.name}]", "complete" if not extra.missing else lacking))
     return rows
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for what JSON cannot say: a sum that is not finite."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,19 +1,18 @@
-"""`muntin profile`: why is it slow?"""
+"""`muntin profile`."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
-from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, status
-from muntin.cli.deploy import Precision, Threads
+from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, status
+from muntin.cli.options import JsonOption, PrecisionOption, ThreadsOption
 from muntin.errors import DataError
 from muntin.text import count
 
@@ -22,31 +21,31 @@ if TYPE_CHECKING:
 
 WINS = 3
 TOP = 12
-"""Kernels in the table: the others are in the files."""
+"""Maximum number of rows in the table of kernels; the files hold all."""
 TRACE = "trace.json"
 
 
 def profile_command(
     artifact: Annotated[
-        Path, typer.Argument(help="An artefact's folder, written by `muntin export`; or a run, whose live model PyTorch then profiles.")
+        Path, typer.Argument(help="An artefact's folder, written by `muntin export`; or a run, whose model is profiled in PyTorch.")
     ],
     size: Annotated[
         str | None,
         typer.Option(
-            help="Of the image, in pixels: HxW, or N for a square; by default the size that it was exported with, a run's of its crops."
+            help="Size of the image in pixels: HxW, or N for a square; by default the size of the export, for a run that of its crops."
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images in a call.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a call.")] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
-    precision: Precision = "recorded",
-    threads: Threads = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Calls that are measured.")] = 30,
+    precision: PrecisionOption = "recorded",
+    threads: ThreadsOption = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Timed calls.")] = 30,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the results; ARTIFACT-profile beside the artefact by default.")
     ] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
-    """Find out why an artefact is slow: every kernel that the engine executes, against what this machine can reach."""
+    """Show where an artefact's time goes: every kernel that the engine executes, compared with the limits of this machine."""
     from muntin.artifact.store import MANIFEST
     from muntin.reporting import write_profile
     from muntin.reporting.files import write_files
@@ -68,21 +67,22 @@ def profile_command(
         measured = profile(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), shape=shape, rounds=rounds)
     document = profile_dict(measured)
     page = write_profile(target, document)
-    write_files(target, {TRACE: _text(chrome_trace(measured))}, what="trace")
+    write_files(target, {TRACE: dumps(chrome_trace(measured), ensure_ascii=False, allow_nan=False) + "\n"}, what="trace")
     if json:
         print_json(document | {"files": sorted(str(target / name) for name in (JSON_NAME, HTML_NAME, PICTURE_NAME, TRACE))})
         return
     _print(document)
-    out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev", markup=False)
+    out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev")
 
 
 def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None, threads: int | None, rounds: int, json: bool) -> None:
-    """The live model of a run's newest checkpoint, layer by layer in PyTorch's own profiler (NVTX ranges on CUDA)."""
+    """Profile the model of a run's newest checkpoint layer by layer in PyTorch (NVTX ranges on CUDA)."""
     from dataclasses import asdict
 
     import torch
 
-    from muntin.deployment.live import checkpoint_session, profile_live
+    from muntin.deployment.checkpoint_candidate import checkpoint_session
+    from muntin.deployment.torch_profile import profile_torch
     from muntin.runtime.host.hardware import physical_cores
     from muntin.runtime.profiling.profile import fill
     from muntin.training import read_checkpoint
@@ -94,33 +94,32 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
     H, W = (crop, crop) if size is None else parse_size(size)
     images = fill(source_of(checkpoint).split("train")[0].image[None], (batch or 1, H, W))
     with status("profiling"):
-        measured = profile_live(checkpoint_session(checkpoint), images, target / TRACE, rounds=rounds)
+        measured = profile_torch(checkpoint_session(checkpoint), images, target / TRACE, rounds=rounds)
     if json:
         print_json(asdict(measured))
         return
     out.print(
         f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, "
         f"{count(measured.threads, 'thread')}, the profiler on (median of {count(rounds, 'call')})",
-        markup=False,
     )
     rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
     title = f"the longest {len(rows)} of {len(measured.layers)} layers"
     print_table(_table(title, ("layer", "kind", "ms", "share"), rows))
-    out.print(f"wrote     {measured.trace} for chrome://tracing or ui.perfetto.dev", markup=False)
+    out.print(f"wrote     {measured.trace} for chrome://tracing or ui.perfetto.dev")
 
 
 def _target(artifact: Path, output: Path | None) -> Path:
     from muntin.artifact.store import MANIFEST
 
-    there = artifact.resolve()
-    target = output if output is not None else there.parent / f"{there.name}-profile"
-    if (there / MANIFEST).exists() and there in (target.resolve(), *target.resolve().parents):
+    folder = artifact.resolve()
+    target = output if output is not None else folder.parent / f"{folder.name}-profile"
+    if (folder / MANIFEST).exists() and folder in (target.resolve(), *target.resolve().parents):
         raise DataError(f"--output {target}: that is in the artefact, which holds its own files only: name a folder elsewhere")
     return target
 
 
 def _shape(artifact: Path, size: str | None, batch: int | None) -> Shape | None:
-    """(B, H, W) of what was asked for; what was not is the artefact's. None when nothing was."""
+    """Return (B, H, W) with the artefact's values for missing options; None where both are missing."""
     from muntin.artifact import open_artifact
     from muntin.runtime.profiling.profile import default_shape
 
@@ -133,15 +132,11 @@ def _shape(artifact: Path, size: str | None, batch: int | None) -> Shape | None:
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """(H, W) of "HxW", or of "N" for a square. Raises DataError for anything else."""
+    """Return (H, W) of "HxW", or of "N" for a square. Raises DataError for any other text."""
     match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", size)
     if match is None:
         raise DataError(f"--size {size}: give rows x columns in pixels as in 512x768, or one number for a square")
     return int(match[1]), int(match[2] or match[1])
-
-
-def _text(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _print(document: Mapping[str, Any]) -> None:
@@ -149,30 +144,28 @@ def _print(document: Mapping[str, Any]) -> None:
     out.print(
         f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, float layers in {document['precision']}, "
         f"{count(document['threads'], 'thread')} (median of {count(document['rounds'], 'call')})",
-        markup=False,
     )
     wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]
     for number, finding in enumerate(wins[:WINS], 1):
-        out.print(f"win {number}     up to {finding['saves_ms']:.2f} ms: {finding['words']}", markup=False)
+        out.print(f"win {number}     up to {finding['saves_ms']:.2f} ms: {finding['words']}")
     if not wins:
-        out.print("win       none: no part of it is far from what this machine can reach", markup=False)
+        out.print("win       none: no part of it is far from what this machine can reach")
     for finding in document["findings"]:
         if finding["saves_ms"] is None:
-            out.print(f"mind      {finding['words']}", markup=False)
-    for note in document["notes"]:
-        out.print(f"note      {note}", markup=False)
+            out.print(f"mind      {finding['words']}")
+    print_notes(document["notes"])
     print_table(kinds_table(document))
     print_table(kernels_table(document))
 
 
 def kinds_table(document: Mapping[str, Any]) -> Table:
-    """Where the time goes, by kind."""
+    """Return the table of time by kind of kernel."""
     rows = [[row["kind"], f"{row['ms']:.2f}", f"{row['share']:.0%}", str(row["count"] or "")] for row in document["kinds"]]
     return _table("by kind", ("kind", "ms", "share", "kernels"), rows)
 
 
 def kernels_table(document: Mapping[str, Any]) -> Table:
-    """The kernels that take longest, the share of its ceiling that each reaches, and the precision that it computes in."""
+    """Return the table of the slowest kernels, with the share of its ceiling that each reaches and its precision."""
     longest = sorted(document["kernels"], key=lambda kernel: -kernel["ms"])[:TOP]
     rows = [
         [
@@ -188,10 +181,9 @@ def kernels_table(document: Mapping[str, Any]) -> Table:
 
 
 def _table(title: str, columns: Iterable[str], rows: Iterable[list[str]]) -> Table:
-    # Text, not str: names are the user's, and rich would read "[red]" in them as markup.
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*row)
     return table

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from muntin.cli.console import Json, out, print_json, print_table, refuse_unwritable, say, status
+from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, status
+from muntin.cli.options import CheckpointArgument, JsonOption
 
 
 def report_command(
-    run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    run: CheckpointArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report; the run's own by default.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Quantise, export, verify and measure a run on its test split; write report.html and report.json."""
     from muntin.training import find_checkpoint
@@ -29,9 +30,9 @@ def report_command(
 def demo_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run.")] = Path("runs/demo"),
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set seed=1; repeatable.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
-    """The whole way on a satellite photograph: train, compress, export, verify, measure, report. Run again, it goes on."""
+    """Train, compress, export, verify and measure a model of a satellite photograph, and report. Run again, it continues."""
     from muntin.cli.compress import compress_with_progress, describe_compression
     from muntin.cli.train import describe_fit, fit_with_progress
     from muntin.compression.stages import FOLDER
@@ -57,21 +58,20 @@ def demo_command(
 
 
 def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[str] = ()) -> None:
-    """Assesses, writes and shows it; `before`: notes of earlier steps, which a person was told when they were done."""
-    from muntin.deployment.assessment import assess
+    """Compare, write and print the report. `before`: notes of earlier steps, already printed and repeated only in JSON."""
+    from muntin.deployment.comparison import compare
     from muntin.reporting import terminal_table, write_report
     from muntin.reporting.text import percent
     from muntin.training import read_checkpoint
 
     with status("assessing") as stage:
-        report: dict[str, Any] = assess(read_checkpoint(checkpoint), directory, stage=stage)
+        report: dict[str, Any] = compare(read_checkpoint(checkpoint), directory, stage=stage)
     page = write_report(directory, report)
     if json:
         print_json({"report": page, **report, "notes": list(dict.fromkeys((*before, *report["notes"])))})
         return
     print_table(terminal_table(report))
     if report["agreement"] is not None:
-        out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and simulated", markup=False)
-    for note in report["notes"]:
-        out.print(f"note      {note}", markup=False)
-    out.print(f"wrote     {page}", markup=False)
+        out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and simulated")
+    print_notes(report["notes"])
+    out.print(f"wrote     {page}")

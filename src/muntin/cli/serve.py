@@ -3,85 +3,110 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from muntin.cli.console import print_json, say, status
-from muntin.cli.deploy import Engine, Precision, Threads
+from muntin.cli.options import EngineOption, PrecisionOption, ThreadsOption
 from muntin.errors import DataError
 
 if TYPE_CHECKING:
     from muntin.serving.config import ServeConfig
+    from muntin.serving.server import Server
 
 _MEGABYTE = 1 << 20
 _MAX_LINES = 1000
-"""Lines that may wait to be written to standard error."""
+"""Maximum number of lines that wait to be written to standard error."""
+_ArtifactArgument = Annotated[Path, typer.Argument(help="An artefact's folder, or a folder of numbered ones: 1, 2, 3, ...")]
+_HostOption = Annotated[str, typer.Option(help="Address to listen on. The default accepts only connections from this machine.")]
+_HttpPortOption = Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0: any free port.")]
+_GrpcPortOption = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0: any free port.")]
+_NoGrpcOption = Annotated[bool, typer.Option("--no-grpc", help="HTTP only.")]
+_NameOption = Annotated[str | None, typer.Option(help="Name of the model; the folder's by default.")]
+_ObjectiveMsOption = Annotated[
+    float | None,
+    typer.Option(help="Time limit of an answer, milliseconds: a request that cannot meet it is refused at once. No limit by default."),
+]
+_MaxBatchOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of images in one call.")]
+_QueueOption = Annotated[int, typer.Option(min=1, help="Maximum number of images that wait.")]
+_StreamsOption = Annotated[int, typer.Option(min=1, help="Batches that compute at the same time; they share the threads.")]
+_WatchOption = Annotated[
+    bool,
+    typer.Option("--watch", help="Load new versions from the folder while serving; a broken version is reported and changes nothing."),
+]
+_CanaryOption = Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version answers before it takes over.")]
+_ShadowOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of requests that a new version also computes, for comparison only.")
+]
+_TrialOption = Annotated[
+    int, typer.Option(min=1, help="Images that a new version must compute without failure before it takes over, and again after.")
+]
+_MaxJsonOption = Annotated[int, typer.Option(min=1, max=1024, help="MiB of the JSON part of one request, without its binary tensors.")]
+_MaxBodyOption = Annotated[int, typer.Option(min=1, max=4096, help="MiB of one request.")]
+_MaxPixelsOption = Annotated[
+    int, typer.Option(min=1, max=1 << 30, help="Pixels of one image, height times width, checked before a picture is decoded.")
+]
+_IdleSecondsOption = Annotated[
+    int, typer.Option(min=1, max=86400, help="Seconds after which an idle connection is closed; set it above a proxy's own limit.")
+]
+_MaxConnectionsOption = Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")]
+_DrainSecondsOption = Annotated[
+    int, typer.Option(min=1, max=86400, help="Seconds that requests in flight get after SIGTERM or Ctrl-C; then they are cut off.")
+]
+_TokenFileOption = Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")]
+_TlsCertificateOption = Annotated[Path | None, typer.Option(help="PEM file; with --tls-key: HTTPS and gRPC over TLS.")]
+_TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM file.")]
+_AccessLogOption = Annotated[bool, typer.Option("--access-log", help="Write a line of JSON for each request to standard output.")]
+_TraceOption = Annotated[
+    bool,
+    typer.Option("--trace", help="Send an OpenTelemetry span for each inference to OTEL_EXPORTER_OTLP_ENDPOINT (extra `otel`)."),
+]
+_JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document with the addresses once it listens; lines of --access-log follow it.")
+]
 
 
 def serve_command(
-    artifact: Annotated[Path, typer.Argument(help="An artefact's folder, or a folder of numbered ones: 1, 2, 3, ...")],
-    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine reach it only if this says so.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8001,
-    no_grpc: Annotated[bool, typer.Option("--no-grpc", help="HTTP only.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the model; the folder's by default.")] = None,
-    objective_ms: Annotated[
-        float | None,
-        typer.Option(help="Answer every admitted request within so many milliseconds; refuse early what cannot be. No promise by default."),
-    ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, max=1024, help="Images that are computed in one call at most.")] = 8,
-    queue: Annotated[int, typer.Option(min=1, help="Images that may wait.")] = 512,
-    streams: Annotated[int, typer.Option(min=1, help="Batches that compute at the same time, each with its share of the threads.")] = 1,
-    watch: Annotated[
-        bool,
-        typer.Option("--watch", help="Load versions that come to the folder while serving; a broken one is told, and changes nothing."),
-    ] = False,
-    canary: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version answers before it takes over.")] = 0.0,
-    shadow: Annotated[float, typer.Option(min=0, max=1, help="Share of requests that a new version computes too, to be compared.")] = 0.0,
-    trial: Annotated[int, typer.Option(min=1, help="Images that a new version has to stand before, and again after, it takes over.")] = 100,
-    max_json: Annotated[int, typer.Option(min=1, max=1024, help="MiB of one request's JSON; tensors in binary are no part of it.")] = 4,
-    max_body: Annotated[int, typer.Option(min=1, max=4096, help="MiB of one request.")] = 64,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, max=1 << 30, help="Pixels of one image, height times width; of a picture before it is unpacked.")
-    ] = 1 << 26,
-    idle_seconds: Annotated[
-        int, typer.Option(min=1, max=86400, help="Seconds that a connection may do nothing; more than a proxy in front keeps its own.")
-    ] = 75,
-    max_connections: Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")] = 512,
-    drain_seconds: Annotated[
-        int, typer.Option(min=1, max=86400, help="Seconds that requests in flight get after SIGTERM or Ctrl-C; then they are cut off.")
-    ] = 30,
-    token_file: Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")] = None,
-    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file; with --tls-key: HTTPS and gRPC over TLS.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="PEM file.")] = None,
-    access_log: Annotated[bool, typer.Option("--access-log", help="A line of JSON for each request, on standard output.")] = False,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace", help="A span of OpenTelemetry for each inference (extra `otel`; OTEL_EXPORTER_OTLP_ENDPOINT says where to)."
-        ),
-    ] = False,
-    engine: Engine = "openvino",
-    precision: Precision = "recorded",
-    threads: Threads = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document once it listens: where; the lines of --access-log come after it.")
-    ] = False,
+    artifact: _ArtifactArgument,
+    host: _HostOption = "127.0.0.1",
+    http_port: _HttpPortOption = 8000,
+    grpc_port: _GrpcPortOption = 8001,
+    no_grpc: _NoGrpcOption = False,
+    name: _NameOption = None,
+    objective_ms: _ObjectiveMsOption = None,
+    max_batch: _MaxBatchOption = 8,
+    queue: _QueueOption = 512,
+    streams: _StreamsOption = 1,
+    watch: _WatchOption = False,
+    canary: _CanaryOption = 0.0,
+    shadow: _ShadowOption = 0.0,
+    trial: _TrialOption = 100,
+    max_json: _MaxJsonOption = 4,
+    max_body: _MaxBodyOption = 64,
+    max_pixels: _MaxPixelsOption = 1 << 26,
+    idle_seconds: _IdleSecondsOption = 75,
+    max_connections: _MaxConnectionsOption = 512,
+    drain_seconds: _DrainSecondsOption = 30,
+    token_file: _TokenFileOption = None,
+    tls_certificate: _TlsCertificateOption = None,
+    tls_key: _TlsKeyOption = None,
+    access_log: _AccessLogOption = False,
+    trace: _TraceOption = False,
+    engine: EngineOption = "openvino",
+    precision: PrecisionOption = "recorded",
+    threads: ThreadsOption = None,
+    json: _JsonOption = False,
 ) -> None:
-    """Serve an artefact over HTTP and gRPC: the Open Inference Protocol, and pictures in, pictures out."""
-    from pydantic import ValidationError
-
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error what is told here
+    """Serve an artefact over HTTP and gRPC by the Open Inference Protocol, and as pictures over HTTP."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error
     from muntin.serving.config import Bounds, ServeConfig
-    from muntin.serving.open_files import raise_descriptors
-    from muntin.serving.server import Server
-    from muntin.serving.telemetry.background_log import BackgroundLog
     from muntin.serving.versions.rollout import Rollout
 
-    try:
+    with _one_line_errors():
         config = ServeConfig(
             host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
             threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
@@ -93,11 +118,15 @@ def serve_command(
             tokens=_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key, access_log=access_log, trace=trace,
             drain_seconds=drain_seconds,
         )  # fmt: skip
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][:1])
-        # Not `from error`, whose text shows what it was given, tokens too.
-        raise DataError(f"{where}{first['msg'].removeprefix('Value error, ')}") from None
+    _run(artifact, config, json)
+
+
+def _run(artifact: Path, config: ServeConfig, json: bool) -> None:
+    """Serve until the server is stopped, and print its addresses and end."""
+    from muntin.serving.open_files import raise_descriptors
+    from muntin.serving.server import Server
+    from muntin.serving.telemetry.background_log import BackgroundLog
+
     if lack := raise_descriptors(config):
         say(f"muntin: {lack}")
     with BackgroundLog(lambda line: say(f"muntin: {line}"), _MAX_LINES) as lines, ExitStack() as loading:
@@ -106,21 +135,35 @@ def serve_command(
 
         def up() -> None:
             loading.close()
-            _tell(server, config, json)
+            _print_addresses(server, config, json)
 
         server.run(up=up)
     if lines.lost:
         say(f"muntin: {lines.lost:,} lines were not read in time, and are lost")
-    say(f"muntin: stopped; {_ended(server.cut_off, drain_seconds, hurried=server.hurried)}")
+    say(f"muntin: stopped; {_describe_end(server.cut_off, config.drain_seconds, hurried=server.hurried)}")
 
 
-def _ended(cut_off: int, seconds: int, *, hurried: bool = False) -> str:
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn a value out of its range into a DataError of one line."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "".join(f"--{str(part).replace('_', '-')}: " for part in first["loc"][:1])
+        # Not `from error`, whose text holds all values, including tokens.
+        raise DataError(f"{option}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _describe_end(cut_off: int, seconds: float, *, hurried: bool = False) -> str:
     if not cut_off:
         return "every request that was admitted has been answered"
-    what = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
+    calls = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
     if hurried:
-        return f"{what} still busy and cut off, since it was told twice to end"
-    return f"{what} still busy after {seconds} s and cut off; --drain-seconds gives more time"
+        return f"{calls} still busy and cut off, because of a second signal"
+    return f"{calls} still busy after {seconds:g} s and cut off; --drain-seconds gives more time"
 
 
 def _tokens(path: Path | None) -> tuple[str, ...]:
@@ -129,21 +172,21 @@ def _tokens(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a mark first
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except OSError as error:
         raise DataError(f"--token-file {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"--token-file {path} is no UTF-8 (byte {error.start:,}): write it as plain text, one token a line") from error
-    found = tuple(line.strip() for line in text.splitlines() if line.strip())
-    for number, line in enumerate(text.splitlines(), 1):
-        if not is_token(line.strip()) and line.strip():
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if line and not is_token(line):
             raise DataError(f"--token-file {path}, line {number}: a bearer token is ASCII without spaces: write one such token a line")
-    if not found:
+    if not any(lines):
         raise DataError(f"{path} holds no token: write one a line, or leave --token-file out")
-    return found
+    return tuple(filter(None, lines))
 
 
-def _tell(server: Any, config: ServeConfig, json: bool) -> None:
+def _print_addresses(server: Server, config: ServeConfig, json: bool) -> None:
     scheme = "http" if config.tls_certificate is None else "https"
     host = f"[{config.host}]" if ":" in config.host else config.host
     current = server.slot.current
@@ -156,5 +199,5 @@ def _tell(server: Any, config: ServeConfig, json: bool) -> None:
     if json:
         print_json(document)
         return
-    over = "" if document["grpc"] is None else f", gRPC on {document['grpc']}"
-    say(f"muntin: {document['model']} on {document['http']}{over}; Ctrl-C ends it")
+    grpc = "" if document["grpc"] is None else f", gRPC on {document['grpc']}"
+    say(f"muntin: {document['model']} on {document['http']}{grpc}; Ctrl-C ends it")

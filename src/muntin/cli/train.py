@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from muntin.cli.console import Json, err, out, print_json, progress_bar, refuse_unwritable, say
+from muntin.cli.console import err, out, print_json, print_notes, progress_bar, refuse_unwritable, say
+from muntin.cli.options import CheckpointArgument, JsonOption
 
 if TYPE_CHECKING:
     from muntin.training import FitProgress, FitResult, Recipe
@@ -24,10 +25,10 @@ def fit_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `muntin init DIR` writes one.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint; keys of training but gate_budget may have changed.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint; keys of training except gate_budget may have changed.")
     ] = False,
     set_: Set = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe."""
     from muntin.training import load_recipe
@@ -46,28 +47,25 @@ def fit_command(
 
 
 def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, resume: bool, quiet: bool) -> FitResult:
-    """`fit`, with a bar on a terminal. Notes are told at once, on standard error: there is time to think of them while it trains.
-
-    `quiet`: they are in the result alone.
-    """
+    """Run `fit` with a bar on a terminal. Notes are printed at once on standard error, unless `quiet`; the result holds them, too."""
     from muntin.training import fit
 
-    refuse_unwritable(directory or Path("runs") / recipe.name)  # before the pictures are looked at, which may take minutes
+    refuse_unwritable(directory or Path("runs") / recipe.name)  # before the data are checked, which may take minutes
     with training_bar(recipe.task) as report:
 
-        def tell(progress: FitProgress) -> None:
+        def show(progress: FitProgress) -> None:
             if progress.kind == "note":
                 if not quiet:
                     say(f"note      {progress.note}")
             else:
                 report("training", progress)
 
-        return fit(recipe, root=root, directory=directory, resume=resume, report=tell)
+        return fit(recipe, root=root, directory=directory, resume=resume, report=show)
 
 
 @contextmanager
 def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
-    """`report(description, progress)` for a bar on a terminal; in a pipe it shows nothing."""
+    """Yield `report(description, progress)`, which moves a bar on a terminal and does nothing in a pipe."""
     if not err.is_terminal:
         yield lambda description, progress: None
         return
@@ -79,8 +77,8 @@ def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
         shown = bar.add_task("", total=None, figures="")
 
         def report(description: str, progress: FitProgress) -> None:
-            what = "checking data" if progress.kind == "check" else description
-            bar.update(shown, description=what, completed=progress.step, total=progress.steps)
+            label = "checking data" if progress.kind == "check" else description
+            bar.update(shown, description=label, completed=progress.step, total=progress.steps)
             if progress.kind == "step":
                 bar.update(shown, figures=_figures(progress, task))
 
@@ -94,25 +92,25 @@ def _figures(progress: FitProgress, task: str) -> str:
 
 
 def describe_fit(result: FitResult) -> None:
-    """Where a run ended, for a person; its notes were told before."""
-    out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}", markup=False)
+    """Print the end of a run, without its notes, which were printed before."""
+    out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}")
     if result.validation:
-        out.print(f"score     {result.validation[-1]['score']:.4f} on the validation split", markup=False)
-    out.print(f"wrote     {result.checkpoint}", markup=False)
+        out.print(f"score     {result.validation[-1]['score']:.4f} on the validation split")
+    out.print(f"wrote     {result.checkpoint}")
 
 
 def evaluate_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints.")],
+    checkpoint: CheckpointArgument,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     artifact: Annotated[Path | None, typer.Option(help="Evaluate this artefact instead, on the checkpoint's data.")] = None,
     engine: Annotated[
         str | None,
-        typer.Option(help="The artefact's engine: openvino, the default, onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt."),
+        typer.Option(help="The artefact's engine: openvino (the default), onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt."),
     ] = None,
     tile: Annotated[int | None, typer.Option(min=1, help="Side of the tiles, pixels; twice the training crop by default.")] = None,
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
-    """Score a checkpoint, or an artefact made of it, on a split of its data."""
+    """Score a checkpoint, or an artefact exported from it, on a split of its data."""
     from muntin.compression import load_model
     from muntin.compression.stages import broken_off
     from muntin.data.source import SPLITS
@@ -129,14 +127,14 @@ def evaluate_command(
     if engine is not None and artifact is None:
         raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
     loaded = read_checkpoint(checkpoint)
-    wanted = loaded.signature
-    if tile is not None and wanted.task == "classify":
+    signature = loaded.signature
+    if tile is not None and signature.task == "classify":
         raise RecipeError(f"--tile {tile}: the run's task is classify, and its pictures are taken whole: leave it out")
     source = source_of(loaded)
-    session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), wanted)
+    session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), signature)
     if artifact is None and loaded.quantized:
         session.engine += ", simulating integers"
-    if session.signature != wanted:
+    if session.signature != signature:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
         )
@@ -147,9 +145,8 @@ def evaluate_command(
         print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": notes})
         return
     metric = "mIoU" if result.task == "segment" else "accuracy"
-    out.print(f"{metric} {result.score:.4f} on {split} ({result.samples} samples), {session.engine} {session.precision}", markup=False)
-    out.print(f"  {'IoU' if result.task == 'segment' else 'recall'} of each class:", markup=False)
+    out.print(f"{metric} {result.score:.4f} on {split} ({result.samples} samples), {session.engine} {session.precision}")
+    out.print(f"  {'IoU' if result.task == 'segment' else 'recall'} of each class:")
     for name, value in result.by_class.items():
-        out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}", markup=False)
-    for note in notes:
-        out.print(f"note      {note}", markup=False)
+        out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}")
+    print_notes(notes)

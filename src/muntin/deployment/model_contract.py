@@ -1,5 +1,4 @@
-"""What a PyTorch model answers, and whether that is an answer to serve: a map of the image's size, for each image alone, and the same after
-muntin has rewritten the model.
+"""Checks of a PyTorch model's answers: maps of the image's size, independent of the batch, and equal after muntin's rewriting.
 
 Axes: B images, H W map, C channels.
 """
@@ -22,72 +21,62 @@ from muntin.models.eager import as_input, check_eager, eager_copy
 from muntin.runtime.host.memory import no_memory
 
 Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
-"""Images (1, H, W, C) and what the PyTorch model answers to them."""
+"""Images (1, H, W, C) and the PyTorch model's scores."""
 FAR_OFF = 0.25
-"""Standard deviations, in the mean, from which integers at sizes that are not recorded are another branch's: rounding adds up over many
-pixels and layers, in a hardly trained model to 0.08."""
+"""Root mean square error, in standard deviations, above which integers at further sizes come from another branch of the graph. Rounding
+reaches 0.08 in a model with little training."""
 NOTHING = 1.0
-"""Standard deviations, in the mean, from which an answer says no more than the mean of all answers would."""
+"""Root mean square error, in standard deviations, of an answer that is no better than the mean of all answers."""
 ELSEWHERE = 4
-"""Times the error that integers make at most sizes, which may be made at others."""
+"""Allowed ratio of the largest to the median error of integers over sizes."""
 STEADY = 1e-4
-"""Standard deviations, in the mean, between two answers to one image, laid out otherwise in memory perhaps."""
+"""Root mean square difference, in standard deviations, allowed between two answers to one image."""
 FOLDED = 0.01
-"""Standard deviations, in the mean, that folding may move an answer by: only the order of sums differs."""
+"""Root mean square error, in standard deviations, allowed after folding, which changes only the order of sums."""
 
 
 def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """What a model answers to raw pixels, in float32. Raises `ExportError` for a model that does not take them or gives no scores."""
-    came = tuple(images_BCHW.shape)
+    """Return a model's answer to raw pixels in float32. Raises `ExportError` for a model that fails or gives no scores."""
+    shape = tuple(images_BCHW.shape)
     try:
         with torch.inference_mode():
             answer = model(images_BCHW.to(torch.float32))
     except Exception as error:
         if no_memory(error):
-            raise ExportError(f"no memory for the model's answer to pixels of shape {came}: {reason_of(error)}") from error
-        if not isinstance(error, RuntimeError | ValueError | AssertionError):  # by which a size or a number of channels is refused
+            raise ExportError(f"no memory for the model's answer to pixels of shape {shape}: {reason_of(error)}") from error
+        if not isinstance(error, RuntimeError | ValueError | AssertionError):  # other errors do not refuse a size or channels
             raise ExportError(
-                f"the model fails on pixels of shape {came} ({type(error).__name__}: {reason_of(error)}): it is called with one tensor, "
+                f"the model fails on pixels of shape {shape} ({type(error).__name__}: {reason_of(error)}): it is called with one tensor, "
                 "raw pixels (B, C, H, W), and nothing else: wrap it"
             ) from error
         raise ExportError(
-            f"the model fails on pixels of shape {came}, and an artefact takes every size: {reason_of(error)}; "
+            f"the model fails on pixels of shape {shape}, and an artefact takes every size: {reason_of(error)}; "
             "muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
         ) from error
     if not isinstance(answer, Tensor) or not answer.is_floating_point():
         kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
-        raise ExportError(f"the model answers {kind} to pixels of shape {came}; scores, a float tensor, are expected: wrap it")
+        raise ExportError(f"the model answers {kind} to pixels of shape {shape}; scores, a float tensor, are expected: wrap it")
     if not torch.isfinite(answer).all():
-        raise ExportError(f"the model answers NaN or infinity to pixels of shape {came}: train again or restore a checkpoint")
+        raise ExportError(f"the model answers NaN or infinity to pixels of shape {shape}: train again or restore a checkpoint")
     return answer.to(torch.float32)
 
 
 def reason_of(error: BaseException) -> str:
-    """An error on one line, or its kind where it says nothing."""
+    """Return an error's text on one line, or its type where it has no text."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def mean_error(scores: NDArray[np.float32], due: NDArray[np.float32]) -> float:
-    """Root of the mean square of what scores are off by; a part of them at a time, since scores of many classes are large."""
+    """Return the root mean square error of scores, computed map by map, because scores of many classes are large."""
     maps = math.prod(due.shape[:-2])
     parts = zip(scores.reshape(maps, -1), due.reshape(maps, -1), strict=True)
     return float(np.sqrt(sum(float(np.square(a - b, dtype=np.float64).sum()) for a, b in parts) / due.size))
 
 
-def golden_pairs(model: nn.Module, example: Tensor) -> Pairs:
-    """Two crops of the example's first image and what the model answers to them: two sizes, so that one that was baked in is found."""
-    return pairs_at(model, example, golden_sizes(*example.shape[2:]))
-
-
 def pairs_at(model: nn.Module, example: Tensor, sizes: Iterable[tuple[int, int]]) -> Pairs:
-    """Images of some sizes, cut from the example's first one or, where it is smaller, from repetitions, and the model's answers to them."""
-    return [_pair(model, _cut(example[0], *size)) for size in sizes]
-
-
-def _pair(model: nn.Module, image_CHW: Tensor) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    images_BCHW = _pixels(image_CHW)
-    scores = answer_to(model, images_BCHW)
-    return np.ascontiguousarray(images_BCHW.permute(0, 2, 3, 1).numpy()), scores.numpy()
+    """Return images of the sizes, cut from the example's first one (repeated where it is smaller), and the model's answers."""
+    images = [_pixels(_cut(example[0], *size)) for size in sizes]
+    return [(np.ascontiguousarray(x_BCHW.permute(0, 2, 3, 1).numpy()), answer_to(model, x_BCHW).numpy()) for x_BCHW in images]
 
 
 def _pixels(image_CHW: Tensor) -> Tensor:
@@ -95,7 +84,7 @@ def _pixels(image_CHW: Tensor) -> Tensor:
 
 
 def _cut(image_CHW: Tensor, rows: int, columns: int) -> Tensor:
-    """The part of the image in which most goes on: borders of one colour would say little."""
+    """Return the crop of the image with the largest variance, because a plain border would test little."""
     H, W = image_CHW.shape[1:]
     places = [(y, x) for y in _starts(H, rows) for x in _starts(W, columns)]
     top, left = max(places, key=lambda at: float(image_CHW[:, at[0] : at[0] + rows, at[1] : at[1] + columns].float().var(correction=0)))
@@ -108,22 +97,42 @@ def _starts(side: int, size: int) -> list[int]:
 
 
 def check_shapes(pairs: Pairs, signature: Signature) -> None:
-    """Raises `ExportError` where the answers to some sizes are no maps of these sizes, and those to others are."""
+    """Raise `ExportError` where the answers have the right shape for some sizes only."""
     wrong = [(images.shape[:3], scores.shape) for images, scores in pairs if scores.shape != signature.scores_shape(*images.shape[:3])]
     if 0 < len(wrong) < len(pairs):
-        ((B, H, W), came) = wrong[0]
+        ((B, H, W), shape) = wrong[0]
         raise ExportError(
-            f"the model answers {came} to {B} x {H} x {W} pixels, where {signature.scores_shape(B, H, W)} is due: interpolate the answer "
+            f"the model answers {shape} to {B} x {H} x {W} pixels, where {signature.scores_shape(B, H, W)} is due: interpolate the answer "
             "to the image's sides, or let muntin.models.DividedSides pad and cut where sides have to be multiples of a number"
         )
 
 
-def check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> list[str]:
-    """Raises `ExportError` where what a model was made into does not answer as it did: but for rounding where parts were only folded; in
-    integers where an answer is no better than none and far worse than at most sizes. A line where integers cost much at some size."""
-    due = {images.shape: scores for images, scores in untouched}
-    spread = max(float(scores.std()) for scores in due.values()) or 1.0
-    errors = {images.shape: mean_error(scores, due[images.shape]) / spread for images, scores in rewritten}
+def check_answers(model: nn.Module, untouched: Pairs, golden: Pairs, others: Pairs, *, quantized: bool) -> list[str]:
+    """Raise `ExportError` where a rewritten model answers otherwise, by its batch, or by its earlier images. Return notes.
+
+    `untouched`: pairs from before the rewriting, of the sizes of `golden` and `others`. A model that draws random numbers passes here; it
+    is refused when engines are compared.
+    """
+    if _is_steady(model, golden):
+        notes = _check_rewritten(untouched, [*golden, *others], quantized=quantized)
+        _check_batch(model, golden)
+        return notes
+    if (buffer := _changed_buffer(model, golden)) is not None:
+        raise ExportError(
+            f"the model changes its buffer '{buffer}' with each image, and answers by it: an artefact keeps nothing of an image: "
+            "leave it as it is in eval mode, as batch norms do"
+        )
+    return []
+
+
+def _check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> list[str]:
+    """Raise `ExportError` where a rewritten model answers differently. Return a note where integers cause a large error at some size.
+
+    Folded models may differ by `FOLDED`; integers by `NOTHING`, or by `ELSEWHERE` times their median error if that is larger.
+    """
+    expected = {images.shape: scores for images, scores in untouched}
+    spread = max(float(scores.std()) for scores in expected.values()) or 1.0
+    errors = {images.shape: mean_error(scores, expected[images.shape]) / spread for images, scores in rewritten}
     allowed = max(NOTHING, ELSEWHERE * median(errors.values())) if quantized else FOLDED
     (_, H, W, _), worst = max(errors.items(), key=lambda entry: entry[1])
     if not worst <= allowed:
@@ -140,66 +149,73 @@ def check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> l
     ]
 
 
-def is_steady(model: nn.Module, golden: Pairs) -> bool:
-    """Whether the model answers twice alike."""
-    images_BHWC, scores = min(golden, key=lambda pair: pair[0].size)
-    again = answer_to(model, torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)).numpy()
+def _smallest(pairs: Pairs) -> tuple[Tensor, NDArray[np.float32]]:
+    """Return the smallest image as (1, C, H, W), and its scores."""
+    images_BHWC, scores = min(pairs, key=lambda pair: pair[0].size)
+    return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2), scores
+
+
+def _is_steady(model: nn.Module, golden: Pairs) -> bool:
+    """Return True if the model gives the same answer to the same image again."""
+    images_BCHW, scores = _smallest(golden)
+    again = answer_to(model, images_BCHW).numpy()
     return mean_error(again, scores) <= STEADY * max(float(scores.std()), 1e-6)
 
 
-def changed_buffer(model: nn.Module, golden: Pairs) -> str | None:
-    """The first buffer that a call changes; None where there is none."""
+def _changed_buffer(model: nn.Module, golden: Pairs) -> str | None:
+    """Return the name of the first buffer that a call changes; None without one."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    images_BHWC, _ = min(golden, key=lambda pair: pair[0].size)
-    answer_to(model, torch.from_numpy(images_BHWC).permute(0, 3, 1, 2))
+    answer_to(model, _smallest(golden)[0])
     return next((name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])), None)
 
 
-def check_copy(given: nn.Module, example: Tensor) -> None:
-    """Raises `ExportError` where a copy answers otherwise than the model that was given, each where and as it is: a hook or a function that
-    holds the model's parts from outside goes on with those of the model. Of models that are compiled, fail, answer no finite scores, or
-    answer twice otherwise nothing is told. The model's modes stay as they are, and none of its methods but its forward is called."""
+def check_copy(original: nn.Module, example: Tensor) -> None:
+    """Raise `ExportError` where a copy answers differently from the model, because a hook or function holds parts of the model itself.
+
+    Models that are compiled, fail, or give no finite or no repeatable scores are not checked. The modes of the model stay unchanged, and
+    only its forward is called.
+    """
     try:
-        check_eager(given)
+        check_eager(original)
     except MuntinError:
         return
     images_BCHW = _pixels(_cut(example[0], *min(golden_sizes(*example.shape[2:]), key=math.prod)))
-    twin = eager_copy(given)  # before the call, of which both would know afterwards
-    own = _plain_answer(given, images_BCHW)
+    copied_model = eager_copy(original)  # before the call, which may change the state of the model
+    own = _plain_answer(original, images_BCHW)
     if own is None:
         return
-    copied = _plain_answer(twin, images_BCHW)
+    copied = _plain_answer(copied_model, images_BCHW)
     spread = max(float(own.std(correction=0)), 1e-3 * float(own.abs().max()), 1e-6)
     if copied is None or copied.shape != own.shape or not float((own - copied).square().mean().sqrt()) <= FOLDED * spread:
-        what = "fails where the model itself answers" if copied is None else "answers otherwise than the model itself"
+        problem = "fails where the model itself answers" if copied is None else "answers otherwise than the model itself"
         advice = "a hook or a function that is no method holds parts of it: let it reach them through the module that it is given"
-        raise ExportError(f"a copy of the model {what}: {advice}")
+        raise ExportError(f"a copy of the model {problem}: {advice}")
 
 
 def _plain_answer(model: nn.Module, images_BCHW: Tensor) -> Tensor | None:
-    """Scores as the model gives them in `eval` mode; None where there are none, or others at each call."""
+    """Return the scores of a model in `eval` mode; None where it fails, or where two calls differ."""
     modes = [(part, part.training) for part in model.modules()]
     try:
         for part, _ in modes:
-            part.training = False  # not `eval`, which adapters merge themselves into the weights by
+            part.training = False  # not `eval()`, in which adapters merge themselves into the weights
         with torch.no_grad():
             first, again = (model(as_input(model, images_BCHW)) for _ in range(2))
             scores = isinstance(first, Tensor) and first.is_floating_point() and bool(torch.isfinite(first).all())
             return first.float().cpu().clone() if scores and torch.equal(first, again) else None
     except Exception as error:
         if no_memory(error):
-            came = tuple(images_BCHW.shape)
-            raise ExportError(f"no memory for the model's answer to pixels of shape {came}: {reason_of(error)}") from error
+            shape = tuple(images_BCHW.shape)
+            raise ExportError(f"no memory for the model's answer to pixels of shape {shape}: {reason_of(error)}") from error
         return None
     finally:
         for part, training in modes:
             part.training = training
 
 
-def check_batch(model: nn.Module, golden: Pairs) -> None:
-    """Raises `ExportError` where an image's answer hangs on another one of its batch: who serves it puts strangers' images together."""
-    images_BHWC, _ = min(golden, key=lambda pair: pair[0].size)
-    pair_BCHW = torch.from_numpy(np.concatenate([images_BHWC, 255 - images_BHWC // 2])).permute(0, 3, 1, 2)
+def _check_batch(model: nn.Module, golden: Pairs) -> None:
+    """Raise `ExportError` where an image's answer depends on the other images of its batch, which serving mixes."""
+    images_BCHW, _ = _smallest(golden)
+    pair_BCHW = torch.cat([images_BCHW, 255 - images_BCHW // 2])
     together = answer_to(model, pair_BCHW)
     alone = torch.cat([answer_to(model, image[None]) for image in pair_BCHW])
     error = float((together - alone).square().mean().sqrt()) / max(float(alone.std(correction=0)), 1e-6)

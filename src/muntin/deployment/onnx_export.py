@@ -1,8 +1,7 @@
-"""From a PyTorch model to an ONNX graph that any engine runs: bytes of an image in, scores out, every size.
+"""Conversion of a PyTorch model to an ONNX graph for any engine and size: bytes of an image in, scores out.
 
-The graph takes uint8 `(B, H, W, C)` with all of B, H, W free; normalisation and layout are inside. Quantised layers become
-QuantizeLinear / DequantizeLinear around the integers themselves, and each layer's product carries the layer's name, so that
-what an engine made of it can be found again.
+The graph takes uint8 `(B, H, W, C)` with free B, H and W; normalisation and layout are inside. Quantised layers become QuantizeLinear and
+DequantizeLinear around the integers, and each layer's product has the layer's name, by which it is found in an engine.
 
 Axes: B images, H W map, C channels.
 """
@@ -35,14 +34,14 @@ from muntin.errors import ExportError
 OPSET = 20
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _ALONE = Lock()
-"""Held while PyTorch exports: what is put in the place of things of the process's meanwhile would not come out in any order."""
+"""Held during an export, which replaces functions and settings of the process."""
 _DEFERRED = "prefer_deferred_runtime_asserts_over_guards"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _ADAPTIVE = tuple(getattr(torch.ops.aten, f"adaptive_{kind}_pool{axes}d").default for kind in ("avg", "max") for axes in (1, 2, 3))
 
 
 class PixelInput(nn.Module):
-    """A model that takes the bytes of images as they lie in memory, uint8 `(B, H, W, C)`, and answers in float32."""
+    """A model with uint8 input `(B, H, W, C)`, as images lie in memory, and float32 output."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -62,16 +61,8 @@ def _dequantize_weight(q, scale, axis: int):  # type: ignore[no-untyped-def]
 
 
 def _floor_divide(a, b):  # type: ignore[no-untyped-def]
-    # ONNX's Div of integers rounds towards zero, as ONNX Runtime does it, and Python down: -(-height // 2) is how sizes are rounded up
+    # ONNX's Div of integers rounds towards zero, Python's rounds down; -(-height // 2) rounds a size up
     return op.Div(op.Sub(a, op.Mod(a, b)), b)
-
-
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    return {
-        torch.ops.muntin.quantize_dequantize.default: _quantize_dequantize,
-        torch.ops.muntin.dequantize_weight.default: _dequantize_weight,
-        operator.floordiv: _floor_divide,
-    }
 
 
 _ADVICE = {
@@ -81,20 +72,20 @@ _ADVICE = {
     ),
     "builtins.round": "a size is rounded: compute sizes from sizes with //",
 }
-"""What to do, by what the exporter says."""
+"""Advice by a part of the exporter's message."""
 
 
 def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.ModelProto:
-    """The model as ONNX (opset 20) with input `images` uint8 `(B, H, W, C)` and output `scores` float32.
+    """Return the model as ONNX (opset 20) with input `images` uint8 `(B, H, W, C)` and output `scores` float32.
 
-    `example`: `(B, C, H, W)` raw pixels; its batch and sides only have to be typical, none is baked in. Raises `ExportError`
-    for a model that cannot be traced or whose answer is not what its signature says. `model` is put in `eval` mode.
+    `example`: raw pixels `(B, C, H, W)` of typical sizes, which stay free. Raises `ExportError` for a model that cannot be traced or does
+    not answer by its signature. Puts `model` in `eval` mode.
     """
     _check(model.eval(), example, signature)
     images = _traced_example(example)
     free = torch.export.Dim.DYNAMIC
     try:
-        with _ALONE, _quiet_exporter(), _captures(partial(_look, model, example)) as found:
+        with _ALONE, _quiet_exporter(), _captures(partial(_check_program, model, example)) as errors:
             program = torch.onnx.export(
                 PixelInput(model).eval(),
                 (images,),
@@ -103,7 +94,11 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=["scores"],
-                custom_translation_table=_translations(),
+                custom_translation_table={
+                    torch.ops.muntin.quantize_dequantize.default: _quantize_dequantize,
+                    torch.ops.muntin.dequantize_weight.default: _dequantize_weight,
+                    operator.floordiv: _floor_divide,
+                },
                 verbose=False,
                 external_data=False,
             )
@@ -113,10 +108,10 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
         raise ExportError(f"the model cannot be exported for every size: {reason_of(error.__cause__ or error)}{advice}") from error
     if program is None or program.exported_program is None:
         raise ExportError("the exporter returned no graph for this model")
-    if not found:
+    if not errors:
         check_bounds(program.exported_program)
-    elif found[-1] is not None:
-        raise found[-1]
+    elif errors[-1] is not None:
+        raise errors[-1]
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
     _whole_windows(proto)
@@ -124,8 +119,8 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     return proto
 
 
-def _look(model: nn.Module, example: Tensor, program: torch.export.ExportedProgram) -> None:
-    """Raises `ExportError` for a program that is no graph for every size, or of types that engines choose by themselves."""
+def _check_program(model: nn.Module, example: Tensor, program: torch.export.ExportedProgram) -> None:
+    """Raise `ExportError` for a program that does not hold for every size or that computes in bfloat16."""
     for module in program.graph_module.modules():
         nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
         if any(getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16 for node in nodes):
@@ -137,37 +132,37 @@ def _look(model: nn.Module, example: Tensor, program: torch.export.ExportedProgr
 
 
 @contextmanager
-def _captures(look: Callable[[torch.export.ExportedProgram], None]) -> Iterator[list[ExportError | None]]:
-    """Shows `look` each program that PyTorch captures meanwhile, and keeps what it raises.
+def _captures(check: Callable[[torch.export.ExportedProgram], None]) -> Iterator[list[ExportError | None]]:
+    """Call `check` with each program that PyTorch captures inside the block, and collect its errors; None for a program without.
 
-    The exporter decomposes the program in place, which no longer knows then what was asked of the sizes; and who captures a program first
-    by himself spoils the exporter's capture of some models (PyTorch 2.13; a GRU).
+    The exporter decomposes a program in place, which removes its conditions on sizes, and a separate capture before it spoils the
+    exporter's own of some models (PyTorch 2.13; a GRU).
     """
     capture = torch.export.export
-    found: list[ExportError | None] = []
+    errors: list[ExportError | None] = []
 
-    def looked_at(*arguments: Any, **options: Any) -> torch.export.ExportedProgram:
-        if _DEFERRED in options:  # or conditions would be assertions in the graph, and no guards
+    def checked_capture(*arguments: Any, **options: Any) -> torch.export.ExportedProgram:
+        if _DEFERRED in options:  # otherwise conditions become assertions in the graph instead of guards
             options[_DEFERRED] = False
         program = capture(*arguments, **options)
         try:
-            look(program)
-        except ExportError as error:  # once the exporter has ended: it takes what is raised for its own failure, and tries other ways
-            found.append(error)
+            check(program)
+        except ExportError as error:  # raised after the export, because the exporter takes it for its own failure and tries again
+            errors.append(error)
         else:
-            found.append(None)
+            errors.append(None)
         return program
 
-    torch.export.export = looked_at
+    torch.export.export = checked_capture
     try:
-        yield found
+        yield errors
     finally:
         torch.export.export = capture
 
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """No warnings, logs and dumps while exporting: they are PyTorch's own deprecations, and what fails is an exception."""
+    """Suppress the exporter's warnings and logs; its failures are exceptions."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -180,9 +175,9 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 class _RefuseAdaptivePooling(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
-    """Adaptive pooling to more than one value: the exporter's graph of it reads outside the map at other sizes, without a warning.
+    """Refuse adaptive pooling to more than one value: the exporter's graph of it reads outside the map at other sizes.
 
-    Pooling to one value is a mean, which PyTorch computes as such. Source: pytorch issue 42653.
+    Pooling to one value is a mean. Source: pytorch issue 42653.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -208,25 +203,25 @@ def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
 
 
 def _traced_example(example: Tensor) -> Tensor:
-    """Two images with sides that no stride divides: what a model does to sizes that need it, padding for one, has to be in the graph.
+    """Return two images with sides that no stride divides, so that padding is part of the graph.
 
-    The height is odd whenever it is halved and rounded down, the width whenever it is rounded up.
+    The height stays odd when halved and rounded down, the width when halved and rounded up.
     """
     height, width = (max(96, side) // 32 * 32 for side in example.shape[2:])
-    generator = torch.Generator().manual_seed(0)  # of its own: the caller's random numbers stay what they were
+    generator = torch.Generator().manual_seed(0)  # keeps the caller's random state
     return torch.randint(0, 256, (2, height + 31, width + 65, example.shape[1]), dtype=torch.uint8, generator=generator)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """The name that each module goes by (`named_modules`' first), by every name that it has."""
+    """Return the canonical name of each module (the first of `named_modules`) by each of its names."""
     first = {module: name for name, module in model.named_modules()}
     return {name: first[module] for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def _name_layers(proto: onnx.ModelProto, canonical: Mapping[str, str]) -> None:
-    """Give each layer's product the layer's dotted name; a layer's further products get a number behind a `/`.
+    """Give each layer's product the layer's dotted name, and further products of the layer a number after a `/`.
 
-    Only nodes are named: the names of values could clash.
+    Only nodes are renamed, because names of values could clash.
     """
     uses: dict[str, int] = {}
     for node in proto.graph.node:
@@ -238,44 +233,46 @@ def _name_layers(proto: onnx.ModelProto, canonical: Mapping[str, str]) -> None:
 
 
 def _whole_windows(proto: onnx.ModelProto) -> None:
-    """Pooling that counts a last, partial window (`ceil_mode`) becomes pooling over a map that is padded to whole windows, exactly.
+    """Replace `ceil_mode` of pooling by an equal padding of stride - 1 below and to the right.
 
-    stride - 1 more below and to the right: floor((H + stride - 1 - kernel) / stride) = ceil((H - kernel) / stride), and a mean without its
-    padding is over the pixels that are there. With `ceil_mode` OpenVINO refuses a map that is smaller than the window, or where sizes are
-    dynamic reads outside it. Left as it is where a window could begin outside the map, which PyTorch drops, or where padding counts in a
-    mean.
+    floor((H + stride - 1 - kernel) / stride) = ceil((H - kernel) / stride). With `ceil_mode` OpenVINO refuses maps smaller than the window
+    and reads outside them where sizes are dynamic. Unchanged where a window could begin outside the map, which PyTorch drops, or where
+    padding counts in a mean.
     """
     for node in proto.graph.node:
         if node.op_type not in ("AveragePool", "MaxPool"):
             continue
-        found = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
-        kernel = found["kernel_shape"]
-        strides, pads = found.get("strides", [1] * len(kernel)), found.get("pads", [0] * 2 * len(kernel))
+        attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        kernel = attributes["kernel_shape"]
+        strides, pads = attributes.get("strides", [1] * len(kernel)), attributes.get("pads", [0] * 2 * len(kernel))
         before, after = pads[: len(kernel)], pads[len(kernel) :]
-        counted = node.op_type == "AveragePool" and found.get("count_include_pad", 0) and any(pads)
-        plain = before == after and all(side == 1 for side in found.get("dilations", []))
+        counted = node.op_type == "AveragePool" and attributes.get("count_include_pad", 0) and any(pads)
+        plain = before == after and all(side == 1 for side in attributes.get("dilations", []))
         inside = all(pad + stride <= size for pad, stride, size in zip(after, strides, kernel, strict=True))
-        if not found.get("ceil_mode", 0) or counted or not plain or not inside:
+        if not attributes.get("ceil_mode", 0) or counted or not plain or not inside:
             continue
-        found |= {"ceil_mode": 0, "pads": [*before, *(pad + stride - 1 for pad, stride in zip(after, strides, strict=True))]}
-        found |= {"count_include_pad": 0} if node.op_type == "AveragePool" else {}
+        attributes |= {"ceil_mode": 0, "pads": [*before, *(pad + stride - 1 for pad, stride in zip(after, strides, strict=True))]}
+        attributes |= {"count_include_pad": 0} if node.op_type == "AveragePool" else {}
         del node.attribute[:]
-        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in found.items())
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
 
 
 def _signed_concats(proto: onnx.ModelProto) -> None:
-    """A clip before what quantises joined maps with a sign for a convolution: it changes no integer, and OpenVINO computes them rightly.
+    """Insert a clip before each signed quantiser of concatenated maps that feeds a convolution. It changes no integer.
 
-    OpenVINO 2026.4 moves such a quantiser before the Concat, through sums and products with constants, computes in unsigned integers there
-    and loses half of the range. A clip to what lies inside the outermost steps (-127.51 rounds to -128) is not taken for a part of the
-    quantiser, and stays between them. The maps are joined in floats then.
+    OpenVINO 2026.4 moves such a quantiser before the Concat, computes in unsigned integers there and loses half of the range. A clip to
+    just inside the outermost steps (-127.51 rounds to -128) keeps it behind the Concat, which then joins floats.
     """
     constants = {entry.name: entry for entry in proto.graph.initializer}
-    made = {output: node for node in proto.graph.node for output in node.output}
+    producers = {output: node for node in proto.graph.node for output in node.output}
     convolved = {node.input[0] for node in proto.graph.node if node.op_type in ("Conv", "ConvTranspose")}
     quantized = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.output[0] in convolved}
     for index, node in reversed(list(enumerate(proto.graph.node))):
-        if node.op_type != "QuantizeLinear" or node.output[0] not in quantized or not _joined(made.get(node.input[0]), made, constants):
+        if (
+            node.op_type != "QuantizeLinear"
+            or node.output[0] not in quantized
+            or not _is_concat(producers.get(node.input[0]), producers, constants)
+        ):
             continue
         scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
         if zero.dtype != np.int8:
@@ -289,16 +286,16 @@ def _signed_concats(proto: onnx.ModelProto) -> None:
         node.input[0] = names[2]
 
 
-def _joined(node: onnx.NodeProto | None, made: Mapping[str, onnx.NodeProto], constants: Container[str]) -> bool:
-    """Whether a value is a Concat, or one that constants were added to or multiplied with, as a norm does."""
+def _is_concat(node: onnx.NodeProto | None, producers: Mapping[str, onnx.NodeProto], constants: Container[str]) -> bool:
+    """Return True for a Concat, or one followed by sums and products with constants, as in a norm."""
     while node is not None and node.op_type in ("Add", "Sub", "Mul", "Div", "BatchNormalization"):
         variable = [name for name in node.input if name not in constants]
-        node = made.get(variable[0]) if len(variable) == 1 else None
+        node = producers.get(variable[0]) if len(variable) == 1 else None
     return node is not None and node.op_type == "Concat"
 
 
 def _scope(node: onnx.NodeProto) -> str:
-    """Dotted name, in the model, of the module that a node comes from; empty if unknown."""
+    """Return the dotted name of the module that a node comes from, or ''."""
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             *modules, _ = ast.literal_eval(entry.value)  # the last is the operation itself

@@ -1,4 +1,4 @@
-"""Pictures of what a deployed model sees: overlays, differences, examples.
+"""Pictures of a deployed model's predictions: overlays, differences, examples.
 
 Axes: H W map.
 """
@@ -9,21 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from muntin.artifact.classes import ClassInfo
 from muntin.data.source import Sample
 from muntin.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
+from muntin.images.files import UInt8
 from muntin.runtime.tiles import Predictor, predict
 from muntin.text import plain
 
-UInt8 = NDArray[np.uint8]
 Border = tuple[int, int, str]
 
 
 def draw_borders(picture_HWC: UInt8, borders: Sequence[Border]) -> UInt8:
-    """A copy with the borders of the splits as lines and their names along the top: what was seen in training and what was not."""
+    """Return a copy with the borders of the splits as lines and their names along the top."""
     image = Image.fromarray(picture_HWC.copy())
     pen = ImageDraw.Draw(image)
     height, width = picture_HWC.shape[:2]
@@ -40,11 +39,8 @@ def draw_borders(picture_HWC: UInt8, borders: Sequence[Border]) -> UInt8:
 
 
 def example_windows(samples: Sequence[Sample], *, side: int, count: int) -> list[tuple[int, int, int]]:
-    """Where to look: (sample, top, left) of the `count` windows whose truth is most varied, apart from each other.
-
-    Chosen by the truth alone, before any prediction: nothing is picked because a model does well there.
-    """
-    found: list[tuple[float, int, int, int]] = []
+    """Return (sample, top, left) of the `count` separate windows with the most varied truth, chosen without any prediction."""
+    windows: list[tuple[float, int, int, int]] = []
     for index in range(len(samples)):
         labels = samples[index].labels
         height, width = labels.shape
@@ -54,16 +50,15 @@ def example_windows(samples: Sequence[Sample], *, side: int, count: int) -> list
                 total = shares.sum()
                 if total:
                     p = shares[shares > 0] / total
-                    found.append((float(-(p * np.log(p)).sum()), index, top, left))
-    found.sort(key=lambda entry: (-entry[0], *entry[1:]))
-    return [(index, top, left) for _, index, top, left in found[:count]]
+                    windows.append((float(-(p * np.log(p)).sum()), index, top, left))
+    windows.sort(key=lambda entry: (-entry[0], *entry[1:]))
+    return [(index, top, left) for _, index, top, left in windows[:count]]
 
 
 def write_examples(
     directory: Path, session: Predictor, samples: Sequence[Sample], classes: Sequence[ClassInfo], *, side: int, tile: int, count: int = 5
 ) -> list[dict[str, str]]:
-    """Picture, truth, prediction (in the tiles that it is scored in) and difference of some windows of a split, as files under
-    `directory/pictures`."""
+    """Write picture, truth, prediction (in the tiles of the score) and difference of windows of a split to `directory/pictures`."""
     folder = directory / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
@@ -88,7 +83,7 @@ def write_examples(
 def write_picture(
     directory: Path, session: Predictor, image: UInt8, truth: UInt8, borders: Sequence[Border], classes: Sequence[ClassInfo], *, tile: int
 ) -> None:
-    """The whole picture in blended tiles: `mask.png`, `overlay.png` with the borders of the splits drawn, `difference.png`."""
+    """Write the whole picture in blended tiles: `mask.png`, `overlay.png` with the borders of the splits, `difference.png`."""
     labels = predict(session, image, tile=tile)
     write_whole(directory / "mask.png", encode_png(labels, [entry.color for entry in classes]))
     write_image(directory / "overlay.png", draw_borders(overlay(image, labels, classes), borders))

@@ -1,12 +1,11 @@
 """Tables and HTML reports, from plain values and files (no torch).
 
-`write_report` checks a report and writes `report.json` and `report.html`; `read_report` reads `report.json`. `write_profile` does the same
-for a profile of an artefact's time, with its roofline as a separate picture; `roofline_svg` draws several profiles side by side.
+`write_report` checks a report and writes `report.json` and `report.html`; `write_profile` does the same for a profile of an artefact's
+time, with its roofline as a separate picture; `roofline_svg` draws several profiles side by side.
 """
 
 from __future__ import annotations
 
-from muntin.reporting.files import read_report
 from muntin.reporting.page import render_html, write_report
 from muntin.reporting.profile_page import render_profile, write_profile
 from muntin.reporting.profile_schema import ProfileRecord, parse_profile
@@ -19,7 +18,6 @@ __all__ = [
     "Report",
     "parse_profile",
     "parse_report",
-    "read_report",
     "render_html",
     "render_profile",
     "roofline_svg",

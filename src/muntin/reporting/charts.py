@@ -237,7 +237,10 @@ def _worst_layer(layer: LayerRow, histogram: InputHistogram) -> WorstLayer:
     middle = min(max((left + right) / 2, HISTOGRAM.left + _LABEL_REACH), HISTOGRAM.right - _LABEL_REACH)
     covered = f"{_three_digits(histogram.grid_low)} to {_three_digits(histogram.grid_high)}"
     values = f"Input values of {layer.name} from {_three_digits(histogram.low)} to {_three_digits(histogram.high)}"
-    clipped = "" if layer.clipped is None else _clipped(layer.clipped)
+    clipped = ""
+    if layer.clipped is not None:
+        share = text.percent(layer.clipped, 2)
+        clipped = f"{share} of the values lie outside the grid" if layer.clipped else "no value lies outside the grid"
     return WorstLayer(
         layer=layer,
         clipped=clipped,
@@ -262,10 +265,6 @@ def _bins(histogram: InputHistogram, axis: Axis) -> tuple[Bin, ...]:
             outside = not histogram.grid_low <= start + step / 2 <= histogram.grid_high
             bins.append(Bin(x=left, y=round(HISTOGRAM.bottom - height, 1), width=width, height=height, outside=outside))
     return tuple(bins)
-
-
-def _clipped(share: float) -> str:
-    return "no value lies outside the grid" if share == 0 else f"{text.percent(share, 2)} of the values lie outside the grid"
 
 
 def _three_digits(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Files of a report: writing all or none, reading `report.json`, and the templates of pages and pictures."""
+"""Files of a report, written all or none, and the templates of pages and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from muntin.artifact import atomic_files
 from muntin.errors import MuntinError
 from muntin.reporting import layers, text
 from muntin.reporting.labels import breakable
-from muntin.reporting.schema import Report, parse_report
 from muntin.text import plain
 
 REPORT_NAME = "report.json"
@@ -43,24 +42,6 @@ def template(name: str) -> Template:
 def json_text(values: Mapping[str, Any]) -> str:
     """Return `values` as the text of a JSON file. NaN and infinity raise ValueError."""
     return f"{json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)}\n"
-
-
-def read_report(path: Path) -> Report:
-    """Return the report in the file `path`, or in `report.json` of the folder `path`. Raises MuntinError, one line."""
-    file = path / REPORT_NAME if path.is_dir() else path
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MuntinError(f"there is no report {file}: name a report.json, or the folder of a run that wrote one") from None
-    except OSError as error:
-        raise MuntinError(f"cannot read the report {file} ({error.strerror or error}): check the path and its permissions") from None
-    except (ValueError, RecursionError) as error:
-        reason = str(error).split("\n")[0]
-        raise MuntinError(f"{file} is not a whole JSON document ({reason}): let the run write it again") from None
-    try:
-        return parse_report(values)
-    except MuntinError as error:
-        raise MuntinError(f"{file}: {error}") from None
 
 
 def write_files(directory: Path, contents: Mapping[str, str], *, what: str) -> None:

@@ -12,8 +12,9 @@ from muntin.reporting.axes import linear_ticks
 from muntin.reporting.files import json_text, template, write_files
 from muntin.reporting.layers import Segment, segments
 from muntin.reporting.page import Pane
-from muntin.reporting.profile_schema import FindingRecord, KernelRow, KindRow, ProfileRecord, parse_profile, profile_values
+from muntin.reporting.profile_schema import FindingRecord, KernelRow, KindRow, ProfileRecord, parse_profile
 from muntin.reporting.roofline import NARROW, WIDE, beyond, drawn, memory_bound, roofline, roofline_svg
+from muntin.text import count
 
 JSON_NAME = "profile.json"
 HTML_NAME = "profile.html"
@@ -66,7 +67,11 @@ def write_profile(directory: Path, profile: ProfileRecord | Mapping[str, Any]) -
     The folder is created if absent. All three are complete on the disk before any takes its name. Raises MuntinError, one line.
     """
     checked = parse_profile(profile)
-    contents = {JSON_NAME: json_text(profile_values(checked)), PICTURE_NAME: roofline_svg(checked), HTML_NAME: render_profile(checked)}
+    contents = {
+        JSON_NAME: json_text(checked.model_dump(mode="json")),
+        PICTURE_NAME: roofline_svg(checked),
+        HTML_NAME: render_profile(checked),
+    }
     write_files(directory, contents, what="profile")
     return directory / HTML_NAME
 
@@ -183,9 +188,9 @@ def time_line(profile: ProfileRecord) -> TimeLine | None:
     )
 
 
-def count_kernels(count: int) -> str:
+def count_kernels(number: int) -> str:
     """Return a number of kernels in words."""
-    return "1 kernel" if count == 1 else f"{count:,} kernels"
+    return "1 kernel" if number == 1 else f"{number:,} kernels"
 
 
 def _doubtful(profile: ProfileRecord) -> bool:
@@ -199,8 +204,7 @@ def _tooltip(kernel: KernelRow) -> str:
 
 
 def _ran(profile: ProfileRecord) -> str:
-    threads = "1 thread" if profile.threads == 1 else f"{profile.threads} threads"
-    cores = "1 core" if profile.hardware.cores == 1 else f"{profile.hardware.cores} cores"
+    threads, cores = count(profile.threads, "thread"), count(profile.hardware.cores, "core")
     return f"{profile.engine}, float layers in {profile.precision}, {threads} on {cores} of {profile.hardware.cpu}"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from muntin.reporting.records import Amount, AtLeastOne, Count, Hardware, Moment, Record, Text, check_unique, parse_record
+from muntin.reporting.records import Amount, Count, Hardware, IsoTime, PositiveCount, Record, Text, check_unique, parse_record
 
 FORMAT = 1
 
@@ -85,15 +85,15 @@ class ProfileRecord(Record):
 
     format: Literal[1] = 1
     title: Text
-    created: Moment
+    created: IsoTime
     muntin: Text
     hardware: Hardware
     artifact: ProfiledArtifact
     engine: Text
     precision: Text
-    threads: AtLeastOne
-    shape: tuple[AtLeastOne, AtLeastOne, AtLeastOne]
-    rounds: AtLeastOne
+    threads: PositiveCount
+    shape: tuple[PositiveCount, PositiveCount, PositiveCount]
+    rounds: PositiveCount
     whole_ms: Positive
     profiled_ms: Positive
     kernels_ms: Amount
@@ -118,8 +118,3 @@ def parse_profile(profile: ProfileRecord | Mapping[str, Any]) -> ProfileRecord:
     Raises MuntinError, one line: the place of the first mistake, the values allowed at that place and the number of other mistakes.
     """
     return parse_record(ProfileRecord, profile, what="profile", newest=FORMAT)
-
-
-def profile_values(profile: ProfileRecord) -> dict[str, Any]:
-    """Return the profile as plain values for `profile.json`, in the schema's order."""
-    return profile.model_dump(mode="json")

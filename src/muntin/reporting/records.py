@@ -27,8 +27,8 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-Moment = Annotated[str, AfterValidator(_iso)]
+PositiveCount = Annotated[int, Field(ge=1)]
+IsoTime = Annotated[str, AfterValidator(_iso)]
 
 
 class Record(BaseModel):
@@ -47,7 +47,7 @@ class Hardware(Record):
     __pydantic_extra__: dict[str, str | int | float | bool | list[str] | None]
 
     cpu: Text
-    cores: AtLeastOne
+    cores: PositiveCount
     memory_gib: Amount | None
     features: tuple[str, ...]
 

@@ -22,6 +22,7 @@ from muntin.reporting.files import template
 from muntin.reporting.labels import Box, Disc, Label, place_labels, printable, shortened, text_width, wrapped
 from muntin.reporting.layers import Family, family_of
 from muntin.reporting.profile_schema import CeilingsRecord, KernelRow, ProfileRecord, parse_profile
+from muntin.text import count
 
 # Widths of a picture: one profile, one profile on a small screen, and each of several side by side.
 WIDE, NARROW, BESIDE = 920.0, 360.0, 500.0
@@ -335,8 +336,7 @@ def _round_below(value: float) -> float:
 
 
 def _count_and_time(kernels: Sequence[KernelRow]) -> str:
-    noun = "kernel" if len(kernels) == 1 else "kernels"
-    return f"{len(kernels)} {noun}, {text.milliseconds(sum(kernel.ms for kernel in kernels))}"
+    return f"{count(len(kernels), 'kernel')}, {text.milliseconds(sum(kernel.ms for kernel in kernels))}"
 
 
 def _summary(profile: ProfileRecord) -> str:

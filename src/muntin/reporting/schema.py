@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import Task
-from muntin.reporting.records import Amount, AtLeastOne, Count, Hardware, Moment, Record, Share, Text, check_unique, parse_record
+from muntin.reporting.records import Amount, Count, Hardware, IsoTime, PositiveCount, Record, Share, Text, check_unique, parse_record
 
 FORMAT = 1
 
@@ -55,9 +55,9 @@ class LatencyRow(Record):
 class LatencyRecord(Record):
     """Timings of one run at one size (pixels), interleaved over `rounds`; the first row is the baseline."""
 
-    height: AtLeastOne
-    width: AtLeastOne
-    rounds: AtLeastOne
+    height: PositiveCount
+    width: PositiveCount
+    rounds: PositiveCount
     rows: Annotated[tuple[LatencyRow, ...], Field(min_length=1)]
 
 
@@ -87,8 +87,8 @@ class RankRow(Record):
 
     name: Text
     kind: Text
-    full: Annotated[tuple[AtLeastOne, ...], Field(min_length=1, max_length=2)]
-    ranks: Annotated[tuple[AtLeastOne, ...], Field(max_length=2)] = ()
+    full: Annotated[tuple[PositiveCount, ...], Field(min_length=1, max_length=2)]
+    ranks: Annotated[tuple[PositiveCount, ...], Field(max_length=2)] = ()
     parameters_before: Count
     parameters_after: Count
     reason: str = ""
@@ -165,7 +165,7 @@ class Report(Record):
 
     format: Literal[1] = 1
     title: Text
-    created: Moment
+    created: IsoTime
     muntin: Text
     hardware: Hardware
     task: Task
@@ -178,7 +178,7 @@ class Report(Record):
     validation: tuple[ValidationRow, ...] = ()
     ranks: tuple[RankRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
-    counted: tuple[AtLeastOne, AtLeastOne] | None = None
+    counted: tuple[PositiveCount, PositiveCount] | None = None
     pictures: ReportPictures | None = None
     notes: tuple[str, ...] = ()
     recipe: str | None = None

@@ -1,4 +1,4 @@
-"""A live model beside what is deployed: its layers go by their names in PyTorch's profiler, and it is a baseline of bench."""
+"""Layer ranges in PyTorch's profiler, and profiles of a model in PyTorch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.deployment import live
-from muntin.deployment.live import PREFIX, WHOLE, named_ranges, profile_live
+from muntin.deployment import torch_profile
+from muntin.deployment.torch_profile import PREFIX, WHOLE, named_ranges, profile_torch
 from muntin.errors import DataError
 from muntin.models import TorchSession
 
@@ -34,7 +34,7 @@ def names_in(profiler: Any) -> set[str]:
     return {event.key for event in profiler.key_averages() if event.key.startswith(PREFIX)}
 
 
-def test_layers_go_by_their_names_inside_the_block_only(model: nn.Sequential) -> None:
+def test_named_ranges_inside_the_block(model: nn.Sequential) -> None:
     image = torch.zeros(1, 3, 8, 8)
     with profile(activities=[ProfilerActivity.CPU]) as inside, named_ranges(model):
         model(image)
@@ -44,7 +44,7 @@ def test_layers_go_by_their_names_inside_the_block_only(model: nn.Sequential) ->
     assert names_in(outside) == set()
 
 
-def test_a_layer_that_raises_leaves_no_range_open(model: nn.Sequential) -> None:
+def test_named_ranges_after_an_error(model: nn.Sequential) -> None:
     with named_ranges(model):
         with pytest.raises(RuntimeError):
             model(torch.zeros(1, 4, 8, 8))
@@ -53,7 +53,7 @@ def test_a_layer_that_raises_leaves_no_range_open(model: nn.Sequential) -> None:
     assert f"{PREFIX}2" in names_in(profiler)
 
 
-def test_every_range_is_closed_on_the_thread_that_opened_it(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_ranges_by_thread(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[tuple[int, str]] = []
     closed: list[tuple[int, str]] = []
 
@@ -67,7 +67,7 @@ def test_every_range_is_closed_on_the_thread_that_opened_it(model: nn.Sequential
         def __exit__(self, *_: object) -> None:
             closed.append((threading.get_ident(), self.name))
 
-    monkeypatch.setattr(live, "record_function", Range)
+    monkeypatch.setattr(torch_profile, "record_function", Range)
 
     def call(channels: int) -> None:
         for _ in range(20):
@@ -84,9 +84,9 @@ def test_every_range_is_closed_on_the_thread_that_opened_it(model: nn.Sequential
     assert sorted(opened) == sorted(closed)
 
 
-def test_a_live_profile_finds_the_slow_layer_and_writes_a_trace(model: nn.Sequential, tmp_path: Path) -> None:
+def test_profile_finds_the_slow_layer(model: nn.Sequential, tmp_path: Path) -> None:
     images = np.zeros((1, 96, 96, 3), np.uint8)
-    result = profile_live(TorchSession(model, SIGNATURE), images, tmp_path / "new" / "trace.json", rounds=3)
+    result = profile_torch(TorchSession(model, SIGNATURE), images, tmp_path / "new" / "trace.json", rounds=3)
     assert {layer.name: layer.kind for layer in result.layers} == {"0": "Conv2d", "1.0": "ReLU", "1.1": "Conv2d", "2": "Conv2d"}
     assert [layer.ms for layer in result.layers] == sorted((layer.ms for layer in result.layers), reverse=True)
     assert sum(layer.ms for layer in result.layers) <= result.whole_ms * 1.05
@@ -95,27 +95,27 @@ def test_a_live_profile_finds_the_slow_layer_and_writes_a_trace(model: nn.Sequen
     assert {f"{PREFIX}1.1", WHOLE} <= {event.get("name") for event in events}
 
 
-def test_threads_share_a_model_and_not_their_ranges(model: nn.Sequential) -> None:
+def test_named_ranges_of_a_shared_model(model: nn.Sequential) -> None:
     images = torch.zeros(1, 3, 16, 16)
     with named_ranges(model), ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(lambda _: model(images), range(80)))) == 80
 
 
-def test_odd_models_have_layers_too(tmp_path: Path) -> None:
+def test_profile_of_unusual_models(tmp_path: Path) -> None:
     images = np.zeros((1, 8, 8, 3), np.uint8)
-    alone = profile_live(TorchSession(nn.Conv2d(3, 2, 1), SIGNATURE), images, tmp_path / "a.json", rounds=1)
+    alone = profile_torch(TorchSession(nn.Conv2d(3, 2, 1), SIGNATURE), images, tmp_path / "a.json", rounds=1)
     assert [(layer.name, layer.kind) for layer in alone.layers] == [("Conv2d", "Conv2d")]
     named = nn.Sequential(OrderedDict(whole=nn.Conv2d(3, 8, 3, padding=1), last=nn.Conv2d(8, 2, 1)))
-    result = profile_live(TorchSession(named, SIGNATURE), images, tmp_path / "b.json", rounds=1)
+    result = profile_torch(TorchSession(named, SIGNATURE), images, tmp_path / "b.json", rounds=1)
     assert {layer.name for layer in result.layers} == {"whole", "last"}
     assert result.whole_ms > sum(layer.ms for layer in result.layers) / 2
 
 
-def test_what_cannot_be_profiled_is_said(model: nn.Sequential, tmp_path: Path) -> None:
+def test_profile_mistakes(model: nn.Sequential, tmp_path: Path) -> None:
     images = np.zeros((1, 8, 8, 3), np.uint8)
     with pytest.raises(DataError, match="rounds=0"):
-        profile_live(TorchSession(model, SIGNATURE), images, tmp_path / "a.json", rounds=0)
+        profile_torch(TorchSession(model, SIGNATURE), images, tmp_path / "a.json", rounds=0)
     compiled = TorchSession(model, SIGNATURE)
     compiled.compiled = True  # as where there is a compiler
     with pytest.raises(DataError, match="without compile=True"):
-        profile_live(compiled, images, tmp_path / "a.json")
+        profile_torch(compiled, images, tmp_path / "a.json")

@@ -14,9 +14,7 @@ from PIL import Image
 
 from muntin.artifact import Signature, open_artifact
 from muntin.artifact.classes import ClassInfo
-from muntin.cli.deploy import _print_results, _read_truth, _segment
-from muntin.deployment import assessment
-from muntin.errors import DataError
+from muntin.cli.predict import _predict_map, _print_results
 from muntin.images import colorize, read_image, read_mask, write_image
 from muntin.runtime import ENGINES, load, predict
 from muntin.runtime.options import SessionOptions
@@ -27,178 +25,9 @@ Call = Callable[..., Any]
 Write = Callable[..., Path]
 FullDisk = Callable[[int], AbstractContextManager[None]]
 Tree = Callable[[Path], dict[str, bytes]]
-FILES = ("manifest.json", "model.onnx", "weights.safetensors", "golden.safetensors")
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.fixture
-def copied(exported: Any, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported.artifact, tmp_path / "artifact"))
-
-
-# ---- export ----
-
-
-def test_an_artefact_that_is_there_from_the_same_weights_is_taken_as_it_is(call: Call, exported: Any, tree: Tree) -> None:
-    before = tree(exported.run)
-    document = call("export", exported.run, "--json").document()
-    assert tree(exported.run) == before
-    assert (document["written"], document["replaced"]) == (False, None)
-    artifact = open_artifact(exported.artifact)
-    assert Path(document["artifact"]) == exported.artifact
-    assert document["bytes"] == artifact.bytes == sum(file.stat().st_size for file in exported.artifact.iterdir())
-    assert document["int8_layers"] + len(document["kept"]) == 3
-    assert document["int8_layers"] >= 2
-    assert document["precision"] in ("f32", "bf16", "f16")
-    text = call("export", exported.run)
-    assert (text.code, text.err) == (0, "")
-    assert text.out.startswith(f"is there  {exported.artifact}: ")
-    assert f"{document['int8_layers']} layers in INT8" in text.out
-
-
-def test_an_artefact_that_another_state_of_the_code_made_is_exported_again(
-    call: Call, exported: Any, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained = read_checkpoint(exported.run)
-    assert assessment.exported(trained, copied) == open_artifact(copied)
-    assert assessment.exported(trained, copied, integer=False) is None
-    monkeypatch.setattr(assessment, "REVISION", assessment.REVISION + 1)
-    assert assessment.exported(trained, copied) is None
-    assert (assessment.other_artifact(trained, copied) or "").startswith("plain INT8 of these weights, exported ")
-
-    def opened(checkpoint: Any) -> None:
-        raise DataError("the data were opened")  # the export itself takes a second
-
-    monkeypatch.setattr(assessment, "source_of", opened)
-    assert call("export", exported.run, "-o", copied).mistake() == "the data were opened"
-
-
-def test_export_in_float_goes_where_it_is_told(call: Call, exported: Any, tmp_path: Path) -> None:
-    document = call("export", exported.run, "--float", "-o", tmp_path / "float", "--json").document()
-    assert (document["written"], document["int8_layers"]) == (True, 0)
-    image = read_image(exported.image)
-    integer, floating = (predict(load(path, precision="f32"), image) for path in (exported.artifact, tmp_path / "float"))
-    assert (integer == floating).mean() > 0.9
-    weights = [(path / "weights.safetensors").stat().st_size for path in (exported.artifact, tmp_path / "float")]
-    assert weights[0] < weights[1]
-
-
-def test_export_keeps_the_layers_that_it_is_told_to_keep(call: Call, exported: Any, tmp_path: Path) -> None:
-    name = next(layer.name for layer in open_artifact(exported.artifact).manifest.layers if layer.activation_bits == 8)
-    document = call("export", exported.run, "--set", f"quantization.keep=['{name}']", "-o", tmp_path / "kept", "--json").document()
-    assert document["kept"][name] == "named in keep"
-    assert "only quantization.KEY=VALUE" in call("export", exported.run, "--set", "training.steps=3").mistake()
-    assert "give one of them" in call("export", exported.run, "--float", "--set", "quantization.min_sqnr_db=3").mistake()
-
-
-def test_the_help_of_export_shows_how_a_list_is_written(call: Call) -> None:
-    assert "quantization.keep=[head.conv]" in " ".join(call("export", "--help").out.split())
-
-
-def test_export_looks_at_its_target_before_the_data(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.deployment.assessment.source_of", lambda checkpoint: pytest.fail("the data were opened"))
-    (tmp_path / "file").touch()
-    assert "file is a file" in call("export", exported.run, "-o", tmp_path / "file" / "artifact").mistake()
-
-
-def test_export_to_a_full_disk_leaves_nothing(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk, tree: Tree) -> None:
-    before = tree(exported.run)
-    with full_disk(20_000):
-        text = call("export", exported.run, "-o", tmp_path / "artifact").mistake()
-    assert "cannot be written (File too large): make room" in text
-    assert list(tmp_path.iterdir()) == []
-    assert tree(exported.run) == before
-
-
-# ---- verify ----
-
-
-def test_verify_says_what_it_checked(call: Call, exported: Any) -> None:
-    document = call("verify", exported.artifact, "--json").document()
-    assert document["passed"]
-    assert (document["engine"], document["problems"]) == ("openvino", [])
-    assert set(document["files"]) == set(FILES)
-    assert len(document["golden"]) == 2
-    assert all(pair["passed"] for pair in document["golden"])
-    recorded = [layer.name for layer in open_artifact(exported.artifact).manifest.layers if layer.activation_bits == 8]
-    ran = [name.split("/")[0] for name in document["integer_layers"]]
-    assert recorded
-    assert set(recorded) <= set(ran)
-    text = call("verify", exported.artifact)
-    assert (text.code, text.err) == (0, "")
-    assert "files     4 digests agree" in text.out
-    assert f"integers  {len(document['integer_layers'])} layers" in text.out
-
-
-def test_verify_takes_an_engine_a_precision_and_threads(call: Call, exported: Any) -> None:
-    document = call("verify", exported.artifact, "--engine", "onnxruntime", "--threads", "1", "--json").document()
-    assert document["layers"] == []
-    (note,) = document["notes"]
-    assert note == "the layers were not checked one by one, which is done in openvino only: leave out --engine for it"
-    assert f"note      {note}\n" in call("verify", exported.artifact, "--engine", "onnxruntime").out
-    assert call("verify", exported.artifact, "--json").document()["notes"] == []
-    assert document["engine"].startswith("onnxruntime")
-    document = call("verify", exported.artifact, "--precision", "f32", "--json").document()
-    assert document["precision"] == "f32"
-    assert 'engine="tensorrt": give one of openvino, onnxruntime' in call("verify", exported.artifact, "--engine", "tensorrt").mistake()
-    assert "give one of recorded, f32" in call("verify", exported.artifact, "--precision", "int8").mistake()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_one_flipped_byte_is_one_line(call: Call, exported: Any, copied: Path, tmp_path: Path, name: str) -> None:
-    flip(copied / name)
-    commands = [
-        ("verify", copied),
-        ("predict", copied, exported.image, "-o", tmp_path / "out"),
-        ("evaluate", exported.run, "--artifact", copied),
-    ]
-    for words in commands:
-        text = call(*words).mistake()
-        assert name in text
-        assert "copy or export the artefact again" in text
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_newer_format_says_upgrade(call: Call, exported: Any, copied: Path, tmp_path: Path) -> None:
-    manifest = copied / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2, "unheard": "of"}))
-    commands = [
-        ("verify", copied),
-        ("predict", copied, exported.image, "-o", tmp_path / "out"),
-        ("evaluate", exported.run, "--artifact", copied),
-    ]
-    for words in commands:
-        assert "artefact format 2 is newer than this muntin reads (1): upgrade muntin" in call(*words).mistake()
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_is_one_line(call: Call, copied: Path, name: str) -> None:
-    (copied / name).unlink()
-    assert name in call("verify", copied).mistake()
-
-
-@pytest.mark.parametrize(("changes", "finite"), [({"golden": 1.0}, True), ({"nan": True}, False)])
-def test_an_artefact_that_computes_something_else_fails_and_says_so_in_both_ways(
-    call: Call, tmp_path: Path, write_small: Write, changes: dict[str, Any], finite: bool
-) -> None:
-    path = write_small(tmp_path / "wrong", **changes)
-    answer = call("verify", path, "--json")
-    assert "golden pair 0" in answer.mistake()
-    document = json.loads(answer.out)
-    assert not document["passed"]
-    assert (document["golden"][0]["max_error"] is not None) == finite
-    assert "golden pair 0" in call("verify", path).mistake()
-
-
-# ---- predict ----
-
-
-def test_predict_writes_a_mask_an_overlay_and_a_difference(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_mask_overlay_and_difference(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("predict", exported.artifact, exported.image, "--truth", exported.mask, "-o", tmp_path / "out", "--json")
     (result,) = call(*words).document()["results"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test-0.difference.png", "test-0.mask.png", "test-0.overlay.png"]
@@ -212,7 +41,7 @@ def test_predict_writes_a_mask_an_overlay_and_a_difference(call: Call, exported:
     assert len(np.unique(read_image(result["difference"])[~counted], axis=0)) == 1
 
 
-def test_a_mask_holds_class_numbers_and_shows_their_colours(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_mask_numbers_and_colours(call: Call, exported: Any, tmp_path: Path) -> None:
     (result,) = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out", "--json").document()["results"]
     classes = load(exported.artifact).signature.classes
     labels = predict(load(exported.artifact), read_image(exported.image))
@@ -227,7 +56,7 @@ def test_a_mask_holds_class_numbers_and_shows_their_colours(call: Call, exported
     assert again["agreement"] == 1
 
 
-def test_the_truth_may_be_in_the_colours_of_the_classes(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_truth_in_class_colours(call: Call, exported: Any, tmp_path: Path) -> None:
     truth = read_mask(exported.mask)
     truth[truth == 255] = 2
     colors = np.array([entry.color for entry in open_artifact(exported.artifact).manifest.signature.classes], np.uint8)
@@ -245,26 +74,7 @@ def test_the_truth_may_be_in_the_colours_of_the_classes(call: Call, exported: An
     assert "give it in these colours, or as class numbers, 0 to 2" in text
 
 
-def test_a_truth_that_compares_nothing_is_refused(tmp_path: Path) -> None:
-    write_image(tmp_path / "mask.png", np.full((4, 6), 255, np.uint8))
-    classes = [ClassInfo(name=name, color=(n, n, n)) for n, name in enumerate(("cell", "ground"))]
-    with pytest.raises(DataError, match="every pixel is 255, which counts as ignored, and none is compared"):
-        _read_truth(tmp_path / "mask.png", (4, 6), classes, 100, [])
-
-
-def test_a_truth_that_may_mean_255_for_its_second_class_is_told(tmp_path: Path) -> None:
-    classes = [ClassInfo(name="sea", color=(0, 0, 0)), ClassInfo(name="land", color=(255, 255, 255))]
-    for values, told in (([0, 255], True), ([0, 1, 255], False), ([0, 1], False)):
-        mask = np.resize(np.array(values, np.uint8), (4, 6))
-        write_image(tmp_path / "mask.png", mask)
-        notes: list[str] = []
-        truth, taken = _read_truth(tmp_path / "mask.png", (4, 6), classes, 100, notes)
-        assert np.array_equal(truth, mask)
-        assert taken == {value: classes[value].name for value in values if value != 255}
-        assert ("255 counts as ignored, so class 0 alone is compared; if it means land, write 1" in "".join(notes)) is told
-
-
-def test_what_predict_notes_is_in_the_document_or_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classes = (ClassInfo(name="sea", color=(0, 0, 0)), ClassInfo(name="land", color=(255, 255, 255)))
 
     class Two:
@@ -281,7 +91,7 @@ def test_what_predict_notes_is_in_the_document_or_on_the_terminal(tmp_path: Path
     np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
     session: Any = Two()
     tiles = {"tile": 64, "overlap": None}
-    result = _segment(session, tmp_path / "two.npy", tmp_path / "out", None, 10_000, tiles)
+    result = _predict_map(session, tmp_path / "two.npy", tmp_path / "out", None, 10_000, tiles)
     assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
     assert capsys.readouterr().err == ""
     _print_results([result])
@@ -289,19 +99,19 @@ def test_what_predict_notes_is_in_the_document_or_on_the_terminal(tmp_path: Path
 
 
 @pytest.mark.parametrize(("agreement", "shown"), [(0.99996, "99.99 %"), (0.5, "50.00 %"), (1.0, "100 %")])
-def test_an_agreement_that_is_not_whole_is_not_shown_as_whole(capsys: pytest.CaptureFixture[str], agreement: float, shown: str) -> None:
+def test_predict_agreement_below_one(capsys: pytest.CaptureFixture[str], agreement: float, shown: str) -> None:
     _print_results([{"source": "a.png", "mask": "a.mask.png", "agreement": agreement}])
     assert f"({shown} of the pixels that count agree with the truth)" in capsys.readouterr().out
 
 
-def test_predict_in_tiles_is_what_the_library_does_in_tiles(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_in_tiles_like_the_library(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("predict", exported.artifact, exported.image, "-o", tmp_path, "--tile", "20", "--overlap", "7", "--json")
     (result,) = call(*words).document()["results"]
     expected = predict(load(exported.artifact), read_image(exported.image), tile=20, overlap=7)
     assert np.array_equal(read_mask(result["mask"]), expected)
 
 
-def test_predict_computes_in_the_tiles_that_the_score_is_of(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_tile_of_the_score(call: Call, exported: Any, tmp_path: Path) -> None:
     example = open_artifact(exported.artifact).manifest.example
     assert example is not None
     picture = np.random.default_rng(5).integers(0, 256, (example[1] + 40, example[2] + 21, 3), dtype=np.uint8)
@@ -314,7 +124,7 @@ def test_predict_computes_in_the_tiles_that_the_score_is_of(call: Call, exported
     assert np.array_equal(read_mask(result["mask"]), expected)
 
 
-def test_predict_takes_a_folder(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_folder(call: Call, exported: Any, tmp_path: Path) -> None:
     answer = call("predict", exported.artifact, exported.image.parent, "-o", tmp_path / "out")
     assert (answer.code, answer.err) == (0, "")
     assert answer.out.count(" -> ") == 2
@@ -340,7 +150,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ([(150, 140), (12, 140)], 16, [(1, 16, 16, 3), None]),  # 156 tiles, and 12
     ],
 )
-def test_a_size_is_compiled_for_where_it_comes_often(
+def test_predict_compiles_common_sizes(
     call: Call, exported: Any, tmp_path: Path, compiled: list[Any], sizes: list[tuple[int, int]], tile: int, wanted: list[Any]
 ) -> None:
     (tmp_path / "photos").mkdir()
@@ -356,7 +166,7 @@ def test_a_size_is_compiled_for_where_it_comes_often(
         assert (read_mask(result["mask"]) == predict(session, read_image(result["source"]), tile=tile)).mean() > 0.999
 
 
-def test_a_classifier_of_one_side_is_compiled_for_it(call: Call, tmp_path: Path, write_small: Write, compiled: list[Any]) -> None:
+def test_predict_compiles_the_side_of_a_classifier(call: Call, tmp_path: Path, write_small: Write, compiled: list[Any]) -> None:
     artifact = write_small(tmp_path / "classify", task="classify", side=6)
     for number in range(3):
         write_image(tmp_path / f"{number}.png", np.full((7 + number, 9, 3), 200, np.uint8))
@@ -365,7 +175,7 @@ def test_a_classifier_of_one_side_is_compiled_for_it(call: Call, tmp_path: Path,
 
 
 @pytest.mark.parametrize("task", ["segment", "classify"])
-def test_one_bad_image_does_not_keep_the_others_from_being_done(call: Call, tmp_path: Path, write_small: Write, task: str) -> None:
+def test_predict_with_one_bad_image(call: Call, tmp_path: Path, write_small: Write, task: str) -> None:
     artifact, photos = write_small(tmp_path / "artifact", task=task), tmp_path / "photos"
     (photos / "folder.png").mkdir(parents=True)
     for name in ("a.png", "c.png", "._a.jpg"):  # macOS leaves the last beside a.jpg
@@ -384,7 +194,7 @@ def test_one_bad_image_does_not_keep_the_others_from_being_done(call: Call, tmp_
     assert answer.out.count(" -> ") == 2
 
 
-def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, write_small: Write) -> None:
+def test_predict_images_and_folders(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
     for name in ("a", "b", "more/c", "other/a"):
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
@@ -402,7 +212,7 @@ def test_predict_takes_images_and_folders_together(call: Call, tmp_path: Path, w
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
 
 
-def test_a_restored_image_lies_beside_its_own(call: Call, tmp_path: Path, write_small: Write) -> None:
+def test_predict_restored_image(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "restore", task="restore", names=("r", "g", "b"))
     (tmp_path / "photos").mkdir()
     write_image(tmp_path / "photos" / "x.png", np.full((5, 4, 3), 200, np.uint8))
@@ -413,7 +223,7 @@ def test_a_restored_image_lies_beside_its_own(call: Call, tmp_path: Path, write_
     assert (tmp_path / "photos" / "x.png").read_bytes() == before
 
 
-def test_a_restored_image_that_no_picture_can_hold_is_an_array(call: Call, tmp_path: Path, write_small: Write) -> None:
+def test_predict_restored_array(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "restore", task="restore", names=tuple("abcde"))
     image = np.full((6, 4, 5), 255, np.uint8)
     np.save(tmp_path / "x.npy", image)
@@ -422,7 +232,7 @@ def test_a_restored_image_that_no_picture_can_hold_is_an_array(call: Call, tmp_p
     assert np.array_equal(np.load(result["image"]), np.ones((6, 4, 5), np.uint8))
 
 
-def test_a_mask_and_its_overlay_are_as_large_as_the_answer_and_so_is_its_truth(call: Call, tmp_path: Path, write_small: Write) -> None:
+def test_predict_with_a_scale(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "segment", scale=2)
     image = np.random.default_rng(0).integers(0, 256, (6, 4, 3)).astype(np.uint8)
     labels = predict(load(artifact), image)
@@ -436,7 +246,7 @@ def test_a_mask_and_its_overlay_are_as_large_as_the_answer_and_so_is_its_truth(c
     assert "the mask is 4x6 and the answer 8x12" in call(*words, tmp_path / "small.png").mistake()
 
 
-def test_predict_replaces_no_file_that_it_was_given(call: Call, tmp_path: Path, write_small: Write, tree: Tree) -> None:
+def test_predict_never_replaces_its_inputs(call: Call, tmp_path: Path, write_small: Write, tree: Tree) -> None:
     artifact, photos = write_small(tmp_path / "segment"), tmp_path / "photos"
     photos.mkdir()
     write_image(photos / "x.png", np.full((5, 4, 3), 200, np.uint8))
@@ -451,7 +261,7 @@ def test_predict_replaces_no_file_that_it_was_given(call: Call, tmp_path: Path, 
     assert tree(photos) == before
 
 
-def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_small: Write) -> None:
+def test_predict_class(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "classify", task="classify", names=("red", "any"))
     write_image(tmp_path / "x.png", np.full((5, 4, 3), (200, 0, 0), np.uint8))
     (result,) = call("predict", artifact, tmp_path / "x.png", "--json").document()["results"]
@@ -475,9 +285,7 @@ def test_predict_names_the_class_of_a_picture(call: Call, tmp_path: Path, write_
         ("restore", ["--truth", "mask.png"], "--truth: the artefact's task is restore"),
     ],
 )
-def test_predict_refuses_what_the_task_has_no_use_for(
-    call: Call, tmp_path: Path, write_small: Write, task: str, options: list[str], says: str
-) -> None:
+def test_predict_options_of_another_task(call: Call, tmp_path: Path, write_small: Write, task: str, options: list[str], says: str) -> None:
     artifact = write_small(tmp_path / "artifact", task=task, names=("a", "b", "c"))
     write_image(tmp_path / "x.png", np.full((5, 4, 3), 200, np.uint8))
     assert says in call("predict", artifact, tmp_path / "x.png", *options).mistake()
@@ -534,15 +342,13 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
         ("overlap", "a whole number of pixels from 0 to 15"),
     ],
 )
-def test_what_cannot_be_predicted_is_one_line_and_nothing_is_written(
-    call: Call, exported: Any, tmp_path: Path, kind: str, says: str
-) -> None:
+def test_predict_mistakes(call: Call, exported: Any, tmp_path: Path, kind: str, says: str) -> None:
     words = spoiled(tmp_path, exported, kind)
     assert says in call("predict", exported.artifact, *words, "-o", tmp_path / "out").mistake()
     assert not (tmp_path / "out").exists()
 
 
-def test_the_limit_of_pixels_can_be_another(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_max_pixels(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("predict", exported.artifact, exported.image, "--truth", exported.mask, "-o", tmp_path / "out", "--max-pixels")
     text = call(*words, 48 * 48 - 1).mistake()
     assert (
@@ -552,7 +358,7 @@ def test_the_limit_of_pixels_can_be_another(call: Call, exported: Any, tmp_path:
     assert call(*words, 48 * 48, "--json").document()["results"]
 
 
-def test_an_array_of_a_file_is_computed_as_the_picture_is(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_npy_file(call: Call, exported: Any, tmp_path: Path) -> None:
     image = read_image(exported.image)
     np.save(tmp_path / "plain.npy", image)
     np.save(tmp_path / "fortran.npy", np.asfortranarray(image))
@@ -563,9 +369,7 @@ def test_an_array_of_a_file_is_computed_as_the_picture_is(call: Call, exported: 
         assert all(np.array_equal(mask, masks[0]) for mask in masks)
 
 
-def test_where_nothing_can_be_written_is_told_before_the_work(
-    call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predict_checks_the_output_first(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.runtime.predict", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file.png").write_text("in the way")
     words = ("predict", exported.artifact, exported.image, "-o")
@@ -577,7 +381,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(
     assert not (tmp_path / "new").exists()
 
 
-def test_predicting_onto_a_full_disk_leaves_no_half_picture(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk) -> None:
+def test_predict_to_a_full_disk(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk) -> None:
     with full_disk(60):
         text = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out").mistake()
     assert "File too large; make room" in text
@@ -599,7 +403,7 @@ def test_session_options_reach_the_engine(call: Call, exported: Any, tmp_path: P
     assert opened == [("onnxruntime", "f32", 1)] * 2
 
 
-def test_the_overlap_that_is_named_is_the_one_that_is_computed_with(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_predict_overlap(call: Call, exported: Any, tmp_path: Path) -> None:
     picture = np.random.default_rng(5).integers(0, 256, (90, 111, 3), dtype=np.uint8)
     write_image(tmp_path / "noise.png", picture)
     words = ("predict", exported.artifact, tmp_path / "noise.png", "--tile", "20", "--overlap", "15", "-o", tmp_path / "out", "--json")

@@ -1,6 +1,6 @@
-"""A live PyTorch model measured beside what is deployed: as a baseline of `bench`, and layer by layer in PyTorch's own profiler.
+"""Profiling of a PyTorch model layer by layer in PyTorch's own profiler.
 
-Every layer is a range of its dotted name there, and on CUDA an NVTX range too: Nsight Systems shows muntin's names over the kernels.
+Each layer is a range with its dotted name, on CUDA also an NVTX range, which Nsight Systems shows above the kernels.
 
 Axes: B images, H W map, C channels.
 """
@@ -21,39 +21,24 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from muntin.compression import load_model
 from muntin.errors import DataError
 from muntin.models import TorchSession
 from muntin.runtime.session import Shape
-from muntin.training import Checkpoint
 
 PREFIX = "muntin:"
-"""What the names of layers begin with in a trace: PyTorch's own operators have names without it."""
+"""Prefix of the names of layers in a trace, which PyTorch's own operators do not have."""
 WHOLE = "muntin, one call"
-"""The range around all layers in a trace."""
-
-
-def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
-    """A checkpoint's model in FP32, compressed or not, as a session on the best device there is. Of one that was quantised it is the
-    simulation of training, which is slower than the model in floats, and the session's `engine` says so."""
-    session = TorchSession(load_model(checkpoint).to(best_device()), checkpoint.signature, compile=compile)
-    if checkpoint.quantized:
-        session.engine += ", simulating integers"
-    return session
-
-
-def best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+"""Name of the range around all layers in a trace."""
 
 
 @contextmanager
 def named_ranges(model: nn.Module) -> Iterator[None]:
-    """Inside the block every layer that the model calls is a range of its dotted name: in `torch.profiler`, and on CUDA by NVTX.
+    """Mark each call of a layer inside the block as a range with its dotted name, in `torch.profiler` and on CUDA by NVTX.
 
     For Nsight Systems: `with named_ranges(model): ...` in a script that `nsys profile --trace=cuda,nvtx` starts. Costs some microseconds a
-    layer. The hooks are gone after the block.
+    layer. The hooks are removed after the block.
     """
-    local = threading.local()  # a model may be called by several threads, each with ranges of its own
+    local = threading.local()  # several threads may call the model
     on_gpu = torch.cuda.is_available()
 
     def enter(name: str) -> Callable[..., None]:
@@ -83,14 +68,14 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every layer by its dotted name; a model without layers goes by its class."""
+    """Yield each layer with its dotted name; a model without layers has the name of its class."""
     layers = [(name, module) for name, module in model.named_modules() if name]
     yield from layers or [(type(model).__name__, model)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiveLayer:
-    """A layer without layers of its own: its time in ms, the median over the rounds of all its calls in one forward pass."""
+class TorchLayerTime:
+    """A layer without sublayers. `ms`: time of all its calls in one forward pass, median over the rounds."""
 
     name: str
     kind: str
@@ -98,22 +83,22 @@ class LiveLayer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LiveProfile:
-    """Where a live model's time goes. `whole_ms`: of a forward pass with the profiler on, median; `trace`: the Chrome trace's file."""
+class TorchProfile:
+    """Times of a PyTorch model. `whole_ms`: median of a forward pass with the profiler on; `trace`: file of the Chrome trace."""
 
     engine: str
     precision: str
     threads: int
     shape: Shape
     whole_ms: float
-    layers: tuple[LiveLayer, ...]
+    layers: tuple[TorchLayerTime, ...]
     trace: Path
 
 
-def profile_live(session: TorchSession, images_BHWC: NDArray[np.uint8], trace: Path, *, rounds: int = 10) -> LiveProfile:
-    """Profiles a session's model on some images and writes a Chrome trace of the last round. On a GPU a layer's time is the device's.
+def profile_torch(session: TorchSession, images_BHWC: NDArray[np.uint8], trace: Path, *, rounds: int = 10) -> TorchProfile:
+    """Profile a session's model on images and write a Chrome trace of the last round. On a GPU the time of a layer is the device's.
 
-    Raises DataError for a compiled session, whose layers are fused and never called, and for less than one round.
+    Raises DataError for a compiled session, which calls no layers, and for less than one round.
     """
     if session.compiled:
         raise DataError(f"a session in {session.engine} calls no layers: profile it without compile=True")
@@ -128,19 +113,19 @@ def profile_live(session: TorchSession, images_BHWC: NDArray[np.uint8], trace: P
         for round_ in range(rounds):
             with profile(activities=activities) as profiler, record_function(WHOLE):
                 session(images_BHWC)
-            # A range is there once more as the device saw it, with no time of the CPU's.
+            # The profiler lists each range again for the device, without CPU time.
             events = [event for event in profiler.key_averages() if event.device_type.name == "CPU"]
-            found = {event.key: event for event in events if event.key.startswith((PREFIX, WHOLE))}
+            ranges = {event.key: event for event in events if event.key.startswith((PREFIX, WHOLE))}
             field = "device_time_total" if session.device.type == "cuda" else "cpu_time_total"
-            whole.append(found[WHOLE].cpu_time_total / 1e3)
+            whole.append(ranges[WHOLE].cpu_time_total / 1e3)
             for name in kinds:
-                event = found.get(f"{PREFIX}{name}")
+                event = ranges.get(f"{PREFIX}{name}")
                 times[name].append(getattr(event, field) / 1e3 if event is not None else 0.0)
             if round_ == rounds - 1:
                 trace.parent.mkdir(parents=True, exist_ok=True)
                 profiler.export_chrome_trace(str(trace))
-    layers = [LiveLayer(name=name, kind=kinds[name], ms=median(values)) for name, values in times.items() if any(values)]
-    return LiveProfile(
+    layers = [TorchLayerTime(name=name, kind=kinds[name], ms=median(values)) for name, values in times.items() if any(values)]
+    return TorchProfile(
         engine=session.engine, precision=session.precision, threads=session.threads, shape=images_BHWC.shape[:3], whole_ms=median(whole),
         layers=tuple(sorted(layers, key=lambda layer: -layer.ms)), trace=trace,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a report says of every layer: what was asked, what ran, what rounding costs, and the inputs of the worst ones.
+"""Rows of a report for each layer: requested and executed precision, rounding error, and input histograms of the worst layers.
 
 Axes: B images, C channels, H W map.
 """
@@ -20,26 +20,27 @@ from muntin.compression.low_rank.factored_layers import factored_parameters, ful
 from muntin.compression.quantization.observer import Observer
 from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.rewrite import named
+from muntin.deployment.counting import parameter_count
 from muntin.runtime import Session
 
 WORST = 6
-"""Layers whose inputs are drawn."""
+"""Number of layers with a histogram of their inputs."""
 HISTOGRAM_BINS = 64
 
 
 def layer_rows(
     artifact: Artifact, session: Session, model: nn.Module, changes: Iterable[Change], batches: Sequence[Tensor], *, macs: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """A row a layer of an artefact. `model`: its PyTorch form; `batches`: calibration images, for the distribution of what comes in.
-    `macs`: multiply-adds by layer, of a picture of the report's size.
+    """Return a row for each layer of an artefact. Costs two forward passes over the batches.
 
-    Costs two forward passes over the batches.
+    `model`: its PyTorch form. `batches`: calibration images, for the distribution of inputs. `macs`: multiply-adds by layer, for the
+    report's size.
     """
     executed: dict[str, str] = {layer.name: layer.precision for layer in session.layers() if layer.compute}
     sqnr = {c.layer: c.sqnr_db for c in changes if c.pass_ == "quantize" and c.sqnr_db is not None and np.isfinite(c.sqnr_db)}
     layers: dict[str, nn.Module] = dict(named(model, QuantizedLinear, QuantizedConv2d))
-    seen = {name: first for name, (first, _) in observe(model, layers, batches).items()} if layers else {}
-    worst = sorted((name for name in sqnr if name in seen), key=lambda name: sqnr[name])[:WORST]
+    observers = {name: first for name, (first, _) in observe(model, layers, batches).items()} if layers else {}
+    worst = sorted((name for name in sqnr if name in observers), key=lambda name: sqnr[name])[:WORST]
     rows = []
     for record in artifact.manifest.layers:
         row: dict[str, Any] = {
@@ -48,8 +49,8 @@ def layer_rows(
             "executed": executed.get(record.name),
             "sqnr_db": sqnr.get(record.name),
         }
-        if record.name in seen:
-            row["clipped"], histogram = _clipping(seen[record.name], layers[record.name].get_submodule("input"))
+        if record.name in observers:
+            row["clipped"], histogram = _clipping(observers[record.name], layers[record.name].get_submodule("input"))
             if record.name in worst and histogram is not None:
                 row["histogram"] = histogram
         rows.append(row)
@@ -57,7 +58,7 @@ def layer_rows(
 
 
 def _clipping(observer: Observer, grid: nn.Module) -> tuple[float | None, dict[str, Any] | None]:
-    """The share of values outside a grid, and their histogram; None where there is nothing to tell."""
+    """Return the share of values outside a grid and their histogram, or None for values that were not observed or are all equal."""
     assert isinstance(grid, InputGrid)
     if not observer.high > observer.low:
         return (0.0 if observer.seen else None), None
@@ -78,19 +79,18 @@ def _clipping(observer: Observer, grid: nn.Module) -> tuple[float | None, dict[s
 
 
 def rank_rows(model: nn.Module, changes: Iterable[Change], widths: Mapping[str, int]) -> list[dict[str, Any]]:
-    """A row a Linear and Conv2d of the model as it was trained: its ranks after the low-rank pass, or why it stayed dense.
+    """Return a row for each Linear and Conv2d of the trained model: its ranks after the low-rank pass, or why it stayed dense.
 
-    `widths`: of units whose closed channels were cut out before that pass (`widths_of`).
+    `widths`: those of units whose closed channels were removed before that pass (`widths_of`).
     """
-    cut = copy.deepcopy(model)
-    apply_widths(cut, widths)
+    narrowed = copy.deepcopy(model)
+    apply_widths(narrowed, widths)
     done = {change.layer: change for change in changes if change.pass_ == "low_rank"}
     rows = []
     layers: dict[str, nn.Linear | nn.Conv2d] = dict(named(model, nn.Linear, nn.Conv2d))
     for name, layer in layers.items():
-        dense = sum(parameter.numel() for parameter in layer.parameters())
-        left = cut.get_submodule(name)
-        assert isinstance(left, nn.Linear | nn.Conv2d)
+        narrow = narrowed.get_submodule(name)
+        assert isinstance(narrow, nn.Linear | nn.Conv2d)
         change = done.get(name)
         kept = change is None or change.kept
         ranks = () if change is None or kept else change.ranks
@@ -98,10 +98,10 @@ def rank_rows(model: nn.Module, changes: Iterable[Change], widths: Mapping[str, 
             {
                 "name": name,
                 "kind": type(layer).__name__,
-                "full": list(full_ranks(left)),
+                "full": list(full_ranks(narrow)),
                 "ranks": list(ranks),
-                "parameters_before": dense,
-                "parameters_after": factored_parameters(left, ranks) if ranks else sum(p.numel() for p in left.parameters()),
+                "parameters_before": parameter_count(layer),
+                "parameters_after": factored_parameters(narrow, ranks) if ranks else parameter_count(narrow),
                 "reason": "" if change is None else change.reason,
             }
         )

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.compression import load_model
-from muntin.deployment import assessment
-from muntin.deployment.assessment import _Assessment, affordable_side, torch_threads
+from muntin.deployment import comparison
+from muntin.deployment.comparison import _Comparison, affordable_side, torch_threads
 from muntin.errors import VerificationError
 from muntin.images import write_image
 from muntin.models import TorchSession
@@ -47,39 +47,39 @@ def session(model: nn.Module) -> TorchSession:
     return TorchSession(model, Signature(task="segment", channels=3, classes=CLASSES))
 
 
-def test_agreement_is_of_the_pixels_that_count() -> None:
+def test_agreement_ignores_pixels() -> None:
     target = np.array([[0, 1], [1, 255]], np.uint8)
     made: Any = SimpleNamespace(test=[SimpleNamespace(target=target)] * 2, recipe=SimpleNamespace(task="segment"))
     one = [np.array([[0, 0], [1, 0]], np.uint8)] * 2
     other = [np.array([[0, 0], [1, 1]], np.uint8), np.array([[1, 1], [1, 0]], np.uint8)]
-    assert _Assessment._agreement(made, one, other) == 4 / 6
+    assert _Comparison._agreement(made, one, other) == 4 / 6
 
 
-def test_what_does_not_verify_is_not_reported_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_report_after_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     result = SimpleNamespace(passed=False, problems=["layer a computes something else"])
-    monkeypatch.setattr(assessment, "verify", lambda path, *, layers: result)
+    monkeypatch.setattr(comparison, "verify", lambda path, *, layers: result)
     made: Any = SimpleNamespace(_timed=lambda name, work: work())
     artifact: Any = SimpleNamespace(path=Path("artifact"))
     with pytest.raises(VerificationError, match="artifact: layer a computes something else"):
-        _Assessment._verify(made, artifact)
+        _Comparison._verify(made, artifact)
 
 
 @pytest.mark.parametrize(
     ("most", "side", "sides"),
     [(64, 64, [64]), (63, 32, [64, 32]), (16, 24, [64, 32])],  # at the crop, which training took, nothing is tried
 )
-def test_the_side_is_halved_down_to_the_crop_where_memory_is_out(most: int, side: int, sides: list[int]) -> None:
+def test_affordable_side_without_memory(most: int, side: int, sides: list[int]) -> None:
     model = Greedy(most)
     assert affordable_side(session(model), IMAGE, 64, least=24) == side
     assert model.sides == sides
 
 
-def test_another_error_is_no_want_of_memory() -> None:
+def test_affordable_side_raises_other_errors() -> None:
     with pytest.raises(RuntimeError, match="sizes"):
         affordable_side(session(Greedy(16, RuntimeError("sizes of tensors must match"))), IMAGE, 64, least=24)
 
 
-def test_pytorch_is_timed_on_as_many_threads_as_what_is_beside_it() -> None:
+def test_torch_threads() -> None:
     before = torch.get_num_threads()
     with torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
@@ -98,7 +98,7 @@ def make(*, task, classes, channels):
 """
 
 
-def test_of_a_classifier_a_report_tells_the_accuracy_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step and the curve of it: a whole report exports, which takes seconds."""
     (tmp_path / "own_classifier.py").write_text(CLASSIFIER)
     monkeypatch.syspath_prepend(tmp_path)
@@ -115,7 +115,7 @@ def test_of_a_classifier_a_report_tells_the_accuracy_of_each_class(tmp_path: Pat
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
     checkpoint = read_checkpoint(fit(tmp_path / "recipe.yaml", directory=tmp_path / "run").checkpoint)
-    work, model = _Assessment(checkpoint, tmp_path / "report", lambda name: None), load_model(checkpoint)
+    work, model = _Comparison(checkpoint, tmp_path / "report", lambda name: None), load_model(checkpoint)
     work.probe, session = torch.zeros(1, 3, 32, 32), TorchSession(model, checkpoint.signature)
     on_test, on_validation = (evaluate(session, work.source.split(split), tile=64) for split in ("test", "validation"))
     assert on_test.recall != on_test.iou and on_validation.recall != on_validation.iou, "it errs nowhere: this test plants nothing"

@@ -1,0 +1,250 @@
+"""`muntin predict`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from muntin.cli.console import SHOWN, memory_advice, out, print_json, progress_bar, refuse_unwritable, say
+from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
+from muntin.cli.truth_masks import read_truth, write_difference
+from muntin.errors import ArtifactError, DataError
+
+if TYPE_CHECKING:
+    from muntin.artifact import Signature
+    from muntin.runtime import Session
+    from muntin.runtime.session import Shape
+
+TILE = 512
+"""Side of the tiles, pixels, for an artefact that does not record the size of its export."""
+COMPILED = 128
+"""Minimum number of tiles of one size for which that size is compiled: half a second or more, to save some ms a tile."""
+Result = dict[str, Any]
+
+
+def predict_command(
+    artifact: ArtifactArgument,
+    image: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help="A mask of class numbers (255: ignored) or of the classes' colours: also writes a difference picture. For one image."
+        ),
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the blended tiles, pixels; by default the size of the export, in which a run is scored."),
+    ] = None,
+    overlap: Annotated[
+        int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. A .npy file is read tile by tile.")
+    ] = None,
+    engine: EngineOption = "openvino",
+    precision: PrecisionOption = "recorded",
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Segment, restore or classify images: a mask of class numbers with an overlay, a restored image, or a class for each.
+
+    An image that fails is reported, the others are computed, and the exit code is 1.
+    """
+    from muntin.artifact import open_artifact
+    from muntin.images import MAX_PIXELS
+    from muntin.runtime.engines.registry import open_session
+    from muntin.runtime.options import SessionOptions
+    from muntin.runtime.tiles import check_tiles
+
+    images = _images(image, truth)
+    session = open_session(artifact, SessionOptions(engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True))
+    signature, folder, limit = session.signature, output or Path("predictions"), max_pixels or MAX_PIXELS
+    _refuse_unused(signature.task, {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap})
+    tiles: dict[str, Any] = {"tile": tile or max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:]), "overlap": overlap}
+    if signature.task != "classify":
+        refuse_unwritable(folder)
+        _refuse_overwriting(image, images, folder, truth, signature)
+        check_tiles(session, **tiles)
+    session.warm_up(_common_shapes(images, signature, max_pixels=limit, **tiles), compute=False)
+
+    def compute(path: Path) -> Result:
+        if signature.task == "classify":
+            return _classify(session, path, limit)
+        return _predict_map(session, path, folder, truth, limit, tiles)
+
+    results, failures = _compute_all(compute, images)
+    if json:
+        document = {"artifact": artifact, "engine": session.engine, "precision": session.precision}
+        print_json(document | {"results": results, "failures": failures})
+    else:
+        _print_results(results)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _compute_all(compute: Callable[[Path], Result], images: list[Path]) -> tuple[list[Result], list[dict[str, str]]]:
+    """Return the results and the failures. A failure of one image is printed and does not stop the others."""
+    from muntin.images import TooManyPixelsError
+
+    results, failures = [], []
+    with progress_bar("predicting") as advance:
+        for done, path in enumerate(images, 1):
+            try:
+                results.append(compute(path))
+            except (DataError, ArtifactError, MemoryError) as error:
+                text = f"{path}: {memory_advice(error)}" if isinstance(error, MemoryError) else str(error)
+                text += ", or allow more by --max-pixels" if isinstance(error, TooManyPixelsError) else ""
+                say(f"muntin: {text}")
+                failures.append({"source": str(path), "error": text})
+            advance(done, len(images))
+    return results, failures
+
+
+def _print_results(results: Iterable[Result]) -> None:
+    from muntin.reporting.text import percent
+
+    for result in results:
+        line = result.get("class") or ", ".join(result[kind] for kind in ("mask", "image", "overlay", "difference") if kind in result)
+        if "probability" in result:
+            line += f" (probability {result['probability']:.3f})"
+        if "agreement" in result:
+            line += f" ({percent(result['agreement'], 2)} of the pixels that count agree with the truth)"
+        out.print(f"{result['source']} -> {line}")
+        for note in result.get("notes", ()):
+            say(note)
+        if "truth" in result:
+            names = [f"{number} is {name}" for number, name in result["truth"].items()]
+            shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+            out.print(f"the truth's numbers were taken for class numbers, not for a recipe's `value`s: {shown}")
+
+
+def _images(paths: Iterable[Path], truth: Path | None) -> list[Path]:
+    """Return the named images and those of the folders, each once. Raises DataError without images, or for several and one truth.
+
+    Hidden files of a folder are skipped: macOS leaves "._a.jpg" beside "a.jpg".
+    """
+    from muntin.images import IMAGE_SUFFIXES
+
+    def is_image(path: Path) -> bool:
+        return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+    images: dict[Path, Path] = {}
+    for path in paths:
+        candidates = sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
+        if not candidates:
+            raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
+        for image in candidates:
+            images.setdefault(image.parent.resolve() / image.name, image)  # a symbolic link counts by its own name
+    if truth is not None and len(images) != 1:
+        raise DataError(f"--truth goes with one image, and these are {len(images)}: name one")
+    return list(images.values())
+
+
+def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int, overlap: int | None, max_pixels: int) -> list[Shape]:
+    """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size.
+
+    Reads the images' headers. An unreadable image is skipped here and reported when it is computed.
+    """
+    from muntin.images import image_size
+    from muntin.runtime.session import STATIC_SHAPES
+    from muntin.runtime.tiles import tile_origins
+
+    if signature.side is not None:
+        return [(1, signature.side, signature.side)]
+    calls: Counter[Shape] = Counter()
+    for path in images:
+        with suppress(DataError):
+            height, width = image_size(path, max_pixels=max_pixels)
+            if signature.task == "classify":
+                calls[1, height, width] += 1
+                continue
+            rows, columns = (len(tile_origins(side, tile, tile // 4 if overlap is None else overlap)) for side in (height, width))
+            calls[1, min(tile, height), min(tile, width)] += rows * columns
+    return [shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1]
+
+
+def _result_files(path: Path, output: Path, signature: Signature) -> dict[str, Path]:
+    """Return the file of each result of an image. No result has an image's own name, because results may lie beside images."""
+    if signature.task == "restore":
+        suffix = ".png" if signature.channels in (1, 3, 4) else ".npy"
+        return {"image": output / f"{path.stem}.restored{suffix}"}
+    return {kind: output / f"{path.stem}.{kind}.png" for kind in ("mask", "overlay", "difference")}
+
+
+def _refuse_unused(task: str, values: dict[str, object]) -> None:
+    """Raise DataError for an option with a value that the artefact's task does not use."""
+    useless = {"classify": ("--output", "--truth", "--tile", "--overlap"), "restore": ("--truth",)}.get(task, ())
+    if unused := [option for option, value in values.items() if value is not None and option in useless]:
+        answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
+        raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
+
+
+def _refuse_overwriting(named: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, signature: Signature) -> None:
+    """Raise DataError where a result would replace another result, an image or the truth, or be read as an image next time."""
+    stems: dict[str, Path] = {}
+    for image in images:
+        if (other := stems.setdefault(image.stem, image)) is not image:
+            raise DataError(
+                f"{other} and {image} are several images named {image.stem}, whose results would overwrite each other: rename one, or "
+                "predict them apart"
+            )
+    if any(path.is_dir() and output.resolve() == path.resolve() for path in named):
+        raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
+    inputs = {path.resolve() for path in (*images, *([] if truth is None else [truth]))}
+    for path in images:
+        for target in _result_files(path, output, signature).values():
+            if target.resolve() in inputs:
+                raise DataError(f"{target}, a result of {path}, would replace a file that was given: give another folder by --output")
+
+
+def _classify(session: Session, path: Path, max_pixels: int) -> Result:
+    import numpy as np
+
+    from muntin.images import read_image
+    from muntin.runtime import predict
+
+    scores = predict(session, read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True))
+    weights = np.exp(scores - scores.max())
+    best = int(scores.argmax())
+    return {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
+
+
+def _predict_map(session: Session, path: Path, output: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
+    """Segment or restore one image and write the result's files."""
+    from muntin.images import encode_png, overlay, read_image, write_image, write_whole
+    from muntin.runtime import predict
+
+    signature, scale = session.signature, session.signature.scale
+    image = read_image(path, channels=signature.channels, max_pixels=max_pixels, mapped=True)
+    size = [side * scale for side in image.shape[:2]]
+    notes: list[str] = []
+    expected = None if truth is None else read_truth(truth, size, signature.classes, max_pixels * scale**2, notes)
+    answer = predict(session, image, **tiles)
+    output.mkdir(parents=True, exist_ok=True)
+    files = _result_files(path, output, signature)
+    if signature.task == "restore":
+        write_image(files["image"], answer)
+        return {"source": str(path), "image": str(files["image"])}
+    result: Result = {"source": str(path), "mask": str(files["mask"])}
+    write_whole(files["mask"], encode_png(answer, [entry.color for entry in signature.classes]))
+    if image.shape[2] in (1, 3, 4):
+        result["overlay"] = str(files["overlay"])
+        shown = image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
+        write_image(files["overlay"], overlay(shown, answer, signature.classes))
+    else:
+        notes.append(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
+    if expected is not None:
+        labels, number_names = expected
+        result |= {"difference": str(files["difference"]), "agreement": write_difference(files["difference"], answer, labels)}
+        if number_names:
+            result["truth"] = number_names
+    result["shares"] = {entry.name: float((answer == k).sum() / answer.size) for k, entry in enumerate(signature.classes)}
+    if notes:
+        result["notes"] = notes
+    return result

@@ -1,0 +1,48 @@
+"""A checkpoint as a candidate of `muntin bench`, in PyTorch beside the deployed artefact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from muntin.compression import load_model
+from muntin.models import TorchSession
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.profiling.cold_start import Candidate
+from muntin.runtime.profiling.timing import Mapper
+from muntin.training import Checkpoint, read_checkpoint
+
+
+def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
+    """Return a checkpoint's model in FP32 as a session on the best device, compressed or not.
+
+    A quantised checkpoint runs as the simulation of training, slower than the model in floats, which the session's `engine` says.
+    """
+    session = TorchSession(load_model(checkpoint).to(_best_device()), checkpoint.signature, compile=compile)
+    if checkpoint.quantized:
+        session.engine += ", simulating integers"
+    return session
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointCandidate(Candidate):
+    """A run's folder or a checkpoint, in PyTorch FP32 on the best device, with one stream. `compile`: by `torch.compile`."""
+
+    compile: bool = False
+
+    def prepare(self) -> None:
+        # The first convolution loads PyTorch's kernel libraries and sets up a GPU.
+        torch.nn.Conv2d(1, 1, 1, device=(device := _best_device()))(torch.zeros(1, 1, 1, 1, device=device))
+
+    def open(self, options: SessionOptions) -> Mapper:
+        torch.set_num_threads(options.thread_count)
+        session = checkpoint_session(read_checkpoint(self.path), compile=self.compile)
+        for shape in options.shapes or ():
+            session(np.zeros((*shape, session.signature.channels), np.uint8))
+        return session

@@ -1,0 +1,110 @@
+"""Export of a checkpoint of `muntin fit` or `muntin compress` as an artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from muntin.artifact import Artifact, check_target, open_artifact
+from muntin.artifact.store import MANIFEST
+from muntin.compression import Change, freeze, load_model, quantize
+from muntin.deployment.export import export
+from muntin.errors import ArtifactError, ExportError, RecipeError
+from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, source_of
+from muntin.training.evaluation import tile_of
+from muntin.training.recipe import override_recipe
+
+ARTIFACT = "artifact"
+"""Default folder of a run's artefact."""
+REVISION = 7
+"""Version of what export makes of the same weights. Raise it with every change of that, so that existing artefacts are exported again."""
+
+
+def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
+    """Return a checkpoint's model in integers and all changes: frozen if compression quantised it, otherwise quantised to W8A8."""
+    model = load_model(checkpoint)
+    pass_ = freeze(calibration) if checkpoint.quantized else quantize(calibration, checkpoint.recipe.quantization)
+    return model, [*checkpoint.changes, *pass_(model)]
+
+
+def _float_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
+    """Return a checkpoint's model in floats and all changes: rounded to FP16 after the low-rank stage, otherwise unchanged."""
+    model = load_model(checkpoint)
+    return model, [] if checkpoint.state.compression is None else [*checkpoint.changes, *freeze(calibration)(model)]
+
+
+def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint:
+    """Return the checkpoint with `quantization.KEY=VALUE` of its recipe replaced.
+
+    Raises RecipeError for other keys, and for a checkpoint that `compress` has quantised.
+    """
+    overrides = tuple(overrides)
+    other = next((override for override in overrides if not override.startswith("quantization.")), None)
+    if other is not None:
+        raise RecipeError(f"'{other}': the model is trained already; only quantization.KEY=VALUE can be set here")
+    if overrides and checkpoint.quantized:
+        raise RecipeError(f"{checkpoint.path} was quantised by `muntin compress`: set compression.KEY=VALUE there")
+    recipe = override_recipe(checkpoint.recipe, overrides)
+    return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
+
+
+def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact:
+    """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights is reused.
+
+    Raises ExportError for `integer=False` and a checkpoint that is quantised already.
+    """
+    if not integer and checkpoint.quantized:
+        raise ExportError(
+            f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
+            "`muntin fit` or of the low-rank stage"
+        )
+    if (existing := exported(checkpoint, path, integer=integer)) is not None:
+        return existing
+    check_target(path)
+    calibration = calibration_of(checkpoint, source_of(checkpoint))
+    model, changes = (integer_model if integer else _float_model)(checkpoint, calibration)
+    side = tile_of(checkpoint.recipe.data.crop) if checkpoint.recipe.task != "classify" else checkpoint.recipe.data.crop
+    return export(
+        model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": _origin_of(checkpoint, integer)},
+        shape=(1, side, side),
+    )  # fmt: skip
+
+
+def exported(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact | None:
+    """Return the artefact at `path` if `export_checkpoint` would write the same."""
+    try:
+        existing = open_artifact(path)
+    except ArtifactError:
+        return None
+    same = existing.manifest.measured.get("origin") == _origin_of(checkpoint, integer) and existing.manifest.muntin == version("muntin")
+    return existing if same else None
+
+
+def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> str | None:
+    """Describe the artefact of other weights or another kind at `path` that an export would replace. None without one."""
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        manifest = open_artifact(path).manifest
+    except ArtifactError as error:
+        return f"unreadable: {error}"
+    origin = manifest.measured.get("origin")
+    if origin == _origin_of(checkpoint, integer):
+        return None
+    passes = {entry.get("pass") for entry in manifest.passes}
+    stage = next((name for pass_, name in (("mix", "mixed"), ("qat", "w4a8"), ("low_rank", "low-rank")) if pass_ in passes), "plain")
+    numbers = "INT8" if any(layer.activation_bits == 8 for layer in manifest.layers) else "float"
+    weights = origin.partition(":")[0] if isinstance(origin, str) else None
+    own = weights == checkpoint.state.sha256[AVERAGE]
+    source = "these weights" if own else f"weights {weights[:8]}" if weights else "weights not recorded"
+    return f"{stage} {numbers} of {source}, exported {manifest.created}"
+
+
+def _origin_of(checkpoint: Checkpoint, integer: bool) -> str:
+    """Return an artefact's origin as recorded in its manifest: weights, quantisation and `REVISION`."""
+    quantization = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
+    return f"{checkpoint.state.sha256[AVERAGE]}:{quantization}:{REVISION}"

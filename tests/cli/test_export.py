@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.artifact import open_artifact
+from muntin.deployment import checkpoint_export
+from muntin.errors import DataError
+from muntin.images import read_image
+from muntin.runtime import load, predict
+from muntin.training import read_checkpoint
+
+Call = Callable[..., Any]
+FullDisk = Callable[[int], AbstractContextManager[None]]
+Tree = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def copied(exported: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported.artifact, tmp_path / "artifact"))
+
+
+def test_export_reuses_an_artefact_of_the_same_weights(call: Call, exported: Any, tree: Tree) -> None:
+    before = tree(exported.run)
+    document = call("export", exported.run, "--json").document()
+    assert tree(exported.run) == before
+    assert (document["written"], document["replaced"]) == (False, None)
+    artifact = open_artifact(exported.artifact)
+    assert Path(document["artifact"]) == exported.artifact
+    assert document["bytes"] == artifact.bytes == sum(file.stat().st_size for file in exported.artifact.iterdir())
+    assert document["int8_layers"] + len(document["kept"]) == 3
+    assert document["int8_layers"] >= 2
+    assert document["precision"] in ("f32", "bf16", "f16")
+    text = call("export", exported.run)
+    assert (text.code, text.err) == (0, "")
+    assert text.out.startswith(f"is there  {exported.artifact}: ")
+    assert f"{document['int8_layers']} layers in INT8" in text.out
+
+
+def test_export_again_after_a_new_revision(call: Call, exported: Any, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = read_checkpoint(exported.run)
+    assert checkpoint_export.exported(trained, copied) == open_artifact(copied)
+    assert checkpoint_export.exported(trained, copied, integer=False) is None
+    monkeypatch.setattr(checkpoint_export, "REVISION", checkpoint_export.REVISION + 1)
+    assert checkpoint_export.exported(trained, copied) is None
+    assert (checkpoint_export.other_artifact(trained, copied) or "").startswith("plain INT8 of these weights, exported ")
+
+    def opened(checkpoint: Any) -> None:
+        raise DataError("the data were opened")  # the export itself takes a second
+
+    monkeypatch.setattr(checkpoint_export, "source_of", opened)
+    assert call("export", exported.run, "-o", copied).mistake() == "the data were opened"
+
+
+def test_export_in_float(call: Call, exported: Any, tmp_path: Path) -> None:
+    document = call("export", exported.run, "--float", "-o", tmp_path / "float", "--json").document()
+    assert (document["written"], document["int8_layers"]) == (True, 0)
+    image = read_image(exported.image)
+    integer, floating = (predict(load(path, precision="f32"), image) for path in (exported.artifact, tmp_path / "float"))
+    assert (integer == floating).mean() > 0.9
+    weights = [(path / "weights.safetensors").stat().st_size for path in (exported.artifact, tmp_path / "float")]
+    assert weights[0] < weights[1]
+
+
+def test_export_keeps_named_layers_in_floats(call: Call, exported: Any, tmp_path: Path) -> None:
+    name = next(layer.name for layer in open_artifact(exported.artifact).manifest.layers if layer.activation_bits == 8)
+    document = call("export", exported.run, "--set", f"quantization.keep=['{name}']", "-o", tmp_path / "kept", "--json").document()
+    assert document["kept"][name] == "named in keep"
+    assert "only quantization.KEY=VALUE" in call("export", exported.run, "--set", "training.steps=3").mistake()
+    assert "give one of them" in call("export", exported.run, "--float", "--set", "quantization.min_sqnr_db=3").mistake()
+
+
+def test_export_help_shows_a_list(call: Call) -> None:
+    assert "quantization.keep=[head.conv]" in " ".join(call("export", "--help").out.split())
+
+
+def test_export_checks_the_target_before_the_data(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("muntin.deployment.checkpoint_export.source_of", lambda checkpoint: pytest.fail("the data were opened"))
+    (tmp_path / "file").touch()
+    assert "file is a file" in call("export", exported.run, "-o", tmp_path / "file" / "artifact").mistake()
+
+
+def test_export_to_a_full_disk(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk, tree: Tree) -> None:
+    before = tree(exported.run)
+    with full_disk(20_000):
+        text = call("export", exported.run, "-o", tmp_path / "artifact").mistake()
+    assert "cannot be written (File too large): make room" in text
+    assert list(tmp_path.iterdir()) == []
+    assert tree(exported.run) == before
