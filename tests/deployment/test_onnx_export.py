@@ -156,7 +156,7 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
         "max": (lambda m, x: F.interpolate(F.adaptive_max_pool2d(m.conv(x), 4), x.shape[2:]), r"adaptive pooling to 4 x 4"),
         "large": (
             lambda m, x: m.conv(x if x.shape[2] < 300 else -x),
-            r"where height < 300 \(.*test_graph.py:\d+ in <lambda>\), and computes",
+            r"where height < 300 \(.*test_onnx_export.py:\d+ in <lambda>\), and computes",
         ),
         "small": (
             lambda m, x: m.conv(x if x.shape[3] > 90 else -x),

@@ -13,7 +13,7 @@ from typing import Any
 from muntin.models.config import ModelConfig
 from muntin.training.recipe import Recipe
 
-Schema = dict[str, Any]
+JsonSchema = dict[str, Any]
 
 _HEAD = """# The keys of a recipe
 
@@ -41,7 +41,7 @@ def recipe_reference() -> str:
     return "\n".join([_HEAD, *_sections("", schema, schema["$defs"], {})])
 
 
-def _sections(place: str, schema: Schema, defs: dict[str, Schema], defaults: dict[str, Any]) -> Iterator[str]:
+def _sections(place: str, schema: JsonSchema, defs: dict[str, JsonSchema], defaults: dict[str, Any]) -> Iterator[str]:
     """Yield the table of a section, then those of its subsections. `defaults`: values at this place that differ from the schema's."""
     title = f"## {place}\n\n" if place else ""
     description = f"{schema['description'].splitlines()[0]}\n\n" if place and "description" in schema else ""
@@ -57,7 +57,7 @@ def _sections(place: str, schema: Schema, defs: dict[str, Schema], defaults: dic
         yield f"## model.options\n{_OPTIONS}\n{_table(rows, defs, {})}"
 
 
-def _references(entry: Schema) -> Iterator[tuple[str, bool]]:
+def _references(entry: JsonSchema) -> Iterator[tuple[str, bool]]:
     """The sections in a key's value, by name, and whether the value is a list of them."""
     for choice in entry.get("anyOf", [entry]):
         for inner, many in ((choice, False), (choice.get("items", {}), True)):
@@ -65,7 +65,7 @@ def _references(entry: Schema) -> Iterator[tuple[str, bool]]:
                 yield inner["$ref"].rpartition("/")[2], many
 
 
-def _table(properties: dict[str, Schema], defs: dict[str, Schema], defaults: dict[str, Any]) -> str:
+def _table(properties: dict[str, JsonSchema], defs: dict[str, JsonSchema], defaults: dict[str, Any]) -> str:
     rows = ["| key | value | default | |", "| --- | --- | --- | --- |"]
     for name, entry in properties.items():
         inner = defs[entry["$ref"].rpartition("/")[2]] if "$ref" in entry else {}
@@ -80,7 +80,7 @@ def _default(value: Any) -> str:
     return "" if isinstance(value, dict) and value else f"`{json.dumps(value, ensure_ascii=False)}`"
 
 
-def _value(entry: Schema, defs: dict[str, Schema]) -> str:
+def _value(entry: JsonSchema, defs: dict[str, JsonSchema]) -> str:
     """The allowed values, in words."""
     if "anyOf" in entry:
         return "; or ".join(_value(choice, defs) for choice in entry["anyOf"])
@@ -99,7 +99,7 @@ def _value(entry: Schema, defs: dict[str, Schema]) -> str:
     return " ".join(filter(None, (_NAMES[entry["type"]], _range(entry))))
 
 
-def _range(entry: Schema) -> str:
+def _range(entry: JsonSchema) -> str:
     words = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"), ("exclusiveMaximum", "below"))
     return " ".join(f"{word} {entry[bound]}" for bound, word in words if bound in entry)
 
