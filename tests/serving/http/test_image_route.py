@@ -136,10 +136,10 @@ def test_fallback_with_other_classes(shelf: Any, signature_of: Any, tile: int, a
 
 def test_cancelled_while_decoding(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder cannot be stopped: the picture counts until its thread has ended, unless it is cancelled twice."""
-    decoding, go_on = threading.Event(), threading.Event()
+    decoding, go_on = threading.Semaphore(0), threading.Event()
 
     def decode(*_: Any, **__: Any) -> Any:
-        decoding.set()
+        decoding.release()
         assert go_on.wait(60)
         return np.zeros((8, 8, 3), np.uint8)
 
@@ -149,7 +149,8 @@ def test_cancelled_while_decoding(slot: Slot, monkeypatch: pytest.MonkeyPatch) -
         service: Any = BlockedService(slot)
         route = ImageRoute(service, body_bytes=BODY_BYTES)
         once, twice = (asyncio.create_task(route.answer(picture(), {})) for _ in range(2))
-        await asyncio.to_thread(decoding.wait, 60)
+        for _ in range(2):
+            assert await asyncio.to_thread(decoding.acquire, timeout=60)
         once.cancel()
         twice.cancel()
         await asyncio.sleep(0.05)
