@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import muntin.data
-from muntin.data.batches import Batch, Crops, Draw, calibration_batches, class_cells, cut, prefetch
+from muntin.data.batches import Crops, Draw, ImageBatch, calibration_batches, class_cells, cut, prefetch
 from muntin.data.config import Augmentation
 from muntin.data.earth import EarthSource
 from muntin.data.source import Sample
@@ -137,7 +137,7 @@ def test_draws_over_the_full_ranges(task: Any) -> None:
 @given(step=st.integers(0, 10**6), seed=st.integers(0, 2**31))
 @settings(max_examples=15, deadline=None)
 def test_batch_by_seed_and_step(step: int, seed: int) -> None:
-    def batch(seed: int, step: int) -> Batch:
+    def batch(seed: int, step: int) -> ImageBatch:
         crops = Crops([coded(50, 40), coded(30, 70)], task="segment", crop=24, batch_size=4, seed=seed, augmentation=EVERYTHING, rare=0.5)
         crops.batch(step + 1)  # earlier batches must not matter
         return crops.batch(step)
@@ -218,7 +218,7 @@ class Numbered:
     def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
         self.bad, self.seconds, self.batches, self.threads = bad, seconds, 0, 0
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> ImageBatch:
         if step == self.bad:
             raise DataError("this picture is damaged")
         time.sleep(self.seconds)
@@ -251,7 +251,7 @@ def test_prefetch_in_order_on_one_core(two_threads: None) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
 def test_prefetch_without_openmp_threads(two_threads: None) -> None:
     class Computed:
-        def batch(self, step: int) -> Batch:
+        def batch(self, step: int) -> ImageBatch:
             whole = torch.zeros(1 << 22).exp_().to(torch.int64)  # large enough that torch would use several threads
             return whole, whole
 

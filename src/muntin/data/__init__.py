@@ -16,17 +16,17 @@ from muntin.data.recipe_wizard import write_recipe
 from muntin.data.source import Sample, Samples, Source
 
 if TYPE_CHECKING:
-    from muntin.data.batches import Batch, Crops, calibration_batches, prefetch
+    from muntin.data.batches import Crops, ImageBatch, calibration_batches, prefetch
 
 __all__ = [
     "Augmentation",
-    "Batch",
     "ClassSpec",
     "Crops",
     "DataConfig",
     "EarthSource",
     "FolderPair",
     "FolderSource",
+    "ImageBatch",
     "Sample",
     "Samples",
     "Source",
@@ -36,7 +36,7 @@ __all__ = [
     "write_recipe",
 ]
 
-_TORCH_NAMES = ("Batch", "Crops", "calibration_batches", "prefetch")
+_TORCH_NAMES = ("ImageBatch", "Crops", "calibration_batches", "prefetch")
 
 
 def __getattr__(name: str) -> object:

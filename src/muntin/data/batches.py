@@ -27,7 +27,7 @@ from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.images.files import UInt8
 
-Batch = tuple[Tensor, Tensor]
+ImageBatch = tuple[Tensor, Tensor]
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels
 
 
@@ -77,7 +77,7 @@ class Crops:
         self._upper_edges = np.cumsum(weights) / weights.sum()
         self._cells = class_cells(samples) if rare > 0 and task == "segment" else []
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int) -> ImageBatch:
         """Images uint8 (B, C, H, W), channels last in memory, and targets int64 (B, H, W), or (B,) for `classify`."""
         crops = [cut(self._samples[draw.index], draw, self._crop) for draw in self.draws(step)]
         images_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW, _ in crops])
@@ -169,7 +169,7 @@ def class_cells(samples: Sequence[Sample]) -> list[tuple[int, np.ndarray[tuple[i
     return [(label, np.concatenate(cells_by_class[label])) for label in sorted(cells_by_class)]
 
 
-def prefetch(make: Callable[[int], Batch], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, Batch]]:
+def prefetch(make: Callable[[int], ImageBatch], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, ImageBatch]]:
     """Yield (step, `make(step)`) for the steps from `start` to `stop` - 1. One background thread makes at most `depth` batches ahead.
 
     The thread ends with the loop, within the time of one batch, also after `break` or an error. An iterator that is kept in a variable
@@ -180,7 +180,7 @@ def prefetch(make: Callable[[int], Batch], start: int, stop: int, depth: int = 2
         pool.submit(_use_one_core).result()
         # PyTorch keeps a thread count for each thread and one for threads that have not computed yet: restore the latter.
         torch.set_num_threads(threads)
-        pending: deque[Future[Batch]] = deque()
+        pending: deque[Future[ImageBatch]] = deque()
         following = start
         try:
             for step in range(start, stop):

@@ -14,11 +14,11 @@ MEGABYTE = 1 << 20
 DAY_S = 86_400.0
 
 
-class _Frozen(BaseModel):
+class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Bounds(_Frozen):
+class Bounds(_Settings):
     """Limits on one request and on all together. Requests beyond them are refused."""
 
     body_bytes: Annotated[int, Field(ge=1024, description="of one request")] = 64 * MEGABYTE
@@ -35,7 +35,7 @@ def is_token(text: str) -> bool:
     return bool(text) and text.isascii() and not any(c.isspace() for c in text)
 
 
-class ServeConfig(_Frozen):
+class ServeConfig(_Settings):
     """The settings of `muntin serve`."""
 
     host: Annotated[str, Field(description="address to listen on; by default only this machine reaches it")] = "127.0.0.1"

@@ -13,19 +13,19 @@ from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Begun, Version
 from muntin.serving.worker.opening import Call
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 def compute_somewhere(
     slot: Slot,
     version: Version,
-    work: Callable[[Session], Answer],
+    work: Callable[[Session], T],
     *,
     rows: int,
     call: Call | None = None,
     within: float = inf,
-    whole: Callable[[Answer], bool] = lambda answer: True,
-) -> tuple[Answer, Version]:
+    whole: Callable[[T], bool] = lambda answer: True,
+) -> tuple[T, Version]:
     """Return `work(session)` of a leased version, or of another one if that fails or hangs; and the version that computed it.
 
     The slot counts it (`Slot.observe`). A failure counts against a version only if another one computes the same: an image that no version

@@ -1,4 +1,4 @@
-"""Where versions come from: one artefact, or a directory whose sub-directories with whole-number names are versions.
+"""The source of versions: one artefact, or a directory whose sub-directories with whole-number names are versions.
 
     DIR/manifest.json ...                          one artefact: version 1
     DIR/1/manifest.json ...  DIR/2/manifest.json   versions; the highest number is the newest

@@ -42,7 +42,7 @@ class Rollout(BaseModel):
 
     @property
     def tried(self) -> bool:
-        """Whether a version is tried beside the current one before it takes over."""
+        """True if a version is tried beside the current one before it takes over."""
         return self.canary > 0 or self.shadow > 0
 
 

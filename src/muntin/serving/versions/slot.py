@@ -92,7 +92,7 @@ class Slot:
 
     @property
     def shadowed(self) -> bool:
-        """Whether a candidate computes answered requests again."""
+        """True if a candidate computes answered requests again."""
         return self._routes.candidate is not None and self.rollout.shadow > 0
 
     def shadow(self, answered: Version | None) -> Lease | None:
@@ -171,7 +171,7 @@ class Slot:
 
     @property
     def ready(self) -> bool:
-        """Whether a request can be admitted."""
+        """True if a request can be admitted."""
         current = self._routes.current
         return current is not None and current.able
 
@@ -244,7 +244,7 @@ class Slot:
 
     @property
     def closed(self) -> bool:
-        """Whether it loads no more versions."""
+        """True if it loads no more versions."""
         return self._closed.is_set()
 
     def end_loads(self) -> None:

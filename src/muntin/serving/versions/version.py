@@ -144,7 +144,7 @@ class Version:
 
     @property
     def able(self) -> bool:
-        """Whether it is open and its engine accepts calls."""
+        """True if it is open and its engine accepts calls."""
         return self._session is not None and self.liveness.able
 
     def opened(self, opened: Opened) -> None:

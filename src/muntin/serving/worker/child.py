@@ -24,8 +24,8 @@ from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS
 from muntin.serving.worker.opening import open_version
 
 OOM_SCORE_OPENING, OOM_SCORE_SERVING = 600, 300
-"""Of 1,000 (proc(5), oom_score_adj). If memory runs out the kernel is to end this process, and not the server, which starts another one;
-and of two engines the one that is being opened."""
+"""Linux's oom_score_adj (proc(5), of 1,000): if memory runs out, the kernel ends this process and not the server, which starts another
+one; of two engines, the one that is being opened."""
 Compute = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
