@@ -97,7 +97,7 @@ def test_doctor_names_a_busy_process(call: Call) -> None:
     (line,) = (line for line in answer.out.splitlines() if " contention: " in line)
     assert line.split()[0] == "note"
     assert "other processes use" in line
-    assert "stop what runs beside" in line
+    assert "stop other programs" in line
     assert answer.code == 0 or "wrong integers" in answer.err
 
 
