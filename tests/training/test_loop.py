@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,8 @@ from muntin.models import CompressionRecord, TorchSession
 from muntin.training import loop
 from muntin.training.checkpoint import AVERAGE, STATE, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, Interruption, MetricsLog, Training, fit
+from muntin.training.interrupt import Interruption
+from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, MetricsLog, Training, fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
 from muntin.training.trainer import Trainer
@@ -709,47 +709,6 @@ def test_validation_by_class(tmp_path: Path, tiny: Any) -> None:
     again = evaluate(TorchSession(load_model(checkpoint), checkpoint.signature), samples, tile=48)
     assert again.recall != again.iou, "it errs nowhere: this test plants nothing"
     assert result.validation[-1]["by_class"] == again.recall
-
-
-# Interruption
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_by_signal(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Interruption() as interruption:
-        assert not interruption.requested
-        os.kill(os.getpid(), number)
-        assert interruption.requested
-    with pytest.raises(ZeroDivisionError), Interruption():
-        assert signal.getsignal(number) is not before
-        raise ZeroDivisionError
-    assert signal.getsignal(number) is before
-
-
-def test_second_signal() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have switched Ctrl-C off
-    try:
-        with pytest.raises(KeyboardInterrupt), Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert interruption.requested
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_interruption_in_another_thread() -> None:
-    """Handlers can be set only in the main thread; `fit` works in others without them."""
-    before, during = signal.getsignal(signal.SIGINT), []
-
-    def work() -> None:
-        with Interruption() as interruption:
-            during.append((interruption.requested, signal.getsignal(signal.SIGINT)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert during == [(False, before)]
 
 
 # Log

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from muntin.runtime import Session
     from muntin.runtime.session import Shape
 
-TILE = 512
-"""Side of the tiles, pixels, for an artefact that does not record the size of its export."""
 COMPILED = 128
 """Minimum number of tiles of one size for which that size is compiled: half a second or more, to save some ms a tile."""
 Result = dict[str, Any]
@@ -60,7 +58,7 @@ def predict_command(
     from muntin.images import MAX_PIXELS
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
-    from muntin.runtime.tiles import check_tiles
+    from muntin.runtime.tiles import TILE, check_tiles
 
     images = _images(image, truth)
     session = open_session(artifact, SessionOptions(engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True))

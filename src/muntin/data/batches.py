@@ -25,7 +25,7 @@ from muntin.data.config import NO_AUGMENTATION, Augmentation
 from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 
 ImageBatch = tuple[Tensor, Tensor]
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels

@@ -18,7 +18,7 @@ from muntin.data.section import Section
 from muntin.data.source import MAX_CLASSES
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 
 RGB = tuple[Channel8, Channel8, Channel8]
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB

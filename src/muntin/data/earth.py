@@ -23,7 +23,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data.source import CheckProgress, DataTask, HeldSamples, Sample, Samples, SplitName
 from muntin.errors import DataError, DependencyError, install
 from muntin.images import IGNORED, read_image, read_mask
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 
 EarthVariant = Literal["cover", "climate", "shore"]
 BorderName = Literal["train", "validation", "test", "left out"]

@@ -20,7 +20,7 @@ from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCa
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
 from muntin.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 
 
 class FolderPair(Section):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
 from muntin.artifact.classes import ClassInfo
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 
 DataTask = Literal["segment", "classify"]
 SplitName = Literal["train", "validation", "test"]

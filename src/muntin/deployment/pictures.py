@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from muntin.artifact.classes import ClassInfo
 from muntin.data.source import Sample
 from muntin.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 from muntin.runtime.tiles import Predictor, predict
 from muntin.text import plain
 

@@ -5,9 +5,9 @@ Axis letters: H, W rows and columns, C channels. Arrays are uint8 unless a docst
 
 from __future__ import annotations
 
-from muntin.images.files import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, TooManyPixelsError
+from muntin.images.decoding import decode_image, image_size, pixel_count, read_image, read_mask
+from muntin.images.opening import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, TooManyPixelsError
 from muntin.images.painting import IGNORED, RIGHT, WRONG, colorize, difference, middle_square, overlay, to_rgb
-from muntin.images.pictures import decode_image, image_size, pixel_count, read_image, read_mask
 from muntin.images.writing import encode_png, write_image, write_whole
 
 __all__ = [

@@ -11,7 +11,7 @@ from PIL import Image
 
 from muntin.artifact.classes import ClassInfo
 from muntin.errors import DataError
-from muntin.images.files import UInt8
+from muntin.images.opening import UInt8
 
 IGNORED = 255
 """Label of pixels that count neither in the loss nor in a metric."""

@@ -13,7 +13,7 @@ from PIL import Image
 
 from muntin.artifact.atomic_files import write_files
 from muntin.errors import DataError
-from muntin.images.files import IMAGE_SUFFIXES, reason
+from muntin.images.opening import IMAGE_SUFFIXES, reason
 
 _PNG_LEVEL = 3
 """zlib level: level 6 takes three times as long for 10 % on photographs."""

@@ -8,6 +8,9 @@ the picture's edges, and keeps the scores of the whole picture, where this modul
 All tiles have one size: the last of a row is moved inward instead of shrunk, so that an engine compiles once. Memory: one band of scores
 (K * scale*tile * scale*W float32), one tile's call, and the result.
 
+Sides of tiles: `muntin predict` takes that of the export, else `TILE`, and so does a server short of memory; `/predict` takes
+`serving.http.image_route.TILE`, evaluation `training.evaluation.tile_of`.
+
 Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower case h, w are those of a tile.
 """
 
@@ -24,6 +27,8 @@ from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_square
 from muntin.runtime.session import check_images
 
+TILE = 512
+"""Default side of a tile, pixels."""
 Output = Literal["labels", "scores", "image"]
 Progress = Callable[[int, int], None]
 

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +34,7 @@ from muntin.training.checkpoint import Checkpoint, check_classes, find_start, re
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.gate_pruning import GateClosing
+from muntin.training.interrupt import Interruption
 from muntin.training.memory_format import keep_freed_memory
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
@@ -47,32 +45,6 @@ from muntin.training.weights import load_initial_weights, new_model
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
-
-
-class Interruption:
-    """While active, turn the first SIGINT or SIGTERM into the flag `requested`; a second one acts as usual. Main thread only."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._restore()
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
 
 
 class MetricsLog:

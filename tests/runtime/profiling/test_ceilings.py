@@ -13,7 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from muntin.errors import DataError
 from muntin.runtime.engines.openvino.session import executed_products
 from muntin.runtime.host.quiet_imports import openvino
-from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.profiling.ceilings import (
     PRODUCT_PRECISIONS,
     Kind,

@@ -25,7 +25,7 @@ from muntin.errors import DataError
 from muntin.runtime.engines.openvino.session import executed_products
 from muntin.runtime.host.hardware import last_level_cache, memory_gib, physical_cores
 from muntin.runtime.host.quiet_imports import openvino
-from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import check_threads
 from muntin.runtime.profiling.contention import watch_cpu
 from muntin.runtime.profiling.kernels import Ceilings

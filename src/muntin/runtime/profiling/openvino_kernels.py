@@ -27,7 +27,7 @@ from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
 from muntin.runtime.engines.openvino.session import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
 from muntin.runtime.engines.openvino.workarounds import with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
-from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import (
     IMAGES,

@@ -148,7 +148,7 @@ def run_openvino(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float
     """In OpenVINO's CPU plugin. Raises DependencyError where it cannot run it."""
     from muntin.runtime.engines.openvino.session import executed_products
     from muntin.runtime.host.quiet_imports import openvino
-    from muntin.runtime.host.signals import signal_stack_kept
+    from muntin.runtime.host.signal_stack import signal_stack_kept
 
     try:
         with signal_stack_kept():

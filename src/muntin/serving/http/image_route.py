@@ -34,7 +34,7 @@ from muntin.serving.versions.version import Version
 T = TypeVar("T")
 
 TILE = 1024
-"""Side of a tile, pixels."""
+"""Side of a tile, pixels: larger than in `runtime.tiles`, since each tile is a request with its own wait and overlap."""
 CODERS = 2
 """Number of pictures that are decoded or encoded at the same time."""
 MAX_PICTURES = 16

@@ -16,10 +16,9 @@ from muntin.artifact import Signature
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime import Session, predict
 from muntin.runtime.host.memory import no_memory
+from muntin.runtime.tiles import TILE
 from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError
 
-TILE = 512
-"""Side in pixels of the tiles of an image that does not fit into memory in one piece."""
 SHORT_S = 60.0
 """Seconds in which a call that was too large for the memory is not tried again: each try may cost an engine, and seconds to restart it."""
 _NOT_THE_CALLS = (EngineDiedError, NotReadyError, VerificationError)

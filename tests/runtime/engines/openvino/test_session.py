@@ -21,7 +21,7 @@ from muntin.runtime import load
 from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
 from muntin.runtime.engines.openvino.session import open_openvino
 from muntin.runtime.host.quiet_imports import openvino
-from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import STATIC_SHAPES
 

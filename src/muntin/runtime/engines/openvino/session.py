@@ -34,7 +34,7 @@ from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
 from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
 from muntin.runtime.engines.openvino.workarounds import computes_with_sizes, with_biases, with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
-from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape, check_shapes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from muntin.errors import DataError
-from muntin.images.files import HEAD_BYTES, decoder_of, opened_picture
+from muntin.images.opening import HEAD_BYTES, decoder_of, opened_picture
 
 SENT = Path("the picture")
 """Stands for a file's path in errors about bytes."""

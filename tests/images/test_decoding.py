@@ -22,8 +22,8 @@ from muntin.errors import DataError
 from muntin.images import (
     TooManyPixelsError,
     decode_image,
-    files,
     image_size,
+    opening,
     pixel_count,
     read_image,
     read_mask,
@@ -129,7 +129,7 @@ def test_decoding_without_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     load, alone = ImageFile.ImageFile.load, []
 
     def watched(picture: ImageFile.ImageFile) -> Any:
-        alone.append(files._pillow_lock.locked())
+        alone.append(opening._pillow_lock.locked())
         return load(picture)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", watched)

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from muntin.errors import DataError
-from muntin.images.files import (
+from muntin.images.client_pictures import SENT, opened_bytes
+from muntin.images.opening import (
     DAMAGE,
     MAX_PIXELS,
     NPY_HEAD,
@@ -24,7 +25,6 @@ from muntin.images.files import (
     quiet_pillow,
     read_mask_array,
 )
-from muntin.images.sent import SENT, opened_bytes
 
 _TAIL_BYTES = 1 << 17
 """End of a PNG that may hold EXIF after the pixels: EXIF has 64 KiB at most, and other chunks may follow."""
