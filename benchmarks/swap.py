@@ -13,8 +13,8 @@ is compared with the versions' expected answers. Goal: none failed, none wrong, 
 version takes over, every broken one is refused, and the two whose engines fail and die are sent back.
 
 Then a small classifier is swapped `--memory-swaps` times under light load. The resident memory of the server and of its engine's process is
-read each time when the old version's process has ended, or after some seconds. Its growth over the second half is the difference between
-the medians of the last two quarters. Existing parts are not measured again; a part of other settings, or of another machine, is refused.
+read each time when the old version's process has ended, or after some seconds. Its growth is the slope of the second half's readings, by
+least squares; the quarters' values are means. Existing parts are not measured again; a part of other settings, or of another machine, is refused.
 Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
 """
 
@@ -345,12 +345,12 @@ def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
         finally:
             stop.set()
         changing.result()
-    # Medians: a reading beside the old version's engine, where it takes long to end, is of another thing.
-    quarters = [float(np.median(part)) for part in np.array_split(resident, QUARTERS)]
+    quarters = [float(np.mean(part)) for part in np.array_split(resident, QUARTERS)]
+    second_half = resident[count // 2 :]
     return {
         "swaps": count, "requests": asked, "failures": failed, "resident_mib": resident, "engines": engines,
         "more_engines": sum(left > fewest for left in engines), "quarters_mib": quarters,
-        "mib_per_swap": (quarters[-1] - quarters[-2]) / (count / QUARTERS),
+        "mib_per_swap": float(np.polynomial.Polynomial.fit(range(len(second_half)), second_half, 1).convert().coef[1]),
     }  # fmt: skip
 
 
@@ -401,7 +401,7 @@ def print_table(row: Row, held: Row | None) -> None:
     if held is not None:
         quarters = ", ".join(f"{mib:.1f}" for mib in held["quarters_mib"])
         print(
-            f"{held['swaps']} swaps of a small model: {quarters} MiB (medians of quarters), {held['mib_per_swap'] * 1024:+.1f} KiB a swap "
+            f"{held['swaps']} swaps of a small model: {quarters} MiB (means of quarters), {held['mib_per_swap'] * 1024:+.1f} KiB a swap "
             f"over the second half, {held['more_engines']} readings with more engines than one; {held['requests']} requests, failures: "
             f"{held['failures'] or 'none'}"
         )

@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
-from muntin.errors import MuntinError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.versions.loader import ArtifactLoader
-from muntin.serving.versions.trial import TrialResult
 from muntin.serving.worker.liveness import Liveness
-from muntin.serving.worker.opening import Call, Opened
+from muntin.serving.worker.opening import Opened
 
 NAMES = ("sea", "field", "roof", "road", "tree")
 
@@ -88,16 +86,12 @@ def write(
 
 @dataclass(frozen=True, kw_only=True)
 class InProcess(ArtifactLoader):
-    """Opens artefacts in this process, and without one that goes first: as on Windows, for tests that open many or look inside."""
+    """Opens artefacts in this process, as on Windows, for tests that open many or look inside."""
 
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
-        manifest = open_artifact(path).manifest
-        return TrialResult(digest=manifest.sha256, signature=manifest.signature)
-
-    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool] = lambda: False) -> Opened:
+    def open(self, path: Path, **given: Any) -> Opened:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
-            return super().open(path, lately, tried, stopped)
+            return super().open(path, **given)
 
 
 class Constant(Liveness, Session):
@@ -128,25 +122,18 @@ class Shelf:
 
     trouble: dict[str, Exception] = field(default_factory=dict)
     signatures: dict[str, Signature] = field(default_factory=dict)
-    probed: list[str] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)
     opened: list[str] = field(default_factory=list)
-    lately: dict[Call, int] = field(default_factory=dict)
 
-    def probe(self, path: Path, lately: Mapping[Call, int], stopped: Callable[[], bool]) -> TrialResult:
-        self.probed.append(path.name)
-        self.lately = dict(lately)
-        error = self.trouble.get(path.name)
-        if isinstance(error, MuntinError):
-            raise error
-        return TrialResult(digest=digest_of(path), signature=self.signature_of(path))
-
-    def open(self, path: Path, lately: Mapping[Call, int], tried: TrialResult, stopped: Callable[[], bool]) -> Opened:
+    def open(self, path: Path, *, beside: bool = False, progress: Callable[[str], None] = print, **_: Any) -> Opened:
+        self.tried.append(path.name)
+        progress("opening")
         if path.name in self.trouble:
             raise self.trouble[path.name]
         self.opened.append(path.name)
         signature = self.signature_of(path)
         label = int(path.name) % len(signature.classes) if path.name.isdecimal() else 0
-        return Opened(session=Constant(signature, label), signature=signature, digest=tried.digest, calls=())
+        return Opened(session=Constant(signature, label), signature=signature, digest=digest_of(path), calls=())
 
     def signature_of(self, path: Path) -> Signature:
         return self.signatures.get(path.name, make_signature())

@@ -40,7 +40,7 @@ from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.outputs import CLASSES
-from muntin.serving.server import Server, largest_request
+from muntin.serving.server import Server
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.repository import Watcher
 from muntin.serving.versions.rollout import Rollout
@@ -64,12 +64,6 @@ def test_model_name_from_folder_or_link(write_pixels: Callable[..., Path], tmp_p
     assert served(path).slot.name == "release-5"
     assert served(tmp_path / "live").slot.name == "live"  # clients go on when the link is moved on
     assert served(path / "..").slot.name == served(tmp_path).slot.name
-
-
-def test_largest_request() -> None:
-    bounds = Bounds(body_bytes=6000, image_pixels=100)
-    assert largest_request(ServeConfig(max_batch=8, bounds=bounds), 3) == 800
-    assert largest_request(ServeConfig(max_batch=64, bounds=bounds), 3) == 2000
 
 
 @pytest.fixture(scope="module")
@@ -602,13 +596,13 @@ def test_watch_of_an_empty_directory(write_version: Callable[..., Path], tmp_pat
 def test_stop_while_loading(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server, loading = served(write_version(tmp_path / "1")), threading.Event()
 
-    def hang(path: Path, lately: Any, stopped: Callable[[], bool]) -> None:
+    def hang(stopped: Callable[[], bool], **_: Any) -> None:
         loading.set()
         while not stopped():
             pass
         raise NotReadyError("ended")
 
-    monkeypatch.setattr(ArtifactLoader, "probe", lambda self, *given: hang(*given))
+    monkeypatch.setattr(ArtifactLoader, "open", lambda self, path, **given: hang(**given))
     thread = threading.Thread(target=server.start)
     thread.start()
     assert loading.wait(60)
@@ -622,7 +616,7 @@ def test_stop_while_serving(write_version: Callable[..., Path], tmp_path: Path, 
     loading, held, computing = threading.Event(), threading.Event(), threading.Event()
     compute = Executor.__call__
 
-    def hang(path: Path, lately: Any, stopped: Callable[[], bool]) -> None:
+    def hang(stopped: Callable[[], bool], **_: Any) -> None:
         loading.set()
         while not stopped():
             pass
@@ -641,7 +635,7 @@ def test_stop_while_serving(write_version: Callable[..., Path], tmp_path: Path, 
         return thread
 
     with served(write_version(tmp_path / "m"), drain_seconds=60) as server:
-        monkeypatch.setattr(ArtifactLoader, "probe", lambda self, *given: hang(*given))
+        monkeypatch.setattr(ArtifactLoader, "open", lambda self, path, **given: hang(**given))
         monkeypatch.setattr(Executor, "__call__", hold)
         asked = [ask("load", "/v2/repository/models/m/load", b"{}"), ask("wait", "/v2/repository/models/m/load", b"{}")]
         image = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}

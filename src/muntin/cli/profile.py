@@ -131,11 +131,11 @@ def _shape(artifact: Path, size: str | None, batch: int | None) -> Shape | None:
     return (B if batch is None else batch, H, W)
 
 
-def parse_size(size: str) -> tuple[int, int]:
+def parse_size(size: str, option: str = "--size") -> tuple[int, int]:
     """Return (H, W) of "HxW", or of "N" for a square. Raises DataError for any other text."""
     match = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", size)
     if match is None:
-        raise DataError(f"--size {size}: give rows x columns in pixels as in 512x768, or one number for a square")
+        raise DataError(f"{option} {size}: give rows x columns in pixels as in 512x768, or one number for a square")
     return int(match[1]), int(match[2] or match[1])
 
 

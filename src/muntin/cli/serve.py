@@ -12,6 +12,7 @@ import typer
 
 from muntin.cli.console import print_json, say, status
 from muntin.cli.options import EngineOption, PrecisionOption, ThreadsOption
+from muntin.cli.profile import parse_size
 from muntin.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ _ObjectiveMsOption = Annotated[
     typer.Option(help="Time limit of an answer, milliseconds: a request that cannot meet it is refused at once. No limit by default."),
 ]
 _MaxBatchOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of images in one call.")]
+_SizesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Sizes of images to compile for, rows x columns, as in 480x640,1080x1920; beside the exported size. Others are slower."
+    ),
+]
 _QueueOption = Annotated[int, typer.Option(min=1, help="Maximum number of images that wait.")]
 _StreamsOption = Annotated[int, typer.Option(min=1, help="Batches that compute at the same time; they share the threads.")]
 _WatchOption = Annotated[
@@ -79,6 +86,7 @@ def serve_command(
     name: _NameOption = None,
     objective_ms: _ObjectiveMsOption = None,
     max_batch: _MaxBatchOption = 8,
+    sizes: _SizesOption = None,
     queue: _QueueOption = 512,
     streams: _StreamsOption = 1,
     watch: _WatchOption = False,
@@ -110,6 +118,7 @@ def serve_command(
         config = ServeConfig(
             host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
             threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
+            sizes=() if sizes is None else tuple(parse_size(size, "--sizes") for size in sizes.split(",")),
             rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),
             bounds=Bounds(
                 body_bytes=max_body * _MEGABYTE, json_bytes=max_json * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE,

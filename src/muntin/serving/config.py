@@ -48,6 +48,10 @@ class ServeConfig(_Settings):
     streams: Annotated[int, Field(ge=1, description="batches that compute at the same time, each with its share of the threads")] = 1
     objective_ms: Annotated[float | None, Field(gt=0, description="within which an admitted request is answered; None: no promise")] = None
     max_batch: Annotated[int, Field(ge=1, le=1024, description="rows (images) that are computed in one call")] = 8
+    sizes: Annotated[
+        tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...],
+        Field(max_length=32, description="(height, width) of images to compile for, beside the exported size"),
+    ] = ()
     queue_rows: Annotated[int, Field(ge=1, description="rows that may wait, as many as a batch has at least")] = 512
     watch: Annotated[bool, Field(description="load versions that come to the directory while it serves")] = False
     watch_seconds: Annotated[float, Field(gt=0, description="between two looks at it")] = 2.0

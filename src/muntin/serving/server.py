@@ -48,7 +48,6 @@ from muntin.serving.versions.control import Control
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.repository import Repository, Watcher
 from muntin.serving.versions.slot import Slot
-from muntin.serving.versions.warmup import BUDGET, Compiler
 
 RENEW_S = 10.0
 """Interval at which the files of a certificate are checked, seconds."""
@@ -58,11 +57,6 @@ SETTLE_S = 5.0
 """Interval at which versions whose time is over are unloaded, seconds. Requests do so, too."""
 MARGIN_S, MARGIN_SHARE = 0.001, 0.05
 """Seconds, or share of an objective, for reading a request and writing its answer: 0.6 to 0.9 ms at 512 x 512."""
-
-
-def largest_request(config: ServeConfig, channels: int) -> int:
-    """Return the pixels of the largest accepted request: as many as its bytes or its rows allow."""
-    return min(config.bounds.body_bytes // channels, config.max_batch * config.bounds.image_pixels)
 
 
 class Server:
@@ -84,9 +78,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self.cut_off = 0
         """Number of requests and calls that were cut off after `drain_seconds`; valid when the server has ended."""
-        options = config.session_options
-        self._compiler = Compiler(options, budget=self._budget)
-        loader = ArtifactLoader(options=options, max_batch=config.max_batch, budget=self._budget)
+        loader = ArtifactLoader(options=config.session_options, max_batch=config.max_batch, sizes=config.sizes)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
         self._watcher: Watcher | None = None
         if config.watch:
@@ -141,15 +133,10 @@ class Server:
 
     # ---- inside the event loop ----
 
-    def _budget(self, channels: int) -> float:
-        """Return the pixels of the input sizes that a version is compiled for beside those of its start."""
-        return BUDGET * largest_request(self.config, channels)
-
     async def _serve(self, up: Callable[[], None]) -> None:
         """Start the parts, and end them in the opposite order, also after an error."""
         self._shutdown.bind(asyncio.get_running_loop())
         async with AsyncExitStack() as ending:
-            ending.push_async_callback(asyncio.to_thread, self._compiler.close)
             ending.callback(self.slot.close)
             ports = check_ports(self.config.host, self.config.http_port, self.config.grpc_port)
             certificate, key = self.config.tls_certificate, self.config.tls_key
@@ -218,7 +205,7 @@ class Server:
             streams = current.session.streams
             self._notify(f"--streams {config.streams}, and there are threads for {streams}: so many batches are computed at once")
         metrics = Metrics(max_rows=config.max_batch)
-        executor = Executor(self.slot, compiler=self._compiler)
+        executor = Executor(self.slot)
         objective = None if config.objective_ms is None else config.objective_ms / 1e3
         batcher = Batcher(
             LatencyModel(),

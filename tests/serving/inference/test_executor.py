@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import ArtifactError
-from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.executor import Executor, Group, Work
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.versions.version import Version
-from muntin.serving.versions.warmup import Compiler
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import Call, OutOfMemoryError
 
@@ -119,20 +116,12 @@ def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.Monke
     assert len(images) == 3
 
 
-def test_batches_in_one_call_are_examples(serving: Any) -> None:
-    """The compiler counts them, and a new version is warmed up for them."""
+def test_times_of_batches_in_one_call(serving: Any) -> None:
     slot, _ = serving(Pixels(most=60))
-    noted: list[tuple[str, Call]] = []
-
-    class Noting(Compiler):
-        def note(self, version: Version, call: Call) -> None:
-            noted.append((version.name, call))
-
-    executor = Executor(slot, compiler=Noting(SessionOptions()))
+    executor = Executor(slot)
     executor(batch_of(slot, [images_of(1, 1), images_of(1, 2)], labels=True))
     executor(batch_of(slot, [images_of(3, 1)], labels=True))  # in rows
-    assert noted == [("1", Call((2, 6, 5), True))]
-    assert list(slot.current.latencies.calls) == [Call((2, 6, 5), True)]
+    assert slot.current.latencies.calls == (Call((2, 6, 5), True),)
 
 
 def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:

@@ -115,16 +115,16 @@ def test_slow_listings(control: Control, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Stuck:
-    """A loader whose probe goes on until it is freed, or the slot is closed."""
+    """A loader that goes on until it is freed, or the slot is closed."""
 
     def __init__(self) -> None:
         self.begun, self.free = 0, threading.Event()
 
-    def probe(self, path: Path, lately: Any, stopped: Callable[[], bool]) -> Any:
+    def open(self, path: Path, *, stopped: Callable[[], bool], **_: Any) -> Any:
         self.begun += 1
         while not self.free.wait(0.01):
             if stopped():
-                raise NotReadyError("its trial was ended")
+                raise NotReadyError("opening was ended")
         raise VerificationError("it is broken")
 
 

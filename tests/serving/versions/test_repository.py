@@ -151,7 +151,7 @@ def test_broken_version(watcher: Watcher, write_version: Write, models: Path, sh
     assert len(lines) == 1
     assert lines[0].startswith("version 2 is not loaded: ")
     assert "model.onnx: its content is not what" in lines[0]
-    assert shelf.probed == ["1"]
+    assert shelf.tried == ["1"]
     write_version(models / "2")
     assert watcher.step() == "2"
 
@@ -164,7 +164,7 @@ def test_version_that_fails_to_open(watcher: Watcher, write_version: Write, mode
     for _ in range(3):
         assert watcher.step() is None
     assert lines == ["version 3 is not loaded: 3: its engine ended the process"]
-    assert shelf.probed == ["3", "2"]
+    assert shelf.tried == ["3", "2"]
     shelf.trouble = {}
     write_version(models / "3", 1)
     assert watcher.step() == "3"
@@ -187,7 +187,7 @@ def test_version_that_takes_too_long(
     shelf.trouble = {}
     write_version(models / "2", 1)
     assert watcher.step() == "2"
-    assert shelf.probed == ["2", "1", "2", "2", "2"]
+    assert shelf.tried == ["2", "1", "2", "2", "2"]
 
 
 def test_copy_in_progress(watcher: Watcher, write_version: Write, models: Path, lines: list[str]) -> None:
@@ -284,14 +284,14 @@ def test_version_loaded_by_another_caller(
     """The watcher finds it while it is being loaded, and waits."""
     write_version(models / "1")
     watcher.step()
-    entered, proceed, probe = threading.Event(), threading.Event(), shelf.probe
+    entered, proceed, open_at_once = threading.Event(), threading.Event(), shelf.open
 
-    def slowly(*given: Any) -> Any:
+    def slowly(*given: Any, **named: Any) -> Any:
         entered.set()
         assert proceed.wait(20)
-        return probe(*given)
+        return open_at_once(*given, **named)
 
-    shelf.probe = slowly
+    shelf.open = slowly
     with ThreadPoolExecutor(2) as threads:
         loading = threads.submit(slot.load, write_version(models / "2", 1), "2")
         assert entered.wait(20)
@@ -302,7 +302,7 @@ def test_version_loaded_by_another_caller(
         if unloaded:
             slot.unload("2")
         assert watching.result(20) is None
-    assert shelf.probed == ["1", "2"]
+    assert shelf.tried == ["1", "2"]
     assert serving(slot) == ("1" if unloaded else "2")
     assert watcher.step() is None
     write_version(models / "2", 2)

@@ -25,7 +25,7 @@ def admit(shelf: Any) -> ADMIT:
 
     def load(routes: Routes, name: str, *, untried: bool = False) -> Version:
         version, path = Version(name=name, path=Path(name)), Path(name)
-        version.opened(shelf.open(path, {}, shelf.probe(path, {}, lambda: False), lambda: False))
+        version.opened(shelf.open(path))
         routes.add(version)
         routes.admit(version, NOW)
         if untried:

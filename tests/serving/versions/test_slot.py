@@ -19,6 +19,7 @@ from muntin.errors import ArtifactError, DataError, MuntinError, VerificationErr
 from muntin.runtime.session import Session
 from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.rollout import Rollout
+from muntin.serving.versions.routes import OFTEN
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
 from muntin.serving.worker.liveness import Liveness
@@ -148,7 +149,6 @@ def test_failed_loads(make_slot: Callable[..., Slot], shelf: Any, signature_of: 
         slot.load("3", "3")
     with pytest.raises(RefusedError, match=r"version 4 has another contract"):
         slot.load("4", "4")
-    assert shelf.opened == ["1"]  # the contract is compared before opening
     assert slot.current is current
     assert [state for state, _ in states(slot).values()] == ["READY", *["UNAVAILABLE"] * 3]
     assert states(slot)["2"][1] == "2: altered"
@@ -156,16 +156,25 @@ def test_failed_loads(make_slot: Callable[..., Slot], shelf: Any, signature_of: 
         slot.lease("2")
 
 
-def test_warm_up_calls_of_the_next_version(make_slot: Callable[..., Slot], shelf: Any) -> None:
+def test_times_of_batches_that_lacked_memory(make_slot: Callable[..., Slot]) -> None:
     slot = make_slot()
-    version = slot.load("1", "1")
-    large = Call((8, 64, 64))
-    observe(slot, version, 3)
+    version, large = slot.load("1", "1"), Call((8, 64, 64))
+    observe(slot, version)
     observe(slot, version, call=None)
     observe(slot, version, call=large)
-    observe(slot, version, call=large, whole=False)  # there was no memory for it
-    slot.load("2", "2")
-    assert shelf.lately == {CALL: 3}
+    observe(slot, version, call=large, whole=False)
+    assert version.latencies.calls == (CALL,)
+
+
+def test_advice_on_a_frequent_size(make_slot: Callable[..., Slot], lines: list[str]) -> None:
+    slot = make_slot()
+    version = slot.load("1", "1")
+    version.compiled_sizes = {CALL.shape[1:]}
+    for call in (CALL, Call((1, 30, 40))):
+        observe(slot, version, OFTEN + 3, call=call)
+    assert [line for line in lines if "--sizes" in line] == [
+        "model: images of 30x40 pixels come often, and version 1 is not compiled for them: --sizes 30x40"
+    ]
 
 
 def test_load_unless_already_loaded(make_slot: Callable[..., Slot], shelf: Any) -> None:
@@ -176,23 +185,23 @@ def test_load_unless_already_loaded(make_slot: Callable[..., Slot], shelf: Any) 
     slot.unload()
     with pytest.raises(NotReadyError, match="was loaded before"):
         slot.load("1", "1", unless="digest of 1")
-    assert shelf.probed == ["1"]
+    assert shelf.tried == ["1"]
     slot.load("1", "1")
-    assert shelf.probed == ["1", "1"]
+    assert shelf.tried == ["1", "1"]
 
 
 def test_loads_one_at_a_time(make_slot: Callable[..., Slot], shelf: Any) -> None:
     slot, inside, most = make_slot(), list[int](), list[int]()
-    probe = shelf.probe
+    open_version = shelf.open
 
-    def counting(*arguments: Any) -> Any:
+    def counting(*arguments: Any, **named: Any) -> Any:
         inside.append(1)
         most.append(len(inside))
         time.sleep(0.02)
         inside.pop()
-        return probe(*arguments)
+        return open_version(*arguments, **named)
 
-    shelf.probe = counting
+    shelf.open = counting
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(slot.load, "1234", "1234"))
     assert most == [1] * 4
@@ -261,7 +270,7 @@ def test_failed_batch_is_computed_by_the_old_version(make_slot: Callable[..., Sl
         assert slot.current is old
         assert compute_somewhere(slot, new, label_of, rows=1, call=CALL) == (1, old)  # admitted before the roll-back
     assert not new.open
-    assert (new.latencies.calls, old.latencies.calls) == ({}, {CALL: 2})
+    assert (new.latencies.calls, old.latencies.calls) == ((), (CALL,))
     assert (old.leases, new.leases) == (0, 0)
 
 
@@ -391,8 +400,8 @@ def test_close_during_opening(make_slot: Callable[..., Slot], shelf: Any, wait_u
     slot, closed = make_slot(), list[Session]()
     opens = shelf.open
 
-    def open_and_close(*given: Any) -> Any:
-        opened = opens(*given)
+    def open_and_close(path: Path, **given: Any) -> Any:
+        opened = opens(path, **given)
         opened.session.close = lambda: closed.append(opened.session)
         slot.end_loads()
         return opened

@@ -109,8 +109,23 @@ def verify(
     Raises the errors of `load` (ArtifactError for an altered file); a failed check is in the result.
     """
     artifact = open_artifact(path)
-    manifest = artifact.manifest
     session = open_session(path, replace(options, shapes=()))
+    if allow_fallbacks is None:
+        allow_fallbacks = options.engine != DEFAULT_ENGINE
+    return verify_session(session, artifact, evaluate=evaluate, allow_fallbacks=allow_fallbacks, layers=layers)
+
+
+def verify_session(
+    session: Session,
+    artifact: Artifact,
+    *,
+    evaluate: Callable[[Session], float] | None = None,
+    allow_fallbacks: bool = False,
+    layers: bool = False,
+    step: Callable[[], None] = lambda: None,
+) -> VerifyResult:
+    """Check a session of an artefact as `verify` does. `step`: called after each call of the engine."""
+    manifest = artifact.manifest
     tolerance = manifest.tolerance(session.engine, session.precision)
     recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
     problems = []
@@ -119,16 +134,18 @@ def verify(
             f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
             "verify in a recorded precision, or export again"
         )
-    golden = tuple(
-        replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore") for images, scores in artifact.golden()
-    )
+    golden = []
+    for images, scores in artifact.golden():
+        golden.append(replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore"))
+        step()
     problems += [f"golden pair {index} {result.problem}" for index, result in enumerate(golden) if tolerance and not result.passed]
     problems += _batch_problems(session, artifact, tolerance) if tolerance else []
+    step()
     ran = tuple(session.layers())
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:
         fallbacks, reasons = (), (f"{session.engine} does not say what its layers ran in",)
-    if not (options.engine != DEFAULT_ENGINE if allow_fallbacks is None else allow_fallbacks):
+    if not allow_fallbacks:
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
     problems += _layer_problems(checks, find_unchecked(manifest.layers, checks) if layers else ())
@@ -136,12 +153,12 @@ def verify(
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
     return VerifyResult(
-        path=Path(path),
+        path=artifact.path,
         engine=session.engine,
         precision=session.precision,
         threads=session.threads,
         digests={"manifest.json": manifest.sha256, **{str(name): digest for name, digest in manifest.files.items()}},
-        golden=golden,
+        golden=tuple(golden),
         layers=ran,
         fallbacks=fallbacks,
         evaluation=evaluation,

@@ -25,7 +25,6 @@ from muntin.serving.inference.recovery import Parts, Recovery, call, has_tiles
 from muntin.serving.versions.rollout import label_agreement
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
-from muntin.serving.versions.warmup import Compiler
 from muntin.serving.worker.opening import Call, OutOfMemoryError
 
 REVIVE_S = 5.0
@@ -80,13 +79,10 @@ def taken_apart(answer: Sliced, jobs: Iterable[Job]) -> list[Sliced]:
 
 
 class Executor:
-    """Computes batches for a `Runner`, on any of its threads. `clock`: seconds, the batcher's.
+    """Computes batches for a `Runner`, on any of its threads. `clock`: seconds, the batcher's."""
 
-    `compiler`: counts the batches, and compiles for the sizes that come often.
-    """
-
-    def __init__(self, slot: Slot, *, compiler: Compiler | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._slot, self._clock, self._compiler = slot, clock, compiler
+    def __init__(self, slot: Slot, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._slot, self._clock = slot, clock
         self._recovery = Recovery(clock)
         self.recoveries = self._recovery.counts
 
@@ -121,8 +117,6 @@ class Executor:
                 work.parts = Parts.TILES if one_image or parts == Parts.ROWS else Parts.ROWS
             raise AgainError(str(error)) from error
         seconds = self._clock() - started
-        if self._compiler is not None and computed.whole:
-            self._compiler.note(by, shape)
         for work, recovered in zip(works, taken_apart(computed.recovered, batch.jobs), strict=True):
             work.started, work.computed, work.batch_rows = started, seconds, batch.rows
             work.by, work.recovered, work.within = by, max(recovered, key=len), batch.within

@@ -18,11 +18,13 @@ from muntin.runtime.session import Session
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.versions.rollout import Rollout, Tally, Verdict, judge_version
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version, contract_difference, first_line
-from muntin.serving.worker.opening import NotReadyError
+from muntin.serving.worker.opening import Call, NotReadyError
 from muntin.text import plain
 
 HISTORY = 8
 """Failed and unloaded versions that `index` still lists."""
+OFTEN = 32
+"""Batches of a size, remembered by a version, after which the operator is advised to have it compiled."""
 _STATES = {"loading": "LOADING", "ready": "READY", "draining": "UNLOADING", "unloaded": "UNAVAILABLE", "failed": "UNAVAILABLE"}
 
 
@@ -46,6 +48,7 @@ class Routes:
         self.lines: list[str] = []
         self.closing: list[Session] = []
         self.stuck: list[tuple[Session, float]] = []
+        self._advised: set[tuple[int, int]] = set()
 
     # ---- looking up ----
 
@@ -142,6 +145,14 @@ class Routes:
         if version is self.candidate:
             return self.trial
         return self.probation if version is self.current else None
+
+    def advise(self, version: Version, call: Call) -> None:
+        """Advise the operator, once, to have a size compiled of which a version remembers `OFTEN` batches."""
+        size = call.shape[1:]
+        if version.compiled_sizes and size not in version.compiled_sizes | self._advised and version.latencies.count(call) == OFTEN:
+            self._advised.add(size)
+            name = f"{size[0]}x{size[1]}"
+            self.lines.append(f"images of {name} pixels come often, and version {version.name} is not compiled for them: --sizes {name}")
 
     # ---- changing ----
 

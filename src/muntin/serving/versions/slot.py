@@ -1,8 +1,8 @@
 """A slot: the versions of one model behind one lock, and how a new version takes over while requests go on.
 
-    load:  probe elsewhere -> open here -> same contract? -> canary, shadow -> flip -> the old one stays warm -> it drains, it is closed
-                                                                |                        |
-                                                             refused                 rolled back
+    load:  open in another process -> same contract? -> canary, shadow -> flip -> the old one stays warm -> it drains, it is closed
+                                                             |                        |
+                                                          refused                 rolled back
 
 The flip changes one reference under the lock. Requests hold leases: those admitted before it are answered by the old version, later ones by
 the new one, and no session is closed while a lease on it is held. While the old version stays warm, it computes the batches that fail on
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import inf
 from pathlib import Path
@@ -149,9 +149,9 @@ class Slot:
     ) -> None:
         """Count a batch of `rows` images that took `seconds`, or failed with `error`, and judge its version if it is on trial.
 
-        `call`: its times are compared with the predecessor's, and the next version is warmed up for it, unless memory was too short to
-        compute it as a `whole`. A DataError is no failure of the version. `begun`: the batch to end. `beside`: of a shadow, the version
-        that answered the batch; `agreement`: the share of labels on which both agree.
+        `call`: its times are compared with the predecessor's, unless memory was too short to compute it as a `whole`. A DataError is no
+        failure of the version. `begun`: the batch to end. `beside`: of a shadow, the version that answered the batch; `agreement`: the
+        share of labels on which both agree.
         """
         with self._locked():
             if begun is not None:
@@ -161,6 +161,7 @@ class Slot:
                     return
             if call is not None and error is None and whole:
                 version.latencies.add(call, seconds)
+                self._routes.advise(version, call)
             elif call is not None and error is None:
                 version.latencies.forget(call)
             failure = None if isinstance(error, DataError) else error
@@ -215,10 +216,10 @@ class Slot:
                 self._require_open()
                 if unless is not None and self._routes.holds(name, unless):
                     raise NotReadyError(f"{self.name}: version {name} was loaded before")
-                lately = {} if self._routes.current is None else self._routes.current.latencies.calls
+                beside = self._routes.current is not None
                 self._routes.add(version)
             try:
-                self._open(version, lately)
+                self._open(version, beside=beside)
             except Exception as error:
                 with self._locked():
                     if version.state == "loading":
@@ -315,16 +316,16 @@ class Slot:
         if self._closed.is_set():
             raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
 
-    def _open(self, version: Version, lately: Mapping[Call, int]) -> None:
+    def _open(self, version: Version, *, beside: bool) -> None:
         """Open a version, and wait until it has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
-        probed = self._loader.probe(version.path, lately, self._closed.is_set)
+        opened = self._loader.open(version.path, beside=beside, stopped=self._closed.is_set, progress=version.progressed)
         with self._locked():
-            self._routes.require_contract(version, probed.signature)
-        opened = self._loader.open(version.path, lately, probed, self._closed.is_set)
-        with self._locked():
-            if self._closed.is_set():
+            try:
+                self._require_open()
+                self._routes.require_contract(version, opened.signature)
+            except MuntinError:
                 self._routes.closing.append(opened.session)
-            self._require_open()
+                raise
             version.opened(opened)
             self._routes.admit(version, self.clock())
 

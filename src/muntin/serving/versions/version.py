@@ -81,9 +81,9 @@ class Latencies:
         return len(self._seconds.get(call, ()))
 
     @property
-    def calls(self) -> dict[Call, int]:
-        """The number of remembered batches of each kind, the most recent kind last."""
-        return {call: len(seconds) for call, seconds in self._seconds.items()}
+    def calls(self) -> tuple[Call, ...]:
+        """The remembered kinds, the most recent last."""
+        return tuple(self._seconds)
 
 
 @dataclass(eq=False, slots=True)
@@ -101,8 +101,8 @@ class Begun:
 class Version:
     """One artefact under the name of its version. Only its slot changes it, under its lock.
 
-    `reason`: of its failure. `digest` and `signature` are set once it was opened, and remain. `warm`: calls that it is compiled for, of
-    which `start` came from the options. `begun`: the batches that it computes.
+    `reason`: of its failure; while it loads, the present step. `digest` and `signature` are set once it was opened, and remain.
+    `compiled_sizes`: (height, width) of images that it is compiled for. `begun`: the batches that it computes.
     """
 
     name: str
@@ -111,8 +111,7 @@ class Version:
     reason: str = ""
     digest: str = ""
     leases: int = 0
-    warm: frozenset[Call] = frozenset()
-    start: frozenset[Call] = frozenset()
+    compiled_sizes: set[tuple[int, int]] = field(default_factory=set)
     latencies: Latencies = field(default_factory=Latencies, repr=False)
     begun: set[Begun] = field(default_factory=set, repr=False)
     _deaths: int = 0
@@ -147,9 +146,15 @@ class Version:
         """True if it is open and its engine accepts calls."""
         return self._session is not None and self.liveness.able
 
+    def progressed(self, step: str) -> None:
+        """Set the step of loading that `index` shows."""
+        if self.state == "loading":
+            self.reason = step
+
     def opened(self, opened: Opened) -> None:
+        self.reason = ""
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
-        self.warm, self.start = frozenset(opened.calls), frozenset(opened.start)
+        self.compiled_sizes = {call.shape[1:] for call in opened.calls}
 
     @property
     def deaths(self) -> int:

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from muntin.errors import MuntinError
 from muntin.runtime.host.helper_process import error_record, helper_socket
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
 from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS, WARM_UP, call_from_json, mapped, receive, send
-from muntin.serving.worker.opening import open_version
+from muntin.serving.worker.opening import Opened, open_version
 
-OOM_SCORE_OPENING, OOM_SCORE_SERVING = 600, 300
+OOM_SCORE_OPENING, OOM_SCORE_SERVING = 1000, 300
 """Linux's oom_score_adj (proc(5), of 1,000): if memory runs out, the kernel ends this process and not the server, which starts another
 one; of two engines, the one that is being opened."""
 Compute = Callable[[NDArray[np.uint8]], NDArray[Any]]
@@ -36,18 +37,19 @@ def main() -> None:
         if received is None:
             return
         try:
-            session = _open(control, received[0])
+            opened = _open(control, received[0])
         except Exception as error:  # noqa: BLE001 - the server raises it
             with suppress(OSError):
                 send(control, error_record(error))
             return
+        Thread(target=_compile, args=(opened.compile_rest,), daemon=True).start()
         while (received := receive(control)) is not None:
             sock, file = received[1]
-            Thread(target=_HostChannel(session, socket.socket(fileno=sock), file).serve, daemon=True).start()
+            Thread(target=_HostChannel(opened.session, socket.socket(fileno=sock), file).serve, daemon=True).start()
         os._exit(0)  # at once, whatever the engine does
 
 
-def _open(control: socket.socket, question: dict[str, Any]) -> Session:
+def _open(control: socket.socket, question: dict[str, Any]) -> Opened:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a service: the server ends this one
         signal.signal(number, signal.SIG_IGN)
     end_after(question["seconds"])  # an engine that hangs does not see that the server has ended
@@ -55,9 +57,12 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     opened = open_version(
         Path(question["path"]),
         SessionOptions(**question["options"]),
-        [call_from_json(call) for call in question["lately"]],
+        [call_from_json(call) for call in question["calls"]],
         rest=question["rest"],
         digest=question["digest"],
+        verify=question["verify"],
+        hurry=question["hurry"],
+        progress=lambda step: send(control, {"progress": step}),
     )
     end_after(0)
     set_oom_score(OOM_SCORE_SERVING)
@@ -65,7 +70,12 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Session:
     description = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams")}
     description |= {"signature": opened.signature.model_dump(mode="json"), "digest": opened.digest, "calls": opened.calls}
     send(control, description)
-    return session
+    return opened
+
+
+def _compile(compile_rest: Callable[[], None]) -> None:
+    with suppress(MuntinError, MemoryError):  # what is not compiled for is computed in smaller batches
+        compile_rest()
 
 
 def end_after(seconds: float) -> None:

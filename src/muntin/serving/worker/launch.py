@@ -15,6 +15,7 @@ from threading import Lock
 from typing import Any
 
 from muntin.errors import VerificationError
+from muntin.runtime.host.hardware import memory_gib
 from muntin.runtime.host.helper_process import recorded_error, start_socket_helper
 from muntin.runtime.host.memory import kills_for_memory, resident_of
 from muntin.runtime.options import SessionOptions
@@ -22,6 +23,8 @@ from muntin.serving.worker import child
 from muntin.serving.worker.channel import EngineChannel, receive, send
 from muntin.serving.worker.opening import Call, NotReadyError, TookTooLongError
 
+MEMORY_SHARE = 0.5
+"""Share of the memory that this process may use at which an opening is ended: two versions are in memory during a swap. Linux only."""
 _POLL_S = 0.05
 """Polling interval while the artefact is being opened, seconds."""
 _CLOSED_S, _KILLED_S = 2.0, 5.0
@@ -32,8 +35,14 @@ _KILLED = -9
 """Return code of a process that was killed. Windows has no such code."""
 
 
+def memory_bound() -> float | None:
+    """Return the most bytes of resident memory for opening an artefact for the first time; None where the system does not say."""
+    total_gib = memory_gib()
+    return None if total_gib is None else MEMORY_SHARE * total_gib * 2**30
+
+
 class OpeningWatch:
-    """Limits of a process that tries or opens an artefact: to be called with its number now and then. Raises the error of a limit.
+    """Limits of a process that opens an artefact: to be called with its number now and then. Raises the error of a limit.
 
     `memory_bytes`: maximum of resident memory; Linux only.
     """
@@ -75,7 +84,7 @@ def describe_end(returncode: int, kills: int | None) -> tuple[str, bool]:
 
 
 def checked_answer(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the answer of a process that has tried or opened an artefact, or raise the error in it."""
+    """Return the answer of a process that has opened an artefact, or raise the error in it."""
     if "error" not in record:
         return record
     error = recorded_error(record)
@@ -132,32 +141,42 @@ class RunningEngine:
 def start_engine(
     path: Path,
     options: SessionOptions,
-    lately: Iterable[Call],
+    calls: Iterable[Call],
     *,
     seconds: float,
     rest: float = 0.0,
     stopped: Callable[[], bool] = lambda: False,
     digest: str = "",
+    verify: bool = False,
+    hurry: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> RunningEngine:
     """Start a process and open an artefact in it, as `open_version` does.
 
-    Raises the errors of `open_version`, VerificationError if the process dies, TookTooLongError after `seconds`, and NotReadyError if
-    `stopped`.
+    Raises the errors of `open_version`, VerificationError if the process dies, or takes more than `MEMORY_SHARE` to `verify`,
+    TookTooLongError after `seconds`, and NotReadyError if `stopped`.
     """
-    watch = OpeningWatch(path, seconds, stopped)
+    watch = OpeningWatch(path, seconds, stopped, memory_bytes=memory_bound() if verify else None)
     process, control = start_socket_helper(child.main)
     running = RunningEngine(process=process, control=control)
     try:
         watch(process.pid)
-        question = {"path": str(path), "options": asdict(options), "lately": list(lately), "rest": rest, "digest": digest}
+        question = {
+            "path": str(path), "options": asdict(options), "calls": list(calls), "rest": rest, "digest": digest, "verify": verify,
+            "hurry": hurry,
+        }  # fmt: skip
         with suppress(OSError):  # it has died: its end is reported below
             send(control, question | {"seconds": seconds + 5})  # this process ends it before that, if it still runs
-        while not wait([control], _POLL_S):
-            watch(process.pid)
-        received = receive(control)
-        if received is None:
-            raise VerificationError(f"{path}: its engine ended the process that opened it: {running.cause_of_end()[0]}")
-        running.description = checked_answer(path, received[0])
+        while "engine" not in running.description:
+            while not wait([control], _POLL_S):
+                watch(process.pid)
+            received = receive(control)
+            if received is None:
+                end, out_of_memory = running.cause_of_end()
+                advice = ": free some, or lower --max-batch" if out_of_memory else ""
+                raise VerificationError(f"{path}: its engine ended the process that opened it: {end}{advice}")
+            running.description = checked_answer(path, received[0])
+            progress(running.description.get("progress", ""))
     except BaseException:
         running.end()
         raise

@@ -1,20 +1,24 @@
-"""Opening an artefact for serving: load, replay a golden pair, warm up. Runs in the server's process or in a process of its own."""
+"""Opening an artefact for serving: load, check, warm up. Runs in the server's process or in a process of its own."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from muntin.artifact import Manifest, Signature, open_artifact
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Artifact, Manifest, Signature, open_artifact
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.engines.registry import open_session
-from muntin.runtime.options import SessionOptions
+from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Session, Shape
-from muntin.runtime.verification.artifact import replay
+from muntin.runtime.verification.artifact import replay, verify_session
 
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Largest batch, in images and in pixels of all images, up to which every batch size is compiled for (0.4 s and 17 MiB each at 64 x 64)."""
@@ -59,65 +63,116 @@ def batch_sizes(most: int, pixels: int) -> list[int]:
     return sorted({*range(1, small + 1), *(1 << n for n in range(most.bit_length()))})
 
 
-def starting_calls(manifest: Manifest, max_batch: int) -> tuple[Call, ...]:
-    """Calls that a version is compiled for before its first request: batches of images of the size that it was exported with."""
-    if manifest.example is None or not max_batch:
-        return ()
-    _, height, width = manifest.example
-    return tuple(Call((size, height, width), manifest.signature.task == "segment") for size in batch_sizes(max_batch, height * width))
+def starting_calls(manifest: Manifest, max_batch: int, sizes: Iterable[tuple[int, int]] = ()) -> tuple[Call, ...]:
+    """Calls that a version is compiled for: batches of images of the size that it was exported with, and of `sizes` (height, width)."""
+    exported = () if manifest.example is None else (manifest.example[1:],)
+    return tuple(
+        Call((rows, height, width), manifest.signature.task == "segment")
+        for height, width in dict.fromkeys((*exported, *sizes))
+        for rows in (batch_sizes(max_batch, height * width) if max_batch else ())
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A warm session that has reproduced a golden pair.
 
-    `calls`: all that it is compiled for; `start`: those of them that every start compiles for, before any request.
+    `calls`: those that it is compiled for. `compile_rest`: compiles for those that are left, where `open_version` was asked to leave some.
     """
 
     session: Session
     signature: Signature
     digest: str
     calls: tuple[Call, ...]
-    start: tuple[Call, ...] = ()
+    compile_rest: Callable[[], None] = lambda: None
 
 
-def open_version(path: Path, options: SessionOptions, calls: Iterable[Call], *, rest: float = 0.0, digest: str = "") -> Opened:
-    """Open an artefact in this process, replay its smallest golden pair, and warm it up for `calls`.
+def open_version(
+    path: Path,
+    options: SessionOptions,
+    calls: Iterable[Call],
+    *,
+    rest: float = 0.0,
+    digest: str = "",
+    verify: bool = False,
+    hurry: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Opened:
+    """Open an artefact in this process, check it, and warm it up for `calls`.
+
+    `verify`: check it as `muntin verify` does; False: replay its smallest golden pair. `hurry`: compile for the smallest call of each size
+    only, and leave the others to `Opened.compile_rest`. `rest`: after each step, pause for `rest` times its duration; above 0 only the
+    smallest call is computed, because requests are answered meanwhile. `digest`: required digest of the artefact; empty: any. `progress`:
+    called with the name of each step when it begins.
 
     Costs compiling, or a fraction of it where the user's cache holds the compiled model. With `dynamic` the models of dynamic sizes are
-    compiled as well; the options' `shapes` are ignored. `rest`: after each step, pause for `rest` times its duration; above 0 only the
-    smallest call is computed, because requests are answered meanwhile. `digest`: required digest of the artefact; empty: any. Raises the
-    errors of `load`, and VerificationError for a wrong golden pair or another digest.
+    compiled as well; the options' `shapes` are ignored. Raises the errors of `load`, and VerificationError for a failed check or another
+    digest.
     """
-    started = time.perf_counter()
-
-    def pause() -> None:
-        nonlocal started
-        time.sleep(min(LONGEST_REST_S, rest * (time.perf_counter() - started)))
-        started = time.perf_counter()
-
+    pauses = _Pauses(rest)
+    progress("opening")
     session = open_session(path, replace(options, shapes=()))
-    pause()
+    pauses.take()
     artifact = open_artifact(path)
     if digest and artifact.digest != digest:
         session.close()
         raise VerificationError(f"{path}: it was replaced meanwhile: load it again")
+    progress("verifying")
+    if verify:
+        _verify(session, artifact, allow_fallbacks=options.engine != DEFAULT_ENGINE, step=pauses.take)
+    else:
+        _replay(session, artifact)
+        pauses.take()
     calls = tuple(dict.fromkeys(calls))
-    images_BHWC, scores = min(artifact.golden(), key=lambda pair: pair[0].size)
+    smallest = min(calls, key=lambda call: call.pixels, default=None)
+    steps: list[Callable[[], object]] = [
+        partial(session.warm_up, [call.shape], labels=call.labels, compute=not rest or call == smallest)
+        for call in sorted(calls, key=lambda call: (call.shape[0], call.labels))
+    ]
+    if options.dynamic and session.signature.task != "restore":  # the checks compiled the dynamic model for scores
+        steps.append(partial(session.labels, _smallest_pair(artifact)[0]))
+    first = len({call.shape[1:] for call in calls}) if hurry else len(steps)
+    for number, step in enumerate(steps[:first], 1):
+        progress(f"compiling, {number} of {first}")
+        step()
+        pauses.take()
+
+    def compile_rest() -> None:
+        for step in steps[first:]:
+            step()
+            pauses.take()
+
+    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls, compile_rest=compile_rest)
+
+
+class _Pauses:
+    """Pauses after the steps of an opening: `rest` times the duration of the step, at most `LONGEST_REST_S`."""
+
+    def __init__(self, rest: float) -> None:
+        self._rest, self._since = rest, time.perf_counter()
+
+    def take(self) -> None:
+        time.sleep(min(LONGEST_REST_S, self._rest * (time.perf_counter() - self._since)))
+        self._since = time.perf_counter()
+
+
+def _smallest_pair(artifact: Artifact) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    return min(artifact.golden(), key=lambda pair: pair[0].size)
+
+
+def _verify(session: Session, artifact: Artifact, *, allow_fallbacks: bool, step: Callable[[], None]) -> None:
+    result = verify_session(session, artifact, allow_fallbacks=allow_fallbacks, step=step)
+    if not result.passed:
+        more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
+        raise VerificationError(f"{artifact.path}: {result.problems[0]}{more}")
+
+
+def _replay(session: Session, artifact: Artifact) -> None:
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
-    classes = session.signature.task != "restore"
-    result = replay(session, images_BHWC, scores, tolerance, classes=classes)
-    pause()
+    result = replay(session, *_smallest_pair(artifact), tolerance, classes=session.signature.task != "restore")
     if not result.passed:
         allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
         raise VerificationError(
-            f"{path}: {session.engine} in {session.precision} is {result.max_error:.3g} standard deviations off a golden pair "
+            f"{artifact.path}: {session.engine} in {session.precision} is {result.max_error:.3g} standard deviations off a golden pair "
             f"(allowed: {allowed}): export the artefact again"
         )
-    smallest = min(calls, key=lambda call: call.pixels, default=None)
-    for call in sorted(calls, key=lambda call: call.labels):
-        session.warm_up([call.shape], labels=call.labels, compute=not rest or call == smallest)
-        pause()
-    if options.dynamic and classes:
-        session.labels(images_BHWC)  # the replay compiled the dynamic model for scores
-    return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls)

@@ -46,16 +46,18 @@ def can_open_remote() -> bool:
 def open_remote(
     path: Path,
     options: SessionOptions,
-    lately: Iterable[Call],
+    calls: Iterable[Call],
     *,
     rest: float,
     seconds: float,
     stopped: Callable[[], bool],
-    digest: str = "",
+    verify: bool = False,
+    hurry: bool = False,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Opened:
     """Open an artefact as `open_version` does, in a new process (`start_engine`). Takes a second longer, in which the process starts."""
     start = partial(start_engine, path, options, seconds=seconds)
-    running = start(lately, rest=rest, stopped=stopped, digest=digest)
+    running = start(calls, rest=rest, stopped=stopped, verify=verify, hurry=hurry, progress=progress)
     session = RemoteSession(running, start, path)
     try:
         session.check_channel()
@@ -238,7 +240,7 @@ class RemoteSession(Liveness, Session):
     def _restart(self, done: Event) -> None:
         running, failure = None, ""
         try:
-            running = self._start(self.calls, digest=self._digest, stopped=lambda: self._closed)
+            running = self._start(self.calls, digest=self._digest, hurry=True, stopped=lambda: self._closed)
         except BaseException as error:  # noqa: BLE001 - the calls that wait raise it
             failure = f"its engine cannot be begun again: {error}"
         with self._lock:

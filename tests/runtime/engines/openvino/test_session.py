@@ -104,6 +104,18 @@ def test_warmed_up_shapes_are_kept(convolutions: Any, images_of: Callable[..., A
     assert set(session._compiled) == warmed_up | {(None, True)}  # type: ignore[attr-defined]
 
 
+def test_one_answer_for_a_warm_size(convolutions: Any, images_of: Callable[..., Any]) -> None:
+    """In any batch and for any output, it comes from models of that size."""
+    session = load(convolutions.path, dynamic=True, shapes=[(2, 8, 8)])
+    images = images_of(3, batch=5, height=8, width=8)
+    scores, labels = session(images), session.labels(images)
+    np.testing.assert_array_equal(labels, scores.argmax(1))
+    for number in range(5):
+        np.testing.assert_array_equal(session(images[number : number + 1])[0], scores[number])
+    variants = {((2, 8, 8, 3), False), ((1, 8, 8, 3), False), ((1, 8, 8, 3), True)}
+    assert set(session._compiled) == variants  # type: ignore[attr-defined]
+
+
 def test_calls_during_a_compilation(convolutions: Any, images_of: Callable[..., Any]) -> None:
     session = load(convolutions.path, dynamic=True, shapes=[(1, 8, 8)])
     session(images_of(3, batch=1, height=9, width=9))

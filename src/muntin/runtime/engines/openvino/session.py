@@ -106,6 +106,8 @@ class OpenVinoSession(Session):
         self._compiling = Lock()  # held for a whole compilation, so that calls that need none go on
         self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
         self._warmed_up: set[Variant] = set()
+        self._warm_sides: set[InputShape] = set()
+        """(H, W, C) of the images in `_warmed_up`."""
         super().__init__(
             signature=artifact.manifest.signature,
             engine="openvino",
@@ -126,7 +128,32 @@ class OpenVinoSession(Session):
         return labels
 
     def _run(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
-        compiled = self._compiled_for((images_BHWC.shape, labels), new=not self._dynamic)
+        first = 0
+        for rows in self._batches(images_BHWC.shape, labels=labels):
+            part = slice(first, first + rows)
+            self._run_batch(images_BHWC[part], answer[part], labels=labels)
+            first += rows
+
+    def _batches(self, shape: InputShape, *, labels: bool) -> list[int]:
+        """Rows of the calls that compute a batch of this shape.
+
+        With `dynamic`, images of a size that was warmed up are computed by models of that size only, in any batch and for any output: the
+        model of dynamic sizes rounds differently.
+        """
+        rows, sides = shape[0], shape[1:]
+        if not self._dynamic or sides not in self._warm_sides or (shape, labels) in self._compiled:
+            return [rows]
+        with self._lock:
+            compiled = {other[0] for other, ending in self._compiled if other is not None and other[1:] == sides and ending == labels}
+        batches = []
+        while rows:
+            batches.append(max((number for number in compiled if number <= rows), default=1))
+            rows -= batches[-1]
+        return batches
+
+    def _run_batch(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
+        shape = images_BHWC.shape
+        compiled = self._compiled_for((shape, labels), new=not self._dynamic or shape[1:] in self._warm_sides)
         request = compiled.free.get()
         try:
             self._compute(compiled, request, images_BHWC, answer)
@@ -211,6 +238,7 @@ class OpenVinoSession(Session):
             variant = ((*shape, self.signature.channels), labels)
             with self._lock:
                 self._warmed_up.add(variant)
+                self._warm_sides.add((*shape[1:], self.signature.channels))
             self._compiled_for(variant, new=True)
         if compute:
             super().warm_up(shapes, labels=labels)
