@@ -14,8 +14,8 @@ version takes over, every broken one is refused, and the two whose engines fail 
 
 Then a small classifier is swapped `--memory-swaps` times under light load. The resident memory of the server and of its engine's process is
 read each time when the old version's process has ended, or after some seconds. Its growth is the slope of the second half's readings, by
-least squares; the quarters' values are means. Existing parts are not measured again; a part of other settings, or of another machine, is refused.
-Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
+least squares; the quarters' values are means. Existing parts are not measured again; a part of other settings, or of another machine, is
+refused. Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
 """
 
 from __future__ import annotations
