@@ -279,7 +279,9 @@ def test_picture_for_a_classifier_in_one_piece(write_pixels: Callable[..., Path]
         service: Any = BlockedService(slot)
         service.free.set()
         route = ImageRoute(service, body_bytes=3 * 50 * 50)
-        with pytest.raises(ProtocolError, match=r"2,601 pixels, .* in one piece: send it smaller, of at most 2,500") as caught:
+        with pytest.raises(
+            ProtocolError, match=r"2,601 pixels, .* in one piece: send it smaller, of at most 2,500 \(--max-body\)"
+        ) as caught:
             await route.answer(picture(51), {})
         assert caught.value.status == 413
         assert (await route.answer(picture(50), {})).media_type == "application/json"

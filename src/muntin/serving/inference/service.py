@@ -297,7 +297,9 @@ class Service:
         if rows > self.max_rows:
             raise ProtocolError(f"{rows} rows: this server computes at most {self.max_rows} at once; send them in several requests")
         if height * width > self.max_pixels:
-            raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
+            raise ProtocolError(
+                f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,} (--max-pixels)", status=413
+            )
         return tensor.data
 
     def _unknown(self, model: str) -> ProtocolError:
