@@ -114,6 +114,17 @@ def test_tiles() -> None:
     assert "no sound TIFF (a side of 0)" in refusal(grey(tiles, tags | {322: (SHORT, [0])}))
 
 
+def test_damaged_pixels_write_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for compression in ("tiff_lzw", "tiff_adobe_deflate"):
+        content = by_pillow(Image.fromarray(PHOTO), compression=compression)
+        with pytest.raises(DataError, match="the picture is damaged"):
+            decode_image(content[:8] + bytes(len(content[8:100])) + content[100:])
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr("muntin.images.client_tiff.silence_libtiff", lambda: False)
+    assert "store it without compression, or as PNG" in refusal(content)
+    assert decode_image(by_pillow(Image.fromarray(PHOTO))).shape == PHOTO.shape
+
+
 def test_other_compressions_and_colours() -> None:
     photo = Image.fromarray(PHOTO)
     assert "TIFF of compression 7: of TIFFs that are sent" in refusal(by_pillow(photo, compression="jpeg"))
@@ -136,6 +147,8 @@ def test_other_compressions_and_colours() -> None:
         ({WIDTH: (LONG, [])}, "no tag 256"),
         ({WIDTH: (UNDEFINED, [17])}, "tag 256 holds no whole number"),
         ({HEIGHT: (LONG, [0])}, "a side of 0"),
+        ({HEIGHT: (LONG, [12, 12])}, "tag 257 has 2 values in place of one"),
+        ({SAMPLES: (SHORT, [40_000])}, "has 40000 channels: of TIFFs that are sent, 1 to 4 are decoded: send it as a tensor"),
         ({EXIF: (SHORT, [8])}, "tag 34665 is no position"),
         ({EXIF: (LONG, [1 << 30])}, "is damaged or truncated"),
         ({tag: (SHORT, [1]) for tag in range(40_000, 40_300)}, "256 tags are taken"),
