@@ -18,8 +18,8 @@ from PIL import Image
 
 from muntin.serving.http.image_route import CODERS, ImageRoute
 from muntin.serving.inference.executor import Work
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
-from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
