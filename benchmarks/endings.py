@@ -35,7 +35,7 @@ from muntin.models import PRESETS
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.host.quiet_imports import openvino
-from muntin.runtime.host.signals import signal_stack_kept
+from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.runtime.session import Session
 from options import at_least

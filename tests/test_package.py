@@ -23,6 +23,8 @@ ROOMS = (
     *("errors", "text", "artifact", "images", "runtime", "layers", "models", "data", "training", "compression", "deployment"),
     *("reporting", "serving", "cli"),
 )
+SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc")
+"""Folders of `serving` in import order."""
 LIGHT = ("errors", "text", "artifact", "images", "runtime", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}
 HEAVY = WITH_TORCH | {"numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "rich", "typer"}
@@ -176,6 +178,19 @@ def test_import_order_of_rooms() -> None:
             if package == "muntin" and rest and ROOMS.index(rest.split(".")[0]) > ROOMS.index(room):
                 wrong.append(f"{path.relative_to(SOURCE)} imports {name}")
     assert not wrong
+
+
+def test_import_order_of_serving() -> None:
+    """The folders of `serving` import only from those before them; its own modules join them."""
+    wrong = []
+    for path in (SOURCE / "serving").glob("*/*.py"):
+        for name in imports_of(path):
+            folder = name.removeprefix("muntin.serving.").split(".")[0]
+            if name.startswith("muntin.serving.") and folder in SERVING and SERVING.index(folder) > SERVING.index(path.parent.name):
+                wrong.append(f"{path.relative_to(SOURCE)} imports {name}")
+    assert not wrong
+    folders = {path.name for path in (SOURCE / "serving").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(SERVING)
 
 
 def test_no_imports_that_execute_data() -> None:

@@ -12,6 +12,7 @@ from muntin.errors import DependencyError, install
 
 if TYPE_CHECKING:
     from muntin import layers
+    from muntin.artifact import write_standalone
     from muntin.compression import quantize
     from muntin.deployment import TorchSession, export
     from muntin.models import create_model
@@ -32,6 +33,7 @@ __all__ = [
     "quantize",
     "serve",
     "verify",
+    "write_standalone",
 ]
 
 _ROOMS = {
@@ -46,6 +48,7 @@ _ROOMS = {
     "quantize": "compression",
     "serve": "serving.server",  # `muntin.serving` itself is imported by engine processes, which need neither HTTP nor gRPC
     "verify": "runtime",
+    "write_standalone": "artifact",
 }
 
 

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 
 from muntin.artifact import open_artifact
@@ -73,6 +75,22 @@ def test_export_keeps_named_layers_in_floats(call: Call, exported: Any, tmp_path
     assert document["kept"][name] == "named in keep"
     assert "only quantization.KEY=VALUE" in call("export", exported.run, "--set", "training.steps=3").mistake()
     assert "give one of them" in call("export", exported.run, "--float", "--set", "quantization.min_sqnr_db=3").mistake()
+
+
+def test_standalone(call: Call, exported: Any, tmp_path: Path, tree: Tree) -> None:
+    before = tree(exported.run)
+    first, second = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    assert call("export", exported.run, "--standalone", first, "--json").document()["standalone"] == str(first)
+    answer = call("export", exported.artifact, "--standalone", second)
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out == f"wrote     {second}: {second.stat().st_size / 1e6:.2f} MB, plain ONNX\n"
+    assert first.read_bytes() == second.read_bytes()
+    assert tree(exported.run) == before
+    image = read_image(exported.image)
+    (scores,) = onnxruntime.InferenceSession(first).run(None, {"images": image[None]})
+    np.testing.assert_array_equal(scores.argmax(1)[0], predict(load(exported.artifact, engine="onnxruntime"), image))
+    assert "is an artefact already: give it --standalone" in call("export", exported.artifact).mistake()
+    assert "is an artefact already" in call("export", exported.artifact, "--standalone", first, "--float").mistake()
 
 
 def test_export_help_shows_a_list(call: Call) -> None:

@@ -175,8 +175,8 @@ def test_serve_mistakes(artifact: Path, tmp_path: Path, options: list[str], mess
     ("cut_off", "said"),
     [
         (0, "muntin: stopped; every request that was admitted has been answered\n"),
-        (1, "muntin: stopped; 1 connection or call was still busy after 7 s and cut off; --drain-seconds gives more time\n"),
-        (3, "muntin: stopped; 3 connections or calls were still busy after 7 s and cut off; --drain-seconds gives more time\n"),
+        (1, "muntin: stopped; 1 request or call was still busy after 7 s and cut off; --drain-seconds gives more time\n"),
+        (3, "muntin: stopped; 3 requests or calls were still busy after 7 s and cut off; --drain-seconds gives more time\n"),
     ],
 )
 def test_serve_reports_cut_off_calls(call: Any, monkeypatch: pytest.MonkeyPatch, cut_off: int, said: str) -> None:

@@ -14,8 +14,11 @@ from muntin.data.recipe_wizard import remarks, write_recipe
 from muntin.data.source import SPLITS
 from muntin.errors import DataError, RecipeError
 from muntin.images import write_image
-from muntin.training.config import TrainingConfig
+from muntin.training.config import ModelChoice, TrainingConfig
 from muntin.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/quickstart.md", "docs/models.md")
 
 
 def fill(folder: Path, values: list[int], count: int = 10, names: tuple[str, str] = ("images", "masks")) -> None:
@@ -44,6 +47,21 @@ def open_recipe(path: Path) -> tuple[dict[str, Any], Any]:
     assert all(len(source.split(name)) for name in SPLITS)
     source.check()
     return recipe, source
+
+
+def test_documents_name_the_first_model(tmp_path: Path) -> None:
+    """README and docs say which model the recipe of `init` trains, and for how long."""
+    fill(tmp_path, [0, 1])
+    recipe = load_recipe(write_recipe(tmp_path))
+    name, training = recipe.model.name, recipe.training
+    minutes = {5: "five", 10: "ten", 15: "fifteen"}[round(training.minutes or 0)]
+    readme, quickstart, models = (" ".join((ROOT / page).read_text(encoding="utf-8").split()) for page in PAGES)
+    assert f"# trains {name} into runs/photos: four to {minutes} minutes on two cores" in readme
+    assert f"The recipe trains `{name}` on {training.steps:,} batches of {training.batch_size} crops" in quickstart
+    assert f"ends after {minutes} minutes (`training.minutes: {training.minutes:g}`)" in quickstart
+    assert f"Begin with `{name}` and plain INT8: this is what the recipe of `muntin init` trains, in {minutes} minutes at most" in models
+    assert f"`{name}` (the default)" in models
+    assert ModelChoice().name == name
 
 
 def test_recipe_for_images_and_masks(tmp_path: Path) -> None:

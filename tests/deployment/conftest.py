@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -140,6 +142,23 @@ def export_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
         changes = quantize([example], QuantizationConfig(keep=keep, min_sqnr_db=0))(model) if quantized else []
         path = tmp_path_factory.mktemp("export") / "artifact"
         return Exported(model, muntin.export(model, example, path, changes=changes))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_scores() -> Callable[[Path, NDArray[np.uint8]], NDArray[np.float32]]:
+    """`plain_scores(file, images)`: what a user of ONNX Runtime gets from an ONNX file, without muntin."""
+
+    def run(file: Path, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        onnx.checker.check_model(str(file), full_check=True)
+        model = onnx.load(file)
+        assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 20)} and not model.functions
+        assert {value.name for value in model.graph.value_info} >= {node.output[0] for node in model.graph.node[:-1]}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        (scores,) = onnxruntime.InferenceSession(file, options).run(None, {"images": images})
+        return scores  # type: ignore[no-any-return]
 
     return run
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import muntin
 from muntin import create_model
-from muntin.artifact import ClassInfo, Signature, open_artifact
+from muntin.artifact import Artifact, ClassInfo, Signature, open_artifact
 from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
 from muntin.errors import ArtifactError, DataError, ExportError
@@ -79,13 +79,29 @@ def test_artefact_size_of_hybrid_s(trained: Any, export_model: Any, pixels: Any,
     assert muntin.verify(exported.artifact.path).passed
 
 
+def assert_standalone(artifact: Artifact, file: Path, plain_scores: Any) -> None:
+    """The plain file computes what the artefact's session does, bit for bit, and the golden answers."""
+    muntin.write_standalone(artifact, file)
+    session = muntin.load(artifact.path, engine="onnxruntime", threads=1)
+    for images, golden in artifact.golden():
+        plain = plain_scores(file, images)
+        np.testing.assert_array_equal(plain, session(images))
+        assert np.abs(plain - golden).max() <= 0.1 * golden.std()
+        assert (plain.argmax(1) == golden.argmax(1)).mean() > 0.98
+
+
+def test_standalone_of_a_segmenter(hybrid_int8: Any, plain_scores: Any, tmp_path: Path) -> None:
+    assert_standalone(hybrid_int8.artifact, tmp_path / "plain.onnx", plain_scores)
+
+
 @pytest.mark.slow
-def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, tmp_path: Path) -> None:
+def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, plain_scores: Any, tmp_path: Path) -> None:
     example = pixels(2, 3, 64, 64)
     classifier = trained(create_model("hybrid-xs", task="classify", classes=7, options=HYBRID))
     artifact = muntin.export(classifier, example, tmp_path / "classify", calibration=[example])
     assert artifact.manifest.signature.task == "classify" and len(artifact.manifest.signature.classes) == 7
     assert muntin.load(artifact.path, threads=1)(pictures(3, 50, 41, 3)).shape == (3, 7)
+    assert_standalone(artifact, tmp_path / "classify.onnx", plain_scores)
 
     restorer = trained(create_model("hybrid-xs", task="restore", scale=2, options=HYBRID))
     with torch.no_grad():
@@ -101,6 +117,7 @@ def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, tmp_path
     expected = muntin.TorchSession(quantised, artifact.manifest.signature)(images)
     assert np.abs(scores - expected).max() <= 0.1 * expected.std()
     assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed
+    assert_standalone(artifact, tmp_path / "restore.onnx", plain_scores)
 
 
 @pytest.mark.slow

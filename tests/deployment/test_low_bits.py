@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.numpy import load_file
@@ -145,6 +146,19 @@ def test_scores_of_the_frozen_model(deployed: dict[str, Deployed], name: str, pi
     error = np.abs(session(images) - expected)
     step = (expected.max() - expected.min()) / 255  # of an 8-bit grid over the scores
     assert error.max() <= step and error.mean() <= step / 20
+
+
+@pytest.mark.parametrize("name", ["w4", "mixed"])
+def test_standalone_of_low_bits(deployed: dict[str, Deployed], name: str, plain_scores: Any, tmp_path: Path) -> None:
+    artifact = deployed[name].artifact
+    file = muntin.write_standalone(artifact, tmp_path / "plain.onnx")
+    session = muntin.load(artifact.path, engine="onnxruntime", threads=1)
+    for images, scores in artifact.golden():
+        plain = plain_scores(file, images)
+        np.testing.assert_array_equal(plain, session(images))
+        assert (plain.argmax(1) == scores.argmax(1)).mean() > 0.99
+    integers = {item.data_type for item in onnx.load(file).graph.initializer if len(item.dims) == 4}
+    assert integers == {onnx.TensorProto.INT8}
 
 
 def test_attention_in_8_bits(trained: Any, pixels: Any, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def photo(height: int = 12, width: int = 17, channels: int = 3) -> np.ndarray[An
 
 def test_bytes_and_file_agree(tmp_path: Path) -> None:
     pixels = np.random.default_rng(5).integers(0, 256, (21, 34, 3)).astype(np.uint8)
-    for suffix in (".png", ".jpg", ".webp"):
+    for suffix in (".png", ".jpg", ".webp", ".tif", ".bmp"):
         write_image(tmp_path / f"a{suffix}", pixels)
         content = (tmp_path / f"a{suffix}").read_bytes()
         np.testing.assert_array_equal(decode_image(content), read_image(tmp_path / f"a{suffix}"))
@@ -78,6 +78,20 @@ def test_bytes_of_other_formats(content: bytes) -> None:
     with pytest.raises(DataError, match=re.escape(str(caught.value))):
         pixel_count(content)
     assert "\n" not in str(caught.value)
+
+
+def test_bmp() -> None:
+    content = {}
+    for mode in ("RGB", "L", "P", "1"):
+        buffer = io.BytesIO()
+        Image.fromarray(photo()).convert(mode).save(buffer, "BMP")
+        content[mode] = buffer.getvalue()
+        np.testing.assert_array_equal(decode_image(content[mode]), np.array(Image.fromarray(photo()).convert(mode).convert("RGB")))
+    for compression in (1, 2, 4):
+        runs = content["L"][:30] + compression.to_bytes(4, "little") + content["L"][34:]
+        for read in (decode_image, pixel_count):
+            with pytest.raises(DataError, match=f"the picture is a BMP of compression {compression}: store it without compression"):
+                read(runs)
 
 
 def with_segments(count: int, kind: int = 0xE1, content: bytes = b"Exif\0\0" + bytes(12)) -> bytes:

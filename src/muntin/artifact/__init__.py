@@ -5,6 +5,7 @@ from __future__ import annotations
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import FORMAT, GoldenTolerance, LayerRecord, Manifest, Signature, TensorRecord
 from muntin.artifact.packing import pack, unpack
+from muntin.artifact.standalone import check_standalone, write_standalone
 from muntin.artifact.store import Artifact, check_target, open_artifact, write_artifact
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "Manifest",
     "Signature",
     "TensorRecord",
+    "check_standalone",
     "check_target",
     "open_artifact",
     "pack",
     "unpack",
     "write_artifact",
+    "write_standalone",
 ]

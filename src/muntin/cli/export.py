@@ -8,12 +8,14 @@ from typing import Annotated
 import typer
 
 from muntin.cli.console import out, print_json, print_notes, status
-from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.options import JsonOption
 from muntin.errors import RecipeError
 
 
 def export_command(
-    checkpoint: CheckpointArgument,
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A run's folder or one of its checkpoints; with --standalone also an artefact's folder.")
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artefact; RUN/artifact by default.")] = None,
     floating: Annotated[
         bool, typer.Option("--float", help="Do not quantise: keep all layers in floating point. Refused for a quantised checkpoint.")
@@ -21,9 +23,26 @@ def export_command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help=r"Replace a value, e.g. --set quantization.keep=\[head.conv]; repeatable.")
     ] = None,
+    standalone: Annotated[
+        Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
+    from muntin.artifact import check_standalone, write_standalone
+    from muntin.artifact.store import MANIFEST
+
+    if standalone is not None:
+        check_standalone(standalone)
+    if (checkpoint / MANIFEST).is_file():
+        if standalone is None or output is not None or floating or set_:
+            raise RecipeError(f"{checkpoint} is an artefact already: give it --standalone FILE.onnx alone, or name a run to export anew")
+        written = write_standalone(checkpoint, standalone)
+        if json:
+            print_json({"artifact": checkpoint, "standalone": written})
+        else:
+            out.print(_written(written))
+        return
     from muntin.compression.stages import broken_off
     from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
@@ -37,13 +56,15 @@ def export_command(
         replaced = other_artifact(trained, target, integer=not floating)
         reused = exported(trained, target, integer=not floating) is not None
         artifact = export_checkpoint(trained, target, integer=not floating)
+        if standalone is not None:
+            write_standalone(artifact, standalone)
     manifest = artifact.manifest
     integer_layers = sum(layer.activation_bits == 8 for layer in manifest.layers)
     kept = {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
     recorded_notes = manifest.measured.get("notes")
     notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
     if json:
-        document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused}
+        document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
         print_json(document | {"precision": manifest.precision, "int8_layers": integer_layers, "kept": kept, "notes": notes})
         return
     done = "is there " if reused else "wrote    "
@@ -52,4 +73,10 @@ def export_command(
         out.print(f"replaced  what was there, {replaced}")
     for name, reason in {}.items() if floating else kept.items():
         out.print(f"kept      {name}: {reason or 'not quantised'}")
+    if standalone is not None:
+        out.print(_written(standalone))
     print_notes(notes)
+
+
+def _written(file: Path) -> str:
+    return f"wrote     {file}: {file.stat().st_size / 1e6:.2f} MB, plain ONNX"

@@ -60,7 +60,13 @@ _MaxPixelsOption = Annotated[
 _IdleSecondsOption = Annotated[
     int, typer.Option(min=1, max=86400, help="Seconds after which an idle connection is closed; set it above a proxy's own limit.")
 ]
-_MaxConnectionsOption = Annotated[int, typer.Option(min=1, max=65535, help="Connections at the same time.")]
+_MaxConnectionsOption = Annotated[
+    int,
+    typer.Option(
+        min=1, max=65535,
+        help="HTTP requests and gRPC calls at the same time; further ones get 503. HTTP connections beyond this number + 32 wait.",
+    ),
+]  # fmt: skip
 _DrainSecondsOption = Annotated[
     int, typer.Option(min=1, max=86400, help="Seconds that requests in flight get after SIGTERM or Ctrl-C; then they are cut off.")
 ]
@@ -169,7 +175,7 @@ def _one_line_errors() -> Iterator[None]:
 def _describe_end(cut_off: int, seconds: float, *, hurried: bool = False) -> str:
     if not cut_off:
         return "every request that was admitted has been answered"
-    calls = "1 connection or call was" if cut_off == 1 else f"{cut_off} connections or calls were"
+    calls = "1 request or call was" if cut_off == 1 else f"{cut_off} requests or calls were"
     if hurried:
         return f"{calls} still busy and cut off, because of a second signal"
     return f"{calls} still busy after {seconds:g} s and cut off; --drain-seconds gives more time"

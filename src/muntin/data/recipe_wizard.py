@@ -35,10 +35,11 @@ RECIPE_NAME = "recipe.yaml"
 _SHARE = 0.15  # fraction of the pictures for a split without a folder of its own
 _AFTER_DATA = """
 model:
-  name: hybrid-s  # hybrid-xs and hybrid-xxs are smaller and faster, hybrid-m is larger; `muntin models` lists them all
+  name: hybrid-xxs  # the fastest, for a first result; hybrid-xs, hybrid-s and hybrid-m are larger; `muntin models` lists them all
 
 training:
-  steps: 2000  # batches to train on; with `minutes: 30` beside it, training ends after 30 minutes at the latest
+  steps: 2000  # batches to train on: about four minutes of the small model on two fast cores; a larger model needs more of both
+  minutes: 10  # training ends after so many minutes at the latest; null: no limit. A run that reaches it differs from the next one
   batch_size: 16  # crops in a batch; halve it if memory runs out
   learning_rate: 0.004  # the highest rate; it rises to this value, then falls along a cosine
   precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off

@@ -7,15 +7,13 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from PIL import ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import BmpImagePlugin, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from muntin.errors import DataError
-from muntin.images.opening import HEAD_BYTES, decoder_of, opened_picture
+from muntin.images.client_tiff import check_tiff
+from muntin.images.opening import HEAD_BYTES, SENT, decoder_of, opened_picture
 
-SENT = Path("the picture")
-"""Stands for a file's path in errors about bytes."""
 MAX_SCANS = 64
 """Scans of a JPEG. Each is decoded over the whole picture, and an empty one takes about 10 bytes; encoders write about 10 scans."""
 MAX_PARTS = 256
@@ -25,7 +23,9 @@ _MAX_EXIF = 64
 """EXIF segments of a JPEG, each of which Pillow joins to the earlier ones."""
 _MAX_STRAY_BYTES = 1 << 16
 """Bytes between a JPEG's segments, which Pillow reads one by one."""
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_UNPACKED_BMP = (0, 3)
+"""Compressions of a BMP without run lengths, which Pillow decodes in Python."""
 _SCAN = b"\xff\xda"
 _SEGMENT = re.compile(rb"\xff[^\x00-\xbf\xd0-\xd7\xff]")
 """Start of a JPEG segment that states its length. After 255, a zero is a byte of a scan, 1 to 191 are reserved (a decoder that
@@ -34,21 +34,40 @@ resynchronises skips them), and the others excluded here have no length."""
 
 @contextmanager
 def opened_bytes(content: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
-    """Reads the header of a PNG, JPEG or WebP in `content` and checks it, as `opened_picture` does. Raises DataError."""
+    """Reads the header of a PNG, JPEG, WebP, TIFF or BMP in `content` and checks it, as `opened_picture` does. Raises DataError."""
     head = content[:HEAD_BYTES]
-    if decoder_of(head) not in (PngImagePlugin.PngImageFile, JpegImagePlugin.JpegImageFile, WebPImagePlugin.WebPImageFile):
-        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG or WebP picture: send the bytes of such a file")
-    jpeg = head.startswith(_JPEG)
-    if jpeg and (marks := content.count(_SCAN)) > MAX_SCANS and _exceeds_scans(content, MAX_SCANS):
-        raise DataError(f"{SENT} has {marks:,} scans, more than the limit of {MAX_SCANS}: store it anew")
-    if jpeg:
-        parts_fit = content.count(b"Exif\0\0") <= _MAX_EXIF and _segments_fit(content)
-    else:
-        parts_fit = not head.startswith(_PNG) or _chunks_fit(content)
-    if not parts_fit:
-        raise DataError(f"{SENT} has more metadata than a picture has ({MAX_PARTS} parts are taken): store it anew, without")
+    decoder = decoder_of(head)
+    if decoder is None:
+        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG, WebP, TIFF or BMP picture: send the bytes of such a file")
+    if decoder is JpegImagePlugin.JpegImageFile:
+        _check_jpeg(content)
+    elif decoder is PngImagePlugin.PngImageFile and not _chunks_fit(content):
+        raise _too_much_metadata()
+    elif decoder is TiffImagePlugin.TiffImageFile:
+        check_tiff(content, max_pixels)
+    elif decoder is BmpImagePlugin.BmpImageFile:
+        _check_bmp(content)
     with opened_picture(SENT, io.BytesIO(content), head, max_pixels) as picture:
         yield picture
+
+
+def _too_much_metadata() -> DataError:
+    return DataError(f"{SENT} has more metadata than a picture has ({MAX_PARTS} parts are taken): store it anew, without")
+
+
+def _check_bmp(content: bytes) -> None:
+    """Raises DataError for a BMP of run lengths: a few bytes of it can stand for gigabytes."""
+    compression = int.from_bytes(content[30:34], "little")
+    if int.from_bytes(content[14:18], "little") > 12 and compression not in _UNPACKED_BMP:  # older headers have no compression
+        raise DataError(f"{SENT} is a BMP of compression {compression}: store it without compression, or as PNG")
+
+
+def _check_jpeg(content: bytes) -> None:
+    """Raises DataError for a JPEG of too many scans or too much metadata."""
+    if (marks := content.count(_SCAN)) > MAX_SCANS and _exceeds_scans(content, MAX_SCANS):
+        raise DataError(f"{SENT} has {marks:,} scans, more than the limit of {MAX_SCANS}: store it anew")
+    if content.count(b"Exif\0\0") > _MAX_EXIF or not _segments_fit(content):
+        raise _too_much_metadata()
 
 
 def _exceeds_scans(content: bytes, limit: int) -> bool:

@@ -12,11 +12,12 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
 
 from muntin.errors import DataError
-from muntin.images.client_pictures import SENT, opened_bytes
+from muntin.images.client_pictures import opened_bytes
 from muntin.images.opening import (
     DAMAGE,
     MAX_PIXELS,
     NPY_HEAD,
+    SENT,
     UInt8,
     map_array,
     map_image,
@@ -67,7 +68,7 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
 
 
 def decode_image(content: bytes, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS) -> UInt8:
-    """Decodes the bytes of a PNG, JPEG or WebP file, as `read_image` does. Raises DataError.
+    """Decodes the bytes of a PNG, JPEG, WebP, TIFF or BMP file, as `read_image` does. Raises DataError.
 
     Size, scans and metadata are checked before anything is decoded, so a small file that would unpack into a huge picture costs nothing.
     """

@@ -27,6 +27,8 @@ UInt8 = npt.NDArray[np.uint8]
 Decoder = Callable[[IO[bytes]], ImageFile.ImageFile]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".npy")
+SENT = Path("the picture")
+"""Stands for a file's path in errors about bytes that a client sent."""
 MAX_PIXELS = 1 << 28
 """Default limit of a picture's pixels: 16384 x 16384, 0.8 GB as RGB."""
 MAX_CHANNELS = 16
@@ -54,6 +56,7 @@ _BANDS_TAG = 0x0115
 _DEPENDENT_PAGE = 0b101
 """Bits of a TIFF page's kind: a smaller copy of another page (maps have them as overviews), or its transparency."""
 _USE_ARRAY = "store it as a .npy array of uint8 (height, width, channels), and set `channels`"
+USE_TENSOR = "send it as a tensor (/v2/models/NAME/infer)"
 _DECODERS: tuple[tuple[bytes, bytes, Decoder], ...] = (
     (b"\x89PNG\r\n\x1a\n", b"", PngImagePlugin.PngImageFile),
     (b"\xff\xd8\xff", b"", JpegImagePlugin.JpegImageFile),
@@ -118,7 +121,9 @@ def opened_picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) 
         raise TooManyPixelsError(f"{path} has more pixels than the limit of {max_pixels:,}: cut it into smaller pictures") from error
     except DAMAGE as error:
         if isinstance(error, SyntaxError) and "unknown pixel mode" in str(error):  # Pillow says so of sound TIFF files, too
-            raise DataError(f"{path} has channels of a number or kind that is not read from TIFF: {_USE_ARRAY}") from error
+            raise DataError(
+                f"{path} has channels of a number or kind that is not read from TIFF: {USE_TENSOR if path is SENT else _USE_ARRAY}"
+            ) from error
         raise damaged(path, error) from error
 
 
@@ -166,9 +171,8 @@ def _check_bands(path: Path, picture: ImageFile.ImageFile) -> None:
         return
     stored, decoded = picture.tag_v2.get(_BANDS_TAG, 1), len(picture.getbands())
     if stored > decoded:
-        raise DataError(
-            f"{path} has {stored} channels, of which {decoded} would be read: {_USE_ARRAY} to {stored}, or store those {decoded} alone"
-        )
+        advice = USE_TENSOR if path is SENT else f"{_USE_ARRAY} to {stored}"
+        raise DataError(f"{path} has {stored} channels, of which {decoded} would be read: {advice}, or store those {decoded} alone")
 
 
 def damaged(path: Path, error: BaseException) -> DataError:

@@ -31,6 +31,7 @@ from muntin.serving.http.app import HttpApp
 from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.http.listener import HttpListener
 from muntin.serving.inference.executor import Executor
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.open_files import raise_descriptors
@@ -41,7 +42,6 @@ from muntin.serving.security.tls import Certificate
 from muntin.serving.shutdown import Shutdown, on_signals
 from muntin.serving.telemetry.access_log import AccessLog
 from muntin.serving.telemetry.exposure import expose
-from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.telemetry.notify import Notify, tell_nobody, told_safely
 from muntin.serving.telemetry.tracing import Tracing
 from muntin.serving.versions.control import Control

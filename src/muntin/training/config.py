@@ -14,7 +14,7 @@ from muntin.data.section import Section
 class ModelChoice(Section):
     """The model, and changes to it."""
 
-    name: str = Field(default="hybrid-s", description="a preset (`muntin models`), timm:NAME, torchvision:NAME or package.module:factory")
+    name: str = Field(default="hybrid-xxs", description="a preset (`muntin models`), timm:NAME, torchvision:NAME or package.module:factory")
     options: dict[str, Any] = Field(default={}, description="fields of ModelConfig that replace the preset's")
     size_divisor: int = Field(
         default=1,

@@ -11,10 +11,10 @@ import pytest
 
 from muntin.serving.config import Bounds
 from muntin.serving.http.app import HttpApp
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Answered
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.protocol.messages import InferResponse, Limits
-from muntin.serving.telemetry.metrics import Metrics
 
 TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [1, 2, 3]}
 BODY = json.dumps({"inputs": [TENSOR]}).encode()

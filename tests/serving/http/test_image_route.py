@@ -18,8 +18,8 @@ from PIL import Image
 
 from muntin.serving.http.image_route import CODERS, ImageRoute
 from muntin.serving.inference.executor import Work
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
-from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
@@ -279,7 +279,9 @@ def test_picture_for_a_classifier_in_one_piece(write_pixels: Callable[..., Path]
         service: Any = BlockedService(slot)
         service.free.set()
         route = ImageRoute(service, body_bytes=3 * 50 * 50)
-        with pytest.raises(ProtocolError, match=r"2,601 pixels, .* in one piece: send it smaller, of at most 2,500") as caught:
+        with pytest.raises(
+            ProtocolError, match=r"2,601 pixels, .* in one piece: send it smaller, of at most 2,500 \(--max-body\)"
+        ) as caught:
             await route.answer(picture(51), {})
         assert caught.value.status == 413
         assert (await route.answer(picture(50), {})).media_type == "application/json"

@@ -25,10 +25,10 @@ from muntin.serving.batching.workers import HANGING, Runner
 from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.inference.encoding import INLINE_NUMBERS
 from muntin.serving.inference.executor import Executor
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Service, _Mailbox
+from muntin.serving.inference.statistics import UNLISTED
 from muntin.serving.protocol.messages import InferInput, InferRequest, ProtocolError, RefusedRequestError
-from muntin.serving.telemetry.metrics import Metrics
-from muntin.serving.telemetry.statistics import UNLISTED
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Version

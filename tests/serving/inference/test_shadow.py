@@ -14,8 +14,8 @@ import pytest
 
 from muntin.errors import MuntinError
 from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.shadow import SHADOWS, Shadows
-from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Version

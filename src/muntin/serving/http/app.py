@@ -3,7 +3,7 @@
     POST /v2/models/NAME[/versions/V]/infer        tensors as JSON or as bytes
     GET  /v2, /v2/health/live, /v2/health/ready, /v2/models/NAME[/versions/V][/ready|/config|/stats]
     POST /v2/repository/index, /v2/repository/models/NAME/load|unload
-    POST /predict?output=mask|overlay|labels|json  a PNG, JPEG or WebP file in, a picture or JSON out
+    POST /predict?output=mask|overlay|labels|json  a picture file in, alone or in a form; a picture or JSON out
     GET  /metrics, /openapi.json
 
 Every request passes the same steps: limit of requests in flight, token, headers, body, route, access log.
@@ -25,6 +25,7 @@ from starlette.routing import Route, Router
 from muntin.errors import DataError, MuntinError
 from muntin.serving.http.bodies import Body, ClientLeftError, Message, Receive, Scope, Send
 from muntin.serving.http.exchange import LEFT, Exchange
+from muntin.serving.http.forms import form_file, is_form
 from muntin.serving.http.image_route import ImageRoute, PictureAnswer
 from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
 from muntin.serving.inference.service import Service
@@ -239,15 +240,14 @@ class HttpApp:
         except ValueError as error:
             raise ProtocolError(f"the query has more than 16 fields: it takes {shown('output')}") from error
         query = {name: values[-1] for name, values in fields.items()}
-        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            raise ProtocolError("a form: send the picture alone, as curl does with --data-binary @FILE", status=415)
-        body = await _plain_body(request)
+        content_type = request.headers.get("content-type", "")
+        body = await _form_file(request, content_type) if is_form(content_type) else await _plain_body(request)
         try:
             return await self._pictures.answer(body, query)
         except ProtocolError as error:
             # curl sends this type with --data-binary too; -d removes line ends.
-            form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
-            if not (form and isinstance(error.__cause__, DataError) and error.status == 400 and not (b"\n" in body or b"\r" in body)):
+            encoded = content_type.startswith("application/x-www-form-urlencoded")
+            if not (encoded and isinstance(error.__cause__, DataError) and error.status == 400 and not (b"\n" in body or b"\r" in body)):
                 raise
             raise ProtocolError(f"{error}; curl changes a file that -d sends: give --data-binary @FILE") from error
 
@@ -260,12 +260,23 @@ class HttpApp:
 
 async def _plain_body(request: Request) -> bytes:
     """Return the body of a request other than inference. Raises ProtocolError 415 if it is compressed."""
+    _refuse_packed(request)
+    return await request.body()
+
+
+async def _form_file(request: Request, content_type: str) -> bytes:
+    """Return the file in a form; the body itself is not copied. Raises ProtocolError: 415 if it is compressed, 400 otherwise."""
+    _refuse_packed(request)
+    (body,) = [chunk async for chunk in request.stream() if len(chunk)] or [b""]
+    return form_file(body, content_type)
+
+
+def _refuse_packed(request: Request) -> None:
     coding = request.headers.get("content-encoding", "").strip()
     if coding.lower().encode("latin-1") not in PLAIN:
         raise ProtocolError(
             f"content-encoding {shown(coding)}: only requests for inference may be packed; send the body as it is", status=415
         )
-    return await request.body()
 
 
 def _refusal(error: Exception, scope: Scope) -> tuple[ProtocolError, dict[str, str]]:

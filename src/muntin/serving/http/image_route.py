@@ -1,4 +1,4 @@
-"""The picture route: a PNG, JPEG or WebP file in, a picture or JSON out.
+"""The picture route: a PNG, JPEG, WebP, TIFF or BMP file in, a picture or JSON out.
 
     file --decode--> uint8 (H, W, C) --tiles through the batcher--> labels --encode--> PNG
 
@@ -88,7 +88,7 @@ class ImageRoute:
                 output = _check_output(query.get("output"), lease.version.signature)
                 return await self._answer(content, output, lease.version)
         except TooManyPixelsError as error:
-            raise ProtocolError(str(error), status=413) from bare(error)
+            raise ProtocolError(f"{error} (--max-pixels)", status=413) from bare(error)
         except DataError as error:
             raise ProtocolError(str(error)) from bare(error)
         finally:
@@ -114,7 +114,8 @@ class ImageRoute:
         most = self._body_bytes // signature.channels
         if signature.task == "classify" and signature.side is None and count > most:
             raise ProtocolError(
-                f"the picture has {count:,} pixels, and this model computes it in one piece: send it smaller, of at most {most:,}",
+                f"the picture has {count:,} pixels, and this model computes it in one piece: send it smaller, of at most {most:,} "
+                "(--max-body)",
                 status=413,
             )
 

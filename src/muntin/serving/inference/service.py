@@ -27,12 +27,12 @@ from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
 from muntin.serving.inference.executor import Executor, Group, Work
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.inference.shadow import Shadows
+from muntin.serving.inference.statistics import Accounts
 from muntin.serving.protocol.messages import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
 from muntin.serving.protocol.metadata import ModelDescription, Statistics, TensorSpec
-from muntin.serving.telemetry.metrics import Metrics
-from muntin.serving.telemetry.statistics import Accounts
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import UnknownVersionError
 from muntin.serving.worker.opening import NotReadyError
@@ -136,15 +136,7 @@ class Service:
         arrived = self.clock() if arrived is None else arrived
         lease = self.lease_to_compute(model, version)
         requested = lease.version
-        try:
-            images = self._images(request, requested.signature)
-            wanted = read_wanted(request, requested.signature, images.shape)
-            reserved = self.encoder.reserve(wanted)
-        except BaseException as error:
-            lease.release()
-            if isinstance(error, RefusedRequestError):
-                self.metrics.refused["large answers"] += 1
-            raise
+        images, wanted, reserved = self._read(request, lease)
         if request.timeout_us is not None:
             deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
         try:
@@ -162,10 +154,28 @@ class Service:
             raise
         if not reserved:  # promises do not include the encoding of large answers
             self.runner.delivered(self.clock() - work.started - work.computed)
-        if work.version != requested.name:  # the requested version failed, and another one answered
-            self._accounts.of(requested.name).failed(answered.total)
+        self._count(answered, work, requested=requested.name, rows=len(images))
+        return answered
+
+    def _read(self, request: InferRequest, lease: Lease) -> tuple[NDArray[np.uint8], Wanted, int]:
+        """Return the images, the outputs to make, and the bytes reserved for a large answer. Releases the lease if it raises."""
+        signature = lease.version.signature
+        try:
+            images = self._images(request, signature)
+            wanted = read_wanted(request, signature, images.shape)
+            return images, wanted, self.encoder.reserve(wanted)
+        except BaseException as error:
+            lease.release()
+            if isinstance(error, RefusedRequestError):
+                self.metrics.refused["large answers"] += 1
+            raise
+
+    def _count(self, answered: Answered, work: Work, *, requested: str, rows: int) -> None:
+        """Count an answer in the statistics of its version and in the metrics. `requested`: name of the version that was leased."""
+        if work.version != requested:  # the requested version failed, and another one answered
+            self._accounts.of(requested).failed(answered.total)
         self._accounts.of(work.version).answered(
-            rows=len(images),
+            rows=rows,
             batch_rows=work.batch_rows,
             total=answered.total,
             read=answered.read,
@@ -175,7 +185,6 @@ class Service:
         self.metrics.total.observe(answered.total)
         if self.objective is not None and answered.total > self.objective:
             self.metrics.late.inc()
-        return answered
 
     def _respond(
         self,
@@ -297,7 +306,9 @@ class Service:
         if rows > self.max_rows:
             raise ProtocolError(f"{rows} rows: this server computes at most {self.max_rows} at once; send them in several requests")
         if height * width > self.max_pixels:
-            raise ProtocolError(f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,}", status=413)
+            raise ProtocolError(
+                f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,} (--max-pixels)", status=413
+            )
         return tensor.data
 
     def _unknown(self, model: str) -> ProtocolError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.telemetry.metrics import Metrics
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.threads import Threads
 from muntin.serving.versions.slot import Lease, Slot
 

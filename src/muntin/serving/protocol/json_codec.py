@@ -138,7 +138,7 @@ def encode_json(document: object) -> bytes:
 def _bytes(body: Buffer, limits: Limits) -> memoryview:
     view = memoryview(body).cast("B")
     if len(view) > limits.body_bytes:
-        raise ProtocolError(f"a body of {len(view):,} bytes: this server takes at most {limits.body_bytes:,}", status=413)
+        raise ProtocolError(f"a body of {len(view):,} bytes: this server takes at most {limits.body_bytes:,} (--max-body)", status=413)
     return view
 
 
@@ -151,7 +151,8 @@ def _split(body: Buffer, header_length: int | None, limits: Limits) -> tuple[mem
         )
     if length > limits.json_bytes:
         raise ProtocolError(
-            f"{length:,} bytes of JSON: this server takes at most {limits.json_bytes:,}; send large tensors as binary data", status=413
+            f"{length:,} bytes of JSON: this server takes at most {limits.json_bytes:,} (--max-json); send large tensors as binary data",
+            status=413,
         )
     return view[:length], view[length:]
 

@@ -245,7 +245,7 @@ def check_shape(shape: Sequence[object], tensor: str, limits: Limits) -> tuple[t
         bound *= size or 1
         if bound > limits.elements:
             raise ProtocolError(
-                f"input {shown(tensor)} has a shape of more than {limits.elements:,} elements: this server takes no more in a tensor",
+                f"input {shown(tensor)} has a shape of more than {limits.elements:,} elements: this server takes no more (--max-body)",
                 status=413,
             )
     return tuple(sizes), elements

@@ -14,10 +14,10 @@ _ERRORS = {
     401: "no token",
     403: "a web page of another site asks, or one that calls a server of this machine alone by another name",
     404: "unknown model or version",
-    408: "the headers or the body did not come in time",
+    408: "the body did not arrive in time",
     409: "not loaded, what served goes on; or not in service",
-    413: "too large",
-    415: "packed by neither gzip nor deflate, or packed at all where no inference is asked for; or a form",
+    413: "too large; the message names the option of `muntin serve` that sets the limit, if there is one",
+    415: "packed by neither gzip nor deflate, or packed at all where no inference is asked for",
     500: "the model failed",
     501: "a model that comes with the request",
     503: "cannot be answered in time, or the server is full or going down (Retry-After says when to try again)",
@@ -77,12 +77,19 @@ def _predict() -> dict[str, Any]:
     text = "segment: mask (default: class numbers, coloured by a palette), overlay, labels (the same numbers as grey values), json; "
     schema = {"type": "string", "enum": ["mask", "overlay", "labels", "json", "image"]}
     operation = _operation(
-        "A picture file in; a mask, an overlay, an image or JSON out.",
+        "A picture file in, alone or as the one file of a form; a mask, an overlay, an image or JSON out.",
         *(400, 415),
-        body=_content("image/png", "image/jpeg", "image/webp") | {"required": True},
+        body=_picture_body(),
         answer=_content("image/png", _JSON),
     )
     return operation | {"parameters": [_parameter("output", "query", f"{text}classify: json; restore: image", schema)]}
+
+
+def _picture_body() -> dict[str, Any]:
+    body = _content(*(f"image/{kind}" for kind in ("png", "jpeg", "webp", "tiff", "bmp")), "multipart/form-data")
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    body["content"]["multipart/form-data"] = {"schema": _object("file", file=file)}
+    return body | {"required": True}
 
 
 def _infer() -> dict[str, Any]:

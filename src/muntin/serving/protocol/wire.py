@@ -29,8 +29,8 @@ def parse(wire: bytes, kind: type[M], limits: Limits) -> M:
     raw = _raw_bytes(wire, limits) if kind is messages.ModelInferRequest else 0
     if len(wire) - raw > limits.json_bytes:
         raise ProtocolError(
-            f"a message of {len(wire) - raw:,} bytes, raw tensors not counted: this server takes at most {limits.json_bytes:,}; "
-            "send large tensors in raw_input_contents",
+            f"a message of {len(wire) - raw:,} bytes, raw tensors not counted: this server takes at most {limits.json_bytes:,} "
+            "(--max-json); send large tensors in raw_input_contents",
             status=413,
         )
     try:

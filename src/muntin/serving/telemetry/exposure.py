@@ -7,10 +7,10 @@ from contextlib import suppress
 
 from muntin.runtime.host.memory import resident_of
 from muntin.serving.batching.workers import Runner
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.telemetry.access_log import AccessLog
-from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.versions.slot import Slot
 from muntin.serving.worker.liveness import liveness_of
 from muntin.serving.worker.opening import NotReadyError

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from muntin.serving.inference.statistics import Account
 from muntin.serving.protocol.metadata import Duration
-from muntin.serving.telemetry.statistics import Account
 
 
 def test_requests_of_one_batch() -> None:

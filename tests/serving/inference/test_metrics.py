@@ -7,7 +7,7 @@ import sys
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from muntin.serving.telemetry.metrics import Metrics, row_bounds
+from muntin.serving.inference.metrics import Metrics, row_bounds
 
 
 def test_render() -> None:

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import MutableMapping
 from typing import Any
 
+from muntin.serving.inference.metrics import Metrics
 from muntin.serving.protocol.metadata import BatchStatistics, Duration, Statistics
-from muntin.serving.telemetry.metrics import Metrics
 from muntin.serving.versions.slot import Slot
 
 UNLISTED = 16
