@@ -28,6 +28,7 @@ from muntin.serving.http.exchange import LEFT, Exchange
 from muntin.serving.http.forms import form_file, is_form
 from muntin.serving.http.image_route import ImageRoute, PictureAnswer
 from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
+from muntin.serving.http.loop_lag import LoopLag
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.protocol.json_codec import decode_index_request, decode_repository_request, encode_json
@@ -78,6 +79,7 @@ class HttpApp:
         self._inference = InferenceRoute(service, limits=limits, tracing=tracing)
         self._router = Router(self._routes(), redirect_slashes=False)  # a redirect would lead to the host that the request names
         self._in_flight: set[Exchange] = set()
+        self._lag = LoopLag()
 
     @property
     def in_flight(self) -> int:
@@ -97,7 +99,7 @@ class HttpApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"ASGI scope {scope['type']!r}: this application speaks http only")
-        exchange, body = Exchange(scope, send, self._budget), Body(scope, self._budget)
+        exchange, body = Exchange(scope, send, self._budget, lag=self._lag.observe()), Body(scope, self._budget)
         self._in_flight.add(exchange)
         outcome = "failed"
         try:
@@ -144,7 +146,7 @@ class HttpApp:
         await body.read(receive)
         with exchange.watched(receive):
             if head is not None:
-                await self._inference.answer(exchange, head, body.data)
+                await self._inference.answer(exchange, head, body.data, arrived=exchange.arrived(whole_at_once=body.at_once))
                 return
             scope["app"] = self  # so that Starlette's router raises HTTPException for unknown paths
 

@@ -32,16 +32,19 @@ class ClientLeftError(Exception):
 
 
 class Body:
-    """One request's body. `data` counts in the memory budget until `release`. `complete`: True once all of it is read."""
+    """One request's body.
 
-    __slots__ = ("_budget", "_held", "_length", "complete", "data")
+    `data` counts in the memory budget until `release`. `complete`: True once all of it is read; `at_once`: in one piece.
+    """
+
+    __slots__ = ("_budget", "_held", "_length", "at_once", "complete", "data")
 
     def __init__(self, scope: Scope, budget: MemoryBudget) -> None:
         self._budget = budget
         self._held = 0
         self._length = _announced_length(scope)
         self.data: Buffer = b""
-        self.complete = self._length == 0
+        self.complete = self.at_once = self._length == 0
 
     async def read(self, receive: Receive) -> None:
         """Read the whole body into `data`.
@@ -64,7 +67,7 @@ class Body:
     async def _read_length(self, receive: Receive, length: int) -> None:
         chunk, _ = await self._next(receive)
         if len(chunk) == length:
-            self.data = chunk
+            self.data, self.at_once = chunk, True
             return
         recycled = length >= RECYCLED_BYTES
         data = self._budget.buffers.take((length,), np.uint8).data if recycled else memoryview(bytearray(length))

@@ -21,17 +21,24 @@ WATCH_AFTER_S = 0.05
 
 
 class Exchange:
-    """`began`: monotonic time at which the headers were complete. `status`: 0 until the answer starts. `sent`: bytes of its body."""
+    """`began`: monotonic time at which this process began to handle the request. `lag`: seconds that it waited for that.
 
-    def __init__(self, scope: Scope, send: Send, budget: MemoryBudget) -> None:
+    `status`: 0 until the answer starts. `sent`: bytes of its body.
+    """
+
+    def __init__(self, scope: Scope, send: Send, budget: MemoryBudget, *, lag: float = 0.0) -> None:
         self.scope = scope
         self._send, self._budget = send, budget
         self._task = asyncio.current_task()
-        self.began = time.monotonic()
+        self.began, self._lag = time.monotonic(), lag
         self.status, self.sent = 0, 0
         self.client_left = False
         self.request_id = ""
         self.answered: Answered | None = None
+
+    def arrived(self, *, whole_at_once: bool) -> float:
+        """Monotonic time at which the request was complete. Call it once the body was read. `whole_at_once`: it came in one piece."""
+        return (self.began if whole_at_once else time.monotonic()) - self._lag
 
     async def send(self, message: Message) -> None:
         """Send an ASGI message. Raises ClientLeftError if a large answer is not read for `Bounds.body_seconds`."""

@@ -84,9 +84,11 @@ class InferenceRoute:
         """End the thread that unpacks."""
         self._unpacker.shutdown(wait=True, cancel_futures=True)
 
-    async def answer(self, exchange: Exchange, head: Head, body: Buffer) -> None:
-        """Answer a request whose body is complete. Raises ProtocolError as `Service.infer` does, and for a body that cannot be read."""
-        arrived = time.monotonic()
+    async def answer(self, exchange: Exchange, head: Head, body: Buffer, *, arrived: float) -> None:
+        """Answer a request whose body was complete at the monotonic time `arrived`.
+
+        Raises ProtocolError as `Service.infer` does, and for a body that cannot be read.
+        """
         if self._tracing is None:
             await self._infer(exchange, head, body, arrived)
             return
