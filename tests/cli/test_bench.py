@@ -46,7 +46,7 @@ def test_bench_of_a_run_beside_artefacts(call: Call, exported: Any) -> None:
 
 def test_bench_of_a_run_alone(call: Call, exported: Any) -> None:
     text = call("bench", exported.run, *QUICK).out
-    assert "A  run: pytorch eager, f32\n" in text and "64x64" in text and "faster" not in text
+    assert "A  run: pytorch eager, f32\n" in text and "64x64" in text and "faster: " not in text
     assert "size: the size of the export; --size measures another\n" in text
 
 

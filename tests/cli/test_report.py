@@ -59,6 +59,7 @@ def test_report_checks_the_folder_first(call: Call, run: Path, tmp_path: Path, m
     monkeypatch.setattr("muntin.deployment.artifact_comparison.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is a file: name a folder" in call("report", run, "-o", tmp_path / "file").mistake()
+    shutil.rmtree(run / "artifact")
     (tmp_path / "mine" / "artifact").mkdir(parents=True)
     (tmp_path / "mine" / "artifact" / "letters.txt").touch()
     assert "letters.txt" in call("report", run, "-o", tmp_path / "mine").mistake()

@@ -38,11 +38,10 @@ def compare_command(
 def print_artifacts(artifacts: Mapping[str, Any], *, task: Task, title: str) -> None:
     """Print the table of a run's artefacts and which one to take."""
     from muntin.reporting import artifacts_table
-    from muntin.reporting.schema import ArtifactsRecord
-    from muntin.reporting.steps import advice
 
     print_table(artifacts_table(artifacts, task=task, title=title))
-    out.print(f"take      {advice(ArtifactsRecord.model_validate(artifacts))}")
+    path = next(row["path"] for row in artifacts["rows"] if row["name"] == artifacts["take"])
+    out.print(f"take      {artifacts['take']} ({path}): {artifacts['rule']}")
 
 
 def print_size(artifacts: Mapping[str, Any]) -> None:

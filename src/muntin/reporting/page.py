@@ -16,7 +16,7 @@ from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_shares
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
 from muntin.reporting.schema import Example, Report, parse_report, report_values
-from muntin.reporting.steps import advice, artifact_cells, artifact_headings, has_latency, has_weights, step_cells
+from muntin.reporting.steps import artifact_cells, artifact_headings, has_latency, has_weights, step_cells, taken
 
 HTML_NAME = "report.html"
 MOST_EXAMPLES = 24
@@ -116,7 +116,7 @@ def _artifacts(report: Report) -> dict[str, Any] | None:
         "record": record,
         "headings": artifact_headings(record, report.task),
         "rows": [(row, artifact_cells(record, row, report.task)) for row in record.rows],
-        "advice": advice(record),
+        "path": taken(record).path,
     }
 
 

@@ -96,10 +96,9 @@ def artifact_cells(artifacts: ArtifactsRecord, row: ArtifactRow, task: Task, *, 
     return cells
 
 
-def advice(artifacts: ArtifactsRecord) -> str:
-    """Return the artefact to take, its folder and the rule that chose it, in words."""
-    taken = next(row for row in artifacts.rows if row.name == artifacts.take)
-    return f"{taken.name} ({taken.path}): {artifacts.rule}"
+def taken(artifacts: ArtifactsRecord) -> ArtifactRow:
+    """Return the artefact to take."""
+    return next(row for row in artifacts.rows if row.name == artifacts.take)
 
 
 def artifacts_table(artifacts: ArtifactsRecord | Mapping[str, Any], *, task: Task, title: str) -> Table:
