@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from muntin.deployment.run_artifacts import missing_forms, run_artifacts
+from muntin.training import read_checkpoint
+
 Call = Callable[..., Any]
 
 
@@ -50,15 +53,22 @@ def test_compare_output(call: Call, run: Path, tmp_path: Path, write_small: Call
     assert "holds no artefact of its weights" in text and text.endswith(f"`muntin export {run}` writes one")
 
 
-def test_compare_equal_artefacts(call: Call, run: Path) -> None:
-    shutil.copytree(run / "artifact", run / "backup")  # the same artefact again: not a row of its own
+def test_artefacts_of_a_run(call: Call, run: Path) -> None:
+    shutil.copytree(run / "artifact", run / "backup")  # the same artefact again: not one of its own
     call("export", run, "--set", "quantization.keep=['0']", "-o", run / "kept", "--json").document()
-    document = call("compare", run, "--rounds", "1", "--json").document()
-    assert [row["name"] for row in document["artifacts"]["rows"]] == ["fp32", "int8 in artifact", "int8 in kept"]
+    checkpoint = read_checkpoint(run)
+    artifacts, notes = run_artifacts(checkpoint)
+    assert ([entry.name for entry in artifacts], notes) == (["int8 in artifact", "int8 in kept"], [])
+    assert len(run_artifacts(checkpoint, run)[0]) == 2  # the run's folder given again
+    (run / "kept" / "weights.safetensors").write_bytes(b"")
+    artifacts, notes = run_artifacts(checkpoint)
+    assert [entry.name for entry in artifacts] == ["int8"] and notes[0].startswith(f"left out: {run / 'kept' / 'weights.safetensors'}: ")
+    assert run_artifacts(read_checkpoint(run / "checkpoints" / "step-00000003"))[0] == []  # of other weights
 
 
-def test_compare_place_of_the_missing_artefact(call: Call, run: Path) -> None:
+def test_place_of_the_missing_artefact(call: Call, run: Path) -> None:
     shutil.rmtree(run / "artifact")
     call("export", run, "--float", "--json").document()
-    missing = call("compare", run, "--rounds", "1", "--json").document()["missing"]
-    assert missing[0] == {"name": "int8", "command": f"muntin export {run} -o {run / 'artifact-int8'}"}
+    checkpoint = read_checkpoint(run)
+    missing = missing_forms(checkpoint, run_artifacts(checkpoint)[0])
+    assert (missing[0].name, missing[0].command) == ("int8", f"muntin export {run} -o {run / 'artifact-int8'}")

@@ -32,6 +32,7 @@ def compare_command(
     for entry in compared["missing"]:
         out.print(f"missing   {entry['name']}: `{entry['command']}`")
     print_size(compared["artifacts"])
+    out.print("memory    added by opening and a first call, in a process of its own")
     print_notes(compared["notes"])
 
 

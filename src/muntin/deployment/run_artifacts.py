@@ -83,8 +83,8 @@ def stage_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not stages or finished_stages(checkpoint):
         return ()
     if not made_from(checkpoint, stages):
-        return (f"The stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to report them.",)
-    return (f"The stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them.",)
+        return (f"the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to report them.",)
+    return (f"the stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them.",)
 
 
 def form_name(checkpoint: Checkpoint, *, integer: bool) -> str:

@@ -116,7 +116,7 @@ def _artifacts(report: Report) -> dict[str, Any] | None:
         "record": record,
         "headings": artifact_headings(record, report.task),
         "rows": [(row, artifact_cells(record, row, report.task)) for row in record.rows],
-        "path": taken(record).path,
+        "taken": taken(record),
     }
 
 
