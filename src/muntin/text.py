@@ -11,3 +11,8 @@ def plain(text: str) -> str:
 def count(number: int, noun: str) -> str:
     """Return the number with its noun: "1 thread", "2 threads", "2 passes"."""
     return f"{number} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def number_format(precision: str, *, integers: bool) -> str:
+    """Return the numbers that a model computes in: "INT8, float layers in bf16", or only the precision of its floats."""
+    return f"INT8, float layers in {precision}" if integers else precision

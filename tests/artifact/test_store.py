@@ -67,6 +67,11 @@ def test_stripped_metadata(write: Write, model: onnx.ModelProto, tmp_path: Path)
     assert model.SerializeToString(deterministic=True) == before  # the model itself is unchanged
 
 
+def test_short_repr(write: Write, tmp_path: Path) -> None:
+    shown = repr(write(tmp_path / "a"))
+    assert shown == f"Artifact('{tmp_path / 'a'}', segment, 0 of 1 layers in INT8, others in f32, exported 2026-11-24T16:00:00+00:00)"
+
+
 def test_same_input_same_bytes(write: Write, tmp_path: Path) -> None:
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     assert first.digest == second.digest

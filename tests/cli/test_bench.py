@@ -26,26 +26,36 @@ def test_bench_json(call: Call, exported: Any) -> None:
     assert all(row["latency"]["median_ms"] > 0 and row["images_per_s"] > 0 for row in document["rows"])
 
 
-def test_bench_options_of_the_baseline(call: Call, exported: Any) -> None:
-    words = ("--baseline", exported.artifact, "--engine", "onnxruntime", "--precision", "f32", "--size", "16")
-    document = call("bench", exported.artifact, *words, *QUICK, "--json").document()
+def test_bench_options_of_every_artefact(call: Call, exported: Any) -> None:
+    words = (exported.artifact, exported.artifact, "--engine", "onnxruntime", "--precision", "f32", "--size", "16")
+    document = call("bench", *words, *QUICK, "--json").document()
     assert [(row["engine"], row["precision"], row["cached"]) for row in document["rows"]] == [("onnxruntime", "f32", None)] * 2
 
 
-def test_bench_with_a_run_as_baseline(call: Call, exported: Any) -> None:
-    document = call("bench", exported.artifact, "--baseline", exported.run, "--size", "32", *QUICK, "--json").document()
-    base, row = document["rows"]
-    assert (base["engine"], base["precision"], row["engine"]) == ("pytorch eager", "f32", "openvino")
-    assert base["cached"] is None and row["cached"] is not None
-    assert base["load_s"] > 0 and (base["peak_mib"] is None or base["peak_mib"] > 0)
-    assert row["ratio"] == pytest.approx(base["latency"]["median_ms"] / row["latency"]["median_ms"])
+def test_bench_of_a_run_beside_artefacts(call: Call, exported: Any) -> None:
+    document = call("bench", exported.run, exported.artifact, exported.artifact, *QUICK, "--json").document()
+    first, *others = document["rows"]
+    assert (first["engine"], first["precision"], first["integers"]) == ("pytorch eager", "f32", False)
+    assert first["cached"] is None and first["load_s"] > 0 and (first["peak_mib"] is None or first["peak_mib"] > 0)
+    assert document["size_reason"] == "the size of the export of artifact"
+    for row in others:
+        assert row["shape"] == first["shape"] == [1, 64, 64] and row["cached"] is not None
+        assert (row["engine"], row["integers"]) == ("openvino", True)
+        assert row["ratio"] == pytest.approx(first["latency"]["median_ms"] / row["latency"]["median_ms"])
 
 
-def test_bench_table_with_baseline(call: Call, exported: Any) -> None:
-    answer = call("bench", exported.artifact, "--baseline", exported.artifact, "--size", "16", *QUICK)
+def test_bench_of_a_run_alone(call: Call, exported: Any) -> None:
+    text = call("bench", exported.run, *QUICK).out
+    assert "A  run: pytorch eager, f32\n" in text and "64x64" in text and "faster: " not in text
+    assert "size: the size of the export; --size measures another\n" in text
+
+
+def test_bench_table_of_two_artefacts(call: Call, exported: Any) -> None:
+    answer = call("bench", exported.artifact, exported.artifact, "--size", "16", "--precision", "f32", *QUICK)
     assert (answer.code, answer.err) == (0, "")
-    for words in ("median ms", "p99", "images/s", "load s", "cached", "MiB", "faster", f"baseline {exported.artifact.name}", "1.00x"):
+    for words in ("median ms", "p99", "images/s", "load s", "cached", "MiB", "faster", "1.00x", "size: as given\n"):
         assert words in answer.out
+    assert "A  artifact: openvino, INT8, float layers in f32\nB  artifact (2): openvino, INT8, float layers in f32\n" in answer.out
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be given one core")
@@ -67,8 +77,9 @@ def test_bench_on_one_core(exported: Any) -> None:
         (["--batch", "0"], "--batch 0: give whole numbers from 1"),
         (["--streams", "1,-2"], "--streams 1,-2: give whole numbers from 1"),
         (["--size", "99999", "--batch", "100"], "100 images of 99999 x 99999 pixels"),
-        (["--compile"], "--compile is for a PyTorch baseline: name a run"),
-        (["--baseline", "nowhere"], "--baseline nowhere does not exist: name another artefact, a run or a checkpoint"),
+        (["--compile"], "--compile is for runs, which compute in PyTorch, and all of these are artefacts"),
+        (["nowhere"], "nowhere does not exist: name an artefact, a run or a checkpoint"),
+        (["a"] * 26, "27 candidates: give at most 26"),
     ],
 )
 def test_bench_mistakes(call: Call, exported: Any, words: list[str], message: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -77,28 +88,23 @@ def test_bench_mistakes(call: Call, exported: Any, words: list[str], message: st
     assert message in call("bench", exported.artifact, *words).mistake()
 
 
-def test_bench_compile_of_an_artefact(call: Call, exported: Any) -> None:
-    text = call("bench", exported.artifact, "--baseline", exported.artifact, "--compile").mistake()
-    assert "--compile is for a PyTorch baseline" in text
-
-
 def latency(ms: float) -> Latency:
     return Latency(median_ms=ms, p90_ms=ms, p99_ms=ms, calls=1)
 
 
 def test_bench_table_with_wide_numbers() -> None:
     common: dict[str, Any] = {
-        "engine": "openvino", "precision": "f32", "threads": 16, "streams": 16, "held_mib": 1.0, "peak_mib": 12345.0, "cached": False,
-        "load_s": 123.25,
+        "engine": "openvino", "precision": "f32", "integers": True, "threads": 16, "streams": 16, "held_mib": 1.0, "peak_mib": 12345.0,
+        "cached": False, "load_s": 123.25,
     }  # fmt: skip
     rows = [
         BenchRow(name=name, shape=(128, 4096, 4096), latency=latency(ms), images_per_s=1e3, ratio=1.0, **common)
-        for name, ms in (("baseline a", 1.25), ("a", 123456.78))
+        for name, ms in (("b", 1.25), ("a", 123456.78))
     ]
-    lines = table_lines(Bench(rows=tuple(rows), others=None, notes=(), created="", hardware={}), {"baseline a": "A", "a": "B"})
+    lines = table_lines(Bench(rows=tuple(rows), size_reason="", others=None, notes=(), created="", hardware={}), {"b": "A", "a": "B"})
     assert lines[2].split() == [
         "B", "128", "4096x4096", "16", "16", "123456.78", "123456.78", "123456.78", "1000.0", "123.25", "no", "12345", "1.00x",
     ]  # fmt: skip
     assert len({len(line) for line in lines}) == 1
-    apart = Bench(rows=(rows[0], replace(rows[1], ratio=None)), others=None, notes=(), created="", hardware={})
-    assert table_lines(apart, {"baseline a": "A", "a": "B"})[2].split()[-1] == "-"
+    apart = Bench(rows=(rows[0], replace(rows[1], ratio=None)), size_reason="", others=None, notes=(), created="", hardware={})
+    assert table_lines(apart, {"b": "A", "a": "B"})[2].split()[-1] == "-"

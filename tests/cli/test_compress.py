@@ -251,7 +251,11 @@ def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], A
     before = tree(copied / "artifact")
     document = call("report", copied, "--json").document()
     assert tree(copied / "artifact") == before  # exported as plain INT8: only an export replaces it
-    assert any("artifact holds another artefact (plain INT8 of" in note and "is artifact-report" in note for note in document["notes"])
+    artifacts = {row["name"]: row for row in document["artifacts"]["rows"]}
+    places = {"fp32": read_checkpoint(copied).path, "int8": copied / "artifact", "mixed": copied / "artifact-mixed"}
+    assert {name: Path(row["path"]) for name, row in artifacts.items()} == places
+    assert document["artifacts"]["described"] == "mixed" and document["artifacts"]["take"] in ("int8", "mixed")
+    assert [row["name"] for row in document["latency"]["rows"]] == ["fp32", "int8", "deployed"]
     steps = {step["name"]: step for step in document["steps"]}
     assert list(steps) == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
     parameters = {stage: parameter_count(load_model(read_checkpoint(copied / "compressed" / FOLDERS[n]))) for n, stage in enumerate(STAGES)}
@@ -259,7 +263,10 @@ def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], A
     assert steps["fp32"]["weights"] > steps["low-rank"]["weights"] > steps["w4a8"]["weights"] < steps["mixed"]["weights"]
     assert steps["mixed"]["weights"] == steps["deployed"]["weights"] < steps["deployed"]["bytes"]
     assert steps["w4a8"]["bytes"] is steps["mixed"]["bytes"] is None  # computed only: no artefact of them lies anywhere
-    assert steps["deployed"]["bytes"] == open_artifact(copied / "artifact-report").bytes
+    assert steps["deployed"]["bytes"] == open_artifact(copied / "artifact-mixed").bytes == artifacts["mixed"]["bytes"]
+    assert (
+        steps["deployed"]["miou"] == artifacts["mixed"]["test"] == call("evaluate", copied / "artifact-mixed", "--json").document()["score"]
+    )
     assert steps["w4a8"]["latency_ms"] is None and steps["deployed"]["latency_ms"] > 0
     floats = [layer for layer in document["layers"] if layer["weight_bits"] not in (4, 8, 16)]
     assert all(layer["weight_bits"] == 32 and layer["parameters"] <= UNPACKED for layer in floats)  # a tiny key layer stays in float32
@@ -269,8 +276,13 @@ def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], A
     assert {f"train {stage}" for stage in STAGES} <= document["seconds"].keys()
     assert document["agreement"] > 0.9
     page = (copied / "report.html").read_text()
-    assert all(f">{name}<" in page for name in ("low-rank", "w4a8", "mixed"))
+    assert all(f">{name}<" in page for name in ("low-rank", "w4a8", "mixed", "int8", "Which artefact to take"))
     assert json.loads((copied / "report.json").read_text())["task"] == "segment"
+    missing = call("compare", copied, "--rounds", "1", "--json").document()["missing"]
+    stages = {stage: copied / "compressed" / folder for stage, folder in zip(STAGES, FOLDERS, strict=True)}
+    assert missing == [{"name": stage, "command": f"muntin export {stages[stage]}"} for stage in ("low-rank", "w4a8")]
+    again = call("report", copied, "--json").document()  # nothing is exported twice
+    assert {row["name"]: Path(row["path"]) for row in again["artifacts"]["rows"]} == places
 
 
 def test_report_of_an_unfinished_compression(call: Call, copied: Path) -> None:

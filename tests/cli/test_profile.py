@@ -23,7 +23,8 @@ def test_profile_output_and_page(call: Call, exported: Any, tmp_path: Path) -> N
     answer = call("profile", exported.artifact, *QUICK, "-o", tmp_path / "out")
     assert (answer.code, answer.err) == (0, "")
     assert answer.out.startswith("whole     ")
-    assert "ms for 1 x 24 x 40 in openvino, float layers in f32, 1 thread (median of 2 calls)" in answer.out
+    assert "ms for 1 x 24 x 40 in openvino, INT8, float layers in f32, 1 thread (median of 2 calls)" in answer.out
+    assert "--size measures another" not in answer.out
     assert "by kind" in answer.out
     assert "kernels" in answer.out
     assert "win " in answer.out
@@ -110,8 +111,11 @@ def test_profile_of_a_run(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("profile", exported.run, "--size", "24", "--rounds", "2", "-o", tmp_path / "out")
     answer = call(*words)
     assert (answer.code, answer.err) == (0, "")
-    assert "ms for 1 x 24 x 24 in pytorch eager f32" in answer.out
+    assert "ms for 1 x 24 x 24 in pytorch eager, f32" in answer.out
     assert "the longest" in answer.out and "Conv2d" in answer.out
+    assert call("profile", exported.run, "--rounds", "1", "-o", tmp_path / "out").out.splitlines()[1] == (
+        "size      the size of the export; --size measures another"
+    )
     document = call(*words, "--json").document()
     kinds = [layer["kind"] for layer in document["layers"]]
     assert kinds.count("Conv2d") == 3

@@ -36,7 +36,7 @@ def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None
     for step in steps:
         assert set(step) == {"name", "miou", "iou", "params", "weights", "bytes", "gmacs", "latency_ms", "engine"}
         assert set(step["iou"]) == {"sea", "field", "roof"}
-    assert document["counted"] == [512, 512] and "multiply-adds (MACs) are of a picture of 512 × 512" in page
+    assert document["counted"] == [64, 64] and "multiply-adds (MACs) are of a picture of 64 × 64" in page
     counted = sum(layer["macs"] for layer in document["layers"])
     assert 0.8 * steps[-1]["gmacs"] < counted / 1e9 <= steps[-1]["gmacs"]  # of the same picture
     assert steps[0]["latency_ms"] > 0
@@ -44,6 +44,10 @@ def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None
     assert steps[0]["weights"] > steps[1]["weights"] == steps[2]["weights"] < steps[2]["bytes"] and steps[1]["bytes"] is None
     assert steps[-1]["bytes"] == sum(file.stat().st_size for file in (out / "artifact").iterdir())
     assert 0.9 < document["agreement"] <= 1
+    assert [row["name"] for row in document["artifacts"]["rows"]] == ["fp32", "int8"] and "Which artefact to take" not in page
+    assert [(row["test"], row["median_ms"]) for row in document["artifacts"]["rows"]] == [
+        (step["miou"], step["latency_ms"]) for step in (steps[0], steps[-1])
+    ]
     executed = {layer["executed"] for layer in document["layers"] if layer["activation_bits"] == 8}
     assert executed == {"i8"}
     for example in document["pictures"]["examples"]:
@@ -52,9 +56,10 @@ def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None
 
 
 def test_report_checks_the_folder_first(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.deployment.comparison.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
+    monkeypatch.setattr("muntin.deployment.artifact_comparison.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is a file: name a folder" in call("report", run, "-o", tmp_path / "file").mistake()
+    shutil.rmtree(run / "artifact")
     (tmp_path / "mine" / "artifact").mkdir(parents=True)
     (tmp_path / "mine" / "artifact" / "letters.txt").touch()
     assert "letters.txt" in call("report", run, "-o", tmp_path / "mine").mistake()
@@ -71,6 +76,7 @@ def test_report_notes_on_the_terminal(call: Call, run: Path) -> None:
     answer = call("report", run)
     assert (answer.code, answer.err) == (0, "")
     notes = [line.removeprefix("note      ") for line in answer.out.splitlines() if line.startswith("note ")]
+    assert "size      latency at 64x64: the size of the export; pictures: validation 2, test 2\n" in answer.out
     assert notes == json.loads((run / "report.json").read_text())["notes"] and "Trained in" in notes[0]
 
 

@@ -206,7 +206,7 @@ def test_evaluate_checkpoint(call: Call, exported: Any) -> None:
     assert document["score"] == pytest.approx(sum(present) / len(present))
     text = call("evaluate", exported.run)
     assert (text.code, text.err) == (0, "")
-    assert f"mIoU {document['score']:.4f} on test (2 samples), pytorch eager f32\n  IoU of each class:\n  sea " in text.out
+    assert f"mIoU {document['score']:.4f} on test (2 samples), pytorch eager, f32\n  IoU of each class:\n  sea " in text.out
 
 
 def test_evaluate_options(call: Call, exported: Any) -> None:
@@ -231,6 +231,14 @@ def test_evaluate_artefact(call: Call, exported: Any) -> None:
     assert deployed["engine"] == "openvino"
     assert deployed["counted"] == live["counted"]
     assert abs(deployed["score"] - live["score"]) < 0.05
+    assert call("evaluate", exported.artifact, "--json").document() == deployed
+    assert "on test (2 samples), openvino, INT8, float layers in " in call("evaluate", exported.artifact).out
+
+
+def test_evaluate_artefact_outside_of_its_run(call: Call, exported: Any, tmp_path: Path) -> None:
+    copied = shutil.copytree(exported.artifact, tmp_path / "deployed" / "artifact")
+    text = call("evaluate", copied).mistake()
+    assert f"outside of its run's folder, so its data are not known: `muntin evaluate RUN --artifact {copied}` scores it" in text
 
 
 def test_evaluate_artefact_of_other_data(call: Call, exported: Any, tmp_path: Path, write_small: Callable[..., Path]) -> None:

@@ -30,7 +30,7 @@ from muntin.compression.stages import (
     stage_finished,
     stage_steps,
 )
-from muntin.deployment.comparison import finished_stages
+from muntin.deployment.run_artifacts import finished_stages
 from muntin.errors import CheckpointError, DataError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK

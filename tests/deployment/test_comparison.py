@@ -1,4 +1,4 @@
-"""The side that a run is timed at, what its model finds the memory for; and a classifier's figures."""
+"""The report of a run: a failed verification, and a classifier's figures."""
 
 from __future__ import annotations
 
@@ -11,48 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from muntin.artifact import ClassInfo, Signature
 from muntin.compression import load_model
 from muntin.deployment import comparison
-from muntin.deployment.comparison import _Comparison, affordable_side, torch_threads
+from muntin.deployment.comparison import _Comparison
 from muntin.errors import VerificationError
 from muntin.images import write_image
 from muntin.models import TorchSession
 from muntin.training import evaluate, fit, read_checkpoint
-
-CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in "ab")
-IMAGE = np.zeros((50, 70, 3), np.uint8)
-
-
-class Greedy(nn.Module):
-    """Wants 2^60 bytes for more than `most` pixels a side, which no machine gives."""
-
-    def __init__(self, most: int, error: Exception | None = None) -> None:
-        super().__init__()
-        self.most, self.error = most, error
-        self.sides: list[int] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.sides.append(x.shape[-1])
-        if x.shape[-1] > self.most:
-            if self.error is not None:
-                raise self.error
-            torch.empty(1 << 60, dtype=torch.uint8)
-        return x[:, :2]
-
-
-def session(model: nn.Module) -> TorchSession:
-    return TorchSession(model, Signature(task="segment", channels=3, classes=CLASSES))
-
-
-def test_agreement_ignores_pixels() -> None:
-    target = np.array([[0, 1], [1, 255]], np.uint8)
-    made: Any = SimpleNamespace(test=[SimpleNamespace(target=target)] * 2, recipe=SimpleNamespace(task="segment"))
-    one = [np.array([[0, 0], [1, 0]], np.uint8)] * 2
-    other = [np.array([[0, 0], [1, 1]], np.uint8), np.array([[1, 1], [1, 0]], np.uint8)]
-    assert _Comparison._agreement(made, one, other) == 4 / 6
 
 
 def test_no_report_after_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,28 +28,6 @@ def test_no_report_after_a_failed_verification(monkeypatch: pytest.MonkeyPatch) 
     artifact: Any = SimpleNamespace(path=Path("artifact"))
     with pytest.raises(VerificationError, match="artifact: layer a computes something else"):
         _Comparison._verify(made, artifact)
-
-
-@pytest.mark.parametrize(
-    ("most", "side", "sides"),
-    [(64, 64, [64]), (63, 32, [64, 32]), (16, 24, [64, 32])],  # at the crop, which training took, nothing is tried
-)
-def test_affordable_side_without_memory(most: int, side: int, sides: list[int]) -> None:
-    model = Greedy(most)
-    assert affordable_side(session(model), IMAGE, 64, least=24) == side
-    assert model.sides == sides
-
-
-def test_affordable_side_raises_other_errors() -> None:
-    with pytest.raises(RuntimeError, match="sizes"):
-        affordable_side(session(Greedy(16, RuntimeError("sizes of tensors must match"))), IMAGE, 64, least=24)
-
-
-def test_torch_threads() -> None:
-    before = torch.get_num_threads()
-    with torch_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
 
 
 CLASSIFIER = """
@@ -119,7 +63,8 @@ def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     work.probe, session = torch.zeros(1, 3, 32, 32), TorchSession(model, checkpoint.signature)
     on_test, on_validation = (evaluate(session, work.source.split(split), tile=64) for split in ("test", "validation"))
     assert on_test.recall != on_test.iou and on_validation.recall != on_validation.iou, "it errs nowhere: this test plants nothing"
-    row = work._step("fp32", "PyTorch FP32", session, model, bytes=0)
+    row, labels = work._step("fp32", "PyTorch FP32", session, model, bytes=0)
+    assert len(labels) == on_test.samples
     assert (row["miou"], row["iou"]) == (on_test.accuracy, on_test.recall)
     curve = [{"step": 1, "miou": on_validation.accuracy, "iou": on_validation.recall}]
     assert work._about([])["validation"] == curve

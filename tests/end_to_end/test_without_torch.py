@@ -59,7 +59,7 @@ def test_runtime_without_torch(python: Path, artifact: Path, tmp_path: Path) -> 
     assert run(python, "verify", artifact)["passed"]
     (predicted,) = run(python, "predict", artifact, tmp_path / "image.png", "-o", tmp_path / "out", "--tile", 64)["results"]
     assert Path(predicted["mask"]).is_file()
-    rows = run(python, "bench", artifact, "--baseline", artifact, "--rounds", 2)["rows"]
+    rows = run(python, "bench", artifact, artifact, "--rounds", 2)["rows"]
     assert [row["shape"] for row in rows] == [[1, 64, 64]] * 2
     profile = run(python, "profile", artifact, "--rounds", 2, "-o", tmp_path / "profile")
     assert profile["kernels"] and (tmp_path / "profile" / "profile.html").is_file()

@@ -64,6 +64,24 @@ def test_page_contents(report: dict[str, Any], drawn: Path, read_page: ReadPage)
         assert words in page.text
 
 
+def test_artefacts_and_which_to_take(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
+    report["artifacts"]["take"] = "int8"
+    html = render_html(report, drawn)
+    section = html[html.index('id="artifacts"') : html.index('id="latency"')]
+    rows = [" ".join(re.sub("<[^>]*>", " ", row).split()) for row in re.findall(r"<tr.*?</tr>", section, flags=re.DOTALL)]
+    assert rows[0] == "Artefact Validation mIoU Test mIoU Labels as fp32 On disk Latency P90"
+    assert rows[1] == "fp32 0.662 0.651 – 11.3 MB 41.3 ms 45.4 ms"
+    assert rows[2].startswith("int8 0.655 −0.007 0.643 −0.008 97.3 % 3.9 MB 2.9× smaller 8.2 ms 5.0× faster 9.0 ms")
+    assert "The rest of this page describes “mixed”." in section
+    assert re.findall(r'<tr class="final"><th scope="row">(\w+)<', section) == ["int8"]
+    words = read_page(html).words
+    assert "Of 2 deployed artefacts, take “int8”, in runs/earth/artifact-int8: 3.9 MB, 8.2 ms, mIoU 0.643." in words
+    assert "measured on the deployed artefact “mixed”" in words
+    del report["artifacts"]["rows"][1]
+    report["artifacts"]["take"] = "mixed"
+    assert "take “mixed”" not in render_html(report, drawn)  # of a single artefact the table of steps says all
+
+
 def test_layer_table_contents(report: dict[str, Any], drawn: Path) -> None:
     html = render_html(report, drawn)
 
@@ -114,6 +132,7 @@ def test_page_with_a_single_step_alone(report: dict[str, Any], tmp_path: Path, r
 @pytest.mark.parametrize(
     ("part", "absent_identifiers", "absent_words"),
     [
+        ("artifacts", {"artifacts"}, "Which artefact to take"),
         ("latency", {"latency"}, "The whisker"),
         ("agreement", set(), "Agreement"),
         ("pictures", {"examples"}, "Full size"),

@@ -43,6 +43,11 @@ def test_report_of_the_required_keys(report: dict[str, Any]) -> None:
     assert "recipe" not in report_values(checked)
 
 
+def test_recommendation_is_an_artefact(report: dict[str, Any]) -> None:
+    report["artifacts"]["take"] = "fp32"
+    assert "artifacts.take is 'fp32'; the artefacts are ['int8', 'mixed']" in refusal(report)
+
+
 def test_report_from_before_ranks(report: dict[str, Any]) -> None:
     del report["ranks"]
     for layer in report["layers"]:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from muntin.reporting import terminal_table
+from muntin.reporting import artifacts_table, terminal_table
 
 
-def printed(report: dict[str, Any], width: int = 160) -> str:
+def printed(report: dict[str, Any], width: int = 160, *, artifacts: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(terminal_table(report))
+    console.print(artifacts_table(report["artifacts"], task="segment", title="earth") if artifacts else terminal_table(report))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -54,6 +54,25 @@ def test_terminal_table_with_weights(report: dict[str, Any]) -> None:
     assert headings()[2:6] == ["params", "weights", "on", "disk"]
     line = next(line for line in printed(report, 200).splitlines() if f" {report['steps'][1]['name']} " in line)
     assert re.split(r"  +", line.strip())[3:5] == ["5.0 MB (2.0× less)", "–"]
+
+
+def test_table_of_artefacts(report: dict[str, Any]) -> None:
+    shown = printed(report, artifacts=True)
+    cells = {re.split(r"  +", line.strip())[0]: re.split(r"  +", line.strip())[1:] for line in shown.splitlines() if line.strip()}
+    assert cells["artefact"] == ["validation mIoU", "test mIoU", "labels as fp32", "on disk", "latency", "p90"]
+    assert cells["fp32"] == ["0.662", "0.651", "–", "11.3 MB", "41.3 ms", "45.4 ms"]
+    minus = "\N{MINUS SIGN}"
+    assert cells["mixed"] == [
+        f"0.658 ({minus}0.004)",
+        f"0.649 ({minus}0.002)",
+        "97.3 %",
+        "812 kB (13.9× less)",
+        "6.9 ms (6.0× faster)",
+        "7.6 ms",
+    ]
+    report["artifacts"]["rows"][1]["peak_mib"] = 1234.5
+    assert "1,234 MiB" in printed(report, artifacts=True) and "peak memory" in printed(report, artifacts=True)
+    assert "…" not in printed(report, 80, artifacts=True)
 
 
 def test_terminal_table_without_latency(report: dict[str, Any]) -> None:

@@ -71,6 +71,8 @@ def test_percent_rounds_to_0_and_100_only_exactly(share: float, digits: int) -> 
 def test_headline_of_the_sample(report: dict[str, Any]) -> None:
     arrow = text.ARROW
     expected = f"11.3 MB {arrow} 812 kB, 41.3 ms {arrow} 6.9 ms, mIoU 0.651 {arrow} 0.649: measured on the deployed artefact"
+    assert text.headline(parse_report(report)) == f"{expected} “mixed”"
+    del report["artifacts"]
     assert text.headline(parse_report(report)) == expected
 
 

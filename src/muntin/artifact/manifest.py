@@ -137,6 +137,11 @@ class Manifest(_Frozen):
     files: dict[FileName, Sha256] = {}
     sha256: str = ""
 
+    @property
+    def integers(self) -> bool:
+        """True if any layer is to run on integer kernels."""
+        return any(layer.integer_activations for layer in self.layers)
+
     def tolerance(self, engine: str, precision: str) -> GoldenTolerance | None:
         """Tolerance of an engine in a precision, or None. A provider ("onnxruntime-cuda") has its family's ("onnxruntime")."""
         family = self.golden_tolerance.get(engine.partition("-")[0], {})  # type: ignore[call-overload]

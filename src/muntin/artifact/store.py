@@ -53,12 +53,19 @@ LARGEST_MANIFEST = 1 << 26
 GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """An opened artefact: directory and manifest. Its files are read on demand, and their digests checked again."""
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        """Path and form in one line: the manifest alone would be tens of kilobytes."""
+        layers = self.manifest.layers
+        integers = sum(layer.integer_activations for layer in layers)
+        form = f"{integers} of {len(layers)} layers in INT8, others in {self.manifest.precision}"
+        return f"Artifact({str(self.path)!r}, {self.manifest.signature.task}, {form}, exported {self.manifest.created})"
 
     @property
     def bytes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from muntin.cli.bench import bench_command
+from muntin.cli.compare import compare_command
 from muntin.cli.compress import compress_command
 from muntin.cli.console import accept_any_name, memory_advice, out, say
 from muntin.cli.export import export_command
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress_command,
     "export": export_command,
     "verify": verify_command,
+    "compare": compare_command,
     "bench": bench_command,
     "profile": profile_command,
     "predict": predict_command,

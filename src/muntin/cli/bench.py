@@ -5,33 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from muntin.cli.console import out, print_json, print_notes, progress_bar
-from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption
+from muntin.cli.options import EngineOption, JsonOption, PrecisionOption
 from muntin.cli.profile import parse_size
 from muntin.errors import DataError
-from muntin.text import count
+from muntin.text import count, number_format
 
 if TYPE_CHECKING:
     from muntin.runtime.profiling.bench import Bench
     from muntin.runtime.profiling.cold_start import Candidate
 
+LETTERS = ascii_uppercase
+"""Names of the candidates in the table."""
 CACHED = {True: "yes", False: "no", None: "-"}
 
 
 def bench_command(
-    artifact: ArtifactArgument,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            help="Another artefact (same --engine and --precision), or a run or checkpoint (PyTorch FP32, on a GPU if present; needs the "
-            "extra `train`), measured in turns with this one."
+    candidates: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Artefacts, and runs or checkpoints (PyTorch FP32, on a GPU if present; needs the extra `train`): measured in turns, and "
+            "compared with the first."
         ),
+    ],
+    size: Annotated[
+        str | None, typer.Option(help="Height and width in pixels, 512 or 512x768; the size of the first artefact's export by default.")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Height and width in pixels, 512 or 512x768; the size of the export by default.")] = None,
     batch: Annotated[str, typer.Option(help="Images a call; several values separated by commas.")] = "1",
     threads: Annotated[
         str | None, typer.Option(help="Threads; several values separated by commas; the usable physical cores by default.")
@@ -40,22 +44,23 @@ def bench_command(
         str, typer.Option(help="Calls computed at the same time: 1 for latency, the number of threads for throughput.")
     ] = "1",
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls a row.")] = 50,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile a PyTorch baseline by torch.compile.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the models of runs by torch.compile.")] = False,
     engine: EngineOption = "openvino",
     precision: PrecisionOption = "recorded",
     json: JsonOption = False,
 ) -> None:
-    """Measure an artefact's latency, throughput, memory and loading time, and compare them with a baseline if one is given."""
+    """Measure latency, throughput, memory and loading time of artefacts and runs, one after the other in turns."""
+    from muntin.artifact.store import MANIFEST
     from muntin.runtime.profiling.bench import bench
 
-    if compile and baseline is None:
-        raise DataError("--compile is for a PyTorch baseline: name a run or a checkpoint with --baseline, or leave it out")
+    if len(candidates) > len(LETTERS):
+        raise DataError(f"{len(candidates)} candidates: give at most {len(LETTERS)}")
+    if compile and all((path / MANIFEST).is_file() for path in candidates):
+        raise DataError("--compile is for runs, which compute in PyTorch, and all of these are artefacts: leave it out")
+    opened = [_candidate(path, compile, engine, precision) for path in candidates]
     with progress_bar("measuring") as advance:
         result = bench(
-            artifact,
-            baseline=None if baseline is None else _candidate(baseline, compile, engine, precision),
-            engine=engine,
-            precision=precision,
+            opened,
             batches=_numbers("--batch", batch),
             threads=[None] if threads is None else _numbers("--threads", threads),
             streams=_numbers("--streams", streams),
@@ -84,10 +89,8 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
     from muntin.runtime.profiling.cold_start import ArtifactCandidate
 
     if not path.exists():
-        raise DataError(f"--baseline {path} does not exist: name another artefact, a run or a checkpoint")
+        raise DataError(f"{path} does not exist: name an artefact, a run or a checkpoint")
     if (path / MANIFEST).is_file():
-        if compile:
-            raise DataError(f"--compile is for a PyTorch baseline, and {path} is an artefact: leave it out")
         return ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     from muntin.training import read_checkpoint
 
@@ -99,13 +102,16 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
 
 def _print(result: Bench) -> None:
     names = list(dict.fromkeys(row.name for row in result.rows))
-    letters = dict(zip(names, "AB", strict=False))
+    letters = dict(zip(names, LETTERS, strict=False))
     for name, letter in letters.items():
         row = next(row for row in result.rows if row.name == name)
-        out.print(f"{letter}  {name}: {row.engine}, float layers in {row.precision}")
+        out.print(f"{letter}  {name}: {row.engine}, {number_format(row.precision, integers=row.integers)}")
     for line in table_lines(result, letters):
         out.print(line)
     out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own")
+    out.print(f"size: {result.size_reason}" + ("" if result.size_reason == "as given" else "; --size measures another"))
+    if len(letters) > 1:
+        out.print("faster: the median of A over that of the row")
     out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept")
     hardware = result.hardware
     cores = count(hardware["cores"], "core")

@@ -14,7 +14,7 @@ from rich.table import Table
 from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, status
 from muntin.cli.options import JsonOption, PrecisionOption, ThreadsOption
 from muntin.errors import DataError
-from muntin.text import count
+from muntin.text import count, number_format
 
 if TYPE_CHECKING:
     from muntin.runtime.session import Shape
@@ -31,9 +31,7 @@ def profile_command(
     ],
     size: Annotated[
         str | None,
-        typer.Option(
-            help="Size of the image in pixels: HxW, or N for a square; by default the size of the export, for a run that of its crops."
-        ),
+        typer.Option(help="Size of the image in pixels: HxW, or N for a square; by default the size of the export."),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images a call.")] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
@@ -52,7 +50,7 @@ def profile_command(
     from muntin.reporting.profile_page import HTML_NAME, JSON_NAME, PICTURE_NAME
     from muntin.runtime.options import SessionOptions
     from muntin.runtime.profiling.chrome_trace import chrome_trace
-    from muntin.runtime.profiling.profile import profile
+    from muntin.runtime.profiling.profile import default_size_reason, profile
     from muntin.runtime.profiling.profile_document import profile_dict
 
     target = _target(artifact, output)
@@ -71,7 +69,8 @@ def profile_command(
     if json:
         print_json(document | {"files": sorted(str(target / name) for name in (JSON_NAME, HTML_NAME, PICTURE_NAME, TRACE))})
         return
-    _print(document)
+    manifest = measured.artifact.manifest
+    _print(document, integers=manifest.integers, size_reason=default_size_reason(manifest) if size is None else None)
     out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev")
 
 
@@ -82,6 +81,7 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
     import torch
 
     from muntin.deployment.checkpoint_candidate import checkpoint_session
+    from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
     from muntin.deployment.torch_profile import profile_torch
     from muntin.runtime.host.hardware import physical_cores
     from muntin.runtime.profiling.profile import fill
@@ -90,8 +90,8 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
 
     checkpoint = read_checkpoint(run)
     torch.set_num_threads(threads or physical_cores())
-    crop = checkpoint.recipe.data.crop
-    H, W = (crop, crop) if size is None else parse_size(size)
+    side = export_side(checkpoint.recipe)
+    H, W = (side, side) if size is None else parse_size(size)
     images = fill(source_of(checkpoint).split("train")[0].image[None], (batch or 1, H, W))
     with status("profiling"):
         measured = profile_torch(checkpoint_session(checkpoint), images, target / TRACE, rounds=rounds)
@@ -99,9 +99,10 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
         print_json(asdict(measured))
         return
     out.print(
-        f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine} {measured.precision}, "
+        f"whole     {measured.whole_ms:.2f} ms for {batch or 1} x {H} x {W} in {measured.engine}, {measured.precision}, "
         f"{count(measured.threads, 'thread')}, the profiler on (median of {count(rounds, 'call')})",
     )
+    _print_size(SIZE_REASON if size is None else None)
     rows = [[layer.name, layer.kind, f"{layer.ms:.2f}", f"{layer.ms / measured.whole_ms:.0%}"] for layer in measured.layers[:TOP]]
     title = f"the longest {len(rows)} of {len(measured.layers)} layers"
     print_table(_table(title, ("layer", "kind", "ms", "share"), rows))
@@ -139,12 +140,19 @@ def parse_size(size: str, option: str = "--size") -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _print(document: Mapping[str, Any]) -> None:
+def _print_size(reason: str | None) -> None:
+    if reason is not None:
+        out.print(f"size      {reason}; --size measures another")
+
+
+def _print(document: Mapping[str, Any], *, integers: bool, size_reason: str | None) -> None:
     B, H, W = document["shape"]
+    numbers = number_format(document["precision"], integers=integers)
     out.print(
-        f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, float layers in {document['precision']}, "
+        f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, {numbers}, "
         f"{count(document['threads'], 'thread')} (median of {count(document['rounds'], 'call')})",
     )
+    _print_size(size_reason)
     wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]
     for number, finding in enumerate(wins[:WINS], 1):
         out.print(f"win {number}     up to {finding['saves_ms']:.2f} ms: {finding['words']}")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from muntin.cli.compare import print_artifacts, print_size
 from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, status
 from muntin.cli.options import CheckpointArgument, JsonOption
 
@@ -71,6 +72,10 @@ def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[s
         print_json({"report": page, **report, "notes": list(dict.fromkeys((*before, *report["notes"])))})
         return
     print_table(terminal_table(report))
+    artifacts = report["artifacts"]
+    if len(artifacts["rows"]) > 2:  # FP32 and one artefact are in the table of steps
+        print_artifacts(artifacts, task=report["task"], title="deployed artefacts")
+    print_size(artifacts)
     if report["agreement"] is not None:
         out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and simulated")
     print_notes(report["notes"])

@@ -13,7 +13,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from muntin.cli.console import err, out, print_json, print_notes, progress_bar, refuse_unwritable, say
-from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.options import JsonOption
+from muntin.text import count, number_format
 
 if TYPE_CHECKING:
     from muntin.training import FitProgress, FitResult, Recipe
@@ -100,9 +101,9 @@ def describe_fit(result: FitResult) -> None:
 
 
 def evaluate_command(
-    checkpoint: CheckpointArgument,
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, one of its checkpoints, or an artefact that lies in a run's folder.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    artifact: Annotated[Path | None, typer.Option(help="Evaluate this artefact instead, on the checkpoint's data.")] = None,
+    artifact: Annotated[Path | None, typer.Option(help="Evaluate this artefact instead, on the data of the run.")] = None,
     engine: Annotated[
         str | None,
         typer.Option(help="The artefact's engine: openvino (the default), onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt."),
@@ -111,9 +112,12 @@ def evaluate_command(
     json: JsonOption = False,
 ) -> None:
     """Score a checkpoint, or an artefact exported from it, on a split of its data."""
+    from muntin.artifact import open_artifact
+    from muntin.artifact.store import MANIFEST
     from muntin.compression import load_model
     from muntin.compression.stages import broken_off
     from muntin.data.source import SPLITS
+    from muntin.deployment.run_artifacts import run_of
     from muntin.errors import ArtifactError, RecipeError
     from muntin.models import TorchSession
     from muntin.runtime import load
@@ -124,6 +128,8 @@ def evaluate_command(
 
     if split not in SPLITS:
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
+    if artifact is None and (checkpoint / MANIFEST).is_file():
+        checkpoint, artifact = run_of(checkpoint), checkpoint
     if engine is not None and artifact is None:
         raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
     loaded = read_checkpoint(checkpoint)
@@ -145,7 +151,8 @@ def evaluate_command(
         print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": notes})
         return
     metric = "mIoU" if result.task == "segment" else "accuracy"
-    out.print(f"{metric} {result.score:.4f} on {split} ({result.samples} samples), {session.engine} {session.precision}")
+    numbers = number_format(session.precision, integers=artifact is not None and open_artifact(artifact).manifest.integers)
+    out.print(f"{metric} {result.score:.4f} on {split} ({count(result.samples, 'sample')}), {session.engine}, {numbers}")
     out.print(f"  {'IoU' if result.task == 'segment' else 'recall'} of each class:")
     for name, value in result.by_class.items():
         out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}")

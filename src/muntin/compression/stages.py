@@ -103,7 +103,7 @@ def compress_checkpoint(
 
 def stage_checkpoints(directory: Path) -> dict[Stage, Path]:
     """The newest checkpoint of each stage in `directory`, in the stages' order."""
-    paths = {stage: checkpoints_in(_folder(directory, stage) / "checkpoints") for stage in STAGES}
+    paths = {stage: checkpoints_in(stage_folder(directory, stage) / "checkpoints") for stage in STAGES}
     return {stage: checkpoints[-1] for stage, checkpoints in paths.items() if checkpoints}
 
 
@@ -157,7 +157,8 @@ def _stage_config(config: CompressionConfig, stage: Stage) -> StageConfig:
     return stages[stage]
 
 
-def _folder(directory: Path, stage: Stage) -> Path:
+def stage_folder(directory: Path, stage: Stage) -> Path:
+    """Folder of a stage in the folder of all stages."""
     return directory / f"{STAGES.index(stage) + 1}-{stage}"
 
 
@@ -220,7 +221,7 @@ class _Compression:
         return notes
 
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> Checkpoint:
-        folder = _folder(self.directory, stage)
+        folder = stage_folder(self.directory, stage)
         config = stage_training(self.recipe, stage)
         start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
         if start is None:

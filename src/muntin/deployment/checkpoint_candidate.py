@@ -8,19 +8,21 @@ import numpy as np
 import torch
 
 from muntin.compression import load_model
+from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.models import TorchSession
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.cold_start import Candidate
+from muntin.runtime.profiling.cold_start import Candidate, ExampleImages
 from muntin.runtime.profiling.timing import Mapper
 from muntin.training import Checkpoint, read_checkpoint
+from muntin.training.checkpoint import source_of
 
 
-def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False) -> TorchSession:
-    """Return a checkpoint's model in FP32 as a session on the best device, compressed or not.
+def checkpoint_session(checkpoint: Checkpoint, *, compile: bool = False, device: str | None = None) -> TorchSession:
+    """Return a checkpoint's model in FP32 as a session on a device (None: the best one), compressed or not.
 
     A quantised checkpoint runs as the simulation of training, slower than the model in floats, which the session's `engine` says.
     """
-    session = TorchSession(load_model(checkpoint).to(_best_device()), checkpoint.signature, compile=compile)
+    session = TorchSession(load_model(checkpoint).to(device or _best_device()), checkpoint.signature, compile=compile)
     if checkpoint.quantized:
         session.engine += ", simulating integers"
     return session
@@ -32,17 +34,25 @@ def _best_device() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointCandidate(Candidate):
-    """A run's folder or a checkpoint, in PyTorch FP32 on the best device, with one stream. `compile`: by `torch.compile`."""
+    """A run's folder or a checkpoint, in PyTorch FP32 with one stream. `compile`: by `torch.compile`. `device`: None for the best one."""
 
     compile: bool = False
+    device: str | None = None
+
+    def example(self) -> ExampleImages:
+        """Images of the training split; raises `DataError` where the data are gone."""
+        checkpoint = read_checkpoint(self.path)
+        side = export_side(checkpoint.recipe)
+        image_HWC = source_of(checkpoint).split("train")[0].image
+        return ExampleImages(signature=checkpoint.signature, images=image_HWC[None], size=(side, side), reason=SIZE_REASON)
 
     def prepare(self) -> None:
         # The first convolution loads PyTorch's kernel libraries and sets up a GPU.
-        torch.nn.Conv2d(1, 1, 1, device=(device := _best_device()))(torch.zeros(1, 1, 1, 1, device=device))
+        torch.nn.Conv2d(1, 1, 1, device=(device := self.device or _best_device()))(torch.zeros(1, 1, 1, 1, device=device))
 
     def open(self, options: SessionOptions) -> Mapper:
         torch.set_num_threads(options.thread_count)
-        session = checkpoint_session(read_checkpoint(self.path), compile=self.compile)
+        session = checkpoint_session(read_checkpoint(self.path), compile=self.compile, device=self.device)
         for shape in options.shapes or ():
             session(np.zeros((*shape, session.signature.channels), np.uint8))
         return session

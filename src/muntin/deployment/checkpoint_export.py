@@ -9,19 +9,26 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, check_target, open_artifact
+from muntin.artifact import Artifact, Manifest, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.compression import Change, freeze, load_model, quantize
 from muntin.deployment.export import export
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import tile_of
-from muntin.training.recipe import override_recipe
+from muntin.training.recipe import Recipe, override_recipe
 
 ARTIFACT = "artifact"
 """Default folder of a run's artefact."""
+SIZE_REASON = "the size of the export"
+"""Why `export_side` is the size that a run is measured at, in words."""
 REVISION = 7
 """Version of what export makes of the same weights. Raise it with every change of that, so that existing artefacts are exported again."""
+
+
+def export_side(recipe: Recipe) -> int:
+    """Return the side of the images that an artefact is exported for and a run is measured at, pixels: a tile's, or a classifier's crop."""
+    return recipe.data.crop if recipe.task == "classify" else tile_of(recipe.data.crop)
 
 
 def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
@@ -67,7 +74,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     check_target(path)
     calibration = calibration_of(checkpoint, source_of(checkpoint))
     model, changes = (integer_model if integer else _float_model)(checkpoint, calibration)
-    side = tile_of(checkpoint.recipe.data.crop) if checkpoint.recipe.task != "classify" else checkpoint.recipe.data.crop
+    side = export_side(checkpoint.recipe)
     return export(
         model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": _origin_of(checkpoint, integer)},
         shape=(1, side, side),
@@ -98,10 +105,21 @@ def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) 
     passes = {entry.get("pass") for entry in manifest.passes}
     stage = next((name for pass_, name in (("mix", "mixed"), ("qat", "w4a8"), ("low_rank", "low-rank")) if pass_ in passes), "plain")
     numbers = "INT8" if any(layer.activation_bits == 8 for layer in manifest.layers) else "float"
-    weights = origin.partition(":")[0] if isinstance(origin, str) else None
+    weights = origin_weights(manifest)
     own = weights == checkpoint.state.sha256[AVERAGE]
     source = "these weights" if own else f"weights {weights[:8]}" if weights else "weights not recorded"
     return f"{stage} {numbers} of {source}, exported {manifest.created}"
+
+
+def origin_weights(manifest: Manifest) -> str | None:
+    """Return the sha256 of the weights that an artefact was exported from; None where it is not recorded."""
+    origin = manifest.measured.get("origin")
+    return origin.partition(":")[0] if isinstance(origin, str) else None
+
+
+def quantized_at_export(manifest: Manifest) -> bool:
+    """Return False for an artefact that was exported with `--float`."""
+    return not str(manifest.measured.get("origin")).partition(":")[2].startswith("float:")
 
 
 def _origin_of(checkpoint: Checkpoint, integer: bool) -> str:

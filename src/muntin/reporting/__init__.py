@@ -11,11 +11,12 @@ from muntin.reporting.profile_page import render_profile, write_profile
 from muntin.reporting.profile_schema import ProfileRecord, parse_profile
 from muntin.reporting.roofline import roofline_svg
 from muntin.reporting.schema import Report, parse_report
-from muntin.reporting.steps import terminal_table
+from muntin.reporting.steps import artifacts_table, terminal_table
 
 __all__ = [
     "ProfileRecord",
     "Report",
+    "artifacts_table",
     "parse_profile",
     "parse_report",
     "render_html",

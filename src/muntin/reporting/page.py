@@ -16,7 +16,7 @@ from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_shares
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
 from muntin.reporting.schema import Example, Report, parse_report, report_values
-from muntin.reporting.steps import has_latency, has_weights, step_cells
+from muntin.reporting.steps import artifact_cells, artifact_headings, has_latency, has_weights, step_cells, taken
 
 HTML_NAME = "report.html"
 MOST_EXAMPLES = 24
@@ -66,6 +66,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "steps": [(step, step_cells(report, step)) for step in report.steps],
         "has_weights": has_weights(report),
         "has_latency": has_latency(report),
+        "artifacts": _artifacts(report),
         "class_scale": _class_scale(report),
         "charts": charts.training_charts(report),
         "line_frame": charts.LINES,
@@ -104,6 +105,19 @@ def panes(report: Report) -> list[Pane]:
         agreement = text.percent(report.agreement, 2)
         changes.append(Pane(label="Agreement", figure=agreement, detail="of labels equal to the simulated model's"))
     return changes
+
+
+def _artifacts(report: Report) -> dict[str, Any] | None:
+    """Return the table of deployed artefacts; None where there is only one, because the table of steps shows it."""
+    record = report.artifacts
+    if record is None or len(record.rows) < 3:
+        return None
+    return {
+        "record": record,
+        "headings": artifact_headings(record, report.task),
+        "rows": [(row, artifact_cells(record, row, report.task)) for row in record.rows],
+        "taken": taken(record),
+    }
 
 
 def _class_scale(report: Report) -> float:

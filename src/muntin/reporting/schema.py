@@ -61,6 +61,52 @@ class LatencyRecord(Record):
     rows: Annotated[tuple[LatencyRow, ...], Field(min_length=1)]
 
 
+class ArtifactRow(Record):
+    """One deployed artefact, or the FP32 model that the artefacts are compared with.
+
+    `validation`, `test`: the task's metric on these splits. `same_labels`: share of the test labels that equal those of FP32. `bytes`: of
+    all its files. `peak_mib`: added memory of opening it and a first call, null where it was not measured.
+    """
+
+    name: Text
+    path: Text
+    engine: Text
+    validation: float
+    test: float
+    same_labels: Share
+    bytes: Count
+    median_ms: Amount
+    p90_ms: Amount
+    peak_mib: Amount | None = None
+
+
+class ArtifactsRecord(Record):
+    """The deployed artefacts of a run after the FP32 model, measured together at one size, which was chosen for the `size_reason`.
+
+    `take`: the name of the one to take, chosen by the `rule`, in which the test score has no part. `samples`: of each split. `described`:
+    the one that a report's headline and layers describe.
+    """
+
+    height: PositiveCount
+    width: PositiveCount
+    rounds: PositiveCount
+    size_reason: Text
+    samples: dict[str, Count]
+    rows: Annotated[tuple[ArtifactRow, ...], Field(min_length=2)]
+    take: Text
+    rule: Text
+    described: str | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        names = [row.name for row in self.rows]
+        check_unique("artifacts.rows", names)
+        for key, name in (("take", self.take), ("described", self.described)):
+            if name is not None and name not in names[1:]:
+                raise ValueError(f"artifacts.{key} is {name!r}; the artefacts are {names[1:]}")
+        return self
+
+
 class TrainingRow(Record):
     """One logged optimiser step."""
 
@@ -172,6 +218,7 @@ class Report(Record):
     seconds: dict[str, Amount] = Field(default_factory=dict)
     classes: tuple[ClassInfo, ...] = ()
     steps: Annotated[tuple[StepRecord, ...], Field(min_length=1)]
+    artifacts: ArtifactsRecord | None = None
     latency: LatencyRecord | None = None
     agreement: Share | None = None
     training: tuple[TrainingRow, ...] = ()
@@ -213,13 +260,13 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
-    `recipe` is left out where it is null. Keys that were added to the schema later (`counted`, `ranks`, a step's `weights`, a layer's
-    `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep their content.
+    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, a step's `weights`, a
+    layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
-    for key in {"counted", "ranks"} - report.model_fields_set:
+    for key in {"artifacts", "counted", "ranks"} - report.model_fields_set:
         del values[key]
     for row, step in zip(values["steps"], report.steps, strict=True):
         if "weights" not in step.model_fields_set:

@@ -1,4 +1,4 @@
-"""The table of steps: its cells, for the page and for the terminal."""
+"""The tables of steps and of deployed artefacts: their cells, for the page and for the terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from muntin.artifact.manifest import Task
 from muntin.reporting import text
-from muntin.reporting.schema import Report, StepRecord, parse_report
+from muntin.reporting.records import parse_record
+from muntin.reporting.schema import FORMAT, ArtifactRow, ArtifactsRecord, Report, StepRecord, parse_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,65 @@ def step_cells(report: Report, step: StepRecord, *, short: bool = False) -> list
     if has_latency(report):
         cells.append(cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower")))
     return cells
+
+
+def has_peaks(artifacts: ArtifactsRecord) -> bool:
+    """Return whether the memory of any artefact was measured."""
+    return any(row.peak_mib is not None for row in artifacts.rows)
+
+
+def artifact_headings(artifacts: ArtifactsRecord, task: Task) -> list[str]:
+    """Return the headings of the numbers of an artefact."""
+    metric = text.METRICS[task].name
+    peak = ["peak memory"] if has_peaks(artifacts) else []
+    return [f"validation {metric}", f"test {metric}", "labels as fp32", "on disk", "latency", "p90", *peak]
+
+
+def artifact_cells(artifacts: ArtifactsRecord, row: ArtifactRow, task: Task, *, short: bool = False) -> list[Cell]:
+    """Return the numbers of one artefact, compared with FP32: scores, equal labels, bytes, latency, and memory if measured.
+
+    `short`: as in `step_cells`.
+    """
+    metric, first = text.METRICS[task], artifacts.rows[0]
+
+    def cell(figure: str, against: str | None) -> Cell:
+        return Cell(figure=figure, against="" if row is first or against in (None, text.UNCHANGED) else str(against))
+
+    less = "less" if short else "smaller"
+    cells = [
+        cell(metric(row.validation), text.change(first.validation, row.validation, metric.digits)),
+        cell(metric(row.test), text.change(first.test, row.test, metric.digits)),
+        cell(text.DASH if row is first else text.percent(row.same_labels), None),
+        cell(text.size(row.bytes), text.ratio(first.bytes, row.bytes, less=less, more="more" if short else "larger")),
+        cell(text.milliseconds(row.median_ms), text.ratio(first.median_ms, row.median_ms, less="faster", more="slower")),
+        cell(text.milliseconds(row.p90_ms), None),
+    ]
+    if has_peaks(artifacts):
+        cells.append(cell(text.DASH if row.peak_mib is None else f"{row.peak_mib:,.0f} MiB", None))
+    return cells
+
+
+def taken(artifacts: ArtifactsRecord) -> ArtifactRow:
+    """Return the artefact to take."""
+    return next(row for row in artifacts.rows if row.name == artifacts.take)
+
+
+def artifacts_table(artifacts: ArtifactsRecord | Mapping[str, Any], *, task: Task, title: str) -> Table:
+    """Return a table with one row an artefact, for the terminal; comparisons with FP32 are in parentheses.
+
+    Raises MuntinError where the values do not fit the schema.
+    """
+    checked = parse_record(ArtifactsRecord, artifacts, what="comparison", newest=FORMAT)
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("artefact", style="bold", overflow="fold")
+    for heading in artifact_headings(checked, task):
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in checked.rows:
+        cells = artifact_cells(checked, row, task, short=True)
+        table.add_row(*map(Text, (row.name, *(cell.figure + (f" ({cell.against})" if cell.against else "") for cell in cells))))
+    return table
 
 
 def terminal_table(report: Report | Mapping[str, Any]) -> Table:

@@ -167,7 +167,11 @@ def headline_parts(report: Report) -> tuple[list[str], str]:
     if all(step.latency_ms is not None for step in ends):
         parts.append(arrow.join(milliseconds(step.latency_ms) for step in ends))
     parts.append(f"{metric.name} {arrow.join(metric(step.miou) for step in ends)}")
-    return parts, "measured on the deployed artefact" if last.name == "deployed" else ""
+    if last.name != "deployed":
+        return parts, ""
+    artifacts = report.artifacts
+    name = "" if artifacts is None or len(artifacts.rows) < 3 else f" “{artifacts.described}”"
+    return parts, f"measured on the deployed artefact{name}"
 
 
 def three_digits(value: float) -> str:

@@ -1,4 +1,4 @@
-"""bench: every combination is a row, the baseline beside it in the same run, and what makes the times doubtful is said."""
+"""bench: every combination is a row, all candidates in the same run, and what makes the times doubtful is said."""
 
 from __future__ import annotations
 
@@ -15,15 +15,25 @@ import pytest
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.bench import bench
+from muntin.runtime.profiling.bench import bench, distinct_names
 from muntin.runtime.profiling.cold_start import ArtifactCandidate
 from muntin.text import count
+
+
+def candidate(written: Any, **options: str) -> ArtifactCandidate:
+    return ArtifactCandidate(path=str(written.path), **options)
 
 
 def test_every_combination_is_a_row(convolutions: Any) -> None:
     done: list[tuple[int, int]] = []
     result = bench(
-        convolutions.path, batches=(1, 3), threads=(1, 2), streams=(1, 2), size=(16, 24), rounds=3, report=lambda *at: done.append(at)
+        [candidate(convolutions)],
+        batches=(1, 3),
+        threads=(1, 2),
+        streams=(1, 2),
+        size=(16, 24),
+        rounds=3,
+        report=lambda *at: done.append(at),
     )
     settings = [(row.threads, row.streams, row.shape) for row in result.rows]
     # two streams of one thread are one stream: no row twice
@@ -37,15 +47,29 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
     assert result.notes[-1] == "2 streams on 1 thread: a stream needs a thread, so they count as 1"
 
 
-def test_baseline_and_ratios(convolutions: Any) -> None:
-    baseline = ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime")
-    result = bench(convolutions.path, baseline=baseline, batches=(1, 2), size=(8, 8), rounds=3)
-    assert [row.name for row in result.rows] == ["baseline convolutions", "convolutions"] * 2
-    assert [row.engine for row in result.rows] == ["onnxruntime", "openvino"] * 2
-    for base, row in zip(result.rows[::2], result.rows[1::2], strict=True):
-        assert base.ratio == 1
-        assert row.ratio == pytest.approx(base.latency.median_ms / row.latency.median_ms)
-        assert math.isfinite(row.ratio)
+def test_candidates_and_ratios(convolutions: Any) -> None:
+    candidates = [candidate(convolutions, engine="onnxruntime"), candidate(convolutions), candidate(convolutions, precision="f32")]
+    result = bench(candidates, batches=(1, 2), size=(8, 8), rounds=3)
+    assert [row.name for row in result.rows] == ["convolutions", "convolutions (2)", "convolutions (3)"] * 2
+    assert [row.engine for row in result.rows] == ["onnxruntime", "openvino", "openvino"] * 2
+    assert result.size_reason == "as given"
+    for first, *others in (result.rows[:3], result.rows[3:]):
+        assert first.ratio == 1
+        for row in others:
+            assert row.ratio == pytest.approx(first.latency.median_ms / row.latency.median_ms)
+            assert math.isfinite(row.ratio)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a/artifact", "small"], ["artifact", "small"]),
+        (["runs/a/artifact", "runs/b/artifact"], ["runs/a/artifact", "runs/b/artifact"]),
+        (["a", "b", "a", "."], ["a", "b", "a (2)", "."]),
+    ],
+)
+def test_distinct_names(paths: list[str], names: list[str]) -> None:
+    assert distinct_names(paths) == names
 
 
 class OneStream(ArtifactCandidate):
@@ -57,8 +81,9 @@ class OneStream(ArtifactCandidate):
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_ratio_of_other_streams(convolutions: Any, streams: int) -> None:
-    baseline = OneStream(path=str(convolutions.path), engine="openvino")
-    result = bench(convolutions.path, baseline=baseline, threads=(2,), streams=(streams,), size=(8, 8), rounds=3)
+    result = bench(
+        [OneStream(path=str(convolutions.path)), candidate(convolutions)], threads=(2,), streams=(streams,), size=(8, 8), rounds=3
+    )
     base, row = result.rows
     assert (base.streams, row.streams, base.ratio) == (1, streams, 1)
     assert (row.ratio is None) == (streams > 1)
@@ -67,11 +92,14 @@ def test_ratio_of_other_streams(convolutions: Any, streams: int) -> None:
 
 def test_default_size_is_the_example(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
-    assert bench(written.path, batches=(2,), rounds=1).rows[0].shape == (2, 12, 20)
+    result = bench([candidate(written)], batches=(2,), rounds=1)
+    assert result.rows[0].shape == (2, 12, 20) and result.size_reason == "the size of the export"
+    both = bench([candidate(written), candidate(convolutions)], rounds=1)
+    assert {row.shape for row in both.rows} == {(1, 12, 20)} and both.size_reason == "the size of the export of a"
 
 
 def test_plain_values(convolutions: Any) -> None:
-    document = asdict(bench(convolutions.path, size=(8, 8), rounds=1))
+    document = asdict(bench([candidate(convolutions)], size=(8, 8), rounds=1))
     assert document["rows"][0]["latency"]["calls"] == 1
     assert document["hardware"]["physical_cores"] == physical_cores()
 
@@ -79,8 +107,8 @@ def test_plain_values(convolutions: Any) -> None:
 def test_memory_of_loading_is_repeatable(convolutions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     options: dict[str, Any] = {"threads": (1, 2), "size": (96, 96), "rounds": 1}
-    bench(convolutions.path, **options)  # compiles: from here on all come from the cache
-    rows = bench(convolutions.path, baseline=ArtifactCandidate(path=str(convolutions.path)), **options).rows
+    bench([candidate(convolutions)], **options)  # compiles: from here on all come from the cache
+    rows = bench([candidate(convolutions)] * 2, **options).rows
     assert [row.cached for row in rows] == [True] * 4
     peaks = [row.peak_mib for row in rows if row.peak_mib is not None]
     if not peaks:
@@ -90,19 +118,19 @@ def test_memory_of_loading_is_repeatable(convolutions: Any, tmp_path: Path, monk
     assert max(peaks) - min(peaks) < max(peaks) / 4
 
 
-def test_baseline_of_other_channels(convolutions: Any, per_pixel: Any) -> None:
-    with pytest.raises(DataError, match=r"^baseline per_pixel takes images of 4 channels, convolutions of 3: give a baseline"):
-        bench(convolutions.path, baseline=ArtifactCandidate(path=str(per_pixel.path)), size=(8, 8), rounds=1)
+def test_candidates_of_other_channels(convolutions: Any, per_pixel: Any) -> None:
+    with pytest.raises(DataError, match=r"^per_pixel takes images of 4 channels, convolutions of 3: compare what takes the same images"):
+        bench([candidate(convolutions), candidate(per_pixel)], size=(8, 8), rounds=1)
 
 
 def test_images_larger_than_memory(convolutions: Any) -> None:
     with pytest.raises(DataError, match=r"^100 images of 99999 x 99999 pixels.* alone take .* GB.*: give a smaller size or batch$"):
-        bench(convolutions.path, batches=(1, 100), size=(99999, 99999))
+        bench([candidate(convolutions)], batches=(1, 100), size=(99999, 99999))
 
 
 def test_too_many_threads_are_named(convolutions: Any) -> None:
     many = physical_cores() + 3
-    notes = bench(convolutions.path, size=(8, 8), threads=(many,), rounds=1).notes
+    notes = bench([candidate(convolutions)], size=(8, 8), threads=(many,), rounds=1).notes
     assert any(f"{many} threads on {count(physical_cores(), 'physical core')}:" in note for note in notes)
 
 
@@ -112,7 +140,7 @@ def test_others_at_work_are_named(convolutions: Any) -> None:
     with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None and other.stdout.readline() == "up\n"
-            result = bench(convolutions.path, size=(64, 64), rounds=200)
+            result = bench([candidate(convolutions)], size=(64, 64), rounds=200)
         finally:
             other.kill()
     assert result.others is not None and result.others > 0.1
@@ -128,10 +156,13 @@ def test_others_at_work_are_named(convolutions: Any) -> None:
         ({"streams": (0,)}, "streams=0"),
         ({"size": (0, 4)}, r"shape \(1, 0, 4\)"),
         ({"rounds": 0}, "rounds=0"),
-        ({"engine": "abacus"}, "openvino"),
     ],
 )
 def test_wrong_arguments(convolutions: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        bench(convolutions.path, **options)
+        bench([candidate(convolutions)], **options)
+    with pytest.raises(DataError, match="at least one artefact or run"):
+        bench([])
+    with pytest.raises(DataError, match="openvino"):
+        candidate(convolutions, engine="abacus")
     assert "\n" not in str(caught.value)

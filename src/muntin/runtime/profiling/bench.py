@@ -1,4 +1,4 @@
-"""Benchmark of an artefact and a baseline over batches, threads and streams, in one run.
+"""Benchmark of one or several candidates over batches, threads and streams, in one run.
 
     for each number of threads and streams: open every candidate in a process of its own (time and memory)
     for each number of threads and streams: open all candidates here
@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import open_artifact
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import describe_hardware
-from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
-from muntin.runtime.profiling.profile import default_shape, enough_memory, fill
+from muntin.runtime.profiling.profile import enough_memory, fill
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.runtime.session import Shape, check_shape
 from muntin.text import count
@@ -39,13 +38,15 @@ class BenchRow:
     """One candidate with one number of threads and streams on batches of one shape.
 
     `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
-    batches of the run (`Loading`). `ratio`: the baseline's median latency over this one; None without a baseline, and where it has another
-    number of streams, since a call has the threads of its stream.
+    batches of the run (`Loading`). `integers`: True if layers run on integer kernels; `precision` is that of the others. `ratio`: the first
+    candidate's median latency over this one; None for a single candidate, and where the first has another number of streams, since a call
+    has the threads of its stream.
     """
 
     name: str
     engine: str
     precision: str
+    integers: bool
     threads: int
     streams: int
     shape: Shape
@@ -60,9 +61,11 @@ class BenchRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """All rows of a run. `others`: cores' worth of CPU time that other processes used meanwhile. `notes`: reasons to doubt the times."""
+    """All rows of a run. `size_reason`: why its images have their height and width. `others`: cores' worth of CPU time that other processes
+    used meanwhile. `notes`: reasons to doubt the times."""
 
     rows: tuple[BenchRow, ...]
+    size_reason: str
     others: float | None
     notes: tuple[str, ...]
     created: str
@@ -70,11 +73,8 @@ class Bench:
 
 
 def bench(
-    path: str | Path,
+    candidates: Sequence[Candidate],
     *,
-    baseline: Candidate | None = None,
-    engine: str = DEFAULT_ENGINE,
-    precision: str = "recorded",
     batches: Sequence[int] = (1,),
     threads: Sequence[int | None] = (None,),
     streams: Sequence[int] = (1,),
@@ -82,53 +82,62 @@ def bench(
     rounds: int = ROUNDS,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bench:
-    """Measures an artefact, interleaved with a baseline if one is given (`ArtifactCandidate(path=..., engine=..., precision=...)`).
+    """Measures candidates (`ArtifactCandidate(path=...)`) in turns. The first one is the base of the ratios.
 
     `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
-    of threads, with a note). `size`: height and width in pixels, by default of the manifest's example. `rounds`: timed calls a row. The
-    images are the artefact's golden ones, mirrored up to the size. `report` is called with (steps done, number of steps).
+    of threads, with a note). `rounds`: timed calls a row. The images are the golden ones of the first artefact (of a run's training split
+    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example. `report` is called
+    with (steps done, number of steps).
 
-    Raises the errors of `load`, and DataError for a value out of range, for images larger than memory and for a baseline that takes images
-    of other channels.
+    Raises the errors of `load`, and DataError for a value out of range, for images larger than memory and for candidates that take images
+    of different channels.
     """
-    _check(batches, threads, streams, size, rounds)
-    combinations = [SessionOptions(engine=engine, precision=precision, threads=n, streams=s) for n in threads for s in streams]
-    artifact = open_artifact(path)
-    signature = artifact.manifest.signature
-    shapes = tuple((batch, *(size or default_shape(artifact)[1:])) for batch in batches)
-    measured = ArtifactCandidate(path=str(path), engine=engine, precision=precision)
-    candidates = ({} if baseline is None else {f"baseline {baseline.name}": baseline}) | {measured.name: measured}
+    _check(candidates, batches, threads, streams, size, rounds)
+    combinations = [SessionOptions(threads=n, streams=s) for n in threads for s in streams]
+    named = dict(zip(distinct_names([candidate.path for candidate in candidates]), candidates, strict=True))
+    # An artefact holds its images; a run needs its data, which may be gone.
+    owner = next((name for name, candidate in named.items() if isinstance(candidate, ArtifactCandidate)), next(iter(named)))
+    example = named[owner].example()
+    shapes = tuple((batch, *(size or example.size)) for batch in batches)
     settings = _settings(combinations, shapes)
-    with enough_memory(signature, max(shapes, key=prod)):
+    with enough_memory(example.signature, max(shapes, key=prod)):
         loadings: list[dict[str, Loading]] = []
         for done, setting in enumerate(settings):
             report(done, 2 * len(settings))
-            loadings.append({name: measure_loading(candidate, setting) for name, candidate in candidates.items()})
+            loadings.append({name: measure_loading(candidate, setting) for name, candidate in named.items()})
             for name, channels in ((name, loading.channels) for name, loading in loadings[-1].items()):
-                if channels != signature.channels:
-                    expected = f"{measured.name} of {signature.channels}: give a baseline that takes the same images"
+                if channels != example.signature.channels:
+                    expected = f"{owner} of {example.signature.channels}: compare what takes the same images"
                     raise DataError(f"{name} takes images of {channels} channels, {expected}")
-        images = [fill(artifact.golden()[0][0], shape) for shape in shapes]
+        images = [fill(example.images, shape) for shape in shapes]
         rows: list[BenchRow] = []
         with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
             for done, (setting, loaded) in enumerate(zip(settings, loadings, strict=True), len(settings)):
                 report(done, 2 * len(settings))
-                rows += _measure(images, candidates, loaded, setting, rounds)
+                rows += _measure(images, named, loaded, setting, rounds)
     report(2 * len(settings), 2 * len(settings))
     pairs = dict.fromkeys((options.thread_count, options.streams) for options in combinations)
     notes = notes_on(watch.others, threads=max(n for n, _ in pairs))
     notes += [f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}" for n, s in pairs if s > n]
-    if baseline is None:
+    if len(named) == 1:
         rows = [replace(row, ratio=None) for row in rows]
     elif any(row.ratio is None for row in rows):
         notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
     return Bench(
         rows=tuple(rows),
+        size_reason="as given" if size is not None else f"{example.reason} of {owner}" if len(named) > 1 else example.reason,
         others=watch.others,
         notes=tuple(notes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
     )
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """A name for each path: its last part; the path where another ends alike. A path that is given again has a number."""
+    last = {path: Path(path).name or path for path in paths}
+    names = [last[path] if list(last.values()).count(last[path]) == 1 else path for path in paths]
+    return [name if name not in names[:index] else f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names)]
 
 
 def _settings(combinations: Sequence[SessionOptions], shapes: tuple[Shape, ...]) -> list[SessionOptions]:
@@ -147,25 +156,26 @@ def _measure(
     options: SessionOptions,
     rounds: int,
 ) -> list[BenchRow]:
-    """One row for each candidate and batch; the first candidate is the baseline of the ratios."""
+    """One row for each candidate and batch; the first candidate is the base of the ratios."""
     sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in candidates.items()}
-    baseline, rows = next(iter(sessions)), []
+    first, rows = next(iter(sessions)), []
     for shape, images_BHWC in zip(options.shapes or (), images, strict=True):
         latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
         rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
         for name, session in sessions.items():
             described: Any = {key: getattr(session, key) for key in ("engine", "precision")}
             described |= {key: getattr(loading[name], key) for key in ("load_s", "held_mib", "peak_mib", "cached")}
-            comparable = session.streams == sessions[baseline].streams
+            comparable = session.streams == sessions[first].streams
             rows.append(
                 BenchRow(
                     name=name,
+                    integers=candidates[name].integers,
                     threads=options.thread_count,
                     streams=session.streams,
                     shape=shape,
                     latency=latencies[name],
                     images_per_s=rates[name],
-                    ratio=latencies[baseline].median_ms / latencies[name].median_ms if comparable else None,
+                    ratio=latencies[first].median_ms / latencies[name].median_ms if comparable else None,
                     **described,
                 )
             )
@@ -173,8 +183,15 @@ def _measure(
 
 
 def _check(
-    batches: Sequence[int], threads: Sequence[int | None], streams: Sequence[int], size: tuple[int, int] | None, rounds: int
+    candidates: Sequence[Candidate],
+    batches: Sequence[int],
+    threads: Sequence[int | None],
+    streams: Sequence[int],
+    size: tuple[int, int] | None,
+    rounds: int,
 ) -> None:
+    if not candidates:
+        raise DataError("nothing to measure: give at least one artefact or run")
     for name, values in (("batches", batches), ("threads", threads), ("streams", streams)):
         if not values:
             raise DataError(f"{name}={values!r}: give at least one number")

@@ -17,14 +17,29 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Artifact, Signature, open_artifact
 from muntin.errors import DataError
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.host import quiet_imports
 from muntin.runtime.host.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.host.memory import watch_memory
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
+from muntin.runtime.profiling.profile import default_shape, default_size_reason
 from muntin.runtime.profiling.timing import Mapper
 from muntin.runtime.session import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleImages:
+    """Images to measure with: of a signature, uint8 (B, H, W, C). `size`: height and width to measure at, chosen for the `reason`."""
+
+    signature: Signature
+    images: NDArray[np.uint8]
+    size: tuple[int, int]
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +53,15 @@ class Candidate(ABC):
         """Name in tables."""
         return Path(self.path).name or self.path
 
+    @property
+    def integers(self) -> bool:
+        """True if layers run on integer kernels."""
+        return False
+
+    @abstractmethod
+    def example(self) -> ExampleImages:
+        """Images of its own, and the size that it is measured at by default."""
+
     @abstractmethod
     def prepare(self) -> None:
         """Imports the libraries that opening needs; this is not measured."""
@@ -49,10 +73,28 @@ class Candidate(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactCandidate(Candidate):
-    """An artefact to open in an engine, as `load` does."""
+    """An artefact to open in an engine, as `load` does. Raises DataError for an unknown engine or precision."""
 
     engine: str = DEFAULT_ENGINE
     precision: str = "recorded"
+
+    def __post_init__(self) -> None:
+        SessionOptions(engine=self.engine, precision=self.precision)
+
+    @property
+    def integers(self) -> bool:
+        return self._artifact().manifest.integers
+
+    def example(self) -> ExampleImages:
+        artifact = self._artifact()
+        manifest = artifact.manifest
+        H, W = default_shape(artifact)[1:]
+        return ExampleImages(
+            signature=manifest.signature, images=artifact.golden()[0][0], size=(H, W), reason=default_size_reason(manifest)
+        )
+
+    def _artifact(self) -> Artifact:
+        return open_artifact(self.path)
 
     def prepare(self) -> None:
         if self.engine == "openvino":

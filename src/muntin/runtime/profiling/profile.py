@@ -168,6 +168,15 @@ def default_shape(artifact: Artifact) -> Shape:
     return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
 
 
+def default_size_reason(manifest: Manifest) -> str:
+    """Why `default_shape` has its height and width, in words."""
+    if manifest.example is not None:
+        return "the size of the export"
+    if manifest.signature.task != "classify":
+        return "the default, as the artefact records no size"
+    return "the side of its training" if manifest.signature.side is not None else "the size of its golden images"
+
+
 def fill(images_BHWC: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     """Images of another shape (B, H, W): repeated to the batch, mirrored or cut to the size."""
     B, H, W = shape

@@ -1,0 +1,236 @@
+"""Comparison of a run's deployed artefacts with each other and with PyTorch FP32: scores, latency, size, memory, and which one to take.
+
+    each artefact: score on the validation split (it decides), score on the test split (it is shown), labels equal to those of FP32
+    all together:  latency, one call after the other in turns, so that a disturbance hits all of them alike
+
+`muntin compare` and `muntin report` both call `compare_artifacts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from muntin.compression import load_model
+from muntin.compression.stages import broken_off
+from muntin.data import Sample, Source
+from muntin.data.source import Samples
+from muntin.deployment.checkpoint_candidate import CheckpointCandidate
+from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
+from muntin.deployment.run_artifacts import RunArtifact, missing_forms, run_artifacts, run_folder, stage_notes
+from muntin.errors import CheckpointError
+from muntin.images import IGNORED
+from muntin.models import TorchSession
+from muntin.runtime import Session, SessionOptions, describe_hardware, load
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, measure_loading
+from muntin.runtime.profiling.contention import notes_on, watch_cpu
+from muntin.runtime.profiling.timing import latency_report
+from muntin.runtime.tiles import Predictor
+from muntin.text import count
+from muntin.training.checkpoint import Checkpoint, source_of
+from muntin.training.evaluation import Evaluation, Labels, evaluate, predictions, score, tile_of
+
+REFERENCE = "fp32"
+"""Name of the row of PyTorch FP32."""
+SCORE_MARGIN = 0.01
+"""Difference from the best validation score up to which an artefact may be taken for its speed. Absolute, in the metric's units."""
+LATENCY_MARGIN = 0.05
+"""Share of the fastest latency by which another may be longer and count as equal: about the noise of a timing."""
+ROUNDING = 1e-9
+"""Tolerance of a comparison of scores: 0.5 - 0.01 is not exactly 0.49."""
+ROUNDS = 30
+"""Timed calls of each candidate."""
+RULE = (
+    f"the fastest whose validation score is at most {SCORE_MARGIN:g} below the best artefact's; of those within "
+    f"{100 * LATENCY_MARGIN:.0f} % of its latency, the smallest"
+)
+Announce = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactComparison:
+    """Result of `compare_artifacts`, by the names of the rows.
+
+    `record`: plain values, `ArtifactsRecord` of `muntin.reporting`. `tests`: evaluations on the test split, of the reference too. `labels`:
+    of one artefact, for each test sample. `seconds`: of the evaluations. `others`: cores' worth of CPU time that other processes used
+    during the timings.
+    """
+
+    record: dict[str, Any]
+    sessions: dict[str, Session]
+    tests: dict[str, Evaluation]
+    labels: list[Labels]
+    seconds: dict[str, float]
+    others: float | None
+    notes: tuple[str, ...]
+
+
+def compare_run(checkpoint: Checkpoint, *, rounds: int = ROUNDS, stage: Announce = lambda name: None) -> dict[str, Any]:
+    """Compare all artefacts that lie in a run's folder. Returns plain values: the rows, the missing forms, and notes.
+
+    Raises `CheckpointError` for a run without an artefact, and for the checkpoint of a stage.
+    """
+    artifacts, notes = run_artifacts(checkpoint)
+    missing = missing_forms(checkpoint, artifacts)
+    if not artifacts:
+        reason = f" ({notes[0]})" if notes else ""
+        raise CheckpointError(f"{run_folder(checkpoint)} holds no artefact of its weights{reason}: `{missing[0].command}` writes one")
+    source = source_of(checkpoint)
+    reference = TorchSession(load_model(checkpoint), checkpoint.signature)
+    compared = compare_artifacts(checkpoint, artifacts, source, reference, rounds=rounds, memory=True, stage=stage)
+    return {
+        "title": checkpoint.recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "muntin": version("muntin"),
+        "hardware": describe_hardware(),
+        "task": checkpoint.recipe.task,
+        "artifacts": compared.record,
+        "missing": [asdict(entry) for entry in missing],
+        "notes": [*broken_off(checkpoint), *notes, *stage_notes(checkpoint), *compared.notes, *source.notes],
+    }
+
+
+def compare_artifacts(
+    checkpoint: Checkpoint,
+    artifacts: Sequence[RunArtifact],
+    source: Source,
+    reference: TorchSession,
+    *,
+    rounds: int = ROUNDS,
+    memory: bool = False,
+    keep: str | None = None,
+    stage: Announce = lambda name: None,
+) -> ArtifactComparison:
+    """Measure artefacts in OpenVINO beside the reference, PyTorch FP32 of the run's checkpoint, and choose one by `RULE`.
+
+    `memory`: also open each candidate in a process of its own, and measure its peak. `keep`: the artefact whose test labels are returned.
+    Costs a prediction of both splits for each candidate, and `rounds` timed calls.
+    """
+    tile, side = tile_of(checkpoint.recipe.data.crop), export_side(checkpoint.recipe)
+    validation, test = source.split("validation"), source.split("test")
+    opened = {entry.name: load(entry.artifact.path) for entry in artifacts}
+    threads = next(iter(opened.values())).threads
+    engines = {REFERENCE: f"PyTorch {torch.__version__} eager FP32, {count(threads, 'thread')}"}
+    engines |= {entry.name: engine_words(entry, opened[entry.name]) for entry in artifacts}
+    tests: dict[str, Evaluation] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = {}
+    reference_labels: list[Labels] = []
+    kept: list[Labels] = []
+    sessions: dict[str, Predictor] = {REFERENCE: reference, **opened}
+    for name, session in sessions.items():
+        stage(f"evaluate {name}")
+        started = perf_counter()
+        tests[name], labels = score_with_labels(session, test, tile)
+        if name == REFERENCE:
+            reference_labels = labels
+        kept = labels if name == keep else kept
+        validated = evaluate(session, validation, tile=tile)
+        rows[name] = {
+            "validation": validated.score, "test": tests[name].score, "same_labels": equal_labels(test, reference_labels, labels),
+        }  # fmt: skip
+        seconds[f"evaluate {name}"] = perf_counter() - started
+    stage("latency")
+    image_HWC = middle_window(test[0].image, side)
+    candidates = {name: (engines[name], session) for name, session in sessions.items()}
+    with torch_threads(threads), watch_cpu() as watch:
+        latency = latency_report(candidates, image_HWC, rounds=rounds)
+    paths = {REFERENCE: checkpoint.path, **{entry.name: entry.artifact.path for entry in artifacts}}
+    sizes = {REFERENCE: checkpoint.bytes, **{entry.name: entry.artifact.bytes for entry in artifacts}}
+    for timed in latency["rows"]:
+        name = timed["name"]
+        stage(f"memory of {name}")
+        peak = _peak_mib(paths[name], threads=threads, side=side, reference=name == REFERENCE) if memory else None
+        rows[name] = {"name": name, "path": str(paths[name]), **rows[name], "bytes": sizes[name], **timed, "peak_mib": peak}
+    chosen = choose([row for name, row in rows.items() if name != REFERENCE])
+    return ArtifactComparison(
+        record={
+            **{key: latency[key] for key in ("height", "width", "rounds")},
+            "size_reason": SIZE_REASON,
+            "samples": {"validation": len(validation), "test": len(test)},
+            "rows": list(rows.values()),
+            "take": chosen["name"],
+            "rule": RULE,
+        },
+        sessions=opened,
+        tests=tests,
+        labels=kept,
+        seconds=seconds,
+        others=watch.others,
+        notes=tuple(f"Latency: {note}." for note in notes_on(watch.others)),
+    )
+
+
+def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the row of the artefact to take, by `RULE`. The test score does not count."""
+    best = max(row["validation"] for row in rows)
+    good = [row for row in rows if row["validation"] >= best - SCORE_MARGIN - ROUNDING]
+    fastest = min(row["median_ms"] for row in good)
+    return min(
+        (row for row in good if row["median_ms"] <= fastest * (1 + LATENCY_MARGIN)), key=lambda row: (row["bytes"], row["median_ms"])
+    )
+
+
+def engine_words(entry: RunArtifact, session: Session) -> str:
+    """Return engine, numbers and threads of an opened artefact in words."""
+    integers = "INT8 + " if entry.artifact.manifest.integers else ""
+    return f"{session.engine} {integers}{session.precision.upper()}, {count(session.threads, 'thread')}"
+
+
+def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[Evaluation, list[Labels]]:
+    """Return the scores of a session and its labels of each sample. Takes one picture at a time: a split may exceed the memory."""
+    predicted: list[Labels] = []
+
+    def collected() -> Iterator[tuple[Sample, Labels]]:
+        for sample, labels in predictions(session, samples, tile=tile):
+            predicted.append(labels)
+            yield sample, labels
+
+    return score(collected(), session), predicted
+
+
+def equal_labels(samples: Samples, one: Sequence[Labels], other: Sequence[Labels]) -> float:
+    """Return the share of equal labels, 0 to 1, among those that the truth does not ignore."""
+    equal = total = 0
+    for index, (a, b) in enumerate(zip(one, other, strict=True)):
+        target = samples[index].target
+        counted = np.ones_like(a, bool) if isinstance(target, int) else target != IGNORED
+        equal += int((a == b)[counted].sum())
+        total += int(counted.sum())
+    return equal / max(1, total)
+
+
+def middle_window(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Return the middle of an image, extended by reflection where it is smaller than `side`."""
+    pad = [(0, max(0, side - n)) for n in image_HWC.shape[:2]]
+    if any(after for _, after in pad):
+        image_HWC = np.pad(image_HWC, (*pad, (0, 0)), mode="symmetric")
+    top, left = ((n - side) // 2 for n in image_HWC.shape[:2])
+    return np.ascontiguousarray(image_HWC[top : top + side, left : left + side])
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Run PyTorch with `count` threads inside the block, the number of the session that it is timed beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _peak_mib(path: Path, *, threads: int, side: int, reference: bool) -> float | None:
+    """Return the peak memory of opening a candidate and a first call, in MiB; None where the system does not report it."""
+    candidate: Candidate = CheckpointCandidate(path=str(path), device="cpu") if reference else ArtifactCandidate(path=str(path))
+    return measure_loading(candidate, SessionOptions(threads=threads, shapes=((1, side, side),))).peak_mib

@@ -1,0 +1,74 @@
+"""`muntin compare`: every artefact of a run in one table, which one to take, and the commands for those that are missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.deployment.run_artifacts import missing_forms, run_artifacts
+from muntin.training import read_checkpoint
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def run(exported: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported.run, tmp_path / "run"))
+
+
+def test_compare_two_artefacts(call: Call, run: Path) -> None:
+    call("export", run, "--float", "-o", run / "floats", "--json").document()
+    document = call("compare", run, "--rounds", "2", "--json").document()
+    first, *rows = document["artifacts"]["rows"]
+    assert [row["name"] for row in (first, *rows)] == ["fp32", "int8", "float"]
+    assert [Path(row["path"]) for row in rows] == [run / "artifact", run / "floats"]
+    for row, path in zip(rows, (run / "artifact", run / "floats"), strict=True):
+        assert row["test"] == pytest.approx(call("evaluate", path, "--json").document()["score"])
+        assert row["validation"] == pytest.approx(call("evaluate", path, "--split", "validation", "--json").document()["score"])
+        assert row["bytes"] == sum(file.stat().st_size for file in path.iterdir())
+        assert 0 < row["median_ms"] <= row["p90_ms"] and 0.9 < row["same_labels"] <= 1
+        assert row["peak_mib"] is None or row["peak_mib"] > 0
+    assert first["same_labels"] == 1 and first["test"] == pytest.approx(call("evaluate", run, "--json").document()["score"])
+    assert document["artifacts"]["take"] in ("int8", "float")
+    assert (document["artifacts"]["height"], document["artifacts"]["samples"]) == (64, {"validation": 2, "test": 2})
+    command = f"muntin compress {run} && muntin export {run / 'compressed' / '3-mixed'}"
+    assert document["missing"] == [{"name": "low-rank, w4a8, mixed", "command": command}]
+
+
+def test_compare_output(call: Call, run: Path, tmp_path: Path, write_small: Callable[..., Path]) -> None:
+    write_small(run / "other")
+    answer = call("compare", run, "--rounds", "1")
+    assert (answer.code, answer.err) == (0, "")
+    assert all(words in answer.out for words in ("validation mIoU", "test mIoU", "labels as fp32", "peak memory"))
+    assert f"take      int8 ({run / 'artifact'}): the fastest whose validation score" in answer.out
+    assert "missing   low-rank, w4a8, mixed: `muntin compress" in answer.out
+    assert "size      latency at 64x64: the size of the export; pictures: validation 2, test 2\n" in answer.out
+    assert f"note      left out: {run / 'other'} is of other weights" in answer.out
+    shutil.rmtree(run / "artifact")
+    text = call("compare", run).mistake()
+    assert "holds no artefact of its weights" in text and text.endswith(f"`muntin export {run}` writes one")
+
+
+def test_artefacts_of_a_run(call: Call, run: Path) -> None:
+    shutil.copytree(run / "artifact", run / "backup")  # the same artefact again: not one of its own
+    call("export", run, "--set", "quantization.keep=['0']", "-o", run / "kept", "--json").document()
+    checkpoint = read_checkpoint(run)
+    artifacts, notes = run_artifacts(checkpoint)
+    assert ([entry.name for entry in artifacts], notes) == (["int8 in artifact", "int8 in kept"], [])
+    assert len(run_artifacts(checkpoint, run)[0]) == 2  # the run's folder given again
+    (run / "kept" / "weights.safetensors").write_bytes(b"")
+    artifacts, notes = run_artifacts(checkpoint)
+    assert [entry.name for entry in artifacts] == ["int8"] and notes[0].startswith(f"left out: {run / 'kept' / 'weights.safetensors'}: ")
+    assert run_artifacts(read_checkpoint(run / "checkpoints" / "step-00000003"))[0] == []  # of other weights
+
+
+def test_place_of_the_missing_artefact(call: Call, run: Path) -> None:
+    shutil.rmtree(run / "artifact")
+    call("export", run, "--float", "--json").document()
+    checkpoint = read_checkpoint(run)
+    missing = missing_forms(checkpoint, run_artifacts(checkpoint)[0])
+    assert (missing[0].name, missing[0].command) == ("int8", f"muntin export {run} -o {run / 'artifact-int8'}")
