@@ -688,7 +688,7 @@ def test_data_notes(tmp_path: Path, tiny: Any) -> None:
         write_image(mask, np.zeros((48, 48), np.uint8))
     seen: list[FitProgress] = []
     result = train(tiny, tmp_path / "run", "training.steps=1", report=seen.append)
-    assert any("masks have no image and are not used" in note for note in result.notes)
+    assert any("1 mask without an image, not used: lonely.png" in note for note in result.notes)
     assert "no training picture holds field, roof: a model cannot learn what it does not see" in result.notes
     assert tuple(progress.note for progress in seen if progress.kind == "note") == result.notes
     kinds = [progress.kind for progress in seen]
