@@ -98,7 +98,9 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
 
 def _survey(layout: Layout) -> Survey:
     base = layout.base
-    facts, unreadable = read_some(list(layout.training_pictures().values()), picture_facts)
+    images = list(layout.training_pictures().values())
+    facts, unreadable = read_some(images, picture_facts)
+    unopened_images = len(images) - len(facts) - len(unreadable)
     if base.masks is None:
         specs = classes_in_folders(base.images)
         numbers = [len(pictures(folder)) for folder in subfolders(base.images) if pictures(folder)]
@@ -120,6 +122,8 @@ def _survey(layout: Layout) -> Survey:
     notes += [f"{name} {reason}: left out by data.skip in the recipe" for name, reason in reasons]
     if len(unreadable) > _MAX_REASONS:
         notes.append(f"{count(len(unreadable) - _MAX_REASONS, 'file')} more cannot be read: see data.skip in the recipe")
+    if unreadable and unopened_images:
+        notes.append(f"{count(unopened_images, 'image')} not opened: `muntin fit` opens all, and names those that cannot be read")
     return Survey(
         layout=layout, classes=classes, counted=counted, unopened=unopened, channels=picture_channels(facts),
         crop=crop_side(facts, layout.task), unreadable=unreadable, notes=tuple(notes),

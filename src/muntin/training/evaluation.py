@@ -123,27 +123,27 @@ def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluat
     )
 
 
-def score_collapse(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
-    """Return the step of the best score and a description if the last validation shows a collapse of the run, otherwise None.
+def collapse(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """Return the step of the best score and a description if the run has collapsed at its last validation, otherwise None.
 
-    A run has collapsed if its score is a third or more below its best one, and its training loss has risen since the best one by half or
-    more of its first value. The score alone proves nothing: with few pictures it jumps as far, and it falls in a run that learns its
-    pictures by heart. But then the loss, averaged over 50 steps, stays. A loss that a model has not yet begun to lower is noisy, too, but
-    by less than half.
+    A run has collapsed if its score is a third or more below its best one and its training loss has risen since then by half or more of its
+    first value, or if the loss is twice its first value. The score alone proves nothing: with few pictures it jumps as far, and it falls in
+    a run that learns its pictures by heart. But then the loss, averaged over 50 steps, stays. The loss of a model that learns nothing is
+    noisy, too, but by less than half.
     """
-    if len(validation) < 2:
+    if not validation or not training:
         return None
     best, last = max(validation, key=lambda point: float(point["score"])), validation[-1]
-    first_loss, best_loss, last_loss = _loss_up_to(training[:1], last), _loss_up_to(training, best), _loss_up_to(training, last)
-    if first_loss is None or best_loss is None or last_loss is None:
-        return None
-    if last["score"] > (1 - SCORE_LOST) * best["score"] or last_loss < best_loss + LOSS_RISE * first_loss:
-        return None
-    fall = f"the validation score fell from {best['score']:.3f} at step {best['step']} to {last['score']:.3f} at step {last['step']}"
-    return int(best["step"]), f"{fall}, and the training loss rose from {best_loss:.2g} to {last_loss:.2g}"
+    first_loss, best_loss, last_loss = training[0]["loss"], _loss_up_to(training, best), _loss_up_to(training, last)
+    if last["score"] <= (1 - SCORE_LOST) * best["score"] and last_loss >= best_loss + LOSS_RISE * first_loss:
+        fall = f"the validation score fell from {best['score']:.3f} at step {best['step']} to {last['score']:.3f} at step {last['step']}"
+        return int(best["step"]), f"{fall}, and the training loss rose from {best_loss:.2g} to {last_loss:.2g}"
+    if last_loss >= 2 * first_loss:
+        return int(best["step"]), f"the training loss rose from {first_loss:.2g} at the start to {last_loss:.2g} at step {last['step']}"
+    return None
 
 
-def _loss_up_to(training: Sequence[Mapping[str, float]], point: Mapping[str, Any]) -> float | None:
-    """Mean loss of the last points of the training curve up to the step of a validation; None if there are none."""
-    losses = [entry["loss"] for entry in training if entry["step"] <= point["step"]][-LOSS_POINTS:]
-    return sum(losses) / len(losses) if losses else None
+def _loss_up_to(training: Sequence[Mapping[str, float]], point: Mapping[str, Any]) -> float:
+    """Mean loss of the last points of the training curve up to the step of a validation; of its first point if none is as early."""
+    losses = [entry["loss"] for entry in training if entry["step"] <= point["step"]][-LOSS_POINTS:] or [training[0]["loss"]]
+    return sum(losses) / len(losses)

@@ -34,7 +34,7 @@ from muntin.models import CompressionRecord, TorchSession
 from muntin.models.session import require_compiler
 from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes, write_checkpoint
 from muntin.training.config import TrainingConfig
-from muntin.training.evaluation import evaluate, score_collapse, tile_of
+from muntin.training.evaluation import collapse, evaluate, tile_of
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.interrupt import Interruption
 from muntin.training.memory_format import keep_freed_memory
@@ -314,11 +314,11 @@ class Training:
 
     def _note_collapse(self, newest: Path | None = None) -> None:
         """Note a collapse of the score, at the first validation that shows it and at the end. `newest`: the last checkpoint, at the end."""
-        collapse = score_collapse(self.curve, self.validation)
-        if collapse is None or (newest is None and (self.collapsed or self.finished)):
+        seen = collapse(self.curve, self.validation)
+        if seen is None or (newest is None and (self.collapsed or self.finished)):
             return
         self.collapsed = True
-        best, text = collapse
+        best, text = seen
         gates = f" or training.gate_budget ({self.config.gate_budget:g}) too low" if self.config.gate_budget < 1 else ""
         text += f": the learning rate (now {self.config.learning_rate:g}) is probably too high{gates}; train anew with another one"
         if newest is not None:
