@@ -162,6 +162,7 @@ def test_collapse_from_the_start() -> None:
 
 def test_no_collapse_of_a_run_that_learns_by_heart() -> None:
     assert collapse(*curves([2 * 0.7**index for index in range(40)], [0.6, 0.5, 0.35, 0.3])) is None
+    assert collapse(*curves([0.01] * 20 + [0.03] * 20, [1.0, 1.0, 1.0, 0.5])) is None  # it began with weights that fit
 
 
 @pytest.mark.parametrize("learns", [True, False])

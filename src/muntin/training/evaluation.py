@@ -25,6 +25,8 @@ SCORE_LOST = 1 / 3
 """Share of the best validation score that a collapsed run has lost at least."""
 LOSS_RISE = 0.5
 """Least rise of the training loss in a collapsed run, as a share of the first point of its curve."""
+SMALL_LOSS = 0.25
+"""Training loss below which no run has collapsed: that of a model that fits its pictures, where twice as much is noise."""
 LOSS_POINTS = 5
 """Points of the training curve, of ten steps each, that are averaged for the loss at a step."""
 
@@ -135,6 +137,8 @@ def collapse(training: Sequence[Mapping[str, float]], validation: Sequence[Mappi
         return None
     best, last = max(validation, key=lambda point: float(point["score"])), validation[-1]
     first_loss, best_loss, last_loss = training[0]["loss"], _loss_up_to(training, best), _loss_up_to(training, last)
+    if last_loss < SMALL_LOSS:
+        return None
     if last["score"] <= (1 - SCORE_LOST) * best["score"] and last_loss >= best_loss + LOSS_RISE * first_loss:
         fall = f"the validation score fell from {best['score']:.3f} at step {best['step']} to {last['score']:.3f} at step {last['step']}"
         return int(best["step"]), f"{fall}, and the training loss rose from {best_loss:.2g} to {last_loss:.2g}"
