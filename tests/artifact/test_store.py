@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
-from muntin.artifact import Artifact, check_target, open_artifact, store
+from muntin.artifact import Artifact, check_target, file_lock, open_artifact, store
 from muntin.artifact import atomic_directory as directory
 from muntin.artifact.manifest import parse_manifest, render_manifest
 from muntin.artifact.store import FILES, MANIFEST
@@ -350,6 +352,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from muntin.artifact import atomic_directory as directory
+from muntin.artifact import file_lock
 def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[2] == "writing":
@@ -367,15 +370,53 @@ def test_remains_of_killed_writes(write: Write, tmp_path: Path) -> None:
         ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "a"), where], check=False).returncode
         assert ended == -signal.SIGKILL
     left = {entry.name for entry in tmp_path.iterdir()}
-    assert sorted(name.rpartition(".")[2] for name in left) == ["old", "partial", "partial"]
-    for name in left - {"a"}:
-        os.utime(tmp_path / name, (0, 0))
-    others = {".a.0123abcd.partial", ".a.0123abcd.partial.txt", ".b.0123abcd.old"}  # just begun; another's; another artefact's
+    assert sorted(name.rpartition(".")[2] for name in left) == ["lock", "old", "partial"]  # each write removes what was left before it
+    others = {".a.0123abcd.partial.txt", ".b.0123abcd.old"}  # not of a write, and of another artefact
     for name in others:
         (tmp_path / name).mkdir()
     write(tmp_path / "a")
     open_artifact(tmp_path / "a")
     assert {entry.name for entry in tmp_path.iterdir()} == {"a", *others}
+
+
+def test_remains_beside_a_running_write(write: Write, tmp_path: Path) -> None:
+    running = tmp_path / ".a.0123abcd.partial"
+    running.mkdir()
+    second = threading.Thread(target=lambda: write(tmp_path / "a"))
+    with file_lock.exclusive(tmp_path / ".a.lock"):
+        second.start()
+        second.join(0.3)
+        assert second.is_alive() and running.is_dir()
+    second.join()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_remains_without_locks(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_lock, "fcntl", None)
+    old, new = tmp_path / ".a.0123abcd.partial", tmp_path / ".a.4567abcd.partial"
+    old.mkdir()
+    new.mkdir()
+    os.utime(old, (0, 0))
+    write(tmp_path / "a")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", new.name}
+
+
+KILLED_EXPORT = """
+import os, signal
+from muntin.artifact.atomic_directory import scratch_directory
+with scratch_directory() as folder:
+    (folder / "draft").mkdir()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_scratch_directories_of_killed_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", KILLED_EXPORT], env=os.environ | {"TMPDIR": str(tmp_path)}, check=False).returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2  # the folder and its lock
+    with directory.scratch_directory() as first, directory.scratch_directory() as second:
+        assert {entry for entry in tmp_path.iterdir() if entry.is_dir()} == {first, second}
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_sync_after_the_rename(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

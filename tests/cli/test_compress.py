@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from muntin.artifact import open_artifact
+from muntin.artifact.file_lock import folder_in_use
 from muntin.cli import app
 from muntin.compression import load_model
 from muntin.compression.stages import compress_checkpoint
@@ -83,6 +84,9 @@ def test_compress_json(call: Call, copied: Path) -> None:
 def test_compress_into_an_existing_folder(call: Call, compressed: Path, tree: Callable[[Path], Any]) -> None:
     before = tree(compressed)
     assert "already holds stages; --resume goes on with them" in call("compress", compressed, *CHANGES).mistake()
+    with folder_in_use(compressed / "compressed", "muntin compress"):
+        text = call("compress", compressed, *CHANGES, "--resume").mistake()
+    assert f"{compressed}/compressed is in use by muntin compress (process " in text
     text = call("compress", compressed, *CHANGES, "--set", "compression.average_bits=7", "--resume").mistake()
     assert "was made from another checkpoint or recipe" in text
     assert "was made from another checkpoint or recipe" in call("compress", compressed, "--resume").mistake()

@@ -73,7 +73,7 @@ def test_init_of_class_folders(call: Call, tmp_path: Path) -> None:
         write_image(folder / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
     told = call("init", tmp_path).out
     assert f"(task: classify): read it, then `muntin fit {tmp_path / 'recipe.yaml'}`" in told
-    assert "classes   cat, dog\n" in told
+    assert "classes   cat, dog\nshares    cat: 50.0 %, dog: 50.0 % of 24 images\n" in told
     spaced = tmp_path.rename(tmp_path.with_name("my photos"))
     (spaced / "recipe.yaml").unlink()
     assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in call("init", spaced).out
@@ -95,14 +95,40 @@ def test_init_of_an_empty_folder(call: Call, tmp_path: Path, words: list[str], s
     assert [p.name for p in (tmp_path / "empty").iterdir()] == ["images"]
 
 
-def test_init_counts_examined_masks(call: Call, tmp_path: Path) -> None:
-    for count, said in ((8, ""), (100, "; seen in 50 of 100 masks")):
+def test_init_of_more_masks_than_are_opened(call: Call, tmp_path: Path) -> None:
+    for count, said in ((8, ""), (100, "; from 50 masks, 50 more were not opened")):
         folder = tmp_path / str(count)
         for number in range(count):
-            for name, value in (("images", 100), ("masks", number % 2)):
+            for name, value in (("images", 100), ("masks", number // 2 % 2)):
                 (folder / name).mkdir(parents=True, exist_ok=True)
                 shape = (40, 48, 3) if name == "images" else (40, 48)
-                write_image(folder / name / f"p{number}.png", np.full(shape, value, np.uint8))
-        assert call("init", folder).out.rstrip().endswith(said or "counts as nothing")
-        assert ("# seen in 50 of 100 masks: add the classes of the others" in (folder / "recipe.yaml").read_text()) == bool(said)
+                write_image(folder / name / f"p{number:03}.png", np.full(shape, value, np.uint8))
+        lines = call("init", folder).out.splitlines()
+        assert lines[1] == f"classes   0, 1; 255 in a mask counts as nothing{said}"
+        assert lines[2] == f"shares    0: 50.0 %, 1: 50.0 % of the pixels in {min(count, 50)} masks" and len(lines) == 3
+        assert ("# from 50 masks; 50 more were not opened: add their classes" in (folder / "recipe.yaml").read_text()) == bool(said)
         yaml.safe_load((folder / "recipe.yaml").read_text())
+
+
+def test_init_of_damaged_and_unpaired_files(call: Call, pictures: Path, tmp_path: Path, tiny_options: str) -> None:
+    """What `init` says about them, and what `fit` does with its recipe."""
+    images = pictures / "train" / "images"
+    for number in range(4, 7):
+        write_image(images / f"train-{number}.png", np.zeros((20, 30, 3), np.uint8))
+    for number in (4, 5):
+        write_image(pictures / "train" / "masks" / f"train-{number}.png", np.zeros((20, 30), np.uint8))
+    (images / "train-1.png").write_bytes((images / "train-1.png").read_bytes()[:70])
+    document = call("init", pictures, "--json").document()
+    assert list(document["shares"]) == ["class-0", "class-1", "class-2"] and 0.9 < sum(document["shares"].values()) < 1
+    damaged, unpaired = sorted(document["notes"], key=lambda note: "without a mask" in note)
+    assert damaged.startswith("train-1.png is damaged or truncated (")
+    assert unpaired.startswith(f"{images}: 1 image without a mask: train-6.png; `muntin fit` refuses them: add masks, ")
+    words = ["fit", document["recipe"], "-o", tmp_path / "run", "--set", "training.steps=1", "--set", "training.batch_size=2"]
+    words += ["--set", "model.name=hybrid-xs", "--set", f"model.options={tiny_options}"]
+    assert "train-6.png has no mask: add" in call(*words).mistake()
+    (images / "train-6.png").unlink()
+    notes = call(*words, "--json").document()["notes"]
+    assert notes == [
+        "left out by data.skip: train-1.png",
+        "2 of 5 training pictures have a side shorter than data.crop 32 (the smallest is 30×20): the rest of a crop is black and ignored",
+    ]

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+from muntin.artifact.file_lock import folder_in_use
+from muntin.cli.report import REPORT_LOCK
+
 Call = Callable[..., Any]
 
 
@@ -63,6 +66,14 @@ def test_report_checks_the_folder_first(call: Call, run: Path, tmp_path: Path, m
     (tmp_path / "mine" / "artifact").mkdir(parents=True)
     (tmp_path / "mine" / "artifact" / "letters.txt").touch()
     assert "letters.txt" in call("report", run, "-o", tmp_path / "mine").mistake()
+
+
+def test_report_beside_another_one(call: Call, run: Path, tree: Callable[[Path], dict[str, bytes]]) -> None:
+    before = tree(run)
+    with folder_in_use(run, "muntin demo", name=REPORT_LOCK):
+        for words in (["report", run], ["demo", "-o", run]):
+            assert call(*words).mistake().startswith(f"{run} is in use by muntin demo (process {os.getpid()} on ")
+    assert tree(run) == before
 
 
 def test_report_to_a_full_disk(call: Call, run: Path, full_disk: Callable[[int], AbstractContextManager[None]]) -> None:

@@ -47,7 +47,7 @@ def test_fit_output(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.M
 
 def test_fit_prints_notes_once_and_early(call: Call, call_process: Call, tiny: Any, tmp_path: Path) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
-    note = f"note      {tiny.root}/train/masks: 1 masks have no image and are not used\n"
+    note = f"note      {tiny.root}/train/masks: 1 mask without an image, not used: lonely.png\n"
     answer = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1")
     assert (answer.code, answer.err) == (0, note) and "note " not in answer.out
     document = call("fit", tiny.recipe, "-o", tmp_path / "document", "--set", "training.steps=1", "--json").document()

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import muntin.data
-from muntin.data.batches import Crops, Draw, ImageBatch, calibration_batches, class_cells, cut, prefetch
+from muntin.data.batches import Crops, Draw, ImageBatch, calibration_batches, class_cells, cut, prefetch, small_picture_notes
 from muntin.data.config import Augmentation
 from muntin.data.earth import EarthSource
-from muntin.data.source import Sample
+from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
 from muntin.images import middle_square
 
@@ -205,6 +205,14 @@ def test_calibration_batches_by_count() -> None:
     assert [tuple(batch.shape) for batch in batches] == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
     again = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3))
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
+
+
+def test_notes_on_small_pictures() -> None:
+    samples = HeldSamples([blocks(40, 50), blocks(20, 90), blocks(32, 32), blocks(31, 19)])
+    assert small_picture_notes(samples, task="classify", crop=32) == (
+        "2 of 4 training pictures have a side shorter than data.crop 32 (the smallest is 19×31): they are enlarged",
+    )
+    assert small_picture_notes(samples, task="segment", crop=19) == ()
 
 
 def test_crops_without_pictures() -> None:

@@ -129,7 +129,13 @@ def test_check_of_a_damaged_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(DataError) as error:
         open_pair(pair).check()
-    check_message(error, "p7.png", "damaged or truncated")
+    check_message(error, "p7.png", "damaged or truncated", "replace it or remove it, or name it under data.skip")
+    for number in range(12):
+        (tmp_path / "masks" / f"p{number}.png").write_text("nothing")
+    with pytest.raises(DataError) as error:
+        open_pair(pair).check()
+    check_message(error, "; 10 or more pictures cannot be used, also ", "correct them, or name them under data.skip")
+    assert open_pair(pair, skip=[tmp_path / "images" / f"p{number}.png" for number in range(12)]).check() == ()
 
 
 def test_check_of_sizes_that_differ(tmp_path: Path) -> None:
@@ -163,7 +169,10 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "masks" / "p5.png").unlink()
     with pytest.raises(DataError) as error:
         open_pair(pair)
-    check_message(error, "p5.png", "has no mask", str(tmp_path / "masks" / "p5.png"))
+    check_message(error, "p5.png has no mask: add ", str(tmp_path / "masks" / "p5.png"), "remove the image, or name it under data.skip")
+    (tmp_path / "masks" / "p7.png").unlink()
+    with pytest.raises(DataError, match=r"p5\.png has no mask \(nor have p7\.png\): add"):
+        open_pair(pair)
     write_image(tmp_path / "images" / "p6.jpg", np.zeros((6, 8, 3), dtype=np.uint8))
     with pytest.raises(DataError) as error:
         open_pair(pair)
@@ -172,15 +181,30 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_notes_on_unused_files(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
-    (tmp_path / "images" / "Thumbs.db").touch()
-    (tmp_path / "images" / ".hidden.png").touch()
+    for name in ("Thumbs.db", ".hidden.png", "a.txt", "b.txt", "c.txt"):
+        (tmp_path / "images" / name).touch()
     (tmp_path / "images" / "more").mkdir()
     write_image(tmp_path / "masks" / "unused.png", np.zeros((6, 8), dtype=np.uint8))
     assert open_pair(pair).notes == (
-        f"{pair.images}: 1 files are not images and are not used",
+        f"{pair.images}: 4 files other than images, not used: Thumbs.db, a.txt, b.txt and 1 more",
         f"{pair.images}: the files in its subfolders (more) are not used",
-        f"{pair.masks}: 1 masks have no image and are not used",
+        f"{pair.masks}: 1 mask without an image, not used: unused.png",
     )
+
+
+def test_skipped_pictures(tmp_path: Path) -> None:
+    """An image without a mask, an image by its mask, and a name of no picture."""
+    pair = make_pair(tmp_path)
+    before = {sample.name: name for name in SPLITS for sample in open_pair(pair).split(name)}
+    (tmp_path / "masks" / "p2.png").unlink()
+    skip = [tmp_path / "masks" / ".." / "images" / "p2.png", tmp_path / "masks" / "p3.png", tmp_path / "images" / "p99.png"]
+    source = open_pair(pair, skip=skip)
+    assert source.notes == ("left out by data.skip: p2.png, p3.png", f"data.skip names {skip[2]}, which is not among the pictures")
+    after = {sample.name: name for name in SPLITS for sample in source.split(name)}
+    assert after == {name: split for name, split in before.items() if name not in ("p2", "p3")}
+    make_classes(tmp_path / "pets")
+    source = open_classes(tmp_path / "pets", skip=[tmp_path / "pets" / "cat" / "1.png"])
+    assert "cat/1" not in {sample.name for name in SPLITS for sample in source.split(name)}
 
 
 def test_samples_in_the_cache(tmp_path: Path) -> None:

@@ -10,19 +10,23 @@ from PIL import Image
 
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
+    MaskClasses,
     classes_in_folders,
     classes_in_masks,
     crop_side,
-    examined_masks,
     find_layout,
     ignored_value_notes,
     nested_class_notes,
     picture_channels,
+    picture_facts,
+    read_some,
     spread,
+    unpaired_notes,
     unused_split_notes,
 )
+from muntin.data.listing import pictures
 from muntin.errors import DataError
-from muntin.images import write_image
+from muntin.images import read_mask, write_image
 
 Mask = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -41,6 +45,14 @@ def write_all(folder: Path, pictures: Iterable[Mask], suffix: str = ".png", **op
     return paths
 
 
+def masks_in(folder: Path) -> dict[Path, Mask]:
+    return read_some(pictures(folder), read_mask)[0]
+
+
+def classes_of(folder: Path) -> MaskClasses:
+    return classes_in_masks(masks_in(folder), folder)
+
+
 def disc() -> Mask:
     return 255 * (np.hypot(*np.mgrid[-40:40, -40:40]) < 25).astype(np.uint8)
 
@@ -48,14 +60,6 @@ def disc() -> Mask:
 def test_spread_of_few_and_of_many_paths() -> None:
     paths = [Path(str(number)) for number in range(130)]
     assert spread(paths) == paths[::3] and spread(paths[:64]) == paths[:64] and spread([]) == []
-
-
-def test_examined_masks_of_few_and_of_many(tmp_path: Path) -> None:
-    for number in range(100):
-        (tmp_path / f"{number}.png").touch()
-    assert examined_masks(tmp_path) == (50, 100)
-    (tmp_path / "few").mkdir()
-    assert examined_masks(tmp_path / "few") is None and examined_masks(None) is None
 
 
 @pytest.mark.parametrize(
@@ -77,8 +81,10 @@ def test_examined_masks_of_few_and_of_many(tmp_path: Path) -> None:
 )
 def test_classes_of_number_masks(tmp_path: Path, values: list[int], ignored: int | None) -> None:
     write_all(tmp_path / "masks", masks_of(values))
-    classes, ignore = classes_in_masks(tmp_path / "masks")
-    assert ignore == ignored
+    seen = classes_of(tmp_path / "masks")
+    classes = seen.classes
+    assert seen.ignore == ignored
+    assert sum(seen.shares) == pytest.approx(1 - (ignored in values) / len(values), abs=0.02) and len(seen.shares) == len(classes)
     assert [entry.value for entry in classes] == [value for value in values if value != ignored]
     assert [entry.name for entry in classes] == [f"class-{index}" for index in range(len(classes))]
     assert len({entry.color for entry in classes}) == len(classes)
@@ -87,10 +93,10 @@ def test_classes_of_number_masks(tmp_path: Path, values: list[int], ignored: int
 def test_classes_of_color_masks(tmp_path: Path) -> None:
     colors = np.array([[0, 0, 0], [200, 0, 0], [0, 99, 0]], dtype=np.uint8)
     write_all(tmp_path / "masks", [colors[mask] for mask in masks_of([0, 1, 2])])
-    classes, ignore = classes_in_masks(tmp_path / "masks")
+    seen = classes_of(tmp_path / "masks")
     expected = [(0, 0, 0), (0, 99, 0), (200, 0, 0)]
-    assert [entry.value for entry in classes] == [entry.color for entry in classes] == expected
-    assert ignore is None
+    assert [entry.value for entry in seen.classes] == [entry.color for entry in seen.classes] == expected
+    assert seen.ignore is None and seen.shares == pytest.approx([1 / 3] * 3, abs=0.02)
 
 
 def test_classes_of_palette_masks(tmp_path: Path) -> None:
@@ -99,42 +105,42 @@ def test_classes_of_palette_masks(tmp_path: Path) -> None:
             mask = Image.fromarray(np.array(file))
         mask.putpalette([1, 2, 3, 200, 30, 30])
         mask.save(path)
-    classes, _ = classes_in_masks(tmp_path / "masks")
+    classes = classes_of(tmp_path / "masks").classes
     assert [(entry.value, entry.color) for entry in classes] == [(0, (1, 2, 3)), (1, (200, 30, 30))]
 
 
 def test_masks_with_too_few_or_too_many_values(tmp_path: Path) -> None:
     write_all(tmp_path / "one", masks_of([4]))
     with pytest.raises(DataError, match="hold 1 classes: at least two classes are needed"):
-        classes_in_masks(tmp_path / "one")
+        classes_of(tmp_path / "one")
     write_all(tmp_path / "many", [np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8)])
     with pytest.raises(DataError, match="JPEG blurs them"):
-        classes_in_masks(tmp_path / "many")
+        classes_of(tmp_path / "many")
 
 
 def test_masks_with_smoothed_edges(tmp_path: Path) -> None:
     resized = np.asarray(Image.fromarray(disc()).resize((60, 60), Image.Resampling.BICUBIC))
     write_all(tmp_path / "resized", [resized] * 5)
     with pytest.raises(DataError, match=r"their edges were smoothed, as by resizing; save them as PNG .* threshold them at 128"):
-        classes_in_masks(tmp_path / "resized")
+        classes_of(tmp_path / "resized")
 
 
 @pytest.mark.parametrize("mask", [disc(), np.stack([disc(), 0 * disc(), 255 - disc()], -1)], ids=["grey", "color"])
 def test_masks_in_jpeg(tmp_path: Path, mask: Mask) -> None:
     write_all(tmp_path / "masks", [mask] * 5, ".jpg", quality=90)
     with pytest.raises(DataError, match=r"p0\.jpg is a JPEG, which blurs classes into each other; save masks as PNG"):
-        classes_in_masks(tmp_path / "masks")
+        classes_of(tmp_path / "masks")
 
 
 def test_note_on_255_that_may_be_a_class(tmp_path: Path) -> None:
     masks = [np.where(np.eye(70, dtype=bool), value, 0).astype(np.uint8) for value in (1, 255) for _ in range(5)]
     write_all(tmp_path / "mixed", masks)
-    (note,) = ignored_value_notes(tmp_path / "mixed")
+    (note,) = ignored_value_notes(masks_in(tmp_path / "mixed"))
     assert note.startswith("255 is ignored, and the 5 of 10 masks that hold it hold no class but 0")
     for mask in masks:
         mask[0, :2] = 1, 255
     write_all(tmp_path / "bordered", masks)
-    assert ignored_value_notes(tmp_path / "bordered") == []
+    assert ignored_value_notes(masks_in(tmp_path / "bordered")) == []
 
 
 def test_classes_of_folders(tmp_path: Path) -> None:
@@ -162,20 +168,39 @@ def test_channels_of_pictures(tmp_path: Path, shapes: list[tuple[int, ...]], suf
     for path, shape in zip(paths, shapes, strict=True):
         picture = generator.integers(0, 256, shape, dtype=np.uint8)
         write_image(path, picture) if suffix == ".npy" else Image.fromarray(picture).save(path)
-    assert picture_channels(paths) == channels
+    assert picture_channels(read_some(paths, picture_facts)[0]) == channels
 
 
 def test_channels_of_opaque_tiffs(tmp_path: Path) -> None:
     opaque = np.random.default_rng(0).integers(0, 256, (40, 40, 4), dtype=np.uint8)
     opaque[:, :, 3] = 255
-    assert picture_channels(write_all(tmp_path / "pictures", [opaque] * 2, ".tif")) == 3
+    assert picture_channels(read_some(write_all(tmp_path / "pictures", [opaque] * 2, ".tif"), picture_facts)[0]) == 3
 
 
 @pytest.mark.parametrize(
     ("side", "task", "crop"), [(70, "segment", 64), (20, "segment", 32), (600, "segment", 256), (600, "classify", 224)]
 )
 def test_crop_side_of_pictures(tmp_path: Path, side: int, task: Any, crop: int) -> None:
-    assert crop_side(write_all(tmp_path / "pictures", [np.zeros((side, side + 9), np.uint8)]), task) == crop
+    paths = write_all(tmp_path / "pictures", [np.zeros((side, side + 9), np.uint8)])
+    assert crop_side(read_some(paths, picture_facts)[0], task) == crop
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    paths = write_all(tmp_path / "pictures", [np.zeros((40, 50), np.uint8)] * 3)
+    paths[1].write_bytes(paths[1].read_bytes()[:50])
+    facts, errors = read_some(paths, picture_facts)
+    assert list(facts) == [paths[0], paths[2]] and list(errors) == [paths[1]] and "damaged or truncated" in str(errors[paths[1]])
+    with pytest.raises(DataError, match=r"p1\.png is damaged"):
+        read_some(paths[1:2], picture_facts)
+
+
+def test_notes_on_unpaired_files(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"images/{name}.jpg" for name in "abcde"), "masks/e.png", "masks/z.png")
+    assert unpaired_notes(pair(tmp_path)) == [
+        f"{tmp_path}/images: 4 images without a mask: a.jpg, b.jpg, c.jpg and 1 more; `muntin fit` refuses them: add masks, "
+        "remove them, or name them under data.skip",
+        f"{tmp_path}/masks: 1 mask without an image, not used: z.png",
+    ]
 
 
 def touch(root: Path, *names: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from muntin.data.config import DataConfig, open_source
-from muntin.data.recipe_wizard import remarks, write_recipe
+from muntin.data.recipe_wizard import write_recipe
 from muntin.data.source import SPLITS
 from muntin.errors import DataError, RecipeError
 from muntin.images import write_image
@@ -66,7 +67,7 @@ def test_documents_name_the_first_model(tmp_path: Path) -> None:
 
 def test_recipe_for_images_and_masks(tmp_path: Path) -> None:
     fill(tmp_path / "My Müll: photos", [0, 1, 4, 255])
-    recipe, source = open_recipe(write_recipe(tmp_path / "My Müll: photos"))
+    recipe, source = open_recipe(write_recipe(tmp_path / "My Müll: photos")[0])
     assert recipe["name"] == "My-M-ll-photos"
     assert recipe["task"] == "segment"
     assert set(recipe) == {"name", "task", "seed", "data", "model", "training", "quantization", "compression"}
@@ -81,12 +82,12 @@ def test_recipe_for_images_and_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", ["my photos", "_1 (neu) für später", "[x]", "über", "2024"])
 def test_recipe_in_a_folder_of_another_name(tmp_path: Path, folder: str) -> None:
     fill(tmp_path / folder, [0, 1])
-    open_recipe(write_recipe(tmp_path / folder))
+    open_recipe(write_recipe(tmp_path / folder)[0])
 
 
 def test_recipe_with_the_default_learning_rate(tmp_path: Path) -> None:
     fill(tmp_path, [0, 1])
-    text = write_recipe(tmp_path).read_text()
+    text = write_recipe(tmp_path)[0].read_text()
     assert yaml.safe_load(text)["training"]["learning_rate"] == TrainingConfig().learning_rate
     assert "has its default, which may differ from the value here" in text
 
@@ -94,7 +95,7 @@ def test_recipe_with_the_default_learning_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("classify", [True, False])
 def test_recipe_with_a_comment_on_every_value(tmp_path: Path, classify: bool) -> None:
     fill_classes(tmp_path) if classify else fill(tmp_path, [0, 1])
-    for line in write_recipe(tmp_path).read_text().splitlines():
+    for line in write_recipe(tmp_path)[0].read_text().splitlines():
         key, _, value = line.strip().partition(": ")
         if value and not key.startswith(("#", "- {")):
             assert "  # " in line
@@ -102,13 +103,13 @@ def test_recipe_with_a_comment_on_every_value(tmp_path: Path, classify: bool) ->
 
 def test_recipe_with_results_beside_the_classes(tmp_path: Path) -> None:
     fill_classes(tmp_path)
-    path = write_recipe(tmp_path)
+    path, _ = write_recipe(tmp_path)
     (tmp_path / "runs" / "pets" / "checkpoints").mkdir(parents=True)  # where `fit` of that recipe puts its results
     recipe, source = open_recipe(path)
     assert [entry["name"] for entry in recipe["data"]["classes"]] == [entry.name for entry in source.classes] == ["cat", "dog"]
     assert source.notes == (f"{tmp_path}: the folders runs are not classes of the recipe and are not used",)
     path.unlink()
-    assert open_recipe(write_recipe(tmp_path))[0] == recipe
+    assert open_recipe(write_recipe(tmp_path)[0])[0] == recipe
 
 
 def test_recipe_for_colored_masks(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_recipe_for_colored_masks(tmp_path: Path) -> None:
     fill(tmp_path, [0, 1])
     for path in (tmp_path / "masks").iterdir():
         write_image(path, colors[np.random.default_rng(0).integers(0, 3, (70, 79))])
-    recipe, _ = open_recipe(write_recipe(tmp_path))
+    recipe, _ = open_recipe(write_recipe(tmp_path)[0])
     assert recipe["data"]["ignore"] is None
     for key in ("value", "color"):
         assert [entry[key] for entry in recipe["data"]["classes"]] == [[0, 0, 0], [0, 99, 0], [200, 0, 0]]
@@ -125,7 +126,7 @@ def test_recipe_for_colored_masks(tmp_path: Path) -> None:
 def test_recipe_for_three_split_folders(tmp_path: Path) -> None:
     for name, count in (("Train", 3), ("val", 2), ("test", 1)):
         fill(tmp_path / name, [0, 1], count, ("imgs", "labels"))
-    recipe, source = open_recipe(write_recipe(tmp_path))
+    recipe, source = open_recipe(write_recipe(tmp_path)[0])
     assert recipe["data"]["images"] == "Train/imgs"
     assert recipe["data"]["validation"] == {"images": "val/imgs", "masks": "val/labels"}
     assert [len(source.split(name)) for name in SPLITS] == [3, 2, 1]
@@ -135,7 +136,7 @@ def test_recipe_for_three_split_folders(tmp_path: Path) -> None:
 def test_recipe_without_a_test_folder(tmp_path: Path) -> None:
     for name, count in (("train", 12), ("valid", 2)):
         fill(tmp_path / name, [0, 1], count)
-    recipe, source = open_recipe(write_recipe(tmp_path))
+    recipe, source = open_recipe(write_recipe(tmp_path)[0])
     assert recipe["data"]["test"] == 0.15
     assert len(source.split("validation")) == 2
     assert len(source.split("train")) + len(source.split("test")) == 12
@@ -144,7 +145,7 @@ def test_recipe_without_a_test_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("around", ["", "train"])
 def test_recipe_for_class_folders(tmp_path: Path, around: str) -> None:
     fill_classes(tmp_path / around, ("cat", "dog: spotted"))
-    recipe, source = open_recipe(write_recipe(tmp_path))
+    recipe, source = open_recipe(write_recipe(tmp_path)[0])
     assert recipe["task"] == "classify"
     assert [entry.name for entry in source.classes] == ["cat", "dog: spotted"]
     assert (recipe["data"]["channels"], recipe["data"]["crop"]) == (1, 32)
@@ -152,7 +153,7 @@ def test_recipe_for_class_folders(tmp_path: Path, around: str) -> None:
 
 def test_recipe_for_few_pictures_of_each_class(tmp_path: Path) -> None:
     fill_classes(tmp_path, ("a", "b", "c"), count=4)
-    _, source = open_recipe(write_recipe(tmp_path))
+    _, source = open_recipe(write_recipe(tmp_path)[0])
     for name in SPLITS:
         assert {int(sample.target) for sample in source.split(name)} == {0, 1, 2}
     assert source.notes == ()
@@ -169,7 +170,7 @@ def test_recipe_for_too_few_pictures(tmp_path: Path) -> None:
 def test_recipe_with_names_that_are_not_utf8(tmp_path: Path) -> None:
     fill_classes(tmp_path)
     (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / os.fsdecode(b"caf\xe9.png"))
-    path = write_recipe(tmp_path)
+    path, _ = write_recipe(tmp_path)
     _, source = open_recipe(path)
     assert sum(len(source.split(name)) for name in SPLITS) == 12
     path.unlink()
@@ -186,7 +187,7 @@ def test_recipe_with_names_that_are_not_utf8(tmp_path: Path) -> None:
 def test_recipe_for_a_folder_that_is_not_utf8(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     fill_classes(folder)
-    assert yaml.safe_load(write_recipe(folder).read_text())["data"]["images"] == "."
+    assert yaml.safe_load(write_recipe(folder)[0].read_text())["data"]["images"] == "."
     with pytest.raises(DataError, match=r"caf\\udce9.* is not valid UTF-8, so a recipe cannot name it"):
         write_recipe(folder, output=tmp_path / "mine.yaml")
     assert not (tmp_path / "mine.yaml").exists()
@@ -203,7 +204,7 @@ def test_recipe_that_exists(tmp_path: Path) -> None:
 def test_recipe_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "photos", [0, 1])
     monkeypatch.chdir(tmp_path)
-    path = write_recipe("photos", output=Path("mine.yaml"))
+    path, _ = write_recipe("photos", output=Path("mine.yaml"))
     assert path == Path("mine.yaml") and not (tmp_path / "photos" / "recipe.yaml").exists()
     recipe, source = open_recipe(path)
     assert recipe["name"] == "photos" and recipe["data"]["masks"] == str(tmp_path / "photos" / "masks")
@@ -219,7 +220,7 @@ def test_recipe_for_names_with_decomposed_accents(tmp_path: Path) -> None:
     for number in range(10):
         for folder, letter in (("images", "e\u0301"), ("masks", "\u00e9")):
             (tmp_path / folder / f"p{number}.png").rename(tmp_path / folder / f"{letter}{number}.png")
-    _, source = open_recipe(write_recipe(tmp_path))
+    _, source = open_recipe(write_recipe(tmp_path)[0])
     names = [sample.name for split in SPLITS for sample in source.split(split)]
     assert sorted(names) == [f"e\u0301{number}" for number in range(10)]  # as the file system stores them
 
@@ -228,24 +229,62 @@ def test_recipe_with_an_unused_test_folder(tmp_path: Path) -> None:
     fill(tmp_path, [0, 1])
     (tmp_path / "test").mkdir()
     write_image(tmp_path / "test" / "picture.png", np.zeros((40, 50, 3), np.uint8))
-    recipe, _ = open_recipe(write_recipe(tmp_path))
+    path, survey = write_recipe(tmp_path)
+    recipe, _ = open_recipe(path)
     assert recipe["data"]["test"] == 0.15
-    (note,) = remarks(tmp_path / "images", tmp_path / "masks")
+    (note,) = survey.notes
     assert note.startswith("test/ is not used")
 
 
 def test_recipe_with_a_nested_class_folder(tmp_path: Path) -> None:
     fill_classes(tmp_path)
     fill_classes(tmp_path / "bird", ("2023",))
-    recipe, _ = open_recipe(write_recipe(tmp_path))
+    path, survey = write_recipe(tmp_path)
+    recipe, _ = open_recipe(path)
     assert [entry["name"] for entry in recipe["data"]["classes"]] == ["cat", "dog"]
-    (note,) = remarks(tmp_path, None)
+    (note,) = survey.notes
     assert note.startswith("bird is not a class")
 
 
 @pytest.mark.parametrize("name", ["do\x7fg", "o\u0085x", "\u00a0\U0001f600", "a\u2028b", 'q"uote\\'])
 def test_recipe_with_class_names_that_yaml_escapes(tmp_path: Path, name: str) -> None:
     fill_classes(tmp_path, ("cat", name))
-    recipe, source = open_recipe(write_recipe(tmp_path))
+    recipe, source = open_recipe(write_recipe(tmp_path)[0])
     assert name in [entry["name"] for entry in recipe["data"]["classes"]]
     assert {sample.name.split("/")[0] for sample in source.split("train")} == {"cat", name}
+
+
+def truncate(*files: Path) -> None:
+    for file in files:
+        file.write_bytes(file.read_bytes()[:60])
+
+
+def test_recipe_for_damaged_files(tmp_path: Path) -> None:
+    """An image, a mask, and more than a split needs; the recipe leaves them out and can be trained."""
+    fill(tmp_path, [0, 1], 12)
+    truncate(tmp_path / "images" / "p3.png", tmp_path / "masks" / "p5.png")
+    path, survey = write_recipe(tmp_path)
+    recipe, source = open_recipe(path)
+    assert recipe["data"]["skip"] == ["images/p3.png", "masks/p5.png"]
+    assert re.search(r'- "images/p3\.png"  # is damaged or truncated \(.+\)\n', path.read_text())
+    assert survey.notes[0].startswith("p3.png is damaged or truncated (") and survey.notes[0].endswith(
+        "): left out by data.skip in the recipe"
+    )
+    assert (survey.counted, survey.unopened) == (11, 0)
+    assert source.notes == ("left out by data.skip: p3.png, p5.png",)
+    assert {sample.name for name in SPLITS for sample in source.split(name)} == {f"p{n}" for n in range(12)} - {"p3", "p5"}
+
+
+def test_recipe_for_damaged_pictures_of_classes(tmp_path: Path) -> None:
+    fill_classes(tmp_path, count=8)
+    truncate(*(tmp_path / "cat" / f"{number}.png" for number in (0, 2, 4, 6)))
+    path, survey = write_recipe(tmp_path, output=tmp_path / "mine.yaml")
+    recipe, source = open_recipe(path)
+    assert recipe["data"]["skip"] == [str(tmp_path / "cat" / f"{number}.png") for number in (0, 2, 4, 6)]
+    assert survey.notes[3] == "1 file more cannot be read: see data.skip in the recipe" and len(survey.notes) == 4
+    assert sum(len(source.split(name)) for name in SPLITS) == 12
+    truncate(*tmp_path.rglob("*.png"))
+    path.unlink()
+    with pytest.raises(DataError, match="damaged or truncated"):
+        write_recipe(tmp_path)
+    assert not (tmp_path / "recipe.yaml").exists()

@@ -12,7 +12,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.training.evaluation import Evaluation, evaluate, predictions, tile_of
+from muntin.training.evaluation import Evaluation, collapse, evaluate, predictions, tile_of
 
 NAMES = ("sea", "land", "ice", "rock")
 
@@ -129,3 +129,53 @@ def test_tiles_and_progress() -> None:
     assert {shape[1:3] for shape in session.shapes} == {(16, 16)}
     assert [entry.shape for _, entry in labels] == [(20, 30)] * 2
     assert notes == [(1, 2), (2, 2)]
+
+
+# ---- a collapse of the score ----
+
+
+def curves(losses: Sequence[float], scores: Sequence[float]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """A training curve with a point every ten steps, and scores at even distances along it."""
+    every = 10 * len(losses) // len(scores)
+    training = [{"step": 10 * (index + 1), "loss": loss} for index, loss in enumerate(losses)]
+    return training, [{"step": every * (index + 1), "score": score} for index, score in enumerate(scores)]
+
+
+def test_collapse_by_a_high_learning_rate() -> None:
+    losses = [2.4, 1.5, 0.9, 0.7, 0.6, 0.5, 0.5, 0.5, 0.5, 0.5, *[11.0] * 10]
+    training, validation = curves(losses, [0.5, 0.63, 0.3, 0.23])
+    assert collapse(training, validation) == (
+        100, "the validation score fell from 0.630 at step 100 to 0.230 at step 200, and the training loss rose from 0.5 to 11"
+    )  # fmt: skip
+    assert collapse(training, validation[:2]) is None
+    training += [{"step": 200 + 10 * index, "loss": 1.0} for index in range(1, 6)]
+    assert collapse(training, [*validation, {"step": 250, "score": 0.5}]) is None  # it has recovered
+    assert collapse([], validation) is None and collapse(training, []) is None
+
+
+def test_collapse_from_the_start() -> None:
+    """A learning rate that is too high at once, in a score that weights averaged over time keep."""
+    training, validation = curves([2.0, 2.9, 4.2, 4.9, 11, 8, 6, 4, 3.5, 2.5], [0.77, 0.76])
+    assert collapse(training, validation[:1]) == (50, "the training loss rose from 2 at the start to 5 at step 50")
+    assert collapse(training, validation) == (50, "the training loss rose from 2 at the start to 4.8 at step 100")
+
+
+def test_no_collapse_of_a_run_that_learns_by_heart() -> None:
+    assert collapse(*curves([2 * 0.7**index for index in range(40)], [0.6, 0.5, 0.35, 0.3])) is None
+    assert collapse(*curves([0.01] * 20 + [0.03] * 20, [1.0, 1.0, 1.0, 0.5])) is None  # it began with weights that fit
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_no_collapse_of_noisy_curves(learns: bool) -> None:
+    """The accuracy of three pictures, and a loss that jumps by 15 % from point to point."""
+    generator = np.random.default_rng(0)
+    drops = 0
+    for _ in range(300):
+        steps = np.arange(40)
+        losses = (0.3 + 2 * np.exp(-steps / 8) if learns else np.full(40, 1.1)) * generator.lognormal(0, 0.15, 40)
+        scores = generator.binomial(3, 0.8 if learns else 0.5, 8) / 3
+        for count in range(1, 9):
+            training, validation = curves(losses.tolist(), scores.tolist())
+            drops += scores[count - 1] <= 2 / 3 * scores[:count].max()
+            assert collapse(training, validation[:count]) is None
+    assert drops > 300  # the scores alone would have alarmed

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model_helpers import assert_same_state, one_line
+from muntin.artifact.file_lock import FolderInUseError
 from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.errors import CheckpointError, DataError, DependencyError, MuntinError, RecipeError
@@ -276,6 +278,58 @@ def test_recipe_path(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch)
     assert read_checkpoint(result.checkpoint).state.root == str(tiny.root)
 
 
+KILLED_FIT = """
+import os, signal, sys
+from pathlib import Path
+from muntin.training import loop
+
+def killed(training):
+    write(training)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+loop.FIRST_CHECKPOINT_S = 0.0
+write, loop.Training._write = loop.Training._write, killed
+recipe, directory, *plan = sys.argv[1:]
+loop.fit(loop.load_recipe(recipe, plan), root=Path(recipe).parent, directory=directory)
+"""
+
+
+def test_killed_run_ends_in_the_same_bits(tmp_path: Path, tiny: Any) -> None:
+    """Killed after its first checkpoint, which is written before the one that is due."""
+    plan = ("training.steps=3", "training.validate_every=3", "training.checkpoint_every=2")
+    words = [sys.executable, "-c", KILLED_FIT, str(tiny.recipe), str(tmp_path / "run")]
+    assert subprocess.run([*words, *plan], check=False).returncode == -signal.SIGKILL
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-00000001"]
+    result = train(tiny, tmp_path / "run", *plan, resume=True)
+    (note,) = result.notes
+    assert "was locked by muntin fit (process " in note and "its lock was taken over" in note
+    assert_same_state(read_checkpoint(train(tiny, tmp_path / "whole", *plan).checkpoint), read_checkpoint(result.checkpoint))
+
+
+def test_first_checkpoint(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    write = Training._write
+    monkeypatch.setattr(Training, "_write", lambda training: written.append(training.step) or write(training))
+    monkeypatch.setattr(loop, "FIRST_CHECKPOINT_S", 0.0)
+    train(tiny, tmp_path / "run", "training.steps=7", "training.validate_every=100", "training.checkpoint_every=5")
+    assert written == [1, 5, 7]  # one early, not one every few steps
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, tiny: Any) -> None:
+    refusals: list[str] = []
+
+    def second(progress: FitProgress) -> None:
+        if progress.kind == "validation" and not refusals:
+            with pytest.raises(FolderInUseError) as error:
+                train(tiny, tmp_path / "run", resume=True)
+            refusals.append(one_line(error))
+
+    result = train(tiny, tmp_path / "run", report=second)
+    assert refusals[0].startswith(f"{tmp_path / 'run'} is in use by muntin fit (process {os.getpid()} on ")
+    assert result.step == 6 and len(lines(tmp_path / "run")) == len(result.validation) + 1
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 # ---- what goes wrong ----
 
 
@@ -381,6 +435,41 @@ def test_diverged_gradient(tmp_path: Path, write_foreign: Callable[[str], Any]) 
     checkpoint = read_checkpoint(tmp_path / "run")
     assert checkpoint.state.step == 2
     assert all(value.isfinite().all() for tensors in checkpoint.tensors.values() for value in tensors.values())
+
+
+COLLAPSING = """
+import torch
+from torch import nn
+
+class Collapsing(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.layer = nn.Conv2d(channels, classes, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.layer(x / 128 - 1) * torch.where(self.calls > 40, -30.0, 3.0)
+
+def make(*, task, classes, channels):
+    return Collapsing(classes, channels)
+"""
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_collapsed_score(tmp_path: Path, write_foreign: Callable[[str], Any], kept: bool) -> None:
+    tiny, seen = write_foreign(COLLAPSING), list[FitProgress]()
+    plan = ("training.validate_every=20", f"training.checkpoint_every={40 if kept else 5}", "training.average=0", "training.steps=80")
+    result = train(tiny, tmp_path / "run", *plan, "training.learning_rate=0.05", "training.clip=0.1", report=seen.append)
+    scores = {point["step"]: point["score"] for point in result.validation}
+    best = max(scores, key=lambda step: scores[step])
+    first, last = result.notes
+    assert best <= 40 and f"fell from {scores[best]:.3f} at step {best} to {scores[60]:.3f} at step 60, and the training loss rose" in first
+    assert f"to {scores[80]:.3f} at step 80" in last and "the learning rate (now 0.05) is probably too high; train anew" in last
+    path = tmp_path / "run" / "checkpoints" / f"step-{best:08d}"
+    assert last.endswith(f"; {path} has the best score" if kept else f"; the checkpoint of step {best} is not kept")
+    assert path.exists() == kept
+    assert [progress.step for progress in seen if progress.kind == "note"] == [60, 80]
 
 
 SHARED = """
@@ -599,7 +688,7 @@ def test_data_notes(tmp_path: Path, tiny: Any) -> None:
         write_image(mask, np.zeros((48, 48), np.uint8))
     seen: list[FitProgress] = []
     result = train(tiny, tmp_path / "run", "training.steps=1", report=seen.append)
-    assert any("masks have no image and are not used" in note for note in result.notes)
+    assert any("1 mask without an image, not used: lonely.png" in note for note in result.notes)
     assert "no training picture holds field, roof: a model cannot learn what it does not see" in result.notes
     assert tuple(progress.note for progress in seen if progress.kind == "note") == result.notes
     kinds = [progress.kind for progress in seen]

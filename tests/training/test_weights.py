@@ -14,12 +14,12 @@ from safetensors.torch import save_file, save_model
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from muntin.errors import RecipeError
+from muntin.errors import CheckpointError, RecipeError
 from muntin.models import create_model
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.loop import fit
 from muntin.training.recipe import load_recipe
-from muntin.training.weights import load_initial_weights
+from muntin.training.weights import load_initial_weights, load_weights
 
 NAME = "torchvision:shufflenet_v2_x0_5"
 
@@ -111,6 +111,31 @@ def test_wrong_tensors(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="one name with and without a prefix"):
         load_initial_weights(fresh, path)
     assert alike(before, fresh.state_dict()) == list(before)
+
+
+class Masked(nn.Module):
+    """A mask of -inf is sound, and NaN or infinity in weights are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("mask", torch.full((3,), -torch.inf))
+
+
+def test_weights_that_are_not_finite(tmp_path: Path) -> None:
+    fresh, trained, path = Masked(), apart(Masked().state_dict()), tmp_path / "weights.safetensors"
+    before = apart(fresh.state_dict())
+    trained["layer.bias"][0] = torch.inf
+    trained["layer.weight"][:, 1:] = torch.nan
+    save_file(trained, path)
+    unsound = r"weights\.safetensors: layer\.(bias|weight) holds NaN or infinity in (1 of its 2|6 of its 8) values "
+    with pytest.raises(RecipeError, match=rf"model.weights .*{unsound}\(and so for 1 other tensor\): training cannot begin with them"):
+        load_initial_weights(fresh, path)
+    with pytest.raises(CheckpointError, match=rf"{unsound}\(and so for 1 other tensor\): use an older step of the run"):
+        load_weights(fresh, trained, path)
+    assert alike(before, fresh.state_dict()) == list(before)
+    save_file(apart(Masked().state_dict()), path)
+    load_initial_weights(fresh, path)
 
 
 def test_wrong_files(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Directories written whole or not at all: a temporary sibling, fsync, rename."""
+"""Directories written whole or not at all: a temporary sibling, fsync, rename. And temporary directories that do not outlive a `kill -9`.
+
+A lock beside a directory is held while it is written (`file_lock`): so what lies beside it without a holder was left by a killed process.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,81 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from muntin.artifact.atomic_files import sync_directory, write_synced
+from muntin.artifact.file_lock import exclusive, lock, release
 from muntin.errors import ArtifactError
 
 REMAINS_AGE_S = 3600.0
-"""Seconds after which an unfinished write counts as killed."""
+"""Seconds after which an unfinished write counts as killed, on file systems without locks."""
+_SCRATCH = "muntin-export-"
+"""Begin of the names of temporary directories."""
 
 
 def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str) -> None:
-    """Makes `path` a directory of exactly these files.
+    """Makes `path` a directory of exactly these files. Two processes that write the same directory do it one after the other.
 
     An existing directory is replaced if it is empty, or contains `marker` and only names of `contents`. Otherwise, and on a full disk,
     raises ArtifactError, and nothing changes. Between the two renames of a replacement there is no directory for an instant; after a crash
-    there the old one lies beside it, under a name that ends in ".old". Remains of writes that were killed an hour ago are removed.
+    there the old one lies beside it, under a name that ends in ".old". Remains of killed writes are removed.
     """
     target = refuse_foreign(path, contents.keys(), marker=marker)
     token = secrets.token_hex(4)
     fresh, aside = target.with_name(f".{target.name}.{token}.partial"), target.with_name(f".{target.name}.{token}.old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(target.with_name(f".{target.name}.lock")) as locked:
+            _remove_left(target, "partial", age=0.0 if locked else REMAINS_AGE_S)
+            _write(fresh, target, aside, contents)
+            _remove_left(target, "old", age=0.0)  # a new directory is in place of it
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: the artefact cannot be written ({error.strerror or error}): make room or name another place; nothing was left behind"
+        ) from error
+
+
+def _write(fresh: Path, target: Path, aside: Path, contents: Mapping[str, bytes]) -> None:
+    try:
         fresh.mkdir()
         for name, data in contents.items():
             write_synced(fresh / name, data)
         sync_directory(fresh)
         _swap(fresh, target, aside)
-    except OSError as error:
-        raise ArtifactError(
-            f"{path}: the artefact cannot be written ({error.strerror or error}): make room or name another place; nothing was left behind"
-        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     try:
         sync_directory(target.parent)
     except OSError as error:
         raise ArtifactError(
-            f"{path}: it is in place, but the disk does not confirm it ({error.strerror or error}): check the disk, then write again"
+            f"{target}: it is in place, but the disk does not confirm it ({error.strerror or error}): check the disk, then write again"
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _remove_left(target)
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A temporary directory, removed at the end. Removes first those of processes that were killed."""
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{_SCRATCH}*[0-9a-f]"):
+        with suppress(OSError):  # in use, or another user's
+            beside = left.with_name(f"{left.name}.lock")
+            descriptor = lock(beside, wait=False)
+            if descriptor is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                release(beside, descriptor)
+    folder = root / f"{_SCRATCH}{secrets.token_hex(8)}"
+    with exclusive(folder.with_name(f"{folder.name}.lock")):
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def refuse_foreign(path: Path, names: Iterable[str], *, marker: str) -> Path:
@@ -84,13 +118,12 @@ def names_in(directory: Path) -> set[str]:
         raise ArtifactError(f"{directory}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def _remove_left(target: Path) -> None:
-    """Removes the remains of killed writes of this target. Younger ones than `REMAINS_AGE_S` may belong to a running write."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(partial|old)")
+def _remove_left(target: Path, kind: str, *, age: float) -> None:
+    """Removes the remains of killed writes of a target that are older than `age` seconds. `kind`: "partial" or "old"."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.{kind}")
     with suppress(OSError):
         for path in target.parent.iterdir():
-            match = pattern.fullmatch(path.name)
-            if match and (match[1] == "old" or time.time() - path.stat().st_mtime > REMAINS_AGE_S):  # the target has replaced an old one
+            if pattern.fullmatch(path.name) and (not age or time.time() - path.stat().st_mtime > age):
                 shutil.rmtree(path, ignore_errors=True)
 
 

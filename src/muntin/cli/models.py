@@ -11,6 +11,7 @@ from rich.table import Table
 
 from muntin.cli.console import SHOWN, out, print_json, print_notes, print_table, progress_bar
 from muntin.cli.options import JsonOption
+from muntin.text import count
 
 
 def models_command(
@@ -55,28 +56,29 @@ def init_command(
     json: JsonOption = False,
 ) -> None:
     """Write a commented recipe for a folder of your own images."""
-    import yaml
-
-    from muntin.data.inspection import examined_masks
-    from muntin.data.recipe_wizard import remarks, write_recipe
+    from muntin.data.classes import as_yaml
+    from muntin.data.recipe_wizard import write_recipe
     from muntin.errors import RecipeError
+    from muntin.reporting.text import percent
 
     if task not in (None, "segment", "classify"):
         raise RecipeError(f"task '{task}': give segment or classify")
-    path = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    images, masks = (None if (folder := recipe["data"].get(name)) is None else directory / folder for name in ("images", "masks"))
-    notes = remarks(directory if images is None else images, masks)
+    path, survey = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
+    classes, segment = survey.classes, survey.layout.task == "segment"
     if json:
-        print_json({"recipe": path, "notes": notes})
+        shares = {entry.name: share for entry, share in zip(classes.classes, classes.shares, strict=True)}
+        print_json({"recipe": path, "shares": shares, "counted": survey.counted, "unopened": survey.unopened, "notes": survey.notes})
         return
-    inferred, classes = recipe["task"], recipe["data"]["classes"]
-    rename = "rename the classes, " if inferred == "segment" else ""
-    out.print(f"wrote     {path} (task: {inferred}): read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
-    names = [str(entry["name"] if inferred == "classify" else entry["value"]) for entry in classes]
-    shown = ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
-    ignored = "" if recipe["data"].get("ignore") is None else f"; {recipe['data']['ignore']} in a mask counts as nothing"
-    examined = examined_masks(masks)
-    seen = "" if examined is None else f"; seen in {examined[0]} of {examined[1]} masks"
-    out.print(f"classes   {shown}{ignored}{seen}")
-    print_notes(notes)
+    rename = "rename the classes, " if segment else ""
+    out.print(f"wrote     {path} (task: {survey.layout.task}): read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
+    names = [as_yaml(entry.value) if segment else entry.name for entry in classes.classes]
+    more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+    ignored = "" if classes.ignore is None else f"; {classes.ignore} in a mask counts as nothing"
+    opened = f"; from {survey.counted} masks, {survey.unopened} more were not opened" if survey.unopened else ""
+    out.print(f"classes   {', '.join(names[:SHOWN])}{more}{ignored}{opened}")
+    shown = [f"{name}: {percent(share)}" for name, share in zip(names[:SHOWN], classes.shares, strict=False)]
+    nothing = 1 - sum(classes.shares)
+    rest = f", nothing: {percent(nothing)}" if nothing > 1e-9 else ""
+    what = f"the pixels in {count(survey.counted, 'mask')}" if segment else count(survey.counted, "image")
+    out.print(f"shares    {', '.join(shown)}{more}{rest} of {what}")
+    print_notes(survey.notes)

@@ -13,6 +13,9 @@ from muntin.cli.compare import print_artifacts, print_size
 from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, status
 from muntin.cli.options import CheckpointArgument, JsonOption
 
+REPORT_LOCK = ".report.lock"
+"""Name of the lock of `report` and `demo` in the folder of the report. `fit` and `compress` have locks of their own."""
+
 
 def report_command(
     run: CheckpointArgument,
@@ -20,12 +23,14 @@ def report_command(
     json: JsonOption = False,
 ) -> None:
     """Quantise, export, verify and measure a run on its test split; write report.html and report.json."""
+    from muntin.artifact.file_lock import folder_in_use
     from muntin.training import find_checkpoint
 
     checkpoint = find_checkpoint(run)
     folder = output or checkpoint.parent.parent
     refuse_unwritable(folder)
-    _finish(checkpoint, folder, json)
+    with folder_in_use(folder, "muntin report", name=REPORT_LOCK) as notes:
+        _finish(checkpoint, folder, json, before=_said(notes, json))
 
 
 def demo_command(
@@ -34,6 +39,15 @@ def demo_command(
     json: JsonOption = False,
 ) -> None:
     """Train, compress, export, verify and measure a model of a satellite photograph, and report. Run again, it continues."""
+    from muntin.artifact.file_lock import folder_in_use
+
+    refuse_unwritable(output)
+    with folder_in_use(output, "muntin demo", name=REPORT_LOCK) as notes:
+        _demo(output, set_ or (), json, _said(notes, json))
+
+
+def _demo(output: Path, changes: Iterable[str], json: bool, before: tuple[str, ...]) -> None:
+    """Run all steps of the demonstration, in a folder that no other process works in. `before`: notes that were printed."""
     from muntin.cli.compress import compress_with_progress, describe_compression
     from muntin.cli.train import describe_fit, fit_with_progress
     from muntin.compression.stages import FOLDER
@@ -41,7 +55,7 @@ def demo_command(
     from muntin.training.checkpoint import checkpoints_in
 
     with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
-        recipe = load_recipe(path, set_ or ())
+        recipe = load_recipe(path, changes)
     begun = bool(checkpoints_in(output / "checkpoints"))
     result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json)
     if result.stop_requested:
@@ -55,7 +69,15 @@ def demo_command(
         raise typer.Exit(1)
     if not json:
         describe_compression(run)
-    _finish(result.checkpoint, output, json, before=(*result.notes, *run.notes))
+    _finish(result.checkpoint, output, json, before=(*before, *result.notes, *run.notes))
+
+
+def _said(notes: tuple[str, ...], json: bool) -> tuple[str, ...]:
+    """Print notes on standard error, unless they go into a JSON document, and return them."""
+    if not json:
+        for note in notes:
+            say(f"note      {note}")
+    return notes
 
 
 def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[str] = ()) -> None:

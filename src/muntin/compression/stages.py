@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from muntin.artifact.file_lock import folder_in_use
 from muntin.compression.channels.slimming import remove_closed_channels, widths_of
 from muntin.compression.loading import load_model
 from muntin.compression.low_rank.factorization import low_rank, structure_of
@@ -87,18 +88,20 @@ def compress_checkpoint(
     """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`.
 
     `quantization`: replaces the recipe's; only its `calibration_images` and `keep` are used. `directory`: each stage gets a folder in it.
-    `until`: the last stage. `resume`: continue from the stages in `directory`; without it, such a directory is refused. Ctrl-C ends after
-    the step in progress and leaves a checkpoint. Costs the training of the stages, each step about twice one of `fit`, and a forward pass
-    for each layer and width to measure bits.
+    `until`: the last stage. `resume`: continue from the stages in `directory`; without it, such a directory is refused, and so is one that
+    another process compresses into. Ctrl-C ends after the step in progress and leaves a checkpoint. Costs the training of the stages, each
+    step about twice one of `fit`, and a forward pass for each layer and width to measure bits.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
     sections = {"compression": config, "quantization": quantization}
     recipe = checkpoint.recipe.model_copy(update={name: section for name, section in sections.items() if section is not None})
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
-    compression = _Compression(checkpoint, directory, resume, report)
-    with Interruption() as interruption:
-        return compression.run(interruption, until)
+    with folder_in_use(directory, "muntin compress") as notes:
+        compression = _Compression(checkpoint, directory, resume, report)
+        compression.notes += notes
+        with Interruption() as interruption:
+            return compression.run(interruption, until)
 
 
 def stage_checkpoints(directory: Path) -> dict[Stage, Path]:

@@ -26,6 +26,7 @@ from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
+from muntin.text import count
 
 ImageBatch = tuple[Tensor, Tensor]
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels
@@ -123,6 +124,18 @@ class Crops:
         pixels = np.argwhere(self._samples[index].labels[top : top + _CELL, left : left + _CELL] == label)
         row, column = pixels[generator.integers(len(pixels))]
         return index, top + int(row), left + int(column)
+
+
+def small_picture_notes(samples: Samples, *, task: DataTask, crop: int) -> tuple[str, ...]:
+    """A note if training pictures have a side shorter than the crop, with their number, the smallest one, and what crops do with them."""
+    sizes = samples.sizes()
+    small = [size for size in sizes if min(size) < crop]
+    if not small:
+        return ()
+    height, width = min(small, key=min)
+    effect = "the rest of a crop is black and ignored" if task == "segment" else "they are enlarged"
+    share = f"{len(small)} of {count(len(sizes), 'training picture')}"
+    return (f"{share} have a side shorter than data.crop {crop} (the smallest is {width}×{height}): {effect}",)
 
 
 def cut(sample: Sample, draw: Draw, crop: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Augmentation(Section):
 
 NO_AUGMENTATION = Augmentation(flip_horizontal=0, scale=(1, 1), brightness=0, contrast=0, saturation=0)
 
-_FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", "seed", "cache_mib")
+_FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", "seed", "skip", "cache_mib")
 SourceName = Literal["earth", "earth:climate", "earth:shore", "folders"]
 
 
@@ -60,6 +60,7 @@ class DataConfig(Section):
     ignore: MaskValue | None = Field(default=IGNORED, description="folders: mask value, or [red, green, blue], of no class; null: none")
     channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; above 4 in .npy files only")
     seed: int = Field(default=0, ge=0, description="folders: seed of the random division into splits")
+    skip: tuple[Path, ...] = Field(default=(), description="folders: images to leave out, such as damaged ones, with their paths")
     cache_mib: int = Field(default=1024, ge=0, description="folders: memory for decoded pictures, MiB")
     crop: int = Field(default=256, ge=8, le=4096, description="side of the square training crops, pixels")
     rare: Probability = Field(default=0.0, description="share of crops centred on a pixel of a class drawn uniformly; segmentation only")
@@ -103,5 +104,6 @@ def open_source(config: DataConfig, *, root: Path) -> Source:
         ignore=config.ignore,
         channels=config.channels,
         seed=config.seed,
+        skip=[root / path for path in config.skip],
         cache_bytes=config.cache_mib << 20,
     )

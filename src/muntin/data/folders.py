@@ -6,6 +6,7 @@ folder of images for each class. The validation and test splits have their own f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
 from muntin.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
 from muntin.images.opening import UInt8
+from muntin.text import count
+
+_MAX_FAILURES = 10  # pictures that cannot be used, after which a check stops
 
 
 class FolderPair(Section):
@@ -50,7 +54,8 @@ class FolderSource:
     `base` holds the training pictures. `validation` and `test` are folders of their own, or shares (0-1) of the pictures in `base`.
     With masks the task is `segment`. Without masks it is `classify`, and `classes` names folders in `base`, by default all of them; other
     folders, and classes without pictures in validation or test, are noted. Names are compared in Unicode's form NFC. `ignore`: mask value
-    or colour of pixels that belong to no class. At most `cache_bytes` of decoded pictures are kept in memory.
+    or colour of pixels that belong to no class. `skip`: images, or masks of images, that are left out and noted. At most `cache_bytes` of
+    decoded pictures are kept in memory.
 
     Raises DataError: a folder is missing or empty, a mask is missing, a stem is used twice, a split is empty, a picture is in two splits,
     classes and folders differ.
@@ -66,17 +71,21 @@ class FolderSource:
         ignore: int | RGB | None = IGNORED,
         channels: int = 3,
         seed: int = 0,
+        skip: Sequence[Path] = (),
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.task: DataTask = "classify" if base.masks is None else "segment"
         self.channels = channels
         self._notes: list[str] = []
+        self._skip = {_normal(path): path for path in skip}
+        self._skipped: dict[str, str] = {}  # names of the pictures by their path in `skip`
         self._classes_given = bool(classes)
         if self.task == "classify" and not classes:
             classes = [ClassSpec(name=folder.name) for folder in class_folders(base.images).values() if not is_results_folder(folder)]
         self.classes = class_infos(classes)
         self._mapping = None if base.masks is None else MaskMapping(classes, ignore)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
+        self._note_skipped()
         cache = SampleCache(cache_bytes)
         self._splits = {name: _FolderSamples(name, items[name], self.channels, self._mapping, cache) for name in SPLITS}
 
@@ -90,16 +99,30 @@ class FolderSource:
         return self._splits[name]
 
     def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
-        """Decode every image and mask once. Returns a note if no training mask holds a class; raises DataError for the first problem."""
+        """Decode every image and mask once. Returns a note if no training mask holds a class.
+
+        Raises DataError for files that cannot be used; it gives the reason for the first one and names the others, up to ten in all.
+        """
         total, done = sum(len(samples) for samples in self._splits.values()), 0
         pixels = {name: np.zeros(256, dtype=np.int64) for name in SPLITS}  # of each label
+        failures: dict[Path, DataError] = {}
         for name, samples in self._splits.items():
-            for sample in samples:
-                labels = np.array([sample.target], dtype=np.uint8) if isinstance(sample.target, int) else sample.target.ravel()
-                pixels[name] += np.bincount(labels, minlength=256)
+            for index, item in enumerate(samples.items):
+                try:
+                    target = samples[index].target
+                except DataError as error:
+                    failures[item.image] = error
+                    if len(failures) == _MAX_FAILURES:
+                        raise _failure_error(failures) from error
+                else:
+                    labels = np.array([target], dtype=np.uint8) if isinstance(target, int) else target.ravel()
+                    pixels[name] += np.bincount(labels, minlength=256)
                 done += 1
                 if progress is not None:
                     progress(done, total)
+        if failures:
+            raise _failure_error(failures)
+        for name in SPLITS:
             if not pixels[name][:IGNORED].any():
                 raise DataError(
                     f"every pixel of the masks of the {name} split is ignored, so nothing can be learned or scored: "
@@ -155,8 +178,9 @@ class FolderSource:
         items: list[Item] = []
         for label, name in enumerate(names):
             pictures = self._pictures_by_stem(folders[name], required=split == "train") if name in folders else {}
-            items += [Item(key=f"{path.parent.name}/{path.stem}", image=path, label=label) for path in pictures.values()]
-            if not pictures and name not in absent:
+            used = [path for path in pictures.values() if not self._is_skipped(path)]
+            items += [Item(key=f"{path.parent.name}/{path.stem}", image=path, label=label) for path in used]
+            if not used and name not in absent:
                 absent.append(name)
         if not items:
             raise DataError(f"{pair.images} holds no image of a class: put images into its class folders")
@@ -166,25 +190,29 @@ class FolderSource:
 
     def _image_mask_items(self, image_folder: Path, mask_folder: Path) -> list[Item]:
         images, masks = self._pictures_by_stem(image_folder), self._pictures_by_stem(mask_folder)
+        unused = [path.name for stem, path in masks.items() if stem not in images]
+        for stem in [stem for stem in images if self._is_skipped(images[stem]) or (stem in masks and self._is_skipped(masks[stem]))]:
+            del images[stem]
         unmasked = [path for stem, path in images.items() if stem not in masks]
         if unmasked:
-            more = f" (and {len(unmasked) - 1} more)" if len(unmasked) > 1 else ""
-            raise DataError(f"{unmasked[0]} has no mask{more}: add {mask_folder / unmasked[0].stem}.png, or remove the image")
-        unused = len(masks) - len(images)
+            more = f" (nor have {list_some([path.name for path in unmasked[1:]], 3)})" if len(unmasked) > 1 else ""
+            raise DataError(
+                f"{unmasked[0]} has no mask{more}: add {mask_folder / unmasked[0].stem}.png, remove the image, or name it under data.skip"
+            )
         if unused:
-            self._notes.append(f"{mask_folder}: {unused} masks have no image and are not used")
+            self._notes.append(f"{mask_folder}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
         return [Item(key=path.stem, image=path, mask=masks[stem]) for stem, path in images.items()]
 
     def _pictures_by_stem(self, folder: Path, *, required: bool = True) -> dict[str, Path]:
         """The pictures in `folder` by stem in form NFC. Notes other entries. Raises DataError if `required` and there are none."""
         pictures: dict[str, Path] = {}
-        other_files, folders = 0, list[str]()
+        other_files, folders = list[str](), list[str]()
         for path in entries(folder):
             stem = composed(path.stem)
             if path.is_dir():
                 folders.append(path.name)
             elif not is_picture(path):
-                other_files += 1
+                other_files.append(path.name)
             elif stem in pictures:
                 raise DataError(f"{pictures[stem]} and {path.name} have the same stem: rename or remove one")
             else:
@@ -192,28 +220,57 @@ class FolderSource:
         if required and not pictures:
             raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         if other_files:
-            self._notes.append(f"{folder}: {other_files} files are not images and are not used")
+            self._notes.append(f"{folder}: {count(len(other_files), 'file')} other than images, not used: {list_some(other_files, 3)}")
         if folders:
             self._notes.append(f"{folder}: the files in its subfolders ({list_some(folders)}) are not used")
         return pictures
 
+    def _is_skipped(self, path: Path) -> bool:
+        """Return True for a picture that `skip` names."""
+        key = _normal(path)
+        if key in self._skip:
+            self._skipped[key] = path.name
+        return key in self._skip
+
+    def _note_skipped(self) -> None:
+        if self._skipped:
+            self._notes.append(f"left out by data.skip: {list_some(list(self._skipped.values()), 3)}")
+        absent = [str(path) for key, path in self._skip.items() if key not in self._skipped]
+        if absent:
+            self._notes.append(f"data.skip names {list_some(absent, 3)}, which is not among the pictures")
+
 
 class _FolderSamples(Samples):
     def __init__(self, split: SplitName, items: Sequence[Item], channels: int, mapping: MaskMapping | None, cache: SampleCache) -> None:
-        self._split, self._items, self._channels, self._mapping, self._cache = split, items, channels, mapping, cache
+        self._split, self.items, self._channels, self._mapping, self._cache = split, items, channels, mapping, cache
         self._sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items)
 
     def load(self, index: int) -> Sample:
-        item = self._items[index]
+        item = self.items[index]
         return self._cache.get((self._split, index), lambda: read_sample(item, self._channels, self._mapping))
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         if self._sizes is None:
-            self._sizes = [image_size(item.image) for item in self._items]
+            self._sizes = [image_size(item.image) for item in self.items]
         return self._sizes
+
+
+def _failure_error(failures: Mapping[Path, DataError]) -> DataError:
+    """The error for pictures that cannot be used: the reason for the first one, and the names of all others."""
+    (_, error), *others = failures.items()
+    if not others:
+        return DataError(f"{error}, or name it under data.skip")
+    names = ", ".join(path.name for path, _ in others)
+    more = " or more" if len(failures) == _MAX_FAILURES else ""
+    return DataError(f"{error}; {len(failures)}{more} pictures cannot be used, also {names}: correct them, or name them under data.skip")
+
+
+def _normal(path: Path) -> str:
+    """A path for comparisons: without "..", in Unicode's form NFC."""
+    return composed(os.path.normpath(path))
 
 
 def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sample:

@@ -1,5 +1,7 @@
 """Examine a user's directory: the folders of images, masks and classes; the channels, sizes and classes of at most 64 files.
 
+A file that cannot be read is left out of what is examined, and returned with the reason.
+
 Recognised, names in any case: `images/` and `masks/`; `train/`, `val/` and `test/` that hold these; for classification, folders
 named after the classes, with or without `train/`, `val/` and `test/` around them.
 """
@@ -7,22 +9,25 @@ named after the classes, with or without `train/`, `val/` and `test/` around the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from muntin.data.classes import RGB, ClassSpec, code_color, color_codes, distinct_colors, list_some
 from muntin.data.folders import FolderPair, class_folders
-from muntin.data.listing import is_results_folder, pictures, subfolders
+from muntin.data.listing import composed, is_results_folder, pictures, subfolders
 from muntin.data.source import MAX_CLASSES, DataTask, SplitName
 from muntin.errors import DataError
-from muntin.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
+from muntin.images import IGNORED, IMAGE_SUFFIXES, read_image, read_mask
+from muntin.text import count
 
+Content = TypeVar("Content")
+MaskArray = npt.NDArray[Any]
 _MAX_OPENED = 64  # files
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
 _MAX_VALUES_BETWEEN = 8  # distinct values between 0 and 255 beyond which masks with mostly these two are taken for smoothed ones
@@ -145,33 +150,75 @@ def _pair_in(folder: Path) -> FolderPair | None:
     return FolderPair(images=images, masks=masks) if images and masks and pictures(images) and pictures(masks) else None
 
 
+def unpaired_notes(pair: FolderPair) -> list[str]:
+    """Notes on images without a mask and on masks without an image in the folders of a split."""
+    if pair.masks is None:
+        return []
+    images, masks = ({composed(path.stem): path.name for path in pictures(folder)} for folder in (pair.images, pair.masks))
+    unmasked = [name for stem, name in images.items() if stem not in masks]
+    unused = [name for stem, name in masks.items() if stem not in images]
+    notes = []
+    if unmasked:
+        without = f"{count(len(unmasked), 'image')} without a mask: {list_some(unmasked, 3)}"
+        notes.append(f"{pair.images}: {without}; `muntin fit` refuses them: add masks, remove them, or name them under data.skip")
+    if unused:
+        notes.append(f"{pair.masks}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
+    return notes
+
+
 def spread(paths: Sequence[Path]) -> Sequence[Path]:
     """At most 64 of the paths, at even distances."""
     return paths[:: max(1, -(-len(paths) // _MAX_OPENED))]
 
 
-def examined_masks(folder: Path | None) -> tuple[int, int] | None:
-    """(number of masks opened, number of masks) in a folder; None if all masks are opened or there is no folder."""
-    paths = [] if folder is None else pictures(folder)
-    examined = spread(paths)
-    return None if len(examined) == len(paths) else (len(examined), len(paths))
+def read_some(paths: Sequence[Path], read: Callable[[Path], Content]) -> tuple[dict[Path, Content], dict[Path, DataError]]:
+    """Read at most 64 of the files. Returns their contents, and the errors of those that cannot be read.
+
+    Raises the first error if no file can be read.
+    """
+    contents: dict[Path, Content] = {}
+    errors: dict[Path, DataError] = {}
+    for path in spread(paths):
+        try:
+            contents[path] = read(path)
+        except DataError as error:
+            errors[path] = error
+    if not contents:
+        raise next(iter(errors.values()))
+    return contents, errors
 
 
-def picture_channels(paths: Sequence[Path]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PictureFacts:
+    """What a recipe needs to know about a picture."""
+
+    channels: int
+    shorter_side: int
+    opacity: bool
+    """True if there are four channels and the fourth is constant."""
+
+
+def picture_facts(path: Path) -> PictureFacts:
+    """Decode a picture and examine it. Raises DataError."""
+    image_HWC = read_image(path, None)
+    opacity = image_HWC.shape[2] == 4 and not np.ptp(image_HWC[:, :, 3])
+    return PictureFacts(channels=image_HWC.shape[2], shorter_side=min(image_HWC.shape[:2]), opacity=opacity)
+
+
+def picture_channels(facts: Mapping[Path, PictureFacts]) -> int:
     """The number of channels to read pictures with: 1 if all are grey; that of .npy files if all agree; 4 if all are TIFFs of four
     channels and the fourth is not constant (opacity); 3 otherwise."""
-    images = [read_image(path, None) for path in paths]
-    channels, suffixes = {image.shape[2] for image in images}, {path.suffix.lower() for path in paths}
+    channels, suffixes = {picture.channels for picture in facts.values()}, {path.suffix.lower() for path in facts}
     if len(channels) == 1 and (1 in channels or suffixes == {".npy"}):
-        return int(channels.pop())
+        return channels.pop()
     four_channel_tiffs = channels == {4} and suffixes <= {".tif", ".tiff"}
-    return 4 if four_channel_tiffs and any(np.ptp(image[:, :, 3]) for image in images) else 3
+    return 4 if four_channel_tiffs and not all(picture.opacity for picture in facts.values()) else 3
 
 
-def crop_side(paths: Sequence[Path], task: DataTask) -> int:
+def crop_side(facts: Mapping[Path, PictureFacts], task: DataTask) -> int:
     """Side of the training crops, pixels: the median of the pictures' shorter sides rounded down to a multiple of 32, at least 32 and at
     most 256 (`classify`: 224)."""
-    shorter_side = int(median(min(image_size(path)) for path in paths))
+    shorter_side = int(median(picture.shorter_side for picture in facts.values()))
     return min(256 if task == "segment" else 224, max(32, shorter_side // 32 * 32))
 
 
@@ -181,20 +228,30 @@ def classes_in_folders(folder: Path) -> list[ClassSpec]:
     return [ClassSpec(name=name, color=color) for name, color in zip(names, distinct_colors(len(names)), strict=True)]
 
 
-def classes_in_masks(folder: Path) -> tuple[list[ClassSpec], int | None]:
-    """The classes that the masks hold, and the value to ignore: 255, unless it is a class itself or the masks hold colours.
+@dataclass(frozen=True, kw_only=True)
+class MaskClasses:
+    """The classes that masks hold, and the value to ignore: 255, unless it is a class itself or the masks hold colours."""
+
+    classes: tuple[ClassSpec, ...]
+    ignore: int | None
+    shares: tuple[float, ...]
+    """Share of the pixels of each class. The sum is less than 1 if pixels are ignored."""
+
+
+def classes_in_masks(masks: Mapping[Path, MaskArray], folder: Path) -> MaskClasses:
+    """Find the classes in masks of `folder`.
 
     Raises DataError if the values cannot be classes: fewer than two or more than 255 of them, JPEG masks, smoothed edges.
     """
-    paths = spread(pictures(folder))
-    masks = [read_mask(path) for path in paths]
-    if any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks):
+    paths = list(masks)
+    if any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks.values()):
         _check_lossless(paths, folder)
-        codes = set().union(*(np.unique(color_codes(read_mask(path, colors=True))).tolist() for path in paths))
-        _check_count(len(codes), folder)
-        colors = [code_color(code) for code in sorted(codes)]
-        return [ClassSpec(name=f"class-{index}", color=color, value=color) for index, color in enumerate(colors)], None
-    pixels = _pixel_counts(masks)
+        pixels = _pixel_counts([color_codes(read_mask(path, colors=True)) for path in paths])
+        _check_count(len(pixels), folder)
+        painted = [code_color(code) for code in sorted(pixels)]
+        classes = [ClassSpec(name=f"class-{index}", color=color, value=color) for index, color in enumerate(painted)]
+        return MaskClasses(classes=tuple(classes), ignore=None, shares=_shares(pixels, sorted(pixels)))
+    pixels = _pixel_counts(list(masks.values()))
     _check_sharp(pixels, paths, folder)
     values = sorted(pixels)
     if values[0] < 0 or values[-1] > 65535:
@@ -204,13 +261,18 @@ def classes_in_masks(folder: Path) -> tuple[list[ClassSpec], int | None]:
     _check_count(len(values), folder)
     colors = _palette_colors(paths, values) or list(distinct_colors(len(values)))
     pairs = zip(values, colors, strict=True)
-    return [ClassSpec(name=f"class-{index}", color=color, value=value) for index, (value, color) in enumerate(pairs)], ignore
+    classes = [ClassSpec(name=f"class-{index}", color=color, value=value) for index, (value, color) in enumerate(pairs)]
+    return MaskClasses(classes=tuple(classes), ignore=ignore, shares=_shares(pixels, values))
 
 
-def ignored_value_notes(folder: Path) -> list[str]:
+def _shares(pixels: Mapping[int, int], values: Sequence[int]) -> tuple[float, ...]:
+    total = sum(pixels.values())
+    return tuple(pixels[value] / total for value in values)
+
+
+def ignored_value_notes(masks: Mapping[Path, MaskArray]) -> list[str]:
     """A note if 255 may be a class: no mask that holds it holds a class other than 0, and other masks do."""
-    masks = [read_mask(path) for path in spread(pictures(folder))]
-    values = [set(np.unique(mask).tolist()) for mask in masks if mask.ndim == 2]
+    values = [set(np.unique(mask).tolist()) for mask in masks.values() if mask.ndim == 2]
     with_255 = [mask_values for mask_values in values if IGNORED in mask_values]
     if not with_255 or not set().union(*with_255) <= {0, IGNORED} or set().union(*values) <= {0, IGNORED}:
         return []

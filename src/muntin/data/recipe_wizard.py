@@ -5,34 +5,39 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from muntin.data.classes import ClassSpec, as_yaml
+from muntin.data.classes import as_yaml
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
     Layout,
+    MaskClasses,
     classes_in_folders,
     classes_in_masks,
     crop_side,
-    examined_masks,
     find_layout,
     ignored_value_notes,
     nested_class_notes,
     picture_channels,
-    spread,
+    picture_facts,
+    read_some,
+    unpaired_notes,
     unused_split_notes,
 )
-from muntin.data.listing import is_utf8
+from muntin.data.listing import composed, is_utf8, pictures, subfolders
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
-from muntin.images import write_whole
+from muntin.images import read_mask, write_whole
+from muntin.text import count
 
 RECIPE_NAME = "recipe.yaml"
 _SHARE = 0.15  # fraction of the pictures for a split without a folder of its own
+_MAX_REASONS = 3  # notes on files that cannot be read
 _AFTER_DATA = """
 model:
   name: hybrid-xxs  # the fastest, for a first result; hybrid-xs, hybrid-s and hybrid-m are larger; `muntin models` lists them all
@@ -53,8 +58,26 @@ compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, m
 """
 
 
-def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> Path:
-    """Write `recipe.yaml` into the user's folder and return its path. Opens at most 64 masks and 64 images.
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What was seen in a user's folder. At most 64 images and 64 masks were opened."""
+
+    layout: Layout
+    classes: MaskClasses
+    """For `classify`, the shares are those of the class folders' images."""
+    counted: int
+    """Masks that the classes and shares are from; for `classify`, images in the class folders, which were counted and not opened."""
+    unopened: int
+    """Masks that were not opened."""
+    channels: int
+    crop: int
+    unreadable: Mapping[Path, DataError]
+    """Images and masks that cannot be read, with the reason. The recipe leaves them out."""
+    notes: tuple[str, ...]
+
+
+def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> tuple[Path, Survey]:
+    """Write `recipe.yaml` into the user's folder. Returns its path, and what was seen in the folder. Opens at most 64 masks and 64 images.
 
     `task` None: segmentation if there are masks, else classification. `output`: the file to write instead, with absolute paths. Raises
     RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too few pictures to split.
@@ -69,16 +92,49 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
         raise RecipeError(f"{path} cannot be written: use --output to name a file in a folder that you may write to")
     if output is not None and not (is_utf8(str(root)) and is_utf8(output.name)):
         raise DataError(f"{str(root)!a} or {str(output)!a} is not valid UTF-8, so a recipe cannot name it: rename it")
-    text = _recipe_text(find_layout(root, task), root, file=path.name, absolute=output is not None)
-    write_whole(path, text.encode())
-    return path
+    survey = _survey(find_layout(root, task))
+    write_whole(path, _recipe_text(survey, root, file=path.name, absolute=output is not None).encode())
+    return path, survey
 
 
-def remarks(images: Path, masks: Path | None) -> list[str]:
-    """Notes on folders that the recipe does not use, and on masks in which 255 may be a class and is ignored."""
-    if masks is None:
-        return nested_class_notes(images)
-    return [*unused_split_notes(images.parent), *ignored_value_notes(masks)]
+def _survey(layout: Layout) -> Survey:
+    base = layout.base
+    images = list(layout.training_pictures().values())
+    facts, unreadable = read_some(images, picture_facts)
+    unopened_images = len(images) - len(facts) - len(unreadable)
+    if base.masks is None:
+        specs = classes_in_folders(base.images)
+        numbers = [len(pictures(folder)) for folder in subfolders(base.images) if pictures(folder)]
+        counted, unopened = sum(numbers), 0
+        classes = MaskClasses(classes=tuple(specs), ignore=None, shares=tuple(number / counted for number in numbers))
+        notes = nested_class_notes(base.images)
+    else:
+        masks, unreadable_masks = read_some(pictures(base.masks), read_mask)
+        unreadable |= unreadable_masks
+        classes, counted = classes_in_masks(masks, base.masks), len(masks)
+        unopened = len(pictures(base.masks)) - len(masks) - len(unreadable_masks)
+        pairs = [pair for pair in (base, layout.validation, layout.test) if pair is not None]
+        unpaired = [note for pair in pairs for note in unpaired_notes(pair)]
+        notes = [*unused_split_notes(base.images.parent), *ignored_value_notes(masks), *unpaired]
+    for file, error in unreadable.items():
+        if not is_utf8(str(file)):  # a recipe cannot name it
+            raise error
+    reasons = [_reason(file, error) for file, error in list(unreadable.items())[:_MAX_REASONS]]
+    notes += [f"{name} {reason}: left out by data.skip in the recipe" for name, reason in reasons]
+    if len(unreadable) > _MAX_REASONS:
+        notes.append(f"{count(len(unreadable) - _MAX_REASONS, 'file')} more cannot be read: see data.skip in the recipe")
+    if unreadable and unopened_images:
+        notes.append(f"{count(unopened_images, 'image')} not opened: `muntin fit` opens all, and names those that cannot be read")
+    return Survey(
+        layout=layout, classes=classes, counted=counted, unopened=unopened, channels=picture_channels(facts),
+        crop=crop_side(facts, layout.task), unreadable=unreadable, notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _reason(file: Path, error: DataError) -> tuple[str, str]:
+    """The name of a file, and why it cannot be read, printable and without advice."""
+    reason = str(error).removeprefix(str(file)).partition(": ")[0].strip()
+    return file.name, "".join(letter if letter.isprintable() else "?" for letter in reason)
 
 
 def run_name(folder: str) -> str:
@@ -86,12 +142,9 @@ def run_name(folder: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", folder).strip("-._") or "mine"
 
 
-def _recipe_text(layout: Layout, root: Path, *, file: str, absolute: bool) -> str:
+def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> str:
     """The recipe as YAML with comments. `absolute`: write absolute paths; otherwise paths relative to `root`."""
-    base = layout.base
-    keys_and_paths = layout.training_pictures()
-    pictures = spread(list(keys_and_paths.values()))
-    classes, ignore = (classes_in_folders(base.images), None) if base.masks is None else classes_in_masks(base.masks)
+    layout, base, ignore = survey.layout, survey.layout.base, survey.classes.ignore
     relative_to = None if absolute else root
     lines = [
         "# A recipe for muntin, written by `muntin init`. Check the class names below, then run",
@@ -114,14 +167,17 @@ def _recipe_text(layout: Layout, root: Path, *, file: str, absolute: bool) -> st
         _split_line("test", "are scored once, at the end", layout.test, layout.task, relative_to),
     ]
     if layout.validation is None or layout.test is None:
-        seed = _split_seed(layout, list(keys_and_paths))
+        seed = _split_seed(layout, survey.unreadable)
         lines.append(f"  seed: {seed}  # decides which pictures go into which split; adding pictures moves none of the others")
+    if survey.unreadable:
+        lines.append("  skip:  # pictures to leave out; these cannot be read")
+        lines += [f"    - {_path(path, relative_to)}  # {_reason(path, error)[1]}" for path, error in survey.unreadable.items()]
     if base.masks is not None:
         lines.append(f"  ignore: {'null' if ignore is None else ignore}  # the mask value that belongs to no class; null: there is none")
     lines += [
-        *_class_lines(classes, base.masks),
-        f"  channels: {picture_channels(pictures)}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
-        f"  crop: {crop_side(pictures, layout.task)}  # side of the random training squares, pixels; larger has more context and is slower",
+        *_class_lines(survey),
+        f"  channels: {survey.channels}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
+        f"  crop: {survey.crop}  # side of the random training squares, pixels; larger has more context and is slower",
     ]
     if layout.task == "segment":
         lines.append("  rare: 0.25  # fraction of the crops centred on a class drawn uniformly: rare classes are seen more often")
@@ -134,15 +190,14 @@ def _recipe_text(layout: Layout, root: Path, *, file: str, absolute: bool) -> st
     return "\n".join(lines) + "\n" + _AFTER_DATA
 
 
-def _class_lines(classes: Sequence[ClassSpec], masks: Path | None) -> list[str]:
-    if masks is None:
+def _class_lines(survey: Survey) -> list[str]:
+    if survey.layout.task == "classify":
         lines = ["  classes:  # each has the name of its folder; `color` is how charts paint it (red, green, blue)"]
     else:
         lines = ["  classes:  # in order; `value` is the value in the masks, `color` how muntin paints it (red, green, blue): rename them"]
-        examined = examined_masks(masks)
-        if examined is not None:
-            lines.append(f"    # seen in {examined[0]} of {examined[1]} masks: add the classes of the others")
-    for entry in classes:
+        if survey.unopened:
+            lines.append(f"    # from {count(survey.counted, 'mask')}; {survey.unopened} more were not opened: add their classes")
+    for entry in survey.classes.classes:
         value = "" if entry.value is None else f", value: {as_yaml(entry.value)}"
         lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {as_yaml(entry.color)}}}")
     return lines
@@ -156,11 +211,17 @@ def _split_line(name: SplitName, use: str, pair: FolderPair | None, task: DataTa
     return f"  {name}: {{images: {_path(pair.images, relative_to)}{masks}}}  # pictures that {use}"
 
 
-def _split_seed(layout: Layout, keys: Sequence[str]) -> int:
+def _split_seed(layout: Layout, left_out: Mapping[Path, DataError]) -> int:
     """The first seed that leaves no split empty; for `classify`, one whose splits lack as few classes as possible."""
+    stems = {composed(path.stem) for path in left_out}
+    by_class = layout.task == "classify"
+    keys = [
+        key for key, path in layout.training_pictures().items()
+        if path not in left_out and (by_class or composed(path.stem) not in stems)  # its mask may be left out
+    ]  # fmt: skip
     splits: dict[SplitName, FolderPair | None] = {"validation": layout.validation, "test": layout.test}
     shares = {name: _SHARE for name, pair in splits.items() if pair is None}
-    seed = filling_seed(keys, shares, by_class=layout.task == "classify")
+    seed = filling_seed(keys, shares, by_class=by_class)
     if seed is None:
         raise DataError(f"{layout.base.images} holds {len(keys)} pictures, too few to split into {1 + len(shares)} parts: add pictures")
     return seed

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, write_artifact
+from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.deployment.model_contract import FAR_OFF, Pairs
 from muntin.errors import ArtifactError, ExportError
@@ -33,8 +33,8 @@ def write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: lis
     further sizes, compared in one engine only, because an error that depends on the size is one of the graph.
     """
     limits = LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
-    with tempfile.TemporaryDirectory(prefix="muntin-") as scratch:
-        draft = Path(scratch) / "draft"
+    with scratch_directory() as scratch:
+        draft = scratch / "draft"
         write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
         try:
             precision, tolerances, engine_notes = _compare_engines(draft, content, limits, others)

@@ -51,7 +51,7 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(default=False, description="torch.compile the training step; needs a C++ compiler on CPUs")
     validate_every: int = Field(default=250, ge=1, description="steps between validations")
-    checkpoint_every: int = Field(default=250, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(default=250, ge=1, description="steps between checkpoints; the first is written within a minute")
     threads: int | None = Field(default=None, ge=1, le=1024, description="threads of the CPU; unset: PyTorch's choice")
 
     @model_validator(mode="after")

@@ -5,8 +5,9 @@ Axes: H W map, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,14 @@ from muntin.images import IGNORED
 from muntin.runtime.tiles import Predictor, predict
 
 Labels = NDArray[np.uint8]
+SCORE_LOST = 1 / 3
+"""Share of the best validation score that a collapsed run has lost at least."""
+LOSS_RISE = 0.5
+"""Least rise of the training loss in a collapsed run, as a share of the first point of its curve."""
+SMALL_LOSS = 0.25
+"""Training loss below which no run has collapsed: that of a model that fits its pictures, where twice as much is noise."""
+LOSS_POINTS = 5
+"""Points of the training curve, of ten steps each, that are averaged for the loss at a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +123,31 @@ def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluat
         iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
         recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
     )
+
+
+def collapse(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """Return the step of the best score and a description if the run has collapsed at its last validation, otherwise None.
+
+    A run has collapsed if its score is a third or more below its best one and its training loss has risen since then by half or more of its
+    first value, or if the loss is twice its first value. The score alone proves nothing: with few pictures it jumps as far, and it falls in
+    a run that learns its pictures by heart. But then the loss, averaged over 50 steps, stays. The loss of a model that learns nothing is
+    noisy, too, but by less than half.
+    """
+    if not validation or not training:
+        return None
+    best, last = max(validation, key=lambda point: float(point["score"])), validation[-1]
+    first_loss, best_loss, last_loss = training[0]["loss"], _loss_up_to(training, best), _loss_up_to(training, last)
+    if last_loss < SMALL_LOSS:
+        return None
+    if last["score"] <= (1 - SCORE_LOST) * best["score"] and last_loss >= best_loss + LOSS_RISE * first_loss:
+        fall = f"the validation score fell from {best['score']:.3f} at step {best['step']} to {last['score']:.3f} at step {last['step']}"
+        return int(best["step"]), f"{fall}, and the training loss rose from {best_loss:.2g} to {last_loss:.2g}"
+    if last_loss >= 2 * first_loss:
+        return int(best["step"]), f"the training loss rose from {first_loss:.2g} at the start to {last_loss:.2g} at step {last['step']}"
+    return None
+
+
+def _loss_up_to(training: Sequence[Mapping[str, float]], point: Mapping[str, Any]) -> float:
+    """Mean loss of the last points of the training curve up to the step of a validation; of its first point if none is as early."""
+    losses = [entry["loss"] for entry in training if entry["step"] <= point["step"]][-LOSS_POINTS:] or [training[0]["loss"]]
+    return sum(losses) / len(losses)

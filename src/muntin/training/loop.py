@@ -24,15 +24,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from muntin.artifact.file_lock import folder_in_use
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
+from muntin.data.batches import small_picture_notes
 from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
 from muntin.models import CompressionRecord, TorchSession
 from muntin.models.session import require_compiler
-from muntin.training.checkpoint import Checkpoint, check_classes, find_start, recipe_changes, write_checkpoint
+from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes, write_checkpoint
 from muntin.training.config import TrainingConfig
-from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.evaluation import collapse, evaluate, tile_of
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.interrupt import Interruption
 from muntin.training.memory_format import keep_freed_memory
@@ -45,6 +47,8 @@ from muntin.training.weights import load_initial_weights, new_model
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
+FIRST_CHECKPOINT_S = 30.0
+"""Seconds of training after which a run that has no checkpoint writes its first one; the others follow `checkpoint_every`."""
 
 
 class MetricsLog:
@@ -136,20 +140,24 @@ def fit(
 
     `directory`: the run's folder, by default `runs/NAME`. `root`: the folder at which relative paths of the recipe start, by default the
     file's own or the current one. `resume`: continue from the newest checkpoint, if there is one; without it, a directory that holds a run
-    is refused. Changed keys of `training` (except `gate_budget`) are noted and apply from this step on. Ctrl-C ends the run after the step
-    in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl` and TensorBoard events. Raises kinds of `MuntinError`.
+    is refused, as is one that another process trains in. Changed keys of `training` (except `gate_budget`) are noted and apply from this
+    step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl` and TensorBoard
+    events. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
         recipe = load_recipe(recipe)
     directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
-    report = report or (lambda progress: None)
+    with folder_in_use(directory, "muntin fit") as notes:
+        return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes))
+
+
+def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str]) -> FitResult:
     start = find_start(directory, recipe, resume=resume)
     precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision)
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
-    notes: list[str] = []
     if start is not None:
         check_classes(start, source)
         if changed := recipe_changes(start, recipe):
@@ -167,7 +175,8 @@ def fit(
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else load_initial_weights(model, root / weights)
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
-    notes += (*source.notes, *checked, *sizes, *begun)
+    small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
+    notes += (*source.notes, *checked, *small, *sizes, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
@@ -223,6 +232,8 @@ class Training:
         self.validation: list[dict[str, Any]] = []
         self.notes: list[str] = []
         """Problems that did not end the run."""
+        self.collapsed = False
+        """True after a note on a collapse of the score."""
         if start is not None:
             trainer.restore(start)
             state = start.state
@@ -292,11 +303,33 @@ class Training:
                 if last and not judged:  # the checkpoint may be evaluated or exported
                     with self._saved_on_error():
                         self._renew_statistics(samples)
-                if last or self.step % config.checkpoint_every == 0:
+                first_due = path is None and time.perf_counter() - started >= FIRST_CHECKPOINT_S
+                if last or first_due or self.step % config.checkpoint_every == 0:
                     path = self._write()
                 if last:
                     break
-        return path or self._write()
+        path = path or self._write()
+        self._note_collapse(path)
+        return path
+
+    def _note_collapse(self, newest: Path | None = None) -> None:
+        """Note a collapse of the score, at the first validation that shows it and at the end. `newest`: the last checkpoint, at the end."""
+        seen = collapse(self.curve, self.validation)
+        if seen is None or (newest is None and (self.collapsed or self.finished)):
+            return
+        self.collapsed = True
+        best, text = seen
+        gates = f" or training.gate_budget ({self.config.gate_budget:g}) too low" if self.config.gate_budget < 1 else ""
+        text += f": the learning rate (now {self.config.learning_rate:g}) is probably too high{gates}; train anew with another one"
+        if newest is not None:
+            kept = next((path for path in checkpoints_in(newest.parent) if path.name == f"step-{best:08d}"), None)
+            text += f"; the checkpoint of step {best} is not kept" if kept is None else f"; {kept} has the best score"
+        self._note(text)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=text))
 
     def _lower_rate(self) -> str:
         """Advice after the loss has diverged."""
@@ -323,9 +356,8 @@ class Training:
 
     def _log(self, log: MetricsLog, kind: str, point: dict[str, Any]) -> None:
         log.write(kind, point)
-        if log.failed and log.failed not in self.notes:
-            self.notes.append(log.failed)
-            self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=log.failed))
+        if log.failed:
+            self._note(log.failed)
 
     def _close_gates(self, samples: Samples) -> bool:
         """Close gates down to the final budget. Returns True if any gate was closed."""
@@ -345,6 +377,7 @@ class Training:
             self.validation.append(point)
             self._log(log, "validation", point)
             self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
+            self._note_collapse()
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:

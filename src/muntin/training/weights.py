@@ -14,6 +14,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data.classes import list_some
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import HybridNet, create_model
+from muntin.text import count
 from muntin.training.recipe import Recipe
 
 SUFFIX = ".safetensors"
@@ -53,8 +54,13 @@ def build_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy tensors into a model. `where` names their file in errors. Raises `CheckpointError` if they belong to another model."""
+    """Copy tensors into a model. `where` names their file in errors.
+
+    Raises `CheckpointError` if they belong to another model or hold NaN or infinity.
+    """
     current: Any = model.state_dict()
+    if unsound := _not_finite(tensors, current):
+        raise CheckpointError(f"{where}: {unsound}: use an older step of the run, or train again")
     weights: Any = OrderedDict(tensors)
     weights._metadata = current._metadata  # safetensors keeps no module versions, and some modules (MNASNet) do not load without them
     try:
@@ -68,8 +74,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
 
     Names may be the model's or, for a foreign model, those of its package, with prefixes of DistributedDataParallel and torch.compile. A
-    layer of the file for another number of classes keeps its random weights. Raises `RecipeError` for an unreadable file, a missing tensor
-    or one of another shape; the model is then unchanged.
+    layer of the file for another number of classes keeps its random weights. Raises `RecipeError` for an unreadable file, a missing tensor,
+    one of another shape, or NaN and infinity; the model is then unchanged.
     """
     stored, own = _read(path), model.state_dict()
     named = {_model_name(key, own): tensor for key, tensor in stored.items()}
@@ -88,6 +94,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
         if _is_table(model, key) or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         random.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
+    if unsound := _not_finite(named, own):
+        raise RecipeError(f"model.weights {path}: {unsound}: training cannot begin with them; take the weights of a sound run")
     unknown = [key for key in named if key not in own]
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
     notes = [f"{path.name}: {len(named) - len(unknown)} of the model's {len(own)} tensors are from it"]
@@ -111,6 +119,20 @@ def _read(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise RecipeError(f"model.weights {path}: {reason}") from error
+
+
+def _not_finite(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Describe the tensors that hold NaN or infinity where those of a new model, `own`, do not (a mask may hold -inf). "" for none."""
+    counts: dict[str, int] = {}
+    for key, tensor in tensors.items():
+        if key in own and (tensor.is_floating_point() or tensor.is_complex()) and own[key].isfinite().all():
+            number = tensor.numel() - int(tensor.isfinite().sum())
+            counts |= {key: number} if number else {}
+    if not counts:
+        return ""
+    first, number = next(iter(counts.items()))
+    others = f" (and so for {count(len(counts) - 1, 'other tensor')})" if len(counts) > 1 else ""
+    return f"{first} holds NaN or infinity in {number:,} of its {tensors[first].numel():,} values{others}"
 
 
 def _is_table(model: nn.Module, key: str) -> bool:
