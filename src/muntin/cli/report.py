@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, status
+from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, say_notes, status
 from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.start import prepare_torch
 
 
 def report_command(
@@ -19,12 +20,14 @@ def report_command(
     json: JsonOption = False,
 ) -> None:
     """Quantise, export, verify and measure a run on its test split; write report.html and report.json."""
+    notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import find_checkpoint
 
     checkpoint = find_checkpoint(run)
     folder = output or checkpoint.parent.parent
     refuse_unwritable(folder)
-    _finish(checkpoint, folder, json)
+    say_notes(() if json else notes)
+    _finish(checkpoint, folder, json, before=notes)
 
 
 def demo_command(
@@ -33,6 +36,7 @@ def demo_command(
     json: JsonOption = False,
 ) -> None:
     """Train, compress, export, verify and measure a model of a satellite photograph, and report. Run again, it continues."""
+    notes = prepare_torch()  # before PyTorch is imported
     from muntin.cli.compress import compress_with_progress, describe_compression
     from muntin.cli.train import describe_fit, fit_with_progress
     from muntin.compression.stages import FOLDER
@@ -41,6 +45,7 @@ def demo_command(
 
     with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
         recipe = load_recipe(path, set_ or ())
+    say_notes(() if json else notes)
     begun = bool(checkpoints_in(output / "checkpoints"))
     result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json)
     if result.stop_requested:
@@ -54,7 +59,7 @@ def demo_command(
         raise typer.Exit(1)
     if not json:
         describe_compression(run)
-    _finish(result.checkpoint, output, json, before=(*result.notes, *run.notes))
+    _finish(result.checkpoint, output, json, before=(*notes, *result.notes, *run.notes))
 
 
 def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[str] = ()) -> None:

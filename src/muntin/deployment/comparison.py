@@ -164,7 +164,7 @@ class _Comparison:
         with torch_threads(session.threads), watch_cpu() as watch:
             latency = latency_report(candidates, _window(self.test[0].image, self.side), rounds=rounds)
         self.notes += [f"Latency: {note}." for note in notes_on(watch.others)]
-        return latency
+        return latency | {"others": watch.others}
 
     def _reduce_side(self, session: Predictor, name: str) -> None:
         """Reduce the side where a session lacks memory for it: attention among all pixels may take 64 GiB at 512."""

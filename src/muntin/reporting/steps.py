@@ -16,7 +16,10 @@ from muntin.reporting.schema import Report, StepRecord, parse_report
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A number of the table and how it compares with the first step ('' in the first step and where nothing changed)."""
+    """A number of the table and how it compares with the first step ('' in the first step and where nothing changed).
+
+    A latency that was measured beside other work says so in place of the comparison.
+    """
 
     figure: str
     against: str = ""
@@ -54,7 +57,8 @@ def step_cells(report: Report, step: StepRecord, *, short: bool = False) -> list
     cells.append(cell(text.size(step.bytes), first.bytes, step.bytes, size_words))
     cells.append(cell(text.gmacs(step.gmacs), first.gmacs, step.gmacs, count_words))
     if has_latency(report):
-        cells.append(cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower")))
+        latency = cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower"))
+        cells.append(Cell(figure=latency.figure, against=text.BESIDE) if report.disturbed and step.latency_ms is not None else latency)
     return cells
 
 
@@ -66,8 +70,9 @@ def terminal_table(report: Report | Mapping[str, Any]) -> Table:
     checked = parse_report(report)
     # Text instead of str, because rich reads "[red]" in a str as markup, and names are the user's.
     # No lines between columns: 80 columns are just enough for the longest figure of each.
+    caption = "\n".join(filter(None, (text.disturbance(checked), checked.hardware.cpu)))
     table = Table(
-        title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left",
+        title=Text(checked.title), title_justify="left", caption=Text(caption), caption_justify="left",
         box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     weights, latency = ["weights"] if has_weights(checked) else [], ["latency"] if has_latency(checked) else []
