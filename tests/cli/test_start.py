@@ -37,10 +37,11 @@ def test_note_of_commands_on_a_busy_machine(call: Call, exported: Any, tmp_path:
     monkeypatch.setattr(contention, "others_since", lambda *_, **__: 0.93)
     (note,) = contention.notes_at_start(0.93)
     assert "other processes use 0.9 of our " in note
+    low_rank = ("--set", "compression.low_rank={parameters: 0.8, multiple: 2}", "--set", "compression.recover.share=0")
     commands: tuple[tuple[object, ...], ...] = (
         ("fit", exported.recipe, "-o", tmp_path / "run", "--set", "training.steps=1"),
         ("evaluate", exported.run),
-        ("compress", exported.run, "-o", tmp_path / "compressed", "--until", "low-rank", "--set", "compression.recover.share=0"),
+        ("compress", exported.run, "-o", tmp_path / "compressed", "--until", "low-rank", *low_rank),
         ("export", exported.run),
     )
     for words in commands:

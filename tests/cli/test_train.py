@@ -142,7 +142,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(call: Call, tiny: Any, 
     checkpoint = read_checkpoint(run)
     assert 10 <= checkpoint.state.step < steps
     load_model(checkpoint)
-    again = shlex.split(errors.split("`")[1])
+    again = shlex.split(last.split("`")[1])
     assert again[0] == "muntin"
     assert call(*again[1:], "--json").document()["step"] == steps
     recipe = load_recipe(tiny.recipe, [f"training.steps={steps}", "training.validate_every=50"])
