@@ -145,7 +145,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(
     assert answer.code == 1
     assert "low-rank  2 of 2 steps" in answer.out and "w4a8" not in answer.out.replace(str(out), "")
     assert [path.name for path in out.iterdir()] == ["1-low-rank"]
-    assert answer.err.count("\n") == 1 and "interrupted; `muntin compress" in answer.err
+    assert answer.err.count("\n") == 2 and "\nmuntin: interrupted; `muntin compress" in answer.err
     again = shlex.split(answer.err.split("`")[1])
     assert again[-1] == "--resume"
     document = call(*again[1:], "--json").document()

@@ -105,6 +105,7 @@ def test_report_notes_other_processes(call: Call, run: Path, monkeypatch: pytest
             if told in answer.out:
                 break
     assert "note      Latency: other processes used " in answer.out and f" {told}.\n" in answer.out
+    assert "(beside other work)" in answer.out and json.loads((run / "report.json").read_text())["latency"]["others"] >= 0.1
     assert (
         any(told in note for note in json.loads((run / "report.json").read_text())["notes"]) and told in (run / "report.html").read_text()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from muntin.errors import DataError
-from muntin.reporting import render_html
+from muntin.reporting import render_html, terminal_table, text
 from muntin.reporting.charts import MOST_WORST
-from muntin.reporting.page import MOST_EXAMPLES
+from muntin.reporting.page import MOST_EXAMPLES, panes
+from muntin.reporting.schema import parse_report
 
 LOADING = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "formaction", "background"}
 EVIL = "<script>alert(1)</script>"
@@ -182,6 +185,26 @@ def test_more_worst_layers_than_drawn(report: dict[str, Any], drawn: Path, read_
     histogram = next(layer["histogram"] for layer in report["layers"] if layer["histogram"])
     report["layers"] = [{**layer, "histogram": histogram} for layer in report["layers"]]
     assert f"{len(report['layers']) - MOST_WORST} more are in report.json" in read_page(render_html(report, drawn)).text
+
+
+def test_latency_beside_other_work(report: dict[str, Any], drawn: Path) -> None:
+    report["latency"]["others"] = 0.05
+    quiet = render_html(report, drawn)
+    assert "× faster" in quiet and text.BESIDE not in quiet
+    report["latency"]["others"] = 0.93
+    checked = parse_report(report)
+    times = f"41.3 ms {text.ARROW} 6.9 ms"
+    assert f"{times} ({text.BESIDE})" in text.headline(checked)
+    assert (times, text.BESIDE) in [(pane.figure, pane.detail) for pane in panes(checked)]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(terminal_table(report))
+    assert isinstance(console.file, io.StringIO)
+    shown, page = console.file.getvalue(), render_html(report, drawn)
+    assert f"6.9 ms ({text.BESIDE})" in shown
+    for output in (page, shown):
+        assert f"Latencies were measured {text.BESIDE}, which used 0.9 cores" in output and "faster" not in output
+    report["steps"] = report["steps"][:1]
+    assert (text.milliseconds(41.3), f"at 512 × 512, {text.BESIDE}") in [(p.figure, p.detail) for p in panes(parse_report(report))]
 
 
 def test_page_of_an_uncompressed_model(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:

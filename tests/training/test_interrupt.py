@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import threading
+from io import StringIO
 
 import pytest
 
@@ -10,16 +13,43 @@ from muntin.training.interrupt import Interruption
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_by_signal(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+def test_interruption_by_signal(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    before, threads = signal.getsignal(number), threading.active_count()
     with Interruption() as interruption:
         assert not interruption.requested
+        interruption.work = "this step"
         os.kill(os.getpid(), number)
         assert interruption.requested
+    assert capsys.readouterr().err == "muntin: stops after this step, with a checkpoint; Ctrl-C again ends at once\n"
+    assert (threading.active_count(), signal.set_wakeup_fd(-1)) == (threads, -1)
     with pytest.raises(ZeroDivisionError), Interruption():
         assert signal.getsignal(number) is not before
         raise ZeroDivisionError
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe of POSIX")
+def test_answer_during_a_call_into_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a backward pass: this one ends by the line itself, and Python has run no signal handler by then."""
+    receiver, sender = os.pipe()
+    requested = []
+
+    class Errors(StringIO):
+        def write(self, text: str) -> int:
+            requested.append(interruption.requested)
+            os.write(sender, b".")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Errors())
+    with Interruption() as interruption:
+        # To a thread of its own, because a signal that the main thread receives would end the call.
+        thread = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+        thread.start()
+        ctypes.CDLL(None).read(receiver, ctypes.create_string_buffer(1), 1)
+        thread.join()
+    assert requested[0] is False and interruption.requested
+    os.close(receiver)
+    os.close(sender)
 
 
 def test_second_signal() -> None:

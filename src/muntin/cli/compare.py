@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, print_table, status
+from muntin.cli.console import out, print_json, print_notes, print_table, say_notes, status
 from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.start import prepare_torch
 
 if TYPE_CHECKING:
     from muntin.artifact.manifest import Task
@@ -20,13 +21,15 @@ def compare_command(
     json: JsonOption = False,
 ) -> None:
     """Compare all artefacts of a run with each other and with PyTorch FP32, and say which one to take and which are missing."""
+    start = prepare_torch()  # before PyTorch is imported
+    say_notes(() if json else start)
     from muntin.deployment.artifact_comparison import compare_run
     from muntin.training import read_checkpoint
 
     with status("comparing") as stage:
         compared = compare_run(read_checkpoint(run), rounds=rounds, stage=stage)
     if json:
-        print_json(compared)
+        print_json(compared | {"notes": [*start, *compared["notes"]]})
         return
     print_artifacts(compared["artifacts"], task=compared["task"], title=compared["title"])
     for entry in compared["missing"]:

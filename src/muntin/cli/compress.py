@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, say
+from muntin.cli.console import out, print_json, print_notes, say, say_notes
 from muntin.cli.options import JsonOption
+from muntin.cli.start import prepare_torch
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def compress_command(
     json: JsonOption = False,
 ) -> None:
     """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
+    notes = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import FOLDER
     from muntin.errors import RecipeError
     from muntin.models.compression_record import STAGES
@@ -43,10 +45,12 @@ def compress_command(
 
     file = find_checkpoint(checkpoint)
     directory = output or file.parent.parent / FOLDER
-    run = compress_with_progress(read_checkpoint(file), directory, until=until, resume=resume, overrides=set_ or ())
+    trained = read_checkpoint(file)
+    say_notes(() if json else notes)
+    run = compress_with_progress(trained, directory, until=until, resume=resume, overrides=set_ or ())
     if json:
         document = {"directory": run.directory, "interrupted": run.interrupted, "checkpoint": run.checkpoint}
-        print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": run.notes})
+        print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": [*notes, *run.notes]})
     else:
         describe_compression(run)
     if run.interrupted:
@@ -59,7 +63,7 @@ def compress_command(
 def compress_with_progress(
     checkpoint: Checkpoint, directory: Path, *, until: Stage = "mixed", resume: bool, overrides: list[str] | tuple[str, ...] = ()
 ) -> CompressionRun:
-    """Run `compress_checkpoint` with a bar on a terminal."""
+    """Run `compress_checkpoint` and show its progress."""
     from muntin.compression.stages import compress_checkpoint
     from muntin.errors import RecipeError
     from muntin.training.recipe import override_recipe

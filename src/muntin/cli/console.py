@@ -1,4 +1,4 @@
-"""Output that every command shares: tables, notes, progress on a terminal, one JSON document."""
+"""Output that every command shares: tables, notes, progress, one JSON document."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +29,8 @@ SHOWN = 12
 """Maximum number of class names in a line."""
 UNBOUNDED = 10_000
 """Width, in columns, of the console that measures a table."""
+FIRST_S, EVERY_S = 5.0, 30.0
+"""Seconds until the first line of progress in a pipe or a file, and between two lines."""
 
 
 def print_json(document: Any) -> None:
@@ -90,11 +95,53 @@ def say(text: str) -> None:
     err.print(text)
 
 
+def say_notes(notes: Iterable[object]) -> None:
+    """Print a line for each note on standard error, at once: a command's results come later."""
+    for note in notes:
+        say(f"note      {note}")
+
+
+@contextmanager
+def progress_lines(text: str) -> Iterator[Callable[[str, float | None], None]]:
+    """Print what a command does on standard error, where that is no terminal: after `FIRST_S`, then every `EVERY_S` seconds.
+
+    Yields `show(text, left)`, which sets the text of the next line and the seconds left; None prints the seconds since the start instead.
+    """
+    shown: tuple[str, float | None] = (text, None)
+    ended, started = Event(), monotonic()
+
+    def show(text: str, left: float | None) -> None:
+        nonlocal shown
+        shown = (text, left)
+
+    def print_lines() -> None:
+        pause = FIRST_S
+        while not ended.wait(pause):
+            (text, left), pause = shown, EVERY_S
+            say(f"{text}, {_clock(monotonic() - started)} so far" if left is None else f"{text}, {_clock(left)} left")
+
+    thread = Thread(target=print_lines, name="muntin-progress", daemon=True)
+    thread.start()
+    try:
+        yield show
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield `advance(done, total)`, which moves a bar on a terminal and does nothing in a pipe."""
+    """Yield `advance(done, total)`, which moves a bar on a terminal and sets the line that is printed elsewhere (`progress_lines`)."""
     if not err.is_terminal:
-        yield lambda done, total: None
+        started = monotonic()
+        with progress_lines(description) as show:
+            yield lambda done, total: show(
+                f"{description}: {done} of {total}", (monotonic() - started) / done * (total - done) if done else None
+            )
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
@@ -104,9 +151,10 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def status(description: str) -> Iterator[Callable[[str], None]]:
-    """Yield `stage(name)`, which shows a stage on a terminal and does nothing in a pipe."""
+    """Yield `stage(name)`, which shows a stage on a terminal and sets the line that is printed elsewhere (`progress_lines`)."""
     if not err.is_terminal:
-        yield lambda name: None
+        with progress_lines(description) as show:
+            yield lambda name: show(f"{description}: {name}", None)
         return
     with err.status(Text(description)) as spinner:  # Text, because rich reads "[x]" in a str as markup
         yield lambda name: spinner.update(Text(f"{description}: {name}"))

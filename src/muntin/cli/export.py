@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, status
+from muntin.cli.console import out, print_json, print_notes, say_notes, status
 from muntin.cli.options import JsonOption
+from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
 
 
@@ -43,6 +44,7 @@ def export_command(
         else:
             out.print(_written(written))
         return
+    start = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import broken_off
     from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
@@ -51,6 +53,7 @@ def export_command(
         raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
     file = find_checkpoint(checkpoint)
     target = output or file.parent.parent / ARTIFACT
+    say_notes(() if json else start)
     with status("exporting"):
         trained = quantized_by(read_checkpoint(file), set_ or ())
         replaced = other_artifact(trained, target, integer=not floating)
@@ -65,7 +68,7 @@ def export_command(
     notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
     if json:
         document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
-        print_json(document | {"precision": manifest.precision, "int8_layers": integer_layers, "kept": kept, "notes": notes})
+        print_json(document | {"precision": manifest.precision, "int8_layers": integer_layers, "kept": kept, "notes": [*start, *notes]})
         return
     done = "is there " if reused else "wrote    "
     out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {integer_layers} layers in INT8, others in {manifest.precision}")

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from muntin.cli.compare import print_artifacts, print_size
-from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, status
+from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, say_notes, status
 from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.start import prepare_torch
 
 REPORT_LOCK = ".report.lock"
 """Name of the lock of `report` and `demo` in the folder of the report. `fit` and `compress` have locks of their own."""
@@ -23,14 +24,17 @@ def report_command(
     json: JsonOption = False,
 ) -> None:
     """Quantise, export, verify and measure a run on its test split; write report.html and report.json."""
+    start = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.file_lock import folder_in_use
     from muntin.training import find_checkpoint
 
     checkpoint = find_checkpoint(run)
     folder = output or checkpoint.parent.parent
     refuse_unwritable(folder)
-    with folder_in_use(folder, "muntin report", name=REPORT_LOCK) as notes:
-        _finish(checkpoint, folder, json, before=_said(notes, json))
+    with folder_in_use(folder, "muntin report", name=REPORT_LOCK) as locked:
+        notes = (*start, *locked)
+        say_notes(() if json else notes)
+        _finish(checkpoint, folder, json, before=notes)
 
 
 def demo_command(
@@ -41,9 +45,12 @@ def demo_command(
     """Train, compress, export, verify and measure a model of a satellite photograph, and report. Run again, it continues."""
     from muntin.artifact.file_lock import folder_in_use
 
+    start = prepare_torch()  # before PyTorch is imported
     refuse_unwritable(output)
-    with folder_in_use(output, "muntin demo", name=REPORT_LOCK) as notes:
-        _demo(output, set_ or (), json, _said(notes, json))
+    with folder_in_use(output, "muntin demo", name=REPORT_LOCK) as locked:
+        notes = (*start, *locked)
+        say_notes(() if json else notes)
+        _demo(output, set_ or (), json, notes)
 
 
 def _demo(output: Path, changes: Iterable[str], json: bool, before: tuple[str, ...]) -> None:
@@ -70,14 +77,6 @@ def _demo(output: Path, changes: Iterable[str], json: bool, before: tuple[str, .
     if not json:
         describe_compression(run)
     _finish(result.checkpoint, output, json, before=(*before, *result.notes, *run.notes))
-
-
-def _said(notes: tuple[str, ...], json: bool) -> tuple[str, ...]:
-    """Print notes on standard error, unless they go into a JSON document, and return them."""
-    if not json:
-        for note in notes:
-            say(f"note      {note}")
-    return notes
 
 
 def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[str] = ()) -> None:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from muntin.cli.console import err, out, print_json, print_notes, progress_bar, refuse_unwritable, say
+from muntin.cli.console import err, out, print_json, print_notes, progress_bar, progress_lines, refuse_unwritable, say, say_notes
 from muntin.cli.options import JsonOption
+from muntin.cli.start import prepare_torch
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -32,11 +33,14 @@ def fit_command(
     json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe."""
+    notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import load_recipe
 
-    result = fit_with_progress(load_recipe(recipe, set_ or ()), root=recipe.resolve().parent, directory=output, resume=resume, quiet=json)
+    loaded = load_recipe(recipe, set_ or ())
+    say_notes(() if json else notes)
+    result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json)
     if json:
-        print_json({**asdict(result), "validation": result.validation})
+        print_json({**asdict(result), "validation": result.validation, "notes": [*notes, *result.notes]})
     else:
         describe_fit(result)
     if result.interrupted:
@@ -57,7 +61,7 @@ def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, res
         def show(progress: FitProgress) -> None:
             if progress.kind == "note":
                 if not quiet:
-                    say(f"note      {progress.note}")
+                    say_notes([progress.note])
             else:
                 report("training", progress)
 
@@ -66,30 +70,56 @@ def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, res
 
 @contextmanager
 def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
-    """Yield `report(description, progress)`, which moves a bar on a terminal and does nothing in a pipe."""
+    """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere."""
     if not err.is_terminal:
-        yield lambda description, progress: None
+        with progress_lines("preparing") as show:
+
+            def report(description: str, progress: FitProgress) -> None:
+                if progress.kind != "note":
+                    show(*_line(description, progress, task))
+
+            yield report
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
     with Progress(*columns, console=err) as bar:
-        shown = bar.add_task("", total=None, figures="")
+        shown = bar.add_task("preparing", total=None, figures="")
 
-        def report(description: str, progress: FitProgress) -> None:
-            label = "checking data" if progress.kind == "check" else description
-            bar.update(shown, description=label, completed=progress.step, total=progress.steps)
+        def move(description: str, progress: FitProgress) -> None:
+            if progress.kind == "validating":  # the bar stays at the step
+                bar.update(shown, description=f"validating {progress.step}/{progress.steps}")
+            elif progress.kind != "note":
+                bar.update(shown, description=_label(description, progress), completed=progress.step, total=progress.steps)
             if progress.kind == "step":
                 bar.update(shown, figures=_figures(progress, task))
 
-        yield report
+        yield move
+
+
+def _label(description: str, progress: FitProgress) -> str:
+    if progress.kind == "check":
+        return "checking data"
+    return f"preparing {description}" if progress.kind == "prepare" else description
+
+
+def _line(description: str, progress: FitProgress, task: str) -> tuple[str, float | None]:
+    """Return a line for a pipe or a file, without the time left, and the seconds left if known."""
+    if progress.kind == "prepare":
+        return _label(description, progress), None
+    doing = f"{description}, validating" if progress.kind == "validating" else _label(description, progress)
+    figures = _figures(progress, task)
+    return f"{doing}: {progress.step} of {progress.steps}{figures and f', {figures}'}", progress.seconds_left
 
 
 def _figures(progress: FitProgress, task: str) -> str:
-    metric = "mIoU" if task == "segment" else "accuracy"
-    score = "" if progress.score is None else f"  validation {metric} {progress.score:.3f}"
-    return f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s{score}"
+    parts = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
+    if (rate := progress.images_per_second) is not None:
+        parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s")
+    if progress.score is not None:
+        parts.append(f"validation {'mIoU' if task == 'segment' else 'accuracy'} {progress.score:.3f}")
+    return ", ".join(parts)
 
 
 def describe_fit(result: FitResult) -> None:
@@ -112,6 +142,7 @@ def evaluate_command(
     json: JsonOption = False,
 ) -> None:
     """Score a checkpoint, or an artefact exported from it, on a split of its data."""
+    start = prepare_torch()  # before PyTorch is imported
     from muntin.artifact import open_artifact
     from muntin.artifact.store import MANIFEST
     from muntin.compression import load_model
@@ -144,11 +175,12 @@ def evaluate_command(
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
         )
+    say_notes(() if json else start)
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
     notes = (*broken_off(loaded), *result.notes)
     if json:
-        print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": notes})
+        print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": (*start, *notes)})
         return
     metric = "mIoU" if result.task == "segment" else "accuracy"
     numbers = number_format(session.precision, integers=artifact is not None and open_artifact(artifact).manifest.integers)

@@ -29,7 +29,7 @@ from muntin.errors import CheckpointError, RecipeError
 from muntin.models.compression_record import STAGES, Change, CompressionRecord, Sensitivity, Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, checkpoints_in, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
-from muntin.training.interrupt import Interruption
+from muntin.training.interrupt import PREPARATION, Interruption
 from muntin.training.loop import FitProgress, Training, prepare_hardware
 from muntin.training.model_checks import check_maps
 from muntin.training.recipe import Recipe
@@ -227,6 +227,8 @@ class _Compression:
         folder = stage_folder(self.directory, stage)
         config = stage_training(self.recipe, stage)
         start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
+        interruption.work = PREPARATION
+        self.report(stage, FitProgress(kind="prepare", step=0, steps=config.steps))
         if start is None:
             torch.manual_seed(self.recipe.seed)
             model, record = self._begin(stage, before)

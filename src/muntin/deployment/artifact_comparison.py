@@ -62,8 +62,7 @@ class ArtifactComparison:
     """Result of `compare_artifacts`, by the names of the rows.
 
     `record`: plain values, `ArtifactsRecord` of `muntin.reporting`. `tests`: evaluations on the test split, of the reference too. `labels`:
-    of one artefact, for each test sample. `seconds`: of the evaluations. `others`: cores' worth of CPU time that other processes used
-    during the timings.
+    of one artefact, for each test sample. `seconds`: of the evaluations.
     """
 
     record: dict[str, Any]
@@ -71,7 +70,6 @@ class ArtifactComparison:
     tests: dict[str, Evaluation]
     labels: list[Labels]
     seconds: dict[str, float]
-    others: float | None
     notes: tuple[str, ...]
 
 
@@ -161,12 +159,12 @@ def compare_artifacts(
             "rows": list(rows.values()),
             "take": chosen["name"],
             "rule": RULE,
+            "others": watch.others,
         },
         sessions=opened,
         tests=tests,
         labels=kept,
         seconds=seconds,
-        others=watch.others,
         notes=tuple(f"Latency: {note}." for note in notes_on(watch.others)),
     )
 

@@ -108,7 +108,7 @@ class _Comparison:
             **self._about(changes),
             "steps": steps,
             "artifacts": compared.record | {"described": subject.name},
-            "latency": self._latency(compared.record, subject.name),
+            "latency": self._latency(compared.record, subject.name) | {"others": compared.record["others"]},
             "agreement": equal_labels(self.test, labels, compared.labels),
             "ranks": rank_rows(model, changes, record.widths) if self.stages and record is not None else [],
             "layers": layer_rows(artifact, session, simulated, changes, calibration[:2], macs=layer_macs(simulated, self.probe)),

@@ -67,6 +67,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "has_weights": has_weights(report),
         "has_latency": has_latency(report),
         "artifacts": _artifacts(report),
+        "disturbance": text.disturbance(report),
         "class_scale": _class_scale(report),
         "charts": charts.training_charts(report),
         "line_frame": charts.LINES,
@@ -91,14 +92,16 @@ def panes(report: Report) -> list[Pane]:
             Pane(label="Size", figure=text.size(last.bytes), detail=f"{text.amount(last.params)} parameters"),
         ]
         if last.latency_ms is not None:
-            single.append(Pane(label="Latency", figure=text.milliseconds(last.latency_ms), detail=timed_at))
+            detail = f"{timed_at}, {text.BESIDE}" if report.disturbed else timed_at
+            single.append(Pane(label="Latency", figure=text.milliseconds(last.latency_ms), detail=detail))
         return single
     changes = []
     if smaller := text.ratio(first.bytes, last.bytes, less="smaller", more="larger"):
         changes.append(Pane(label="Size", figure=smaller, detail=text.from_to(text.size(first.bytes), text.size(last.bytes))))
     if faster := text.ratio(first.latency_ms, last.latency_ms, less="faster", more="slower"):
-        detail = text.from_to(text.milliseconds(first.latency_ms), text.milliseconds(last.latency_ms))
-        changes.append(Pane(label=f"Latency {timed_at}".strip(), figure=faster, detail=detail))
+        figures = faster, text.from_to(text.milliseconds(first.latency_ms), text.milliseconds(last.latency_ms))
+        figure, detail = (figures[1], text.BESIDE) if report.disturbed else figures
+        changes.append(Pane(label=f"Latency {timed_at}".strip(), figure=figure, detail=detail))
     change = f"{text.change(first.miou, last.miou, metric.digits)}{metric.unit}"
     changes.append(Pane(label=metric.name, figure=change, detail=text.from_to(metric(first.miou), metric(last.miou))))
     if report.agreement is not None:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import Task
 from muntin.reporting.records import Amount, Count, Hardware, IsoTime, PositiveCount, Record, Share, Text, check_unique, parse_record
+from muntin.runtime.profiling.contention import BUSY
 
 FORMAT = 1
 
@@ -52,12 +53,26 @@ class LatencyRow(Record):
     p90_ms: Amount
 
 
-class LatencyRecord(Record):
-    """Timings of one run at one size (pixels), interleaved over `rounds`; the first row is the baseline."""
+class TimingsRecord(Record):
+    """Timings at one size (pixels), interleaved over `rounds`.
+
+    `others`: cores' worth of CPU time that other processes used meanwhile; null where unknown.
+    """
 
     height: PositiveCount
     width: PositiveCount
     rounds: PositiveCount
+    others: Amount | None = None
+
+    @property
+    def disturbed(self) -> bool:
+        """Return whether other processes used so much of the CPUs that times are too long and ratios doubtful."""
+        return self.others is not None and self.others >= BUSY
+
+
+class LatencyRecord(TimingsRecord):
+    """Timings of one run; the first row is the baseline."""
+
     rows: Annotated[tuple[LatencyRow, ...], Field(min_length=1)]
 
 
@@ -80,16 +95,13 @@ class ArtifactRow(Record):
     peak_mib: Amount | None = None
 
 
-class ArtifactsRecord(Record):
+class ArtifactsRecord(TimingsRecord):
     """The deployed artefacts of a run after the FP32 model, measured together at one size, which was chosen for the `size_reason`.
 
     `take`: the name of the one to take, chosen by the `rule`, in which the test score has no part. `samples`: of each split. `described`:
     the one that a report's headline and layers describe.
     """
 
-    height: PositiveCount
-    width: PositiveCount
-    rounds: PositiveCount
     size_reason: Text
     samples: dict[str, Count]
     rows: Annotated[tuple[ArtifactRow, ...], Field(min_length=2)]
@@ -230,6 +242,11 @@ class Report(Record):
     notes: tuple[str, ...] = ()
     recipe: str | None = None
 
+    @property
+    def disturbed(self) -> bool:
+        """Return whether the latencies were measured beside other work (`LatencyRecord.disturbed`)."""
+        return self.latency is not None and self.latency.disturbed
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [entry.name for entry in self.classes]
@@ -260,14 +277,17 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
-    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, a step's `weights`, a
-    layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep their content.
+    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, a step's `weights`,
+    the latency's `others`, a layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep
+    their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
     for key in {"artifacts", "counted", "ranks"} - report.model_fields_set:
         del values[key]
+    if report.latency is not None and "others" not in report.latency.model_fields_set:
+        del values["latency"]["others"]
     for row, step in zip(values["steps"], report.steps, strict=True):
         if "weights" not in step.model_fields_set:
             del row["weights"]

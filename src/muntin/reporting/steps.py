@@ -18,7 +18,10 @@ from muntin.reporting.schema import FORMAT, ArtifactRow, ArtifactsRecord, Report
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A number of the table and how it compares with the first step ('' in the first step and where nothing changed)."""
+    """A number of the table and how it compares with the first step ('' in the first step and where nothing changed).
+
+    A latency that was measured beside other work says so in place of the comparison.
+    """
 
     figure: str
     against: str = ""
@@ -56,7 +59,8 @@ def step_cells(report: Report, step: StepRecord, *, short: bool = False) -> list
     cells.append(cell(text.size(step.bytes), first.bytes, step.bytes, size_words))
     cells.append(cell(text.gmacs(step.gmacs), first.gmacs, step.gmacs, count_words))
     if has_latency(report):
-        cells.append(cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower")))
+        latency = cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower"))
+        cells.append(Cell(figure=latency.figure, against=text.BESIDE) if report.disturbed and step.latency_ms is not None else latency)
     return cells
 
 
@@ -88,7 +92,10 @@ def artifact_cells(artifacts: ArtifactsRecord, row: ArtifactRow, task: Task, *, 
         cell(metric(row.test), text.change(first.test, row.test, metric.digits)),
         cell(text.DASH if row is first else text.percent(row.same_labels), None),
         cell(text.size(row.bytes), text.ratio(first.bytes, row.bytes, less=less, more="more" if short else "larger")),
-        cell(text.milliseconds(row.median_ms), text.ratio(first.median_ms, row.median_ms, less="faster", more="slower")),
+        cell(
+            text.milliseconds(row.median_ms),
+            text.BESIDE if artifacts.disturbed else text.ratio(first.median_ms, row.median_ms, less="faster", more="slower"),
+        ),
         cell(text.milliseconds(row.p90_ms), None),
     ]
     if has_peaks(artifacts):
@@ -127,8 +134,9 @@ def terminal_table(report: Report | Mapping[str, Any]) -> Table:
     checked = parse_report(report)
     # Text instead of str, because rich reads "[red]" in a str as markup, and names are the user's.
     # No lines between columns: 80 columns are just enough for the longest figure of each.
+    caption = "\n".join(filter(None, (text.disturbance(checked), checked.hardware.cpu)))
     table = Table(
-        title=Text(checked.title), title_justify="left", caption=Text(checked.hardware.cpu), caption_justify="left",
+        title=Text(checked.title), title_justify="left", caption=Text(caption), caption_justify="left",
         box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False,
     )  # fmt: skip
     weights, latency = ["weights"] if has_weights(checked) else [], ["latency"] if has_latency(checked) else []

@@ -16,6 +16,8 @@ ARROW = "\N{RIGHTWARDS ARROW}"
 UNCHANGED = "unchanged"
 # Shown in place of a value that was not measured.
 DASH = "–"
+# Shown beside a latency, in place of its ratio, where `LatencyRecord.disturbed`.
+BESIDE = "beside other work"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,13 @@ def machine_facts(hardware: Hardware, muntin: str) -> list[tuple[str, str]]:
     return facts
 
 
+def disturbance(report: Report) -> str:
+    """Return a sentence on other processes that used the CPUs while latencies were measured, '' if none did."""
+    if report.latency is None or report.latency.others is None or not report.disturbed:
+        return ""
+    return f"Latencies were measured {BESIDE}, which used {report.latency.others:.1f} cores: they are too long. Measure again, alone."
+
+
 def headline(report: Report) -> str:
     """Return the report in one sentence, computed from its first and last steps."""
     parts, closing = headline_parts(report)
@@ -165,7 +174,7 @@ def headline_parts(report: Report) -> tuple[list[str], str]:
     last, metric, arrow = ends[-1], METRICS[report.task], f" {ARROW} "
     parts = [arrow.join(size(step.bytes) for step in ends)]
     if all(step.latency_ms is not None for step in ends):
-        parts.append(arrow.join(milliseconds(step.latency_ms) for step in ends))
+        parts.append(arrow.join(milliseconds(step.latency_ms) for step in ends) + (f" ({BESIDE})" if report.disturbed else ""))
     parts.append(f"{metric.name} {arrow.join(metric(step.miou) for step in ends)}")
     if last.name != "deployed":
         return parts, ""

@@ -94,9 +94,13 @@ class MetricsLog:
 
 @dataclass(frozen=True, kw_only=True)
 class FitProgress:
-    """Progress of a run. Notes (`FitResult.notes`) are reported before the first step."""
+    """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
 
-    kind: Literal["check", "note", "step", "validation"]
+    `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step), "step" (each one; `loss` is a mean
+    over at most 10), "validating" (`step` of `steps` pictures), "validation" (its end).
+    """
+
+    kind: Literal["check", "note", "prepare", "step", "validating", "validation"]
     step: int
     steps: int
     loss: float | None = None
@@ -274,11 +278,16 @@ class Training:
             self.validation.pop()  # it was of the model before closing
         with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._validation_missing:
+                interruption.work = "the validation"
                 self._judge(log, samples, validation)
                 path = self._write()
+                if interruption.requested:
+                    return path
             started, first = time.perf_counter(), self.step
             before = self.seconds
             for step, (images, target) in prefetch(crops.batch, self.step, self.step if self.finished else config.steps):
+                validated = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
+                interruption.work = "this step and its validation" if validated else "this step"
                 random.seed(self.seed * config.steps + step)  # random numbers that a model draws outside of PyTorch
                 np.random.seed((self.seed * config.steps + step) % 2**32)
                 done = config.share_done(step + 0.5, before + time.perf_counter() - started)
@@ -290,11 +299,13 @@ class Training:
                 ended = self.finished
                 if ended:
                     self._close_gates(samples)
+                rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                 if self.step % LOG_EVERY == 0 or ended:
-                    rate = (self.step - first) * config.batch_size / (time.perf_counter() - started)
                     self._log_step(log, sum(self.losses) / len(self.losses), rate)
                     self.losses = []
+                self._report_step(rate)
                 if judged := self.step % config.validate_every == 0 or ended:
+                    interruption.work = "this validation"
                     self._judge(log, samples, validation)
                     self.seconds = before + time.perf_counter() - started
                     # The minutes may end during validation. If gates are then closed, the model is another one and needs one more step.
@@ -348,6 +359,9 @@ class Training:
         }  # fmt: skip
         self.curve.append(point)
         self._log(log, "training", point)
+
+    def _report_step(self, rate: float) -> None:
+        loss = self.curve[-1]["loss"] if self.curve else sum(self.losses) / len(self.losses)
         left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
         self.report(
@@ -370,7 +384,7 @@ class Training:
         """Recalibrate the norms and validate."""
         with self._saved_on_error():
             self._renew_statistics(samples)
-            result = evaluate(self.session, validation, tile=tile_of(self.recipe.data.crop))
+            result = evaluate(self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating)
             point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
             if self.recipe.task == "segment":
                 point["miou"] = result.miou
@@ -378,6 +392,9 @@ class Training:
             self._log(log, "validation", point)
             self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
             self._note_collapse()
+
+    def _report_validating(self, done: int, total: int) -> None:
+        self.report(FitProgress(kind="validating", step=done, steps=total))
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:

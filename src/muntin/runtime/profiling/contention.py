@@ -24,6 +24,8 @@ from muntin.text import count
 
 BUSY = 0.1
 """Cores' worth of other processes' CPU time from which on timings are doubtful."""
+BUSY_MACHINE = 0.25
+"""Cores' worth of other processes' CPU time from which on a machine counts as busy before anything is measured."""
 SHORTEST = 0.1
 """Seconds below which the system's count of CPU time, in steps of 10 ms, is too coarse."""
 _BLOCK = bytes(1 << 22)  # hashing it takes milliseconds, without the GIL
@@ -61,15 +63,23 @@ def watch_cpu() -> Iterator[CpuWatch]:
 
     Threads of this process do not count as others. Only CPUs that the calling thread may run on count.
     """
-    watch, cpus = CpuWatch(), affinity()
-    before, own, start = read_cpu_times(), time.process_time(), time.perf_counter()
+    watch = CpuWatch()
+    before, own, started = read_cpu_times(), time.process_time(), time.perf_counter()
     try:
         yield watch
     finally:
-        seconds, own = time.perf_counter() - start, time.process_time() - own
-        quota = cpu_quota()
-        spare = 0.0 if quota is None else max(0.0, len(cpus) - quota)
-        watch.others = compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=seconds, spare=spare)
+        watch.others = others_since(before, own=own, started=started)
+
+
+def others_since(before: Mapping[int, CpuTime], *, own: float, started: float) -> float | None:
+    """Cores' worth of CPU time of other processes on our CPUs since a reading; None for less than `SHORTEST` and where unknown.
+
+    `own`, `started`: `time.process_time()` and `time.perf_counter()` at the reading.
+    """
+    seconds, own = time.perf_counter() - started, time.process_time() - own
+    cpus, quota = affinity(), cpu_quota()
+    spare = 0.0 if quota is None else max(0.0, len(cpus) - quota)
+    return compare(before, read_cpu_times(), cpus=cpus, own=own, seconds=seconds, spare=spare)
 
 
 def notes_on(others: float | None, *, threads: int = 1) -> list[str]:
@@ -82,6 +92,18 @@ def notes_on(others: float | None, *, threads: int = 1) -> list[str]:
             f"{count(threads, 'thread')} on {count(cores, 'physical core')}: they wait for each other; compare with --threads {cores}"
         )
     return notes
+
+
+def notes_at_start(others: float | None) -> list[str]:
+    """A note for work that begins while other processes use `others` cores' worth of our CPUs."""
+    if others is None or others < BUSY_MACHINE:
+        return []
+    advice = "stop other programs (see `top`), or use fewer threads"
+    return [f"{others_use(others, len(affinity()))}: this takes longer, and its timings are unreliable: {advice}"]
+
+
+def others_use(others: float, cpus: int) -> str:
+    return f"other processes use {others:.1f} of our {count(cpus, 'CPU')}"
 
 
 def measure_cpu_share(threads: int, seconds: float = 0.3) -> CpuShare:

@@ -12,7 +12,7 @@ from typing import Literal
 from muntin.runtime.engines.compile_cache import cache_folder, compiled_folder
 from muntin.runtime.host.hardware import ISA_LIMITS
 from muntin.runtime.options import DEFAULT_ENGINE
-from muntin.runtime.profiling.contention import CpuShare
+from muntin.runtime.profiling.contention import BUSY_MACHINE, CpuShare, others_use
 from muntin.runtime.profiling.doctor_facts import (
     GPU_INSTALL,
     GPU_PROVIDERS,
@@ -28,8 +28,6 @@ from muntin.text import count
 Status = Literal["ok", "note", "problem"]
 """ok: as it should be; note: it works, slower or less steadily than it could; problem: results would be wrong, or there would be none."""
 
-BUSY = 0.25
-"""CPU cores' worth of other processes' time from which on timings suffer."""
 HELD_BACK = 0.85
 """Share of CPU time below which something holds our threads back."""
 SMALL_MEMORY = 1.0
@@ -153,8 +151,8 @@ def check_variables(variables: Mapping[str, str]) -> Iterator[Check]:
 def check_share(share: CpuShare, cpus: int, quota: float | None) -> Check:
     """A note where our threads do not get the CPU time that they could use. `cpus`: number of CPUs that they may run on."""
     got = f"{count(share.threads, 'busy thread')} got {share.share:.0%} of {'its' if share.threads == 1 else 'their'} time"
-    others = "" if share.others is None else f", other processes use {share.others:.1f} of our {count(cpus, 'CPU')}"
-    if share.others is not None and share.others >= BUSY:
+    others = "" if share.others is None else f", {others_use(share.others, cpus)}"
+    if share.others is not None and share.others >= BUSY_MACHINE:
         return _note("contention", f"{got}{others}: timings are unreliable now: stop other programs (see `top`), or use fewer threads")
     if share.share >= HELD_BACK:
         return _ok("contention", f"{got}{others}")
@@ -175,7 +173,7 @@ def check_ceilings(ceilings: Ceilings) -> Check:
     text = f"{rates} GMAC/s, copy {ceilings.copy_gb_s:.1f} GB/s, with {count(ceilings.threads, 'thread')}"
     if "i8" not in ceilings.gmacs:
         return _note("ceilings", f"{text}; INT8 layers run in float here: a float artefact is as fast")
-    if ceilings.others is not None and ceilings.others >= BUSY:
+    if ceilings.others is not None and ceilings.others >= BUSY_MACHINE:
         return _note("ceilings", f"{text}, while others used {ceilings.others:.1f} cores' time: more on a quiet machine")
     return _ok("ceilings", text)
 
