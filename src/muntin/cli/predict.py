@@ -12,7 +12,6 @@ import typer
 
 from muntin.cli.console import SHOWN, memory_advice, out, print_json, progress_bar, refuse_unwritable, say
 from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
-from muntin.cli.truth_masks import read_truth, write_difference
 from muntin.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
@@ -216,6 +215,7 @@ def _classify(session: Session, path: Path, max_pixels: int) -> Result:
 def _predict_map(session: Session, path: Path, output: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
     """Segment or restore one image and write the result's files."""
     from muntin.images import encode_png, overlay, read_image, write_image, write_whole
+    from muntin.images.truth_masks import read_truth, write_difference
     from muntin.runtime import predict
 
     signature, scale = session.signature, session.signature.scale

@@ -278,7 +278,7 @@ def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
     `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, a step's `weights`,
-    the latency's `others`, a layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep
+    `others` of timings, a layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep
     their content.
     """
     values = report.model_dump(mode="json")
@@ -286,8 +286,9 @@ def report_values(report: Report) -> dict[str, Any]:
         del values["recipe"]
     for key in {"artifacts", "counted", "ranks"} - report.model_fields_set:
         del values[key]
-    if report.latency is not None and "others" not in report.latency.model_fields_set:
-        del values["latency"]["others"]
+    for key, record in (("latency", report.latency), ("artifacts", report.artifacts)):
+        if record is not None and "others" not in record.model_fields_set:
+            del values[key]["others"]
     for row, step in zip(values["steps"], report.steps, strict=True):
         if "weights" not in step.model_fields_set:
             del row["weights"]

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact.classes import ClassInfo
 from muntin.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from muntin.artifact import ClassInfo
+from muntin.images.decoding import read_mask
+from muntin.images.painting import IGNORED, difference
+from muntin.images.writing import write_image
 
 
 def read_truth(
@@ -25,10 +25,6 @@ def read_truth(
 
     `size` is the (H, W) of the prediction. Adds to `notes`. Raises DataError for another size or values that are no class.
     """
-    import numpy as np
-
-    from muntin.images import IGNORED, read_mask
-
     mask = read_mask(path, max_pixels=max_pixels)
     allowed = f"0 to {len(classes) - 1}, and {IGNORED} for what is ignored"
     has_numbers = mask.ndim == 2
@@ -51,8 +47,6 @@ def read_truth(
 
 def _class_numbers(path: Path, mask_HWC: NDArray[np.uint8], classes: Sequence[ClassInfo], allowed: str) -> NDArray[np.uint8]:
     """Return the class number of each pixel by the colours of the artefact's classes. Raises DataError for any other colour."""
-    import numpy as np
-
     numbers = {entry.color: number for number, entry in enumerate(classes)}
     colors, places = np.unique(mask_HWC.reshape(-1, 3), axis=0, return_inverse=True)
     mask_colors = [tuple(color) for color in colors.tolist()]
@@ -69,7 +63,5 @@ def _class_numbers(path: Path, mask_HWC: NDArray[np.uint8], classes: Sequence[Cl
 
 def write_difference(path: Path, labels: NDArray[np.uint8], truth: NDArray[np.uint8]) -> float:
     """Write the difference picture and return the share of pixels with a class whose labels agree."""
-    from muntin.images import IGNORED, difference, write_image
-
     write_image(path, difference(labels, truth))
     return float((labels == truth)[truth != IGNORED].mean())

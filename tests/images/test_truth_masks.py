@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from muntin.artifact.classes import ClassInfo
-from muntin.cli.truth_masks import read_truth
 from muntin.errors import DataError
 from muntin.images import write_image
+from muntin.images.truth_masks import read_truth
 
 
 def test_truth_without_compared_pixels(tmp_path: Path) -> None:
