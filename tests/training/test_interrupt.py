@@ -32,7 +32,8 @@ def test_interruption_by_signal(number: signal.Signals, capsys: pytest.CaptureFi
 def test_answer_during_a_call_into_c(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as a backward pass: this one ends by the line itself, and Python has run no signal handler by then."""
     receiver, sender = os.pipe()
-    requested = []
+    read, byte = ctypes.CDLL(None).read, ctypes.create_string_buffer(1)
+    begun, interval, requested = threading.Event(), sys.getswitchinterval(), []
 
     class Errors(StringIO):
         def write(self, text: str) -> int:
@@ -43,9 +44,14 @@ def test_answer_during_a_call_into_c(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Errors())
     with Interruption() as interruption:
         # To a thread of its own, because a signal that the main thread receives would end the call.
-        thread = threading.Thread(target=lambda: signal.pthread_kill(threading.get_ident(), signal.SIGINT))
+        thread = threading.Thread(target=lambda: begun.wait() and signal.pthread_kill(threading.get_ident(), signal.SIGINT))
         thread.start()
-        ctypes.CDLL(None).read(receiver, ctypes.create_string_buffer(1), 1)
+        sys.setswitchinterval(60)  # the thread runs only when the main thread is in the call, and not before
+        try:
+            begun.set()
+            read(receiver, byte, 1)
+        finally:
+            sys.setswitchinterval(interval)
         thread.join()
     assert requested[0] is False and interruption.requested
     os.close(receiver)
