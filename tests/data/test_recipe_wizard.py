@@ -53,7 +53,8 @@ def open_recipe(path: Path) -> tuple[dict[str, Any], Any]:
 def test_documents_name_the_first_model(tmp_path: Path) -> None:
     """README and docs say which model the recipe of `init` trains, and for how long."""
     fill(tmp_path, [0, 1])
-    recipe = load_recipe(write_recipe(tmp_path))
+    path, _ = write_recipe(tmp_path)
+    recipe = load_recipe(path)
     name, training = recipe.model.name, recipe.training
     minutes = {5: "five", 10: "ten", 15: "fifteen"}[round(training.minutes or 0)]
     readme, quickstart, models = (" ".join((ROOT / page).read_text(encoding="utf-8").split()) for page in PAGES)

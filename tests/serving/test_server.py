@@ -44,7 +44,7 @@ from muntin.serving.server import Server
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.repository import Watcher
 from muntin.serving.versions.rollout import Rollout
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.opening import NotReadyError
 
 # geventhttpclient, which tritonclient's HTTP client is built on, warns of its own imports and leaves sockets to the collector
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
@@ -591,7 +591,7 @@ def test_watch_with_broken_versions(
         wait_until(lambda: len(looked) > 4, 60)
         assert server.slot.current is not None
         assert (server.slot.current.name, server.slot.ready) == ("2", True)
-        assert server.slot.current.warm >= {Call((rows, 8, 8), labels=True) for rows in range(1, 9)}
+        assert server.slot.current.compiled_sizes == {(8, 8)}
     # What may still be being copied is told at the second look; each is told once.
     assert [line.split(":")[0] for line in told[:4]] == ["version 3 is not loaded", "models", *(f"version {n} is not loaded" for n in "54")]
     assert not any("not loaded" in line for line in told[4:])
@@ -606,7 +606,7 @@ def test_watch_of_an_empty_directory(write_version: Callable[..., Path], tmp_pat
         write_version(tmp_path / "models" / "1", label=1)
         wait_until(lambda: server.slot.current is not None, 120)
         assert server.slot.current is not None
-        assert server.slot.current.warm == server.slot.current.start == {Call((rows, 8, 8), labels=True) for rows in (1, 2, 3)}
+        assert server.slot.current.compiled_sizes == {(8, 8)}
 
 
 def test_stop_while_loading(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

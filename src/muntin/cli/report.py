@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from muntin.cli.compare import print_artifacts, print_size
 from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, say_notes, status
 from muntin.cli.options import CheckpointArgument, JsonOption
 from muntin.cli.start import prepare_torch
+
+if TYPE_CHECKING:
+    from muntin.training import Recipe
 
 REPORT_LOCK = ".report.lock"
 """Name of the lock of `report` and `demo` in the folder of the report. `fit` and `compress` have locks of their own."""
@@ -46,23 +49,25 @@ def demo_command(
     from muntin.artifact.file_lock import folder_in_use
 
     start = prepare_torch()  # before PyTorch is imported
+    from muntin.training import load_recipe
+
+    with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
+        recipe = load_recipe(path, set_ or ())
     refuse_unwritable(output)
     with folder_in_use(output, "muntin demo", name=REPORT_LOCK) as locked:
         notes = (*start, *locked)
         say_notes(() if json else notes)
-        _demo(output, set_ or (), json, notes)
+        _demo(recipe, output, json, notes)
 
 
-def _demo(output: Path, changes: Iterable[str], json: bool, before: tuple[str, ...]) -> None:
+def _demo(recipe: Recipe, output: Path, json: bool, before: tuple[str, ...]) -> None:
     """Run all steps of the demonstration, in a folder that no other process works in. `before`: notes that were printed."""
     from muntin.cli.compress import compress_with_progress, describe_compression
     from muntin.cli.train import describe_fit, fit_with_progress
     from muntin.compression.stages import FOLDER
-    from muntin.training import load_recipe, read_checkpoint
+    from muntin.training import read_checkpoint
     from muntin.training.checkpoint import checkpoints_in
 
-    with resources.as_file(resources.files("muntin") / "recipes" / "demo.yaml") as path:
-        recipe = load_recipe(path, changes)
     begun = bool(checkpoints_in(output / "checkpoints"))
     result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json)
     if result.stop_requested:
