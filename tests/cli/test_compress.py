@@ -183,7 +183,7 @@ def test_compress_notes_stages_without_steps(call: Call, exported: Any, tmp_path
 
 
 def test_compress_after_an_interrupted_training(call: Call, exported: Any, tmp_path: Path) -> None:
-    run, note = tmp_path / "run", "step 3 of 6: `muntin fit --resume` goes on"
+    run, note = tmp_path / "run", "step 3 of 6: `muntin fit RECIPE --resume` goes on"
     shutil.copytree(exported.run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
     assert f"note      {note}\n" in call("evaluate", run).out
     assert note in call("export", run, "--json").document()["notes"]
@@ -294,7 +294,7 @@ def test_report_of_an_unfinished_compression(call: Call, copied: Path) -> None:
     document = call("report", copied, "--json").document()
     assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
     assert document["ranks"] == []
-    assert [note for note in document["notes"] if "are not done; `muntin compress --resume` goes on with them" in note]
+    assert [note for note in document["notes"] if "are not done; `muntin compress RUN --resume` goes on with them" in note]
 
 
 def test_report_after_an_interrupted_stage(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def at(checkpoint: Checkpoint, **state: Any) -> Checkpoint:
 def test_copied_checkpoint_is_broken_off(compressed: Compressed, tmp_path: Path) -> None:
     copied = read_checkpoint(shutil.copytree(compressed.origin.path, tmp_path / "best"))
     assert broken_off(copied) == ()
-    assert broken_off(at(copied, step=3)) == (f"step 3 of {STEPS}: `muntin fit --resume` goes on",)
+    assert broken_off(at(copied, step=3)) == (f"step 3 of {STEPS}: `muntin fit RECIPE --resume` goes on",)
 
 
 def test_missing_data_folder(compressed: Compressed, tmp_path: Path) -> None:
@@ -566,7 +566,7 @@ def test_interrupted_validation(compressed: Compressed, tmp_path: Path, monkeypa
     (folder,) = (path for path in (tmp_path / "again").iterdir() if path.is_dir())
     left = read_checkpoint(folder)
     assert (left.state.step, left.state.validation) == (STEPS, [])
-    assert broken_off(left) == ("its last step was not validated: `muntin compress --resume` does it",)
+    assert broken_off(left) == ("its last step was not validated: `muntin compress RUN --resume` does it",)
     run = compress_checkpoint(compressed.origin, tmp_path / "again", until="low-rank", resume=True)
     assert run.stages[0].score is not None
     assert_same_state(compressed.stage("low-rank"), read_checkpoint(run.checkpoint))

@@ -22,7 +22,7 @@ def row(name: str, validation: float, ms: float, size: int, test: float = 0.5) -
         ([row("slow", 0.7, 9, 1), row("fast", 0.7, 5, 9)], "fast"),
         ([row("best", 0.5, 9, 9), row("within", 0.49, 5, 9), row("below", 0.489, 1, 1)], "within"),
         ([row("best", 0.7, 9, 1), row("fast", 0.68, 1, 1)], "best"),
-        ([row("fastest", 0.7, 100, 9), row("as fast", 0.7, 105, 5), row("smaller", 0.7, 106, 1)], "as fast"),
+        ([row("fastest", 0.7, 100, 9), row("as fast", 0.7, 110, 5), row("smaller", 0.7, 111, 1)], "as fast"),
         ([row("validated", 0.7, 5, 5, test=0.1), row("tested", 0.6, 1, 1, test=0.9)], "validated"),
     ],
     ids=["the fastest", "at the margin", "none within the margin", "equal latency", "the test score does not count"],

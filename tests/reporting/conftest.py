@@ -359,6 +359,7 @@ def sample_profile() -> Row:
         "whole_ms": 4.5,
         "profiled_ms": profiled,
         "kernels_ms": total,
+        "others": 0.0,
         "ceilings": {"gmacs": dict(GMACS), "copy_gb_s": COPY_GB_S},
         "kernels": kernels,
         "kinds": kinds,

@@ -76,7 +76,7 @@ def alive(pid: int) -> bool:
 def session(write_pixels: Callable[..., Path], tmp_path: Path) -> Iterator[RemoteSession]:
     """A session of a model whose scores are the pixels."""
     path = write_pixels(tmp_path / "pixels")
-    session = open_remote(path, OPTIONS, [EXAMPLE], rest=0.0, seconds=60.0, stopped=lambda: False).session
+    session = open_remote(path, OPTIONS, [EXAMPLE], seconds=60.0).session
     assert isinstance(session, RemoteSession)
     yield session
     session.close()

@@ -12,7 +12,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.training.evaluation import Evaluation, collapse, evaluate, predictions, tile_of
+from muntin.training.evaluation import Evaluation, collapse, evaluate, poor_classes, predictions, tile_of
 
 NAMES = ("sea", "land", "ice", "rock")
 
@@ -129,6 +129,13 @@ def test_tiles_and_progress() -> None:
     assert {shape[1:3] for shape in session.shapes} == {(16, 16)}
     assert [entry.shape for _, entry in labels] == [(20, 30)] * 2
     assert notes == [(1, 2), (2, 2)]
+
+
+def test_classes_hardly_ever_found() -> None:
+    last = {"step": 8, "score": 0.5, "by_class": {"sea": 0.9, "ice": 0.03, "none": None, "road": 0.1}}
+    (note,) = poor_classes([{"step": 4, "by_class": {"sea": 0.0}}, last])
+    assert note.startswith("hardly ever found in the validation split: ice (less than 10% of it)")
+    assert poor_classes([]) == poor_classes([{"step": 8, "score": 0.5}]) == ()
 
 
 # ---- a collapse of the score ----

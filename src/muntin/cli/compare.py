@@ -42,10 +42,12 @@ def compare_command(
 def print_artifacts(artifacts: Mapping[str, Any], *, task: Task, title: str) -> None:
     """Print the table of a run's artefacts and which one to take."""
     from muntin.reporting import artifacts_table
+    from muntin.runtime.profiling.contention import BUSY
 
     print_table(artifacts_table(artifacts, task=task, title=title))
     path = next(row["path"] for row in artifacts["rows"] if row["name"] == artifacts["take"])
-    out.print(f"take      {artifacts['take']} ({path}): {artifacts['rule']}")
+    beside = "; but latencies were measured beside other work: measure again, alone" if (artifacts["others"] or 0.0) >= BUSY else ""
+    out.print(f"take      {artifacts['take']} ({path}): {artifacts['rule']}{beside}")
 
 
 def print_size(artifacts: Mapping[str, Any]) -> None:

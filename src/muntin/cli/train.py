@@ -126,7 +126,8 @@ def describe_fit(result: FitResult) -> None:
     """Print the end of a run, without its notes, which were printed before."""
     out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}")
     if result.validation:
-        out.print(f"score     {result.validation[-1]['score']:.4f} on the validation split")
+        last = result.validation[-1]
+        out.print(f"score     {last['score']:.4f} on the validation split ({'mean IoU' if 'miou' in last else 'accuracy'})")
     out.print(f"wrote     {result.checkpoint}")
 
 

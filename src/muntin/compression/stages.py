@@ -147,7 +147,7 @@ def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
     """A note if training, by `fit` or a stage, ended before its last step or its validation, with the command that continues."""
     record, state = checkpoint.state.compression, checkpoint.state
     config = checkpoint.recipe.training if record is None else stage_training(checkpoint.recipe, record.stage)
-    command = f"`muntin {'fit' if record is None else 'compress'} --resume`"
+    command = f"`muntin {'fit RECIPE' if record is None else 'compress RUN'} --resume`"
     if config.share_done(state.step, state.seconds) >= 1:
         return () if state.judged else (f"its last step was not validated: {command} does it",)
     newest = (checkpoints_in(checkpoint.path.parent) or [checkpoint.path])[-1]  # a copied checkpoint may have another name

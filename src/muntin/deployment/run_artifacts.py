@@ -84,7 +84,7 @@ def stage_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
         return ()
     if not made_from(checkpoint, stages):
         return (f"the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to report them.",)
-    return (f"the stages in the run's folder {FOLDER} are not done; `muntin compress --resume` goes on with them.",)
+    return (f"the stages in the run's folder {FOLDER} are not done; `muntin compress RUN --resume` goes on with them.",)
 
 
 def form_name(checkpoint: Checkpoint, *, integer: bool) -> str:

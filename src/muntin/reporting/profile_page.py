@@ -113,10 +113,15 @@ def _context(profile: ProfileRecord) -> dict[str, Any]:
 
 
 def headline_parts(profile: ProfileRecord) -> tuple[list[str], str]:
-    """Return the latency, and the share of it that the ceilings allow; '' for the latter where kernels show the ceilings to be too low."""
+    """Return the latency, and the share of it that the ceilings allow.
+
+    The latter is '' where kernels show the ceilings to be too low, or other processes used the CPUs.
+    """
     images = "an image" if profile.shape[0] == 1 else f"{profile.shape[0]} images"
     least = least_ms(profile.kernels)
     latency = f"{text.milliseconds(profile.whole_ms)} for {images} of {_size(profile)}"
+    if profile.disturbed:
+        return [f"{latency} ({text.BESIDE})"], ""
     return [latency], f"at {text.percent(least / profile.whole_ms, 0)} of the machine's ceiling" if least and not _doubtful(profile) else ""
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from muntin.reporting.records import Amount, Count, Hardware, IsoTime, PositiveCount, Record, Text, check_unique, parse_record
+from muntin.runtime.profiling.contention import BUSY
 
 FORMAT = 1
 
@@ -80,7 +81,8 @@ class FindingRecord(Record):
 class ProfileRecord(Record):
     """A whole profile. `shape` is (B, H, W): images, rows, columns.
 
-    `whole_ms` is a call without counters, `profiled_ms` a call with every kernel timed, `kernels_ms` the sum of its kernels.
+    `whole_ms` is a call without counters, `profiled_ms` a call with every kernel timed, `kernels_ms` the sum of its kernels. `others`:
+    cores' worth of CPU time that other processes used meanwhile; null where unknown.
     """
 
     format: Literal[1] = 1
@@ -97,11 +99,17 @@ class ProfileRecord(Record):
     whole_ms: Positive
     profiled_ms: Positive
     kernels_ms: Amount
+    others: Amount | None = None
     ceilings: CeilingsRecord
     kernels: Annotated[tuple[KernelRow, ...], Field(min_length=1)]
     kinds: tuple[KindRow, ...]
     findings: tuple[FindingRecord, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def disturbed(self) -> bool:
+        """Return whether other processes used so much of the CPUs that times are too long."""
+        return self.others is not None and self.others >= BUSY
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

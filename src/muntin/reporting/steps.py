@@ -92,10 +92,9 @@ def artifact_cells(artifacts: ArtifactsRecord, row: ArtifactRow, task: Task, *, 
         cell(metric(row.test), text.change(first.test, row.test, metric.digits)),
         cell(text.DASH if row is first else text.percent(row.same_labels), None),
         cell(text.size(row.bytes), text.ratio(first.bytes, row.bytes, less=less, more="more" if short else "larger")),
-        cell(
-            text.milliseconds(row.median_ms),
-            text.BESIDE if artifacts.disturbed else text.ratio(first.median_ms, row.median_ms, less="faster", more="slower"),
-        ),
+        Cell(figure=text.milliseconds(row.median_ms), against=text.BESIDE)
+        if artifacts.disturbed
+        else cell(text.milliseconds(row.median_ms), text.ratio(first.median_ms, row.median_ms, less="faster", more="slower")),
         cell(text.milliseconds(row.p90_ms), None),
     ]
     if has_peaks(artifacts):

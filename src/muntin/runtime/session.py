@@ -56,6 +56,10 @@ class Session(ABC):
         self.outputs = Buffers()
         """Memory of results, for engines that can write into given memory."""
 
+    def __repr__(self) -> str:
+        task, channels = self.signature.task, self.signature.channels
+        return f"<{type(self).__name__}: {task}, {channels} channels, {self.engine} in {self.precision}, {self.threads} threads>"
+
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores of a batch of images: uint8 (B, H, W, C) -> float32 (B, K, scale*H, scale*W), or (B, K) for "classify".
 

@@ -191,7 +191,10 @@ def find_checkpoint(path: Path | str) -> Path:
     checkpoints = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
     if not checkpoints:
         problem = "does not exist" if not path.exists() else "holds no checkpoint"
-        raise CheckpointError(f"{path} {problem}; give a run's directory or one of its checkpoints/step-..., written by `muntin fit`")
+        raise CheckpointError(
+            f"{path} {problem}; give a run's directory or one of its checkpoints/step-..., written by `muntin fit`, or a stage's in "
+            "RUN/compressed, written by `muntin compress RUN`"
+        )
     return _with_run(checkpoints[-1])
 
 

@@ -21,6 +21,8 @@ from muntin.images import IGNORED
 from muntin.runtime.tiles import Predictor, predict
 
 Labels = NDArray[np.uint8]
+POOR = 0.1
+"""Recall of a class below which a run is said hardly ever to find it."""
 SCORE_LOST = 1 / 3
 """Share of the best validation score that a collapsed run has lost at least."""
 LOSS_RISE = 0.5
@@ -122,6 +124,18 @@ def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluat
         accuracy=int(right.sum()) / counted,
         iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
         recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
+    )
+
+
+def poor_classes(validation: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """A note on classes that the last validation hardly ever found: less than `POOR` of their pixels or images."""
+    recalls = validation[-1].get("by_class", {}) if validation else {}
+    poor = [name for name, recall in recalls.items() if recall is not None and recall < POOR]
+    if not poor:
+        return ()
+    return (
+        f"hardly ever found in the validation split: {list_some(poor)} (less than {POOR:.0%} of it): too few pictures or steps, "
+        "or another learning rate is needed",
     )
 
 

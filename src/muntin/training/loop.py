@@ -34,7 +34,7 @@ from muntin.models import CompressionRecord, TorchSession
 from muntin.models.session import require_compiler
 from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes, write_checkpoint
 from muntin.training.config import TrainingConfig
-from muntin.training.evaluation import collapse, evaluate, tile_of
+from muntin.training.evaluation import collapse, evaluate, poor_classes, tile_of
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.interrupt import Interruption
 from muntin.training.memory_format import keep_freed_memory
@@ -77,7 +77,7 @@ class MetricsLog:
                 closing.close()
 
     def _line(self, kind: str, point: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind, **point}) + "\n")
+        self.file.write(json.dumps({"kind": kind, **point, "step": int(point["step"])}) + "\n")
         self.file.flush()
 
     def write(self, kind: str, point: dict[str, Any]) -> None:
@@ -187,11 +187,21 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
     with Interruption() as interruption:
         path = training.run(interruption)
+    if training.finished:
+        for note in (*ended_by_minutes(recipe.training, training.step), *poor_classes(training.validation)):
+            training.note(note)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
     )  # fmt: skip
+
+
+def ended_by_minutes(config: TrainingConfig, step: int) -> tuple[str, ...]:
+    """A note on a run that its minutes ended before the recipe's steps."""
+    if config.minutes is None or step >= config.steps:
+        return ()
+    return (f"training.minutes ({config.minutes:g}) ended the run after {step:,} of the recipe's {config.steps:,} steps",)
 
 
 def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> TrainingPrecision:
@@ -335,9 +345,10 @@ class Training:
         if newest is not None:
             kept = next((path for path in checkpoints_in(newest.parent) if path.name == f"step-{best:08d}"), None)
             text += f"; the checkpoint of step {best} is not kept" if kept is None else f"; {kept} has the best score"
-        self._note(text)
+        self.note(text)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Report a note, once."""
         if text not in self.notes:
             self.notes.append(text)
             self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=text))
@@ -371,7 +382,7 @@ class Training:
     def _log(self, log: MetricsLog, kind: str, point: dict[str, Any]) -> None:
         log.write(kind, point)
         if log.failed:
-            self._note(log.failed)
+            self.note(log.failed)
 
     def _close_gates(self, samples: Samples) -> bool:
         """Close gates down to the final budget. Returns True if any gate was closed."""

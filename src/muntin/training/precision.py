@@ -73,7 +73,7 @@ def resolve_precision(name: PrecisionName, device: str, *, begun: str | None = N
     if name == "bf16":
         reason = "as asked"
     elif begun in ("fp32", "bf16"):
-        name, reason = ("fp32" if begun == "fp32" else "bf16"), "as the run was begun; this CPU has BF16 products"
+        name, reason = ("fp32" if begun == "fp32" else "bf16"), "as the run was begun"
     else:
         gain = bf16_gain()
         name, reason = ("bf16" if gain >= MIN_GAIN else "fp32"), f"this CPU multiplies {gain:.2g} times as fast in BF16 as in FP32"

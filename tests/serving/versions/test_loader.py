@@ -13,7 +13,7 @@ from muntin.artifact.store import read_manifest
 from muntin.errors import VerificationError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
-from muntin.serving.versions.loader import REST, ArtifactLoader
+from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.worker.opening import Call, Opened
 from muntin.serving.worker.remote_session import can_open_remote
 
@@ -33,17 +33,17 @@ def test_opening_verifies_and_reports(write_version: Callable[..., Path], tmp_pa
     assert [step for step in steps if step] == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3))]
     steps.clear()
     loader.open(tmp_path / "1", beside=True, progress=steps.append).session.close()
-    assert [step for step in steps if step][2:] == ["compiling, 1 of 1"]
+    assert [step for step in steps if step] == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3)), "opening"]
     with pytest.raises(VerificationError, match="layer head, recorded with 8-bit activations, ran as"):
         loader.open(write_version(tmp_path / "2", activation_bits=8))
 
 
 def test_only_the_manifest_is_read_here(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls beside requests and without them."""
-    requested: list[tuple[tuple[Call, ...], float]] = []
+    requested: list[tuple[tuple[Call, ...], bool]] = []
 
-    def open_nothing(path: Path, options: SessionOptions, calls: tuple[Call, ...], *, rest: float, **_: Any) -> Opened:
-        requested.append((calls, rest))
+    def open_nothing(path: Path, options: SessionOptions, calls: tuple[Call, ...], *, beside: bool, **_: Any) -> Opened:
+        requested.append((calls, beside))
         return Opened(session=cast(Session, None), signature=read_manifest(path).signature, digest="", calls=())
 
     monkeypatch.setattr("muntin.serving.versions.loader.open_remote", open_nothing)
@@ -54,4 +54,4 @@ def test_only_the_manifest_is_read_here(write_version: Callable[..., Path], tmp_
     for beside in (False, True):
         loader.open(path, beside=beside)
     calls = tuple(Call((rows, *size), labels=True) for size in ((8, 8), (4, 6)) for rows in (1, 2))
-    assert requested == [(calls, 0.0), (calls, REST)]
+    assert requested == [(calls, False), (calls, True)]

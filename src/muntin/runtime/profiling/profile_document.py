@@ -34,6 +34,7 @@ def profile_dict(profile: Profile) -> dict[str, Any]:
         "whole_ms": profile.whole_ms,
         "profiled_ms": profile.profiled_ms,
         "kernels_ms": profile.kernels_ms,
+        "others": profile.others,
         "ceilings": {"gmacs": dict(profile.ceilings.gmacs), "copy_gb_s": profile.ceilings.copy_gb_s},
         "kernels": [kernel_dict(kernel, profile) for kernel in profile.kernels],
         "kinds": kinds(profile),

@@ -7,7 +7,7 @@ recorded with integer activations run on integer kernels; optionally each of the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 
@@ -78,12 +78,12 @@ class VerifyResult:
     engine: str
     precision: str
     threads: int
-    digests: dict[str, str]
+    digests: dict[str, str] = field(repr=False)
     golden: tuple[GoldenResult, ...]
-    layers: tuple[ExecutedLayer, ...]
+    layers: tuple[ExecutedLayer, ...] = field(repr=False)
     fallbacks: tuple[str, ...]
     evaluation: float | None
-    checks: tuple[LayerCheck, ...]
+    checks: tuple[LayerCheck, ...] = field(repr=False)
     problems: tuple[str, ...]
 
     @property

@@ -12,10 +12,8 @@ from pathlib import Path
 from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.serving.worker.opening import Opened, open_version, starting_calls
-from muntin.serving.worker.remote_session import can_open_remote, open_remote
+from muntin.serving.worker.remote_session import REST, can_open_remote, open_remote
 
-REST = 1.0
-"""Pause after each step of opening beside requests, in multiples of the step's time."""
 OPENING_S = 300.0
 """Seconds that opening a version may take."""
 
@@ -36,15 +34,12 @@ class ArtifactLoader:
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[str], None] = lambda step: None,
     ) -> Opened:
-        """Verify and open an artefact. `beside`: requests are answered meanwhile, so it pauses between its steps, and compiles for batches
-        of several images once it serves.
+        """Verify and open an artefact. `beside`: requests are answered meanwhile, as of `open_remote`.
 
         `stopped`: asked now and then; once it returns True, this may raise NotReadyError. `progress`: called with the name of each step.
         Raises the errors of `open_version` and `start_engine`.
         """
-        calls, rest = starting_calls(read_manifest(path), self.max_batch, self.sizes), REST if beside else 0.0
+        calls = starting_calls(read_manifest(path), self.max_batch, self.sizes)
         if not can_open_remote():
-            return open_version(path, self.options, calls, rest=rest, verify=True, progress=progress)
-        return open_remote(
-            path, self.options, calls, rest=rest, seconds=OPENING_S, stopped=stopped, verify=True, hurry=beside, progress=progress
-        )
+            return open_version(path, self.options, calls, rest=REST if beside else 0.0, verify=True, progress=progress)
+        return open_remote(path, self.options, calls, seconds=OPENING_S, beside=beside, stopped=stopped, progress=progress)

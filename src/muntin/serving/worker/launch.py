@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -149,9 +150,10 @@ def start_engine(
     digest: str = "",
     verify: bool = False,
     hurry: bool = False,
+    niceness: int = 0,
     progress: Callable[[str], None] = lambda step: None,
 ) -> RunningEngine:
-    """Start a process and open an artefact in it, as `open_version` does.
+    """Start a process and open an artefact in it, as `open_version` does. `niceness`: added to that of this process.
 
     Raises the errors of `open_version`, VerificationError if the process dies, or takes more than `MEMORY_SHARE` to `verify`,
     TookTooLongError after `seconds`, and NotReadyError if `stopped`.
@@ -161,6 +163,9 @@ def start_engine(
     running = RunningEngine(process=process, control=control)
     try:
         watch(process.pid)
+        if niceness and hasattr(os, "setpriority"):
+            with suppress(OSError):  # it has ended, or a sandbox forbids it
+                os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         question = {
             "path": str(path), "options": asdict(options), "calls": list(calls), "rest": rest, "digest": digest, "verify": verify,
             "hurry": hurry,

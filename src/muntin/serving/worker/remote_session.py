@@ -34,6 +34,10 @@ DEATHS = 3
 """Deaths without an answer between them after which the engine is not started again at once."""
 PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 """Seconds until it is started again then; twice as long after each further death, up to the longest."""
+REST = 0.25
+"""Pause after each step of opening beside requests, in multiples of the step's time."""
+NICENESS = 5
+"""Niceness added to the process that verifies and compiles beside requests: a third of the usual weight on Linux."""
 _RESTART_S = 5.0
 """Seconds that a call waits for a restart: less than a call may take before it counts as one that hangs."""
 
@@ -48,16 +52,25 @@ def open_remote(
     options: SessionOptions,
     calls: Iterable[Call],
     *,
-    rest: float,
     seconds: float,
-    stopped: Callable[[], bool],
-    verify: bool = False,
-    hurry: bool = False,
+    beside: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Opened:
-    """Open an artefact as `open_version` does, in a new process (`start_engine`). Takes a second longer, in which the process starts."""
+    """Verify and open an artefact in a new process (`start_engine`). Takes a second longer than here, in which the process starts.
+
+    `beside`: requests are answered meanwhile. Then another process of low priority verifies and compiles first, and ends: the one that
+    serves finds what it compiled in the user's cache. (A process cannot raise its own priority again.)
+    """
+    calls = tuple(calls)
     start = partial(start_engine, path, options, seconds=seconds)
-    running = start(calls, rest=rest, stopped=stopped, verify=verify, hurry=hurry, progress=progress)
+    if beside:
+        tried = start(calls, rest=REST, stopped=stopped, verify=True, niceness=NICENESS, progress=progress)
+        tried.end()
+        progress("opening")
+        running = start(calls, rest=REST, stopped=stopped, digest=tried.description["digest"], hurry=True)
+    else:
+        running = start(calls, stopped=stopped, verify=True, progress=progress)
     session = RemoteSession(running, start, path)
     try:
         session.check_channel()
