@@ -23,6 +23,8 @@ from muntin.runtime.tiles import Predictor, predict
 Labels = NDArray[np.uint8]
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
+EARLY = 50
+"""Steps before which no class is said to be missing: every model begins like that."""
 SCORE_LOST = 1 / 3
 """Share of the best validation score that a collapsed run has lost at least."""
 LOSS_RISE = 0.5
@@ -128,8 +130,8 @@ def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluat
 
 
 def poor_classes(validation: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """A note on classes that the last validation hardly ever found: less than `POOR` of their pixels or images."""
-    recalls = validation[-1].get("by_class", {}) if validation else {}
+    """A note on classes of which the last validation found less than `POOR` of the pixels or images. None before `EARLY` steps."""
+    recalls = validation[-1].get("by_class", {}) if validation and validation[-1]["step"] >= EARLY else {}
     poor = [name for name, recall in recalls.items() if recall is not None and recall < POOR]
     if not poor:
         return ()

@@ -188,7 +188,8 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     with Interruption() as interruption:
         path = training.run(interruption)
     if training.finished:
-        for note in (*ended_by_minutes(recipe.training, training.step), *poor_classes(training.validation)):
+        poor = () if training.collapsed else poor_classes(training.validation)
+        for note in (*ended_by_minutes(recipe.training, training.step), *poor):
             training.note(note)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
