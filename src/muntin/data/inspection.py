@@ -190,7 +190,7 @@ def read_some(paths: Sequence[Path], read: Callable[[Path], Content]) -> tuple[d
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFacts:
-    """What a recipe needs to know about a picture."""
+    """Properties of a picture that a recipe depends on."""
 
     channels: int
     shorter_side: int

@@ -60,7 +60,7 @@ compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, m
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What was seen in a user's folder. At most 64 images and 64 masks were opened."""
+    """Contents of a user's folder. At most 64 images and 64 masks were opened."""
 
     layout: Layout
     classes: MaskClasses

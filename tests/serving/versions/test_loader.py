@@ -30,10 +30,10 @@ def test_opening_verifies_and_reports(write_version: Callable[..., Path], tmp_pa
         tuple(Call((rows, 8, 8), labels=True) for rows in (1, 2)),
     )
     opened.session.close()
-    assert [step for step in steps if step] == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3))]
+    assert steps == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3))]
     steps.clear()
     loader.open(tmp_path / "1", beside=True, progress=steps.append).session.close()
-    assert [step for step in steps if step] == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3)), "opening"]
+    assert steps == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3)), "opening"]
     with pytest.raises(VerificationError, match="layer head, recorded with 8-bit activations, ran as"):
         loader.open(write_version(tmp_path / "2", activation_bits=8))
 

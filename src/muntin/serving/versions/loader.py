@@ -1,4 +1,4 @@
-"""From a path to a version that is open: verified and compiled in the process that will serve it (`worker.remote_session`).
+"""From a path to a version that is open: verified, compiled, and opened in a process of its own (`worker.remote_session`).
 
 A version is compiled for the same calls whenever it is loaded, so its answers do not depend on earlier requests.
 """

@@ -181,7 +181,8 @@ def start_engine(
                 advice = ": free some, or lower --max-batch" if out_of_memory else ""
                 raise VerificationError(f"{path}: its engine ended the process that opened it: {end}{advice}")
             running.description = checked_answer(path, received[0])
-            progress(running.description.get("progress", ""))
+            if "progress" in running.description:
+                progress(running.description["progress"])
     except BaseException:
         running.end()
         raise
