@@ -125,7 +125,7 @@ class Shelf:
     tried: list[str] = field(default_factory=list)
     opened: list[str] = field(default_factory=list)
 
-    def open(self, path: Path, *, beside: bool = False, progress: Callable[[str], None] = print, **_: Any) -> Opened:
+    def open(self, path: Path, *, progress: Callable[[str], None] = print, **_: Any) -> Opened:
         self.tried.append(path.name)
         progress("opening")
         if path.name in self.trouble:

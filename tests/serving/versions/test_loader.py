@@ -27,31 +27,25 @@ def test_opening_verifies_and_reports(write_version: Callable[..., Path], tmp_pa
     opened = loader.open(write_version(tmp_path / "1", 3), progress=steps.append)
     assert (opened.digest, opened.calls) == (
         open_artifact(tmp_path / "1").digest,
-        tuple(Call((rows, 8, 8), labels=True) for rows in (1, 2)),
+        (Call((1, 8, 8), labels=True), Call((2, 8, 8), labels=True), Call((1, 8, 8))),
     )
     opened.session.close()
-    assert steps == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3))]
-    steps.clear()
-    loader.open(tmp_path / "1", beside=True, progress=steps.append).session.close()
-    assert steps == ["opening", "verifying", *(f"compiling, {number} of 3" for number in (1, 2, 3)), "opening"]
+    assert steps == ["opening", "verifying", *(f"compiling, {number} of 4" for number in (1, 2, 3, 4))]
     with pytest.raises(VerificationError, match="layer head, recorded with 8-bit activations, ran as"):
         loader.open(write_version(tmp_path / "2", activation_bits=8))
 
 
 def test_only_the_manifest_is_read_here(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same calls beside requests and without them."""
-    requested: list[tuple[tuple[Call, ...], bool]] = []
+    requested: list[tuple[Call, ...]] = []
 
-    def open_nothing(path: Path, options: SessionOptions, calls: tuple[Call, ...], *, beside: bool, **_: Any) -> Opened:
-        requested.append((calls, beside))
+    def open_nothing(path: Path, options: SessionOptions, calls: tuple[Call, ...], **_: Any) -> Opened:
+        requested.append(calls)
         return Opened(session=cast(Session, None), signature=read_manifest(path).signature, digest="", calls=())
 
     monkeypatch.setattr("muntin.serving.versions.loader.open_remote", open_nothing)
     monkeypatch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: True)
     path = write_version(tmp_path / "1")
     (path / "weights.safetensors").write_bytes(b"?")
-    loader = ArtifactLoader(options=OPTIONS, max_batch=2, sizes=((4, 6), (8, 8)))
-    for beside in (False, True):
-        loader.open(path, beside=beside)
-    calls = tuple(Call((rows, *size), labels=True) for size in ((8, 8), (4, 6)) for rows in (1, 2))
-    assert requested == [(calls, False), (calls, True)]
+    ArtifactLoader(options=OPTIONS, max_batch=2, sizes=((4, 6), (8, 8))).open(path)
+    calls = [(Call((1, *size), labels=True), Call((2, *size), labels=True), Call((1, *size))) for size in ((8, 8), (4, 6))]
+    assert requested == [(*calls[0], *calls[1])]

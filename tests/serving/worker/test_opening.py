@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, VerificationError
-from muntin.runtime.engines.openvino.session import OpenVinoSession
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker.opening import Call, batch_sizes, open_version
 
@@ -21,25 +19,6 @@ SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
 def compiled(session: Any) -> set[tuple[Any, bool]]:
     return set(session._compiled)
-
-
-def test_opening_with_rest(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is compiled, and only the smallest call computed."""
-    large, shapes, pauses = Call((2, 24, 24)), list[Any](), list[float]()
-    infer = OpenVinoSession._infer
-
-    def watched(self: OpenVinoSession, images_BHWC: Any) -> Any:
-        shapes.append(images_BHWC.shape[:3])
-        return infer(self, images_BHWC)
-
-    monkeypatch.setattr(OpenVinoSession, "_infer", watched)
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), [large, SCORES], rest=3.0)
-    assert large.shape not in shapes
-    assert SCORES.shape in shapes
-    assert len(pauses) == 4  # loading, the replay, two calls
-    assert all(seconds > 0 for seconds in pauses)
-    assert ((*large.shape, 3), False) in compiled(opened.session)
 
 
 def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
@@ -64,6 +43,16 @@ def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -
     (path / "weights.safetensors").unlink()
     with pytest.raises(ArtifactError, match="missing"):
         open_version(path, SessionOptions(), [])
+
+
+def test_hurry(write_version: Callable[..., Path], tmp_path: Path) -> None:
+    """The smallest call for labels is compiled at once, the others later."""
+    calls = [LABELS, Call((2, 4, 8), labels=True), Call((1, 4, 8))]
+    opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), calls, hurry=True)
+    variants = [((*call.shape, 3), call.labels) for call in calls]
+    assert compiled(opened.session).intersection(variants) == {variants[0]}
+    opened.compile_rest()
+    assert compiled(opened.session) >= {*variants}
 
 
 @pytest.mark.parametrize(

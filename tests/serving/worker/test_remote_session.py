@@ -338,7 +338,7 @@ def test_process_that_hangs_in_opening_ends_itself() -> None:
 import json, socket, time
 from muntin.serving.worker import child
 child.open_version = lambda *given, **named: time.sleep(60)
-question = {"path": ".", "options": json.loads(%r), "calls": [], "rest": 0.0, "digest": "", "verify": False, "hurry": False, "seconds": 0.2}
+question = {"path": ".", "options": json.loads(%r), "calls": [], "digest": "", "verify": False, "hurry": False, "seconds": 0.2}
 child._open(socket.socketpair()[0], question)
 """
     ended = subprocess.run([sys.executable, "-c", code % json.dumps(asdict(OPTIONS))], timeout=50, check=False)

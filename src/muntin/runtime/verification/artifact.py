@@ -122,9 +122,8 @@ def verify_session(
     evaluate: Callable[[Session], float] | None = None,
     allow_fallbacks: bool = False,
     layers: bool = False,
-    step: Callable[[], None] = lambda: None,
 ) -> VerifyResult:
-    """Check a session of an artefact as `verify` does. `step`: called after each call of the engine."""
+    """Check a session of an artefact as `verify` does."""
     manifest = artifact.manifest
     tolerance = manifest.tolerance(session.engine, session.precision)
     recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
@@ -137,10 +136,8 @@ def verify_session(
     golden = []
     for images, scores in artifact.golden():
         golden.append(replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore"))
-        step()
     problems += [f"golden pair {index} {result.problem}" for index, result in enumerate(golden) if tolerance and not result.passed]
     problems += _batch_problems(session, artifact, tolerance) if tolerance else []
-    step()
     ran = tuple(session.layers())
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:

@@ -12,7 +12,7 @@ from pathlib import Path
 from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.serving.worker.opening import Opened, open_version, starting_calls
-from muntin.serving.worker.remote_session import REST, can_open_remote, open_remote
+from muntin.serving.worker.remote_session import can_open_remote, open_remote
 
 OPENING_S = 300.0
 """Seconds that opening a version may take."""
@@ -30,16 +30,16 @@ class ArtifactLoader:
         self,
         path: Path,
         *,
-        beside: bool = False,
+        busy: Callable[[], bool] | None = None,
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[str], None] = lambda step: None,
     ) -> Opened:
-        """Verify and open an artefact. `beside`: requests are answered meanwhile, as of `open_remote`.
+        """Verify and open an artefact. `busy`: as of `start_engine`; it has no effect where an engine has no process of its own.
 
         `stopped`: asked now and then; once it returns True, this may raise NotReadyError. `progress`: called with the name of each step.
         Raises the errors of `open_version` and `start_engine`.
         """
         calls = starting_calls(read_manifest(path), self.max_batch, self.sizes)
         if not can_open_remote():
-            return open_version(path, self.options, calls, rest=REST if beside else 0.0, verify=True, progress=progress)
-        return open_remote(path, self.options, calls, seconds=OPENING_S, beside=beside, stopped=stopped, progress=progress)
+            return open_version(path, self.options, calls, verify=True, progress=progress)
+        return open_remote(path, self.options, calls, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress)

@@ -312,13 +312,18 @@ class Slot:
             begun.version.begun.remove(begun)
             self._routes.give_back(begun.version)
 
+    def _computes(self) -> bool:
+        return any(version.begun for version in self._routes.in_service)
+
     def _require_open(self) -> None:
         if self._closed.is_set():
             raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
 
     def _open(self, version: Version, *, beside: bool) -> None:
         """Open a version, and wait until it has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
-        opened = self._loader.open(version.path, beside=beside, stopped=self._closed.is_set, progress=version.progressed)
+        opened = self._loader.open(
+            version.path, busy=self._computes if beside else None, stopped=self._closed.is_set, progress=version.progressed
+        )
         with self._locked():
             try:
                 self._require_open()

@@ -23,6 +23,7 @@ from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
 from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS, WARM_UP, call_from_json, mapped, receive, send
 from muntin.serving.worker.opening import Opened, open_version
+from muntin.serving.worker.turns import end_with_parent
 
 OOM_SCORE_OPENING, OOM_SCORE_SERVING = 1000, 300
 """Linux's oom_score_adj (proc(5), of 1,000): if memory runs out, the kernel ends this process and not the server, which starts another
@@ -53,18 +54,19 @@ def _open(control: socket.socket, question: dict[str, Any]) -> Opened:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a service: the server ends this one
         signal.signal(number, signal.SIG_IGN)
     end_after(question["seconds"])  # an engine that hangs does not see that the server has ended
+    end_with_parent(signal.SIGKILL)  # nor does a process that is stopped (`turns`)
     set_oom_score(OOM_SCORE_OPENING)
     opened = open_version(
         Path(question["path"]),
         SessionOptions(**question["options"]),
         [call_from_json(call) for call in question["calls"]],
-        rest=question["rest"],
         digest=question["digest"],
         verify=question["verify"],
         hurry=question["hurry"],
         progress=lambda step: send(control, {"progress": step}),
     )
     end_after(0)
+    end_with_parent(0)
     set_oom_score(OOM_SCORE_SERVING)
     session = opened.session
     description = {name: getattr(session, name) for name in ("engine", "precision", "threads", "streams")}

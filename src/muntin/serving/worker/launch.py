@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import child
 from muntin.serving.worker.channel import EngineChannel, receive, send
 from muntin.serving.worker.opening import Call, NotReadyError, TookTooLongError
+from muntin.serving.worker.turns import RUN_S, Turns, can_take_turns
 
 MEMORY_SHARE = 0.5
 """Share of the memory that this process may use at which an opening is ended: two versions are in memory during a swap. Linux only."""
@@ -145,15 +145,15 @@ def start_engine(
     calls: Iterable[Call],
     *,
     seconds: float,
-    rest: float = 0.0,
+    busy: Callable[[], bool] | None = None,
     stopped: Callable[[], bool] = lambda: False,
     digest: str = "",
     verify: bool = False,
     hurry: bool = False,
-    niceness: int = 0,
     progress: Callable[[str], None] = lambda step: None,
 ) -> RunningEngine:
-    """Start a process and open an artefact in it, as `open_version` does. `niceness`: added to that of this process.
+    """Start a process and open an artefact in it, as `open_version` does. `busy`: whether requests are computed now; meanwhile the process
+    is stopped for a share of the time (`take_turns`).
 
     Raises the errors of `open_version`, VerificationError if the process dies, or takes more than `MEMORY_SHARE` to `verify`,
     TookTooLongError after `seconds`, and NotReadyError if `stopped`.
@@ -161,20 +161,20 @@ def start_engine(
     watch = OpeningWatch(path, seconds, stopped, memory_bytes=memory_bound() if verify else None)
     process, control = start_socket_helper(child.main)
     running = RunningEngine(process=process, control=control)
+    turns = Turns(process.pid, busy) if busy is not None and can_take_turns() else None
     try:
         watch(process.pid)
-        if niceness and hasattr(os, "setpriority"):
-            with suppress(OSError):  # it has ended, or a sandbox forbids it
-                os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         question = {
-            "path": str(path), "options": asdict(options), "calls": list(calls), "rest": rest, "digest": digest, "verify": verify,
+            "path": str(path), "options": asdict(options), "calls": list(calls), "digest": digest, "verify": verify,
             "hurry": hurry,
         }  # fmt: skip
         with suppress(OSError):  # it has died: its end is reported below
             send(control, question | {"seconds": seconds + 5})  # this process ends it before that, if it still runs
         while "engine" not in running.description:
-            while not wait([control], _POLL_S):
+            while not wait([control], _POLL_S if turns is None else RUN_S):
                 watch(process.pid)
+                if turns is not None:
+                    turns.pause()
             received = receive(control)
             if received is None:
                 end, out_of_memory = running.cause_of_end()

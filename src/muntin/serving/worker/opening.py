@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +20,6 @@ from muntin.runtime.verification.artifact import replay, verify_session
 
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Largest batch, in images and in pixels of all images, up to which every batch size is compiled for (0.4 s and 17 MiB each at 64 x 64)."""
-LONGEST_REST_S = 1.0
-"""Longest pause after a step of opening, seconds: on a busy core a step takes long without having done much."""
 
 
 class NotReadyError(MuntinError):
@@ -48,11 +44,6 @@ class Call(NamedTuple):
     shape: Shape
     labels: bool = False
 
-    @property
-    def pixels(self) -> int:
-        """Pixels of all images together."""
-        return math.prod(self.shape)
-
 
 def batch_sizes(most: int, pixels: int) -> list[int]:
     """Batch sizes up to `most` to compile for, for images of `pixels`: every number while a batch is small, then the powers of two.
@@ -64,13 +55,18 @@ def batch_sizes(most: int, pixels: int) -> list[int]:
 
 
 def starting_calls(manifest: Manifest, max_batch: int, sizes: Iterable[tuple[int, int]] = ()) -> tuple[Call, ...]:
-    """Calls that a version is compiled for: batches of images of the size that it was exported with, and of `sizes` (height, width)."""
+    """Calls that a version is compiled for: batches of images of the size that it was exported with, and of `sizes` (height, width).
+
+    Of segmentations these are batches for labels, and one image for scores, in whose calls batches for scores are computed.
+    """
     exported = () if manifest.example is None else (manifest.example[1:],)
-    return tuple(
-        Call((rows, height, width), manifest.signature.task == "segment")
-        for height, width in dict.fromkeys((*exported, *sizes))
-        for rows in (batch_sizes(max_batch, height * width) if max_batch else ())
-    )
+    segments = manifest.signature.task == "segment"
+    calls = []
+    for height, width in dict.fromkeys((*exported, *sizes)) if max_batch else ():
+        calls += [Call((rows, height, width), segments) for rows in batch_sizes(max_batch, height * width)]
+        if segments:
+            calls.append(Call((1, height, width), False))
+    return tuple(calls)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +88,6 @@ def open_version(
     options: SessionOptions,
     calls: Iterable[Call],
     *,
-    rest: float = 0.0,
     digest: str = "",
     verify: bool = False,
     hurry: bool = False,
@@ -101,33 +96,28 @@ def open_version(
     """Open an artefact in this process, check it, and warm it up for `calls`.
 
     `verify`: check it as `muntin verify` does; False: replay its smallest golden pair. `hurry`: compile for the smallest call of each size
-    only, and leave the others to `Opened.compile_rest`. `rest`: after each step, pause for `rest` times its duration; above 0 only the
-    smallest call is computed, because requests are answered meanwhile. `digest`: required digest of the artefact; empty: any. `progress`:
-    called with the name of each step when it begins.
+    only, and leave the others to `Opened.compile_rest`. `digest`: required digest of the artefact; empty: any. `progress`: called with
+    the name of each step when it begins.
 
     Costs compiling, or a fraction of it where the user's cache holds the compiled model. With `dynamic` the models of dynamic sizes are
     compiled as well; the options' `shapes` are ignored. Raises the errors of `load`, and VerificationError for a failed check or another
     digest.
     """
-    pauses = _Pauses(rest)
     progress("opening")
     session = open_session(path, replace(options, shapes=()))
-    pauses.take()
     artifact = open_artifact(path)
     if digest and artifact.digest != digest:
         session.close()
         raise VerificationError(f"{path}: it was replaced meanwhile: load it again")
     progress("verifying")
     if verify:
-        _verify(session, artifact, allow_fallbacks=options.engine != DEFAULT_ENGINE, step=pauses.take)
+        _verify(session, artifact, allow_fallbacks=options.engine != DEFAULT_ENGINE)
     else:
         _replay(session, artifact)
-        pauses.take()
     calls = tuple(dict.fromkeys(calls))
-    smallest = min(calls, key=lambda call: call.pixels, default=None)
     steps: list[Callable[[], object]] = [
-        partial(session.warm_up, [call.shape], labels=call.labels, compute=not rest or call == smallest)
-        for call in sorted(calls, key=lambda call: (call.shape[0], call.labels))
+        partial(session.warm_up, [call.shape], labels=call.labels)
+        for call in sorted(calls, key=lambda call: (call.shape[0], not call.labels))
     ]
     if options.dynamic and session.signature.task != "restore":  # the checks compiled the dynamic model for scores
         steps.append(partial(session.labels, _smallest_pair(artifact)[0]))
@@ -135,33 +125,20 @@ def open_version(
     for number, step in enumerate(steps[:first], 1):
         progress(f"compiling, {number} of {first}")
         step()
-        pauses.take()
 
     def compile_rest() -> None:
         for step in steps[first:]:
             step()
-            pauses.take()
 
     return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls, compile_rest=compile_rest)
-
-
-class _Pauses:
-    """Pauses after the steps of an opening: `rest` times the duration of the step, at most `LONGEST_REST_S`."""
-
-    def __init__(self, rest: float) -> None:
-        self._rest, self._since = rest, time.perf_counter()
-
-    def take(self) -> None:
-        time.sleep(min(LONGEST_REST_S, self._rest * (time.perf_counter() - self._since)))
-        self._since = time.perf_counter()
 
 
 def _smallest_pair(artifact: Artifact) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     return min(artifact.golden(), key=lambda pair: pair[0].size)
 
 
-def _verify(session: Session, artifact: Artifact, *, allow_fallbacks: bool, step: Callable[[], None]) -> None:
-    result = verify_session(session, artifact, allow_fallbacks=allow_fallbacks, step=step)
+def _verify(session: Session, artifact: Artifact, *, allow_fallbacks: bool) -> None:
+    result = verify_session(session, artifact, allow_fallbacks=allow_fallbacks)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{artifact.path}: {result.problems[0]}{more}")

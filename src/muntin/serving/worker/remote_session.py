@@ -34,10 +34,6 @@ DEATHS = 3
 """Deaths without an answer between them after which the engine is not started again at once."""
 PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 """Seconds until it is started again then; twice as long after each further death, up to the longest."""
-REST = 0.25
-"""Pause after each step of opening beside requests, in multiples of the step's time."""
-NICENESS = 5
-"""Niceness added to the process that verifies and compiles beside requests: a third of the usual weight on Linux."""
 _RESTART_S = 5.0
 """Seconds that a call waits for a restart: less than a call may take before it counts as one that hangs."""
 
@@ -53,24 +49,13 @@ def open_remote(
     calls: Iterable[Call],
     *,
     seconds: float,
-    beside: bool = False,
+    busy: Callable[[], bool] | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Opened:
-    """Verify and open an artefact in a new process (`start_engine`). Takes a second longer than here, in which the process starts.
-
-    `beside`: requests are answered meanwhile. Then another process of low priority verifies and compiles first, and ends: the one that
-    serves finds what it compiled in the user's cache. (A process cannot raise its own priority again.)
-    """
-    calls = tuple(calls)
+    """Verify and open an artefact in a new process (`start_engine`). Takes a second longer than here, in which the process starts."""
     start = partial(start_engine, path, options, seconds=seconds)
-    if beside:
-        tried = start(calls, rest=REST, stopped=stopped, verify=True, niceness=NICENESS, progress=progress)
-        tried.end()
-        progress("opening")
-        running = start(calls, rest=REST, stopped=stopped, digest=tried.description["digest"], hurry=True)
-    else:
-        running = start(calls, stopped=stopped, verify=True, progress=progress)
+    running = start(calls, busy=busy, stopped=stopped, verify=True, progress=progress)
     session = RemoteSession(running, start, path)
     try:
         session.check_channel()
