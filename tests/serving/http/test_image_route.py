@@ -225,9 +225,13 @@ def test_room_for_pixels(slot: Slot) -> None:
     async def ask() -> None:
         service: Any = BlockedService(slot)
         route = ImageRoute(service, body_bytes=BODY_BYTES, tile=64)
-        tasks = [asyncio.create_task(route.answer(picture(side), {})) for side in (100, 100, 100, 70)]
-        while service.calls < 2 or not route._turn.locked():
+        tasks = [asyncio.create_task(route.answer(picture(100), {})) for _ in range(2)]
+        while service.calls < 2:
             await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(route.answer(picture(100), {})))
+        while not route._turn.locked():
+            await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(route.answer(picture(70), {})))
         await asyncio.sleep(0.05)
         assert service.calls == 2  # the last would fit, and waits behind the third
         await cancelled(tasks[2])
