@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import sys
 import threading
 import time
@@ -132,6 +133,21 @@ def test_fallback_with_other_classes(shelf: Any, signature_of: Any, tile: int, a
         assert len(json.loads(answer.content)["classes"]) == 5
     with pytest.raises(RefusedRequestError, match="change faster"):
         asyncio.run(ask(always=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [({"channels": 5}, "1, 2, 3 or 4"), ({"channels": 2, "task": "restore", "classes": ()}, "1, 3 or 4"), ({"channels": 2}, None)],
+)
+def test_models_without_pictures(shelf: Any, signature_of: Any, changes: dict[str, Any], allowed: str | None) -> None:
+    shelf.signatures["m"] = signature_of(**changes)
+    slot = Slot("m", shelf, rollout=Rollout())
+    slot.load(Path("m"), "1")
+    service: Any = BlockedService(slot)
+    text = f"the model has {changes['channels']} channels, and /predict is for models of {allowed}: send tensors (/v2/models/m/infer)"
+    with pytest.raises(ProtocolError, match=re.escape(text) if allowed else "bytes that are no PNG") as error:
+        asyncio.run(ImageRoute(service, body_bytes=BODY_BYTES).answer(b"not looked at", {}))
+    assert error.value.status == 400
 
 
 def test_cancelled_while_decoding(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
