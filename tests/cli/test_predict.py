@@ -91,7 +91,7 @@ def test_predict_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
     session: Any = Two()
     tiles = {"tile": 64, "overlap": None}
-    result = _predict_map(session, tmp_path / "two.npy", tmp_path / "out", None, 10_000, tiles)
+    result = _predict_map(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
     assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
     assert capsys.readouterr().err == ""
     _print_results([result])
@@ -203,13 +203,39 @@ def test_predict_images_and_folders(call: Call, tmp_path: Path, write_small: Wri
     results = call(*words, "--json").document()["results"]
     assert [Path(result["source"]).name for result in results] == ["b.png", "a.png", "c.png"]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.mask.png")) == ["a.mask.png", "b.mask.png", "c.mask.png"]
-    assert "are several images named a, whose" in call(*words, photos / "other" / "a.png").mistake()
     twice = call(*words, photos / ".." / "photos" / "a.png", photos, "--json").document()["results"]
     assert [Path(result["source"]).name for result in twice] == ["b.png", "a.png", "c.png"]
     (photos / "linked.png").symlink_to(photos / "a.png")  # as stores of data link what is the same twice
     assert len(call("predict", artifact, photos, "-o", tmp_path / "out", "--json").document()["results"]) == 3
     assert "is the folder of the images" in call(*words[:5], "-o", photos / "more").mistake()
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
+
+
+def test_predict_images_of_one_name(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact = write_small(tmp_path / "artifact")
+    expected = {
+        "x/a.png": "x/a", "y/a.png": "y/a", "x/b.png": "x/b", "x/b.bmp": "b.bmp", "x/b.png.bmp": "b.png.bmp", "x/c.png": "c",
+        "x/deep/z/d.png": "x/deep/z/d", "y/deep/z/d.png": "y/deep/z/d", "y/deep/z/d.bmp": "d.bmp", "z.v2.png": "z.v2",
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    for name in expected:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (6, 4, 3), dtype=np.uint8)).save(tmp_path / name)
+    words = ("predict", artifact, *(tmp_path / name for name in expected), "-o", tmp_path / "out", "--precision", "f32")
+    results = call(*words, "--json").document()["results"]
+    names = {Path(result["source"]).relative_to(tmp_path).as_posix(): Path(result["mask"]) for result in results}
+    assert {source: mask.relative_to(tmp_path / "out").as_posix() for source, mask in names.items()} == {
+        source: f"{name}.mask.png" for source, name in expected.items()
+    }
+    session = load(artifact, precision="f32")
+    for source, mask in names.items():
+        assert np.array_equal(read_mask(mask), predict(session, read_image(tmp_path / source)))
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 2 * len(expected)
+    text = call("predict", artifact, tmp_path / "x", tmp_path / "y" / "a.png", "-o", tmp_path).mistake()
+    assert f"{tmp_path / 'x'}, where results would be written, is the folder of the images" in text
+    (tmp_path / "in_the_way").mkdir()
+    (tmp_path / "in_the_way" / "x").touch()
+    assert "x is a file: name a folder" in call(*words[:-4], "-o", tmp_path / "in_the_way").mistake()
 
 
 def test_predict_restored_image(call: Call, tmp_path: Path, write_small: Write) -> None:
@@ -308,9 +334,6 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
     elif kind == "empty folder":
         (tmp_path / "empty").mkdir()
         image = tmp_path / "empty"
-    elif kind == "twins":
-        shutil.copy(exported.image, tmp_path / "image.jpg")
-        image = tmp_path
     truths = {
         "other size": np.zeros((48, 47), np.uint8),
         "other value": np.full((48, 48), 3, np.uint8),
@@ -334,7 +357,6 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
         ("deep", "more than 8 bits"),
         ("missing", "image.png does not exist"),
         ("empty folder", "empty holds no image"),
-        ("twins", "several images named image"),
         ("other size", "the mask is 47x48 and the answer 48x48"),
         ("other value", "the mask holds the value 3; allowed are 0 to 2, and 255"),
         ("colours", "the mask is a colour picture"),

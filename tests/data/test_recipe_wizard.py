@@ -137,8 +137,13 @@ def test_recipe_for_three_split_folders(tmp_path: Path) -> None:
 def test_recipe_without_a_test_folder(tmp_path: Path) -> None:
     for name, count in (("train", 12), ("valid", 2)):
         fill(tmp_path / name, [0, 1], count)
-    recipe, source = open_recipe(write_recipe(tmp_path)[0])
+    path = write_recipe(tmp_path)[0]
+    recipe, source = open_recipe(path)
     assert recipe["data"]["test"] == 0.15
+    said = (
+        "test: 0.15  # 15 % of the pictures, not trained on, score the model once, at the end; or folders of its own: {images: ..., masks"
+    )
+    assert said in path.read_text()
     assert len(source.split("validation")) == 2
     assert len(source.split("train")) + len(source.split("test")) == 12
 

@@ -208,6 +208,18 @@ def test_several_pages_or_frames(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(read_image(path), photo())
 
 
+def test_damaged_tiff_in_a_new_process(tmp_path: Path) -> None:
+    """libtiff writes lines of its own, until the first TIFF of a process is opened by muntin."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.tif", compression="tiff_lzw")
+    content = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(content[:60] + bytes(8000) + content[8060:])
+    code = "import sys; from muntin.images import read_image; read_image(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True, check=False)
+    assert "a.tif is damaged or truncated" in done.stderr
+    assert "Using code not yet in table" not in done.stderr
+
+
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
 def test_tiff_overviews(tmp_path: Path, compression: str) -> None:
     path = tmp_path / "map.tif"

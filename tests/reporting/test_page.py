@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from muntin.reporting.page import MOST_EXAMPLES, panes
 from muntin.reporting.schema import parse_report
 
 LOADING = {"src", "href", "xlink:href", "srcset", "data", "poster", "action", "formaction", "background"}
+CHROMIUM = shutil.which("chromium")
 EVIL = "<script>alert(1)</script>"
 QUOTED = f'"{EVIL}" onload="x'
 
@@ -39,6 +42,19 @@ def test_page_is_self_contained(report: dict[str, Any], drawn: Path, read_page: 
     assert "default-src 'none'" in policy
     assert "script-src" not in policy
     assert len(html.encode()) < 3_000_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="lays the page out in Chromium")
+@pytest.mark.parametrize("width", [1200, 800])
+def test_page_tables_fit_the_window(report: dict[str, Any], drawn: Path, tmp_path: Path, width: int) -> None:
+    for step, name in zip(report["steps"], ("FP32", "low rank, trained on", "W4A8", "mixed precision", "deployed"), strict=True):
+        step |= {"name": name, "weights": step["bytes"], "engine": "PyTorch 2.12.0 eager FP32, simulating integers, 2 threads"}
+    script = "<script>document.title = [...document.querySelectorAll('section > .scroll')].map(e => e.scrollWidth - e.clientWidth)</script>"
+    html = re.sub("<meta http-equiv[^>]*>", "", render_html(report, drawn)).replace("</body>", f"{script}</body>")
+    (tmp_path / "page.html").write_text(html)
+    command = [CHROMIUM, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", f"--window-size={width},900", "--dump-dom"]
+    dom = subprocess.run([*command, f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert re.findall("<title>(.*)</title>", dom)[0] == "0,0"  # the tables of steps and of artefacts
 
 
 def test_page_accessibility(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from muntin.cli.console import out, print_json, print_notes, say_notes, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
+
+if TYPE_CHECKING:
+    from muntin.artifact import Artifact
 
 
 def export_command(
@@ -38,11 +42,7 @@ def export_command(
     if (checkpoint / MANIFEST).is_file():
         if standalone is None or output is not None or floating or set_:
             raise RecipeError(f"{checkpoint} is an artefact already: give it --standalone FILE.onnx alone, or name a run to export anew")
-        written = write_standalone(checkpoint, standalone)
-        if json:
-            print_json({"artifact": checkpoint, "standalone": written})
-        else:
-            out.print(_written(written))
+        _write_standalone(checkpoint, standalone, json=json)
         return
     start = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import broken_off
@@ -61,24 +61,43 @@ def export_command(
         artifact = export_checkpoint(trained, target, integer=not floating)
         if standalone is not None:
             write_standalone(artifact, standalone)
-    manifest = artifact.manifest
-    integer_layers = sum(layer.activation_bits == 8 for layer in manifest.layers)
-    kept = {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
-    recorded_notes = manifest.measured.get("notes")
+    kept = {layer.name: layer.note for layer in artifact.manifest.layers if layer.activation_bits is None}
+    recorded_notes = artifact.manifest.measured.get("notes")
     notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
     if json:
         document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
-        print_json(document | {"precision": manifest.precision, "int8_layers": integer_layers, "kept": kept, "notes": [*start, *notes]})
+        document |= {"precision": artifact.manifest.precision, "int8_layers": _integer_layers(artifact), "kept": kept}
+        print_json(document | {"notes": [*start, *notes]})
         return
-    done = "is there " if reused else "wrote    "
-    out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {integer_layers} layers in INT8, others in {manifest.precision}")
-    if replaced is not None:
-        out.print(f"replaced  what was there, {replaced}")
-    for name, reason in {}.items() if floating else kept.items():
-        out.print(f"kept      {name}: {reason or 'not quantised'}")
+    _describe(artifact, target, reused=reused, replaced=replaced, kept={} if floating else kept)
     if standalone is not None:
         out.print(_written(standalone))
     print_notes(notes)
+
+
+def _write_standalone(artifact: Path, file: Path, *, json: bool) -> None:
+    """Write an artefact as one ONNX file, and print that."""
+    from muntin.artifact import write_standalone
+
+    written = write_standalone(artifact, file)
+    if json:
+        print_json({"artifact": artifact, "standalone": written})
+    else:
+        out.print(_written(written))
+
+
+def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str | None, kept: Mapping[str, str]) -> None:
+    """Print what was exported, what it replaced, and the layers that were not quantised with the reason."""
+    done, others = "is there " if reused else "wrote    ", artifact.manifest.precision
+    out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {_integer_layers(artifact)} layers in INT8, others in {others}")
+    if replaced is not None:
+        out.print(f"replaced  what was there, {replaced}")
+    for name, reason in kept.items():
+        out.print(f"kept      {name}: {reason or 'not quantised'}")
+
+
+def _integer_layers(artifact: Artifact) -> int:
+    return sum(layer.activation_bits == 8 for layer in artifact.manifest.layers)
 
 
 def _written(file: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,7 +51,8 @@ def predict_command(
 ) -> None:
     """Segment, restore or classify images: a mask of class numbers with an overlay, a restored image, or a class for each.
 
-    An image that fails is reported, the others are computed, and the exit code is 1.
+    Results are named after their image: `a.mask.png` of `a.jpg`. Images of one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in
+    folders: `x/a.mask.png` and `y/a.mask.png`. An image that fails is reported, the others are computed, and the exit code is 1.
     """
     from muntin.artifact import open_artifact
     from muntin.images import MAX_PIXELS
@@ -64,16 +65,18 @@ def predict_command(
     signature, folder, limit = session.signature, output or Path("predictions"), max_pixels or MAX_PIXELS
     _refuse_unused(signature.task, {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap})
     tiles: dict[str, Any] = {"tile": tile or max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:]), "overlap": overlap}
+    targets = {path: folder / name for path, name in _result_names(images).items()}
     if signature.task != "classify":
-        refuse_unwritable(folder)
-        _refuse_overwriting(image, images, folder, truth, signature)
+        for parent in {target.parent for target in targets.values()}:
+            refuse_unwritable(parent)
+        _refuse_overwriting(image, targets, folder, truth, signature)
         check_tiles(session, **tiles)
     session.warm_up(_common_shapes(images, signature, max_pixels=limit, **tiles), compute=False)
 
     def compute(path: Path) -> Result:
         if signature.task == "classify":
             return _classify(session, path, limit)
-        return _predict_map(session, path, folder, truth, limit, tiles)
+        return _predict_map(session, path, targets[path], truth, limit, tiles)
 
     results, failures = _compute_all(compute, images)
     if json:
@@ -166,12 +169,33 @@ def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int, o
     return [shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1]
 
 
-def _result_files(path: Path, output: Path, signature: Signature) -> dict[str, Path]:
+def _result_names(images: Iterable[Path]) -> dict[Path, str]:
+    """Return a name for the results of each image: the first of `a`, `a.png`, `x/a`, `x/a.png`, ... that no other image has."""
+    names = {image: deque(_names(image)) for image in images}
+    while True:
+        users = Counter(candidates[0] for candidates in names.values())
+        shared = [candidates for candidates in names.values() if users[candidates[0]] > 1 and len(candidates) > 1]
+        if not shared:
+            return {image: candidates[0] for image, candidates in names.items()}
+        for candidates in shared:
+            candidates.popleft()
+
+
+def _names(image: Path) -> Iterator[str]:
+    """Yield the names that the results of an image may have, the shortest first. The last is its whole path, which is no other image's."""
+    folder = image.parent.resolve()
+    folders = folder.relative_to(folder.anchor).parts
+    for start in range(len(folders), -1, -1):
+        yield "/".join((*folders[start:], image.stem))
+        yield "/".join((*folders[start:], image.name))
+
+
+def _result_files(target: Path, signature: Signature) -> dict[str, Path]:
     """Return the file of each result of an image. No result has an image's own name, because results may lie beside images."""
     if signature.task == "restore":
         suffix = ".png" if signature.channels in (1, 3, 4) else ".npy"
-        return {"image": output / f"{path.stem}.restored{suffix}"}
-    return {kind: output / f"{path.stem}.{kind}.png" for kind in ("mask", "overlay", "difference")}
+        return {"image": target.with_name(f"{target.name}.restored{suffix}")}
+    return {kind: target.with_name(f"{target.name}.{kind}.png") for kind in ("mask", "overlay", "difference")}
 
 
 def _refuse_unused(task: str, values: dict[str, object]) -> None:
@@ -182,22 +206,24 @@ def _refuse_unused(task: str, values: dict[str, object]) -> None:
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
 
 
-def _refuse_overwriting(named: Iterable[Path], images: Iterable[Path], output: Path, truth: Path | None, signature: Signature) -> None:
-    """Raise DataError where a result would replace another result, an image or the truth, or be read as an image next time."""
-    stems: dict[str, Path] = {}
-    for image in images:
-        if (other := stems.setdefault(image.stem, image)) is not image:
+def _refuse_overwriting(
+    named: Iterable[Path], targets: Mapping[Path, Path], output: Path, truth: Path | None, signature: Signature
+) -> None:
+    """Raise DataError where a result would replace an image or the truth, or be read as an image next time.
+
+    `named`: images and folders as given. `targets`: images, and the paths of their results without endings.
+    """
+    folders = {path.resolve() for path in named if path.is_dir()}
+    inputs = {path.resolve() for path in (*targets, *([] if truth is None else [truth]))}
+    for path, target in targets.items():
+        if (folder := target.parent.resolve()) in folders:
             raise DataError(
-                f"{other} and {image} are several images named {image.stem}, whose results would overwrite each other: rename one, or "
-                "predict them apart"
+                f"--output {output}: {folder}, where results would be written, is the folder of the images, and they would be taken for "
+                "images next time: give another"
             )
-    if any(path.is_dir() and output.resolve() == path.resolve() for path in named):
-        raise DataError(f"--output {output} is the folder of the images, whose results would be taken for images next time: give another")
-    inputs = {path.resolve() for path in (*images, *([] if truth is None else [truth]))}
-    for path in images:
-        for target in _result_files(path, output, signature).values():
-            if target.resolve() in inputs:
-                raise DataError(f"{target}, a result of {path}, would replace a file that was given: give another folder by --output")
+        for file in _result_files(target, signature).values():
+            if file.resolve() in inputs:
+                raise DataError(f"{file}, a result of {path}, would replace a file that was given: give another folder by --output")
 
 
 def _classify(session: Session, path: Path, max_pixels: int) -> Result:
@@ -212,8 +238,8 @@ def _classify(session: Session, path: Path, max_pixels: int) -> Result:
     return {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
 
 
-def _predict_map(session: Session, path: Path, output: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
-    """Segment or restore one image and write the result's files."""
+def _predict_map(session: Session, path: Path, target: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
+    """Segment or restore one image and write the result's files: `target` with the endings of `_result_files`."""
     from muntin.images import encode_png, overlay, read_image, write_image, write_whole
     from muntin.images.truth_masks import read_truth, write_difference
     from muntin.runtime import predict
@@ -224,8 +250,8 @@ def _predict_map(session: Session, path: Path, output: Path, truth: Path | None,
     notes: list[str] = []
     expected = None if truth is None else read_truth(truth, size, signature.classes, max_pixels * scale**2, notes)
     answer = predict(session, image, **tiles)
-    output.mkdir(parents=True, exist_ok=True)
-    files = _result_files(path, output, signature)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files = _result_files(target, signature)
     if signature.task == "restore":
         write_image(files["image"], answer)
         return {"source": str(path), "image": str(files["image"])}

@@ -27,7 +27,11 @@ def fit_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `muntin init DIR` writes one.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint; keys of training except gate_budget may have changed.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue from the newest checkpoint, refused without one; keys of training except gate_budget may have changed.",
+        ),
     ] = False,
     set_: Set = None,
     json: JsonOption = False,

@@ -36,7 +36,7 @@ from muntin.images import read_mask, write_whole
 from muntin.text import count
 
 RECIPE_NAME = "recipe.yaml"
-_SHARE = 0.15  # fraction of the pictures for a split without a folder of its own
+_SHARE = 0.15  # share of the pictures for a split without a folder of its own
 _MAX_REASONS = 3  # notes on files that cannot be read
 _AFTER_DATA = """
 model:
@@ -163,8 +163,8 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     if base.masks is not None:
         lines.append(f"  masks: {_path(base.masks, relative_to)}  # a mask has the stem of its image: a.jpg and a.png")
     lines += [
-        _split_line("validation", "are scored during training and choose nothing", layout.validation, layout.task, relative_to),
-        _split_line("test", "are scored once, at the end", layout.test, layout.task, relative_to),
+        _split_line("validation", "during training", layout.validation, layout.task, relative_to),
+        _split_line("test", "once, at the end", layout.test, layout.task, relative_to),
     ]
     if layout.validation is None or layout.test is None:
         seed = _split_seed(layout, survey.unreadable)
@@ -203,12 +203,14 @@ def _class_lines(survey: Survey) -> list[str]:
     return lines
 
 
-def _split_line(name: SplitName, use: str, pair: FolderPair | None, task: DataTask, relative_to: Path | None) -> str:
+def _split_line(name: SplitName, scored: str, pair: FolderPair | None, task: DataTask, relative_to: Path | None) -> str:
     if pair is None:
-        own = "{images: ...}" if task == "classify" else "{images: ..., masks: ...}"
-        return f"  {name}: {_SHARE}  # fraction of the pictures that {use}; or {own}, folders of its own"
+        own = f"folders of its own: {{images: ...{'' if task == 'classify' else ', masks: ...'}}}"
+        return f"  {name}: {_SHARE}  # {100 * _SHARE:.0f} % of the pictures, not trained on, score the model {scored}; or {own}"
     masks = "" if pair.masks is None else f", masks: {_path(pair.masks, relative_to)}"
-    return f"  {name}: {{images: {_path(pair.images, relative_to)}{masks}}}  # pictures that {use}"
+    return (
+        f"  {name}: {{images: {_path(pair.images, relative_to)}{masks}}}  # pictures that are not trained on and score the model {scored}"
+    )
 
 
 def _split_seed(layout: Layout, left_out: Mapping[Path, DataError]) -> int:

@@ -114,59 +114,74 @@ def compare_artifacts(
     `memory`: also open each candidate in a process of its own, and measure its peak. `keep`: the artefact whose test labels are returned.
     Costs a prediction of both splits for each candidate, and `rounds` timed calls.
     """
-    tile, side = tile_of(checkpoint.recipe.data.crop), export_side(checkpoint.recipe)
-    validation, test = source.split("validation"), source.split("test")
     opened = {entry.name: load(entry.artifact.path) for entry in artifacts}
-    threads = next(iter(opened.values())).threads
+    sessions: dict[str, Predictor] = {REFERENCE: reference, **opened}
+    scored = _score(sessions, source, tile=tile_of(checkpoint.recipe.data.crop), keep=keep, stage=stage)
+    side, threads = export_side(checkpoint.recipe), next(iter(opened.values())).threads
     engines = {REFERENCE: f"PyTorch {torch.__version__} eager FP32, {count(threads, 'thread')}"}
     engines |= {entry.name: engine_words(entry, opened[entry.name]) for entry in artifacts}
-    tests: dict[str, Evaluation] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, float] = {}
-    reference_labels: list[Labels] = []
-    kept: list[Labels] = []
-    sessions: dict[str, Predictor] = {REFERENCE: reference, **opened}
-    for name, session in sessions.items():
-        stage(f"evaluate {name}")
-        started = perf_counter()
-        tests[name], labels = score_with_labels(session, test, tile)
-        if name == REFERENCE:
-            reference_labels = labels
-        kept = labels if name == keep else kept
-        validated = evaluate(session, validation, tile=tile)
-        rows[name] = {
-            "validation": validated.score, "test": tests[name].score, "same_labels": equal_labels(test, reference_labels, labels),
-        }  # fmt: skip
-        seconds[f"evaluate {name}"] = perf_counter() - started
     stage("latency")
-    image_HWC = middle_window(test[0].image, side)
+    image_HWC = middle_window(source.split("test")[0].image, side)
     candidates = {name: (engines[name], session) for name, session in sessions.items()}
     with torch_threads(threads), watch_cpu() as watch:
         latency = latency_report(candidates, image_HWC, rounds=rounds)
-    paths = {REFERENCE: checkpoint.path, **{entry.name: entry.artifact.path for entry in artifacts}}
-    sizes = {REFERENCE: checkpoint.bytes, **{entry.name: entry.artifact.bytes for entry in artifacts}}
+    files = {
+        REFERENCE: (checkpoint.path, checkpoint.bytes),
+        **{entry.name: (entry.artifact.path, entry.artifact.bytes) for entry in artifacts},
+    }
+    rows = []
     for timed in latency["rows"]:
         name = timed["name"]
+        path, nbytes = files[name]
         stage(f"memory of {name}")
-        peak = _peak_mib(paths[name], threads=threads, side=side, reference=name == REFERENCE) if memory else None
-        rows[name] = {"name": name, "path": str(paths[name]), **rows[name], "bytes": sizes[name], **timed, "peak_mib": peak}
-    chosen = choose([row for name, row in rows.items() if name != REFERENCE])
+        peak = _peak_mib(path, threads=threads, side=side, reference=name == REFERENCE) if memory else None
+        rows.append({"name": name, "path": str(path), **scored.scores[name], "bytes": nbytes, **timed, "peak_mib": peak})
     return ArtifactComparison(
         record={
             **{key: latency[key] for key in ("height", "width", "rounds")},
             "size_reason": SIZE_REASON,
-            "samples": {"validation": len(validation), "test": len(test)},
-            "rows": list(rows.values()),
-            "take": chosen["name"],
+            "samples": {name: len(source.split(name)) for name in ("validation", "test")},
+            "rows": rows,
+            "take": choose([row for row in rows if row["name"] != REFERENCE])["name"],
             "rule": RULE,
             "others": watch.others,
         },
         sessions=opened,
-        tests=tests,
-        labels=kept,
-        seconds=seconds,
+        tests=scored.tests,
+        labels=scored.labels,
+        seconds=scored.seconds,
         notes=tuple(f"Latency: {note}." for note in notes_on(watch.others)),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scored:
+    """Evaluations by name. `scores`: the columns of each row. `labels`: of the session that `keep` names, for each test sample."""
+
+    scores: dict[str, dict[str, float]]
+    tests: dict[str, Evaluation]
+    labels: list[Labels]
+    seconds: dict[str, float]
+
+
+def _score(sessions: Mapping[str, Predictor], source: Source, *, tile: int, keep: str | None, stage: Announce) -> _Scored:
+    """Evaluate sessions on both splits. Compares labels with those of the first session, the reference."""
+    validation, test = source.split("validation"), source.split("test")
+    scored = _Scored(scores={}, tests={}, labels=[], seconds={})
+    reference_labels: list[Labels] = []
+    for name, session in sessions.items():
+        stage(f"evaluate {name}")
+        started = perf_counter()
+        scored.tests[name], labels = score_with_labels(session, test, tile)
+        reference_labels = reference_labels or labels
+        if name == keep:
+            scored.labels.extend(labels)
+        validated = evaluate(session, validation, tile=tile)
+        scored.scores[name] = {
+            "validation": validated.score, "test": scored.tests[name].score, "same_labels": equal_labels(test, reference_labels, labels),
+        }  # fmt: skip
+        scored.seconds[f"evaluate {name}"] = perf_counter() - started
+    return scored
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -6,14 +6,12 @@ as a directory refers to it. Only those compressions and colours are allowed tha
 
 from __future__ import annotations
 
-import ctypes
 import struct
-from functools import cache
 
-from PIL import Image, TiffTags
+from PIL import TiffTags
 
 from muntin.errors import DataError
-from muntin.images.opening import SENT, USE_TENSOR, damaged
+from muntin.images.opening import SENT, USE_TENSOR, damaged, silence_libtiff
 
 MAX_ENTRIES = 256
 """Tags of all directories together; each directory counts as one more."""
@@ -53,22 +51,6 @@ def check_tiff(content: bytes, max_pixels: int) -> None:
         _Tiff(content).check(max_pixels)
     except struct.error as error:
         raise damaged(SENT, error) from error
-
-
-@cache
-def silence_libtiff() -> bool:
-    """Keeps libtiff from writing its errors to standard error: a client could fill a pipe that nobody reads, and stop the decoder.
-
-    Returns False where the functions are not found, as in a Pillow that contains libtiff without its names.
-    """
-    try:
-        library = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]  # names of libraries that it is linked with are found, too
-        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
-            set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
-            set_handler(None)
-    except (OSError, AttributeError):
-        return False
-    return True
 
 
 class _Tiff:

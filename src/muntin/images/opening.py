@@ -7,6 +7,7 @@ WebP itself ends at 16383 pixels a side. `.npy` arrays are mapped, not read. Eve
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import threading
 import tokenize
@@ -14,6 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,6 +111,8 @@ def opened_picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) 
     decoder = decoder_of(head)
     if decoder is None:
         raise DataError(f"{path} is no image that muntin reads: PNG, JPEG, WebP, TIFF, BMP or .npy; convert it or remove it")
+    if decoder is TiffImagePlugin.TiffImageFile:
+        silence_libtiff()
     try:
         with quiet_pillow(max_pixels):
             picture = decoder(stream)
@@ -125,6 +129,23 @@ def opened_picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) 
                 f"{path} has channels of a number or kind that is not read from TIFF: {USE_TENSOR if path is SENT else _USE_ARRAY}"
             ) from error
         raise damaged(path, error) from error
+
+
+@cache
+def silence_libtiff() -> bool:
+    """Keeps Pillow's libtiff from writing to standard error, for the whole process. Pillow still raises what stops the decoder.
+
+    A client of a server could otherwise fill a pipe that nobody reads, and stop the decoder. Returns False where the functions are not
+    found, as in a Pillow that contains libtiff without its names.
+    """
+    try:
+        library = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]  # names of libraries that it is linked with are found, too
+        for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+            set_handler(None)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 @contextmanager

@@ -204,12 +204,17 @@ def _with_run(path: Path) -> Path:
 
 
 def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint | None:
-    """The newest checkpoint of a run, None where there is none.
+    """The newest checkpoint of a run to resume, None for a new run.
 
-    Raises `CheckpointError` if there is one and `resume` is False, or if its recipe differs in more than keys of `training`.
+    Raises `CheckpointError` if `resume` is True and there is no checkpoint, or its recipe differs in more than keys of `training`; and if
+    `resume` is False and there is one.
     """
     folder = directory / "checkpoints"
     if not checkpoints_in(folder):
+        if resume:
+            raise CheckpointError(
+                f"{directory} holds no checkpoint to resume from: name the run's folder by --output, or leave out --resume to train anew"
+            )
         return None
     if not resume:
         raise CheckpointError(f"{directory} already holds a run; --resume goes on with it, another --output starts anew")

@@ -142,10 +142,10 @@ def fit(
 ) -> FitResult:
     """Train by a recipe: a `Recipe`, or the path of a YAML file.
 
-    `directory`: the run's folder, by default `runs/NAME`. `root`: the folder at which relative paths of the recipe start, by default the
-    file's own or the current one. `resume`: continue from the newest checkpoint, if there is one; without it, a directory that holds a run
-    is refused, as is one that another process trains in. Changed keys of `training` (except `gate_budget`) are noted and apply from this
-    step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl` and TensorBoard
+    `directory`: the run's folder, by default `runs/NAME`; refused while another process trains in it. `root`: the folder at which relative
+    paths of the recipe start, by default the file's own or the current one. `resume`: continue from the newest checkpoint, and refuse a
+    directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget`) are noted and apply from
+    this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl` and TensorBoard
     events. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
@@ -166,8 +166,6 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         check_classes(start, source)
         if changed := recipe_changes(start, recipe):
             notes.append(f"on the way, from step {start.state.step} on: {changed}")
-    elif resume:
-        notes.append(f"{directory} held no checkpoint: trained from the start")
     torch.manual_seed(recipe.seed)
     model, classes = new_model(recipe, tuple(source.classes)), tuple(source.classes)
     sizes = check_model(model, recipe, classes)
@@ -360,9 +358,11 @@ class Training:
         if self.compression is not None:
             return f"lower this stage's learning_rate in compression (now {rate:g}) and compress anew, into another --output"
         lower = f"{rate / 4:.2g}"
-        words = ["--resume", "--set", f"training.learning_rate={lower}"]
+        words = ["--set", f"training.learning_rate={lower}"]
         words += ["--set", f"training.final_learning_rate={lower}"] if final > float(lower) else []
-        return f"lower training.learning_rate (now {rate:g}) and go on from the last checkpoint, by {' '.join(words)}"
+        resumable = bool(checkpoints_in(self.directory / "checkpoints"))
+        again = "go on from the last checkpoint, by --resume" if resumable else "train anew, by"
+        return f"lower training.learning_rate (now {rate:g}) and {again} {' '.join(words)}"
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {

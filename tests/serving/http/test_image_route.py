@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import sys
 import threading
 import time
@@ -134,6 +135,21 @@ def test_fallback_with_other_classes(shelf: Any, signature_of: Any, tile: int, a
         asyncio.run(ask(always=True))
 
 
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [({"channels": 5}, "1, 2, 3 or 4"), ({"channels": 2, "task": "restore", "classes": ()}, "1, 3 or 4"), ({"channels": 2}, None)],
+)
+def test_models_without_pictures(shelf: Any, signature_of: Any, changes: dict[str, Any], allowed: str | None) -> None:
+    shelf.signatures["m"] = signature_of(**changes)
+    slot = Slot("m", shelf, rollout=Rollout())
+    slot.load(Path("m"), "1")
+    service: Any = BlockedService(slot)
+    text = f"the model has {changes['channels']} channels, and /predict is for models of {allowed}: send tensors (/v2/models/m/infer)"
+    with pytest.raises(ProtocolError, match=re.escape(text) if allowed else "bytes that are no PNG") as error:
+        asyncio.run(ImageRoute(service, body_bytes=BODY_BYTES).answer(b"not looked at", {}))
+    assert error.value.status == 400
+
+
 def test_cancelled_while_decoding(slot: Slot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder cannot be stopped: the picture counts until its thread has ended, unless it is cancelled twice."""
     decoding, go_on = threading.Semaphore(0), threading.Event()
@@ -225,9 +241,13 @@ def test_room_for_pixels(slot: Slot) -> None:
     async def ask() -> None:
         service: Any = BlockedService(slot)
         route = ImageRoute(service, body_bytes=BODY_BYTES, tile=64)
-        tasks = [asyncio.create_task(route.answer(picture(side), {})) for side in (100, 100, 100, 70)]
-        while service.calls < 2 or not route._turn.locked():
+        tasks = [asyncio.create_task(route.answer(picture(100), {})) for _ in range(2)]
+        while service.calls < 2:
             await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(route.answer(picture(100), {})))
+        while not route._turn.locked():
+            await asyncio.sleep(0.01)
+        tasks.append(asyncio.create_task(route.answer(picture(70), {})))
         await asyncio.sleep(0.05)
         assert service.calls == 2  # the last would fit, and waits behind the third
         await cancelled(tasks[2])

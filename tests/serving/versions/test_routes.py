@@ -123,6 +123,19 @@ def test_probation_passed(admit: ADMIT) -> None:
     assert routes.lines[1:] == ["version 2 takes over from 1", "version 2 stays (10 images in 0 s, 0 failed), 1 goes"]
 
 
+def test_version_loaded_again(admit: ADMIT) -> None:
+    routes = Routes("model", Rollout(for_requests=10))
+    admit(routes, "1").digest = "before the files changed"
+    observe(routes, admit(routes, "1"), 10)
+    observe(routes, admit(routes, "1"), error=RuntimeError("gone"))
+    changed, same = "its earlier load (changed artefact)", "its earlier load (same artefact)"
+    assert routes.lines[1:4] == [
+        f"version 1 takes over from {changed}", f"version 1 stays (10 images in 0 s, 0 failed), {changed} goes",
+        f"version 1 takes over from {same}",
+    ]  # fmt: skip
+    assert routes.lines[4].startswith(f"version 1 is rolled back to {same}: ")
+
+
 def test_failure_rolls_back(admit: ADMIT) -> None:
     routes = Routes("model", Rollout())
     old, new = admit(routes, "1"), admit(routes, "2")

@@ -43,6 +43,8 @@ ATTEMPTS = 3
 """Number of times that a picture is begun: again when a version with other classes steps in for one that fails."""
 LARGEST = 2
 """All pictures that are decoded and not answered have at most as many pixels as this number of the largest allowed ones."""
+CHANNELS = {"segment": (1, 2, 3, 4), "classify": (1, 2, 3, 4), "restore": (1, 3, 4)}
+"""Task -> numbers of channels of the models that picture files can be sent to. The answer of a restoration is a PNG, which has not two."""
 OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json",), "restore": ("image",)}
 """Task -> its values of the query parameter `output`; the first is the default."""
 
@@ -73,7 +75,8 @@ class ImageRoute:
 
         mask: a PNG of class numbers with a colour palette. overlay: the classes' colours over the picture, as PNG. labels: class numbers as
         grey values. json: for segment the share of each class, for classify every class with its probability. image: a PNG.
-        Raises ProtocolError: 400 for an unreadable picture or an unknown output, 413 for too many pixels, 503 as inference does.
+        Raises ProtocolError: 400 for an unreadable picture, an unknown output, or a model of channels that are not in `CHANNELS`; 413 for
+        too many pixels; 503 as inference does.
         Cancelled, it returns once its thread has ended, and computes no further tile.
         """
         for name in query:
@@ -85,6 +88,7 @@ class ImageRoute:
         self.in_work += 1
         try:
             with self._service.lease_to_compute(self._service.name, None) as lease:
+                self._check_channels(lease.version.signature)
                 output = _check_output(query.get("output"), lease.version.signature)
                 return await self._answer(content, output, lease.version)
         except TooManyPixelsError as error:
@@ -108,6 +112,15 @@ class ImageRoute:
             session = _QueuedSession(self._service, version)
             result = await _run(self._predictors, partial(self._predict, session, image), session.cancel)
             return await _run(self._coders, partial(_encode, image, result, output, session))
+
+    def _check_channels(self, signature: Signature) -> None:
+        """Raise ProtocolError for a model whose images no picture file holds."""
+        allowed = CHANNELS[signature.task]
+        if signature.channels not in allowed:
+            raise ProtocolError(
+                f"the model has {signature.channels} channels, and /predict is for models of {', '.join(map(str, allowed[:-1]))} or "
+                f"{allowed[-1]}: send tensors (/v2/models/{self._service.name}/infer)"
+            )
 
     def _check_whole(self, count: int, signature: Signature) -> None:
         """Raise ProtocolError for a picture of too many pixels for a model that takes all of it at once."""

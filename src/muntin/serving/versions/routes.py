@@ -170,7 +170,7 @@ class Routes:
             return
         self.candidate, self.trial = version, Tally(since=now)
         bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
-        self.lines.append(f"version {version.name} is on trial beside {self.current.name}: {bounds}")
+        self.lines.append(f"version {version.name} is on trial beside {_other(self.current, version)}: {bounds}")
 
     def settle(self, now: float) -> None:
         """Judge the current version, then the candidate, where they are on trial."""
@@ -238,7 +238,7 @@ class Routes:
         if old is None:
             self.lines.append(f"version {version.name} serves")
             return
-        self.lines.append(f"version {version.name} takes over from {old.name}" + (f" ({reason})" if reason else ""))
+        self.lines.append(f"version {version.name} takes over from {_other(old, version)}" + (f" ({reason})" if reason else ""))
         if self.previous is None:
             self.previous = old
         else:
@@ -256,14 +256,21 @@ class Routes:
     def _end_probation(self, current: Version, previous: Version, verdict: Verdict, now: float) -> None:
         self.previous = self.probation = None
         if verdict.passed:
-            self.lines.append(f"version {current.name} stays ({verdict.reason}), {previous.name} goes")
+            self.lines.append(f"version {current.name} stays ({verdict.reason}), {_other(previous, current)} goes")
             self._drain(previous)
             return
         self.current = previous
         self.trial = self.trial and Tally(since=now)
-        self.lines.append(f"version {current.name} is rolled back to {previous.name}: {verdict.reason}")
+        self.lines.append(f"version {current.name} is rolled back to {_other(previous, current)}: {verdict.reason}")
         self.fail(current, f"rolled back: {verdict.reason}")
 
     def _drain(self, version: Version) -> None:
         version.state = "draining"
         self._close_unused(version)
+
+
+def _other(other: Version, version: Version) -> str:
+    """Return the name of another version for a line about `version`. A version that is loaded again has the same name."""
+    if other.name != version.name:
+        return other.name
+    return f"its earlier load ({'same' if other.digest == version.digest else 'changed'} artefact)"
