@@ -68,7 +68,7 @@ def test_class_infos_with_distinct_colors(count: int) -> None:
     assert len(set(distinct_colors(count))) == count
     first = distinct_colors(1)[0]
     specs = [ClassSpec(name=str(number), color=first if number == 1 else None) for number in range(count)]
-    infos = class_infos(specs)
+    infos = class_infos(specs, "segment")
     assert infos[1].color == first
     assert len({info.color for info in infos}) == count
 
@@ -79,4 +79,4 @@ def test_class_infos_with_distinct_colors(count: int) -> None:
 )
 def test_class_infos_of_wrong_names(names: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        class_infos([ClassSpec(name=name) for name in names])
+        class_infos([ClassSpec(name=name) for name in names], "segment")

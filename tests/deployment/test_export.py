@@ -309,6 +309,18 @@ def test_wrong_number_of_channels(pixels: Any, tmp_path: Path, tiny: Any, refuse
     assert "fails on pixels of shape (1, 4, 32, 32)" in refused(tiny(), pixels(1, 4, 32, 32), tmp_path)
 
 
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_labels_of_many_classes(engine: Any, pixels: Any, pictures: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+    with torch.no_grad():
+        model[4].bias[999] = 10
+    path = muntin.export(model, pixels(2, 3, 32, 40), tmp_path / "artifact", calibration=[pixels(2, 3, 32, 40)]).path
+    session = muntin.load(path, engine=engine)
+    labels = session.labels(pictures(2, 32, 40, 3))
+    assert (labels.dtype, labels.tolist()) == (np.uint16, [999, 999])
+    assert muntin.verify(path).passed
+
+
 def test_wrong_number_of_classes(pixels: Any, tmp_path: Path, tiny: Any, refused: Any) -> None:
     for count in (3, 5):
         signature = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=str(k), color=(k, k, k)) for k in range(count)))
@@ -319,8 +331,8 @@ def test_wrong_number_of_classes(pixels: Any, tmp_path: Path, tiny: Any, refused
 def test_answers_without_a_signature(build: type[nn.Module], pixels: Any, tmp_path: Path, refused: Any) -> None:
     volume = build(lambda m, x: m.conv(x)[:, None], conv=nn.Conv2d(3, 4, 1))
     assert "(B, K) or (B, K, H, W) is expected" in refused(volume, pixels(1, 3, 32, 32), tmp_path)
-    many = build(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(3, 300))
-    assert "gives 300 classes" in refused(many, pixels(1, 3, 32, 32), tmp_path)
+    many = build(lambda m, x: m.head(x.mean((2, 3))), head=nn.Linear(3, 65536))
+    assert "gives 65536 classes" in refused(many, pixels(1, 3, 32, 32), tmp_path)
     wide = nn.Sequential(nn.Conv2d(17, 4, 1))
     assert "takes 17 channels" in refused(wide, pixels(1, 17, 32, 32), tmp_path)
 

@@ -23,7 +23,7 @@ def test_frozen() -> None:
     ("fields", "message"),
     [
         ({"classes": 0}, "greater than or equal to 1"),
-        ({"classes": 256}, "less than or equal to 255"),
+        ({"classes": 65536}, "less than or equal to 65535"),
         ({"channels": 17}, "less than or equal to 16"),
         ({"scale": 5, "task": "restore"}, "less than or equal to 4"),
         ({"scale": 2}, "scale=2 is for task 'restore'; 'segment' answers at the input's size"),

@@ -28,7 +28,7 @@ NAMES = ("sea", "field", "roof", "road", "tree")
 
 
 def make_signature(channels: int = 3, classes: tuple[str, ...] = NAMES[:4], **changes: Any) -> Signature:
-    named = tuple(ClassInfo(name=name, color=(number, number, number)) for number, name in enumerate(classes))
+    named = tuple(ClassInfo(name=name, color=(number % 256,) * 3) for number, name in enumerate(classes))
     return Signature(**({"task": "segment", "channels": channels, "classes": named} | changes))
 
 

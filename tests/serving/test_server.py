@@ -405,6 +405,38 @@ def test_picture_outputs(pixels: Server) -> None:
     assert over.shape == image.shape
 
 
+@pytest.fixture(scope="module")
+def many(
+    write_version: Callable[..., Path], signature_of: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """300 classes; the last one is every pixel's."""
+    signature = signature_of(classes=tuple(f"class {number}" for number in range(300)))
+    with served(write_version(tmp_path_factory.mktemp("serving") / "many", 299, signature=signature)) as server:
+        yield server
+
+
+def test_labels_of_many_classes(many: Server, face: str) -> None:
+    client, images = Client(many, face), images_of(2, 1)
+    described = client.client.get_model_metadata("many", **({} if client.http else {"as_json": True}))
+    assert [output["datatype"] for output in described["outputs"]] == ["UINT16", "FP32"]
+    for outputs in ((), ("labels",)):
+        labels = client.ask(images, *outputs, model="many")["labels"]
+        assert (labels.dtype, labels.shape) == (np.uint16, images.shape[:3])
+        assert (labels == 299).all()
+    client.client.close()
+
+
+@pytest.mark.parametrize("output", ["mask", "labels"])
+def test_picture_of_many_classes(many: Server, output: str) -> None:
+    """16 bits a pixel, because a palette has at most 256 colours."""
+    image = encoded(images_of(1, 1)[0], "PNG")
+    labels = np.array(Image.open(io.BytesIO(fetch(many, f"/predict?output={output}", image)[2])))
+    assert (labels == 299).all()
+    document = json.loads(fetch(many, "/predict?output=json", image)[2])
+    assert document["classes"][299] == {"name": "class 299", "share": 1.0}
+    assert fetch(many, "/predict?output=overlay", image)[0] == 200
+
+
 def test_large_picture(pixels: Server) -> None:
     image = images_of(1, 7, 1100, 1300)[0]
     mask = np.array(Image.open(io.BytesIO(fetch(pixels, "/predict", encoded(image, "PNG"))[2])))

@@ -11,6 +11,7 @@ import json
 import math
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from muntin.artifact.classes import ClassInfo
@@ -42,7 +43,7 @@ class Signature(_Frozen):
     task: Task
     channels: Annotated[int, Field(ge=1, le=16)]
     scale: Annotated[int, Field(ge=1, le=16)] = 1
-    classes: Annotated[tuple[ClassInfo, ...], Field(max_length=255)] = ()
+    classes: Annotated[tuple[ClassInfo, ...], Field(max_length=65535)] = ()
     dtype: Literal["uint8"] = "uint8"
     side: Annotated[int | None, Field(ge=1, le=1 << 14)] = None
     """For "classify": pictures are resized to their middle square of this side, in pixels, as in training; None: used as they are."""
@@ -61,6 +62,11 @@ class Signature(_Frozen):
     def outputs(self) -> int:
         """K, the number of channels of the scores."""
         return self.channels if self.task == "restore" else len(self.classes)
+
+    @property
+    def label_type(self) -> np.dtype[Any]:
+        """Type of class numbers: uint8, or uint16 for more than 255 classes. Its highest value is no class."""
+        return np.dtype(np.uint8 if len(self.classes) <= 255 else np.uint16)
 
     def scores_shape(self, batch: int, height: int, width: int) -> tuple[int, ...]:
         """Shape of the scores of a (batch, height, width, channels) input."""

@@ -15,7 +15,7 @@ from pydantic import Field
 from muntin.artifact.classes import Channel8, ClassInfo
 from muntin.data.listing import composed
 from muntin.data.section import Section
-from muntin.data.source import MAX_CLASSES
+from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
@@ -46,13 +46,13 @@ class ClassSpec(Section):
     value: MaskValue | None = Field(default=None, description="mask value, or [red, green, blue]; by default the class's index from 0")
 
 
-def class_infos(classes: Sequence[ClassSpec]) -> tuple[ClassInfo, ...]:
+def class_infos(classes: Sequence[ClassSpec], task: DataTask) -> tuple[ClassInfo, ...]:
     """Names and colours of the classes, missing colours filled in.
 
-    Raises DataError: fewer than two classes, more than 255, or a name twice.
+    Raises DataError: fewer than two classes, more than `MAX_CLASSES`, or a name twice.
     """
-    if not 2 <= len(classes) <= MAX_CLASSES:
-        raise DataError(f"{len(classes)} classes: from 2 to {MAX_CLASSES} are possible, name them under `classes`")
+    if not 2 <= len(classes) <= MAX_CLASSES[task]:
+        raise DataError(f"{len(classes)} classes: from 2 to {MAX_CLASSES[task]} are possible, name them under `classes`")
     repeated = [name for name, count in Counter(composed(entry.name) for entry in classes).items() if count > 1]
     if repeated:
         raise DataError(f"the class name {repeated[0]!r} is used twice: give each class its own name")

@@ -55,7 +55,7 @@ class DataConfig(Section):
     validation: SplitShare | FolderPair = Field(default=0.15, description="folders: share of the pictures in `images`, 0-1, or own folders")
     test: SplitShare | FolderPair = Field(default=0.15, description="folders: like `validation`, for the test split")
     classes: tuple[ClassSpec, ...] = Field(
-        default=(), max_length=255, description="folders: the classes in order; for `classify` names of folders, by default all"
+        default=(), max_length=65535, description="folders: the classes in order; for `classify` names of folders, by default all"
     )
     ignore: MaskValue | None = Field(default=IGNORED, description="folders: mask value, or [red, green, blue], of no class; null: none")
     channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; above 4 in .npy files only")

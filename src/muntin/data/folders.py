@@ -82,7 +82,7 @@ class FolderSource:
         self._classes_given = bool(classes)
         if self.task == "classify" and not classes:
             classes = [ClassSpec(name=folder.name) for folder in class_folders(base.images).values() if not is_results_folder(folder)]
-        self.classes = class_infos(classes)
+        self.classes = class_infos(classes, self.task)
         self._mapping = None if base.masks is None else MaskMapping(classes, ignore)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
         self._note_skipped()
@@ -104,7 +104,7 @@ class FolderSource:
         Raises DataError for files that cannot be used; it gives the reason for the first one and names the others, up to ten in all.
         """
         total, done = sum(len(samples) for samples in self._splits.values()), 0
-        pixels = {name: np.zeros(256, dtype=np.int64) for name in SPLITS}  # of each label
+        pixels = {name: np.zeros(max(256, len(self.classes)), dtype=np.int64) for name in SPLITS}  # of each label
         failures: dict[Path, DataError] = {}
         for name, samples in self._splits.items():
             for index, item in enumerate(samples.items):
@@ -115,21 +115,20 @@ class FolderSource:
                     if len(failures) == _MAX_FAILURES:
                         raise _failure_error(failures) from error
                 else:
-                    labels = np.array([target], dtype=np.uint8) if isinstance(target, int) else target.ravel()
-                    pixels[name] += np.bincount(labels, minlength=256)
+                    pixels[name] += np.bincount(np.ravel(target), minlength=len(pixels[name]))
                 done += 1
                 if progress is not None:
                     progress(done, total)
         if failures:
             raise _failure_error(failures)
         for name in SPLITS:
-            if not pixels[name][:IGNORED].any():
+            if self.task == "segment" and not pixels[name][:IGNORED].any():
                 raise DataError(
                     f"every pixel of the masks of the {name} split is ignored, so nothing can be learned or scored: "
                     "correct the masks, or set `ignore` to another value"
                 )
         absent = [entry.name for index, entry in enumerate(self.classes) if not pixels["train"][index]]
-        return (f"no training picture holds {', '.join(absent)}: a model cannot learn what it does not see",) if absent else ()
+        return (f"no training picture holds {list_some(absent)}: a model cannot learn what it does not see",) if absent else ()
 
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float | int)}

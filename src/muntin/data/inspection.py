@@ -317,8 +317,8 @@ def _check_lossless(paths: Sequence[Path], folder: Path) -> None:
 
 
 def _check_count(count: int, folder: Path) -> None:
-    if count > MAX_CLASSES:
-        raise DataError(f"the masks in {folder} hold {count} values, more than {MAX_CLASSES}: save them as PNG (JPEG blurs them)")
+    if count > (most := MAX_CLASSES["segment"]):
+        raise DataError(f"the masks in {folder} hold {count} values, more than {most}: save them as PNG (JPEG blurs them)")
     if count < 2:
         raise DataError(f"the masks in {folder} hold {count} classes: at least two classes are needed")
 

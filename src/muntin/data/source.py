@@ -19,7 +19,8 @@ from muntin.images.opening import UInt8
 DataTask = Literal["segment", "classify"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-MAX_CLASSES = 255  # labels are uint8, and 255 is the label of ignored pixels
+MAX_CLASSES: dict[DataTask, int] = {"segment": 255, "classify": 65535}
+"""Most classes that can be trained: masks are uint8, and their 255 is ignored."""
 CheckProgress = Callable[[int, int], None]  # files checked, files in all
 
 

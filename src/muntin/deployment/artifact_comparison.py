@@ -35,10 +35,11 @@ from muntin.runtime import Session, SessionOptions, describe_hardware, load
 from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.timing import latency_report
+from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor
 from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, source_of
-from muntin.training.evaluation import Evaluation, Labels, evaluate, predictions, score, tile_of
+from muntin.training.evaluation import Evaluation, evaluate, predictions, score, tile_of
 
 REFERENCE = "fp32"
 """Name of the row of PyTorch FP32."""

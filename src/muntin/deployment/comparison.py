@@ -44,8 +44,9 @@ from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
+from muntin.runtime.session import Labels
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
-from muntin.training.evaluation import Evaluation, Labels, tile_of
+from muntin.training.evaluation import Evaluation, tile_of
 from muntin.training.recipe import recipe_text
 
 PICTURE_SIDE = 512

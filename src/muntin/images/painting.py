@@ -38,12 +38,15 @@ def middle_square(image_HWC: UInt8, side: int) -> UInt8:
 
 
 def colorize(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -> UInt8:
-    """Labels (H, W) in the classes' colours: (H, W, 3). 255, ignored, is black. Raises DataError for a label without a class."""
+    """Labels (H, W) in the classes' colours: (H, W, 3). 255, ignored where it is no class, is black.
+
+    Raises DataError for a label without a class.
+    """
     labels = np.asarray(labels_HW)
     known = (labels >= 0) & ((labels < len(classes)) | (labels == IGNORED))
     if not known.all():
         raise DataError(f"label {labels[~known].ravel()[0]} has no class: there are {len(classes)} classes, numbered from 0")
-    table = np.full((256, 3), IGNORED_COLOR, dtype=np.uint8)
+    table = np.full((max(256, len(classes)), 3), IGNORED_COLOR, dtype=np.uint8)
     if classes:
         table[: len(classes)] = [entry.color for entry in classes]
     painted: UInt8 = table[labels]
@@ -61,7 +64,7 @@ def overlay(image_HWC: UInt8, labels_HW: npt.NDArray[Any], classes: Sequence[Cla
         raise DataError(f"opacity {opacity}: from 0 (picture) to 1 (labels)")
     base = np.ascontiguousarray(to_rgb(image_HWC))
     blended = np.array(Image.blend(Image.fromarray(base), Image.fromarray(colorize(labels_HW, classes)), opacity))
-    ignored = np.asarray(labels_HW) == IGNORED
+    ignored = (np.asarray(labels_HW) == IGNORED) & (len(classes) <= IGNORED)
     blended[ignored] = base[ignored]
     return blended
 

@@ -25,6 +25,10 @@ def read_truth(
 
     `size` is the (H, W) of the prediction. Adds to `notes`. Raises DataError for another size or values that are no class.
     """
+    if len(classes) > IGNORED:
+        raise DataError(
+            f"{path}: a mask, in which {IGNORED} is ignored, compares at most {IGNORED} classes, and the model has {len(classes)}"
+        )
     mask = read_mask(path, max_pixels=max_pixels)
     allowed = f"0 to {len(classes) - 1}, and {IGNORED} for what is ignored"
     has_numbers = mask.ndim == 2

@@ -20,7 +20,7 @@ _PNG_LEVEL = 3
 
 
 def encode_png(image: npt.NDArray[Any], colors: Sequence[tuple[int, int, int]] = ()) -> bytes:
-    """Encodes (H, W) or (H, W, 1, 3 or 4) uint8 as a PNG file.
+    """Encodes (H, W) or (H, W, 1, 3 or 4) uint8, or (H, W) uint16, as a PNG file.
 
     `colors`: makes labels (H, W) a palette picture: the file holds the labels, viewers show the colours, and black for further labels.
     """

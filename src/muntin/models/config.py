@@ -17,7 +17,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     task: Task = "segment"
-    classes: Annotated[int, Field(ge=1, le=255, description="K, the classes of segment and classify; unused by restore")] = 2
+    classes: Annotated[int, Field(ge=1, le=65535, description="K, the classes of segment and classify; unused by restore")] = 2
     channels: Annotated[int, Field(ge=1, le=16, description="channels of the input image")] = 3
     scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; above 1 only for restore")] = 1
     stem: Annotated[tuple[AtLeastOne, ...], Field(min_length=2, max_length=3)] = (16, 32, 64)

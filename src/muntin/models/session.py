@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.errors import DependencyError, MuntinError
-from muntin.runtime.session import check_classes, check_images
+from muntin.runtime.session import Labels, check_classes, check_images
 
 BUFFERS = 2
 """Batches in flight: one in computation, one in a copy."""
@@ -86,12 +86,12 @@ class TorchSession:
         scores: NDArray[np.float32] = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device)).cpu().numpy()
         return scores
 
-    def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         """The class of the highest score, computed on the model's device."""
         check_images(images_BHWC, self.signature)
         check_classes(self.signature)
         scores_BK = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device))
-        labels: NDArray[np.uint8] = scores_BK.argmax(1).to(torch.uint8).cpu().numpy()
+        labels: Labels = scores_BK.argmax(1).to(torch.int32).cpu().numpy().astype(self.signature.label_type)
         return labels
 
     def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:

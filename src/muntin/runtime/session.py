@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,8 @@ STATIC_SHAPES = 4
 """Input sizes, beside those given to `warm_up`, that an engine keeps compiled."""
 Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
+Labels = NDArray[np.unsignedinteger[Any]]
+"""Class numbers, in the signature's `label_type`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,9 @@ class Session(ABC):
             )
         return scores
 
-    def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The class of the highest score, the first of equal ones: (B, scale*H, scale*W), or (B,) for "classify", uint8.
+    def labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
+        """The class of the highest score, the first of equal ones: (B, scale*H, scale*W), or (B,) for "classify", in the signature's
+        `label_type`.
 
         Equals `argmax` of the scores. An engine that computes labels itself writes one byte for each pixel instead of 4 K, which saves
         several milliseconds at 512 x 512 with six classes. Raises as a call does, and DataError for "restore", which has no classes.
@@ -88,7 +92,7 @@ class Session(ABC):
         check_classes(self.signature)
         return self.infer_labels(np.ascontiguousarray(images_BHWC))
 
-    def infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         """Labels of a checked, contiguous batch. The model has classes."""
         return self._infer_labels(images_BHWC)
 
@@ -133,9 +137,9 @@ class Session(ABC):
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scores of a checked, contiguous batch, in an array of their own."""
 
-    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         """Labels of a checked, contiguous batch, in an array of their own."""
-        labels: NDArray[np.uint8] = self.infer(images_BHWC).argmax(axis=1).astype(np.uint8)
+        labels: Labels = self.infer(images_BHWC).argmax(axis=1).astype(self.signature.label_type)
         return labels
 
     @abstractmethod

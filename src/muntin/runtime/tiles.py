@@ -65,7 +65,7 @@ def predict(
     picture's; None computes the whole picture in one call. `overlap`: pixels that neighbouring tiles share, 0 to tile - 1, by default a
     quarter of the tile. `progress` is called with (tiles done, number of tiles).
 
-    Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the smallest unsigned type that holds K, "scores"
+    Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the signature's `label_type`, "scores"
     (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
     "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles.
 
@@ -88,7 +88,7 @@ def predict(
     result: NDArray[Any] | None = None
     for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
         if result is None:
-            result = _empty(output, len(scores_KhW), rows.scale * rows.size, columns.scale * columns.size)
+            result = _empty(output, signature, len(scores_KhW), rows.scale * rows.size, columns.scale * columns.size)
         _emit(output, result, row, scores_KhW)
     if result is None:
         raise AssertionError("a picture has at least one tile")
@@ -164,9 +164,9 @@ def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float3
     return first
 
 
-def _empty(output: Output, channels: int, height: int, width: int) -> NDArray[Any]:
+def _empty(output: Output, signature: Signature, channels: int, height: int, width: int) -> NDArray[Any]:
     if output == "labels":
-        return np.empty((height, width), np.min_scalar_type(channels))
+        return np.empty((height, width), signature.label_type)
     if output == "scores":
         return np.empty((channels, height, width), np.float32)
     return np.empty((height, width, channels), np.uint8)

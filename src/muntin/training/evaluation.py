@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from muntin.data.classes import list_some
 from muntin.data.source import Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
+from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, predict
 
-Labels = NDArray[np.uint8]
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
 EARLY = 50
@@ -86,7 +85,7 @@ def predictions(
     for index in range(len(samples)):
         sample = samples[index]
         if session.signature.task == "classify":
-            labels = np.array([int(np.argmax(predict(session, sample.image)))], dtype=np.uint8)
+            labels = np.array([np.argmax(predict(session, sample.image))], dtype=session.signature.label_type)
         else:
             labels = predict(session, sample.image, tile=tile)
         yield sample, labels
@@ -105,7 +104,7 @@ def evaluate(session: Predictor, samples: Sequence[Sample], *, tile: int, progre
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluation:
     """Compute the scores from pairs of a sample and its labels."""
     names = [c.name for c in session.signature.classes]
-    confusion = MulticlassConfusionMatrix(len(names), ignore_index=IGNORED, validate_args=False)
+    confusion = MulticlassConfusionMatrix(len(names), ignore_index=None if len(names) > IGNORED else IGNORED, validate_args=False)
     total = torch.zeros(len(names), len(names), dtype=torch.int64)
     samples = 0
     for sample, labels in pairs:

@@ -24,6 +24,7 @@ from muntin.artifact import Signature
 from muntin.errors import DataError, bare
 from muntin.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.runtime import predict
+from muntin.runtime.session import Labels
 from muntin.serving.inference.service import PRIORITY, Service
 from muntin.serving.protocol.json_codec import encode_json
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError, shown
@@ -73,8 +74,9 @@ class ImageRoute:
     async def answer(self, content: bytes, query: Mapping[str, str]) -> PictureAnswer:
         """Answer a picture file. `query`: `output`, one of `OUTPUTS` for the task.
 
-        mask: a PNG of class numbers with a colour palette. overlay: the classes' colours over the picture, as PNG. labels: class numbers as
-        grey values. json: for segment the share of each class, for classify every class with its probability. image: a PNG.
+        mask: a PNG of class numbers with a colour palette; of more than 255 classes, labels. overlay: the classes' colours over the
+        picture, as PNG. labels: class numbers as grey values, of 16 bits for more than 255 classes. json: for segment the share of each
+        class, for classify every class with its probability. image: a PNG.
         Raises ProtocolError: 400 for an unreadable picture, an unknown output, or a model of channels that are not in `CHANNELS`; 413 for
         too many pixels; 503 as inference does.
         Cancelled, it returns once its thread has ended, and computes no further tile.
@@ -159,7 +161,7 @@ class ImageRoute:
             session.patient = True
             return predict(session, image, tile=self._tile)
         if session.signature.task == "segment":
-            labels: NDArray[np.uint8] = session.labels(image[None])[0]
+            labels: Labels = session.labels(image[None])[0]
             return labels
         return predict(session, image)
 
@@ -186,7 +188,7 @@ class _QueuedSession:
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
         return self._compute(images_BHWC, labels=False)
 
-    def labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         return self._compute(images_BHWC, labels=True)
 
     def cancel(self) -> None:
@@ -249,7 +251,7 @@ def _encode(image: NDArray[np.uint8], result: NDArray[Any], output: str, session
     if output == "overlay":
         scaled = image if image.shape[:2] == result.shape else np.repeat(np.repeat(image, signature.scale, 0), signature.scale, 1)
         png = encode_png(overlay(scaled, result, signature.classes))
-    elif output == "mask":
+    elif output == "mask" and result.dtype == np.uint8:
         png = encode_png(result, [entry.color for entry in signature.classes])
     else:
         png = encode_png(result)

@@ -71,7 +71,9 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
                 f"output {shown(output.name)} has {count:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for binary data",
                 status=413,
             )
-    return Wanted(names=wanted, labels=labels, nbytes=numbers if labels else 4 * numbers, listed=listed, binary=binary)
+    return Wanted(
+        names=wanted, labels=labels, nbytes=numbers * (signature.label_type.itemsize if labels else 4), listed=listed, binary=binary
+    )
 
 
 def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> int:
@@ -97,7 +99,7 @@ def make_outputs(answer: NDArray[Any], wanted: Wanted, signature: Signature) -> 
         if name == "scores":
             outputs.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
         elif name == "labels":
-            outputs.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(np.uint8)))
+            outputs.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(signature.label_type)))
         else:
             outputs.append(InferOutput(name=name, data=pixels(answer)))
     return tuple(outputs)

@@ -103,7 +103,10 @@ class Service:
             name=self.name,
             versions=(version,) if version else ready or (name,),
             inputs=(TensorSpec(name=INPUT, datatype="UINT8", shape=(B, -1, -1, C)),),
-            outputs=(TensorSpec(name=first, datatype="UINT8", shape=labels), TensorSpec(name=second, datatype="FP32", shape=scores)),
+            outputs=(
+                TensorSpec(name=first, datatype=signature.label_type.name.upper(), shape=labels),
+                TensorSpec(name=second, datatype="FP32", shape=scores),
+            ),
             max_batch=self.max_rows,
         )
 

@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 from muntin.artifact import Signature
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
+from muntin.runtime.session import ExecutedLayer, Labels, Session, Shape, check_shapes
 from muntin.serving.worker.channel import LABELS, SCORES, EngineChannel, call_from_json
 from muntin.serving.worker.launch import RunningEngine, start_engine
 from muntin.serving.worker.liveness import Liveness
@@ -150,9 +150,9 @@ class RemoteSession(Liveness, Session):
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         return self._compute(SCORES, images_BHWC, self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
 
-    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
-        return self._compute(LABELS, images_BHWC, (B, *sides), np.uint8)
+        return self._compute(LABELS, images_BHWC, (B, *sides), self.signature.label_type)
 
     def _compute(self, operation: int, images_BHWC: NDArray[np.uint8], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         answer = self.outputs.take(shape, dtype)

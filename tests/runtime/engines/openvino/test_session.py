@@ -258,7 +258,7 @@ def shuffled(mode: str, *crops: tuple[int, int, int]) -> onnx.ModelProto:
 )
 def test_pixel_shuffle_of_scores_and_labels(mode: str, crops: list[tuple[int, int, int]], early: bool, static: bool) -> None:
     model = openvino.Core().read_model(model=shuffled(mode, *crops).SerializeToString(), weights=b"")
-    ending, scoring = ending_in_labels(model.clone()), ending_in_scores(model.clone())
+    ending, scoring = ending_in_labels(model.clone(), np.dtype(np.uint8)), ending_in_scores(model.clone())
     kinds, scoring_kinds = ([node.get_type_name() for node in one.get_ordered_ops()] for one in (ending, scoring))
     assert ("DepthToSpace" not in scoring_kinds) == ("DepthToSpace" not in kinds) == early
     to_pixels = kinds[::-1].index("Transpose" if early else "DepthToSpace")  # from the end

@@ -14,8 +14,8 @@ import numpy as np
 from muntin.runtime.host.quiet_imports import openvino
 
 
-def ending_in_labels(model: Any) -> Any:
-    """The model with the index of the highest score as its output, uint8, instead of the scores.
+def ending_in_labels(model: Any, label_type: np.dtype[Any]) -> Any:
+    """The model with the index of the highest score as its output, of an unsigned type, instead of the scores.
 
     A pixel shuffle (and a crop) at the end is done to the labels instead of the scores: one byte instead of four for each class. Classes
     are compared channels last, as the engine keeps maps; otherwise it would reorder all scores first, 400 MB at 4096 x 4096.
@@ -23,9 +23,9 @@ def ending_in_labels(model: Any) -> Any:
     opset = openvino.opset13
     shuffle, crops = _end(model)
     if shuffle is None:
-        return _with_output(model, opset.squeeze(_best(_last(model), 1), opset.constant(np.int64(1))))
+        return _with_output(model, opset.squeeze(_best(_last(model), 1, label_type), opset.constant(np.int64(1))))
     inside = shuffle.get_attributes()["block_size"] ** 2
-    labels = _cropped(_pixels(_best(_apart(_channels_last(shuffle), shuffle, inside).output(0), 3), shuffle), crops)
+    labels = _cropped(_pixels(_best(_apart(_channels_last(shuffle), shuffle, inside).output(0), 3, label_type), shuffle), crops)
     return _with_output(model, opset.squeeze(labels, opset.constant(np.int64(1))))
 
 
@@ -95,11 +95,11 @@ def _with_output(model: Any, node: Any) -> Any:
     return openvino.Model([node], model.get_parameters(), model.get_friendly_name())
 
 
-def _best(scores: Any, axis: int) -> Any:
-    """The index along an axis, uint8; of equal scores the first."""
+def _best(scores: Any, axis: int, label_type: np.dtype[Any]) -> Any:
+    """The index along an axis; of equal scores the first."""
     opset = openvino.opset13
     best = opset.topk(scores, opset.constant(np.int64(1)), axis, "max", "value", "i32", stable=True)
-    return opset.convert(best.output(1), "u8")
+    return opset.convert(best.output(1), label_type)
 
 
 def _crops_only(node: Any) -> bool:

@@ -36,7 +36,7 @@ from muntin.runtime.engines.openvino.workarounds import computes_with_sizes, wit
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Session, Shape, check_shapes
+from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Labels, Session, Shape, check_shapes
 
 OPENVINO_PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
 """OpenVINO's name of an element type -> the precision of an `ExecutedLayer`."""
@@ -51,9 +51,9 @@ _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 _RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
 
 # With free sizes OpenVINO 2026.4 may return without an answer and without an error where it cannot allocate what a size needs. The memory
-# would then hold another answer. So both ends of an answer are marked with values that no model gives: 255 is no class (there are at most
-# 255), and this NaN comes from no computation.
-_NO_LABEL, _NO_SCORE = 255, 0x7FC0BEEF
+# would then hold another answer. So both ends of an answer are marked with values that no model gives: the highest value of a label's type
+# is no class, and this NaN comes from no computation.
+_NO_SCORE = 0x7FC0BEEF
 
 InputShape = tuple[int, ...]
 Variant = tuple[InputShape | None, bool]
@@ -121,9 +121,9 @@ class OpenVinoSession(Session):
         self._run(images_BHWC, scores, labels=False)
         return scores
 
-    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
-        labels = self.outputs.take((B, *sides), np.uint8)
+        labels = self.outputs.take((B, *sides), self.signature.label_type)
         self._run(images_BHWC, labels, labels=True)
         return labels
 
@@ -189,7 +189,8 @@ class OpenVinoSession(Session):
         for first in range(0, len(images_BHWC), step):
             part = answer[first : first + step]
             self._write_to(request, part)
-            flat, mark = (part.reshape(-1), _NO_LABEL) if part.dtype == np.uint8 else (part.reshape(-1).view(np.uint32), _NO_SCORE)
+            scores = part.dtype == np.float32
+            flat, mark = (part.reshape(-1).view(np.uint32), _NO_SCORE) if scores else (part.reshape(-1), np.iinfo(part.dtype).max)
             if dynamic:
                 flat[0] = flat[-1] = mark
             request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
@@ -281,7 +282,9 @@ class OpenVinoSession(Session):
                 cached = self._from_cache(variant)
                 if cached is not None:
                     return _Compiled(cached, shape, self.streams, kept=True)
-                model = (ending_in_labels if labels else ending_in_scores)(self._model.clone())
+                model = (
+                    ending_in_labels(self._model.clone(), self.signature.label_type) if labels else ending_in_scores(self._model.clone())
+                )
                 # One image: with a free batch size, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
                 model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
                 if shape is None:
