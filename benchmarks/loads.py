@@ -5,7 +5,8 @@
 One server (`muntin serve`, on all cores) has a segmentation at 512 x 512. Each client is a process that sends one picture after the other,
 over HTTP, and compares every answer with the first one, byte for byte. First without loads for 30 s, then new versions are loaded one after
 the other, by HTTP and gRPC in turns: the same model in artefacts of their own, so nothing is compiled yet. Goals: every load within 30 s,
-no request failed, and the same labels throughout. Ten seconds pass between two loads. Time: about a quarter of an hour. Run it alone.
+no request failed, and the same labels throughout. Ten seconds pass between two loads. What is measured already is not measured again.
+Time: about a quarter of an hour. Run it alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import multiprocessing
 import shutil
 import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import numpy as np
 import tritonclient.grpc
 import tritonclient.http
 
-from kept import Row, now
+from kept import Row, kept_row
 from muntin.artifact.manifest import render_manifest
 from muntin.artifact.store import read_manifest
 from muntin.runtime import describe_hardware
@@ -160,10 +163,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=3, help="at most 8")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
-    row = {"benchmark": "loads", "created": now(), "hardware": describe_hardware()}
-    row |= measure(arguments.output.resolve(), arguments.loads, arguments.clients)
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {"loads": arguments.loads, "clients": arguments.clients, "workload": asdict(WORKLOADS[NAME])}
+    measured = partial(measure, output, arguments.loads, arguments.clients)
+    row = kept_row(output / "loads.json", settings, measured, hardware=describe_hardware())
     if arguments.json:
-        print(json.dumps(row, indent=1))
+        print(json.dumps({"benchmark": "loads", **row}, indent=1))
         return
     print_table(row)
     print(f"{row['hardware']['cpu']}, {row['hardware']['cores']} cores, {row['created']}")
