@@ -33,6 +33,8 @@ class FloatRun:
     def __call__(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Return the named outputs, by default all."""
         names = list(self.output_names if outputs is None else outputs)
+        if not names:  # ONNX Runtime takes none for all
+            return {}
         try:
             values = self._session.run(names, dict(inputs))
         except Exception as error:

@@ -36,15 +36,15 @@ def quantize_onnx(
     Raises ExportError: a model that is quantised already, holds nothing to multiply or that ONNX Runtime cannot run; inputs of other
     names, types or shapes; a name in `keep` that is no product.
     """
-    proto = _read(model)
+    proto = read_float_model(model)
     batches = [_named(batch, proto) for batch in ([calibration] if isinstance(calibration, np.ndarray) else calibration)]
     if not batches:
         raise ExportError("calibration is empty: give batches of typical inputs")
     return quantize(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep)
 
 
-def _read(model: onnx.ModelProto | Path | str) -> onnx.ModelProto:
-    """Return a checked float model."""
+def read_float_model(model: onnx.ModelProto | Path | str) -> onnx.ModelProto:
+    """Return a checked float model. Raises ExportError."""
     where = "the model" if isinstance(model, onnx.ModelProto) else str(model)
     try:
         proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
