@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from muntin.artifact import write_standalone
     from muntin.compression import quantize
     from muntin.deployment import TorchSession, export
+    from muntin.graph import quantize_onnx
     from muntin.models import create_model
     from muntin.runtime import SessionOptions, load, predict, verify
     from muntin.serving.server import serve
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "predict",
     "quantize",
+    "quantize_onnx",
     "serve",
     "verify",
     "write_standalone",
@@ -46,6 +48,7 @@ _ROOMS = {
     "load": "runtime",
     "predict": "runtime",
     "quantize": "compression",
+    "quantize_onnx": "graph",
     "serve": "serving.server",  # `muntin.serving` itself is imported by engine processes, which need neither HTTP nor gRPC
     "verify": "runtime",
     "write_standalone": "artifact",
@@ -60,7 +63,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"muntin.{room}")
     except ModuleNotFoundError as error:
         package = (error.name or "muntin").partition(".")[0]
-        if package == "muntin" or room == "runtime":  # a bug, or a broken installation
+        if package == "muntin" or room in ("runtime", "graph"):  # a bug, or a broken installation
             raise
         extra = "serve" if name == "serve" else "train"
         raise DependencyError(f"muntin.{name} needs the package {package}: {install(extra)}") from error

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from typer.testing import CliRunner
 
@@ -334,3 +336,20 @@ def test_report_of_a_stage(call: Call, compressed: Path, tmp_path: Path) -> None
     text = call("report", compressed / "compressed" / "3-mixed", "-o", tmp_path / "out").mistake()
     assert "holds a compressed model: give the checkpoint of `muntin fit` that it was made from" in text
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_quantize_an_onnx_file(call: Call, tmp_path: Path) -> None:
+    graph = onnx.parser.parse_graph("agraph (float[B, 3, H, W] x) => (float[B, 4, P, Q] y) { y = Conv(x, w) }")
+    weight = np.random.default_rng(0).normal(size=(4, 3, 3, 3)).astype(np.float32)
+    graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), tmp_path / "net.onnx")
+    np.savez(tmp_path / "inputs.npz", x=np.random.default_rng(1).normal(size=(12, 3, 16, 16)).astype(np.float32))
+    words = ["quantize", str(tmp_path / "net.onnx"), "--calibration", str(tmp_path / "inputs.npz")]
+    answer = call(*words)
+    assert answer.code == 0, answer.err
+    assert "net-int8.onnx" in answer.out and "1 of 1 products and 100.0% of the multiply-adds in INT8" in " ".join(answer.out.split())
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load(tmp_path / "net-int8.onnx").graph.node)
+    document = call(*words, "--keep", "y", "-o", str(tmp_path / "floats.onnx"), "--json").document()
+    assert (document["coverage"], document["products"][0]["reason"]) == (0, "named in keep")
+    assert "0% of the multiply-adds are in integers" in document["notes"][0]
+    assert "none.npz cannot be read" in call(*words[:2], "--calibration", str(tmp_path / "none.npz")).mistake()

@@ -10,7 +10,7 @@ import typer
 
 from muntin.cli.bench import bench_command
 from muntin.cli.compare import compare_command
-from muntin.cli.compress import compress_command
+from muntin.cli.compress import compress_command, quantize_command
 from muntin.cli.console import accept_any_name, memory_advice, out, say
 from muntin.cli.export import export_command
 from muntin.cli.machine import doctor_command
@@ -60,6 +60,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fit": fit_command,
     "evaluate": evaluate_command,
     "compress": compress_command,
+    "quantize": quantize_command,
     "export": export_command,
     "verify": verify_command,
     "compare": compare_command,

@@ -1,4 +1,4 @@
-"""`muntin compress`."""
+"""`muntin compress` and `muntin quantize`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, say, say_notes
+from muntin.cli.console import out, print_json, print_notes, say, say_notes, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch
 from muntin.cli.train import training_bar
@@ -97,3 +97,41 @@ def describe_compression(run: CompressionRun) -> None:
         out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))))
     print_notes(run.notes)
     out.print(f"wrote     {run.checkpoint}")
+
+
+def quantize_command(
+    model: Annotated[Path, typer.Argument(help="A float ONNX file of any model.")],
+    calibration: Annotated[
+        Path,
+        typer.Option(help="Typical inputs: a .npz file with an array for each input by its name, or the .npy array of the only input."),
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The ONNX file to write; MODEL-int8.onnx by default.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows that are computed at a time, where the model leaves their number free.")] = 8,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help="A node that stays in floats; repeatable.")] = None,
+    min_sqnr_db: Annotated[float, typer.Option(help="A product whose own rounding leaves less signal over noise stays in floats.")] = 15.0,
+    json: JsonOption = False,
+) -> None:
+    """Quantise an ONNX file of any model to static INT8 without training; the result is an ONNX file, not an artefact."""
+    from muntin.graph import quantize_onnx
+    from muntin.graph.calibration_file import read_calibration
+    from muntin.graph.onnx_file import read_float_model
+
+    target = output or model.with_name(f"{model.stem}-int8.onnx")
+    proto = read_float_model(model)
+    batches = read_calibration(calibration, proto, batch)
+    with status("quantising"):
+        result = quantize_onnx(proto, batches, keep=keep or (), min_sqnr_db=min_sqnr_db)
+    result.save(target)
+    if json:
+        document = {"output": target, "bytes": target.stat().st_size, "coverage": result.coverage, "notes": result.notes}
+        print_json(document | {"products": [asdict(record) for record in result.products]})
+        return
+    integers = sum(record.bits == 8 for record in result.products)
+    out.print(
+        f"wrote     {target}: {target.stat().st_size / 1e6:.2f} MB (floats: {model.stat().st_size / 1e6:.2f}), {integers} of "
+        f"{len(result.products)} products and {result.coverage:.1%} of the multiply-adds in INT8"
+    )
+    for record in result.products:
+        if record.reason:
+            out.print(f"kept      {record.name}: {record.reason}")
+    print_notes(result.notes)

@@ -1,0 +1,99 @@
+"""Inserts QuantizeLinear and DequantizeLinear around the products of a plan: calibrated after training, or trained.
+
+A tensor that several products read on one grid is rounded once. A weight becomes integers with a scale for each output channel.
+softmax(s)·v becomes (exp(s - max)·v) / sum: a normalised share over N entries shrinks as 1/N and vanishes in 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import helper
+
+from muntin.graph.grids import SHARES, ByteGrid, quantize_weight, weight_scale
+from muntin.graph.onnx_graph import Array, Graph
+from muntin.graph.products import GraphProduct, find_products
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProductGrids:
+    """The grids of a product: of its activations by input index, and of its weight (`scale` None: by the peak of each channel).
+
+    `spread_softmax`: True if a softmax before it is divided by its sum after the product.
+    """
+
+    activations: Mapping[int, ByteGrid]
+    weight_bits: int = 8
+    scale: Array | None = field(default=None, compare=False)
+    spread_softmax: bool = False
+
+
+Plan = Mapping[str, ProductGrids]
+"""Grids by the name of a product."""
+
+
+def insert(graph: Graph, plan: Plan, *, untouched: Collection[int] = ()) -> None:
+    """Quantise the products of a plan in place. `untouched`: ids of nodes that are read but not rewritten."""
+    rounded: dict[tuple[str, ByteGrid], str] = {}
+    for product in find_products(graph):
+        grids = plan.get(product.name)
+        if grids is None or id(product.node) in untouched:
+            continue
+        if grids.spread_softmax and product.softmax is not None:
+            _spread(graph, product, rounded)
+        for index, grid in grids.activations.items():
+            if not (grids.spread_softmax and product.softmax is not None and index == 0):
+                product.node.input[index] = _round(graph, product.node.input[index], grid, rounded)
+        if product.weight is not None:
+            product.node.input[1] = _integers(graph, product, grids)
+    graph.reindex()
+
+
+def _round(graph: Graph, tensor: str, grid: ByteGrid, rounded: dict[tuple[str, ByteGrid], str]) -> str:
+    """Return the tensor on its grid."""
+    if (tensor, grid) not in rounded:
+        number = sum(1 for name, _ in rounded if name == tensor)
+        base = tensor if not number else f"{tensor}/{number}"
+        scale = graph.constant(f"{base}/scale", np.array(grid.scale, np.float32))
+        zero = graph.constant(f"{base}/zero", grid.zero_point())
+        graph.nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [f"{base}/integers"], name=f"{base}/quantize"))
+        graph.nodes.append(
+            helper.make_node("DequantizeLinear", [f"{base}/integers", scale, zero], [f"{base}/rounded"], name=f"{base}/dequantize")
+        )
+        rounded[tensor, grid] = f"{base}/rounded"
+    return rounded[tensor, grid]
+
+
+def _integers(graph: Graph, product: GraphProduct, grids: ProductGrids) -> str:
+    """Return the dequantised weight; a weight that several products share on one scale is stored once."""
+    assert product.weight is not None
+    weight = graph.constants[product.weight]
+    scale_O = weight_scale(weight, product.axis) if grids.scale is None else grids.scale
+    base = f"{product.weight}/{product.name}" if len(graph.readers.get(product.weight, [])) > 1 else product.weight
+    integers = graph.constant(f"{base}/integers", quantize_weight(weight, product.axis, scale_O, grids.weight_bits))
+    scale = graph.constant(f"{base}/scale", scale_O.astype(np.float32))
+    output = f"{integers}/dequantized"
+    graph.nodes.append(helper.make_node("DequantizeLinear", [integers, scale], [output], name=output, axis=product.axis))
+    return output
+
+
+def _spread(graph: Graph, product: GraphProduct, rounded: dict[tuple[str, ByteGrid], str]) -> None:
+    """Write softmax(s)·v as (exp(s - max)·v) / sum of the rounded exponentials."""
+    softmax, node = product.softmax, product.node
+    assert softmax is not None
+    logits, shares, mixed = softmax.input[0], softmax.output[0], node.output[0]
+    last = graph.constant("last axis", np.array([-1], np.int64))
+    exponentials = [
+        helper.make_node("ReduceMax", [logits, last], [f"{shares}/greatest"], keepdims=1),
+        helper.make_node("Sub", [logits, f"{shares}/greatest"], [f"{shares}/shifted"]),
+        helper.make_node("Exp", [f"{shares}/shifted"], [f"{shares}/exp"]),
+    ]
+    graph.nodes += exponentials
+    node.input[0] = _round(graph, f"{shares}/exp", SHARES, rounded)
+    node.output[0] = f"{mixed}/product"
+    graph.nodes += [
+        helper.make_node("ReduceSum", [node.input[0], last], [f"{shares}/sum"], keepdims=1),
+        helper.make_node("Div", [node.output[0], f"{shares}/sum"], [mixed]),
+    ]
