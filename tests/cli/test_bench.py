@@ -37,7 +37,7 @@ def test_bench_of_a_run_beside_artefacts(call: Call, exported: Any) -> None:
     first, *others = document["rows"]
     assert (first["engine"], first["precision"], first["integers"]) == ("pytorch eager", "f32", False)
     assert first["cached"] is None and first["load_s"] > 0 and (first["peak_mib"] is None or first["peak_mib"] > 0)
-    assert document["size_reason"] == "the size of the export of artifact"
+    assert document["size_reason"] == "the size of the export of run/artifact"
     for row in others:
         assert row["shape"] == first["shape"] == [1, 64, 64] and row["cached"] is not None
         assert (row["engine"], row["integers"]) == ("openvino", True)
@@ -46,7 +46,7 @@ def test_bench_of_a_run_beside_artefacts(call: Call, exported: Any) -> None:
 
 def test_bench_of_a_run_alone(call: Call, exported: Any) -> None:
     text = call("bench", exported.run, *QUICK).out
-    assert "A  run: pytorch eager, f32\n" in text and "64x64" in text and "faster: " not in text
+    assert f"A  {exported.run.parent.name}/run: pytorch eager, f32\n" in text and "64x64" in text and "faster: " not in text
     assert "size: the size of the export; --size measures another\n" in text
 
 
@@ -55,7 +55,12 @@ def test_bench_table_of_two_artefacts(call: Call, exported: Any) -> None:
     assert (answer.code, answer.err) == (0, "")
     for words in ("median ms", "p99", "images/s", "load s", "cached", "MiB", "faster", "1.00x", "size: as given\n"):
         assert words in answer.out
-    assert "A  artifact: openvino, INT8, float layers in f32\nB  artifact (2): openvino, INT8, float layers in f32\n" in answer.out
+    assert "A  run/artifact: openvino, INT8, float layers in f32\nB  run/artifact (2): openvino, INT8, float layers in f32\n" in answer.out
+
+
+def test_bench_table_of_two_tasks(call: Call, exported: Any, write_small: Callable[..., Path], tmp_path: Path) -> None:
+    answer = call("bench", exported.artifact, write_small(tmp_path / "other", task="classify"), "--size", "16", *QUICK)
+    assert "differ in task, channels or classes: not compared" in answer.out and "faster: " not in answer.out
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be given one core")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from muntin.artifact import open_artifact
+from muntin.artifact.manifest import render_manifest
 from muntin.deployment.run_artifacts import missing_forms, run_artifacts
 from muntin.training import read_checkpoint
 
@@ -44,13 +46,32 @@ def test_compare_output(call: Call, run: Path, tmp_path: Path, write_small: Call
     answer = call("compare", run, "--rounds", "1")
     assert (answer.code, answer.err) == (0, "")
     assert all(words in answer.out for words in ("validation mIoU", "test mIoU", "labels as fp32", "peak memory"))
-    assert f"take      int8 ({run / 'artifact'}): the fastest whose validation score" in answer.out
+    assert f"take int8 ({run / 'artifact'}): the fastest whose validation score" in " ".join(answer.out.split())
+    lines = answer.out.splitlines()
+    assert all(line == line.rstrip() and line for line in lines)
+    take = next(number for number, line in enumerate(lines) if line.startswith("take "))
+    assert lines[take + 1].startswith(" " * 10) and len(lines[take + 1]) <= 100
     assert "missing   low-rank, w4a8, mixed: `muntin compress" in answer.out
     assert "size      latency at 64x64: the size of the export; pictures: validation 2, test 2\n" in answer.out
-    assert f"note      left out: {run / 'other'} is of other weights" in answer.out
+    assert f"note      left out, of other weights than the run's newest: {run / 'other'}; export again" in answer.out
     shutil.rmtree(run / "artifact")
     text = call("compare", run).mistake()
     assert "holds no artefact of its weights" in text and text.endswith(f"`muntin export {run}` writes one")
+
+
+def test_compare_of_older_artefacts(call: Call, run: Path) -> None:
+    """All artefacts of other weights are named, with what renews them: for those of a stage, `compress` first."""
+    stage = Path(shutil.copytree(run / "checkpoints", run / "compressed" / "1-low-rank" / "checkpoints")).parent
+    shutil.copytree(run / "artifact", run / "backup")
+    shutil.copytree(run / "artifact", stage / "artifact")
+    manifest = open_artifact(run / "artifact").manifest.model_copy(update={"passes": ({"pass": "low_rank"},)})
+    (stage / "artifact" / "manifest.json").write_bytes(render_manifest(manifest)[1])
+    shutil.rmtree(run / "checkpoints" / "step-00000006")  # the newest weights are others now
+    text = call("compare", run).mistake()
+    assert f"left out, of other weights than the run's newest: {run / 'artifact'}, {run / 'backup'}; export again, or" in text
+    assert f"left out, compressed from other weights than the run's newest: {stage / 'artifact'}; to renew them, remove " in text
+    assert f"remove {run / 'compressed'}, then `muntin compress {run}`, and export the stages again" in text
+    assert text.endswith(f"`muntin export {run}` writes one")  # it replaces the older artefact
 
 
 def test_artefacts_of_a_run(call: Call, run: Path) -> None:

@@ -76,7 +76,12 @@ def test_init_of_class_folders(call: Call, tmp_path: Path) -> None:
     assert "classes   cat, dog\nshares    cat: 50.0 %, dog: 50.0 % of 24 images\n" in told
     spaced = tmp_path.rename(tmp_path.with_name("my photos"))
     (spaced / "recipe.yaml").unlink()
-    assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in call("init", spaced).out
+    for number in range(24, 70):
+        write_image(spaced / "dog" / f"{number}.png", np.full((40, 40, 3), number, np.uint8))
+    write_image(spaced / "dog" / "69.bmp", np.zeros((40, 40, 3), np.uint8))
+    text = call("init", spaced).out
+    assert f"then `muntin fit '{spaced / 'recipe.yaml'}'`" in text
+    assert " of 71 images, of which 35 were opened\n" in text and f"note      {spaced}/dog: the same stem in 69.bmp and 69.png; " in text
 
 
 def test_init_never_overwrites(call: Call, pictures: Path) -> None:
@@ -121,7 +126,7 @@ def test_init_of_damaged_and_unpaired_files(call: Call, pictures: Path, tmp_path
     document = call("init", pictures, "--json").document()
     assert list(document["shares"]) == ["class-0", "class-1", "class-2"] and 0.9 < sum(document["shares"].values()) < 1
     damaged, unpaired = sorted(document["notes"], key=lambda note: "without a mask" in note)
-    assert damaged.startswith("train-1.png is damaged or truncated (")
+    assert damaged.startswith("train-1.png is damaged or cut off: left out")
     assert unpaired.startswith(f"{images}: 1 image without a mask: train-6.png; `muntin fit` refuses them: add masks, ")
     words = ["fit", document["recipe"], "-o", tmp_path / "run", "--set", "training.steps=1", "--set", "training.batch_size=2"]
     words += ["--set", "model.name=hybrid-xs", "--set", f"model.options={tiny_options}"]
@@ -129,6 +134,6 @@ def test_init_of_damaged_and_unpaired_files(call: Call, pictures: Path, tmp_path
     (images / "train-6.png").unlink()
     notes = call(*words, "--json").document()["notes"]
     assert notes == [
-        "left out by data.skip: train-1.png",
+        "left out by data.skip: train/images/train-1.png",
         "2 of 5 training pictures have a side shorter than data.crop 32 (the smallest is 30×20): the rest of a crop is black and ignored",
     ]

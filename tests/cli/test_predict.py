@@ -185,7 +185,7 @@ def test_predict_with_one_bad_image(call: Call, tmp_path: Path, write_small: Wri
     words = ("predict", artifact, photos, *(["-o", tmp_path / "out"] if task == "segment" else []))
     answer = call(*words, "--json")
     text = answer.mistake()
-    assert f"{photos / 'b.png'} is damaged or truncated" in text
+    assert f"{photos / 'b.png'} is damaged or cut off" in text
     document = json.loads(answer.out)
     assert [Path(result["source"]).name for result in document["results"]] == ["a.png", "c.png"]
     assert document["failures"] == [{"source": str(photos / "b.png"), "error": text}]
@@ -352,7 +352,7 @@ def spoiled(tmp_path: Path, exported: Any, kind: str) -> list[Any]:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("truncated", "image.png is damaged or truncated"),
+        ("truncated", "image.png is damaged or cut off"),
         ("no image", "image.png is no image that muntin reads"),
         ("deep", "more than 8 bits"),
         ("missing", "image.png does not exist"),

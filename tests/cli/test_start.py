@@ -42,10 +42,12 @@ def test_note_of_commands_on_a_busy_machine(call: Call, exported: Any, tmp_path:
         ("fit", exported.recipe, "-o", tmp_path / "run", "--set", "training.steps=1"),
         ("evaluate", exported.run),
         ("compress", exported.run, "-o", tmp_path / "compressed", "--until", "low-rank", *low_rank),
-        ("export", exported.run),
+        ("export", exported.run, "--float", "-o", tmp_path / "artifact"),
     )
     for words in commands:
         answer = call(*words)
         assert (answer.code, answer.err) == (0, f"note      {note}\n"), words
     assert call("evaluate", exported.run, "--json").document()["notes"] == [note]
-    assert call("evaluate", tmp_path / "none").mistake()  # and no note
+    for words in (("evaluate", tmp_path / "none"), ("fit", exported.recipe, "-o", exported.run), ("compare", exported.run / "artifact")):
+        assert call(*words).mistake()  # and no note
+    assert call("export", exported.run).err == ""  # it exists already

@@ -75,7 +75,7 @@ def test_fit_resume(call: Call, exported: Any, tmp_path: Path, tree: Callable[[P
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda root: cut(root / "train/images/train-1.png"), "train-1.png is damaged or truncated"),
+        (lambda root: cut(root / "train/images/train-1.png"), "train-1.png is damaged or cut off"),
         (lambda root: (root / "test/images/test-0.png").write_text("no picture"), "test-0.png is no image that muntin reads"),
         (lambda root: (root / "validation/masks/validation-0.png").write_bytes(b""), "is empty (0 bytes)"),
         (lambda root: write_image(root / "train/masks/train-0.png", np.zeros((48, 47), np.uint8)), "they must be of one size"),

@@ -257,6 +257,8 @@ def test_stages_of_another_run(compressed: Compressed, tmp_path: Path) -> None:
         (origin, {}, "already holds stages; --resume goes on with them"),
         (origin, {"config": other, "resume": True}, made),
         (shorter, {"resume": True}, made),
+        (origin, {"config": other}, made),
+        (shorter, {}, made),
     ]
     for checkpoint, options, message in cases:
         with pytest.raises(CheckpointError, match=message) as error:

@@ -129,7 +129,7 @@ def test_check_of_a_damaged_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(DataError) as error:
         open_pair(pair).check()
-    check_message(error, "p7.png", "damaged or truncated", "replace it or remove it, or name it under data.skip")
+    check_message(error, "p7.png", "damaged or cut off", "replace it or remove it, or name it under data.skip")
     for number in range(12):
         (tmp_path / "masks" / f"p{number}.png").write_text("nothing")
     with pytest.raises(DataError) as error:
@@ -168,15 +168,32 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         check_message(error, images, message)
     (tmp_path / "masks" / "p5.png").unlink()
     with pytest.raises(DataError) as error:
-        open_pair(pair)
+        open_pair(pair).split("train")
     check_message(error, "p5.png has no mask: add ", str(tmp_path / "masks" / "p5.png"), "remove the image, or name it under data.skip")
-    (tmp_path / "masks" / "p7.png").unlink()
-    with pytest.raises(DataError, match=r"p5\.png has no mask \(nor have p7\.png\): add"):
-        open_pair(pair)
+
+
+def test_check_of_several_kinds_of_failures(tmp_path: Path) -> None:
+    """Equal stems, a missing mask and a file that cannot be read are reported together; data.skip mends them."""
+    pair = make_pair(tmp_path)
     write_image(tmp_path / "images" / "p6.jpg", np.zeros((6, 8, 3), dtype=np.uint8))
+    (tmp_path / "masks" / "p5.png").unlink()
+    (tmp_path / "images" / "p7.png").write_text("nothing")
     with pytest.raises(DataError) as error:
-        open_pair(pair)
-    check_message(error, "same stem")
+        open_pair(pair).check()
+    check_message(
+        error,
+        "p6.jpg and p6.png have the same stem: rename or remove one; 3 pictures cannot be used, also p5.png (no mask), p7.png: correct",
+    )
+    skip = [tmp_path / "images" / name for name in ("p6.jpg", "p5.png", "p7.png")]
+    source = open_pair(pair, skip=skip, root=tmp_path)
+    assert source.check() == () and source.notes == ("left out by data.skip: images/p6.jpg, images/p5.png, images/p7.png",)
+    assert sum(len(source.split(name)) for name in SPLITS) == 18
+    shutil.rmtree(tmp_path / "masks")
+    (tmp_path / "masks").mkdir()
+    write_image(tmp_path / "masks" / "other.png", np.zeros((6, 8), dtype=np.uint8))
+    with pytest.raises(DataError) as error:  # no split has a picture left
+        open_pair(pair, skip=skip)
+    check_message(error, "p0.png has no mask", "; 10 or more pictures cannot be used, also p1.png (no mask), ")
 
 
 def test_notes_on_unused_files(tmp_path: Path) -> None:
@@ -199,11 +216,14 @@ def test_skipped_pictures(tmp_path: Path) -> None:
     (tmp_path / "masks" / "p2.png").unlink()
     skip = [tmp_path / "masks" / ".." / "images" / "p2.png", tmp_path / "masks" / "p3.png", tmp_path / "images" / "p99.png"]
     source = open_pair(pair, skip=skip)
-    assert source.notes == ("left out by data.skip: p2.png, p3.png", f"data.skip names {skip[2]}, which is not among the pictures")
+    left_out = f"left out by data.skip: {skip[0]}, {skip[1]}"
+    assert source.notes == (left_out, f"data.skip names {skip[2]}, which is not among the pictures")
     after = {sample.name: name for name in SPLITS for sample in source.split(name)}
     assert after == {name: split for name, split in before.items() if name not in ("p2", "p3")}
     make_classes(tmp_path / "pets")
-    source = open_classes(tmp_path / "pets", skip=[tmp_path / "pets" / "cat" / "1.png"])
+    pets = FolderPair(images=tmp_path / "pets")
+    source = open_pair(pets, classes=(), skip=[tmp_path / "pets" / "cat" / "1.png"], root=tmp_path / "pets")
+    assert source.notes == ("left out by data.skip: cat/1.png",)
     assert "cat/1" not in {sample.name for name in SPLITS for sample in source.split(name)}
 
 

@@ -14,6 +14,7 @@ from muntin.data.inspection import (
     classes_in_folders,
     classes_in_masks,
     crop_side,
+    equal_stem_notes,
     find_layout,
     ignored_value_notes,
     nested_class_notes,
@@ -189,7 +190,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     paths = write_all(tmp_path / "pictures", [np.zeros((40, 50), np.uint8)] * 3)
     paths[1].write_bytes(paths[1].read_bytes()[:50])
     facts, errors = read_some(paths, picture_facts)
-    assert list(facts) == [paths[0], paths[2]] and list(errors) == [paths[1]] and "damaged or truncated" in str(errors[paths[1]])
+    assert list(facts) == [paths[0], paths[2]] and list(errors) == [paths[1]] and "damaged or cut off" in str(errors[paths[1]])
     with pytest.raises(DataError, match=r"p1\.png is damaged"):
         read_some(paths[1:2], picture_facts)
 
@@ -200,6 +201,11 @@ def test_notes_on_unpaired_files(tmp_path: Path) -> None:
         f"{tmp_path}/images: 4 images without a mask: a.jpg, b.jpg, c.jpg and 1 more; `muntin fit` refuses them: add masks, "
         "remove them, or name them under data.skip",
         f"{tmp_path}/masks: 1 mask without an image, not used: z.png",
+    ]
+    touch(tmp_path, "images/a.png", "images/c.png")
+    assert equal_stem_notes(tmp_path / "masks") == []
+    assert equal_stem_notes(tmp_path / "images") == [
+        f"{tmp_path}/images: the same stem in a.jpg and a.png, c.jpg and c.png; `muntin fit` refuses them: rename or remove all but one"
     ]
 
 

@@ -272,12 +272,10 @@ def test_recipe_for_damaged_files(tmp_path: Path) -> None:
     path, survey = write_recipe(tmp_path)
     recipe, source = open_recipe(path)
     assert recipe["data"]["skip"] == ["images/p3.png", "masks/p5.png"]
-    assert re.search(r'- "images/p3\.png"  # is damaged or truncated \(.+\)\n', path.read_text())
-    assert survey.notes[0].startswith("p3.png is damaged or truncated (") and survey.notes[0].endswith(
-        "): left out by data.skip in the recipe"
-    )
+    assert re.search(r'- "images/p3\.png"  # is damaged or cut off\n', path.read_text())
+    assert survey.notes[0] == "p3.png is damaged or cut off: left out by data.skip in the recipe"
     assert (survey.counted, survey.unopened) == (11, 0)
-    assert source.notes == ("left out by data.skip: p3.png, p5.png",)
+    assert source.notes == ("left out by data.skip: images/p3.png, masks/p5.png",)
     assert {sample.name for name in SPLITS for sample in source.split(name)} == {f"p{n}" for n in range(12)} - {"p3", "p5"}
 
 
@@ -291,6 +289,6 @@ def test_recipe_for_damaged_pictures_of_classes(tmp_path: Path) -> None:
     assert sum(len(source.split(name)) for name in SPLITS) == 12
     truncate(*tmp_path.rglob("*.png"))
     path.unlink()
-    with pytest.raises(DataError, match="damaged or truncated"):
+    with pytest.raises(DataError, match="damaged or cut off"):
         write_recipe(tmp_path)
     assert not (tmp_path / "recipe.yaml").exists()

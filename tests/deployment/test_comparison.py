@@ -16,8 +16,9 @@ from muntin.compression import load_model
 from muntin.deployment import comparison
 from muntin.deployment.comparison import _Comparison
 from muntin.errors import VerificationError
-from muntin.images import write_image
+from muntin.images import read_image, write_image
 from muntin.models import TorchSession
+from muntin.runtime import predict
 from muntin.training import evaluate, fit, read_checkpoint
 
 
@@ -68,6 +69,15 @@ def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (row["miou"], row["iou"]) == (on_test.accuracy, on_test.recall)
     curve = [{"step": 1, "miou": on_validation.accuracy, "iou": on_validation.recall}]
     assert work._about([])["validation"] == curve
+    pictures: Any = work._pictures(session, labels)
+    wrong = [s for s, label in zip(work.test, labels, strict=True) if label[0] != s.target]
+    names = ("cat", "dog", "emu")
+    assert [entry["name"].split(":")[0] for entry in pictures["examples"]] == [s.name for s in wrong]
+    assert f": true {names[int(wrong[0].target)]}, predicted " in pictures["examples"][0]["name"]
+    assert read_image(tmp_path / "report" / pictures["examples"][0]["image"]).shape == (40, 40, 3)
+    right: Any = work._pictures(session, [np.array([s.target]) for s in work.test])  # none is wrong: the least sure one comes first
+    margins = {s.name: float(np.diff(np.sort(predict(session, s.image))[-2:])[0]) for s in work.test}
+    assert [entry["name"].split(":")[0] for entry in right["examples"]] == sorted(margins, key=lambda name: margins[name])
     old = [{"step": 1, "score": on_validation.accuracy, "iou": on_validation.recall}]  # as checkpoints were written before
     work.checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"validation": old}))
     assert work._about([])["validation"] == curve

@@ -150,7 +150,7 @@ def test_other_compressions_and_colours() -> None:
         ({HEIGHT: (LONG, [12, 12])}, "tag 257 has 2 values in place of one"),
         ({SAMPLES: (SHORT, [40_000])}, "has 40000 channels: of TIFFs that are sent, 1 to 4 are decoded: send it as a tensor"),
         ({EXIF: (SHORT, [8])}, "tag 34665 is no position"),
-        ({EXIF: (LONG, [1 << 30])}, "is damaged or truncated"),
+        ({EXIF: (LONG, [1 << 30])}, "is damaged or cut off"),
         ({tag: (SHORT, [1]) for tag in range(40_000, 40_300)}, "256 tags are taken"),
         ({50_000: (SHORT, [1] * 300_000)}, "more metadata than a picture has"),
     ],

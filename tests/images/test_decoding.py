@@ -216,7 +216,7 @@ def test_damaged_tiff_in_a_new_process(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(content[:60] + bytes(8000) + content[8060:])
     code = "import sys; from muntin.images import read_image; read_image(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True, check=False)
-    assert "a.tif is damaged or truncated" in done.stderr
+    assert "a.tif is damaged or cut off" in done.stderr
     assert "Using code not yet in table" not in done.stderr
 
 
@@ -315,7 +315,7 @@ def test_truncated_files(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a{suffix}").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError) as error:
         read_image(tmp_path / f"a{suffix}")
-    one_line(error, f"a{suffix}", "damaged or truncated")
+    one_line(error, f"a{suffix}", "damaged or cut off")
 
 
 @given(data=st.data(), suffix=st.sampled_from([".png", ".jpg", ".webp", ".tif", ".bmp", ".npy"]))

@@ -39,6 +39,10 @@ from muntin.reporting.schema import parse_report
         (text.percent, 0.0, "0 %"),
         (text.percent, 0.9997, "99.9 %"),
         (text.percent, 0.0002, "< 0.1 %"),
+        (text.unbroken, "18.6 ms → 2.6 ms, 0.651 → 0.649", "18.6\N{NO-BREAK SPACE}ms → 2.6\N{NO-BREAK SPACE}ms, 0.651 → 0.649"),
+        (text.capitalized, "accuracy", "Accuracy"),
+        (text.capitalized, "mIoU", "mIoU"),
+        (text.capitalized, "validation mIoU", "Validation mIoU"),
         (text.moment, "2026-11-24T16:30:00+00:00", "24 November 2026, 16:30 UTC"),
         (text.moment, "2026-11-24T16:30:00", "24 November 2026, 16:30"),
     ],
@@ -51,6 +55,7 @@ def test_change_signs() -> None:
     assert text.change(0.651, 0.649, 3) == "\N{MINUS SIGN}0.002"
     assert text.change(0.649, 0.651, 3) == "+0.002"
     assert text.change(0.6501, 0.65, 3) == "±0.000"
+    assert text.change(0.7732, 0.7774, 3) == text.change(0.7732, 0.7766, 3) == "+0.004"  # both are shown as 0.777
 
 
 def test_ratio_directions() -> None:

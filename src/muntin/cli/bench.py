@@ -30,11 +30,14 @@ def bench_command(
         list[Path],
         typer.Argument(
             help="Artefacts, and runs or checkpoints (PyTorch FP32, on a GPU if present; needs the extra `train`): measured in turns, and "
-            "compared with the first."
+            "compared with the first unless task or classes differ."
         ),
     ],
     size: Annotated[
-        str | None, typer.Option(help="Height and width in pixels, 512 or 512x768; the size of the first artefact's export by default.")
+        str | None,
+        typer.Option(
+            help="Height and width in pixels, 512 or 512x768; the size of the first artefact's export by default, of each for other tasks."
+        ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Images a call; several values separated by commas.")] = "1",
     threads: Annotated[
@@ -110,7 +113,7 @@ def _print(result: Bench) -> None:
         out.print(line)
     out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own")
     out.print(f"size: {result.size_reason}" + ("" if result.size_reason == "as given" else "; --size measures another"))
-    if len(letters) > 1:
+    if any(row.ratio is not None for row in result.rows):
         out.print("faster: the median of A over that of the row")
     out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept")
     hardware = result.hardware
@@ -122,7 +125,8 @@ def _print(result: Bench) -> None:
 def table_lines(result: Bench, letters: Mapping[str, str]) -> list[str]:
     """Return a heading and a line for each row, in aligned columns."""
     headings = ["", "batch", "size", "threads", "streams", "median ms", "p90", "p99", "images/s", "load s", "cached", "MiB"]
-    lines = [headings + (["faster"] if len(letters) > 1 else [])]
+    compared = any(row.ratio is not None for row in result.rows)
+    lines = [headings + (["faster"] if compared else [])]
     for row in result.rows:
         (B, H, W), latency = row.shape, row.latency
         cells = [
@@ -130,6 +134,6 @@ def table_lines(result: Bench, letters: Mapping[str, str]) -> list[str]:
             f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", CACHED[row.cached],
             "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
         ]  # fmt: skip
-        lines.append(cells + ([] if len(letters) == 1 else ["-" if row.ratio is None else f"{row.ratio:.2f}x"]))
+        lines.append(cells + ([] if not compared else ["-" if row.ratio is None else f"{row.ratio:.2f}x"]))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]

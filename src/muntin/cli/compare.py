@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, print_table, say_notes, status
+from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, print_wrapped, status
 from muntin.cli.options import CheckpointArgument, JsonOption
 from muntin.cli.start import prepare_torch
 
@@ -22,11 +22,10 @@ def compare_command(
 ) -> None:
     """Compare all artefacts of a run with each other and with PyTorch FP32, and say which one to take and which are missing."""
     start = prepare_torch()  # before PyTorch is imported
-    say_notes(() if json else start)
     from muntin.deployment.artifact_comparison import compare_run
     from muntin.training import read_checkpoint
 
-    with status("comparing") as stage:
+    with status("comparing", begin=notes_once(() if json else start)) as stage:
         compared = compare_run(read_checkpoint(run), rounds=rounds, stage=stage)
     if json:
         print_json(compared | {"notes": [*start, *compared["notes"]]})
@@ -47,7 +46,7 @@ def print_artifacts(artifacts: Mapping[str, Any], *, task: Task, title: str) -> 
     print_table(artifacts_table(artifacts, task=task, title=title))
     path = next(row["path"] for row in artifacts["rows"] if row["name"] == artifacts["take"])
     beside = "; but latencies were measured beside other work: measure again, alone" if (artifacts["others"] or 0.0) >= BUSY else ""
-    out.print(f"take      {artifacts['take']} ({path}): {artifacts['rule']}{beside}")
+    print_wrapped(f"take      {artifacts['take']} ({path}): {artifacts['rule']}{beside}")
 
 
 def print_size(artifacts: Mapping[str, Any]) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, say, say_notes, status
+from muntin.cli.console import notes_once, out, print_json, print_notes, say, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch
 from muntin.cli.train import training_bar
@@ -17,7 +18,7 @@ from muntin.cli.train import training_bar
 if TYPE_CHECKING:
     from muntin.compression.stages import CompressionRun
     from muntin.models.compression_record import Stage
-    from muntin.training import Checkpoint
+    from muntin.training import Checkpoint, FitProgress
 
 QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
 """Keys of a recipe's `quantization` that compression uses."""
@@ -46,8 +47,8 @@ def compress_command(
     file = find_checkpoint(checkpoint)
     directory = output or file.parent.parent / FOLDER
     trained = read_checkpoint(file)
-    say_notes(() if json else notes)
-    run = compress_with_progress(trained, directory, until=until, resume=resume, overrides=set_ or ())
+    begin = notes_once(() if json else notes)
+    run = compress_with_progress(trained, directory, until=until, resume=resume, overrides=set_ or (), begin=begin)
     if json:
         document = {"directory": run.directory, "interrupted": run.interrupted, "checkpoint": run.checkpoint}
         print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": [*notes, *run.notes]})
@@ -61,9 +62,15 @@ def compress_command(
 
 
 def compress_with_progress(
-    checkpoint: Checkpoint, directory: Path, *, until: Stage = "mixed", resume: bool, overrides: list[str] | tuple[str, ...] = ()
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    until: Stage = "mixed",
+    resume: bool,
+    overrides: list[str] | tuple[str, ...] = (),
+    begin: Callable[[], None],
 ) -> CompressionRun:
-    """Run `compress_checkpoint` and show its progress."""
+    """Run `compress_checkpoint` and show its progress. `begin` is called when work begins, after the checks that may refuse it."""
     from muntin.compression.stages import compress_checkpoint
     from muntin.errors import RecipeError
     from muntin.training.recipe import override_recipe
@@ -76,8 +83,13 @@ def compress_with_progress(
         )
     recipe = override_recipe(checkpoint.recipe, overrides)
     with training_bar(recipe.task) as report:
+
+        def show(stage: str, progress: FitProgress) -> None:
+            begin()
+            report(stage, progress)
+
         return compress_checkpoint(
-            checkpoint, directory, config=recipe.compression, quantization=recipe.quantization, until=until, resume=resume, report=report
+            checkpoint, directory, config=recipe.compression, quantization=recipe.quantization, until=until, resume=resume, report=show
         )
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
+from textwrap import wrap
 from threading import Event, Thread
 from time import monotonic
 from typing import Any
@@ -29,6 +30,8 @@ SHOWN = 12
 """Maximum number of class names in a line."""
 UNBOUNDED = 10_000
 """Width, in columns, of the console that measures a table."""
+LINE, INDENT = 100, 10
+"""Width of a wrapped sentence, and of the label before it, in columns."""
 FIRST_S, EVERY_S = 5.0, 30.0
 """Seconds until the first line of progress in a pipe or a file, and between two lines."""
 
@@ -73,7 +76,7 @@ def accept_any_name() -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table on standard output: its cells fold on a terminal; in a pipe it is as wide as its contents."""
+    """Print a table on standard output: its cells fold on a terminal; in a pipe it is as wide as its contents, without padding."""
     for column in table.columns:
         if not column.no_wrap:
             column.overflow = "fold"
@@ -81,7 +84,16 @@ def print_table(table: Table) -> None:
         out.print(table)
         return
     wide = Console(file=out.file, width=UNBOUNDED, markup=False, highlight=False, emoji=False)
-    wide.print(table, width=wide.measure(table).maximum)
+    with wide.capture() as captured:
+        wide.print(table, width=wide.measure(table).maximum)
+    for line in filter(None, map(str.rstrip, captured.get().splitlines())):
+        out.print(line)
+
+
+def print_wrapped(text: str) -> None:
+    """Print a sentence after a label of `INDENT` columns on standard output, in lines of at most `LINE` columns."""
+    for line in wrap(text, LINE, subsequent_indent=" " * INDENT, break_long_words=False, break_on_hyphens=False):
+        out.print(line)
 
 
 def print_notes(notes: Iterable[object]) -> None:
@@ -99,6 +111,17 @@ def say_notes(notes: Iterable[object]) -> None:
     """Print a line for each note on standard error, at once: a command's results come later."""
     for note in notes:
         say(f"note      {note}")
+
+
+def notes_once(notes: Iterable[object]) -> Callable[[], None]:
+    """Return a function whose first call prints the notes on standard error: when work begins, after the checks that may refuse it."""
+    left = list(notes)
+
+    def begin() -> None:
+        say_notes(left)
+        left.clear()
+
+    return begin
 
 
 @contextmanager
@@ -150,14 +173,27 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def status(description: str) -> Iterator[Callable[[str], None]]:
-    """Yield `stage(name)`, which shows a stage on a terminal and sets the line that is printed elsewhere (`progress_lines`)."""
+def status(description: str, *, begin: Callable[[], None] = lambda: None) -> Iterator[Callable[[str], None]]:
+    """Yield `stage(name)`, which shows a stage on a terminal and sets the line that is printed elsewhere (`progress_lines`).
+
+    `begin` is called at each stage, before it is shown (`notes_once`).
+    """
     if not err.is_terminal:
         with progress_lines(description) as show:
-            yield lambda name: show(f"{description}: {name}", None)
+
+            def say_stage(name: str) -> None:
+                begin()
+                show(f"{description}: {name}", None)
+
+            yield say_stage
         return
     with err.status(Text(description)) as spinner:  # Text, because rich reads "[x]" in a str as markup
-        yield lambda name: spinner.update(Text(f"{description}: {name}"))
+
+        def show_stage(name: str) -> None:
+            begin()
+            spinner.update(Text(f"{description}: {name}"))
+
+        yield show_stage
 
 
 def refuse_unwritable(output: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, say_notes, status
+from muntin.cli.console import notes_once, out, print_json, print_notes, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
@@ -53,12 +53,11 @@ def export_command(
         raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
     file = find_checkpoint(checkpoint)
     target = output or file.parent.parent / ARTIFACT
-    say_notes(() if json else start)
     with status("exporting"):
         trained = quantized_by(read_checkpoint(file), set_ or ())
         replaced = other_artifact(trained, target, integer=not floating)
         reused = exported(trained, target, integer=not floating) is not None
-        artifact = export_checkpoint(trained, target, integer=not floating)
+        artifact = export_checkpoint(trained, target, integer=not floating, begin=notes_once(() if json else start))
         if standalone is not None:
             write_standalone(artifact, standalone)
     kept = {layer.name: layer.note for layer in artifact.manifest.layers if layer.activation_bits is None}
@@ -88,7 +87,7 @@ def _write_standalone(artifact: Path, file: Path, *, json: bool) -> None:
 
 def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str | None, kept: Mapping[str, str]) -> None:
     """Print what was exported, what it replaced, and the layers that were not quantised with the reason."""
-    done, others = "is there " if reused else "wrote    ", artifact.manifest.precision
+    done, others = "exists already " if reused else "wrote    ", artifact.manifest.precision
     out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {_integer_layers(artifact)} layers in INT8, others in {others}")
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}")

@@ -67,18 +67,20 @@ def init_command(
     classes, segment = survey.classes, survey.layout.task == "segment"
     if json:
         shares = {entry.name: share for entry, share in zip(classes.classes, classes.shares, strict=True)}
-        print_json({"recipe": path, "shares": shares, "counted": survey.counted, "unopened": survey.unopened, "notes": survey.notes})
+        numbers = {key: getattr(survey, key) for key in ("counted", "unopened", "opened")}
+        print_json({"recipe": path, "shares": shares, **numbers, "notes": survey.notes})
         return
     rename = "rename the classes, " if segment else ""
     out.print(f"wrote     {path} (task: {survey.layout.task}): read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
     names = [as_yaml(entry.value) if segment else entry.name for entry in classes.classes]
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
     ignored = "" if classes.ignore is None else f"; {classes.ignore} in a mask counts as nothing"
-    opened = f"; from {survey.counted} masks, {survey.unopened} more were not opened" if survey.unopened else ""
-    out.print(f"classes   {', '.join(names[:SHOWN])}{more}{ignored}{opened}")
+    unopened = f"; from {survey.counted} masks, {survey.unopened} more were not opened" if survey.unopened else ""
+    out.print(f"classes   {', '.join(names[:SHOWN])}{more}{ignored}{unopened}")
     shown = [f"{name}: {percent(share)}" for name, share in zip(names[:SHOWN], classes.shares, strict=False)]
     nothing = 1 - sum(classes.shares)
     rest = f", nothing: {percent(nothing)}" if nothing > 1e-9 else ""
-    what = f"the pixels in {count(survey.counted, 'mask')}" if segment else count(survey.counted, "image")
+    opened = f", of which {survey.opened} were opened" if survey.opened < survey.counted else ""
+    what = f"the pixels in {count(survey.counted, 'mask')}" if segment else f"{count(survey.counted, 'image')}{opened}"
     out.print(f"shares    {', '.join(shown)}{more}{rest} of {what}")
     print_notes(survey.notes)

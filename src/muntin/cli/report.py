@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from muntin.cli.compare import print_artifacts, print_size
-from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say, say_notes, status
+from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, refuse_unwritable, say, status
 from muntin.cli.options import CheckpointArgument, JsonOption
 from muntin.cli.start import prepare_torch
 
@@ -36,8 +36,7 @@ def report_command(
     refuse_unwritable(folder)
     with folder_in_use(folder, "muntin report", name=REPORT_LOCK) as locked:
         notes = (*start, *locked)
-        say_notes(() if json else notes)
-        _finish(checkpoint, folder, json, before=notes)
+        _finish(checkpoint, folder, json, notes_once(() if json else notes), before=notes)
 
 
 def demo_command(
@@ -56,42 +55,41 @@ def demo_command(
     refuse_unwritable(output)
     with folder_in_use(output, "muntin demo", name=REPORT_LOCK) as locked:
         notes = (*start, *locked)
-        say_notes(() if json else notes)
         _demo(recipe, output, json, notes)
 
 
 def _demo(recipe: Recipe, output: Path, json: bool, before: tuple[str, ...]) -> None:
-    """Run all steps of the demonstration, in a folder that no other process works in. `before`: notes that were printed."""
+    """Run all steps of the demonstration, in a folder that no other process works in. `before`: notes to print when work begins."""
     from muntin.cli.compress import compress_with_progress, describe_compression
     from muntin.cli.train import describe_fit, fit_with_progress
     from muntin.compression.stages import FOLDER
     from muntin.training import read_checkpoint
     from muntin.training.checkpoint import checkpoints_in
 
-    begun = bool(checkpoints_in(output / "checkpoints"))
-    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json)
+    begun, begin = bool(checkpoints_in(output / "checkpoints")), notes_once(() if json else before)
+    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json, begin=begin)
     if result.stop_requested:
         say(f"muntin: interrupted after step {result.step} of {result.steps}; the same command goes on")
         raise typer.Exit(1)
     if not json:
         describe_fit(result)
-    run = compress_with_progress(read_checkpoint(result.checkpoint), output / FOLDER, resume=True)
+    run = compress_with_progress(read_checkpoint(result.checkpoint), output / FOLDER, resume=True, begin=begin)
     if run.stop_requested:
         say("muntin: interrupted while compressing; the same command goes on")
         raise typer.Exit(1)
     if not json:
         describe_compression(run)
-    _finish(result.checkpoint, output, json, before=(*before, *result.notes, *run.notes))
+    _finish(result.checkpoint, output, json, begin, before=(*before, *result.notes, *run.notes))
 
 
-def _finish(checkpoint: Path, directory: Path, json: bool, *, before: Iterable[str] = ()) -> None:
-    """Compare, write and print the report. `before`: notes of earlier steps, already printed and repeated only in JSON."""
+def _finish(checkpoint: Path, directory: Path, json: bool, begin: Callable[[], None], *, before: Iterable[str] = ()) -> None:
+    """Compare, write and print the report. `begin` is called when work begins. `before`: notes of earlier steps, repeated only in JSON."""
     from muntin.deployment.comparison import compare
     from muntin.reporting import terminal_table, write_report
     from muntin.reporting.text import percent
     from muntin.training import read_checkpoint
 
-    with status("assessing") as stage:
+    with status("assessing", begin=begin) as stage:
         report: dict[str, Any] = compare(read_checkpoint(checkpoint), directory, stage=stage)
     page = write_report(directory, report)
     if json:

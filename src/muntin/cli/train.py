@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from muntin.cli.console import err, out, print_json, print_notes, progress_bar, progress_lines, refuse_unwritable, say, say_notes
+from muntin.cli.console import (
+    err,
+    notes_once,
+    out,
+    print_json,
+    print_notes,
+    progress_bar,
+    progress_lines,
+    refuse_unwritable,
+    say,
+    say_notes,
+)
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch
 from muntin.text import count, number_format
@@ -41,8 +52,8 @@ def fit_command(
     from muntin.training import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    say_notes(() if json else notes)
-    result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json)
+    begin = notes_once(() if json else notes)
+    result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json, begin=begin)
     if json:
         print_json({**asdict(result), "validation": result.validation, "notes": [*notes, *result.notes]})
     else:
@@ -55,14 +66,21 @@ def fit_command(
         raise typer.Exit(1)
 
 
-def fit_with_progress(recipe: Recipe, *, root: Path, directory: Path | None, resume: bool, quiet: bool) -> FitResult:
-    """Run `fit` with a bar on a terminal. Notes are printed at once on standard error, unless `quiet`; the result holds them, too."""
+def fit_with_progress(
+    recipe: Recipe, *, root: Path, directory: Path | None, resume: bool, quiet: bool, begin: Callable[[], None]
+) -> FitResult:
+    """Run `fit` with a bar on a terminal. Notes are printed at once on standard error, unless `quiet`; the result holds them, too.
+
+    `begin` is called when work begins, after the checks that may refuse it.
+    """
     from muntin.training import fit
 
     refuse_unwritable(directory or Path("runs") / recipe.name)  # before the data are checked, which may take minutes
     with training_bar(recipe.task) as report:
 
         def show(progress: FitProgress) -> None:
+            if progress.kind != "check":
+                begin()
             if progress.kind == "note":
                 if not quiet:
                     say_notes([progress.note])

@@ -170,7 +170,10 @@ class _Compression:
         self.checkpoint, self.recipe, self.directory, self.report = checkpoint, checkpoint.recipe, directory, report
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
-        if not resume and stage_checkpoints(directory):
+        self.origin = checkpoint.state.sha256[AVERAGE]
+        if not resume and (existing := stage_checkpoints(directory)):
+            for path in existing.values():
+                self._own_record(read_checkpoint(path))  # raises if --resume would be refused, too
             raise CheckpointError(f"{directory} already holds stages; --resume goes on with them, another --output starts anew")
         model = load_model(checkpoint)
         check_kept(self.keep, keepable(model))
@@ -180,7 +183,6 @@ class _Compression:
         self.notes = [] if self.precision.name == precision.name else [f"trained in {self.precision.name}: {self.precision.reason}"]
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
-        self.origin = checkpoint.state.sha256[AVERAGE]
 
     def run(self, interruption: Interruption, until: Stage) -> CompressionRun:
         results: list[StageResult] = []

@@ -105,5 +105,6 @@ def open_source(config: DataConfig, *, root: Path) -> Source:
         channels=config.channels,
         seed=config.seed,
         skip=[root / path for path in config.skip],
+        root=root,
         cache_bytes=config.cache_mib << 20,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +49,25 @@ class Item:
     label: int = -1
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a picture cannot be used. `short`: the same in two or three words, empty for a file that cannot be read."""
+
+    reason: str
+    short: str = ""
+
+
 class FolderSource:
     """A `Source` that reads folders. The constructor lists the folders and reads no picture.
 
     `base` holds the training pictures. `validation` and `test` are folders of their own, or shares (0-1) of the pictures in `base`.
     With masks the task is `segment`. Without masks it is `classify`, and `classes` names folders in `base`, by default all of them; other
     folders, and classes without pictures in validation or test, are noted. Names are compared in Unicode's form NFC. `ignore`: mask value
-    or colour of pixels that belong to no class. `skip`: images, or masks of images, that are left out and noted. At most `cache_bytes` of
-    decoded pictures are kept in memory.
+    or colour of pixels that belong to no class. `skip`: images, or masks of images, that are left out and noted, with paths that
+    start at `root` where they lie in it. At most `cache_bytes` of decoded pictures are kept in memory.
 
-    Raises DataError: a folder is missing or empty, a mask is missing, a stem is used twice, a split is empty, a picture is in two splits,
-    classes and folders differ.
+    Raises DataError: a folder is missing or empty, a split is empty, a picture is in two splits, classes and folders differ. Pictures
+    without a mask, and two with one stem, are refused by `check`, which names files that cannot be read with them, and by `split`.
     """
 
     def __init__(
@@ -72,13 +81,16 @@ class FolderSource:
         channels: int = 3,
         seed: int = 0,
         skip: Sequence[Path] = (),
+        root: Path | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.task: DataTask = "classify" if base.masks is None else "segment"
         self.channels = channels
         self._notes: list[str] = []
         self._skip = {_normal(path): path for path in skip}
-        self._skipped: dict[str, str] = {}  # names of the pictures by their path in `skip`
+        self._skipped: set[str] = set()  # keys of `skip` that name a picture
+        self._root = root
+        self._failures: dict[Path, Failure] = {}  # pictures that the names of the files alone rule out
         self._classes_given = bool(classes)
         if self.task == "classify" and not classes:
             classes = [ClassSpec(name=folder.name) for folder in class_folders(base.images).values() if not is_results_folder(folder)]
@@ -95,25 +107,28 @@ class FolderSource:
         return tuple(self._notes)
 
     def split(self, name: SplitName) -> Samples:
-        """The pictures of a split, in order of their stems."""
+        """The pictures of a split, in order of their stems. Raises DataError for images without a mask and equal stems."""
+        if self._failures:
+            raise _failure_error(self._failures)
         return self._splits[name]
 
     def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
         """Decode every image and mask once. Returns a note if no training mask holds a class.
 
-        Raises DataError for files that cannot be used; it gives the reason for the first one and names the others, up to ten in all.
+        Raises DataError for pictures that cannot be used (two with one stem, no mask, files that cannot be read); it gives the reason for
+        the first one and names the others, up to ten in all.
         """
         total, done = sum(len(samples) for samples in self._splits.values()), 0
         pixels = {name: np.zeros(max(256, len(self.classes)), dtype=np.int64) for name in SPLITS}  # of each label
-        failures: dict[Path, DataError] = {}
+        failures = dict(self._failures)
         for name, samples in self._splits.items():
             for index, item in enumerate(samples.items):
+                if len(failures) >= _MAX_FAILURES:
+                    raise _failure_error(failures)
                 try:
                     target = samples[index].target
                 except DataError as error:
-                    failures[item.image] = error
-                    if len(failures) == _MAX_FAILURES:
-                        raise _failure_error(failures) from error
+                    failures[item.image] = Failure(str(error))
                 else:
                     pixels[name] += np.bincount(np.ravel(target), minlength=len(pixels[name]))
                 done += 1
@@ -144,6 +159,8 @@ class FolderSource:
                     raise DataError(f"`{name}` must name masks exactly where the training images have masks")
                 splits[name] = self._items(other, name)
         for name, items in splits.items():
+            if not items and self._failures:
+                raise _failure_error(self._failures)
             if not items:
                 raise empty_split_error(name, [item.key for item in base_items], base.images, seed, shares)
         check_disjoint({name: [item.image for item in items] for name, items in splits.items()})
@@ -192,12 +209,9 @@ class FolderSource:
         unused = [path.name for stem, path in masks.items() if stem not in images]
         for stem in [stem for stem in images if self._is_skipped(images[stem]) or (stem in masks and self._is_skipped(masks[stem]))]:
             del images[stem]
-        unmasked = [path for stem, path in images.items() if stem not in masks]
-        if unmasked:
-            more = f" (nor have {list_some([path.name for path in unmasked[1:]], 3)})" if len(unmasked) > 1 else ""
-            raise DataError(
-                f"{unmasked[0]} has no mask{more}: add {mask_folder / unmasked[0].stem}.png, remove the image, or name it under data.skip"
-            )
+        for stem in [stem for stem in images if stem not in masks]:
+            path = images.pop(stem)
+            self._failures[path] = Failure(f"{path} has no mask: add {mask_folder / path.stem}.png, remove the image", "no mask")
         if unused:
             self._notes.append(f"{mask_folder}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
         return [Item(key=path.stem, image=path, mask=masks[stem]) for stem, path in images.items()]
@@ -212,10 +226,13 @@ class FolderSource:
                 folders.append(path.name)
             elif not is_picture(path):
                 other_files.append(path.name)
-            elif stem in pictures:
-                raise DataError(f"{pictures[stem]} and {path.name} have the same stem: rename or remove one")
-            else:
+            elif stem not in pictures or self._is_skipped(pictures[stem]):
                 pictures[stem] = path
+            elif not self._is_skipped(path):
+                other = pictures[stem]
+                self._failures[path] = Failure(
+                    f"{other} and {path.name} have the same stem: rename or remove one", f"the stem of {other.name}"
+                )
         if required and not pictures:
             raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         if other_files:
@@ -228,13 +245,15 @@ class FolderSource:
         """Return True for a picture that `skip` names."""
         key = _normal(path)
         if key in self._skip:
-            self._skipped[key] = path.name
+            self._skipped.add(key)
         return key in self._skip
 
     def _note_skipped(self) -> None:
+        root = self._root
+        shown = {key: path if root is None or root not in path.parents else path.relative_to(root) for key, path in self._skip.items()}
         if self._skipped:
-            self._notes.append(f"left out by data.skip: {list_some(list(self._skipped.values()), 3)}")
-        absent = [str(path) for key, path in self._skip.items() if key not in self._skipped]
+            self._notes.append(f"left out by data.skip: {list_some([path for key, path in shown.items() if key in self._skipped], 3)}")
+        absent = [path for key, path in shown.items() if key not in self._skipped]
         if absent:
             self._notes.append(f"data.skip names {list_some(absent, 3)}, which is not among the pictures")
 
@@ -257,14 +276,14 @@ class _FolderSamples(Samples):
         return self._sizes
 
 
-def _failure_error(failures: Mapping[Path, DataError]) -> DataError:
-    """The error for pictures that cannot be used: the reason for the first one, and the names of all others."""
-    (_, error), *others = failures.items()
+def _failure_error(failures: Mapping[Path, Failure]) -> DataError:
+    """The error for pictures that cannot be used: the reason for the first one, and the names of the others, up to ten in all."""
+    (_, first), *others = islice(failures.items(), _MAX_FAILURES)
     if not others:
-        return DataError(f"{error}, or name it under data.skip")
-    names = ", ".join(path.name for path, _ in others)
-    more = " or more" if len(failures) == _MAX_FAILURES else ""
-    return DataError(f"{error}; {len(failures)}{more} pictures cannot be used, also {names}: correct them, or name them under data.skip")
+        return DataError(f"{first.reason}, or name it under data.skip")
+    names = ", ".join(f"{path.name}{failure.short and f' ({failure.short})'}" for path, failure in others)
+    number = f"{_MAX_FAILURES} or more" if len(failures) >= _MAX_FAILURES else f"{len(failures)}"
+    return DataError(f"{first.reason}; {number} pictures cannot be used, also {names}: correct them, or name them under data.skip")
 
 
 def _normal(path: Path) -> str:

@@ -150,6 +150,15 @@ def _pair_in(folder: Path) -> FolderPair | None:
     return FolderPair(images=images, masks=masks) if images and masks and pictures(images) and pictures(masks) else None
 
 
+def equal_stem_notes(folder: Path) -> list[str]:
+    """A note if pictures in a folder have the same stem."""
+    by_stem: dict[str, list[str]] = {}
+    for path in pictures(folder):
+        by_stem.setdefault(composed(path.stem), []).append(path.name)
+    equal = [" and ".join(names) for names in by_stem.values() if len(names) > 1]
+    return [f"{folder}: the same stem in {list_some(equal, 3)}; `muntin fit` refuses them: rename or remove all but one"] if equal else []
+
+
 def unpaired_notes(pair: FolderPair) -> list[str]:
     """Notes on images without a mask and on masks without an image in the folders of a split."""
     if pair.masks is None:

@@ -19,6 +19,7 @@ from muntin.data.inspection import (
     classes_in_folders,
     classes_in_masks,
     crop_side,
+    equal_stem_notes,
     find_layout,
     ignored_value_notes,
     nested_class_notes,
@@ -69,6 +70,8 @@ class Survey:
     """Masks that the classes and shares are from; for `classify`, images in the class folders, which were counted and not opened."""
     unopened: int
     """Masks that were not opened."""
+    opened: int
+    """Images that were opened."""
     channels: int
     crop: int
     unreadable: Mapping[Path, DataError]
@@ -99,6 +102,7 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
 
 def _survey(layout: Layout) -> Survey:
     base = layout.base
+    pairs = [pair for pair in (base, layout.validation, layout.test) if pair is not None]
     images = list(layout.training_pictures().values())
     facts, unreadable = read_some(images, picture_facts)
     unopened_images = len(images) - len(facts) - len(unreadable)
@@ -108,14 +112,16 @@ def _survey(layout: Layout) -> Survey:
         counted, unopened = sum(numbers), 0
         classes = MaskClasses(classes=tuple(specs), ignore=None, shares=tuple(number / counted for number in numbers))
         notes = nested_class_notes(base.images)
+        folders = [folder for pair in pairs for folder in subfolders(pair.images)]
     else:
         masks, unreadable_masks = read_some(pictures(base.masks), read_mask)
         unreadable |= unreadable_masks
         classes, counted = classes_in_masks(masks, base.masks), len(masks)
         unopened = len(pictures(base.masks)) - len(masks) - len(unreadable_masks)
-        pairs = [pair for pair in (base, layout.validation, layout.test) if pair is not None]
+        folders = [folder for pair in pairs for folder in (pair.images, pair.masks) if folder is not None]
         unpaired = [note for pair in pairs for note in unpaired_notes(pair)]
         notes = [*unused_split_notes(base.images.parent), *ignored_value_notes(masks), *unpaired]
+    notes += [note for folder in folders for note in equal_stem_notes(folder)]
     for file, error in unreadable.items():
         if not is_utf8(str(file)):  # a recipe cannot name it
             raise error
@@ -126,8 +132,8 @@ def _survey(layout: Layout) -> Survey:
     if unreadable and unopened_images:
         notes.append(f"{count(unopened_images, 'image')} not opened: `muntin fit` opens all, and names those that cannot be read")
     return Survey(
-        layout=layout, classes=classes, counted=counted, unopened=unopened, channels=picture_channels(facts),
-        crop=crop_side(facts, layout.task), unreadable=unreadable, notes=tuple(notes),
+        layout=layout, classes=classes, counted=counted, unopened=unopened, opened=len(images) - unopened_images,
+        channels=picture_channels(facts), crop=crop_side(facts, layout.task), unreadable=unreadable, notes=tuple(notes),
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def compare_run(checkpoint: Checkpoint, *, rounds: int = ROUNDS, stage: Announce
     artifacts, notes = run_artifacts(checkpoint)
     missing = missing_forms(checkpoint, artifacts)
     if not artifacts:
-        reason = f" ({notes[0]})" if notes else ""
+        reason = f" ({'; '.join(notes)})" if notes else ""
         raise CheckpointError(f"{run_folder(checkpoint)} holds no artefact of its weights{reason}: `{missing[0].command}` writes one")
     source = source_of(checkpoint)
     reference = TorchSession(load_model(checkpoint), checkpoint.signature)

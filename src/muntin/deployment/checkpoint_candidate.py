@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from muntin.artifact import Signature
 from muntin.compression import load_model
 from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.models import TorchSession
@@ -39,12 +40,16 @@ class CheckpointCandidate(Candidate):
     compile: bool = False
     device: str | None = None
 
+    @property
+    def signature(self) -> Signature:
+        return read_checkpoint(self.path).signature
+
     def example(self) -> ExampleImages:
         """Images of the training split; raises `DataError` where the data are gone."""
         checkpoint = read_checkpoint(self.path)
         side = export_side(checkpoint.recipe)
         image_HWC = source_of(checkpoint).split("train")[0].image
-        return ExampleImages(signature=checkpoint.signature, images=image_HWC[None], size=(side, side), reason=SIZE_REASON)
+        return ExampleImages(images=image_HWC[None], size=(side, side), reason=SIZE_REASON)
 
     def prepare(self) -> None:
         # The first convolution loads PyTorch's kernel libraries and sets up a GPU.

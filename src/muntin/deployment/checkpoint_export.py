@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +14,7 @@ from muntin.artifact.store import MANIFEST
 from muntin.compression import Change, freeze, load_model, quantize
 from muntin.deployment.export import export
 from muntin.errors import ArtifactError, ExportError, RecipeError
+from muntin.models.compression_record import Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import tile_of
 from muntin.training.recipe import Recipe, override_recipe
@@ -59,9 +60,10 @@ def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint
     return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
 
 
-def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact:
+def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True, begin: Callable[[], None] = lambda: None) -> Artifact:
     """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights is reused.
 
+    `begin` is called when work begins, after all checks that may refuse it.
     Raises ExportError for `integer=False` and a checkpoint that is quantised already.
     """
     if not integer and checkpoint.quantized:
@@ -72,6 +74,7 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     if (existing := exported(checkpoint, path, integer=integer)) is not None:
         return existing
     check_target(path)
+    begin()
     calibration = calibration_of(checkpoint, source_of(checkpoint))
     model, changes = (integer_model if integer else _float_model)(checkpoint, calibration)
     side = export_side(checkpoint.recipe)
@@ -102,13 +105,19 @@ def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) 
     origin = manifest.measured.get("origin")
     if origin == _origin_of(checkpoint, integer):
         return None
-    passes = {entry.get("pass") for entry in manifest.passes}
-    stage = next((name for pass_, name in (("mix", "mixed"), ("qat", "w4a8"), ("low_rank", "low-rank")) if pass_ in passes), "plain")
+    stage = compressed_stage(manifest) or "plain"
     numbers = "INT8" if any(layer.activation_bits == 8 for layer in manifest.layers) else "float"
     weights = origin_weights(manifest)
     own = weights == checkpoint.state.sha256[AVERAGE]
     source = "these weights" if own else f"weights {weights[:8]}" if weights else "weights not recorded"
     return f"{stage} {numbers} of {source}, exported {manifest.created}"
+
+
+def compressed_stage(manifest: Manifest) -> Stage | None:
+    """Return the last stage of `muntin compress` in an artefact; None for a model that was not compressed."""
+    passes = {entry.get("pass") for entry in manifest.passes}
+    stages: dict[str, Stage] = {"mix": "mixed", "qat": "w4a8", "low_rank": "low-rank"}
+    return next((stage for pass_, stage in stages.items() if pass_ in passes), None)
 
 
 def origin_weights(manifest: Manifest) -> str | None:

@@ -38,7 +38,7 @@ from muntin.deployment.artifact_comparison import (
 from muntin.deployment.checkpoint_export import export_checkpoint, export_side, integer_model
 from muntin.deployment.counting import image_macs, layer_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import layer_rows, rank_rows
-from muntin.deployment.pictures import write_examples, write_picture
+from muntin.deployment.pictures import write_class_examples, write_examples, write_picture
 from muntin.deployment.run_artifacts import RunArtifact, artifact_place, existing_place, finished_stages, run_artifacts, stage_notes
 from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
@@ -50,7 +50,7 @@ from muntin.training.evaluation import Evaluation, tile_of
 from muntin.training.recipe import recipe_text
 
 PICTURE_SIDE = 512
-"""Side of the windows that are shown as examples, pixels."""
+"""Side of the windows that are shown as examples, and longest side of a classifier's pictures, pixels."""
 
 
 def compare(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class _Comparison:
             "ranks": rank_rows(model, changes, record.widths) if self.stages and record is not None else [],
             "layers": layer_rows(artifact, session, simulated, changes, calibration[:2], macs=layer_macs(simulated, self.probe)),
             "counted": list(self.probe.shape[2:]),
-            "pictures": self._pictures(session),
+            "pictures": self._pictures(session, compared.labels),
             "seconds": self.seconds,
         }
 
@@ -206,11 +206,12 @@ class _Comparison:
             "recipe": recipe_text(self.recipe),
         }
 
-    def _pictures(self, session: Session) -> dict[str, Any] | None:
-        if self.recipe.task != "segment":
-            return None
+    def _pictures(self, session: Session, labels: list[Labels]) -> dict[str, Any]:
         self.stage("pictures")
         classes = self.signature.classes
+        if self.recipe.task == "classify":
+            examples = write_class_examples(self.directory, session, self.test, labels, classes, side=PICTURE_SIDE)
+            return {"overlay": None, "examples": examples}
         pictures: dict[str, Any] = {
             "overlay": None,
             "examples": write_examples(self.directory, session, self.test, classes, side=PICTURE_SIDE, tile=self.tile),

@@ -1,6 +1,6 @@
 """Pictures of a deployed model's predictions: overlays, differences, examples.
 
-Axes: H W map.
+Axes: H W map, K classes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data.source import Sample
 from muntin.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
 from muntin.images.opening import UInt8
+from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, predict
 from muntin.text import plain
 
@@ -77,6 +78,41 @@ def write_examples(
             write_image(folder / f"{number}-{kind}.png", view)
             example[kind] = f"pictures/{number}-{kind}.png"
         examples.append(example)
+    return examples
+
+
+def write_class_examples(
+    directory: Path,
+    session: Predictor,
+    samples: Sequence[Sample],
+    labels: Sequence[Labels],
+    classes: Sequence[ClassInfo],
+    *,
+    side: int,
+    count: int = 12,
+) -> list[dict[str, str]]:
+    """Write copies of a classifier's wrong pictures, of at most `side` pixels, to `directory/pictures`.
+
+    Where none is wrong, those are written whose two highest scores are nearest to each other. `labels`: of each sample. Costs a prediction
+    of the split in that case.
+    """
+
+    def margin(index: int) -> float:
+        scores_K = np.sort(predict(session, samples[index].image))
+        return float(scores_K[-1] - scores_K[-2:][0])
+
+    numbers = [int(answer[0]) for answer in labels]
+    chosen = [index for index, number in enumerate(numbers) if number != samples[index].target] or sorted(range(len(samples)), key=margin)
+    folder = directory / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for number, index in enumerate(chosen[:count], 1):
+        sample = samples[index]
+        image = Image.fromarray(to_rgb(sample.image))
+        image.thumbnail((side, side))
+        write_image(folder / f"{number}-image.png", np.asarray(image))
+        truth, answer = classes[int(np.asarray(sample.target))].name, classes[numbers[index]].name
+        examples.append({"name": f"{plain(sample.name)}: true {truth}, predicted {answer}", "image": f"pictures/{number}-image.png"})
     return examples
 
 

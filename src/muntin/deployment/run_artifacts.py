@@ -9,14 +9,22 @@ w4a8, mixed of the other stages
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from muntin.artifact import Artifact, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.compression.stages import FOLDER, stage_checkpoints, stage_finished, stage_folder
-from muntin.deployment.checkpoint_export import ARTIFACT, exported, origin_weights, other_artifact, quantized_at_export
+from muntin.deployment.checkpoint_export import (
+    ARTIFACT,
+    compressed_stage,
+    exported,
+    origin_weights,
+    other_artifact,
+    quantized_at_export,
+)
 from muntin.errors import ArtifactError, CheckpointError
 from muntin.models.compression_record import STAGES, Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, checkpoints_in, read_checkpoint
@@ -83,7 +91,7 @@ def stage_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not stages or finished_stages(checkpoint):
         return ()
     if not made_from(checkpoint, stages):
-        return (f"the stages in the run's folder {FOLDER} were made from another checkpoint; compress this one to report them.",)
+        return (f"the stages in the run's folder {FOLDER} were made from another checkpoint; remove it and compress again to report them.",)
     return (f"the stages in the run's folder {FOLDER} are not done; `muntin compress RUN --resume` goes on with them.",)
 
 
@@ -103,9 +111,9 @@ def run_artifacts(checkpoint: Checkpoint, *folders: Path) -> tuple[list[RunArtif
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} holds a compressed model: give the checkpoint of `muntin fit` that it was made from")
-    stages = stages_of(checkpoint)
-    checkpoints = [checkpoint, *(stages.values() if made_from(checkpoint, stages) else ())]
+    checkpoints = _checkpoints(checkpoint)
     by_weights = {entry.state.sha256[AVERAGE]: entry for entry in checkpoints}
+    stale, stale_stages = list[Path](), list[Path]()  # of other weights: to be exported again, and to be compressed again first
     artifacts: list[RunArtifact] = []
     notes = []
     contents = []
@@ -117,14 +125,39 @@ def run_artifacts(checkpoint: Checkpoint, *folders: Path) -> tuple[list[RunArtif
             continue
         origin = by_weights.get(origin_weights(artifact.manifest) or "")
         if origin is None:
-            notes.append(f"left out: {path} is of other weights than the run's newest: export again, or see it by `muntin bench`")
+            (stale_stages if compressed_stage(artifact.manifest) and len(checkpoints) == 1 else stale).append(path)
         elif artifact.manifest.files not in contents:
             contents.append(artifact.manifest.files)
             form = form_name(origin, integer=quantized_at_export(artifact.manifest))
             artifacts.append(RunArtifact(name=form, form=form, artifact=artifact, checkpoint=origin))
+    notes += _stale_notes(run_folder(checkpoint), stale, stale_stages)
     places = [entry.path for entry in checkpoints]
     artifacts.sort(key=lambda entry: places.index(entry.checkpoint.path))
     return _distinct(artifacts), notes
+
+
+def _checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:
+    """Return a checkpoint of `muntin fit`, and the stages in its run's folder if they were made from it."""
+    stages = stages_of(checkpoint)
+    return [checkpoint, *(stages.values() if made_from(checkpoint, stages) else ())]
+
+
+def _stale_notes(run: Path, stale: list[Path], stale_stages: list[Path]) -> list[str]:
+    """Return notes on artefacts of other weights: those to export again, and those whose model must be compressed again first."""
+    notes = []
+    if stale:
+        notes.append(f"left out, of other weights than the run's newest: {_listed(stale)}; export again, or see them by `muntin bench`")
+    if stale_stages:
+        remove = f"remove {run / FOLDER}, then " if stage_checkpoints(run / FOLDER) else ""
+        notes.append(
+            f"left out, compressed from other weights than the run's newest: {_listed(stale_stages)}; to renew them, {remove}"
+            f"`{_command('compress', run)}`, and export the stages again"
+        )
+    return notes
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def _artifact_folders(folders: Iterable[Path]) -> Iterator[Path]:
@@ -172,16 +205,17 @@ def missing_forms(checkpoint: Checkpoint, artifacts: Iterable[RunArtifact]) -> l
     """Return the forms of which a run has no artefact: INT8 without further training, and one for each stage of compression."""
     run, stages, artifacts = run_folder(checkpoint), stages_of(checkpoint), list(artifacts)
     origins = [entry.checkpoint.path for entry in artifacts]
+    own = [entry.state.sha256[AVERAGE] for entry in _checkpoints(checkpoint)]
     newest = checkpoints_in(run / "checkpoints")[-1:] == [checkpoint.path]
     missing = []
     if "int8" not in [entry.form for entry in artifacts]:
-        missing.append(MissingForm(name="int8", command=_export_command(checkpoint, run if newest else checkpoint.path)))
+        missing.append(MissingForm(name="int8", command=_export_command(checkpoint, run if newest else checkpoint.path, own)))
     if not made_from(checkpoint, stages):
         return missing  # those of another checkpoint stay where they are; `stage_notes` says so
     expected = [stage for stage in STAGES if stage in stages or stage != "low-rank" or checkpoint.recipe.compression.low_rank is not None]
     for stage in (stage for stage in expected if stage in stages):
         if stages[stage].path not in origins:
-            missing.append(MissingForm(name=stage, command=_export_command(stages[stage], run_folder(stages[stage]))))
+            missing.append(MissingForm(name=stage, command=_export_command(stages[stage], run_folder(stages[stage]), own)))
     if rest := [stage for stage in expected if stage not in stages]:
         compress = _command("compress", run, *(("--resume",) if stages else ()))
         export = _command("export", stage_folder(run / FOLDER, rest[-1]))
@@ -189,8 +223,12 @@ def missing_forms(checkpoint: Checkpoint, artifacts: Iterable[RunArtifact]) -> l
     return missing
 
 
-def _export_command(checkpoint: Checkpoint, source: Path) -> str:
+def _export_command(checkpoint: Checkpoint, source: Path, own: Collection[str]) -> str:
+    """Return the command that exports a checkpoint. It replaces an artefact of weights that are not the run's `own`."""
     place = artifact_place(checkpoint, run_folder(checkpoint))
+    with suppress(ArtifactError):
+        if origin_weights(open_artifact(place.with_name(ARTIFACT)).manifest) not in (None, *own):
+            return _command("export", source)
     return _command("export", source) if place.name == ARTIFACT else _command("export", source, "-o", place)
 
 

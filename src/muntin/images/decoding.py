@@ -53,7 +53,7 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
     is never converted: its channels must be those asked for. Costs one decode and one copy. `mapped`: a `.npy` file is
     mapped read-only instead of copied, so that it may be larger than memory.
 
-    Raises DataError: missing, empty, damaged or truncated file, another format, several pages or frames, more than `max_pixels`
+    Raises DataError: missing, empty, damaged or cut off file, another format, several pages or frames, more than `max_pixels`
     pixels, 16-bit pixels (which would be cut to 8 bits silently), channels that cannot be made.
     """
     path = Path(path)

@@ -200,7 +200,9 @@ def damaged(path: Path, error: BaseException) -> DataError:
     """The DataError for an error that a parser raised."""
     if isinstance(error, MemoryError):
         return DataError(f"{path} needs more memory than there is, unless its header lies: cut it into smaller pictures or replace it")
-    return DataError(f"{path} is damaged or truncated ({reason(error)}): replace it or remove it")
+    cause = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""  # parsers' own words help no user
+    advice = "send a whole file" if path is SENT else "replace it or remove it"
+    return DataError(f"{path} is damaged or cut off{cause}: no picture can be read from it; {advice}")
 
 
 def reason(error: BaseException) -> str:

@@ -20,7 +20,7 @@ REPORT_NAME = "report.json"
 _FILTERS: tuple[Callable[..., Any], ...] = (
     *(text.amount, text.css_color, text.duration, text.milliseconds, text.moment, text.percent, text.size, text.three_digits),
     *(layers.bits_family, layers.bits_style, layers.family_of, layers.is_fallback, layers.requested_bits),
-    *(breakable, text.with_minus),
+    *(breakable, text.capitalized, text.unbroken, text.with_minus),
 )
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (text.change, text.machine_facts, text.percent_of, text.ratio)
 

@@ -88,7 +88,7 @@ def panes(report: Report) -> list[Pane]:
     timed_at = "" if report.latency is None else f"at {report.latency.height} × {report.latency.width}"
     if first is last:
         single = [
-            Pane(label=metric.name, figure=metric(last.miou), detail=last.engine),
+            Pane(label=text.capitalized(metric.name), figure=metric(last.miou), detail=last.engine),
             Pane(label="Size", figure=text.size(last.bytes), detail=f"{text.amount(last.params)} parameters"),
         ]
         if last.latency_ms is not None:
@@ -103,7 +103,7 @@ def panes(report: Report) -> list[Pane]:
         figure, detail = (figures[1], text.BESIDE) if report.disturbed else figures
         changes.append(Pane(label=f"Latency {timed_at}".strip(), figure=figure, detail=detail))
     change = f"{text.change(first.miou, last.miou, metric.digits)}{metric.unit}"
-    changes.append(Pane(label=metric.name, figure=change, detail=text.from_to(metric(first.miou), metric(last.miou))))
+    changes.append(Pane(label=text.capitalized(metric.name), figure=change, detail=text.from_to(metric(first.miou), metric(last.miou))))
     if report.agreement is not None:
         agreement = text.percent(report.agreement, 2)
         changes.append(Pane(label="Agreement", figure=agreement, detail="of labels equal to the simulated model's"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from math import floor, log10
@@ -18,6 +19,7 @@ UNCHANGED = "unchanged"
 DASH = "–"
 # Shown beside a latency, in place of its ratio, where `LatencyRecord.disturbed`.
 BESIDE = "beside other work"
+_UNIT = re.compile(r"(?<=\d) (?=[A-Za-z%])")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,17 @@ METRICS: dict[Task, Metric] = {
 def with_minus(number: str) -> str:
     """Return `number` with the typographic minus sign instead of hyphens."""
     return number.replace("-", MINUS)
+
+
+def unbroken(words: str) -> str:
+    """Return `words` with a no-break space between each number and its unit."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", words)
+
+
+def capitalized(words: str) -> str:
+    """Return `words` with a capital at the beginning, unless the first word has one: 'accuracy' -> 'Accuracy', but 'mIoU'."""
+    first = words.split(" ", 1)[0]
+    return words if first != first.lower() else f"{words[:1].upper()}{words[1:]}"
 
 
 def size(count: int | None) -> str:
@@ -109,8 +122,8 @@ def percent_of(value: float, whole: float) -> float:
 
 
 def change(first: float, now: float, digits: int) -> str:
-    """Return a signed difference: (0.651, 0.649, 3) -> '−0.002'."""
-    text = with_minus(f"{now - first:+.{digits}f}")
+    """Return the signed difference of two values as they are shown: (0.651, 0.649, 3) -> '−0.002'."""
+    text = with_minus(f"{round(now, digits) - round(first, digits):+.{digits}f}")
     return f"±{text[1:]}" if not text.strip(f"+{MINUS}0.") else text
 
 

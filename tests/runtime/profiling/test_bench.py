@@ -24,6 +24,10 @@ def candidate(written: Any, **options: str) -> ArtifactCandidate:
     return ArtifactCandidate(path=str(written.path), **options)
 
 
+def name_of(written: Any) -> str:
+    return f"{written.path.parent.name}/{written.path.name}"
+
+
 def test_every_combination_is_a_row(convolutions: Any) -> None:
     done: list[tuple[int, int]] = []
     result = bench(
@@ -39,7 +43,7 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
     # two streams of one thread are one stream: no row twice
     assert settings == [(t, s, (b, 16, 24)) for t, s in ((1, 1), (2, 1), (2, 2)) for b in (1, 3)]
     for row in result.rows:
-        assert (row.name, row.engine, row.precision) == (convolutions.path.name, "openvino", "f32")
+        assert (row.name, row.engine, row.precision) == (name_of(convolutions), "openvino", "f32")
         assert 0 < row.latency.median_ms <= row.latency.p90_ms <= row.latency.p99_ms and row.latency.calls == 3
         assert row.images_per_s > 0 and row.load_s > 0 and row.ratio is None
         assert row.peak_mib is None or row.peak_mib >= 0
@@ -50,7 +54,7 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
 def test_candidates_and_ratios(convolutions: Any) -> None:
     candidates = [candidate(convolutions, engine="onnxruntime"), candidate(convolutions), candidate(convolutions, precision="f32")]
     result = bench(candidates, batches=(1, 2), size=(8, 8), rounds=3)
-    assert [row.name for row in result.rows] == ["convolutions", "convolutions (2)", "convolutions (3)"] * 2
+    assert [row.name for row in result.rows] == [f"{name_of(convolutions)}{number}" for number in ("", " (2)", " (3)")] * 2
     assert [row.engine for row in result.rows] == ["onnxruntime", "openvino", "openvino"] * 2
     assert result.size_reason == "as given"
     for first, *others in (result.rows[:3], result.rows[3:]):
@@ -63,9 +67,9 @@ def test_candidates_and_ratios(convolutions: Any) -> None:
 @pytest.mark.parametrize(
     ("paths", "names"),
     [
-        (["runs/a/artifact", "small"], ["artifact", "small"]),
-        (["runs/a/artifact", "runs/b/artifact"], ["runs/a/artifact", "runs/b/artifact"]),
-        (["a", "b", "a", "."], ["a", "b", "a (2)", "."]),
+        (["runs/a/artifact", "small", "runs/b/artifact"], ["a/artifact", "small", "b/artifact"]),
+        (["x/3-mixed/artifact", "y/3-mixed/artifact"], ["x/3-mixed/artifact", "y/3-mixed/artifact"]),
+        (["a", "b", "a", ".", "/c"], ["a", "b", "a (2)", ".", "/c"]),
     ],
 )
 def test_distinct_names(paths: list[str], names: list[str]) -> None:
@@ -95,7 +99,7 @@ def test_default_size_is_the_example(write_layers: Callable[..., Any], convoluti
     result = bench([candidate(written)], batches=(2,), rounds=1)
     assert result.rows[0].shape == (2, 12, 20) and result.size_reason == "the size of the export"
     both = bench([candidate(written), candidate(convolutions)], rounds=1)
-    assert {row.shape for row in both.rows} == {(1, 12, 20)} and both.size_reason == "the size of the export of a"
+    assert {row.shape for row in both.rows} == {(1, 12, 20)} and both.size_reason == f"the size of the export of {name_of(written)}"
 
 
 def test_plain_values(convolutions: Any) -> None:
@@ -118,9 +122,22 @@ def test_memory_of_loading_is_repeatable(convolutions: Any, tmp_path: Path, monk
     assert max(peaks) - min(peaks) < max(peaks) / 4
 
 
-def test_candidates_of_other_channels(convolutions: Any, per_pixel: Any) -> None:
-    with pytest.raises(DataError, match=r"^per_pixel takes images of 4 channels, convolutions of 3: compare what takes the same images"):
-        bench([candidate(convolutions), candidate(per_pixel)], size=(8, 8), rounds=1)
+def test_candidates_that_compute_something_else(
+    write_layers: Callable[..., Any], convolutions: Any, per_pixel: Any, tmp_path: Path
+) -> None:
+    """Each kind is measured at its own size; only those of the first one's kind are compared with it."""
+    first = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
+    other = write_layers(tmp_path / "b", per_pixel.layers, example=(1, 8, 10))
+    result = bench([candidate(first), candidate(other), candidate(convolutions)], rounds=1)
+    rows = {row.name: row for row in result.rows}
+    assert rows[name_of(other)].shape == (1, 8, 10) and rows[name_of(other)].ratio is None
+    assert rows[name_of(convolutions)].shape == (1, 12, 20) and rows[name_of(convolutions)].ratio is not None
+    one, two = f"{name_of(other)} (segment, 4 channels, 6 classes)", f"{name_of(first)} (segment, 3 channels, 5 classes)"
+    assert f"{one} and {two} differ in task, channels or classes: not compared" in result.notes
+    assert result.size_reason == f"the size of the export of {name_of(first)}, the size of the export of {name_of(other)}"
+    pair = bench([candidate(per_pixel), candidate(convolutions)], size=(8, 8), rounds=1)
+    assert [(row.shape, row.ratio) for row in pair.rows] == [((1, 8, 8), None)] * 2
+    assert not any("streams" in note for note in pair.notes)
 
 
 def test_images_larger_than_memory(convolutions: Any) -> None:

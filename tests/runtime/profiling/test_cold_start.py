@@ -24,6 +24,10 @@ OPTIONS = SessionOptions(threads=1, shapes=((1, 16, 16), (2, 8, 8)))
 class Ending(Candidate):
     """Opening that fails, by the path."""
 
+    @property
+    def signature(self) -> Any:
+        raise NotImplementedError
+
     def example(self) -> Any:
         raise NotImplementedError
 
@@ -53,7 +57,6 @@ def test_second_time_comes_from_the_cache(convolutions: Any, tmp_path: Path, mon
     assert (first.cached, second.cached) == (False, True)
     assert measure_loading(candidate, replace(OPTIONS, shapes=((1, 16, 16), (1, 24, 24)))).cached is False  # half of it is new
     assert first.load_s > 0
-    assert first.channels == 3
     assert measure_loading(ArtifactCandidate(path=str(convolutions.path), engine="onnxruntime"), OPTIONS).cached is None
 
 
@@ -101,7 +104,7 @@ import json
 from muntin.runtime.profiling.cold_start import ArtifactCandidate, measure_loading
 from muntin.runtime.options import SessionOptions
 found = measure_loading(ArtifactCandidate(path={str(convolutions.path)!r}), SessionOptions(threads=1, shapes=((1, 8, 8),)))
-print(json.dumps(found.channels))
+print(json.dumps(found.load_s > 0))
 """)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", 3)
+    assert (done.returncode, done.stderr, json.loads(done.stdout)) == (0, "", True)

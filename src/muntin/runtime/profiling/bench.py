@@ -4,6 +4,8 @@
     for each number of threads and streams: open all candidates here
         for each batch: latency, one call after the other, interleaved; images a second, all streams busy, interleaved
 
+Candidates of another task or other classes are measured in the same run, at their own size, and not compared.
+
 Quote medians and the ratios between rows of the same run: a machine's absolute times drift.
 """
 
@@ -16,13 +18,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, ExampleImages, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.profile import enough_memory, fill
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
@@ -39,8 +39,8 @@ class BenchRow:
 
     `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
     batches of the run (`Loading`). `integers`: True if layers run on integer kernels; `precision` is that of the others. `ratio`: the first
-    candidate's median latency over this one; None for a single candidate, and where the first has another number of streams, since a call
-    has the threads of its stream.
+    candidate's median latency over this one; None for a single candidate, for another task or other classes, and where the first has
+    another number of streams, since a call has the threads of its stream.
     """
 
     name: str
@@ -86,46 +86,43 @@ def bench(
 
     `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
     of threads, with a note). `rounds`: timed calls a row. The images are the golden ones of the first artefact (of a run's training split
-    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example. `report` is called
-    with (steps done, number of steps).
+    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example. Candidates of
+    another task, other channels or classes have images and a size of their own, no ratio, and a note. `report` is called with (steps done,
+    number of steps).
 
-    Raises the errors of `load`, and DataError for a value out of range, for images larger than memory and for candidates that take images
-    of different channels.
+    Raises the errors of `load`, and DataError for a value out of range and for images larger than memory.
     """
     _check(candidates, batches, threads, streams, size, rounds)
     combinations = [SessionOptions(threads=n, streams=s) for n in threads for s in streams]
     named = dict(zip(distinct_names([candidate.path for candidate in candidates]), candidates, strict=True))
-    # An artefact holds its images; a run needs its data, which may be gone.
-    owner = next((name for name, candidate in named.items() if isinstance(candidate, ArtifactCandidate)), next(iter(named)))
-    example = named[owner].example()
-    shapes = tuple((batch, *(size or example.size)) for batch in batches)
-    settings = _settings(combinations, shapes)
-    with enough_memory(example.signature, max(shapes, key=prod)):
-        loadings: list[dict[str, Loading]] = []
-        for done, setting in enumerate(settings):
+    groups = _groups(named, batches, size)
+    settings = _settings(combinations)
+    loadings: list[dict[str, Loading]] = []
+    for done, setting in enumerate(settings):
+        report(done, 2 * len(settings))
+        loadings.append({name: loading for group in groups for name, loading in group.load(setting).items()})
+    rows: list[BenchRow] = []
+    with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
+        for done, (setting, loaded) in enumerate(zip(settings, loadings, strict=True), len(settings)):
             report(done, 2 * len(settings))
-            loadings.append({name: measure_loading(candidate, setting) for name, candidate in named.items()})
-            for name, channels in ((name, loading.channels) for name, loading in loadings[-1].items()):
-                if channels != example.signature.channels:
-                    expected = f"{owner} of {example.signature.channels}: compare what takes the same images"
-                    raise DataError(f"{name} takes images of {channels} channels, {expected}")
-        images = [fill(example.images, shape) for shape in shapes]
-        rows: list[BenchRow] = []
-        with watch_cpu() as watch:  # begins after the processes that loaded, which would count as others
-            for done, (setting, loaded) in enumerate(zip(settings, loadings, strict=True), len(settings)):
-                report(done, 2 * len(settings))
-                rows += _measure(images, named, loaded, setting, rounds)
+            for group in groups:
+                rows += group.measure(loaded, setting, rounds)
     report(2 * len(settings), 2 * len(settings))
     pairs = dict.fromkeys((options.thread_count, options.streams) for options in combinations)
     notes = notes_on(watch.others, threads=max(n for n, _ in pairs))
     notes += [f"{s} streams on {count(n, 'thread')}: a stream needs a thread, so they count as {n}" for n, s in pairs if s > n]
-    if len(named) == 1:
-        rows = [replace(row, ratio=None) for row in rows]
-    elif any(row.ratio is None for row in rows):
+    if any(row.ratio is None for row in rows if row.name in groups[0].candidates):
         notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
+    compared = groups[0].candidates if len(groups[0].candidates) > 1 else {}
+    first = next(iter(named))
+    notes += [
+        f"{', '.join(group.candidates)} ({group.kind}) and {first} ({groups[0].kind}) differ in task, channels or classes: not compared"
+        for group in groups[1:]
+    ]
+    reasons = ", ".join(f"{group.example.reason} of {group.owner}" if len(named) > 1 else group.example.reason for group in groups)
     return Bench(
-        rows=tuple(rows),
-        size_reason="as given" if size is not None else f"{example.reason} of {owner}" if len(named) > 1 else example.reason,
+        rows=tuple(row if row.name in compared else replace(row, ratio=None) for row in rows),
+        size_reason="as given" if size is not None else reasons,
         others=watch.others,
         notes=tuple(notes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -134,32 +131,70 @@ def bench(
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """A name for each path: its last part; the path where another ends alike. A path that is given again has a number."""
-    last = {path: Path(path).name or path for path in paths}
+    """A name for each path: its last two parts; the path where another ends alike. A path that is given again has a number."""
+    last = {path: str(Path(*Path(path).parts[-2:])) for path in paths}
     names = [last[path] if list(last.values()).count(last[path]) == 1 else path for path in paths]
     return [name if name not in names[:index] else f"{name} ({names[: index + 1].count(name)})" for index, name in enumerate(names)]
 
 
-def _settings(combinations: Sequence[SessionOptions], shapes: tuple[Shape, ...]) -> list[SessionOptions]:
+def _settings(combinations: Sequence[SessionOptions]) -> list[SessionOptions]:
     """Each different combination once, with at most as many streams as threads."""
     limited = (
-        replace(options, threads=options.thread_count, streams=min(options.streams, options.thread_count), shapes=shapes)
-        for options in combinations
+        replace(options, threads=options.thread_count, streams=min(options.streams, options.thread_count)) for options in combinations
     )
     return list(dict.fromkeys(limited))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Comparable:
+    """Candidates that compute the same from the same images: one task, channels, scale and classes. `owner`: whose `example` is taken."""
+
+    signature: Signature
+    shapes: tuple[Shape, ...]
+    example: ExampleImages
+    owner: str
+    candidates: Mapping[str, Candidate]
+
+    @property
+    def kind(self) -> str:
+        classes = "" if self.signature.task == "restore" else f", {count(len(self.signature.classes), 'class')}"
+        return f"{self.signature.task}, {count(self.signature.channels, 'channel')}{classes}"
+
+    def load(self, options: SessionOptions) -> dict[str, Loading]:
+        with enough_memory(self.signature, max(self.shapes, key=prod)):
+            return {name: measure_loading(candidate, replace(options, shapes=self.shapes)) for name, candidate in self.candidates.items()}
+
+    def measure(self, loaded: Mapping[str, Loading], options: SessionOptions, rounds: int) -> list[BenchRow]:
+        with enough_memory(self.signature, max(self.shapes, key=prod)):
+            return _measure(self.example, self.candidates, loaded, replace(options, shapes=self.shapes), rounds)
+
+
+def _groups(named: Mapping[str, Candidate], batches: Sequence[int], size: tuple[int, int] | None) -> list[_Comparable]:
+    """The candidates by what they compute, that of the first candidate first."""
+    signatures = {name: candidate.signature for name, candidate in named.items()}
+    members: dict[tuple[object, ...], dict[str, Candidate]] = {}
+    for name, candidate in named.items():
+        signature = signatures[name]
+        key = (signature.task, signature.channels, signature.scale, *(entry.name for entry in signature.classes))
+        members.setdefault(key, {})[name] = candidate
+    groups = []
+    for candidates in members.values():
+        # An artefact holds its images; a run needs its data, which may be gone.
+        owner = next((name for name, candidate in candidates.items() if isinstance(candidate, ArtifactCandidate)), next(iter(candidates)))
+        example = candidates[owner].example()
+        shapes = tuple((batch, *(size or example.size)) for batch in batches)
+        groups.append(_Comparable(signature=signatures[owner], shapes=shapes, example=example, owner=owner, candidates=candidates))
+    return groups
+
+
 def _measure(
-    images: Sequence[NDArray[np.uint8]],
-    candidates: Mapping[str, Candidate],
-    loading: Mapping[str, Loading],
-    options: SessionOptions,
-    rounds: int,
+    example: ExampleImages, candidates: Mapping[str, Candidate], loading: Mapping[str, Loading], options: SessionOptions, rounds: int
 ) -> list[BenchRow]:
     """One row for each candidate and batch; the first candidate is the base of the ratios."""
     sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in candidates.items()}
     first, rows = next(iter(sessions)), []
-    for shape, images_BHWC in zip(options.shapes or (), images, strict=True):
+    for shape in options.shapes or ():
+        images_BHWC = fill(example.images, shape)
         latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
         rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
         for name, session in sessions.items():

@@ -34,9 +34,8 @@ from muntin.runtime.session import Shape
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleImages:
-    """Images to measure with: of a signature, uint8 (B, H, W, C). `size`: height and width to measure at, chosen for the `reason`."""
+    """Images to measure with, uint8 (B, H, W, C). `size`: height and width to measure at, chosen for the `reason`."""
 
-    signature: Signature
     images: NDArray[np.uint8]
     size: tuple[int, int]
     reason: str
@@ -57,6 +56,11 @@ class Candidate(ABC):
     def integers(self) -> bool:
         """True if layers run on integer kernels."""
         return False
+
+    @property
+    @abstractmethod
+    def signature(self) -> Signature:
+        """Task, channels and classes."""
 
     @abstractmethod
     def example(self) -> ExampleImages:
@@ -85,13 +89,15 @@ class ArtifactCandidate(Candidate):
     def integers(self) -> bool:
         return self._artifact().manifest.integers
 
+    @property
+    def signature(self) -> Signature:
+        return self._artifact().manifest.signature
+
     def example(self) -> ExampleImages:
         artifact = self._artifact()
         manifest = artifact.manifest
         H, W = default_shape(artifact)[1:]
-        return ExampleImages(
-            signature=manifest.signature, images=artifact.golden()[0][0], size=(H, W), reason=default_size_reason(manifest)
-        )
+        return ExampleImages(images=artifact.golden()[0][0], size=(H, W), reason=default_size_reason(manifest))
 
     def _artifact(self) -> Artifact:
         return open_artifact(self.path)
@@ -112,14 +118,12 @@ class Loading:
 
     `load_s`: includes compiling or reading the cache, and a first call of every batch. `held_mib`, `peak_mib`: added resident memory at the
     end and at the peak, None where unknown. `cached`: True if the compiled models came from the user's cache, None where unknown.
-    `channels`: of the images.
     """
 
     load_s: float
     held_mib: float | None
     peak_mib: float | None
     cached: bool | None
-    channels: int
 
 
 def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
@@ -176,7 +180,6 @@ def _measure(question: dict[str, Any]) -> dict[str, Any]:
         "held_mib": _mib(watch.held),
         "peak_mib": _mib(watch.peak),
         "cached": getattr(session, "from_cache", None),
-        "channels": session.signature.channels,
     }
 
 
