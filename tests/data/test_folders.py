@@ -225,6 +225,10 @@ def test_skipped_pictures(tmp_path: Path) -> None:
     source = open_pair(pets, classes=(), skip=[tmp_path / "pets" / "cat" / "1.png"], root=tmp_path / "pets")
     assert source.notes == ("left out by data.skip: cat/1.png",)
     assert "cat/1" not in {sample.name for name in SPLITS for sample in source.split(name)}
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name / "2.png").write_text("nothing")
+    with pytest.raises(DataError, match=r"; 2 pictures cannot be used, also (cat|dog)/2\.png: correct them"):
+        open_pair(pets, classes=()).check()
 
 
 def test_samples_in_the_cache(tmp_path: Path) -> None:

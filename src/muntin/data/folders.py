@@ -109,7 +109,7 @@ class FolderSource:
     def split(self, name: SplitName) -> Samples:
         """The pictures of a split, in order of their stems. Raises DataError for images without a mask and equal stems."""
         if self._failures:
-            raise _failure_error(self._failures)
+            raise self._failure_error(self._failures)
         return self._splits[name]
 
     def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
@@ -124,7 +124,7 @@ class FolderSource:
         for name, samples in self._splits.items():
             for index, item in enumerate(samples.items):
                 if len(failures) >= _MAX_FAILURES:
-                    raise _failure_error(failures)
+                    raise self._failure_error(failures)
                 try:
                     target = samples[index].target
                 except DataError as error:
@@ -135,7 +135,7 @@ class FolderSource:
                 if progress is not None:
                     progress(done, total)
         if failures:
-            raise _failure_error(failures)
+            raise self._failure_error(failures)
         for name in SPLITS:
             if self.task == "segment" and not pixels[name][:IGNORED].any():
                 raise DataError(
@@ -160,7 +160,7 @@ class FolderSource:
                 splits[name] = self._items(other, name)
         for name, items in splits.items():
             if not items and self._failures:
-                raise _failure_error(self._failures)
+                raise self._failure_error(self._failures)
             if not items:
                 raise empty_split_error(name, [item.key for item in base_items], base.images, seed, shares)
         check_disjoint({name: [item.image for item in items] for name, items in splits.items()})
@@ -257,6 +257,16 @@ class FolderSource:
         if absent:
             self._notes.append(f"data.skip names {list_some(absent, 3)}, which is not among the pictures")
 
+    def _failure_error(self, failures: Mapping[Path, Failure]) -> DataError:
+        """The error for pictures that cannot be used: the reason for the first one, and the names of the others, up to ten in all."""
+        (_, first), *others = islice(failures.items(), _MAX_FAILURES)
+        if not others:
+            return DataError(f"{first.reason}, or name it under data.skip")
+        parts = -2 if self.task == "classify" else -1  # the folders of two classes may hold files of one name
+        names = ", ".join(f"{Path(*path.parts[parts:])}{failure.short and f' ({failure.short})'}" for path, failure in others)
+        number = f"{_MAX_FAILURES} or more" if len(failures) >= _MAX_FAILURES else f"{len(failures)}"
+        return DataError(f"{first.reason}; {number} pictures cannot be used, also {names}: correct them, or name them under data.skip")
+
 
 class _FolderSamples(Samples):
     def __init__(self, split: SplitName, items: Sequence[Item], channels: int, mapping: MaskMapping | None, cache: SampleCache) -> None:
@@ -274,16 +284,6 @@ class _FolderSamples(Samples):
         if self._sizes is None:
             self._sizes = [image_size(item.image) for item in self.items]
         return self._sizes
-
-
-def _failure_error(failures: Mapping[Path, Failure]) -> DataError:
-    """The error for pictures that cannot be used: the reason for the first one, and the names of the others, up to ten in all."""
-    (_, first), *others = islice(failures.items(), _MAX_FAILURES)
-    if not others:
-        return DataError(f"{first.reason}, or name it under data.skip")
-    names = ", ".join(f"{path.name}{failure.short and f' ({failure.short})'}" for path, failure in others)
-    number = f"{_MAX_FAILURES} or more" if len(failures) >= _MAX_FAILURES else f"{len(failures)}"
-    return DataError(f"{first.reason}; {number} pictures cannot be used, also {names}: correct them, or name them under data.skip")
 
 
 def _normal(path: Path) -> str:
