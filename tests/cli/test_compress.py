@@ -352,4 +352,5 @@ def test_quantize_an_onnx_file(call: Call, tmp_path: Path) -> None:
     document = call(*words, "--keep", "y", "-o", str(tmp_path / "floats.onnx"), "--json").document()
     assert (document["coverage"], document["products"][0]["reason"]) == (0, "named in keep")
     assert "0% of the multiply-adds are in integers" in document["notes"][0]
+    assert "would replace what is read" in call(*words, "-o", words[1]).mistake()
     assert "none.npz cannot be read" in call(*words[:2], "--calibration", str(tmp_path / "none.npz")).mistake()

@@ -40,7 +40,7 @@ def test_export_reuses_an_artefact_of_the_same_weights(call: Call, exported: Any
     assert document["precision"] in ("f32", "bf16", "f16")
     text = call("export", exported.run)
     assert (text.code, text.err) == (0, "")
-    assert text.out.startswith(f"exists already  {exported.artifact}: ")
+    assert text.out.startswith(f"exists already {exported.artifact}: ")
     assert f"{document['int8_layers']} layers in INT8" in text.out
 
 

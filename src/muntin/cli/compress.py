@@ -124,11 +124,14 @@ def quantize_command(
     json: JsonOption = False,
 ) -> None:
     """Quantise an ONNX file of any model to static INT8 without training; the result is an ONNX file, not an artefact."""
+    from muntin.errors import ExportError
     from muntin.graph import quantize_onnx
     from muntin.graph.calibration_file import read_calibration
     from muntin.graph.onnx_file import read_float_model
 
     target = output or model.with_name(f"{model.stem}-int8.onnx")
+    if target.resolve() in (model.resolve(), calibration.resolve()):
+        raise ExportError(f"--output {target} would replace what is read: give another file")
     proto = read_float_model(model)
     batches = read_calibration(calibration, proto, batch)
     with status("quantising"):

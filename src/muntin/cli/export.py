@@ -87,7 +87,7 @@ def _write_standalone(artifact: Path, file: Path, *, json: bool) -> None:
 
 def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str | None, kept: Mapping[str, str]) -> None:
     """Print what was exported, what it replaced, and the layers that were not quantised with the reason."""
-    done, others = "exists already " if reused else "wrote    ", artifact.manifest.precision
+    done, others = "exists already" if reused else "wrote    ", artifact.manifest.precision
     out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {_integer_layers(artifact)} layers in INT8, others in {others}")
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}")

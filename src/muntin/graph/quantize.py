@@ -36,7 +36,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class ProductRecord:
-    """What was done to one product.
+    """Result of quantisation for one product.
 
     `name`: of its node. `bits`: of both operands; None: floats. `parameters`: values of its weight. `macs`: multiply-adds for one row of
     the last calibration batch. `sqnr_db`: signal over noise of its output when it alone is rounded. `reason`: why it stays in floats.

@@ -153,7 +153,7 @@ def start_engine(
     progress: Callable[[str], None] = lambda step: None,
 ) -> RunningEngine:
     """Start a process and open an artefact in it, as `open_version` does. `busy`: whether requests are computed now; meanwhile the process
-    is stopped for a share of the time (`take_turns`).
+    is stopped for a share of the time (`turns.Turns`).
 
     Raises the errors of `open_version`, VerificationError if the process dies, or takes more than `MEMORY_SHARE` to `verify`,
     TookTooLongError after `seconds`, and NotReadyError if `stopped`.

@@ -1,6 +1,6 @@
 """Share the cores between requests and a process that opens an artefact, by stopping that process (SIGSTOP) for a part of the time.
 
-A low priority costs requests more (benchmarks/loads.py), and a process cannot raise it again to serve. Linux only: elsewhere a stopped
+A low priority costs requests more (docs/log.md, 29 Nov), and a process cannot raise it again to serve. Linux only: elsewhere a stopped
 process would stay if the server were killed.
 """
 
@@ -43,6 +43,7 @@ class Turns:
 
 
 def can_take_turns() -> bool:
+    """Return whether this system ends a stopped process with the server that stopped it."""
     return sys.platform == "linux"
 
 
