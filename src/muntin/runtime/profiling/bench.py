@@ -86,8 +86,8 @@ def bench(
 
     `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
     of threads, with a note). `rounds`: timed calls a row. The images are the golden ones of the first artefact (of a run's training split
-    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example. `report` is called
-    with (steps done, number of steps).
+    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example; of others than
+    the first artefact takes, the nearest one. `report` is called with (steps done, number of steps).
 
     Raises the errors of `load`, and DataError for a value out of range, for images larger than memory and for candidates that take images
     of different channels.
@@ -98,7 +98,9 @@ def bench(
     # An artefact holds its images; a run needs its data, which may be gone.
     owner = next((name for name, candidate in named.items() if isinstance(candidate, ArtifactCandidate)), next(iter(named)))
     example = named[owner].example()
-    shapes = tuple((batch, *(size or example.size)) for batch in batches)
+    measured = example.size if size is None else example.signature.sizes.at_least(*size)
+    reason = example.reason if size is None else "as given" if measured == size else f"nearest to {size[0]}x{size[1]} that it takes"
+    shapes = tuple((batch, *measured) for batch in batches)
     settings = _settings(combinations, shapes)
     with enough_memory(example.signature, max(shapes, key=prod)):
         loadings: list[dict[str, Loading]] = []
@@ -125,7 +127,7 @@ def bench(
         notes.append("a call has the threads of its stream, so latencies of different streams are not compared: compare images/s")
     return Bench(
         rows=tuple(rows),
-        size_reason="as given" if size is not None else f"{example.reason} of {owner}" if len(named) > 1 else example.reason,
+        size_reason=f"{reason} of {owner}" if len(named) > 1 and size is None else reason,
         others=watch.others,
         notes=tuple(notes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
