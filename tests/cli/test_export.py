@@ -13,7 +13,7 @@ import pytest
 from muntin.artifact import open_artifact
 from muntin.deployment import checkpoint_export
 from muntin.errors import DataError
-from muntin.images import read_image
+from muntin.images import read_image, read_mask, write_image
 from muntin.runtime import load, predict
 from muntin.training import read_checkpoint
 
@@ -67,6 +67,28 @@ def test_export_in_float(call: Call, exported: Any, tmp_path: Path) -> None:
     assert (integer == floating).mean() > 0.9
     weights = [(path / "weights.safetensors").stat().st_size for path in (exported.artifact, tmp_path / "float")]
     assert weights[0] < weights[1]
+
+
+def test_export_sizes(call: Call, exported: Any, tmp_path: Path) -> None:
+    words, target = ("export", exported.run, "-o"), tmp_path / "a"
+    document = call(*words, target, "--sizes", "multiple=8,min=16", "--json").document()
+    sides = {"min": 16, "max": None, "multiple": 8}
+    assert (document["written"], document["sizes"]) == (True, {"height": sides, "width": sides})
+    text = call(*words, target).out
+    assert text.startswith("is there") and "sizes     height and width multiples of 8 from 16\n" in text
+    trained = read_checkpoint(exported.run)
+    assert checkpoint_export.exported(trained, target, sizes="multiple=8,min=16") is not None
+    assert checkpoint_export.exported(trained, target, sizes="widest") is None
+    assert "give any, fixed, widest, or multiple=32,min=64,max=1024" in call(*words, target, "--sizes", "224").mistake()
+    write_image(tmp_path / "small.png", np.zeros((13, 21, 3), np.uint8))
+    predict_words = ("predict", target, tmp_path / "small.png", "-o", tmp_path / "out")
+    result = call(*predict_words, "--json").document()["results"][0]
+    assert read_mask(result["mask"]).shape == (13, 21)
+    assert "13 x 21 pixels are extended to 16 x 24 by repeating the last row and column" in result["notes"][0]
+    assert "tile=20: the model takes height and width multiples of 8 from 16: give 16, or" in call(*predict_words, "--tile", "20").mistake()
+    words = ("evaluate", exported.run, "--artifact", target)
+    assert call(*words, "--json").document()["score"] == pytest.approx(call("evaluate", exported.artifact, "--json").document()["score"])
+    assert "tile=20: the model takes" in call(*words, "--tile", "20").mistake()
 
 
 def test_export_keeps_named_layers_in_floats(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -310,6 +310,42 @@ def test_evaluate_renamed_class_folders(call: Call, tiny: Any, tmp_path: Path) -
     assert checkpoint_session(read_checkpoint(run)).signature.classes == read_checkpoint(run).state.classes  # without the data
 
 
+ONE_SIZE = """
+import torch
+from torch import nn
+
+class Positions(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(channels, 32, 8, 8), nn.Linear(32, classes)
+        self.positions = nn.Parameter(torch.zeros(32, 4, 4))
+
+    def forward(self, x):
+        return self.head((self.embed(x / 255) + self.positions).relu().mean((2, 3)))
+
+def make(*, task, classes, channels):
+    return Positions(channels, classes)
+"""
+
+
+def test_classifier_of_one_size(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained, evaluated and exported at the size of its crops; pictures of other sizes are resized."""
+    (tmp_path / "one_size.py").write_text(ONE_SIZE)
+    monkeypatch.syspath_prepend(tmp_path)
+    run, recipe = tmp_path / "run", write_pets(tmp_path, {"name": "one_size:make", "options": {}})
+    assert not [note for note in call("fit", recipe, "-o", run, "--json").document()["notes"] if "export" in note]
+    assert "sizes     32 x 32\n" in call("export", run).out
+    scores = [call("evaluate", path, "--json").document()["score"] for path in (run, run / "artifact")]
+    assert scores[0] == pytest.approx(scores[1], abs=0.2)
+    write_image(tmp_path / "cat.png", np.full((50, 70, 3), 90, np.uint8))
+    assert call("predict", run / "artifact", tmp_path / "cat.png", "--json").document()["results"][0]["class"] in ("cat", "dog")
+    document = call("compare", run, "--rounds", "1", "--json").document()
+    assert (document["artifacts"]["height"], document["artifacts"]["size_reason"]) == (32, "the size of the export")
+    assert "size: nearest to 40x50 that it takes" in call("bench", run / "artifact", "--size", "40x50", "--rounds", "1").out
+    text = call("export", run, "-o", tmp_path / "other", "--sizes", "any").mistake()
+    assert "the model fails on pixels of shape (1, 3, " in text and "leave out sizes" in text
+
+
 def test_evaluate_tile_and_engine(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: list[Any] = []
     evaluate = muntin.training.evaluate

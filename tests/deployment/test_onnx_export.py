@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.artifact import ClassInfo, Signature
+from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.compression import quantize
 from muntin.deployment.export import export
-from muntin.deployment.onnx_export import COMPUTE, PixelInput, _traced_example, answer_to, canonical_names, to_onnx
+from muntin.deployment.model_contract import answer_to
+from muntin.deployment.onnx_export import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
 from muntin.errors import ExportError
 from muntin.runtime import load
 
@@ -286,5 +287,5 @@ def test_model_in_training_mode(build: type[nn.Module], pixels: Callable[..., Te
 
 def test_random_state_is_kept() -> None:
     before = torch.get_rng_state()
-    _traced_example(torch.zeros(1, 3, 8, 8))
+    _traced_example(torch.zeros(1, 3, 8, 8), Sizes())
     assert torch.equal(torch.get_rng_state(), before)

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from muntin.artifact import ClassInfo, Signature
+from muntin.artifact import ClassInfo, Sides, Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime import load, predict
-from muntin.runtime.tiles import tile_origins, tile_weights
+from muntin.runtime.tiles import allowed_tile, size_note, tile_origins, tile_weights
+
+ANY = Sizes()
 
 
 def classes(count: int) -> tuple[ClassInfo, ...]:
@@ -25,13 +27,14 @@ def classes(count: int) -> tuple[ClassInfo, ...]:
 class PixelSession:
     """Scores from each pixel's own values, repeated `scale` times along both axes; remembers the sizes that it was called with."""
 
-    def __init__(self, task: str = "segment", channels: int = 2, count: int = 4, scale: int = 1) -> None:
+    def __init__(self, task: str = "segment", channels: int = 2, count: int = 4, scale: int = 1, sizes: Sizes = ANY) -> None:
         classed = classes(count) if task != "restore" else ()
-        self.signature = Signature(task=task, channels=channels, scale=scale, classes=classed)  # type: ignore[arg-type]
+        self.signature = Signature(task=task, channels=channels, scale=scale, classes=classed, sizes=sizes)  # type: ignore[arg-type]
         self.mixing = np.random.default_rng(0).normal(size=(self.signature.outputs, channels)).astype(np.float32)
         self.sizes: list[tuple[int, ...]] = []
 
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        assert self.signature.sizes.takes(*images_BHWC.shape[1:3])
         self.sizes.append(images_BHWC.shape[1:3])
         values = images_BHWC.astype(np.float32)
         scores = values.transpose(0, 3, 1, 2) if self.signature.task == "restore" else np.einsum("bhwc,kc->bkhw", values, self.mixing)
@@ -158,6 +161,63 @@ def test_calls_of_tiles() -> None:
     default, quarter, none = (predict(session, image, tile=20, overlap=overlap, output="scores") for overlap in (None, 5, 0))
     np.testing.assert_array_equal(default, quarter)
     assert (default != none).any()
+
+
+@st.composite
+def allowed_sizes(draw: st.DrawFn) -> Sizes:
+    low, steps, multiple = draw(st.integers(1, 20)), draw(st.none() | st.integers(0, 3)), draw(st.integers(1, 8))
+    return Sizes.both(min=low, max=None if steps is None else (-(-low // multiple) + steps) * multiple, multiple=multiple)
+
+
+@given(height=sides, width=sides, sizes=allowed_sizes(), tile=st.none() | st.integers(1, 48), scale=st.integers(1, 2))
+def test_pictures_of_every_size(height: int, width: int, sizes: Sizes, tile: int | None, scale: int) -> None:
+    """Extended and tiled, a session that sees each pixel alone gives what it gives for every size."""
+    session, image = PixelSession(scale=scale, sizes=sizes), picture(height, width)
+    tile = None if tile is None else allowed_tile(session.signature, tile)
+    scores = predict(session, image, tile=tile, output="scores")
+    np.testing.assert_allclose(scores, PixelSession(scale=scale)(image[None])[0], rtol=1e-5, atol=1e-3)
+    assert len(set(session.sizes)) == 1
+    (rows, columns) = session.sizes[0]
+    changed = rows > height or columns > width or (tile is None and (rows < height or columns < width))
+    assert bool(size_note((height, width), session.signature, tile)) == changed
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes", "size", "calls", "note"),
+    [
+        ("segment", ANY, (30, 20), [(30, 20)], ""),
+        (
+            "segment", Sizes.both(multiple=8, min=16), (30, 10), [(32, 16)],
+            "30 x 10 pixels are extended to 32 x 16 by repeating the last row and column, and the answer is cut, as the model takes height "
+            "and width multiples of 8 from 16",
+        ),
+        (
+            "restore", Sizes.only(16, 32), (24, 30), [(16, 32)] * 2,
+            "24 x 30 pixels are computed in tiles of 16 x 32 and extended to 24 x 32 by repeating the last row and column",
+        ),
+        ("classify", ANY, (30, 20), [(30, 20)], ""),
+        (
+            "classify", Sizes.only(16, 16), (30, 20), [(16, 16)],
+            "of 30 x 20 pixels, the middle is resized to 16 x 16, as the model takes 16 x 16",
+        ),
+        ("classify", Sizes.both(multiple=16, max=64), (200, 20), [(64, 32)], "of 200 x 20 pixels, the middle is resized to 64 x 32"),
+    ],
+)  # fmt: skip
+def test_calls_for_restricted_sizes(task: str, sizes: Sizes, size: tuple[int, int], calls: list[tuple[int, int]], note: str) -> None:
+    session = PixelSession(task, sizes=sizes)
+    predict(session, picture(*size))
+    assert session.sizes == calls
+    assert size_note(size, session.signature).startswith(note) and bool(note) == bool(size_note(size, session.signature))
+
+
+def test_tiles_of_other_sizes() -> None:
+    for sizes, tile, advice in (
+        (Sizes.both(multiple=32, min=64), 100, "give 96, or leave tile out"),
+        (Sizes.both(multiple=32, min=64), 40, "give 64, or leave tile out"),
+        (Sizes(height=Sides(min=48, max=48), width=Sides(min=64)), 48, ": leave tile out"),
+    ):
+        with pytest.raises(DataError, match=f"tile={tile}: the model takes {sizes.text}.*{advice}$"):
+            predict(PixelSession(sizes=sizes), picture(200, 200), tile=tile)
 
 
 def test_whole_picture_in_one_call() -> None:

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, open_artifact, write_artifact
+from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, Sizes, open_artifact, write_artifact
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.versions.loader import ArtifactLoader
@@ -66,6 +66,7 @@ def write(
     model: onnx.ModelProto | None = None,
     shift: float = 0.0,
     activation_bits: int | None = None,
+    example: tuple[int, int, int] = (1, 8, 8),
 ) -> Path:
     """An artefact that answers `label` everywhere. `shift`: of its golden scores, in their own unit. `activation_bits`: what its one layer
     is recorded with; it is a float layer."""
@@ -78,7 +79,7 @@ def write(
         signature=signature,
         golden=[(images, golden_of(answers, images) + np.float32(shift))],
         golden_tolerance={"openvino": {name: GoldenTolerance(max_error=0.05, label_agreement=1) for name in ("f32", "bf16")}},
-        example=(1, 8, 8),
+        example=example,
         layers=[LayerRecord(name="head", kind="Conv2d", weight_bits=32, activation_bits=activation_bits)],
     )
     return path
@@ -240,10 +241,10 @@ def wait_until() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def write_pixels() -> Callable[..., Path]:
-    """`write_pixels(path, task=...)`: an artefact whose scores are the channels of the pixels, or of a classifier their means."""
+    """`write_pixels(path, task=..., sizes=...)`: an artefact whose scores are the pixels' channels, or of a classifier their means."""
 
-    def write_it(path: Path, *, task: str = "segment") -> Path:
-        signature = make_signature(classes=NAMES[:3], task=task)
+    def write_it(path: Path, *, task: str = "segment", sizes: Sizes = Sizes()) -> Path:  # noqa: B008 - immutable
+        signature = make_signature(classes=NAMES[:3], task=task, sizes=sizes)
         nodes = [
             helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
             helper.make_node("Transpose", ["float"], ["nchw" if task == "classify" else "scores"], name="to_nchw", perm=[0, 3, 1, 2]),

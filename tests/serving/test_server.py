@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from muntin.artifact import Sides, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.images import encode_png
 from muntin.serving.config import Bounds, ServeConfig
@@ -441,6 +442,36 @@ def test_large_picture(pixels: Server) -> None:
     image = images_of(1, 7, 1100, 1300)[0]
     mask = np.array(Image.open(io.BytesIO(fetch(pixels, "/predict", encoded(image, "PNG"))[2])))
     assert (mask == image.argmax(2)).mean() > 0.999
+
+
+@pytest.fixture(scope="module")
+def sized(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Even heights up to 16 and a width of 8."""
+    sizes = Sizes(height=Sides(min=2, max=16, multiple=2), width=Sides(min=8, max=8))
+    with served(write_pixels(tmp_path_factory.mktemp("serving") / "sized", sizes=sizes), max_batch=4) as server:
+        yield server
+
+
+def test_requests_of_other_sizes(sized: Server, face: str) -> None:
+    client = Client(sized, face)
+    images = images_of(3, 1, 12, 8)
+    np.testing.assert_array_equal(client.ask(images, "labels", model="sized")["labels"], images.argmax(3))
+    message = "images of 7 x 9 pixels: the model takes height multiples of 2 from 2 to 16 and width 8: resize or pad them to 8 x 8"
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        client.ask(images_of(1, 1, 7, 9), model="sized")
+    assert client.http is ("400" in str(caught.value.status()))
+    metadata = client.client.get_model_metadata("sized", **({} if client.http else {"as_json": True}))
+    shapes = {entry["name"]: [int(n) for n in entry["shape"]] for entry in (*metadata["inputs"], *metadata["outputs"])}
+    assert shapes == {"images": [-1, -1, 8, 3], "labels": [-1, -1, 8], "scores": [-1, 3, -1, 8]}
+    client.client.close()
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 3), (16, 8), (21, 30)])
+def test_pictures_of_other_sizes(sized: Server, height: int, width: int) -> None:
+    image = images_of(1, 7, height, width)[0]
+    status, _, body = fetch(sized, "/predict?output=labels", encoded(image, "PNG"))
+    assert status == 200
+    np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(body))), image.argmax(2))
 
 
 def test_picture_for_a_classifier(classes: Server) -> None:

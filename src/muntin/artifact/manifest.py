@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from muntin.artifact.classes import ClassInfo
+from muntin.artifact.sizes import Sizes
 from muntin.errors import ArtifactError
 
 FORMAT: Literal[1] = 1
@@ -36,8 +37,8 @@ class _Frozen(BaseModel):
 class Signature(_Frozen):
     """Inputs and outputs of the model.
 
-    Images are (B, H, W, channels) in `dtype`; scores are float32: (B, K, scale*H, scale*W) for "segment" and "restore", (B, K) for
-    "classify". K is the number of classes, or of channels for "restore", which has no classes.
+    Images are (B, H, W, channels) in `dtype`, of the allowed `sizes`; scores are float32: (B, K, scale*H, scale*W) for "segment" and
+    "restore", (B, K) for "classify". K is the number of classes, or of channels for "restore", which has no classes.
     """
 
     task: Task
@@ -47,6 +48,7 @@ class Signature(_Frozen):
     dtype: Literal["uint8"] = "uint8"
     side: Annotated[int | None, Field(ge=1, le=1 << 14)] = None
     """For "classify": pictures are resized to their middle square of this side, in pixels, as in training; None: used as they are."""
+    sizes: Sizes = Sizes()
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> Self:
@@ -56,6 +58,8 @@ class Signature(_Frozen):
             raise ValueError(f'task "classify" with scale {self.scale}: it has no pixels to scale, leave 1')
         if self.task != "classify" and self.side is not None:
             raise ValueError(f'task "{self.task}" with side {self.side}: it takes pictures of every size, leave it out')
+        if self.side is not None and not self.sizes.takes(self.side, self.side):
+            raise ValueError(f"side {self.side}: the model takes {self.sizes.text}: give a side that is allowed")
         return self
 
     @property
@@ -142,6 +146,12 @@ class Manifest(_Frozen):
     example: Annotated[tuple[Side, Side, Side] | None, AfterValidator(_small)] = None
     files: dict[FileName, Sha256] = {}
     sha256: str = ""
+
+    @model_validator(mode="after")
+    def _example_is_allowed(self) -> Self:
+        if self.example is not None and not self.signature.sizes.takes(*self.example[1:]):
+            raise ValueError(f"example {self.example}: the model takes {self.signature.sizes.text}: give an allowed height and width")
+        return self
 
     @property
     def integers(self) -> bool:

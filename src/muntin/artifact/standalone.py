@@ -23,8 +23,9 @@ def write_standalone(artifact: Artifact | Path | str, file: Path | str) -> Path:
     """Write the model of an artefact, or of the artefact's folder, to `file` and return its path. An existing ONNX file is replaced.
 
     The graph is the one that the engines run: `images` uint8 (B, H, W, C) in, `scores` float32 out, normalisation inside. Metadata name
-    the task, the classes and the side that a classifier's pictures are resized to, which is not part of the graph. Takes about four times
-    the model's size in memory. Raises ArtifactError: the artefact is damaged, the file is not named *.onnx, or it cannot be written.
+    the task, the classes, the allowed sizes and the side that a classifier's pictures are resized to, which is not part of the graph.
+    Takes about four times the model's size in memory. Raises ArtifactError: the artefact is damaged, the file is not named *.onnx, or it
+    cannot be written.
     """
     file = Path(file)
     check_standalone(file)
@@ -53,11 +54,10 @@ def check_standalone(file: Path) -> None:
 def _name_axes(graph: onnx.GraphProto, signature: Signature) -> None:
     """Replaces the exporter's numbered names of free axes in the graph's input and output."""
     sides = ["height", "width"] if signature.scale == 1 else [f"{signature.scale}*height", f"{signature.scale}*width"]
-    names = {graph.input[0].name: ["batch", "height", "width"], graph.output[0].name: ["batch", *sides]}
-    for value in (graph.input[0], graph.output[0]):
-        free = [axis for axis in value.type.tensor_type.shape.dim if not axis.HasField("dim_value")]
-        for axis, name in zip(free, names[value.name], strict=False):  # a classifier's scores have one free axis
-            axis.dim_param = name
+    for value, names in ((graph.input[0], ["batch", "height", "width"]), (graph.output[0], ["batch", "", *sides])):
+        for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=False):  # the input's channels have a number
+            if not axis.HasField("dim_value"):
+                axis.dim_param = name
 
 
 def _metadata(artifact: Artifact) -> dict[str, str]:
@@ -66,4 +66,6 @@ def _metadata(artifact: Artifact) -> dict[str, str]:
     entries = {"task": signature.task, "classes": json.dumps([entry.name for entry in signature.classes], ensure_ascii=False)}
     if signature.side is not None:
         entries["side"] = str(signature.side)
+    if not signature.sizes.every:
+        entries["sizes"] = signature.sizes.model_dump_json()
     return entries | {"artifact": artifact.digest}

@@ -65,7 +65,9 @@ class Artifact:
         layers = self.manifest.layers
         integers = sum(layer.integer_activations for layer in layers)
         form = f"{integers} of {len(layers)} layers in INT8, others in {self.manifest.precision}"
-        return f"Artifact({str(self.path)!r}, {self.manifest.signature.task}, {form}, exported {self.manifest.created})"
+        signature = self.manifest.signature
+        sizes = "" if signature.sizes.every else f", {signature.sizes.text}"
+        return f"Artifact({str(self.path)!r}, {signature.task}{sizes}, {form}, exported {self.manifest.created})"
 
     @property
     def bytes(self) -> int:
@@ -219,6 +221,8 @@ def _check_golden(golden: Iterable[GoldenPair], signature: Signature) -> None:
     for index, (images, scores) in enumerate(golden):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
             raise ArtifactError(f"golden images {index}: {images.dtype} {images.shape}: uint8 (B, H, W, {signature.channels}) is needed")
+        if not signature.sizes.takes(*images.shape[1:3]):
+            raise ArtifactError(f"golden images {index}: {images.shape}, and the model takes {signature.sizes.text}: give allowed sizes")
         expected = signature.scores_shape(*images.shape[:3])
         if scores.dtype != np.float32 or scores.shape != expected or not np.isfinite(scores).all():
             raise ArtifactError(f"golden scores {index}: {scores.dtype} {scores.shape}: finite float32 {expected} is needed")

@@ -28,6 +28,13 @@ def export_command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help=r"Replace a value, e.g. --set quantization.keep=\[head.conv]; repeatable.")
     ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Heights and widths that the artefact takes: any, fixed (the training crop's), multiple=32,min=64,max=1024, or widest: "
+            "as many as the model takes. By default widest, and an artefact of the same weights is kept with its sizes."
+        ),
+    ] = None,
     standalone: Annotated[
         Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
     ] = None,
@@ -40,7 +47,7 @@ def export_command(
     if standalone is not None:
         check_standalone(standalone)
     if (checkpoint / MANIFEST).is_file():
-        if standalone is None or output is not None or floating or set_:
+        if standalone is None or output is not None or floating or set_ or sizes:
             raise RecipeError(f"{checkpoint} is an artefact already: give it --standalone FILE.onnx alone, or name a run to export anew")
         _write_standalone(checkpoint, standalone, json=json)
         return
@@ -56,8 +63,9 @@ def export_command(
     with status("exporting"):
         trained = quantized_by(read_checkpoint(file), set_ or ())
         replaced = other_artifact(trained, target, integer=not floating)
-        reused = exported(trained, target, integer=not floating) is not None
-        artifact = export_checkpoint(trained, target, integer=not floating, begin=notes_once(() if json else start))
+        reused = exported(trained, target, integer=not floating, sizes=sizes) is not None
+        begin = notes_once(() if json else start)
+        artifact = export_checkpoint(trained, target, integer=not floating, sizes=sizes, begin=begin)
         if standalone is not None:
             write_standalone(artifact, standalone)
     kept = {layer.name: layer.note for layer in artifact.manifest.layers if layer.activation_bits is None}
@@ -65,7 +73,12 @@ def export_command(
     notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
     if json:
         document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
-        document |= {"precision": artifact.manifest.precision, "int8_layers": _integer_layers(artifact), "kept": kept}
+        document |= {
+            "sizes": artifact.manifest.signature.sizes.model_dump(),
+            "precision": artifact.manifest.precision,
+            "int8_layers": _integer_layers(artifact),
+            "kept": kept,
+        }
         print_json(document | {"notes": [*start, *notes]})
         return
     _describe(artifact, target, reused=reused, replaced=replaced, kept={} if floating else kept)
@@ -89,6 +102,7 @@ def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str |
     """Print what was exported, what it replaced, and the layers that were not quantised with the reason."""
     done, others = "exists already" if reused else "wrote    ", artifact.manifest.precision
     out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {_integer_layers(artifact)} layers in INT8, others in {others}")
+    out.print(f"sizes     {artifact.manifest.signature.sizes.text}")
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}")
     for name, reason in kept.items():

@@ -58,13 +58,14 @@ def predict_command(
     from muntin.images import MAX_PIXELS
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
-    from muntin.runtime.tiles import TILE, check_tiles
+    from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
     images = _images(image, truth)
     session = open_session(artifact, SessionOptions(engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True))
     signature, folder, limit = session.signature, output or Path("predictions"), max_pixels or MAX_PIXELS
     _refuse_unused(signature.task, {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap})
-    tiles: dict[str, Any] = {"tile": tile or max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:]), "overlap": overlap}
+    exported_side = max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:])
+    tiles: dict[str, Any] = {"tile": tile or allowed_tile(signature, exported_side), "overlap": overlap}
     targets = {path: folder / name for path, name in _result_names(images).items()}
     if signature.task != "classify":
         for parent in {target.parent for target in targets.values()}:
@@ -146,14 +147,14 @@ def _images(paths: Iterable[Path], truth: Path | None) -> list[Path]:
     return list(images.values())
 
 
-def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int, overlap: int | None, max_pixels: int) -> list[Shape]:
+def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int | None, overlap: int | None, max_pixels: int) -> list[Shape]:
     """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size.
 
     Reads the images' headers. An unreadable image is skipped here and reported when it is computed.
     """
     from muntin.images import image_size
     from muntin.runtime.session import STATIC_SHAPES
-    from muntin.runtime.tiles import tile_origins
+    from muntin.runtime.tiles import tile_origins, tile_side
 
     if signature.side is not None:
         return [(1, signature.side, signature.side)]
@@ -162,10 +163,13 @@ def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int, o
         with suppress(DataError):
             height, width = image_size(path, max_pixels=max_pixels)
             if signature.task == "classify":
-                calls[1, height, width] += 1
+                calls[1, *signature.sizes.at_least(height, width)] += 1
                 continue
-            rows, columns = (len(tile_origins(side, tile, tile // 4 if overlap is None else overlap)) for side in (height, width))
-            calls[1, min(tile, height), min(tile, width)] += rows * columns
+            h, w = tile_side(height, tile, signature.sizes.height), tile_side(width, tile, signature.sizes.width)
+            rows, columns = (
+                len(tile_origins(side, part, part // 4 if overlap is None else overlap)) for side, part in ((height, h), (width, w))
+            )
+            calls[1, h, w] += rows * columns
     return [shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1]
 
 
@@ -231,11 +235,15 @@ def _classify(session: Session, path: Path, max_pixels: int) -> Result:
 
     from muntin.images import read_image
     from muntin.runtime import predict
+    from muntin.runtime.tiles import size_note
 
-    scores = predict(session, read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True))
+    image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
+    scores = predict(session, image)
     weights = np.exp(scores - scores.max())
     best = int(scores.argmax())
-    return {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
+    result = {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
+    note = size_note(image.shape[:2], session.signature)
+    return result | ({"notes": [f"{path}: {note}"]} if note else {})
 
 
 def _predict_map(session: Session, path: Path, target: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
@@ -243,18 +251,20 @@ def _predict_map(session: Session, path: Path, target: Path, truth: Path | None,
     from muntin.images import encode_png, overlay, read_image, write_image, write_whole
     from muntin.images.truth_masks import read_truth, write_difference
     from muntin.runtime import predict
+    from muntin.runtime.tiles import size_note
 
     signature, scale = session.signature, session.signature.scale
     image = read_image(path, channels=signature.channels, max_pixels=max_pixels, mapped=True)
     size = [side * scale for side in image.shape[:2]]
-    notes: list[str] = []
+    note = size_note(image.shape[:2], signature, tiles["tile"])
+    notes = [f"{path}: {note}"] if note else []
     expected = None if truth is None else read_truth(truth, size, signature.classes, max_pixels * scale**2, notes)
     answer = predict(session, image, **tiles)
     target.parent.mkdir(parents=True, exist_ok=True)
     files = _result_files(target, signature)
     if signature.task == "restore":
         write_image(files["image"], answer)
-        return {"source": str(path), "image": str(files["image"])}
+        return {"source": str(path), "image": str(files["image"])} | ({"notes": notes} if notes else {})
     result: Result = {"source": str(path), "mask": str(files["mask"])}
     write_whole(files["mask"], encode_png(answer, [entry.color for entry in signature.classes]))
     if image.shape[2] in (1, 3, 4):

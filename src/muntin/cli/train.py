@@ -176,6 +176,7 @@ def evaluate_command(
     from muntin.models import TorchSession
     from muntin.runtime import load
     from muntin.runtime.options import DEFAULT_ENGINE
+    from muntin.runtime.tiles import check_tiles
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.checkpoint import source_of
     from muntin.training.evaluation import tile_of
@@ -194,10 +195,12 @@ def evaluate_command(
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), signature)
     if artifact is None and loaded.quantized:
         session.engine += ", simulating integers"
-    if session.signature != signature:
+    if session.signature.model_copy(update={"sizes": signature.sizes}) != signature:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
         )
+    if tile is not None:
+        check_tiles(session, tile=tile, overlap=None)
     say_notes(() if json else start)
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -118,7 +118,7 @@ def compare_artifacts(
     opened = {entry.name: load(entry.artifact.path) for entry in artifacts}
     sessions: dict[str, Predictor] = {REFERENCE: reference, **opened}
     scored = _score(sessions, source, tile=tile_of(checkpoint.recipe.data.crop), keep=keep, stage=stage)
-    side, threads = export_side(checkpoint.recipe), next(iter(opened.values())).threads
+    side, threads = _common_side(export_side(checkpoint.recipe), opened.values()), next(iter(opened.values())).threads
     engines = {REFERENCE: f"PyTorch {torch.__version__} eager FP32, {count(threads, 'thread')}"}
     engines |= {entry.name: engine_words(entry, opened[entry.name]) for entry in artifacts}
     stage("latency")
@@ -140,7 +140,7 @@ def compare_artifacts(
     return ArtifactComparison(
         record={
             **{key: latency[key] for key in ("height", "width", "rounds")},
-            "size_reason": SIZE_REASON,
+            "size_reason": SIZE_REASON if side == export_side(checkpoint.recipe) else f"nearest to {SIZE_REASON} that the artefacts take",
             "samples": {name: len(source.split(name)) for name in ("validation", "test")},
             "rows": rows,
             "take": choose([row for row in rows if row["name"] != REFERENCE])["name"],
@@ -153,6 +153,13 @@ def compare_artifacts(
         seconds=scored.seconds,
         notes=tuple(f"Latency: {note}." for note in notes_on(watch.others)),
     )
+
+
+def _common_side(side: int, sessions: Iterable[Session]) -> int:
+    """Return the side of the pictures that are timed: nearest to a given one that the sessions take. Their calls refuse another."""
+    for session in sessions:
+        side = session.signature.sizes.square(side) or side
+    return side
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from muntin.artifact import Artifact, Manifest, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.compression import Change, freeze, load_model, quantize
 from muntin.deployment.export import export
+from muntin.deployment.sizes.requested import parse_sizes
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.models.compression_record import Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, source_of
@@ -21,9 +22,11 @@ from muntin.training.recipe import Recipe, override_recipe
 
 ARTIFACT = "artifact"
 """Default folder of a run's artefact."""
+SIZES, WIDEST = "sizes", "widest"
+"""Key of the requested sizes among the measured figures of a manifest, and its value for the widest that the model takes."""
 SIZE_REASON = "the size of the export"
 """Why `export_side` is the size that a run is measured at, in words."""
-REVISION = 7
+REVISION = 8
 """Version of what export makes of the same weights. Raise it with every change of that, so that existing artefacts are exported again."""
 
 
@@ -60,10 +63,13 @@ def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint
     return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
 
 
-def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = True, begin: Callable[[], None] = lambda: None) -> Artifact:
-    """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights is reused.
+def export_checkpoint(
+    checkpoint: Checkpoint, path: Path, *, integer: bool = True, sizes: str | None = None, begin: Callable[[], None] = lambda: None
+) -> Artifact:
+    """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights and sizes is reused.
 
-    `begin` is called when work begins, after all checks that may refuse it.
+    `sizes`: those of the artefact, as `parse_sizes` reads them; None: those of an artefact to reuse, otherwise "widest". `begin` is called
+    when work begins, after all checks that may refuse it.
     Raises ExportError for `integer=False` and a checkpoint that is quantised already.
     """
     if not integer and checkpoint.quantized:
@@ -71,7 +77,8 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
             "`muntin fit` or of the low-rank stage"
         )
-    if (existing := exported(checkpoint, path, integer=integer)) is not None:
+    requested = parse_sizes(sizes or WIDEST)
+    if (existing := exported(checkpoint, path, integer=integer, sizes=sizes)) is not None:
         return existing
     check_target(path)
     begin()
@@ -79,19 +86,20 @@ def export_checkpoint(checkpoint: Checkpoint, path: Path, *, integer: bool = Tru
     model, changes = (integer_model if integer else _float_model)(checkpoint, calibration)
     side = export_side(checkpoint.recipe)
     return export(
-        model, calibration[0], path, signature=checkpoint.signature, changes=changes, measured={"origin": _origin_of(checkpoint, integer)},
-        shape=(1, side, side),
+        model, calibration[0], path, signature=checkpoint.signature, changes=changes,
+        measured={"origin": _origin_of(checkpoint, integer), SIZES: sizes or WIDEST}, shape=(1, side, side), sizes=requested,
     )  # fmt: skip
 
 
-def exported(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> Artifact | None:
-    """Return the artefact at `path` if `export_checkpoint` would write the same."""
+def exported(checkpoint: Checkpoint, path: Path, *, integer: bool = True, sizes: str | None = None) -> Artifact | None:
+    """Return the artefact at `path` if `export_checkpoint` would reuse it."""
     try:
         existing = open_artifact(path)
     except ArtifactError:
         return None
-    same = existing.manifest.measured.get("origin") == _origin_of(checkpoint, integer) and existing.manifest.muntin == version("muntin")
-    return existing if same else None
+    measured = existing.manifest.measured
+    same = measured.get("origin") == _origin_of(checkpoint, integer) and existing.manifest.muntin == version("muntin")
+    return existing if same and sizes in (None, measured.get(SIZES)) else None
 
 
 def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) -> str | None:

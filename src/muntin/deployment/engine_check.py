@@ -9,7 +9,7 @@ from typing import Any
 from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, write_artifact
 from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
-from muntin.deployment.model_contract import FAR_OFF, Pairs
+from muntin.deployment.model_contract import FAR_OFF, Pairs, SizeError
 from muntin.errors import ArtifactError, ExportError
 from muntin.runtime import Session, load
 from muntin.runtime.options import Precision
@@ -41,9 +41,7 @@ def write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: lis
         except ArtifactError as error:  # its message begins with the draft's path, which says nothing to a user
             wraps = "padding that wraps around ('circular') has no form in engines: join rows and columns by torch.cat instead; "
             advice = wraps if "[wrap]" in str(error) else ""
-            raise ExportError(
-                f"{advice}an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}"
-            ) from error
+            raise SizeError(f"{advice}an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error
     content["measured"]["notes"] = [*notes, *engine_notes]
     return write_artifact(path, **content, golden_tolerance=tolerances, precision=precision)
 
@@ -53,7 +51,7 @@ def _compare_engines(
 ) -> tuple[FloatPrecision, dict[EngineFamily, Tolerances], list[str]]:
     """Return the precision of the float layers, the tolerances by engine, and notes.
 
-    Raises `ExportError` where OpenVINO, or both engines alike, do not compute what PyTorch does.
+    Raises `SizeError` where OpenVINO, or both engines alike, do not compute what PyTorch does, `ExportError` where integers run in floats.
     """
     golden, example = content["golden"], tuple(content["example"])
     exact, recorded = (load(draft, precision=name, shapes=(), cache=False) for name in ("f32", "recorded"))
@@ -62,12 +60,16 @@ def _compare_engines(
     if not problems or (portable_problems and limits is FLOAT_LIMITS):  # where both engines differ, the graph is wrong
         elsewhere = exact if portable_problems else portable
         _check_traced(problems or (far_off(elsewhere, others) if limits is LIMITS else deviations(elsewhere, others, limits)))
-    if problems := problems or _float_fallbacks(exact, content["layers"]):
-        advice = "; layers that are named in quantization.keep stay in floats" if limits is LIMITS else ""
-        raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written{advice}")
+    ending = "; nothing was written" + ("; layers that are named in quantization.keep stay in floats" if limits is LIMITS else "")
+    if problems:
+        raise SizeError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}{ending}")
+    if fallbacks := _float_fallbacks(exact, content["layers"]):
+        raise ExportError(f"{exact.engine} does not compute what PyTorch does: {fallbacks[0]}{ending}")
     largest = max(others, key=lambda pair: pair[0].size)
 
     def dynamic_problems(precision: Precision) -> list[str]:
+        if content["signature"].sizes.fixed:
+            return []
         session = load(draft, precision=precision, shapes=(), dynamic=True, cache=False)
         lines = deviations(session, golden, limits) or far_off(session, [largest])
         return [f"where sizes are free {line}" for line in lines]
@@ -78,7 +80,7 @@ def _compare_engines(
         pairs = {pair[0].shape[1:3]: pair for pair in (largest, *(pair for pair in others if pair[0].shape[1:3] == example[1:]))}
         reasons = deviations(recorded, golden, limits) or far_off(recorded, list(pairs.values())) or dynamic_problems("recorded")
     if (reasons or recorded.precision == exact.precision) and (problems := dynamic_problems("f32")):
-        raise ExportError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
+        raise SizeError(f"{exact.engine} does not compute what PyTorch does: {problems[0]}; nothing was written")
     precision = _precision_of(exact if reasons else recorded)
     recorded.warm_up([example])
     notes = [f"recorded in {precision}, for {reason}" for reason in reasons]
@@ -88,7 +90,7 @@ def _compare_engines(
 
 def _check_traced(problems: list[str]) -> None:
     if problems:
-        raise ExportError(
+        raise SizeError(
             f"what was traced does not compute what PyTorch does: {problems[0]}; it holds one branch of each condition on the size and no "
             "random numbers: leave them out, or write all branches in one (torch.where); nothing was written"
         )

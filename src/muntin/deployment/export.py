@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, ClassInfo, Signature, check_target
-from muntin.artifact.golden import golden_sizes
+from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, check_target
 from muntin.compression import Change, fold, quantize, remove_closed_channels
 from muntin.compression.quantization.qat import check_frozen
 from muntin.deployment.counting import WEIGHTED
 from muntin.deployment.engine_check import write_checked
 from muntin.deployment.layer_records import layer_records, packing_of
-from muntin.deployment.model_contract import answer_to, check_answers, check_copy, check_shapes, pairs_at
+from muntin.deployment.model_contract import SizeError, answer_to, check_answers, check_copy, check_example, pairs_at
 from muntin.deployment.onnx_export import to_onnx
+from muntin.deployment.sizes.probe import Probe
+from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes
 from muntin.errors import ExportError, MuntinError
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
 from muntin.runtime import describe_hardware
 from muntin.runtime.session import check_shape
 from muntin.training.config import QuantizationConfig
-
-LARGEST = 1 << 20
-"""Maximum number of pixels of an example that is compared whole."""
-OTHER_SIZES = ((192, 64), (64, 160), (256, 256))
-"""Rows and columns of images unlike the golden pairs: sides that strides divide, taller than wide, square, large."""
 
 
 def export(
@@ -51,6 +48,7 @@ def export(
     measured: dict[str, Any] | None = None,
     shape: tuple[int, int, int] | None = None,
     quantization: QuantizationConfig | None = None,
+    sizes: RequestedSizes | None = None,
 ) -> Artifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
@@ -59,45 +57,116 @@ def export(
     first. `signature`: task and classes; by default inferred from the shape of the answer, with numbered classes. `changes`: those of
     earlier passes, for the manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
     default one image of the example's size. `quantization`: which layers stay in floats; requires `calibration`.
-    The artefact takes every batch size, height and width. Raises `ExportError` when the model cannot be exported or the runtime does not
-    compute what PyTorch does; nothing is written then.
+    `sizes`: the heights and widths that the artefact takes, beside every batch size: "any", "fixed" (the example's), or {"multiple": 32,
+    "min": 64, "max": 1024}. By default the widest that the model is found to take (`sizes.probe`). That costs a few calls of the model,
+    and another attempt where one fails for a reason of sizes. The signature holds the sizes, and a note says why there are no more.
+    Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
     check_target(path)
     check_pixels(example, "example")
     if quantization is not None and calibration is None:
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
-    opened_for = (1, *example.shape[2:]) if shape is None else check_shape(shape)
+    H, W = example.shape[2:]
+    opened_for = (1, H, W) if shape is None else check_shape(shape)
     original, model, example = model, _copied(model), example.cpu()
     check_frozen(model)
     check_copy(original, example)
     if isinstance(model, WEIGHTED):
         model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
     signature = signature or infer_signature(model, example)
-    H, W = example.shape[2:]
-    golden_sides = golden_sizes(H, W)
-    other_sides = dict.fromkeys((*OTHER_SIZES, *([(H, W)] if H * W <= LARGEST else [])))
-    untouched = pairs_at(model, example, dict.fromkeys((*golden_sides, *other_sides)))
-    check_shapes(untouched, signature)
-    changes = list(changes)
-    if calibration is None:
-        changes += remove_closed_channels(model) + fold(model)
-    else:
-        changes += quantize(_calibration(calibration, model, example), quantization)(model)
-    golden, others = pairs_at(model, example, golden_sides), pairs_at(model, example, other_sides)
-    notes = check_answers(model, untouched, golden, others, quantized=calibration is not None)
-    del untouched  # scores of many classes are large
-    proto = to_onnx(model, example, signature)
-    content: dict[str, Any] = {
-        "model": proto,
-        "signature": signature,
-        "packing": packing_of(proto),
-        "golden": golden,
-        "layers": layer_records(model, example, changes, proto, size=opened_for[1:]),
-        "passes": [_pass_entry(change) for change in changes],
-        "measured": {"hardware": describe_hardware(), **(measured or {})},
-        "example": opened_for,
-    }
-    return write_checked(Path(path), content, others, notes)
+    check_example(model, example[:1], signature)
+    draft = _Draft(
+        model=model,
+        example=example,
+        path=Path(path),
+        signature=signature,
+        calibration=None if calibration is None else _calibration(calibration, model, example),
+        quantization=quantization,
+        changes=tuple(changes),
+        measured=dict(measured or {}),
+        opened_for=opened_for,
+        probe=Probe(model, example, signature),
+    )
+    if sizes is None and signature.sizes.every:
+        return draft.write_widest()
+    if sizes is None:
+        check_allowed(signature.sizes, (H, W))
+    requested = signature.sizes if sizes is None else requested_sizes(sizes, (H, W))
+    try:
+        return draft.write(requested, [])
+    except SizeError as error:
+        if requested.fixed:
+            raise
+        advice = (
+            "leave out sizes, and fewer are tried; muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
+        )
+        raise ExportError(f"{error}; {advice}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """What is exported. `model`: a copy, unchanged by attempts to export it. `opened_for`: the (B, H, W) that `load` compiles for."""
+
+    model: nn.Module
+    example: Tensor
+    path: Path
+    signature: Signature
+    calibration: list[Tensor] | None
+    quantization: QuantizationConfig | None
+    changes: tuple[Change, ...]
+    measured: dict[str, Any]
+    opened_for: tuple[int, int, int]
+    probe: Probe
+
+    def write_widest(self) -> Artifact:
+        """Write the artefact for the widest sizes for which that succeeds. Raises the error of the last attempt."""
+        sizes, reason = self.probe.widest()
+        while True:
+            try:
+                return self.write(sizes, [f"takes {sizes.text} only: {reason}"] if reason else [])
+            except SizeError as error:
+                if sizes.fixed:
+                    raise
+                reason = str(error).replace("; nothing was written", "")
+            sizes = self.probe.narrower(sizes)  # outside of the handler, in which the error holds the failed attempt's memory
+
+    def write(self, sizes: Sizes, notes: list[str]) -> Artifact:
+        """Write the artefact for some sizes. Raises `SizeError` where fewer sizes may help."""
+        signature = self._signature(sizes)
+        B, *size = self.opened_for
+        opened_for = (B, *sizes.at_least(*size))
+        if opened_for != self.opened_for:
+            notes = [*notes, f"compiled for {opened_for[1]} x {opened_for[2]}, the nearest size to {size[0]} x {size[1]} that it takes"]
+        model, changes = eager_copy(self.model), list(self.changes)
+        golden_sides, other_sides = self.probe.sizes_to_compare(sizes)
+        untouched = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
+        if self.calibration is None:
+            changes += remove_closed_channels(model) + fold(model)
+        else:
+            changes += quantize(self.calibration, self.quantization)(model)
+        golden, others = pairs_at(model, self.example, golden_sides), pairs_at(model, self.example, other_sides)
+        notes = [*notes, *check_answers(model, untouched, golden, others, quantized=self.calibration is not None)]
+        del untouched
+        self.probe.forget()
+        proto = to_onnx(model, self.example, signature)
+        content: dict[str, Any] = {
+            "model": proto,
+            "signature": signature,
+            "packing": packing_of(proto),
+            "golden": golden,
+            "layers": layer_records(model, self.example, changes, proto, size=opened_for[1:]),
+            "passes": [_pass_entry(change) for change in changes],
+            "measured": {"hardware": describe_hardware(), **self.measured},
+            "example": opened_for,
+        }
+        return write_checked(self.path, content, others, notes)
+
+    def _signature(self, sizes: Sizes) -> Signature:
+        """Return the signature with the sizes. Raises `ExportError` where the signature's `side` is not one of them."""
+        try:
+            return Signature.model_validate(self.signature.model_dump() | {"sizes": sizes})
+        except ValidationError as error:
+            raise SizeError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
 
 
 def _pass_entry(change: Change) -> dict[str, Any]:

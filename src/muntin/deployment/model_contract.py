@@ -35,24 +35,27 @@ FOLDED = 0.01
 """Root mean square error, in standard deviations, allowed after folding, which changes only the order of sums."""
 
 
+class SizeError(ExportError):
+    """The model does not take a size, or its graph computes otherwise there. An export for fewer sizes may succeed."""
+
+
 def answer_to(model: nn.Module, images_BCHW: Tensor) -> Tensor:
-    """Return a model's answer to raw pixels in float32. Raises `ExportError` for a model that fails or gives no scores."""
+    """Return a model's answer to raw pixels in float32. Raises `SizeError` for a model that fails, `ExportError` for one without scores."""
     shape = tuple(images_BCHW.shape)
     try:
         with torch.inference_mode():
             answer = model(images_BCHW.to(torch.float32))
+    except ExportError:  # of a check that is active during the call
+        raise
     except Exception as error:
         if no_memory(error):
             raise ExportError(f"no memory for the model's answer to pixels of shape {shape}: {reason_of(error)}") from error
         if not isinstance(error, RuntimeError | ValueError | AssertionError):  # other errors do not refuse a size or channels
-            raise ExportError(
+            raise SizeError(
                 f"the model fails on pixels of shape {shape} ({type(error).__name__}: {reason_of(error)}): it is called with one tensor, "
                 "raw pixels (B, C, H, W), and nothing else: wrap it"
             ) from error
-        raise ExportError(
-            f"the model fails on pixels of shape {shape}, and an artefact takes every size: {reason_of(error)}; "
-            "muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
-        ) from error
+        raise SizeError(f"the model fails on pixels of shape {shape}: {reason_of(error)}") from error
     if not isinstance(answer, Tensor) or not answer.is_floating_point():
         kind = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
         raise ExportError(f"the model answers {kind} to pixels of shape {shape}; scores, a float tensor, are expected: wrap it")
@@ -96,14 +99,16 @@ def _starts(side: int, size: int) -> list[int]:
     return sorted({round(max(0, side - size) * part / 4) for part in range(5)})
 
 
-def check_shapes(pairs: Pairs, signature: Signature) -> None:
-    """Raise `ExportError` where the answers have the right shape for some sizes only."""
-    wrong = [(images.shape[:3], scores.shape) for images, scores in pairs if scores.shape != signature.scores_shape(*images.shape[:3])]
-    if 0 < len(wrong) < len(pairs):
-        ((B, H, W), shape) = wrong[0]
+def check_example(model: nn.Module, example: Tensor, signature: Signature) -> None:
+    """Raise `ExportError` where the answer to the example is not the signature's."""
+    if example.ndim != 4 or example.shape[1] != signature.channels:
+        raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, {signature.channels}, H, W)")
+    answer = answer_to(model, example)
+    expected = signature.scores_shape(example.shape[0], example.shape[2], example.shape[3])
+    if tuple(answer.shape) != expected:
         raise ExportError(
-            f"the model answers {shape} to {B} x {H} x {W} pixels, where {signature.scores_shape(B, H, W)} is due: interpolate the answer "
-            "to the image's sides, or let muntin.models.DividedSides pad and cut where sides have to be multiples of a number"
+            f"the model answers {tuple(answer.shape)} to an example of {tuple(example.shape)}; "
+            f"for task '{signature.task}' it must be {expected}"
         )
 
 
@@ -136,7 +141,7 @@ def _check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> 
     allowed = max(NOTHING, ELSEWHERE * median(errors.values())) if quantized else FOLDED
     (_, H, W, _), worst = max(errors.items(), key=lambda entry: entry[1])
     if not worst <= allowed:
-        raise ExportError(
+        raise SizeError(
             f"{'in integers' if quantized else 'with its norms folded'} the model answers otherwise, by {worst:.2g} standard deviations in "
             f"the mean on an image of {H} x {W} (allowed: {allowed:.2g}): a layer does more than its weights say, at this size perhaps, or "
             "is used where muntin does not see it" + (": name it in quantization.keep" if quantized else "")
@@ -179,10 +184,13 @@ def check_copy(original: nn.Module, example: Tensor) -> None:
         check_eager(original)
     except MuntinError:
         return
-    images_BCHW = _pixels(_cut(example[0], *min(golden_sizes(*example.shape[2:]), key=math.prod)))
-    copied_model = eager_copy(original)  # before the call, which may change the state of the model
-    own = _plain_answer(original, images_BCHW)
-    if own is None:
+    for size in (min(golden_sizes(*example.shape[2:]), key=math.prod), example.shape[2:]):  # the second for a model of one size
+        images_BCHW = _pixels(_cut(example[0], *size))
+        copied_model = eager_copy(original)  # before the call, which may change the state of the model
+        own = _plain_answer(original, images_BCHW)
+        if own is not None:
+            break
+    else:
         return
     copied = _plain_answer(copied_model, images_BCHW)
     spread = max(float(own.std(correction=0)), 1e-3 * float(own.abs().max()), 1e-6)

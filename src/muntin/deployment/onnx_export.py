@@ -1,7 +1,8 @@
-"""Conversion of a PyTorch model to an ONNX graph for any engine and size: bytes of an image in, scores out.
+"""Conversion of a PyTorch model to an ONNX graph for any engine: bytes of an image in, scores out.
 
-The graph takes uint8 `(B, H, W, C)` with free B, H and W; normalisation and layout are inside. Quantised layers become QuantizeLinear and
-DequantizeLinear around the integers, and each layer's product has the layer's name, by which it is found in an engine.
+The graph takes uint8 `(B, H, W, C)` with free B; H and W are free unless the signature allows one only. Normalisation and layout are
+inside. Quantised layers become QuantizeLinear and DequantizeLinear around the integers, and each layer's product has the layer's name, by
+which it is found in an engine.
 
 Axes: B images, H W map, C channels.
 """
@@ -14,7 +15,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -26,8 +27,8 @@ from onnxscript import opset20 as op
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from muntin.artifact import Signature
-from muntin.deployment.model_contract import answer_to, reason_of
+from muntin.artifact import Signature, Sizes
+from muntin.deployment.model_contract import SizeError, check_example, reason_of
 from muntin.deployment.shape_guards import check_bounds, check_conditions
 from muntin.errors import ExportError
 
@@ -78,19 +79,21 @@ _ADVICE = {
 def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.ModelProto:
     """Return the model as ONNX (opset 20) with input `images` uint8 `(B, H, W, C)` and output `scores` float32.
 
-    `example`: raw pixels `(B, C, H, W)` of typical sizes, which stay free. Raises `ExportError` for a model that cannot be traced or does
-    not answer by its signature. Puts `model` in `eval` mode.
+    `example`: raw pixels `(B, C, H, W)` of an allowed size. Raises `ExportError` for a model that does not answer by its signature, and
+    `SizeError` for one that cannot be traced for its sizes. Puts `model` in `eval` mode.
     """
-    _check(model.eval(), example, signature)
-    images = _traced_example(example)
-    free = torch.export.Dim.DYNAMIC
+    sizes = signature.sizes
+    with nullcontext() if sizes.fixed else _RefuseAdaptivePooling():  # type: ignore[no-untyped-call]
+        check_example(model.eval(), example, signature)
+    images = _traced_example(example, sizes)
+    free = {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate((-1, *sizes.dims)) if dim == -1}
     try:
-        with _ALONE, _quiet_exporter(), _captures(partial(_check_program, model, example)) as errors:
+        with _ALONE, _quiet_exporter(), _captures(partial(_check_program, model, example, sizes)) as errors:
             program = torch.onnx.export(
                 PixelInput(model).eval(),
                 (images,),
                 dynamo=True,
-                dynamic_shapes=({0: free, 1: free, 2: free},),
+                dynamic_shapes=(free,),
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=["scores"],
@@ -105,11 +108,11 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         text = str(error.__cause__ or error)
         advice = next((f"; {advice}" for part, advice in _ADVICE.items() if part in text), "")
-        raise ExportError(f"the model cannot be exported for every size: {reason_of(error.__cause__ or error)}{advice}") from error
+        raise SizeError(f"the model cannot be exported for {sizes.text}: {reason_of(error.__cause__ or error)}{advice}") from error
     if program is None or program.exported_program is None:
         raise ExportError("the exporter returned no graph for this model")
     if not errors:
-        check_bounds(program.exported_program)
+        check_bounds(program.exported_program, sizes)
     elif errors[-1] is not None:
         raise errors[-1]
     proto: onnx.ModelProto = program.model_proto
@@ -119,8 +122,8 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     return proto
 
 
-def _check_program(model: nn.Module, example: Tensor, program: torch.export.ExportedProgram) -> None:
-    """Raise `ExportError` for a program that does not hold for every size or that computes in bfloat16."""
+def _check_program(model: nn.Module, example: Tensor, sizes: Sizes, program: torch.export.ExportedProgram) -> None:
+    """Raise `ExportError` for a program that computes in bfloat16, `SizeError` for one that does not hold for every allowed size."""
     for module in program.graph_module.modules():
         nodes = module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ()
         if any(getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16 for node in nodes):
@@ -128,7 +131,7 @@ def _check_program(model: nn.Module, example: Tensor, program: torch.export.Expo
                 "the model's forward computes in bfloat16 (torch.autocast, or .bfloat16()): leave that out of it, and put autocast around "
                 "the model where it is trained; engines choose 16 bits by themselves"
             )
-    check_conditions(model, program, example)
+    check_conditions(model, program, example, sizes)
 
 
 @contextmanager
@@ -183,33 +186,21 @@ class _RefuseAdaptivePooling(TorchDispatchMode):  # type: ignore[no-untyped-call
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func in _ADAPTIVE and any(side != 1 for side in args[1]):
             size = " x ".join(str(side) for side in args[1])
-            raise ExportError(
+            raise SizeError(
                 f"adaptive pooling to {size} has no form that works for every size: pool to 1 x 1, take an axis' mean, or interpolate"
             )
         return func(*args, **(kwargs or {}))
 
 
-def _check(model: nn.Module, example: Tensor, signature: Signature) -> None:
-    if example.ndim != 4 or example.shape[1] != signature.channels:
-        raise ExportError(f"example of shape {tuple(example.shape)}: give raw pixels (B, {signature.channels}, H, W)")
-    with _RefuseAdaptivePooling():  # type: ignore[no-untyped-call]
-        answer = answer_to(model, example)
-    expected = signature.scores_shape(example.shape[0], example.shape[2], example.shape[3])
-    if tuple(answer.shape) != expected:
-        raise ExportError(
-            f"the model answers {tuple(answer.shape)} to an example of {tuple(example.shape)}; "
-            f"for task '{signature.task}' it must be {expected}"
-        )
-
-
-def _traced_example(example: Tensor) -> Tensor:
-    """Return two images with sides that no stride divides, so that padding is part of the graph.
+def _traced_example(example: Tensor, sizes: Sizes) -> Tensor:
+    """Return two images with sides that no stride divides, so that padding is part of the graph, or of the nearest allowed size.
 
     The height stays odd when halved and rounded down, the width when halved and rounded up.
     """
     height, width = (max(96, side) // 32 * 32 for side in example.shape[2:])
     generator = torch.Generator().manual_seed(0)  # keeps the caller's random state
-    return torch.randint(0, 256, (2, height + 31, width + 65, example.shape[1]), dtype=torch.uint8, generator=generator)
+    shape = (2, *sizes.at_least(height + 31, width + 65), example.shape[1])
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

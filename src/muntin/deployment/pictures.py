@@ -16,7 +16,7 @@ from muntin.data.source import Sample
 from muntin.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
 from muntin.images.opening import UInt8
 from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor, predict
+from muntin.runtime.tiles import Predictor, allowed_tile, predict
 from muntin.text import plain
 
 Border = tuple[int, int, str]
@@ -66,7 +66,7 @@ def write_examples(
     for number, (index, top, left) in enumerate(example_windows(samples, side=side, count=count), 1):
         sample = samples[index]
         image, truth = (np.ascontiguousarray(a[top : top + side, left : left + side]) for a in (sample.image, sample.labels))
-        labels = predict(session, image, tile=tile)
+        labels = predict(session, image, tile=allowed_tile(session.signature, tile))
         views = {
             "image": to_rgb(image),
             "truth": colorize(truth, classes),
@@ -120,7 +120,7 @@ def write_picture(
     directory: Path, session: Predictor, image: UInt8, truth: UInt8, borders: Sequence[Border], classes: Sequence[ClassInfo], *, tile: int
 ) -> None:
     """Write the whole picture in blended tiles: `mask.png`, `overlay.png` with the borders of the splits, `difference.png`."""
-    labels = predict(session, image, tile=tile)
+    labels = predict(session, image, tile=allowed_tile(session.signature, tile))
     write_whole(directory / "mask.png", encode_png(labels, [entry.color for entry in classes]))
     write_image(directory / "overlay.png", draw_borders(overlay(image, labels, classes), borders))
     write_image(directory / "difference.png", draw_borders(difference(labels, truth), borders))

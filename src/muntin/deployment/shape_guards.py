@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from muntin.deployment.model_contract import answer_to, mean_error, reason_of
+from muntin.artifact import Sizes
+from muntin.deployment.model_contract import SizeError, answer_to, mean_error, reason_of
 from muntin.errors import ExportError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.session import Shape
@@ -39,31 +40,34 @@ _TRIED_SHAPES = (
 """Shapes (B, H, W) for which every condition is evaluated, beside those near the numbers in it."""
 
 
-def check_bounds(program: torch.export.ExportedProgram) -> None:
-    """Raise `ExportError` where a traced program holds for some heights or widths only.
+def check_bounds(program: torch.export.ExportedProgram, sizes: Sizes) -> None:
+    """Raise `SizeError` where a traced program holds for some of the allowed heights or widths only.
 
     For programs without known conditions. The tracer itself bounds every size from below, because it excludes maps of one pixel.
     """
-    for side, size in zip(("height", "width"), _images(program).shape[1:3], strict=True):
+    for name, sides, size in zip(("height", "width"), (sizes.height, sizes.width), _images(program).shape[1:3], strict=True):
+        if isinstance(size, int):
+            continue
         bounds = program.range_constraints[size.node.expr]
-        where = f"from {bounds.upper + 1} on" if bounds.upper.is_Integer else f"below {bounds.lower}" if bounds.lower > SMALLEST else ""
+        bounded = bounds.upper.is_Integer and (sides.max is None or bounds.upper < sides.max)
+        where = f"from {bounds.upper + 1} on" if bounded else f"below {bounds.lower}" if bounds.lower > sides.at_least(SMALLEST) else ""
         if where:
-            raise ExportError(
-                f"the model computes otherwise where the {side} is {where}, and an artefact has one graph for every size: "
+            raise SizeError(
+                f"the model computes otherwise where the {name} is {where}, and an artefact has one graph for {sizes.text}: "
                 "leave out the condition on the size, or write both of its branches in one (torch.where)"
             )
 
 
-def check_conditions(model: nn.Module, captured: torch.export.ExportedProgram, example: Tensor) -> None:
-    """Raise `ExportError` where the model computes otherwise at a size that does not meet a condition of the traced program.
+def check_conditions(model: nn.Module, captured: torch.export.ExportedProgram, example: Tensor, sizes: Sizes) -> None:
+    """Raise `SizeError` where the model computes otherwise at an allowed size that does not meet a condition of the traced program.
 
     The same where a condition differs only above `LARGEST` pixels, which is not tried. `captured`: the program before it is decomposed,
     which keeps the conditions. Costs two forward passes for each tried image, a handful of some thousand pixels for most models.
     """
     traced: Any = None
-    for (B, H, W), conditions in _unmet_conditions(captured).items():
-        if H * W > LARGEST:
-            raise ExportError(_message(conditions, (B, H, W), "may compute"))
+    for (B, H, W), conditions in _unmet_conditions(captured, sizes).items():
+        if _largest(sizes) < H * W:
+            raise SizeError(_message(conditions, (B, H, W), "may compute", sizes))
         images_BHWC = _tiled(example, B, H, W)
         expected = answer_to(model, images_BHWC.permute(0, 3, 1, 2))
         if traced is None:
@@ -73,7 +77,7 @@ def check_conditions(model: nn.Module, captured: torch.export.ExportedProgram, e
             continue
         if not torch.equal(expected, answer_to(model, images_BHWC.permute(0, 3, 1, 2))):
             return  # random numbers, refused when the engine's answers are compared
-        raise ExportError(_message(conditions, (B, H, W), "computes"))
+        raise SizeError(_message(conditions, (B, H, W), "computes", sizes))
 
 
 def _equals(traced: Any, images_BHWC: Tensor, expected: Tensor) -> bool:
@@ -90,37 +94,50 @@ def _equals(traced: Any, images_BHWC: Tensor, expected: Tensor) -> bool:
     )
 
 
-def _message(conditions: Iterable[str], shape: Shape, how: str) -> str:
+def _message(conditions: Iterable[str], shape: Shape, how: str, sizes: Sizes) -> str:
     return (
         f"the model was traced where {' and '.join(conditions)[:400]}, and {how} otherwise elsewhere, as for {' x '.join(map(str, shape))} "
-        "pixels; an artefact has one graph for every size: leave out the condition on the size, or write both of its branches in one "
+        f"pixels; an artefact has one graph for {sizes.text}: leave out the condition on the size, or write both of its branches in one "
         "(torch.where); compute sizes from sizes with // instead of int() and round()"
     )
 
 
-def _unmet_conditions(captured: torch.export.ExportedProgram) -> dict[Shape, list[str]]:
-    """Return the smallest images (B, H, W), one of them square, that do not meet each condition, with these conditions in words.
+def _unmet_conditions(captured: torch.export.ExportedProgram, sizes: Sizes) -> dict[Shape, list[str]]:
+    """Return the smallest allowed images (B, H, W), one of them square, that do not meet each condition, with these conditions in words.
 
     A fixed size is a condition, too. Conditions of the model's own code come first.
     """
     images = _images(captured)
-    sides = [side.node.expr for side in images.shape[:3]]
-    names = dict(zip(sides, sympy.symbols("batch height width", integer=True, positive=True), strict=True))
+    symbols = sympy.symbols("batch height width", integer=True, positive=True)
+    names = {side.node.expr: name for side, name in zip(images.shape[:3], symbols, strict=True) if not isinstance(side, int)}
     unmet_by_shape: dict[Shape, dict[str, bool]] = {}
-    for guard in images.shape[1].node.shape_env.guards:
-        if not set(sides).issuperset(guard.expr.free_symbols):
+    for guard in images.shape[0].node.shape_env.guards:
+        if not set(names).issuperset(guard.expr.free_symbols):
             continue
-        shapes = sorted({*_TRIED_SHAPES, *_shapes_near(guard.expr)}, key=lambda shape: (math.prod(shape), shape))
-        unmet = [s for s in shapes if guard.expr.xreplace(dict(zip(sides, map(sympy.Integer, s), strict=True))) != sympy.true]
+        allowed = (
+            (B, *nearest(H, W)) for B, H, W in (*_TRIED_SHAPES, *_shapes_near(guard.expr)) for nearest in (sizes.at_least, sizes.at_most)
+        )
+        shapes = sorted(set(allowed), key=lambda shape: (math.prod(shape), shape))
+        unmet = [shape for shape in shapes if _with_sizes(guard.expr, names, dict(zip(symbols, shape, strict=True))) != sympy.true]
         square = (shape for shape in unmet if shape[1] == shape[2])  # for conditions on both sides
         place, own = _place_of(guard.sloc.framework_loc)
         for shape in (*unmet[:1], *itertools.islice(square, 1)):
             unmet_by_shape.setdefault(shape, {})[f"{guard.expr.subs(names)}{place}"] = own
-    computed = [shape for shape in sorted(unmet_by_shape, key=math.prod) if shape[1] * shape[2] <= LARGEST]
+    computed = [shape for shape in sorted(unmet_by_shape, key=math.prod) if shape[1] * shape[2] <= _largest(sizes)]
     known = {condition for shape in computed for condition in unmet_by_shape[shape]}
     beyond = {shape: [c for c in conditions if c not in known] for shape, conditions in unmet_by_shape.items() if shape not in computed}
     own_first = {shape: sorted(unmet_by_shape[shape], key=unmet_by_shape[shape].__getitem__, reverse=True) for shape in computed}
     return own_first | {shape: new for shape, new in beyond.items() if new}
+
+
+def _largest(sizes: Sizes) -> int:
+    """Return the maximum number of pixels of an image that is computed: `LARGEST`, or those of the smallest allowed image."""
+    return max(LARGEST, math.prod(sizes.at_least(1, 1)))
+
+
+def _with_sizes(expression: Any, names: Mapping[Any, Any], values: Mapping[Any, int]) -> Any:
+    """Return a condition with numbers for its symbols. `names`: of the symbols; `values`: by name."""
+    return expression.xreplace({symbol: sympy.Integer(values[name]) for symbol, name in names.items()})
 
 
 def _shapes_near(expression: Any) -> Iterable[Shape]:

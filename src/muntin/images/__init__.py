@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from muntin.images.decoding import decode_image, image_size, pixel_count, read_image, read_mask
 from muntin.images.opening import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, TooManyPixelsError
-from muntin.images.painting import IGNORED, RIGHT, WRONG, colorize, difference, middle_square, overlay, to_rgb
+from muntin.images.painting import IGNORED, RIGHT, WRONG, colorize, difference, middle_part, middle_square, overlay, to_rgb
 from muntin.images.writing import encode_png, write_image, write_whole
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "difference",
     "encode_png",
     "image_size",
+    "middle_part",
     "middle_square",
     "overlay",
     "pixel_count",

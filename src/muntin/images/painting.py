@@ -27,14 +27,19 @@ def to_rgb(image_HWC: UInt8) -> UInt8:
 
 def middle_square(image_HWC: UInt8, side: int) -> UInt8:
     """The largest square in the middle, resized to `side` pixels: bilinear, antialiased where it shrinks. (H, W, C) to (side, side, C)."""
-    height, width = image_HWC.shape[:2]
-    length = min(height, width)
-    top, left = (height - length) // 2, (width - length) // 2
-    square = image_HWC[top : top + length, left : left + length]
-    if length == side:
-        return np.ascontiguousarray(square)
-    planes = (Image.fromarray(np.ascontiguousarray(square[:, :, c])) for c in range(square.shape[2]))
-    return np.stack([np.asarray(plane.resize((side, side), Image.Resampling.BILINEAR)) for plane in planes], axis=2)
+    return middle_part(image_HWC, side, side)
+
+
+def middle_part(image_HWC: UInt8, height: int, width: int) -> UInt8:
+    """The largest part in the middle with the proportions of a size, resized to it as by `middle_square`: to (height, width, C)."""
+    H, W = image_HWC.shape[:2]
+    rows, columns = min(H, max(1, W * height // width)), min(W, max(1, H * width // height))
+    top, left = (H - rows) // 2, (W - columns) // 2
+    part = image_HWC[top : top + rows, left : left + columns]
+    if (rows, columns) == (height, width):
+        return np.ascontiguousarray(part)
+    planes = (Image.fromarray(np.ascontiguousarray(part[:, :, c])) for c in range(part.shape[2]))
+    return np.stack([np.asarray(plane.resize((width, height), Image.Resampling.BILINEAR)) for plane in planes], axis=2)
 
 
 def colorize(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -> UInt8:

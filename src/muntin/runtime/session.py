@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Signature
+from muntin.artifact import Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 
@@ -125,7 +125,7 @@ class Session(ABC):
         the first call takes a little longer.
         """
         call = self.labels if labels else self
-        for shape in check_shapes(shapes):
+        for shape in check_shapes(shapes, self.signature.sizes):
             images_BHWC = np.zeros((*shape, self.signature.channels), np.uint8)
             with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
                 list(pool.map(call, [images_BHWC] * self.streams))
@@ -157,6 +157,14 @@ def _until_failure(batches: Iterable[NDArray[np.uint8]], errors: list[Exception]
 
 def check_images(images: object, signature: Signature) -> None:
     """Raises DataError unless `images` is a batch that fits the signature."""
+    check_pixels(images, signature)
+    assert isinstance(images, np.ndarray)
+    if not signature.sizes.takes(*images.shape[1:3]):
+        raise DataError(size_error(images.shape[1:3], signature.sizes))
+
+
+def check_pixels(images: object, signature: Signature) -> None:
+    """Raises DataError unless `images` is a batch of the signature's type and channels, of any size."""
     expected = f"{signature.dtype} (B, H, W, {signature.channels})"
     if not isinstance(images, np.ndarray):
         raise DataError(f"images of type {type(images).__name__}: give a numpy array, {expected}")
@@ -164,6 +172,15 @@ def check_images(images: object, signature: Signature) -> None:
         raise DataError(f"images of dtype {images.dtype}: give {expected}; normalisation is part of the model")
     if images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
         raise DataError(f"images of shape {images.shape}: give {expected}, with no side of 0")
+
+
+def size_error(size: Sequence[int], sizes: Sizes) -> str:
+    """Says which size images have and which the model takes, with the nearest one."""
+    height, width = sizes.at_least(*size)
+    return (
+        f"images of {size[0]} x {size[1]} pixels: the model takes {sizes.text}: resize or pad them to {height} x {width}, or let "
+        "`muntin predict` or the server's /predict do it"
+    )
 
 
 def check_classes(signature: Signature) -> None:
@@ -181,8 +198,12 @@ def check_shape(shape: object) -> Shape:
     raise DataError(f"shape {shape!r}: give (B, H, W), three whole numbers from 1")
 
 
-def check_shapes(shapes: object) -> tuple[Shape, ...]:
-    """Returns each shape as (B, H, W). Raises DataError unless `shapes` is a list of shapes."""
+def check_shapes(shapes: object, sizes: Sizes | None = None) -> tuple[Shape, ...]:
+    """Returns each shape as (B, H, W). Raises DataError unless `shapes` is a list of shapes, of allowed `sizes` if these are given."""
     if not isinstance(shapes, Iterable):
         raise DataError(f"shapes={shapes!r}: give a list of (B, H, W), each three whole numbers from 1")
-    return tuple(check_shape(shape) for shape in shapes)
+    checked = tuple(check_shape(shape) for shape in shapes)
+    for shape in checked:
+        if sizes is not None and not sizes.takes(*shape[1:]):
+            raise DataError(size_error(shape[1:], sizes))
+    return checked

@@ -8,24 +8,30 @@ the picture's edges, and keeps the scores of the whole picture, where this modul
 All tiles have one size: the last of a row is moved inward instead of shrunk, so that an engine compiles once. Memory: one band of scores
 (K * scale*tile * scale*W float32), one tile's call, and the result.
 
+A model that does not take every size still answers every picture:
+
+    classify            the middle of the picture, with the proportions of the nearest allowed size, is resized to that size
+    segment, restore    a side longer than the largest allowed one is divided into tiles of it; another one is extended to the next allowed
+                        side by repeating the last row or column, and the answer is cut
+
 Sides of tiles: `muntin predict` takes that of the export, else `TILE`, and so does a server short of memory; `/predict` takes
-`serving.http.image_route.TILE`, evaluation `training.evaluation.tile_of`.
+`serving.http.image_route.TILE`, evaluation `training.evaluation.tile_of`; each of them the nearest side that the model takes.
 
 Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower case h, w are those of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Signature
+from muntin.artifact import Sides, Signature
 from muntin.errors import ArtifactError, DataError
-from muntin.images import middle_square
-from muntin.runtime.session import check_images
+from muntin.images import middle_part, middle_square
+from muntin.runtime.session import check_pixels
 
 TILE = 512
 """Default side of a tile, pixels."""
@@ -61,13 +67,14 @@ def predict(
 ) -> NDArray[Any]:
     """Computes one picture of any size.
 
-    `image_HWC`: uint8 (H, W, channels); a memory-mapped array is read tile by tile. `tile`: side of a tile in pixels, at most the
-    picture's; None computes the whole picture in one call. `overlap`: pixels that neighbouring tiles share, 0 to tile - 1, by default a
-    quarter of the tile. `progress` is called with (tiles done, number of tiles).
+    `image_HWC`: uint8 (H, W, channels); a memory-mapped array is read tile by tile. `tile`: side of a tile in pixels, one that the model
+    takes; None computes the whole picture in one call where the model takes sides as long. `overlap`: pixels that neighbouring tiles share,
+    0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of tiles).
 
     Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the signature's `label_type`, "scores"
     (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
-    "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles.
+    "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles. Pictures of sizes
+    that the model does not take are resized, tiled or extended as the module says.
 
     Raises DataError for arguments that are not allowed. `exact=True` (equal to one untiled call) is an error in this version: nothing is
     approximated silently.
@@ -77,31 +84,74 @@ def predict(
     if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3:
         description = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray) else f"type {type(image_HWC).__name__}"
         raise DataError(f"an image of {description}: give a uint8 array (H, W, {signature.channels})")
-    check_images(image_HWC[None], signature)
+    check_pixels(image_HWC[None], signature)
     tile, overlap = check_tiles(session, tile=tile, overlap=overlap, exact=exact)
     if signature.task == "classify":
-        scores_K = _call(session, image_HWC if signature.side is None else middle_square(image_HWC, signature.side))
+        scores_K = _call(session, _classified_part(image_HWC, signature))
         if progress is not None:
             progress(1, 1)
         return scores_K
-    rows, columns = (_Axis(size, tile, overlap, signature.scale) for size in image_HWC.shape[:2])
+    sides = signature.sizes.height, signature.sizes.width
+    rows, columns = (_Axis(size, tile, overlap, signature.scale, side) for size, side in zip(image_HWC.shape[:2], sides, strict=True))
+    height, width = (signature.scale * size for size in image_HWC.shape[:2])
     result: NDArray[Any] | None = None
     for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
         if result is None:
-            result = _empty(output, signature, len(scores_KhW), rows.scale * rows.size, columns.scale * columns.size)
-        _emit(output, result, row, scores_KhW)
+            result = _empty(output, signature, len(scores_KhW), height, width)
+        _emit(output, result, row, scores_KhW[:, : height - row, :width])
     if result is None:
         raise AssertionError("a picture has at least one tile")
     return result
 
 
-class _Axis:
-    """Tiles along one axis: their starts in pixels of the image, their weights in pixels of the scores, one row for each tile."""
+def tile_side(size: int, tile: int | None, sides: Sides) -> int:
+    """The side of the tiles along an axis of `size` pixels: `tile`, or for a shorter axis and without `tile` the nearest allowed side."""
+    return sides.at_least(size if tile is None else min(tile, size))
 
-    def __init__(self, size: int, tile: int | None, overlap: int, scale: int) -> None:
-        self.size, self.scale = size, scale
-        self.tile = size if tile is None else min(tile, size)
-        self.starts = tile_origins(size, self.tile, overlap)
+
+def allowed_tile(signature: Signature, tile: int) -> int | None:
+    """The largest tile up to `tile` pixels that a model takes, else the smallest; None for a classifier, and where no square is allowed."""
+    return None if signature.task == "classify" else signature.sizes.square(tile)
+
+
+def size_note(size: Sequence[int], signature: Signature, tile: int | None = None) -> str:
+    """Say what `predict` does with a picture of a height and width that the model does not take; empty if it takes it, or its tiles."""
+    sizes, (height, width) = signature.sizes, size
+    if signature.side is not None or sizes.every:
+        return ""
+    taken = f"as the model takes {sizes.text}"
+    if signature.task == "classify":
+        rows, columns = sizes.at_least(height, width)
+        return "" if sizes.takes(height, width) else f"of {height} x {width} pixels, the middle is resized to {rows} x {columns}, {taken}"
+    rows, columns = tile_side(height, tile, sizes.height), tile_side(width, tile, sizes.width)
+    notes = [f"computed in tiles of {rows} x {columns}"] if tile is None and (height > rows or width > columns) else []
+    if height < rows or width < columns:
+        notes.append(f"extended to {max(height, rows)} x {max(width, columns)} by repeating the last row and column, and the answer is cut")
+    return f"{height} x {width} pixels are {' and '.join(notes)}, {taken}" if notes else ""
+
+
+def _classified_part(image_HWC: NDArray[np.uint8], signature: Signature) -> NDArray[np.uint8]:
+    """The part of a picture that a classifier sees, in an allowed size."""
+    if signature.side is not None:
+        return middle_square(image_HWC, signature.side)
+    height, width = image_HWC.shape[:2]
+    if signature.sizes.takes(height, width):
+        return image_HWC
+    return middle_part(image_HWC, *signature.sizes.at_least(height, width))
+
+
+class _Axis:
+    """Tiles along one axis: their starts in pixels of the image, their weights in pixels of the scores, one row for each tile.
+
+    `size`: of the axis, extended to one tile where it is shorter.
+    """
+
+    def __init__(self, size: int, tile: int | None, overlap: int | None, scale: int, sides: Sides) -> None:
+        self.scale = scale
+        self.tile = tile_side(size, tile, sides)
+        self.size = max(size, self.tile)
+        overlap = self.tile // 4 if overlap is None else overlap
+        self.starts = tile_origins(self.size, self.tile, overlap)
         self.weights = tile_weights(self.starts, self.tile, overlap, scale)
 
 
@@ -136,7 +186,8 @@ def _bands(
     open_KhW: NDArray[np.float32] | None = None
     for top, below, weights_h in zip(rows.starts, (*rows.starts[1:], rows.size), rows.weights, strict=True):
         for left, weights_w in zip(columns.starts, columns.weights, strict=True):
-            scores_Khw = _call(session, image_HWC[top : top + rows.tile, left : left + columns.tile])
+            tile_HWC = image_HWC[top : top + rows.tile, left : left + columns.tile]
+            scores_Khw = _call(session, extended(tile_HWC, rows.tile, columns.tile))
             if open_KhW is None:
                 open_KhW = np.zeros((len(scores_Khw), scale * rows.tile, scale * columns.size), np.float32)
             open_KhW[:, :, scale * left : scale * (left + columns.tile)] += scores_Khw * np.outer(weights_h, weights_w).astype(np.float32)
@@ -151,6 +202,12 @@ def _bands(
         if kept:
             open_KhW[:, :kept] = open_KhW[:, finished:].copy()
         open_KhW[:, kept:] = 0
+
+
+def extended(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """An image with its last row and column repeated up to a size; itself where it has that size."""
+    rows, columns = height - image_HWC.shape[0], width - image_HWC.shape[1]
+    return np.pad(image_HWC, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else image_HWC
 
 
 def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -191,7 +248,7 @@ def _check_output(signature: Signature, output: Output | None) -> Output:
     return output
 
 
-def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool = False) -> tuple[int | None, int]:
+def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool = False) -> tuple[int | None, int | None]:
     """Returns the tile's side and the overlap for `predict`. Raises DataError for values that are not allowed."""
     if exact:
         raise DataError(
@@ -201,14 +258,18 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
     if tile is None:
         if overlap is not None:
             raise DataError(f"overlap={overlap} without tile: give the tile's side too, or leave overlap out")
-        return None, 0
+        return None, None
     if session.signature.task == "classify":
         raise DataError(f'tile={tile} for a "classify" model: a picture has one answer, leave tile out')
     if not _is_whole(tile) or tile < 1:
         raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None for the whole picture in one call")
-    tile = int(tile)  # NumPy's integers may overflow
+    tile, sizes = int(tile), session.signature.sizes  # NumPy's integers may overflow
+    if not sizes.takes(tile, tile):
+        square = sizes.square(tile)
+        advice = "leave tile out" if square is None else f"give {square}, or leave tile out"
+        raise DataError(f"tile={tile}: the model takes {sizes.text}: {advice}")
     if overlap is None:
-        return tile, tile // 4
+        return tile, None
     if not _is_whole(overlap) or not 0 <= overlap < tile:
         raise DataError(f"overlap={overlap!r} with tile={tile}: give a whole number of pixels from 0 to {tile - 1}")
     return tile, int(overlap)

@@ -18,7 +18,7 @@ from muntin.data.source import Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor, predict
+from muntin.runtime.tiles import Predictor, allowed_tile, predict
 
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
@@ -81,13 +81,14 @@ def tile_of(crop: int) -> int:
 def predictions(
     session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[tuple[Sample, Labels]]:
-    """Yield each sample with a session's labels: `(H, W)`, or `(1,)` for classify."""
+    """Yield each sample with a session's labels: `(H, W)`, or `(1,)` for classify. `tile`: largest side of tiles (`allowed_tile`)."""
+    side = allowed_tile(session.signature, tile)
     for index in range(len(samples)):
         sample = samples[index]
         if session.signature.task == "classify":
             labels = np.array([np.argmax(predict(session, sample.image))], dtype=session.signature.label_type)
         else:
-            labels = predict(session, sample.image, tile=tile)
+            labels = predict(session, sample.image, tile=side)
         yield sample, labels
         if progress is not None:
             progress(index + 1, len(samples))
@@ -96,7 +97,7 @@ def predictions(
 def evaluate(session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None) -> Evaluation:
     """Predict every sample; compute the confusion matrix, IoU, recall and accuracy.
 
-    `tile`: pixels; see `muntin.predict`. Raises `DataError` if no pixel counts.
+    `tile`: as of `predictions`. Raises `DataError` if no pixel counts.
     """
     return score(predictions(session, samples, tile=tile, progress=progress), session)
 

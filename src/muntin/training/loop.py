@@ -168,7 +168,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
             notes.append(f"on the way, from step {start.state.step} on: {changed}")
     torch.manual_seed(recipe.seed)
     model, classes = new_model(recipe, tuple(source.classes)), tuple(source.classes)
-    sizes = check_model(model, recipe, classes)
+    unsuited = check_model(model, recipe, classes)
     check_reading(model, recipe, classes)
     precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
     if recipe.training.gate_budget < 1:  # report an impossible budget before the data are checked
@@ -178,7 +178,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     begun = () if weights is None else load_initial_weights(model, root / weights)
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
-    notes += (*source.notes, *checked, *small, *sizes, *begun)
+    notes += (*source.notes, *checked, *small, *unsuited, *begun)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.artifact.golden import golden_sizes
 from muntin.errors import CheckpointError, MuntinError, RecipeError
 from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
@@ -33,10 +32,11 @@ _READABLE = "its factory has to make the same model each time, with all that it 
 
 
 def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
-    """Check a foreign model; return notes if it can be trained but not compressed or exported.
+    """Check a foreign model; return notes if it can be trained but not compressed.
 
-    Raises `RecipeError` if it does not take crops or, for maps, pictures of other sizes, if its answer does not fit the task, or if it
-    cannot be copied. Afterwards the model has its lazy parameters and buffers; the other checks use a copy. Costs a few forward passes.
+    A classifier may take the size of its crops alone, in which it is evaluated and exported. Raises `RecipeError` if it does not take crops
+    or, for maps, pictures of other sizes, if its answer does not fit the task, or if it cannot be copied. Afterwards the model has its lazy
+    parameters and buffers; the other checks use a copy. Costs a few forward passes.
     """
     if isinstance(model, HybridNet):
         return ()
@@ -74,19 +74,11 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
         odd = (1, channels, side | 1, (side + side // 2) | 1)
         if reason := _failure(copied, odd):
             raise RecipeError(
-                f"'{name}' takes no {odd[2]} x {odd[3]} ({reason}), and validation and artefacts bring every size: "
-                f"{_divisor_advice(copied, odd) or 'let its forward take them'}"
+                f"'{name}' takes no {odd[2]} x {odd[3]} ({reason}), and validation brings every size: "
+                f"{_divisor_advice(copied, odd) or 'let its forward take them; a model of one size can be exported (muntin.export)'}"
             )
         _check_answer(copied, odd, signature, name)
-    failures = [(size, reason) for size in golden_sizes(side, side) if (reason := _failure(copied, (1, channels, *size)))]
     model.train()
-    if failures:
-        (height, width), reason = failures[0]
-        advice = _divisor_advice(copied, (1, channels, height, width))
-        notes.append(
-            f"'{name}' takes no {height} x {width} ({reason}), and an artefact takes every size: it cannot be exported"
-            + (f"; {advice}" if advice else "")
-        )
     return tuple(notes)
 
 

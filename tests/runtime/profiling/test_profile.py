@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from muntin.artifact import ClassInfo, LayerRecord, Signature, open_artifact, write_artifact
+from muntin.artifact import ClassInfo, LayerRecord, Signature, Sizes, open_artifact, write_artifact
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.options import SessionOptions
@@ -67,6 +67,16 @@ def test_default_ceilings(convolutions: Any) -> None:
     result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 8, 8), rounds=1)
     assert result.ceilings.gmacs["f32"] > 0
     assert result.ceilings.copy_gb_s > 0
+
+
+def test_shape_that_is_not_allowed(convolutions: Any, tmp_path: Path) -> None:
+    signature = convolutions.artifact.manifest.signature.model_copy(update={"sizes": Sizes.both(multiple=4)})
+    golden = [(images[:, :4, :4], scores[:, :, :4, :4]) for images, scores in convolutions.artifact.golden()]
+    path = rewritten(convolutions, tmp_path / "a", signature=signature, golden=golden)
+    result = profile(path, SessionOptions(threads=1), shape=(2, 9, 12), rounds=1, ceilings=CEILINGS)
+    assert result.shape == (2, 12, 12)
+    assert "measured at 12 x 12, the nearest size to 9 x 12 that the model takes" in result.notes
+    assert default_shape(open_artifact(path)) == (1, 512, 512)
 
 
 def test_more_threads_than_cores(convolutions: Any) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from muntin.artifact import ClassInfo, Signature
+from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.errors import ArtifactError, MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.session import ExecutedLayer, Session
@@ -20,8 +20,9 @@ CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c"
 class Pixels(Session):
     """Scores of a pixel are its channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
 
-    def __init__(self, task: str = "segment", most: int = 10**9) -> None:
-        super().__init__(signature=Signature(task=task, channels=4, classes=CLASSES), engine="none", precision="f32", threads=1)
+    def __init__(self, task: str = "segment", most: int = 10**9, sizes: Sizes = Sizes()) -> None:  # noqa: B008 - immutable
+        signature = Signature(task=task, channels=4, classes=CLASSES, sizes=sizes)  # type: ignore[arg-type]
+        super().__init__(signature=signature, engine="none", precision="f32", threads=1)
         self.most = most
         self.calls: list[tuple[int, ...]] = []
         self.error: Exception | None = None
@@ -67,9 +68,15 @@ def test_tiles_without_memory_for_an_image(clock: Any, labels: bool) -> None:
     assert (recovery.counts.rows, recovery.counts.tiles) == (1, 3)
 
 
-def test_image_without_tiles(clock: Any) -> None:
+def test_tiles_of_an_allowed_size(clock: Any) -> None:
+    computed = compute(Recovery(clock), Pixels(most=400, sizes=Sizes.both(multiple=4)), images_of(1, 1, 32, 36))
+    assert computed.recovered == ["in tiles of 16 pixels"]
+
+
+@pytest.mark.parametrize("session", [Pixels("classify", most=20), Pixels(most=20, sizes=Sizes.only(6, 5))])
+def test_image_without_tiles(clock: Any, session: Pixels) -> None:
     with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
-        Recovery(clock).compute(Pixels("classify", most=20), images_of(1, 1), labels=False, parts=Parts.WHOLE)
+        Recovery(clock).compute(session, images_of(1, 1), labels=False, parts=Parts.WHOLE)
 
 
 def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from muntin.artifact import Sizes
 from muntin.serving.versions.version import CALLS, TIMES, Latencies, Version, contract_difference
 from muntin.serving.worker.opening import Call, NotReadyError
 
@@ -23,11 +24,16 @@ SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
         ({"classes": ("field", "sea", "roof", "road")}, 'class 0 is "field" where "sea" is served'),
         ({"channels": 4}, "channels 4 where 3 is served"),
         ({"scale": 2}, "scale 2 where 1 is served"),
+        ({"sizes": Sizes.both(multiple=2)}, "images of height and width multiples of 2 where every size is served"),
         ({"task": "classify"}, "task classify where segment is served"),
     ],
 )
 def test_contract(signature_of: Callable[..., Any], changes: dict[str, Any], difference: str) -> None:
     assert contract_difference(signature_of(**changes), signature_of()) == difference
+
+
+def test_contract_with_more_sizes(signature_of: Callable[..., Any]) -> None:
+    assert contract_difference(signature_of(), signature_of(sizes=Sizes.only(32, 32))) == ""
 
 
 def test_latencies() -> None:

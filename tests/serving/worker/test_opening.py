@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.artifact import open_artifact
-from muntin.errors import ArtifactError, VerificationError
+from muntin.artifact import Sizes, open_artifact
+from muntin.artifact.store import read_manifest
+from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.serving.worker.opening import Call, batch_sizes, open_version
+from muntin.serving.worker.opening import Call, batch_sizes, open_version, starting_calls
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
@@ -34,6 +35,20 @@ def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
 def test_warm_up_of_dynamic_sizes(write_version: Callable[..., Path], tmp_path: Path) -> None:
     session = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1, dynamic=True), [SCORES]).session
     assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}
+
+
+def test_warm_up_of_one_size(write_version: Callable[..., Path], signature_of: Callable[..., Any], tmp_path: Path) -> None:
+    """No model of dynamic sizes: other batches are computed in those that are compiled."""
+    path = write_version(tmp_path / "1", 2, signature=signature_of(sizes=Sizes.only(6, 8)), example=(1, 6, 8))
+    calls = starting_calls(read_manifest(path), 2)
+    session = open_version(path, SessionOptions(threads=1, dynamic=True), calls, verify=True).session
+    variants = {((1, 6, 8, 3), False), ((1, 6, 8, 3), True), ((2, 6, 8, 3), True)}
+    assert compiled(session) == variants
+    images = np.zeros((5, 6, 8, 3), np.uint8)
+    assert (session.labels(images) == 2).all() and (session(images).argmax(1) == 2).all()
+    assert compiled(session) == variants
+    with pytest.raises(DataError, match="--sizes 8x8: the model takes 6 x 8: give 6x8, or leave it out"):
+        starting_calls(read_manifest(path), 2, [(6, 8), (8, 8)])
 
 
 def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -> None:

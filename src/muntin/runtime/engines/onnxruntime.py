@@ -101,7 +101,7 @@ class OnnxRuntimeSession(Session):
         if compute or self._provider.name != CPU.name:  # the CPU provider compiles nothing for a size
             super().warm_up(shapes, labels=labels)
         else:
-            check_shapes(shapes)
+            check_shapes(shapes, self.signature.sizes)
 
     def layers(self) -> list[ExecutedLayer]:
         """Reads the optimised graph, which a second session writes to a temporary file: takes as long as opening. Empty for TensorRT,

@@ -86,9 +86,9 @@ def bench(
 
     `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
     of threads, with a note). `rounds`: timed calls a row. The images are the golden ones of the first artefact (of a run's training split
-    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example. Candidates of
-    another task, other channels or classes have images and a size of their own, no ratio, and a note. `report` is called with (steps done,
-    number of steps).
+    where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example; of a size that the
+    artefact does not take, the nearest one. Candidates of another task, other channels or classes have images and a size of their own, no
+    ratio, and a note. `report` is called with (steps done, number of steps).
 
     Raises the errors of `load`, and DataError for a value out of range and for images larger than memory.
     """
@@ -119,10 +119,10 @@ def bench(
         f"{', '.join(group.candidates)} ({group.kind}) and {first} ({groups[0].kind}) differ in task, channels or classes: not compared"
         for group in groups[1:]
     ]
-    reasons = ", ".join(f"{group.example.reason} of {group.owner}" if len(named) > 1 else group.example.reason for group in groups)
+    reasons = [f"{group.reason} of {group.owner}" if len(named) > 1 and size is None else group.reason for group in groups]
     return Bench(
         rows=tuple(row if row.name in compared else replace(row, ratio=None) for row in rows),
-        size_reason="as given" if size is not None else reasons,
+        size_reason=", ".join(dict.fromkeys(reasons)),
         others=watch.others,
         notes=tuple(notes),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,8 +147,10 @@ def _settings(combinations: Sequence[SessionOptions]) -> list[SessionOptions]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Comparable:
-    """Candidates that compute the same from the same images: one task, channels, scale and classes. `owner`: whose `example` is taken."""
+    """Candidates that compute the same from the same images: one task, channels, scale and classes. `owner`: whose `example` is taken.
+    `reason`: why `shapes` have their height and width."""
 
+    reason: str
     signature: Signature
     shapes: tuple[Shape, ...]
     example: ExampleImages
@@ -182,8 +184,18 @@ def _groups(named: Mapping[str, Candidate], batches: Sequence[int], size: tuple[
         # An artefact holds its images; a run needs its data, which may be gone.
         owner = next((name for name, candidate in candidates.items() if isinstance(candidate, ArtifactCandidate)), next(iter(candidates)))
         example = candidates[owner].example()
-        shapes = tuple((batch, *(size or example.size)) for batch in batches)
-        groups.append(_Comparable(signature=signatures[owner], shapes=shapes, example=example, owner=owner, candidates=candidates))
+        measured = example.size if size is None else signatures[owner].sizes.at_least(*size)
+        reason = example.reason if size is None else "as given" if measured == size else f"nearest to {size[0]}x{size[1]} that it takes"
+        groups.append(
+            _Comparable(
+                signature=signatures[owner],
+                shapes=tuple((batch, *measured) for batch in batches),
+                reason=reason,
+                example=example,
+                owner=owner,
+                candidates=candidates,
+            )
+        )
     return groups
 
 

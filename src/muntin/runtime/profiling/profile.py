@@ -83,7 +83,8 @@ def profile(
 ) -> Profile:
     """Measures an artefact on one shape (B, H, W): the whole call and every executed kernel.
 
-    `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side for "classify"). The images are the artefact's
+    `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side for "classify"). A shape of a size that the model
+    does not take is replaced by the nearest one, with a note. The images are the artefact's
     first golden ones, mirrored until they fill the shape. `ceilings` None: measured now, in some seconds. Opens the artefact two or three
     times (ONNX Runtime) and runs twice `rounds` inferences.
 
@@ -93,7 +94,8 @@ def profile(
     _check(options.engine, shape, rounds)
     profiler: Profiler = getattr(import_module(f"muntin.runtime.profiling.{options.engine}_kernels"), f"{options.engine}_kernels")
     artifact = open_artifact(path)
-    shape = default_shape(artifact) if shape is None else shape
+    requested = default_shape(artifact) if shape is None else shape
+    shape = (requested[0], *artifact.manifest.signature.sizes.at_least(*requested[1:]))
     with watch_cpu() as watch, enough_memory(artifact.manifest.signature, shape):
         images_BHWC = fill(artifact.golden()[0][0], shape)
         sessions = {"whole": open_session(path, options)}
@@ -101,6 +103,8 @@ def profile(
         sessions.clear()  # frees its threads and memory before the profile
         execution = profiler(artifact, images_BHWC, options, rounds)
     remarks = [*notes_on(watch.others, threads=execution.threads), *notes(artifact.manifest, execution, whole_ms)]
+    if shape != requested:
+        remarks.append(f"measured at {shape[1]} x {shape[2]}, the nearest size to {requested[1]} x {requested[2]} that the model takes")
     if ceilings is None:
         ceilings = _measured_ceilings(execution.threads)
         if ceilings.others is not None and ceilings.others >= BUSY:
@@ -158,12 +162,13 @@ def _check(engine: str, shape: Shape | None, rounds: int) -> None:
 
 
 def default_shape(artifact: Artifact) -> Shape:
-    """(B, H, W) of the manifest's example. Without one: 512 x 512, or for "classify" the recorded side, else the golden images' size."""
+    """(B, H, W) of the manifest's example. Without one: 512 x 512 or the nearest allowed size, or for "classify" the recorded side, else
+    the golden images' size."""
     manifest = artifact.manifest
     if manifest.example is not None:
         return manifest.example
     if manifest.signature.task != "classify":
-        return (1, SIDE, SIDE)
+        return (1, *manifest.signature.sizes.at_least(SIDE, SIDE))
     side = manifest.signature.side
     return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
 

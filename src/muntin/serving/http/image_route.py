@@ -3,8 +3,9 @@
     file --decode--> uint8 (H, W, C) --tiles through the batcher--> labels --encode--> PNG
 
 A picture of at most `TILE` pixels a side is computed like the image of any other request. A larger one is computed in overlapping tiles, as
-`muntin predict` does. Tiles have no objective and a lower priority, so they delay other requests by one tile at most. A small file may hold
-a large picture: it is decoded only when its pixels fit beside those of the pictures that are decoded and not answered yet.
+`muntin predict` does, and a picture of a size that the model does not take is extended or resized (`runtime.tiles`). Tiles have no
+objective and a lower priority, so they delay other requests by one tile at most. A small file may hold a large picture: it is decoded only
+when its pixels fit beside those of the pictures that are decoded and not answered yet.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from muntin.errors import DataError, bare
 from muntin.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.runtime import predict
 from muntin.runtime.session import Labels
+from muntin.runtime.tiles import allowed_tile, extended
 from muntin.serving.inference.service import PRIORITY, Service
 from muntin.serving.protocol.json_codec import encode_json
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError, shown
@@ -127,7 +129,8 @@ class ImageRoute:
     def _check_whole(self, count: int, signature: Signature) -> None:
         """Raise ProtocolError for a picture of too many pixels for a model that takes all of it at once."""
         most = self._body_bytes // signature.channels
-        if signature.task == "classify" and signature.side is None and count > most:
+        resized = signature.side is not None or signature.sizes.fixed
+        if signature.task == "classify" and not resized and count > most:
             raise ProtocolError(
                 f"the picture has {count:,} pixels, and this model computes it in one piece: send it smaller, of at most {most:,} "
                 "(--max-body)",
@@ -157,12 +160,15 @@ class ImageRoute:
     def _predict_once(self, session: _QueuedSession, image: NDArray[np.uint8]) -> NDArray[Any]:
         if session.signature.task == "classify":
             return predict(session, image)
-        if max(image.shape[:2]) > self._tile:
+        sizes, (height, width), scale = session.signature.sizes, image.shape[:2], session.signature.scale
+        tile = allowed_tile(session.signature, self._tile)
+        rows, columns = sizes.at_most(height, width) if tile is None else (tile, tile)
+        if height > rows or width > columns:
             session.patient = True
-            return predict(session, image, tile=self._tile)
+            return predict(session, image, tile=tile)
         if session.signature.task == "segment":
-            labels: Labels = session.labels(image[None])[0]
-            return labels
+            labels: Labels = session.labels(extended(image, *sizes.at_least(height, width))[None])[0]
+            return labels[: scale * height, : scale * width]
         return predict(session, image)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere
-from muntin.serving.inference.recovery import Parts, Recovery, call, has_tiles
+from muntin.serving.inference.recovery import Parts, Recovery, call, smaller_tile
 from muntin.serving.versions.rollout import label_agreement
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
@@ -111,7 +111,7 @@ class Executor:
             )
         except OutOfMemoryError as error:
             one_image = batch.rows == 1
-            if parts == Parts.TILES or (one_image and not has_tiles(version.signature, group.height, group.width)):
+            if parts == Parts.TILES or (one_image and smaller_tile(version.signature, group.height, group.width) is None):
                 raise
             for work in works:
                 work.parts = Parts.TILES if one_image or parts == Parts.ROWS else Parts.ROWS

@@ -16,7 +16,7 @@ from muntin.artifact import Signature
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime import Session, predict
 from muntin.runtime.host.memory import no_memory
-from muntin.runtime.tiles import TILE
+from muntin.runtime.tiles import TILE, allowed_tile
 from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError
 
 SHORT_S = 60.0
@@ -89,7 +89,8 @@ class Recovery:
         """
         B, H, W, _ = images_BHWC.shape
         kind, pixels = (labels, B == 1), B * H * W
-        divisible = B > 1 or has_tiles(session.signature, H, W)
+        tile = smaller_tile(session.signature, H, W)
+        divisible = B > 1 or tile is not None
         divided = parts >= (Parts.TILES if B == 1 else Parts.ROWS) or self._shortages.too_many(session, kind, pixels)
         if not (divisible and divided):
             try:
@@ -105,17 +106,18 @@ class Recovery:
             self.counts.rows += 1
             rows = [self.compute(session, images_BHWC[n : n + 1], labels=labels, parts=parts) for n in range(B)]
             return Computed(np.concatenate([row.answers for row in rows]), [row.recovered[0] or "one row at a time" for row in rows])
-        if not divisible:
+        if tile is None:
             raise MuntinError(f"no memory for one image of {W}x{H}: send smaller ones, or try again later")
         self.counts.tiles += 1
-        tile = min(TILE, (max(H, W) + 1) // 2)
         answer = predict(session, images_BHWC[0], tile=tile, output="labels" if labels else "scores")
         return Computed(answer[None], [f"in tiles of {tile} pixels"])
 
 
-def has_tiles(signature: Signature, height: int, width: int) -> bool:
-    """Return whether one image can be computed in tiles."""
-    return signature.task != "classify" and max(height, width) > 1
+def smaller_tile(signature: Signature, height: int, width: int) -> int | None:
+    """Return the side of the tiles in which one image can be computed; None if it has no smaller parts."""
+    longest = max(height, width)
+    tile = allowed_tile(signature, min(TILE, (longest + 1) // 2))
+    return tile if tile is not None and tile < longest else None
 
 
 def call(session: Session, images_BHWC: NDArray[np.uint8], *, labels: bool) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import DataError
+from muntin.runtime.session import size_error
 from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
@@ -96,13 +97,14 @@ class Service:
             signature, name = lease.version.signature, lease.version.name
         ready = tuple(entry.version for entry in self.slot.index() if entry.state == "READY")
         B, K, C = -1, signature.outputs, signature.channels
-        scores = (B, K) if signature.task == "classify" else (B, K, -1, -1)
-        labels = {"segment": (B, -1, -1), "classify": (B,), "restore": (B, -1, -1, C)}[signature.task]
+        H, W = (-1 if dim == -1 else signature.scale * dim for dim in signature.sizes.dims)
+        scores = (B, K) if signature.task == "classify" else (B, K, H, W)
+        labels = {"segment": (B, H, W), "classify": (B,), "restore": (B, H, W, C)}[signature.task]
         first, second = output_names(signature)
         return ModelDescription(
             name=self.name,
             versions=(version,) if version else ready or (name,),
-            inputs=(TensorSpec(name=INPUT, datatype="UINT8", shape=(B, -1, -1, C)),),
+            inputs=(TensorSpec(name=INPUT, datatype="UINT8", shape=(B, *signature.sizes.dims, C)),),
             outputs=(
                 TensorSpec(name=first, datatype=signature.label_type.name.upper(), shape=labels),
                 TensorSpec(name=second, datatype="FP32", shape=scores),
@@ -306,6 +308,8 @@ class Service:
         if tensor.datatype != "UINT8" or len(tensor.shape) != 4 or tensor.shape[3] != signature.channels or 0 in tensor.shape:
             raise ProtocolError(f'input "{INPUT}" is {tensor.datatype} {tensor.shape}: give {expected}, raw pixels, no side of 0')
         rows, height, width, _ = tensor.shape
+        if not signature.sizes.takes(height, width):
+            raise ProtocolError(f'input "{INPUT}": {size_error((height, width), signature.sizes)}')
         if rows > self.max_rows:
             raise ProtocolError(f"{rows} rows: this server computes at most {self.max_rows} at once; send them in several requests")
         if height * width > self.max_pixels:

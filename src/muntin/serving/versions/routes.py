@@ -88,11 +88,11 @@ class Routes:
     def fallback(self, version: Version) -> Version | None:
         """Return the version that computes a batch which failed on this one, or None.
 
-        The current version for a candidate or a version out of service, the previous one for the current one.
+        The current version for a candidate or a version out of service, the previous one for the current one. None if it does not take the
+        same sizes.
         """
-        if version is self.previous:
-            return None
-        return self.previous if version is self.current else self.current
+        other = None if version is self.previous else self.previous if version is self.current else self.current
+        return other if other is not None and other.signature.sizes.cover(version.signature.sizes) else None
 
     def index(self) -> tuple[IndexEntry, ...]:
         """List one version per name, the newest last: the one in service, the current one first, otherwise the one loaded last."""

@@ -39,12 +39,14 @@ class RefusedError(MuntinError):
 def contract_difference(new: Signature, old: Signature) -> str:
     """Describe how `new` would mislead a client of `old`; empty where it would not.
 
-    Task, channels, type and scale must be the same, and so must the first classes. Classes may be added at the end.
+    Task, channels, type and scale must be the same, and so must the first classes. Classes may be added at the end. Sizes may be added.
     """
     for name in ("task", "channels", "dtype", "scale"):
         ours, theirs = getattr(new, name), getattr(old, name)
         if ours != theirs:
             return f"{name} {ours} where {theirs} is served"
+    if not new.sizes.cover(old.sizes):
+        return f"images of {new.sizes.text} where {old.sizes.text} is served"
     names, served = ([entry.name for entry in signature.classes] for signature in (new, old))
     if names[: len(served)] == served:
         return ""

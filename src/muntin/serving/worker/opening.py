@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, Manifest, Signature, open_artifact
-from muntin.errors import MuntinError, VerificationError
+from muntin.errors import DataError, MuntinError, VerificationError
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Session, Shape
@@ -57,8 +57,14 @@ def batch_sizes(most: int, pixels: int) -> list[int]:
 def starting_calls(manifest: Manifest, max_batch: int, sizes: Iterable[tuple[int, int]] = ()) -> tuple[Call, ...]:
     """Calls that a version is compiled for: batches of images of the size that it was exported with, and of `sizes` (height, width).
 
-    Of segmentations these are batches for labels, and one image for scores, in whose calls batches for scores are computed.
+    Of segmentations these are batches for labels, and one image for scores, in whose calls batches for scores are computed. Raises
+    DataError for a size that the model does not take.
     """
+    allowed = manifest.signature.sizes
+    for height, width in sizes:
+        if not allowed.takes(height, width):
+            rows, columns = allowed.at_least(height, width)
+            raise DataError(f"--sizes {height}x{width}: the model takes {allowed.text}: give {rows}x{columns}, or leave it out")
     exported = () if manifest.example is None else (manifest.example[1:],)
     segments = manifest.signature.task == "segment"
     calls = []

@@ -111,7 +111,7 @@ class RemoteSession(Liveness, Session):
         self._on_channel(partial(EngineChannel.warm_up, call=Call((0, 0, 0))))
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
-        for shape in check_shapes(shapes):
+        for shape in check_shapes(shapes, self.signature.sizes):
             call = Call(shape, labels)
             self._on_channel(partial(EngineChannel.warm_up, call=call, compute=compute))
             if call not in self.calls:

@@ -2,8 +2,9 @@
 
 The graph has dynamic sizes, but a kernel compiled for one size is faster. So each size is compiled when it is first called, in a few tenths
 of a second, and the last few are kept. With `dynamic` only the sizes that `warm_up` names are compiled; one model for one image of any size
-computes all others, image by image. (In 16 bits that model runs in float32 where it computes floats from its image's sides.) Compiled
-models are also kept in the user's cache (`engines.compile_cache`).
+computes all others, image by image. (In 16 bits that model runs in float32 where it computes floats from its image's sides.) An artefact of
+one size needs no such model: its images are computed by models of that size, in the batches that `warm_up` names. Compiled models are also
+kept in the user's cache (`engines.compile_cache`).
 
 With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
 threads: more images a second, each with a higher latency.
@@ -106,10 +107,13 @@ class OpenVinoSession(Session):
         self._compiling = Lock()  # held for a whole compilation, so that calls that need none go on
         self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
         self._warmed_up: set[Variant] = set()
-        self._warm_sides: set[InputShape] = set()
-        """(H, W, C) of the images in `_warmed_up`."""
+        signature = artifact.manifest.signature
+        self._input_sides: InputShape = (*signature.sizes.dims, signature.channels)
+        """(H, W, C) of the model's input, -1 where it is free."""
+        self._warm_sides: set[InputShape] = {self._input_sides} if signature.sizes.fixed else set()
+        """(H, W, C) of the images in `_warmed_up`, or of an artefact of one size."""
         super().__init__(
-            signature=artifact.manifest.signature,
+            signature=signature,
             engine="openvino",
             precision=precision,
             threads=threads,
@@ -221,9 +225,10 @@ class OpenVinoSession(Session):
         )
 
     def layers(self) -> list[ExecutedLayer]:
-        """As compiled for the size of the last call; before any call, for dynamic sizes."""
+        """As compiled for the size of the last call; before any call, for dynamic sizes, or for one image of the only size."""
+        first: Variant = ((1, *self._input_sides) if self.signature.sizes.fixed else None, False)
         with self._lock:
-            last = next(reversed(self._compiled), (None, False))
+            last = next(reversed(self._compiled), first)
         compiled = self._compiled_for(last, new=True)
         return _executed(compiled.model.get_runtime_model(), self._nodes)
 
@@ -234,7 +239,7 @@ class OpenVinoSession(Session):
             return bool(self._compiled) and all(compiled.kept for compiled in self._compiled.values())
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
-        shapes = check_shapes(shapes)
+        shapes = check_shapes(shapes, self.signature.sizes)
         for shape in shapes:
             variant = ((*shape, self.signature.channels), labels)
             with self._lock:
@@ -286,7 +291,7 @@ class OpenVinoSession(Session):
                     ending_in_labels(self._model.clone(), self.signature.label_type) if labels else ending_in_scores(self._model.clone())
                 )
                 # One image: with a free batch size, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
-                model.reshape([1, -1, -1, self.signature.channels] if shape is None else list(shape))
+                model.reshape([1, *self._input_sides] if shape is None else list(shape))
                 if shape is None:
                     model = with_biases(model)
                 if self.precision != "f32":
