@@ -294,7 +294,7 @@ def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], A
 def test_report_of_an_unfinished_compression(call: Call, copied: Path) -> None:
     shutil.rmtree(copied / "compressed" / "3-mixed")
     document = call("report", copied, "--json").document()
-    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+    assert [step["name"] for step in document["steps"]] == ["fp32", "deployed"]
     assert document["ranks"] == []
     assert [note for note in document["notes"] if "are not done; `muntin compress RUN --resume` goes on with them" in note]
 
@@ -310,7 +310,7 @@ def test_report_after_an_interrupted_stage(call: Call, exported: Any, tmp_path: 
     config = override_recipe(checkpoint.recipe, SETTINGS).compression
     assert compress_checkpoint(checkpoint, run / "compressed", config=config, report=report).interrupted
     document = call("report", run, "--json").document()
-    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+    assert [step["name"] for step in document["steps"]] == ["fp32", "deployed"]
 
 
 def test_stop_request_after_the_last_stage(exported: Any, tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_stop_request_after_the_last_stage(exported: Any, tmp_path: Path) -> Non
 def test_report_with_stages_of_another_checkpoint(call: Call, copied: Path) -> None:
     older = copied / "checkpoints" / "step-00000003"
     document = call("report", older, "--json", "-o", copied / "older").document()
-    assert [step["name"] for step in document["steps"]] == ["fp32", "fake-quantised", "deployed"]
+    assert [step["name"] for step in document["steps"]] == ["fp32", "deployed"]
 
 
 def test_report_of_a_stage(call: Call, compressed: Path, tmp_path: Path) -> None:

@@ -35,16 +35,16 @@ def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None
     assert all(part in page for part in ("<html", ">Weights</th>", ">On disk</th>"))
     assert json.loads((out / "report.json").read_text()) == document
     steps = document["steps"]
-    assert [step["name"] for step in steps] == ["fp32", "fake-quantised", "deployed"]
+    assert [step["name"] for step in steps] == ["fp32", "deployed"]
     for step in steps:
         assert set(step) == {"name", "miou", "iou", "params", "weights", "bytes", "gmacs", "latency_ms", "engine"}
         assert set(step["iou"]) == {"sea", "field", "roof"}
     assert document["counted"] == [64, 64] and "multiply-adds (MACs) are of a picture of 64 × 64" in page
-    counted = sum(layer["macs"] for layer in document["layers"])
-    assert 0.8 * steps[-1]["gmacs"] < counted / 1e9 <= steps[-1]["gmacs"]  # of the same picture
+    counted = sum(layer["macs"] for layer in document["layers"]) / 1e9
+    assert steps[-1]["gmacs"] == pytest.approx(counted) and counted == pytest.approx(steps[0]["gmacs"], rel=0.1)  # of the same picture
     assert steps[0]["latency_ms"] > 0
     assert steps[-1]["latency_ms"] > 0
-    assert steps[0]["weights"] > steps[1]["weights"] == steps[2]["weights"] < steps[2]["bytes"] and steps[1]["bytes"] is None
+    assert steps[0]["weights"] > 3 * steps[1]["weights"] and steps[1]["weights"] < steps[1]["bytes"]
     assert steps[-1]["bytes"] == sum(file.stat().st_size for file in (out / "artifact").iterdir())
     assert 0.9 < document["agreement"] <= 1
     assert [row["name"] for row in document["artifacts"]["rows"]] == ["fp32", "int8"] and "Which artefact to take" not in page

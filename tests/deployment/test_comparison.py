@@ -64,11 +64,12 @@ def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     work.probe, session = torch.zeros(1, 3, 32, 32), TorchSession(model, checkpoint.signature)
     on_test, on_validation = (evaluate(session, work.source.split(split), tile=64) for split in ("test", "validation"))
     assert on_test.recall != on_test.iou and on_validation.recall != on_validation.iou, "it errs nowhere: this test plants nothing"
-    row, labels = work._step("fp32", "PyTorch FP32", session, model, bytes=0)
+    row, labels = work._step("fp32", "PyTorch FP32", model, bytes=0)
+    undescribed: Any = SimpleNamespace(manifest=SimpleNamespace(layers=()))
     assert len(labels) == on_test.samples
     assert (row["miou"], row["iou"]) == (on_test.accuracy, on_test.recall)
     curve = [{"step": 1, "miou": on_validation.accuracy, "iou": on_validation.recall}]
-    assert work._about([])["validation"] == curve
+    assert work._about(undescribed)["validation"] == curve
     pictures: Any = work._pictures(session, labels)
     wrong = [s for s, label in zip(work.test, labels, strict=True) if label[0] != s.target]
     names = ("cat", "dog", "emu")
@@ -80,4 +81,4 @@ def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [entry["name"].split(":")[0] for entry in right["examples"]] == sorted(margins, key=lambda name: margins[name])
     old = [{"step": 1, "score": on_validation.accuracy, "iou": on_validation.recall}]  # as checkpoints were written before
     work.checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"validation": old}))
-    assert work._about([])["validation"] == curve
+    assert work._about(undescribed)["validation"] == curve

@@ -313,10 +313,23 @@ def test_measured_value_that_is_not_plain(pixels: Any, tmp_path: Path, tiny: Any
 
 
 def test_float_fallbacks(pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Any, refused: Any) -> None:
-    monkeypatch.setattr(engine_check, "find_fallbacks", lambda layers, executed: (["a"], ["a runs in f32"]))
+    """A product that the engine computes in floats stays in floats in the artefact."""
+    find, calls = engine_check.find_fallbacks, []
+
+    def once(layers: Any, executed: Any) -> Any:
+        calls.append(1)
+        return (("0",), ("layer 0 ran in f32",)) if len(calls) == 1 else find(layers, executed)
+
+    monkeypatch.setattr(engine_check, "find_fallbacks", once)
     example = pixels(1, 3, 32, 32)
-    message = refused(tiny(), example, tmp_path, calibration=[example])
-    assert "1 of the quantised layers not on integers: a runs in f32: name it in quantization.keep" in message
+    artifact = muntin.export(tiny(), example, tmp_path / "kept", calibration=[example])
+    first, last = artifact.manifest.layers
+    assert (first.activation_bits, first.note) == (None, "openvino: layer 0 ran in f32") and last.activation_bits == 8
+    assert 0 < artifact.manifest.measured["integer_coverage"] < 0.9 and "In floats: 0 (" in artifact.manifest.measured["notes"][0]
+    assert muntin.verify(artifact.path).passed
+    monkeypatch.setattr(engine_check, "find_fallbacks", lambda layers, executed: (("other",), ("other ran in f32",)))
+    shutil.rmtree(tmp_path / "kept")
+    assert "1 products run in floats: openvino: other ran in f32" in refused(tiny(), example, tmp_path, calibration=[example])
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino in 16 bits"])

@@ -68,7 +68,7 @@ def padded(image: np.ndarray, height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_model_of_one_size(calibrated: bool, pixels: Any, pictures: Any, tmp_path: Path) -> None:
     model, example = Positions().eval(), pixels(2, 3, 32, 32)
-    artifact = muntin.export(model, example, tmp_path / "a", calibration=[example] if calibrated else None)
+    artifact = muntin.export(model, example, tmp_path / "a", calibration=[example] if calibrated else None, sizes="widest")
     manifest = artifact.manifest
     assert manifest.signature.sizes == Sizes.only(32, 32)
     assert "takes 32 x 32 only: the model fails on pixels of shape (1, 3, 21, 29): " in str(manifest.measured["notes"])
@@ -102,7 +102,7 @@ def test_model_of_one_size(calibrated: bool, pixels: Any, pictures: Any, tmp_pat
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_multiples(calibrated: bool, pixels: Any, pictures: Any, tmp_path: Path) -> None:
     model, example = Skips().eval(), pixels(1, 3, 64, 96)
-    artifact = muntin.export(model, example, tmp_path / "a", calibration=[example] if calibrated else None)
+    artifact = muntin.export(model, example, tmp_path / "a", calibration=[example] if calibrated else None, sizes="widest")
     sizes = artifact.manifest.signature.sizes
     assert sizes == Sizes.both(multiple=32, min=32)
     assert "takes height and width multiples of 32 only: the model " in str(artifact.manifest.measured["notes"])
@@ -121,7 +121,7 @@ def test_smallest_side(pixels: Any, pictures: Any, tmp_path: Path) -> None:
     """ConvNeXt's last map vanishes below 32 pixels."""
     network = timm.create_model("convnext_atto", num_classes=4, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)).eval()
     model = ForeignModel(network, mean=(0.5,) * 3, std=(0.25,) * 3, task="classify").eval()
-    artifact = muntin.export(model, pixels(1, 3, 64, 64), tmp_path / "a")
+    artifact = muntin.export(model, pixels(1, 3, 64, 64), tmp_path / "a", sizes="widest")
     assert artifact.manifest.signature.sizes.text == "height and width from 32"
     session, images = muntin.load(artifact.path, precision="f32"), pictures(1, 33, 71, 3)
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_pooling_to_several_values(build: type[nn.Module], pixels: Any, pictures
     model = build(
         lambda m, x: m.head(F.adaptive_avg_pool2d(m.conv(x / 255), (3, 2)).flatten(1)), conv=nn.Conv2d(3, 8, 3, 2, 1), head=nn.Linear(48, 4)
     ).eval()
-    artifact = muntin.export(model, pixels(1, 3, 50, 60), tmp_path / "a")
+    artifact = muntin.export(model, pixels(1, 3, 50, 60), tmp_path / "a", sizes="widest")
     assert artifact.manifest.signature.sizes == Sizes.only(50, 60)
     assert "takes 50 x 60 only: adaptive pooling to 3 x 2 has no form" in str(artifact.manifest.measured["notes"])
     images = pictures(2, 50, 60, 3)
@@ -176,7 +176,7 @@ def test_wrong_sizes(sizes: Any, pixels: Any, tmp_path: Path, tiny: Any, refused
 
 
 def test_sizes_as_text() -> None:
-    assert [parse_sizes(text) for text in ("widest", "any", "fixed")] == [None, "any", "fixed"]
+    assert [parse_sizes(text) for text in ("widest", "any", "fixed")] == ["widest", "any", "fixed"]
     assert parse_sizes("multiple=32,max=640") == {"multiple": 32, "max": 640}
     for text in ("", "224", "multiple=", "multiple=-1", "side=3", "min=64;max=128"):
         with pytest.raises(ExportError, match="give any, fixed, widest, or multiple=32,min=64,max=1024"):

@@ -32,7 +32,7 @@ def export_command(
         str | None,
         typer.Option(
             help="Heights and widths that the artefact takes: any, fixed (the training crop's), multiple=32,min=64,max=1024, or widest: "
-            "as many as the model takes. By default widest, and an artefact of the same weights is kept with its sizes."
+            "as many as the model takes. By default widest, of a classifier fixed; an artefact of the same weights is kept with its sizes."
         ),
     ] = None,
     standalone: Annotated[

@@ -101,6 +101,6 @@ def _finish(checkpoint: Path, directory: Path, json: bool, begin: Callable[[], N
         print_artifacts(artifacts, task=report["task"], title="deployed artefacts")
     print_size(artifacts)
     if report["agreement"] is not None:
-        out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and simulated")
+        out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and in PyTorch")
     print_notes(report["notes"])
     out.print(f"wrote     {page}")

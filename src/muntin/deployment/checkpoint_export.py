@@ -7,13 +7,11 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from muntin.artifact import Artifact, Manifest, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
-from muntin.compression import Change, freeze, load_model, quantize
+from muntin.compression import freeze, load_model
 from muntin.deployment.export import export
-from muntin.deployment.sizes.requested import parse_sizes
+from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.models.compression_record import Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, source_of
@@ -22,30 +20,17 @@ from muntin.training.recipe import Recipe, override_recipe
 
 ARTIFACT = "artifact"
 """Default folder of a run's artefact."""
-SIZES, WIDEST = "sizes", "widest"
-"""Key of the requested sizes among the measured figures of a manifest, and its value for the widest that the model takes."""
+SIZES = "sizes"
+"""Key of the requested sizes among the measured figures of a manifest."""
 SIZE_REASON = "the size of the export"
 """Why `export_side` is the size that a run is measured at, in words."""
-REVISION = 8
+REVISION = 9
 """Version of what export makes of the same weights. Raise it with every change of that, so that existing artefacts are exported again."""
 
 
 def export_side(recipe: Recipe) -> int:
     """Return the side of the images that an artefact is exported for and a run is measured at, pixels: a tile's, or a classifier's crop."""
     return recipe.data.crop if recipe.task == "classify" else tile_of(recipe.data.crop)
-
-
-def integer_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
-    """Return a checkpoint's model in integers and all changes: frozen if compression quantised it, otherwise quantised to W8A8."""
-    model = load_model(checkpoint)
-    pass_ = freeze(calibration) if checkpoint.quantized else quantize(calibration, checkpoint.recipe.quantization)
-    return model, [*checkpoint.changes, *pass_(model)]
-
-
-def _float_model(checkpoint: Checkpoint, calibration: list[Tensor]) -> tuple[nn.Module, list[Change]]:
-    """Return a checkpoint's model in floats and all changes: rounded to FP16 after the low-rank stage, otherwise unchanged."""
-    model = load_model(checkpoint)
-    return model, [] if checkpoint.state.compression is None else [*checkpoint.changes, *freeze(calibration)(model)]
 
 
 def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint:
@@ -68,8 +53,8 @@ def export_checkpoint(
 ) -> Artifact:
     """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights and sizes is reused.
 
-    `sizes`: those of the artefact, as `parse_sizes` reads them; None: those of an artefact to reuse, otherwise "widest". `begin` is called
-    when work begins, after all checks that may refuse it.
+    `sizes`: those of the artefact, as `parse_sizes` reads them; None: those of an artefact to reuse, otherwise `usual_sizes`. `begin` is
+    called when work begins, after all checks that may refuse it.
     Raises ExportError for `integer=False` and a checkpoint that is quantised already.
     """
     if not integer and checkpoint.quantized:
@@ -77,17 +62,21 @@ def export_checkpoint(
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
             "`muntin fit` or of the low-rank stage"
         )
-    requested = parse_sizes(sizes or WIDEST)
+    text = sizes or usual_sizes(checkpoint.recipe.task)
+    requested = parse_sizes(text)
     if (existing := exported(checkpoint, path, integer=integer, sizes=sizes)) is not None:
         return existing
     check_target(path)
     begin()
     calibration = calibration_of(checkpoint, source_of(checkpoint))
-    model, changes = (integer_model if integer else _float_model)(checkpoint, calibration)
-    side = export_side(checkpoint.recipe)
+    model, changes, side = load_model(checkpoint), list(checkpoint.changes), export_side(checkpoint.recipe)
+    calibrated = integer and not checkpoint.quantized
+    if not calibrated and checkpoint.state.compression is not None:
+        changes += freeze(calibration)(model)
     return export(
         model, calibration[0], path, signature=checkpoint.signature, changes=changes,
-        measured={"origin": _origin_of(checkpoint, integer), SIZES: sizes or WIDEST}, shape=(1, side, side), sizes=requested,
+        calibration=calibration if calibrated else None, quantization=checkpoint.recipe.quantization if calibrated else None,
+        measured={"origin": _origin_of(checkpoint, integer), SIZES: text}, shape=(1, side, side), sizes=requested,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The report of a run: scores, sizes and latencies of every step and every deployed artefact on one test split.
 
-    checkpoint -> FP32 score -> score of each compression stage (or of the INT8 simulation)
+    checkpoint -> FP32 score -> score of each compression stage
                -> export -> scores of the artefacts in their runtime, agreement, latency -> pictures
 
 Nothing is chosen by the test split.
@@ -8,7 +8,6 @@ Nothing is chosen by the test split.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, Signature, check_target
-from muntin.compression import Change, freeze, load_model
+from muntin.compression import freeze, load_model
 from muntin.compression.stages import broken_off
 from muntin.data import EarthSource
 from muntin.deployment.artifact_comparison import (
@@ -35,9 +34,9 @@ from muntin.deployment.artifact_comparison import (
     middle_window,
     score_with_labels,
 )
-from muntin.deployment.checkpoint_export import export_checkpoint, export_side, integer_model
-from muntin.deployment.counting import image_macs, layer_macs, parameter_count, stored_bytes
-from muntin.deployment.layer_rows import layer_rows, rank_rows
+from muntin.deployment.checkpoint_export import export_checkpoint, export_side
+from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
+from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
 from muntin.deployment.pictures import write_class_examples, write_examples, write_picture
 from muntin.deployment.run_artifacts import RunArtifact, artifact_place, existing_place, finished_stages, run_artifacts, stage_notes
 from muntin.errors import CheckpointError, VerificationError
@@ -90,30 +89,28 @@ class _Comparison:
         reference = TorchSession(model, self.signature)
         self.probe = torch.from_numpy(middle_window(self.test[0].image, self.side)).permute(2, 0, 1)[None]
         calibration = calibration_of(self.checkpoint, self.source)
-        simulated, changes = self._timed("quantise", lambda: integer_model(last, calibration))
         subject, compared = self._deployed(last, targets, reference, rounds)
         artifact, session = subject.artifact, compared.sessions[subject.name]
         rows = {row["name"]: row for row in compared.record["rows"]}
-        fp32 = self._row("fp32", "PyTorch FP32", compared.tests[REFERENCE], model, bytes=self.checkpoint.bytes)
-        steps = [fp32 | {"latency_ms": rows[REFERENCE]["median_ms"]}]
-        steps += [self._stage_step(name, stage, calibration) for name, stage in self.stages.items() if name != "mixed"]
+        fp32 = self._row("fp32", "PyTorch FP32", compared.tests[REFERENCE], self._sizes(model, bytes=self.checkpoint.bytes))
+        steps, agreement = [fp32 | {"latency_ms": rows[REFERENCE]["median_ms"]}], rows[subject.name]["same_labels"]
+        for name, stage in self.stages.items():
+            step, labels = self._stage_step(name, stage, calibration)
+            steps.append(step)
+            agreement = equal_labels(self.test, labels, compared.labels)
         self.seconds |= {f"train {name}": stage.state.seconds for name, stage in self.stages.items()}
-        name = "mixed" if self.stages else "fake-quantised"
-        numbers = "simulated integers" if self.stages else "simulated INT8"
-        numbers = numbers if artifact.manifest.integers else "no layer in integers"
-        step, labels = self._step(name, f"PyTorch FP32, {numbers}", TorchSession(simulated, self.signature), simulated, bytes=None)
-        deployed = self._row("deployed", engine_words(subject, session), compared.tests[subject.name], simulated, bytes=artifact.bytes)
-        steps += [step, deployed | {"latency_ms": rows[subject.name]["median_ms"]}]
+        deployed = self._row("deployed", engine_words(subject, session), compared.tests[subject.name], deployed_sizes(artifact))
+        steps.append(deployed | {"latency_ms": rows[subject.name]["median_ms"]})
         record = last.state.compression
         return {
-            **self._about(changes),
+            **self._about(artifact),
             "steps": steps,
             "artifacts": compared.record | {"described": subject.name},
             "latency": self._latency(compared.record, subject.name) | {"others": compared.record["others"]},
-            "agreement": equal_labels(self.test, labels, compared.labels),
-            "ranks": rank_rows(model, changes, record.widths) if self.stages and record is not None else [],
-            "layers": layer_rows(artifact, session, simulated, changes, calibration[:2], macs=layer_macs(simulated, self.probe)),
-            "counted": list(self.probe.shape[2:]),
+            "agreement": agreement,
+            "ranks": rank_rows(model, last.changes, record.widths) if self.stages and record is not None else [],
+            "layers": layer_rows(artifact, session, calibration[:2]),
+            "counted": list((artifact.manifest.example or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
             "seconds": self.seconds,
         }
@@ -149,13 +146,12 @@ class _Comparison:
         timed[-1]["name"] = "deployed"
         return {key: record[key] for key in ("height", "width", "rounds")} | {"rows": timed}
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> dict[str, Any]:
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Labels]]:
         model = load_model(stage)
         if name == "low-rank":
-            return self._step(name, "PyTorch FP32", TorchSession(model, self.signature), model, bytes=stage.bytes)[0]
-        frozen = copy.deepcopy(model)
-        freeze(calibration)(frozen)
-        return self._step(name, "PyTorch FP32, simulated integers", TorchSession(frozen, self.signature), frozen, bytes=None)[0]
+            return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
+        freeze(calibration)(model)
+        return self._step(name, "PyTorch FP32, simulated integers", model, bytes=None)
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         self.stage(name)
@@ -164,27 +160,29 @@ class _Comparison:
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
         return result
 
-    def _step(
-        self, name: str, engine: str, session: TorchSession, model: nn.Module, *, bytes: int | None
-    ) -> tuple[dict[str, Any], list[Labels]]:
+    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Labels]]:
         """Return the row of a step in PyTorch, and its labels of each test sample."""
+        session = TorchSession(model, self.signature)
         result, labels = self._timed(f"evaluate {name}", lambda: score_with_labels(session, self.test, self.tile))
-        return self._row(name, engine, result, model, bytes=bytes), labels
+        return self._row(name, engine, result, self._sizes(model, bytes=bytes)), labels
 
-    def _row(self, name: str, engine: str, result: Evaluation, model: nn.Module, *, bytes: int | None) -> dict[str, Any]:
-        sizes = {"params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes}
+    def _sizes(self, model: nn.Module, *, bytes: int | None) -> dict[str, Any]:
+        """Return the columns of a model in PyTorch: parameters, bytes of its weights, and multiply-adds."""
         gmacs = image_macs(model, self.probe) / 1e9
+        return {"params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes, "gmacs": gmacs}
+
+    def _row(self, name: str, engine: str, result: Evaluation, sizes: dict[str, Any]) -> dict[str, Any]:
         self.notes += [f"Step {name}: {note}." for note in result.notes]
-        return {"name": name, "miou": result.score, "iou": result.by_class, **sizes, "gmacs": gmacs, "latency_ms": None, "engine": engine}
+        return {"name": name, "miou": result.score, "iou": result.by_class, **sizes, "latency_ms": None, "engine": engine}
 
     def _verify(self, artifact: Artifact) -> None:
         result = self._timed("verify", lambda: verify(artifact.path, layers=True))
         if not result.passed:
             raise VerificationError(f"{artifact.path}: {result.problems[0]}")
 
-    def _about(self, changes: list[Change]) -> dict[str, Any]:
-        state = self.checkpoint.state
-        kept = [f"{c.layer} stays in 16 bits: {c.reason}" for c in changes if c.pass_ == "quantize" and c.kept and not self.stages]
+    def _about(self, artifact: Artifact) -> dict[str, Any]:
+        state, layers = self.checkpoint.state, artifact.manifest.layers
+        kept = [f"{layer.name} stays in 16 bits: {layer.note}" for layer in layers if layer.note and not self.stages]
         return {
             "format": 1,
             "title": self.recipe.name,

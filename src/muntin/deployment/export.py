@@ -1,8 +1,9 @@
-"""Export of a PyTorch model to an artefact: quantise on request, emit ONNX, compare it in the real runtimes, write.
+"""Export of a PyTorch model to an artefact: capture the float graph, quantise it, compare it in the real runtimes, write.
 
-    model -> (quantize) -> to_onnx -> artefact -> OpenVINO, f32 and 16-bit; ONNX Runtime -> deviation from the model -> recorded tolerance
+    model -> fold -> to_onnx -> float graph -> calibrated or trained plan -> integer graph -> artefact
+       compared:   PyTorch and float graph      float and integer graph      integer graph and OpenVINO (f32, 16-bit), ONNX Runtime
 
-The golden scores are those of the PyTorch model, so a later replay checks the whole way from that model to the engine's kernels.
+The golden scores are those of the integer graph in exact arithmetic, which a later replay compares with an engine's kernels.
 
 Axes: B images, H W map, C channels.
 """
@@ -15,26 +16,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, check_target
-from muntin.compression import Change, fold, quantize, remove_closed_channels
+from muntin.compression import Change, fold, remove_closed_channels
 from muntin.compression.quantization.qat import check_frozen
+from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
+from muntin.deployment.capture.model_contract import (
+    FAR_OFF,
+    SizeError,
+    answer_to,
+    as_bytes,
+    check_copy,
+    check_example,
+    check_folded,
+    check_independence,
+    image_of,
+)
+from muntin.deployment.capture.onnx_export import to_onnx
+from muntin.deployment.capture.trained_plan import take_plan
 from muntin.deployment.counting import WEIGHTED
-from muntin.deployment.engine_check import write_checked
-from muntin.deployment.layer_records import layer_records, packing_of
-from muntin.deployment.model_contract import SizeError, answer_to, check_answers, check_copy, check_example, pairs_at
-from muntin.deployment.onnx_export import to_onnx
+from muntin.deployment.engine_check import FallbackError, write_checked
+from muntin.deployment.layer_records import layer_records, packing_of, quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
-from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes
+from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes, usual_sizes
 from muntin.errors import ExportError, MuntinError
+from muntin.graph.insertion import Plan
+from muntin.graph.quantize import QuantizationPlan, calibrate, planned
+from muntin.graph.records import QuantizedOnnx
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
 from muntin.runtime import describe_hardware
 from muntin.runtime.session import check_shape
 from muntin.training.config import QuantizationConfig
+
+COVERAGE, ROUNDING = "integer_coverage", "rounding"
+"""Keys of a manifest's measured figures: the share of the multiply-adds in integers, 0 to 1, and the error of integers by image size."""
 
 
 def export(
@@ -57,9 +77,10 @@ def export(
     first. `signature`: task and classes; by default inferred from the shape of the answer, with numbered classes. `changes`: those of
     earlier passes, for the manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
     default one image of the example's size. `quantization`: which layers stay in floats; requires `calibration`.
-    `sizes`: the heights and widths that the artefact takes, beside every batch size: "any", "fixed" (the example's), or {"multiple": 32,
-    "min": 64, "max": 1024}. By default the widest that the model is found to take (`sizes.probe`). That costs a few calls of the model,
-    and another attempt where one fails for a reason of sizes. The signature holds the sizes, and a note says why there are no more.
+    `sizes`: the heights and widths that the artefact takes, beside every batch size: "any", "fixed" (the example's), {"multiple": 32,
+    "min": 64, "max": 1024}, or "widest", as many as the model is found to take (`sizes.probe`), which costs a few calls of the model, and
+    another attempt where one fails for a reason of sizes. By default those of the signature; "widest" where the answer is a map, "fixed"
+    where it is none, since a graph of free sizes takes several times as long to make. A note says why there are no more.
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
     check_target(path)
@@ -87,11 +108,13 @@ def export(
         opened_for=opened_for,
         probe=Probe(model, example, signature),
     )
-    if sizes is None and signature.sizes.every:
-        return draft.write_widest()
-    if sizes is None:
+    if sizes is None and not signature.sizes.every:
         check_allowed(signature.sizes, (H, W))
-    requested = signature.sizes if sizes is None else requested_sizes(sizes, (H, W))
+        requested = signature.sizes
+    elif (chosen := sizes or usual_sizes(signature.task)) == "widest":
+        return draft.write_widest()
+    else:
+        requested = requested_sizes(chosen, (H, W))
     try:
         return draft.write(requested, [])
     except SizeError as error:
@@ -139,27 +162,58 @@ class _Draft:
             notes = [*notes, f"compiled for {opened_for[1]} x {opened_for[2]}, the nearest size to {size[0]} x {size[1]} that it takes"]
         model, changes = eager_copy(self.model), list(self.changes)
         golden_sides, other_sides = self.probe.sizes_to_compare(sizes)
-        untouched = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
-        if self.calibration is None:
-            changes += remove_closed_channels(model) + fold(model)
-        else:
-            changes += quantize(self.calibration, self.quantization)(model)
-        golden, others = pairs_at(model, self.example, golden_sides), pairs_at(model, self.example, other_sides)
-        notes = [*notes, *check_answers(model, untouched, golden, others, quantized=self.calibration is not None)]
-        del untouched
-        self.probe.forget()
+        due = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
+        check_independence(self.model, due)
+        changes += remove_closed_channels(model) + fold(model)
+        trained = take_plan(model)
         proto = to_onnx(model, self.example, signature)
-        content: dict[str, Any] = {
-            "model": proto,
-            "signature": signature,
-            "packing": packing_of(proto),
-            "golden": golden,
-            "layers": layer_records(model, self.example, changes, proto, size=opened_for[1:]),
-            "passes": [_pass_entry(change) for change in changes],
-            "measured": {"hardware": describe_hardware(), **self.measured},
-            "example": opened_for,
-        }
-        return write_checked(self.path, content, others, notes)
+        if not trained:
+            errors = errors_by_size(graph_pairs(proto, [images for images, _ in due], exact=False), due)
+            check_folded(model, due, errors)
+            check_capture(errors)
+        self.probe.forget()
+        plan = self._plan(proto, trained, changes, opened_for)
+        while True:
+            result = plan.quantized()
+            pairs = graph_pairs(result.model, [images for images, _ in due], exact=True)
+            errors = errors_by_size(pairs, due)
+            if trained:
+                check_capture(errors, FAR_OFF)
+            rounding = check_rounding(errors) if self.calibration is not None else []
+            lacking = result.notes if trained or self.calibration is not None else ()
+            done = [*changes, *(quantization_changes(result.products) if self.calibration is not None else ())]
+            content: dict[str, Any] = {
+                "model": result.model,
+                "signature": signature,
+                "packing": packing_of(result.model),
+                "golden": pairs[: len(golden_sides)],
+                "layers": layer_records(model, result),
+                "passes": [_pass_entry(change) for change in done],
+                "measured": {"hardware": describe_hardware(), **self.measured, **self._figures(result, errors)},
+                "example": opened_for,
+            }
+            try:
+                return write_checked(self.path, content, pairs[len(golden_sides) :], [*notes, *rounding, *lacking])
+            except FallbackError as error:
+                if not set(plan.plan).intersection(error.reasons):
+                    raise
+                plan = plan.without(error.reasons)
+
+    def _figures(self, result: QuantizedOnnx, errors: Errors) -> dict[str, Any]:
+        """Return the share of multiply-adds in integers, and by how many standard deviations rounding moves the answer, by size."""
+        if not any(record.bits for record in result.products):
+            return {}
+        rounding = {f"{H}x{W}": round(error, 4) for (H, W), error in errors.items()} if self.calibration is not None else {}
+        return {COVERAGE: round(result.coverage, 4), **({ROUNDING: rounding} if rounding else {})}
+
+    def _plan(self, proto: onnx.ModelProto, trained: Plan, changes: Iterable[Change], opened_for: tuple[int, int, int]) -> QuantizationPlan:
+        """Return how the products of the graph are quantised."""
+        example = {"images": image_of(self.example, opened_for[1:])}
+        if self.calibration is None:
+            return planned(proto, trained, reasons_of(changes), example=example, half=bool(trained))
+        config = self.quantization or QuantizationConfig()
+        batches = [{"images": as_bytes(batch)} for batch in self.calibration]
+        return calibrate(proto, batches, min_sqnr_db=config.min_sqnr_db, keep=config.keep, example=example, half=True)
 
     def _signature(self, sizes: Sizes) -> Signature:
         """Return the signature with the sizes. Raises `ExportError` where the signature's `side` is not one of them."""

@@ -1,21 +1,19 @@
-"""Manifest entries of an exported model: a record for each layer and the packing of each weight."""
+"""Manifest entries of an exported model: a record for each product and the packing of each weight."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from muntin.artifact import LayerRecord
 from muntin.artifact.packing import BITS, value_range
-from muntin.compression import Change, QuantizedConv2d, QuantizedLinear
-from muntin.compression.rewrite import named
-from muntin.deployment.counting import PRODUCTS, UNPACKED, WEIGHTED, bias_count, is_half, layer_macs, weight_count
-from muntin.deployment.onnx_export import COMPUTE
+from muntin.compression import Change
+from muntin.graph.half import is_half
+from muntin.graph.records import ProductRecord, QuantizedOnnx
 
 
 def packing_of(proto: onnx.ModelProto) -> dict[str, Any]:
@@ -24,10 +22,8 @@ def packing_of(proto: onnx.ModelProto) -> dict[str, Any]:
     for initializer in proto.graph.initializer:
         if initializer.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and initializer.dims:
             packing[initializer.name] = _bits_for(onnx.numpy_helper.to_array(initializer))
-        elif initializer.data_type == onnx.TensorProto.FLOAT and np.prod(initializer.dims) > UNPACKED:
-            values = onnx.numpy_helper.to_array(initializer)
-            if np.abs(values).max() <= np.finfo(np.float16).max and np.array_equal(values, values.astype(np.float16).astype(np.float32)):
-                packing[initializer.name] = "f16"
+        elif initializer.data_type == onnx.TensorProto.FLOAT and is_half(onnx.numpy_helper.to_array(initializer)):
+            packing[initializer.name] = "f16"
     return packing
 
 
@@ -38,42 +34,41 @@ def _bits_for(values: NDArray[Any]) -> int:
     return next(bits for bits in BITS if low >= value_range(bits, signed)[0] and high <= value_range(bits, signed)[1])
 
 
-def layer_records(
-    model: nn.Module, example: Tensor, changes: Iterable[Change], proto: onnx.ModelProto, *, size: tuple[int, int]
-) -> list[LayerRecord]:
-    """Return a record for each layer with weights and each quantised product: bits and their reason, parameters, multiply-adds.
-
-    Multiply-adds are those of one image of `size` (H, W) with the example's channels. The 8 `weight_bits` of a product are those of its
-    second operand.
-    """
-    macs = layer_macs(model, example.new_zeros(1, example.shape[1], *size))
-    notes: dict[str, str] = {}
-    for change in changes:  # the first of several passes on a layer decided its bits and has the reason
-        if change.pass_ in ("qat", "mix", "quantize") and change.reason:
-            notes.setdefault(change.layer, change.reason)
-    records = []
-    for name, layer in named(model, *WEIGHTED):
-        is_integer = isinstance(layer, QuantizedLinear | QuantizedConv2d)
-        records.append(
-            LayerRecord(
-                name=name,
-                kind=type(layer).__name__.removeprefix("Quantized"),
-                weight_bits=layer.bits if isinstance(layer, QuantizedLinear | QuantizedConv2d) else 16 if is_half(layer.weight) else 32,
-                activation_bits=8 if is_integer else None,
-                parameters=weight_count(layer) + bias_count(layer),
-                macs=macs.get(name),
-                note=notes.get(name, ""),
-            )
+def layer_records(model: nn.Module, result: QuantizedOnnx) -> list[LayerRecord]:
+    """Return a record for each product of the graph. The kind of a layer is its class, that of another product its ONNX operator."""
+    kinds = {name: type(layer).__name__ for name, layer in model.named_modules() if not list(layer.children())}
+    return [
+        LayerRecord(
+            name=record.name,
+            kind=kinds.get(record.name.partition("/")[0], record.kind),
+            weight_bits=record.weight_bits,
+            activation_bits=record.bits,
+            parameters=record.parameters,
+            macs=record.macs,
+            note=record.reason,
         )
-    for name, product in named(model, *PRODUCTS):
-        kind = type(product).__name__.removeprefix("Quantized")
-        records.append(LayerRecord(name=name, kind=kind, weight_bits=8, activation_bits=8, macs=macs.get(name)))
-    nodes = [node.name for node in proto.graph.node if node.op_type in COMPUTE]
-    return [_deployed(record, nodes) for record in records]
+        for record in result.products
+    ]
 
 
-def _deployed(record: LayerRecord, nodes: Iterable[str]) -> LayerRecord:
-    """Mark a quantised layer without a node in the graph, such as an auxiliary head, as not deployed."""
-    if record.activation_bits is None or any(name == record.name or name.startswith(f"{record.name}/") for name in nodes):
-        return record
-    return record.model_copy(update={"activation_bits": None, "note": "not deployed: the answer does not depend on it"})
+def quantization_changes(products: Iterable[ProductRecord]) -> list[Change]:
+    """Return the manifest's entry of each product that calibration quantised or left in floats."""
+    return [
+        Change(
+            layer=record.name,
+            pass_="quantize",
+            done="kept" if record.bits is None else "W8A8" if record.parameters else "A8",
+            reason=record.reason,
+            sqnr_db=record.sqnr_db,
+        )
+        for record in products
+    ]
+
+
+def reasons_of(changes: Iterable[Change]) -> Mapping[str, str]:
+    """Return why layers stayed in floats, by name: the first of several passes on a layer decided."""
+    reasons: dict[str, str] = {}
+    for change in changes:
+        if change.pass_ in ("qat", "mix", "quantize") and change.reason:
+            reasons.setdefault(change.layer, change.reason)
+    return reasons

@@ -6,6 +6,7 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact
-from muntin.compression import Change, QuantizedConv2d, QuantizedLinear
-from muntin.compression.calibration import observe
+from muntin.compression import Change
 from muntin.compression.channels.slimming import apply_widths
 from muntin.compression.low_rank.factored_layers import factored_parameters, full_ranks
-from muntin.compression.quantization.observer import Observer
-from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.rewrite import named
+from muntin.deployment.capture.model_contract import as_bytes
 from muntin.deployment.counting import parameter_count
+from muntin.graph.deployed_inputs import quantized_inputs
+from muntin.graph.grids import ByteGrid, RangeObserver
 from muntin.runtime import Session
 
 WORST = 6
@@ -28,47 +29,49 @@ WORST = 6
 HISTOGRAM_BINS = 64
 
 
-def layer_rows(
-    artifact: Artifact, session: Session, model: nn.Module, changes: Iterable[Change], batches: Sequence[Tensor], *, macs: Mapping[str, int]
-) -> list[dict[str, Any]]:
-    """Return a row for each layer of an artefact. Costs two forward passes over the batches.
-
-    `model`: its PyTorch form. `batches`: calibration images, for the distribution of inputs. `macs`: multiply-adds by layer, for the
-    report's size.
-    """
-    executed: dict[str, str] = {layer.name: layer.precision for layer in session.layers() if layer.compute}
-    sqnr = {c.layer: c.sqnr_db for c in changes if c.pass_ == "quantize" and c.sqnr_db is not None and np.isfinite(c.sqnr_db)}
-    layers: dict[str, nn.Module] = dict(named(model, QuantizedLinear, QuantizedConv2d))
-    observers = {name: first for name, (first, _) in observe(model, layers, batches).items()} if layers else {}
-    worst = sorted((name for name in sqnr if name in observers), key=lambda name: sqnr[name])[:WORST]
+def layer_rows(artifact: Artifact, session: Session, batches: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Return a row for each layer of an artefact. `batches`: calibration images, whose values are observed in the deployed graph."""
+    executed = {layer.name: layer.precision for layer in session.layers() if layer.compute}
+    sqnr = {str(entry["layer"]): entry.get("sqnr_db") for entry in artifact.manifest.passes if entry.get("pass") == "quantize"}
+    inputs = quantized_inputs(artifact.model_bytes(), [{"images": as_bytes(batch)} for batch in batches])
+    measured = {name: value for name, value in sqnr.items() if isinstance(value, float) and name in inputs}
+    worst = sorted(measured, key=measured.__getitem__)[:WORST]
     rows = []
     for record in artifact.manifest.layers:
         row: dict[str, Any] = {
-            **record.model_dump(include={"name", "kind", "weight_bits", "activation_bits", "parameters", "note"}),
-            "macs": macs.get(record.name),
+            **record.model_dump(include={"name", "kind", "weight_bits", "activation_bits", "parameters", "macs", "note"}),
             "executed": executed.get(record.name),
             "sqnr_db": sqnr.get(record.name),
         }
-        if record.name in observers:
-            row["clipped"], histogram = _clipping(observers[record.name], layers[record.name].get_submodule("input"))
+        if record.name in inputs:
+            row["clipped"], histogram = _clipping(*inputs[record.name])
             if record.name in worst and histogram is not None:
                 row["histogram"] = histogram
         rows.append(row)
     return rows
 
 
-def _clipping(observer: Observer, grid: nn.Module) -> tuple[float | None, dict[str, Any] | None]:
-    """Return the share of values outside a grid and their histogram, or None for values that were not observed or are all equal."""
-    assert isinstance(grid, InputGrid)
-    if not observer.high > observer.low:
-        return (0.0 if observer.seen else None), None
-    low, high = grid.ends()
-    counts = observer.histogram.numpy()
-    step = (observer.high - observer.low) / len(counts)
-    centres = observer.low + (np.arange(len(counts)) + 0.5) * step
-    half = float(grid.scale) / 2
-    clipped = float(counts[(centres < low - half) | (centres > high + half)].sum() / max(1.0, counts.sum()))
-    coarse = counts.reshape(HISTOGRAM_BINS, -1).sum(1)
+def deployed_sizes(artifact: Artifact) -> dict[str, Any]:
+    """Return parameters, bytes of the weights and in all, and multiply-adds of an image of the artefact's size in 10^9."""
+    layers, tensors = artifact.manifest.layers, artifact.manifest.tensors.values()
+    return {
+        "params": sum(layer.parameters for layer in layers),
+        "weights": sum((math.prod(tensor.shape) * tensor.bits + 7) // 8 for tensor in tensors),
+        "bytes": artifact.bytes,
+        "gmacs": sum(layer.macs or 0 for layer in layers) / 1e9,
+    }
+
+
+def _clipping(observer: RangeObserver, grid: ByteGrid) -> tuple[float | None, dict[str, Any] | None]:
+    """Return the share of values outside a grid and their histogram, or None for values that are all equal."""
+    if observer.histogram is None or not observer.high > observer.low:
+        return 0.0, None
+    low, high = grid.ends
+    step = (observer.high - observer.low) / len(observer.histogram)
+    centres = observer.low + (np.arange(len(observer.histogram)) + 0.5) * step
+    outside = (centres < low - grid.scale / 2) | (centres > high + grid.scale / 2)
+    clipped = float(observer.histogram[outside].sum() / max(1.0, observer.histogram.sum()))
+    coarse = observer.histogram.reshape(HISTOGRAM_BINS, -1).sum(1)
     return clipped, {
         "low": observer.low,
         "high": observer.high,

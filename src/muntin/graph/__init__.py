@@ -4,6 +4,6 @@ float ONNX -> simplify -> products -> calibrate (ranges, histograms) -> plan -> 
 """
 
 from muntin.graph.onnx_file import quantize_onnx
-from muntin.graph.quantize import QuantizedOnnx
+from muntin.graph.records import QuantizedOnnx
 
 __all__ = ["QuantizedOnnx", "quantize_onnx"]

@@ -24,13 +24,8 @@ TAPPED_BYTES = 1 << 29
 """Bytes of the tensors that leave the graph at a time for their histograms."""
 
 
-def observe(
-    graph: Graph, tensors: Iterable[str], shaped: Iterable[str], batches: Sequence[Inputs]
-) -> tuple[dict[str, RangeObserver], Shapes]:
-    """Return an observer of each tensor over the batches, and the shapes of these tensors and of `shaped` in the last batch.
-
-    Raises ExportError where a tensor holds NaN or infinity.
-    """
+def observe(graph: Graph, tensors: Iterable[str], batches: Sequence[Inputs]) -> dict[str, RangeObserver]:
+    """Return an observer of each tensor over the batches. Raises ExportError where a tensor holds NaN or infinity."""
     names = list(dict.fromkeys(tensors))
     observers = {name: RangeObserver() for name in names}
     reduced = Graph(graph.proto())
@@ -38,9 +33,7 @@ def observe(
     for name, outputs in ends.items():
         for kind, output in zip(("ReduceMin", "ReduceMax"), outputs, strict=True):
             reduced.nodes.append(helper.make_node(kind, [name], [output], keepdims=0))
-    shapes = {name: f"{name}/shape" for name in dict.fromkeys((*names, *shaped))}
-    reduced.nodes += [helper.make_node("Shape", [name], [output]) for name, output in shapes.items()]
-    run = FloatRun(reduced.proto([name for pair in ends.values() for name in pair] + list(shapes.values())))
+    run = FloatRun(reduced.proto([name for pair in ends.values() for name in pair]))
     for batch in batches:
         values = run(batch)
         for name, (least, greatest) in ends.items():
@@ -48,15 +41,22 @@ def observe(
                 observers[name].see_range(float(values[least]), float(values[greatest]))
             except ValueError as error:
                 raise ExportError(f"tensor '{name}' holds NaN or infinity for a calibration batch: give other inputs") from error
-    values = run(batches[-1], list(shapes.values()))
-    sides = {name: tuple(int(side) for side in values[output]) for name, output in shapes.items()}
-    for group in _groups(names, sides):
+    for group in _groups(names, output_shapes(graph, names, batches[-1])):
         tapped = FloatRun(graph.proto(name for name in group if name not in graph.inputs))
         for batch in batches:
             seen = {**tapped(batch), **batch}
             for name in group:
                 observers[name].see_values(seen[name])
-    return observers, sides
+    return observers
+
+
+def output_shapes(graph: Graph, tensors: Iterable[str], inputs: Inputs) -> Shapes:
+    """Return the shapes of tensors for these inputs."""
+    shaped = Graph(graph.proto())
+    names = {name: f"{name}/shape" for name in dict.fromkeys(tensors)}
+    shaped.nodes += [helper.make_node("Shape", [name], [output]) for name, output in names.items()]
+    values = FloatRun(shaped.proto(names.values()))(inputs, list(names.values()))
+    return {name: tuple(int(side) for side in values[output]) for name, output in names.items()}
 
 
 def _groups(names: Iterable[str], shapes: Shapes) -> list[list[str]]:

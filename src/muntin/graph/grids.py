@@ -24,6 +24,11 @@ class ByteGrid:
     scale: float
     unsigned: bool
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest value."""
+        return (0.0, 255 * self.scale) if self.unsigned else (-128 * self.scale, 127 * self.scale)
+
     def zero_point(self) -> Array:
         """Zero, whose type is the range of q."""
         return np.zeros((), np.uint8 if self.unsigned else np.int8)

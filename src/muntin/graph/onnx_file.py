@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs
-from muntin.graph.quantize import MIN_SQNR_DB, QuantizedOnnx, quantize
+from muntin.graph.quantize import MIN_SQNR_DB, calibrate
+from muntin.graph.records import QuantizedOnnx
 
 NamedArrays = Mapping[str, NDArray[Any]] | NDArray[Any]
 """The inputs by name, or the only input."""
@@ -28,7 +29,7 @@ def quantize_onnx(
     """Return a float ONNX model in static INT8: 8-bit activations and weights (a scale for each output channel) around every product.
 
     `calibration`: batches of typical inputs: arrays by input name, or the array of the only input. `keep`: names of nodes that stay in
-    floats. `min_sqnr_db`: a product whose own rounding leaves less signal over noise in its output stays in floats.
+    floats, or of modules around them. `min_sqnr_db`: a product whose own rounding leaves less signal over noise stays in floats.
 
     The result is of opset 20 or later, with QuantizeLinear and DequantizeLinear nodes, for OpenVINO, ONNX Runtime and TensorRT. Batch norms
     are folded, constants computed. Takes seconds, and memory for the operands of one batch, half a GiB at a time.
@@ -40,7 +41,7 @@ def quantize_onnx(
     batches = [_named(batch, proto) for batch in ([calibration] if isinstance(calibration, np.ndarray) else calibration)]
     if not batches:
         raise ExportError("calibration is empty: give batches of typical inputs")
-    return quantize(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep)
+    return calibrate(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep).quantized()
 
 
 def read_float_model(model: onnx.ModelProto | Path | str) -> onnx.ModelProto:

@@ -12,8 +12,6 @@ from muntin.graph.onnx_graph import Array, Graph, attributes
 COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 OPAQUE = ("Attention", "Einsum", "GRU", "If", "LSTM", "Loop", "MultiHeadAttention", "RNN", "Scan")
 """Operators that may multiply inside, stay in floats and are not counted."""
-LONGEST_SOFTMAX = 24_000
-"""Entries over which a softmax is quantised: the sum of their products in integers has to fit into 32 bits."""
 _AXES = {"Conv": 0, "ConvTranspose": 1, "MatMul": -1}
 """Axis of the output channels of a weight."""
 
@@ -28,6 +26,16 @@ class GraphProduct:
     weight: str | None
     axis: int
     softmax: onnx.NodeProto | None = None
+
+    def parameters(self, graph: Graph) -> list[str]:
+        """Return its constants: the weight and the bias, of a MatMul that of the sum behind it."""
+        if self.weight is None:
+            return []
+        names = [self.weight, *self.node.input[2:]]
+        added = graph.only_reader(self.node.output[0]) if self.node.op_type == "MatMul" else None
+        if added is not None and added.op_type == "Add":
+            names += [name for name in added.input if name in graph.constants and graph.constants[name].ndim == 1]
+        return [name for name in names if name in graph.constants]
 
     def macs(self, graph: Graph, output_shape: tuple[int, ...], left_shape: tuple[int, ...]) -> int:
         """Return the multiply-adds of one run."""

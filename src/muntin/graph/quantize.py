@@ -1,4 +1,4 @@
-"""Static INT8 quantisation of a float graph by calibration; see the head of the package.
+"""Static quantisation of a float graph: to INT8 by calibration, or with trained scales; see the head of the package.
 
 A product stays in floats if engines have no integer kernel for it, if `keep` names it, or if its own rounding leaves less signal over noise
 than `min_sqnr_db`. Neither its name nor its position matters.
@@ -6,128 +6,137 @@ than `min_sqnr_db`. Neither its name nor its position matters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import onnx
 import onnx.version_converter
 
-from muntin.artifact.atomic_files import write_files
 from muntin.errors import ExportError
-from muntin.graph.calibration import Inputs, Shapes, measure, observe
+from muntin.graph.calibration import Inputs, measure, observe, output_shapes
+from muntin.graph.concats import clip_before_signed_quantizers
 from muntin.graph.grids import RangeObserver
+from muntin.graph.half import round_to_half
 from muntin.graph.insertion import Plan, ProductGrids, insert
 from muntin.graph.onnx_graph import Graph
 from muntin.graph.pixel_grid import align_with_pixels
-from muntin.graph.products import LONGEST_SOFTMAX, OPAQUE, GraphProduct, find_products, no_integer_form
+from muntin.graph.products import OPAQUE, GraphProduct, find_products, no_integer_form
+from muntin.graph.records import QuantizedOnnx, product_records
 from muntin.graph.simplify import simplify
 
 OPSET = 20
 """Opset of the written graph; an older model is converted."""
 MIN_SQNR_DB = 15.0
 """Signal over noise that a product's own rounding has to leave."""
-LOW_COVERAGE = 0.9
-"""Share of multiply-adds in integers below which `QuantizedOnnx.notes` names the largest of the others."""
-_NAMED = 3
-"""Products that a note names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProductRecord:
-    """Result of quantisation for one product.
+class QuantizationPlan:
+    """A simplified float graph, and how its products are quantised. Made by `calibrate` or `planned`.
 
-    `name`: of its node. `bits`: of both operands; None: floats. `parameters`: values of its weight. `macs`: multiply-adds for one row of
-    the last calibration batch. `sqnr_db`: signal over noise of its output when it alone is rounded. `reason`: why it stays in floats.
+    `reasons`: why a product stays in floats, by its name. `sqnr`: signal over noise in dB where it was measured. `example`: inputs for
+    which multiply-adds are counted. `half`: True to round weights that stay in floats to FP16.
     """
 
-    name: str
-    kind: str
-    bits: int | None
-    parameters: int
-    macs: int
-    sqnr_db: float | None
-    reason: str
+    graph: Graph
+    plan: Plan
+    reasons: Mapping[str, str]
+    sqnr: Mapping[str, float]
+    example: Inputs
+    half: bool
+
+    def without(self, reasons: Mapping[str, str]) -> QuantizationPlan:
+        """Return the plan with further products in floats, by name, with the reasons."""
+        plan = {name: grids for name, grids in self.plan.items() if name not in reasons}
+        return replace(self, plan=plan, reasons={**self.reasons, **reasons})
+
+    def quantized(self) -> QuantizedOnnx:
+        """Return the model with the quantisers, and a record of each product."""
+        graph = Graph(self.graph.proto())
+        products = find_products(graph)
+        ends = [name for product in products for name in (product.node.input[0], product.node.output[0])]
+        shapes = output_shapes(graph, ends, self.example)
+        if self.half:
+            round_to_half(graph, spared=[product.weight for product in products if product.name in self.plan and product.weight])
+        records = product_records(graph, products, self.plan, self.reasons, shapes, self.sqnr)
+        insert(graph, self.plan)
+        clip_before_signed_quantizers(graph)
+        graph.drop_unread()
+        opaque = tuple(sorted({node.op_type for node in graph.nodes if node.op_type in OPAQUE}))
+        return QuantizedOnnx(model=graph.proto(), products=records, opaque=opaque)
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizedOnnx:
-    """A quantised model. `products`: what multiplies in it, in the graph's order. `opaque`: operators inside which nothing is counted."""
+def calibrate(
+    model: onnx.ModelProto,
+    calibration: Sequence[Inputs],
+    *,
+    min_sqnr_db: float = MIN_SQNR_DB,
+    keep: Collection[str] = (),
+    example: Inputs | None = None,
+    half: bool = False,
+) -> QuantizationPlan:
+    """Return the plan of a float model in static W8A8.
 
-    model: onnx.ModelProto
-    products: tuple[ProductRecord, ...]
-    opaque: tuple[str, ...] = ()
-
-    @property
-    def coverage(self) -> float:
-        """Share of the multiply-adds in integers, 0 to 1. Products of two activations count."""
-        total = sum(record.macs for record in self.products)
-        return sum(record.macs for record in self.products if record.bits) / total if total else 1.0
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Lines for the user: the largest products in floats if less than `LOW_COVERAGE` is in integers; what is not counted."""
-        lines = []
-        if self.coverage < LOW_COVERAGE:
-            floats = sorted((record for record in self.products if not record.bits), key=lambda record: -record.macs)
-            total = sum(record.macs for record in self.products)
-            reasons = "; ".join(f"{record.name} ({record.macs / total:.0%}): {record.reason}" for record in floats[:_NAMED])
-            more = f"; and {len(floats) - _NAMED} more" if len(floats) > _NAMED else ""
-            lines.append(f"{self.coverage:.0%} of the multiply-adds are in integers. In floats: {reasons}{more}")
-        if self.opaque:
-            lines.append(f"{', '.join(self.opaque)}: what these compute stays in floats and is not counted")
-        return tuple(lines)
-
-    def save(self, path: Path | str) -> None:
-        """Write the ONNX file, whole or not at all. An existing one is replaced. Raises ExportError where it cannot be written."""
-        path = Path(path)
-        try:
-            write_files(path.parent, {path.name: self.model.SerializeToString()})
-        except OSError as error:
-            raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
-
-    def __repr__(self) -> str:
-        return f"<QuantizedOnnx: {len(self.products)} products, {self.coverage:.1%} of the multiply-adds in integers>"
-
-
-def quantize(
-    model: onnx.ModelProto, calibration: Sequence[Inputs], *, min_sqnr_db: float = MIN_SQNR_DB, keep: Collection[str] = ()
-) -> QuantizedOnnx:
-    """Return a float model in static W8A8. `calibration`: batches of named inputs. Raises ExportError as `quantize_onnx` does."""
-    graph = Graph(_recent(model))
-    simplify(graph)
+    `calibration`: batches of named inputs. `keep`: names of products, or of modules around them. `example`: by default one row of the last
+    batch. Raises ExportError as `quantize_onnx` does.
+    """
+    graph = simplified(model)
     products = find_products(graph)
     if not products:
         raise ExportError("the model holds no convolution and no matrix product: there is nothing to quantise")
-    if unknown := set(keep) - {product.name for product in products}:
-        raise ExportError(f"keep names {', '.join(sorted(unknown))}: no node that multiplies is called so in this model")
-    reasons = {product.name: "named in keep" for product in products if product.name in keep}
+    _check_kept(keep, products)
+    reasons = {product.name: "named in keep" for product in products if is_kept(product.name, keep)}
     reasons |= {product.name: reason for product in products if (reason := no_integer_form(graph, product))}
     free = [product for product in products if product.name not in reasons]
-    tensors = [name for product in free for name in product.activations.values()]
-    ends = [name for product in products for name in (product.node.input[0], product.node.output[0])]
-    observers, shapes = observe(graph, tensors, ends, calibration)
-    reasons |= {
-        product.name: f"a softmax over {shapes[product.node.input[0]][-1]:,} entries, of which integers take {LONGEST_SOFTMAX:,}"
-        for product in free
-        if product.softmax is not None and shapes[product.node.input[0]][-1] > LONGEST_SOFTMAX
-    }
-    free = [product for product in free if product.name not in reasons]
-    plan = align_with_pixels(graph, _calibrated(free, observers), free, {name: batch[:1] for name, batch in calibration[0].items()})
+    observers = observe(graph, [name for product in free for name in product.activations.values()], calibration)
+    plan = align_with_pixels(graph, _calibrated(free, observers), free, first_row(calibration[0]))
     sqnr = measure(graph, free, plan, calibration[0])
-    reasons |= {
+    noisy = {
         name: f"integers leave {value:.1f} dB of signal over noise in its output, less than {min_sqnr_db:g}"
         for name, value in sqnr.items()
         if value < min_sqnr_db
     }
-    plan = {name: grids for name, grids in plan.items() if name not in reasons}
-    rows = next((value.shape[0] for value in calibration[-1].values() if value.ndim), 1)
-    records = tuple(_record(graph, product, shapes, rows, sqnr.get(product.name), reasons.get(product.name, "")) for product in products)
-    insert(graph, plan)
-    graph.drop_unread()
-    opaque = tuple(sorted({node.op_type for node in graph.nodes if node.op_type in OPAQUE}))
-    return QuantizedOnnx(model=graph.proto(), products=records, opaque=opaque)
+    whole = QuantizationPlan(
+        graph=graph, plan=plan, reasons=reasons, sqnr=sqnr, example=example or first_row(calibration[-1]), half=half
+    )  # fmt: skip
+    return whole.without(noisy)
+
+
+def planned(model: onnx.ModelProto, plan: Plan, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> QuantizationPlan:
+    """Return the plan of a float model whose scales were trained; without a plan, of one in floats.
+
+    A product that a layer with a weight computes once more ("layer/2") has the layer's grids.
+    """
+    graph = simplified(model)
+    products = find_products(graph)
+    layers = {product.name: product.name.rpartition("/")[0] for product in products if product.weight is not None}
+    grids = {product.name: plan.get(product.name) or plan.get(layers.get(product.name, "")) for product in products}
+    used = {name: value for name, value in grids.items() if value is not None}
+    return QuantizationPlan(graph=graph, plan=used, reasons=reasons, sqnr={}, example=example, half=half)
+
+
+def is_kept(name: str, keep: Collection[str]) -> bool:
+    """Return True if `keep` names a product, the layer of a further product, or a module around it."""
+    return any(name == entry or name.startswith((f"{entry}.", f"{entry}/")) for entry in keep)
+
+
+def first_row(batch: Inputs) -> Inputs:
+    """Return the first row of each input of a batch; inputs without rows as they are."""
+    return {name: value[:1] if value.ndim else value for name, value in batch.items()}
+
+
+def simplified(model: onnx.ModelProto) -> Graph:
+    """Return a model's graph in the form that the quantiser reads. Raises ExportError for an opset that cannot be converted."""
+    graph = Graph(_recent(model))
+    simplify(graph)
+    return graph
+
+
+def _check_kept(keep: Collection[str], products: Sequence[GraphProduct]) -> None:
+    if unknown := [entry for entry in keep if not any(is_kept(product.name, (entry,)) for product in products)]:
+        names = ", ".join(product.name for product in products[:6])
+        more = ", ..." if len(products) > 6 else ""
+        raise ExportError(f"keep names {', '.join(unknown)}: no node that multiplies is called so in this model: it has {names}{more}")
 
 
 def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -142,7 +151,7 @@ def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(f"the model is of opset {opset}, and onnx cannot convert it to {OPSET}: {cause}: export it anew") from error
 
 
-def _calibrated(products: Sequence[GraphProduct], observers: dict[str, RangeObserver]) -> Plan:
+def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> Plan:
     return {
         product.name: ProductGrids(
             activations={index: observers[name].grid() for index, name in product.activations.items()},
@@ -150,17 +159,3 @@ def _calibrated(products: Sequence[GraphProduct], observers: dict[str, RangeObse
         )
         for product in products
     }
-
-
-def _record(graph: Graph, product: GraphProduct, shapes: Shapes, rows: int, sqnr_db: float | None, reason: str) -> ProductRecord:
-    weight = None if product.weight is None else graph.constants[product.weight]
-    left, out = shapes[product.node.input[0]], shapes[product.node.output[0]]
-    return ProductRecord(
-        name=product.name,
-        kind=product.node.op_type,
-        bits=None if reason else 8,
-        parameters=0 if weight is None else int(np.prod(weight.shape)),
-        macs=product.macs(graph, out, left) // rows,
-        sqnr_db=sqnr_db,
-        reason=reason,
-    )

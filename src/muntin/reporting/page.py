@@ -106,7 +106,7 @@ def panes(report: Report) -> list[Pane]:
     changes.append(Pane(label=text.capitalized(metric.name), figure=change, detail=text.from_to(metric(first.miou), metric(last.miou))))
     if report.agreement is not None:
         agreement = text.percent(report.agreement, 2)
-        changes.append(Pane(label="Agreement", figure=agreement, detail="of labels equal to the simulated model's"))
+        changes.append(Pane(label="Agreement", figure=agreement, detail="of labels equal to those of the step before"))
     return changes
 
 

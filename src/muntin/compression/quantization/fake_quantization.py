@@ -1,7 +1,5 @@
 """The arithmetic of quantisation: what PyTorch computes here equals what the runtime computes in integers.
 
-Two functions are custom operators, which an exporter finds whole and writes as QuantizeLinear / DequantizeLinear.
-
 Axes: O output channels; the scale of a weight has one entry for each.
 """
 
@@ -18,7 +16,6 @@ HALF_DB = 60.0
 """Signal over noise below which a weight stays in FP32. FP16 gives 73 dB unless values are out of its range."""
 
 
-@torch.library.custom_op("muntin::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Round `x` to the 8-bit grid scale · (q - zero_point), in the dtype of `x`. Ties go to even, as in ONNX's QuantizeLinear.
 
@@ -30,20 +27,9 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return q.sub_(offset).mul_(scale).to(x.dtype)
 
 
-@quantize_dequantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("muntin::dequantize_weight", mutates_args=())
 def dequantize_weight(q: Tensor, scale: Tensor, axis: int) -> Tensor:
     """int8 weight times its scale along `axis`, float32."""
     return q.to(torch.float32) * along(scale, q.ndim, axis)
-
-
-@dequantize_weight.register_fake
-def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(q, dtype=torch.float32)
 
 
 class _RoundToGrid(torch.autograd.Function):

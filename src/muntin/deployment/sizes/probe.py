@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature, Sizes
 from muntin.artifact.golden import golden_sizes
-from muntin.deployment.model_contract import Pairs, SizeError, pairs_at
+from muntin.deployment.capture.model_contract import Pairs, SizeError, pairs_at
 from muntin.deployment.sizes.requested import Size
 
 LARGEST = 1 << 20

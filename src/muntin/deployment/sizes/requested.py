@@ -8,15 +8,19 @@ from typing import Literal
 from pydantic import ValidationError
 
 from muntin.artifact import Sizes
+from muntin.artifact.manifest import Task
 from muntin.errors import ExportError
 
-RequestedSizes = Literal["any", "fixed"] | Mapping[str, int]
+RequestedSizes = Literal["any", "fixed", "widest"] | Mapping[str, int]
 Size = tuple[int, int]
 
 
 def requested_sizes(requested: RequestedSizes, example: Size) -> Sizes:
-    """Return the sizes of `export(sizes=...)`. Raises `ExportError` for other values, and for an example of a size that is not allowed."""
-    allowed = 'give "any", "fixed", or {"multiple": 32, "min": 64, "max": 1024}, each key optional'
+    """Return the sizes of `export(sizes=...)`, except for "widest".
+
+    Raises `ExportError` for other values, and for an example of a size that is not allowed.
+    """
+    allowed = 'give "any", "fixed", "widest", or {"multiple": 32, "min": 64, "max": 1024}, each key optional'
     if requested == "any":
         return Sizes()
     if requested == "fixed":
@@ -31,11 +35,14 @@ def requested_sizes(requested: RequestedSizes, example: Size) -> Sizes:
     return sizes
 
 
-def parse_sizes(text: str) -> RequestedSizes | None:
-    """Return the sizes of `--sizes`: any, fixed, or multiple=32,min=64,max=1024; None for widest. Raises `ExportError` for another text."""
-    if text == "widest":
-        return None
-    if text in ("any", "fixed"):
+def usual_sizes(task: Task) -> Literal["fixed", "widest"]:
+    """Return the sizes of an artefact for which none are given: "fixed" for a classifier, whose pictures are resized, else "widest"."""
+    return "fixed" if task == "classify" else "widest"
+
+
+def parse_sizes(text: str) -> RequestedSizes:
+    """Return the sizes of `--sizes`: any, fixed, widest, or multiple=32,min=64,max=1024. Raises `ExportError` for another text."""
+    if text in ("any", "fixed", "widest"):
         return text  # type: ignore[return-value]
     entries = [entry.partition("=") for entry in text.split(",")]
     if not all(key in ("multiple", "min", "max") and value.isdecimal() for key, _, value in entries):

@@ -1,8 +1,7 @@
 """Conversion of a PyTorch model to an ONNX graph for any engine: bytes of an image in, scores out.
 
 The graph takes uint8 `(B, H, W, C)` with free B; H and W are free unless the signature allows one only. Normalisation and layout are
-inside. Quantised layers become QuantizeLinear and DequantizeLinear around the integers, and each layer's product has the layer's name, by
-which it is found in an engine.
+inside. Each layer's product has the layer's name, by which it is found in an engine.
 
 Axes: B images, H W map, C channels.
 """
@@ -14,13 +13,12 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import partial
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnxscript import opset20 as op
@@ -28,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.artifact import Signature, Sizes
-from muntin.deployment.model_contract import SizeError, check_example, reason_of
-from muntin.deployment.shape_guards import check_bounds, check_conditions
+from muntin.deployment.capture.model_contract import SizeError, check_example, reason_of
+from muntin.deployment.capture.shape_guards import check_bounds, check_conditions
 from muntin.errors import ExportError
 
 OPSET = 20
@@ -51,14 +49,6 @@ class PixelInput(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.model(images.permute(0, 3, 1, 2).to(torch.float32))
         return scores.to(torch.float32)
-
-
-def _quantize_dequantize(x, scale, zero_point):  # type: ignore[no-untyped-def]  # ONNX Script reads this source
-    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
-
-
-def _dequantize_weight(q, scale, axis: int):  # type: ignore[no-untyped-def]
-    return op.DequantizeLinear(q, scale, axis=axis)
 
 
 def _floor_divide(a, b):  # type: ignore[no-untyped-def]
@@ -97,11 +87,7 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
                 opset_version=OPSET,
                 input_names=["images"],
                 output_names=["scores"],
-                custom_translation_table={
-                    torch.ops.muntin.quantize_dequantize.default: _quantize_dequantize,
-                    torch.ops.muntin.dequantize_weight.default: _dequantize_weight,
-                    operator.floordiv: _floor_divide,
-                },
+                custom_translation_table={operator.floordiv: _floor_divide},
                 verbose=False,
                 external_data=False,
             )
@@ -118,7 +104,6 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
     _whole_windows(proto)
-    _signed_concats(proto)
     return proto
 
 
@@ -212,11 +197,13 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
 def _name_layers(proto: onnx.ModelProto, canonical: Mapping[str, str]) -> None:
     """Give each layer's product the layer's dotted name, and further products of the layer a number after a `/`.
 
-    Only nodes are renamed, because names of values could clash.
+    The layer is that of the weight: a convolution into which the exporter folded a norm has the norm's scope. Only nodes are renamed,
+    because names of values could clash.
     """
     uses: dict[str, int] = {}
     for node in proto.graph.node:
-        scope = _scope(node)
+        layer = node.input[1].removesuffix(".weight").removeprefix("model.") if node.op_type in COMPUTE else ""
+        scope = layer if layer in canonical else _scope(node)
         scope = canonical.get(scope, scope)
         if node.op_type in COMPUTE and scope:
             uses[scope] = uses.get(scope, 0) + 1
@@ -246,43 +233,6 @@ def _whole_windows(proto: onnx.ModelProto) -> None:
         attributes |= {"count_include_pad": 0} if node.op_type == "AveragePool" else {}
         del node.attribute[:]
         node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.items())
-
-
-def _signed_concats(proto: onnx.ModelProto) -> None:
-    """Insert a clip before each signed quantiser of concatenated maps that feeds a convolution. It changes no integer.
-
-    OpenVINO 2026.4 moves such a quantiser before the Concat, computes in unsigned integers there and loses half of the range. A clip to
-    just inside the outermost steps (-127.51 rounds to -128) keeps it behind the Concat, which then joins floats.
-    """
-    constants = {entry.name: entry for entry in proto.graph.initializer}
-    producers = {output: node for node in proto.graph.node for output in node.output}
-    convolved = {node.input[0] for node in proto.graph.node if node.op_type in ("Conv", "ConvTranspose")}
-    quantized = {node.input[0] for node in proto.graph.node if node.op_type == "DequantizeLinear" and node.output[0] in convolved}
-    for index, node in reversed(list(enumerate(proto.graph.node))):
-        if (
-            node.op_type != "QuantizeLinear"
-            or node.output[0] not in quantized
-            or not _is_concat(producers.get(node.input[0]), producers, constants)
-        ):
-            continue
-        scale, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:3])
-        if zero.dtype != np.int8:
-            continue
-        names = [f"{node.output[0]}/{end}" for end in ("low", "high", "clipped")]
-        ends = [scale * (end - zero.astype(np.float32)) for end in (-127.51, 126.51)]
-        proto.graph.initializer.extend(
-            onnx.numpy_helper.from_array(np.asarray(end, np.float32), name) for end, name in zip(ends, names, strict=False)
-        )
-        proto.graph.node.insert(index, onnx.helper.make_node("Clip", [node.input[0], *names[:2]], [names[2]]))
-        node.input[0] = names[2]
-
-
-def _is_concat(node: onnx.NodeProto | None, producers: Mapping[str, onnx.NodeProto], constants: Container[str]) -> bool:
-    """Return True for a Concat, or one followed by sums and products with constants, as in a norm."""
-    while node is not None and node.op_type in ("Add", "Sub", "Mul", "Div", "BatchNormalization"):
-        variable = [name for name in node.input if name not in constants]
-        node = producers.get(variable[0]) if len(variable) == 1 else None
-    return node is not None and node.op_type == "Concat"
 
 
 def _scope(node: onnx.NodeProto) -> str:

@@ -1,4 +1,4 @@
-"""Checks of a PyTorch model's answers: maps of the image's size, independent of the batch, and equal after muntin's rewriting.
+"""Checks of a PyTorch model's answers: maps of the image's size, independent of the batch, and equal after norms are folded.
 
 Axes: B images, H W map, C channels.
 """
@@ -6,8 +6,7 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from statistics import median
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -25,10 +24,6 @@ Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
 FAR_OFF = 0.25
 """Root mean square error, in standard deviations, above which integers at further sizes come from another branch of the graph. Rounding
 reaches 0.08 in a model with little training."""
-NOTHING = 1.0
-"""Root mean square error, in standard deviations, of an answer that is no better than the mean of all answers."""
-ELSEWHERE = 4
-"""Allowed ratio of the largest to the median error of integers over sizes."""
 STEADY = 1e-4
 """Root mean square difference, in standard deviations, allowed between two answers to one image."""
 FOLDED = 0.01
@@ -78,12 +73,22 @@ def mean_error(scores: NDArray[np.float32], due: NDArray[np.float32]) -> float:
 
 def pairs_at(model: nn.Module, example: Tensor, sizes: Iterable[tuple[int, int]]) -> Pairs:
     """Return images of the sizes, cut from the example's first one (repeated where it is smaller), and the model's answers."""
-    images = [_pixels(_cut(example[0], *size)) for size in sizes]
-    return [(np.ascontiguousarray(x_BCHW.permute(0, 2, 3, 1).numpy()), answer_to(model, x_BCHW).numpy()) for x_BCHW in images]
+    images = [image_of(example, size) for size in sizes]
+    return [(x_BHWC, answer_to(model, torch.from_numpy(x_BHWC).permute(0, 3, 1, 2)).numpy()) for x_BHWC in images]
 
 
-def _pixels(image_CHW: Tensor) -> Tensor:
-    return image_CHW[None].to(torch.float32).round().clamp(0, 255).to(torch.uint8)
+def image_of(example: Tensor, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return an image (1, H, W, C) of a size, cut from the example's first one, which is repeated where it is smaller."""
+    return as_bytes(_cut(example[0], *size)[None])
+
+
+def as_bytes(images_BCHW: Tensor) -> NDArray[np.uint8]:
+    """Return raw pixels as an artefact takes them, uint8 (B, H, W, C)."""
+    return np.ascontiguousarray(_pixels(images_BCHW).permute(0, 2, 3, 1).numpy())
+
+
+def _pixels(images_BCHW: Tensor) -> Tensor:
+    return images_BCHW.to(torch.float32).round().clamp(0, 255).to(torch.uint8)
 
 
 def _cut(image_CHW: Tensor, rows: int, columns: int) -> Tensor:
@@ -112,46 +117,33 @@ def check_example(model: nn.Module, example: Tensor, signature: Signature) -> No
         )
 
 
-def check_answers(model: nn.Module, untouched: Pairs, golden: Pairs, others: Pairs, *, quantized: bool) -> list[str]:
-    """Raise `ExportError` where a rewritten model answers otherwise, by its batch, or by its earlier images. Return notes.
+def check_independence(model: nn.Module, pairs: Pairs) -> None:
+    """Raise `ExportError` where a model's answer to an image depends on earlier ones, or on the others of its batch.
 
-    `untouched`: pairs from before the rewriting, of the sizes of `golden` and `others`. A model that draws random numbers passes here; it
-    is refused when engines are compared.
+    `pairs`: images and the model's answers. A model that draws random numbers passes; it is refused when its graph is compared.
     """
-    if _is_steady(model, golden):
-        notes = _check_rewritten(untouched, [*golden, *others], quantized=quantized)
-        _check_batch(model, golden)
-        return notes
-    if (buffer := _changed_buffer(model, golden)) is not None:
+    if _is_steady(model, pairs):
+        _check_batch(model, pairs)
+    elif (buffer := _changed_buffer(model, pairs)) is not None:
         raise ExportError(
             f"the model changes its buffer '{buffer}' with each image, and answers by it: an artefact keeps nothing of an image: "
             "leave it as it is in eval mode, as batch norms do"
         )
-    return []
 
 
-def _check_rewritten(untouched: Pairs, rewritten: Pairs, *, quantized: bool) -> list[str]:
-    """Raise `ExportError` where a rewritten model answers differently. Return a note where integers cause a large error at some size.
-
-    Folded models may differ by `FOLDED`; integers by `NOTHING`, or by `ELSEWHERE` times their median error if that is larger.
-    """
-    expected = {images.shape: scores for images, scores in untouched}
-    spread = max(float(scores.std()) for scores in expected.values()) or 1.0
-    errors = {images.shape: mean_error(scores, expected[images.shape]) / spread for images, scores in rewritten}
-    allowed = max(NOTHING, ELSEWHERE * median(errors.values())) if quantized else FOLDED
-    (_, H, W, _), worst = max(errors.items(), key=lambda entry: entry[1])
-    if not worst <= allowed:
+def check_folded(model: nn.Module, due: Pairs, errors: Mapping[tuple[int, int], float]) -> None:
+    """Raise `SizeError` where a graph's error comes from folding norms. `model`: folded. `due`: pairs from before. `errors`: by size."""
+    (H, W), worst = max(errors.items(), key=lambda entry: entry[1])
+    if worst <= FOLDED:
+        return
+    images_BHWC, expected = next(pair for pair in due if pair[0].shape[1:3] == (H, W))
+    spread = max(float(scores.std()) for _, scores in due) or 1.0
+    error = mean_error(answer_to(model, torch.from_numpy(images_BHWC).permute(0, 3, 1, 2)).numpy(), expected) / spread
+    if not error <= FOLDED:
         raise SizeError(
-            f"{'in integers' if quantized else 'with its norms folded'} the model answers otherwise, by {worst:.2g} standard deviations in "
-            f"the mean on an image of {H} x {W} (allowed: {allowed:.2g}): a layer does more than its weights say, at this size perhaps, or "
-            "is used where muntin does not see it" + (": name it in quantization.keep" if quantized else "")
+            f"with its norms folded the model answers otherwise, by {error:.2g} standard deviations in the mean on an image of {H} x {W} "
+            f"(allowed: {FOLDED:g}): a layer does more than its weights say, at this size perhaps, or is used where muntin does not see it"
         )
-    if not quantized or worst <= FAR_OFF:
-        return []
-    return [
-        f"integers move the answer to an image of {H} x {W} by {worst:.2g} standard deviations in the mean: look at the scores, and where "
-        "other sizes come out better, calibrate with images of such sizes, too"
-    ]
 
 
 def _smallest(pairs: Pairs) -> tuple[Tensor, NDArray[np.float32]]:
@@ -185,7 +177,7 @@ def check_copy(original: nn.Module, example: Tensor) -> None:
     except MuntinError:
         return
     for size in (min(golden_sizes(*example.shape[2:]), key=math.prod), example.shape[2:]):  # the second for a model of one size
-        images_BCHW = _pixels(_cut(example[0], *size))
+        images_BCHW = _pixels(_cut(example[0], *size)[None])
         copied_model = eager_copy(original)  # before the call, which may change the state of the model
         own = _plain_answer(original, images_BCHW)
         if own is not None:

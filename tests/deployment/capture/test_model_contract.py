@@ -15,8 +15,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 import muntin
 from muntin.artifact.golden import GOLDEN_SIDE, golden_sizes
 from muntin.deployment import infer_signature
+from muntin.deployment.capture.model_contract import check_copy, pairs_at
 from muntin.deployment.engine_check import FLOAT_LIMITS
-from muntin.deployment.model_contract import check_copy, pairs_at
 from muntin.models import DividedSides
 from muntin.runtime import load
 from muntin.runtime.verification.artifact import replay
@@ -104,29 +104,13 @@ def test_hooks_and_subclasses_of_layers(build: type[nn.Module], pixels: Any, pic
     model = build(run, stem=nn.Conv2d(3, 32, 3, padding=1), down=PadsOddSides(32, 32, 2, 2), head=nn.Conv2d(32, 4, 1)).eval()
     model.stem.register_forward_hook(lambda layer, inputs, output: output * torch.linspace(-2, 2, 32).reshape(1, -1, 1, 1))
     artifact = muntin.export(model, pixels(1, 3, 64, 64), tmp_path / "a", calibration=[pixels(2, 3, 64, 64)])
-    assert [layer.activation_bits for layer in artifact.manifest.layers] == [8, None, 8]
+    assert [layer.activation_bits for layer in artifact.manifest.layers] == [8, 8, 8]  # the graph shows what the hook and the subclass do
     for size in ((64, 64), (41, 57)):
         images = pictures(1, *size, 3)
         with torch.inference_mode():
             due = model(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
         error = muntin.load(artifact.path, precision="f32", threads=1)(images) - due
         assert np.sqrt(np.square(error).mean()) < 0.05 * due.std()
-
-
-def test_quantisation_error_at_some_sizes(
-    build: type[nn.Module], pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Any
-) -> None:
-    """Where the convolution is asked nothing and taken for a usual one."""
-    monkeypatch.setattr("muntin.compression.quantization.preparation.computes_as_usual", lambda layer, x: True)
-    model = build(
-        lambda m, x: m.head(F.interpolate(m.down(torch.relu(m.stem(x / 60 - 2))), x.shape[2:])),
-        stem=nn.Conv2d(3, 32, 3, padding=1),
-        down=PadsOddSides(32, 32, 2, 2, padding=1),
-        head=nn.Conv2d(32, 4, 1),
-    )
-    model.down.forward = lambda x: F.conv2d(x, model.down.weight, model.down.bias, 2, 1) * (1 - 2 * (x.shape[2] % 2))
-    message = refused(model, example := pixels(1, 3, 64, 64), tmp_path, calibration=[example])
-    assert re.search(r"in integers the model answers otherwise, by .* on an image of 31 x 43 .*: name it in quantization.keep", message)
 
 
 def test_note_on_integers_at_uncalibrated_sizes(build: type[nn.Module], pixels: Any, tmp_path: Path) -> None:
@@ -142,7 +126,7 @@ def test_note_on_integers_at_uncalibrated_sizes(build: type[nn.Module], pixels: 
     for name, calibration in (("small", [example]), ("both", [example, pixels(1, 3, 256, 256)]), ("floats", None)):
         notes[name] = muntin.export(model, example, tmp_path / name, calibration=calibration).manifest.measured["notes"]
     (note,) = notes["small"]
-    assert re.match(r"integers move the answer to an image of 256 x 256 by 0\.\d+ standard deviations in the mean", note)
+    assert re.match(r"rounding to integers moves the answer to an image of 256 x 256 by 0\.\d+ standard deviations in the mean", note)
     assert notes["both"] == notes["floats"] == []
 
 
@@ -243,7 +227,7 @@ def test_quantisation_keeps_layer_types_that_code_asks_for(pixels: Any, tmp_path
         due = model(images.float()).numpy()
     found = load(artifact.path, precision="f32")(images.permute(0, 2, 3, 1).to(torch.uint8).numpy())
     assert np.sqrt(np.square(found - due).mean()) < 0.05 * due.std()
-    assert {record.name for record in artifact.manifest.layers if record.activation_bits} == {"stem", "last"}
+    assert {record.name for record in artifact.manifest.layers if record.activation_bits} == {"stem", "layers.0", "layers.2", "last"}
 
 
 @pytest.mark.parametrize(("height", "width"), [(200, 64), (40, 300), (7, 9), (1, 1)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -19,10 +18,12 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.compression import quantize
+from muntin.deployment.capture.model_contract import answer_to
+from muntin.deployment.capture.onnx_export import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
+from muntin.deployment.capture.trained_plan import take_plan
 from muntin.deployment.export import export
-from muntin.deployment.model_contract import answer_to
-from muntin.deployment.onnx_export import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
 from muntin.errors import ExportError
+from muntin.graph.quantize import planned
 from muntin.runtime import load
 
 
@@ -66,19 +67,12 @@ def awkward(build: type[nn.Module]) -> nn.Module:
     return build(run, **parts, add=nn.Linear(8, 8, bias=False), images=nn.Conv2d(8, 4, 1)).eval()
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_node_names_of_layers(
-    awkward: nn.Module, quantized: bool, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]
-) -> None:
-    model = awkward
-    if quantized:
-        model = copy.deepcopy(awkward)
-        quantize([pixels(1, 3, 32, 32)])(model)
-    proto = to_onnx(model, pixels(1, 3, 32, 32), signature(4))
+def test_node_names_of_layers(awkward: nn.Module, pixels: Callable[..., Tensor], pictures: Callable[..., np.ndarray]) -> None:
+    proto = to_onnx(awkward, pixels(1, 3, 32, 32), signature(4))
     onnx.checker.check_model(proto, full_check=True)  # every value has one name
     assert list(products(proto)) == ["scores", "model", "model/2", "model/3", "linear", "add", "images"]
     images = pictures(2, 21, 34, 3)
-    np.testing.assert_allclose(run(proto, images), torch_answer(model, images), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(proto, images), torch_answer(awkward, images), rtol=1e-4, atol=1e-5)
 
 
 def test_graph_inputs_and_outputs(awkward: nn.Module, pixels: Callable[..., Tensor]) -> None:
@@ -99,7 +93,10 @@ def test_nodes_of_quantised_layers(build: type[nn.Module], pixels: Callable[...,
     model = build(run, conv=nn.Conv2d(3, 8, 3, groups=1), linear=nn.Linear(8, 4))
     quantize([pixels(1, 3, 32, 32)])(model)
     model.run = lambda m, x: F.pad(run(m, x), (1, 1, 1, 1))  # type: ignore[assignment]  # back to the size of the input
-    proto = to_onnx(model, pixels(1, 3, 32, 32), signature(4))
+    plan = take_plan(model)
+    captured = to_onnx(model, pixels(1, 3, 32, 32), signature(4))
+    example = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
+    proto = planned(captured, plan, {}, example=example, half=True).quantized().model
     made = {output: node for node in proto.graph.node for output in node.output}
     weights = {item.name: item for item in proto.graph.initializer}
     for name, (_, shape) in {"conv": (0, (8, 3, 3, 3)), "linear": (1, (8, 4))}.items():
@@ -181,7 +178,7 @@ POOLS = {
 
 
 def answers_as_its_model_at_every_size(model: nn.Module, pixels: Callable[..., Tensor], path: Path) -> None:
-    export(model, pixels(1, 3, 64, 64), path)
+    export(model, pixels(1, 3, 64, 64), path, sizes="any")
     sessions = [load(path, precision="f32", shapes=(), cache=False, dynamic=dynamic) for dynamic in (False, True)]
     sessions.append(load(path, engine="onnxruntime", shapes=()))
     for height, width in ((1, 1), (2, 9), (5, 64), (64, 3), (33, 31)):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import Sizes
-from muntin.deployment.model_contract import SizeError, answer_to, mean_error, reason_of
+from muntin.deployment.capture.model_contract import SizeError, answer_to, mean_error, reason_of
 from muntin.errors import ExportError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.session import Shape
