@@ -51,7 +51,7 @@ def export_command(
         str | None, typer.Option(help="Of a model: side of its pictures, or HEIGHTxWIDTH, in pixels; by default the model's own.")
     ] = None,
     classes: Annotated[str | None, typer.Option(help="Of a model: file with a class's name on each line, or how many classes.")] = None,
-    channels: Annotated[int | None, typer.Option(min=1, max=16, help="Of a model: channels of its pictures.")] = None,
+    channels: Annotated[int | None, typer.Option(help="Of a model: channels of its pictures.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="Of a model: mean of each channel in its training, of pixels from 0 to 1: 0.485,0.456,0.406.")
     ] = None,

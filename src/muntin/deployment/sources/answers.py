@@ -12,7 +12,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from muntin.deployment.sources.source_model import Size, SourceModel
+from muntin.deployment.sizes.requested import Size
+from muntin.deployment.sources.source_model import SourceModel
 from muntin.errors import ExportError
 from muntin.models.foreign import ForeignModel
 
@@ -21,7 +22,7 @@ _ENTRIES = ("out", "logits")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class AnswerLayout:
     """Scores of one image. `entry`: their name in the dictionary that the model returns. `size`: of the map; None for a classifier."""
 
     entry: str | None
@@ -41,14 +42,14 @@ def refuse_free_form(source: str, description: str) -> NoReturn:
     )
 
 
-def read_answer(source: str, answer: Any) -> Answer:
+def read_answer(source: str, answer: Any) -> AnswerLayout:
     """Return where the scores are in the answer to one image. Raises `ExportError` for an answer that is no scores of classes."""
     entry = next((name for name in _ENTRIES if name in answer), None) if isinstance(answer, Mapping) else None
     scores = answer if entry is None else answer[entry]
     if not isinstance(scores, Tensor) or scores.ndim not in (2, 4):
         refuse_free_form(source, f"returns {_described(answer)}")
     size = None if scores.ndim == 2 else (int(scores.shape[2]), int(scores.shape[3]))
-    return Answer(entry=entry, outputs=int(scores.shape[1]), size=size)
+    return AnswerLayout(entry=entry, outputs=int(scores.shape[1]), size=size)
 
 
 def _described(answer: Any) -> str:
@@ -79,7 +80,7 @@ class PlainScores(nn.Module):
         return torch.cat([-scores, scores], 1) if self.single else scores
 
 
-def wrap(opened: SourceModel, answer: Answer) -> nn.Module:
+def wrap(opened: SourceModel, answer: AnswerLayout) -> nn.Module:
     """Return the model with muntin's interface: raw pixels 0-255 (B, C, H, W) in, scores (B, K) or (B, K, H, W) out."""
     model, single = opened.model, answer.outputs == 1
     if opened.bgr or single or answer.entry is not None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from muntin.data.classes import list_some
+from muntin.deployment.sizes.requested import Size
 from muntin.deployment.sources.answers import refuse_free_form
 from muntin.deployment.sources.packages import ASSUMED_SIZE
-from muntin.deployment.sources.source_model import DEFAULT_SIZE, LoadedWeights, Request, Size, SourceModel, Statistics
+from muntin.deployment.sources.source_model import DEFAULT_SIZE, ChannelStatistics, LoadedWeights, Request, SourceModel
+from muntin.deployment.sources.weights import read_tensors
 from muntin.errors import DependencyError, RecipeError
 from muntin.models.foreign import for_channels
 
@@ -68,23 +70,32 @@ def open_hugging_face(name: str, request: Request) -> SourceModel:
 
 
 def _build(kind: Any, config: Any, folder: Path, request: Request) -> tuple[Any, LoadedWeights | None, list[str]]:
-    """Return the model, and what was loaded from the folder, with notes on the tensors that were not."""
-    if request.weights is not None or not any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
-        others = sorted(path.name for path in folder.glob("pytorch_model*.bin")) if request.weights is None else []
-        notes = [f"{others[0]} was not read: give it by --weights"] if others else []
-        return kind(config), None, notes
+    """Return the model, what was loaded into it from the user's file or the folder, and notes.
+
+    transformers loads both, because its files may name the tensors otherwise than its models do.
+    """
+    options: dict[str, Any] = {"config": config, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = kind.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        if request.weights is not None:
+            file = request.weights
+            model, info = kind.from_pretrained(None, state_dict=read_tensors(file), **options)
+        elif any((folder / name).is_file() for name in (WEIGHTS, f"{WEIGHTS}.index.json")):
+            file = folder / WEIGHTS
+            model, info = kind.from_pretrained(folder, use_safetensors=True, **options)
+        else:
+            others = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+            return kind(config), None, [f"{others[0]} was not read: give it by --weights"] if others else []
     except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{folder / WEIGHTS}: {' '.join(str(error).split())[:300]}") from error
-    missing, unexpected = sorted(info["missing_keys"]), tuple(sorted(info["unexpected_keys"]))
-    if missing:
-        total = len(model.state_dict())
+        raise RecipeError(f"{folder}: {' '.join(str(error).split())[:300]}") from error
+    total = len(model.state_dict())
+    if missing := sorted(info["missing_keys"]):
         raise RecipeError(
-            f"{folder / WEIGHTS}: {len(missing)} of the {total} tensors of {kind.__name__} are missing ({list_some(missing, 3)}): name the "
-            f"class that the weights are of under `architectures` in {CONFIG}"
+            f"weights {file}: {len(missing)} of the {total} tensors of {kind.__name__} are missing ({list_some(missing, 3)}): give weights "
+            f"that were saved of this class, or name theirs under `architectures` in {folder / CONFIG}"
         )
-    return model, LoadedWeights(path=folder / WEIGHTS, tensors=len(model.state_dict()), left_out=unexpected), []
+    if wrong := sorted(f"{key} is {tuple(stored)} and in the model {tuple(own)}" for key, stored, own in info["mismatched_keys"]):
+        raise RecipeError(f"weights {file}: {list_some(wrong, 3)}: give the {CONFIG} that was saved with the weights")
+    return model, LoadedWeights(path=file, tensors=total, left_out=tuple(sorted(info["unexpected_keys"]))), []
 
 
 def _processor(folder: Path) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def _processor(folder: Path) -> dict[str, Any]:
     return nested if isinstance(nested, dict) else content
 
 
-def _statistics(folder: Path, processor: dict[str, Any], channels: int, *, given: bool) -> tuple[Statistics, Statistics]:
+def _statistics(folder: Path, processor: dict[str, Any], channels: int, *, given: bool) -> tuple[ChannelStatistics, ChannelStatistics]:
     """Mean and standard deviation of pixels from 0 to 1, by what the processor multiplies them with before it normalises them."""
     if not processor and not given:
         raise RecipeError(f"{folder} has no {_PROCESSORS[0]}, so how the pixels are normalised is not known: give --mean and --std")
@@ -103,7 +114,7 @@ def _statistics(folder: Path, processor: dict[str, Any], channels: int, *, given
     mean, std = (processor.get(key) if normalised else None for key in ("image_mean", "image_std"))
     scale = 255 * float(processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1)
 
-    def scaled(values: Any, default: float) -> Statistics:
+    def scaled(values: Any, default: float) -> ChannelStatistics:
         listed = [default] if values is None else values if isinstance(values, list) else [values]
         return tuple(value / scale for value in for_channels(listed, channels))
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.data.classes import ClassSpec, class_infos
-from muntin.deployment.sources.answers import Answer, read_answer, wrap
+from muntin.deployment.sizes.requested import Size
+from muntin.deployment.sources.answers import AnswerLayout, read_answer, wrap
 from muntin.deployment.sources.hugging_face import open_hugging_face
 from muntin.deployment.sources.packages import open_factory, open_smp, open_timm, open_torchvision
 from muntin.deployment.sources.pictures import calibration_pictures
-from muntin.deployment.sources.source_model import LoadedWeights, Request, Size, SourceModel, Statistics
+from muntin.deployment.sources.source_model import ChannelStatistics, LoadedWeights, Request, SourceModel
 from muntin.deployment.sources.weights import load_file
 from muntin.errors import DataError, RecipeError
 
@@ -92,17 +93,17 @@ def open_model(
     names = None if classes is None or isinstance(classes, int) else tuple(classes)
     request = Request(
         classes=_checked_number("classes", classes if isinstance(classes, int) else None if names is None else len(names), 65535),
-        channels=_checked_number("channels", channels if channels or not statistics else len(statistics[0]), 16),
+        channels=_checked_number("channels", channels or _count(statistics), 16),
         size=_checked_size(size), normalised=statistics is not None, weights=file,
     )  # fmt: skip
     opener = OPENERS.get(kind)
     opened = open_factory(source, request) if opener is None else opener(name, request)
-    if file is not None:
+    if file is not None and opened.weights is None:
         opened = replace(opened, weights=load_file(opened.model, file, unused=opened.unused))
     if statistics is not None:
-        if len(statistics[0]) not in (1, opened.channels):
-            raise RecipeError(f"{len(statistics[0])} values of mean and std, and '{source}' takes {opened.channels} channels: give as many")
-        mean_C, std_C = (values * (opened.channels // len(values)) for values in statistics)
+        if _count(statistics) not in (None, opened.channels):
+            raise RecipeError(f"{_count(statistics)} values of mean or std, and '{source}' takes {opened.channels} channels: give as many")
+        mean_C, std_C = (values if len(values) > 1 else values * opened.channels for values in statistics)
         opened = replace(opened, mean=mean_C, std=std_C)
     answer = read_answer(source, _answer(source, opened))
     model = wrap(opened, answer).eval()
@@ -127,7 +128,7 @@ def _answer(source: str, opened: SourceModel) -> object:
     return answer
 
 
-def _signature(source: str, opened: SourceModel, answer: Answer, names: tuple[str, ...] | None) -> Signature:
+def _signature(source: str, opened: SourceModel, answer: AnswerLayout, names: tuple[str, ...] | None) -> Signature:
     """Return task and classes. Raises `RecipeError` for another number of names than the model has classes."""
     count = max(2, answer.outputs)  # of one score, two classes are made
     if names is not None and len(names) != count:
@@ -155,7 +156,7 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
 def _weight_notes(weights: LoadedWeights | None) -> list[str]:
     if weights is None:
         return ["the weights are random: give a file of weights for answers that mean something"]
-    notes = [f"{weights.path.name}: {weights.tensors} tensors loaded, all that the model has"]
+    notes = [f"{weights.path.name}: all {weights.tensors} tensors of the model are from it"]
     if weights.left_out:
         notes.append(
             f"{weights.path.name}: {len(weights.left_out)} tensors are not in the model and were left out ({weights.left_out[0]}, ...)"
@@ -163,7 +164,7 @@ def _weight_notes(weights: LoadedWeights | None) -> list[str]:
     return notes
 
 
-def _picture_notes(opened: SourceModel, answer: Answer) -> list[str]:
+def _picture_notes(opened: SourceModel, answer: AnswerLayout) -> list[str]:
     height, width = opened.size
     normalised = "are not normalised: the model takes 0 to 255"
     if opened.mean:
@@ -180,15 +181,21 @@ def _picture_notes(opened: SourceModel, answer: Answer) -> list[str]:
 
 def _given_statistics(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int | None
-) -> tuple[Statistics, Statistics] | None:
+) -> tuple[ChannelStatistics, ChannelStatistics] | None:
     """Return the mean and standard deviation that the user gave. Raises `RecipeError` for values that are not allowed."""
     if mean is None and std is None:
         return None
-    if mean is None or std is None or len(mean) != len(std) or len(mean) not in (1, channels or len(mean)) or not mean:
-        raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give both, one value for each channel")
+    if mean is None or std is None or not mean or not std or len({len(mean), len(std), channels or 1} - {1}) > 1:
+        raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give both, with one value, or one for each channel")
     if not all(0 <= value <= 1 for value in mean) or not all(value > 0 and math.isfinite(value) for value in std):
         raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give those of pixels from 0 to 1; divide others by 255")
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def _count(statistics: tuple[ChannelStatistics, ChannelStatistics] | None) -> int | None:
+    """Return how many channels a mean and standard deviation are for; None if they are for any number."""
+    count = 1 if statistics is None else max(map(len, statistics))
+    return count if count > 1 else None
 
 
 def _listed(values: Sequence[float] | None) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any
 
 from torch import nn
 
-from muntin.deployment.sources.source_model import DEFAULT_SIZE, Request, Size, SourceModel
+from muntin.deployment.sizes.requested import Size
+from muntin.deployment.sources.source_model import DEFAULT_SIZE, Request, SourceModel
 from muntin.errors import DependencyError, RecipeError, install
 from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, call_factory, for_channels, timm_model
 
@@ -23,8 +25,8 @@ def open_timm(name: str, request: Request) -> SourceModel:
     if not model.num_classes:
         raise RecipeError(f"'timm:{name}' has no last layer for classes: say how many by --classes, or wrap it in a function of yours")
     config = resolve_model_data_config(model)
-    channels, *own_size = config["input_size"]
-    size = request.size or (own_size[0], own_size[1])
+    own_channels, *own_size = config["input_size"]
+    channels, size = request.channels or own_channels, request.size or (own_size[0], own_size[1])
     if size != tuple(own_size) and model.pretrained_cfg.get("fixed_input_size"):
         model = timm_model(name, img_size=size, **arguments)
     subset = infer_imagenet_subset(model) if request.classes is None else None
@@ -87,6 +89,10 @@ def open_smp(name: str, request: Request) -> SourceModel:
     kinds = [key for key, kind in vars(smp).items() if inspect.isclass(kind) and issubclass(kind, smp.base.SegmentationModel)]
     if class_name not in kinds:
         raise RecipeError(f"'smp:{name}': segmentation_models_pytorch has no model '{class_name}'; it has {', '.join(kinds)}")
+    encoders = smp.encoders.get_encoder_names()
+    if encoder and encoder not in encoders and not encoder.startswith("tu-"):
+        close = difflib.get_close_matches(encoder, encoders, 5) or encoders[:5]
+        raise RecipeError(f"'smp:{name}': no encoder '{encoder}'; it has {', '.join(close)}, ..., and those of timm, as tu-NAME")
     arguments: dict[str, Any] = {"encoder_name": encoder} if encoder else {}
     channels = request.channels or 3
     try:

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.manifest import Task
 from muntin.data.listing import entries, is_picture, is_results_folder, pictures, subfolders
-from muntin.deployment.sources.source_model import Size
+from muntin.deployment.sizes.requested import Size
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, middle_part, read_image
 from muntin.images.opening import UInt8

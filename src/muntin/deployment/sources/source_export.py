@@ -12,10 +12,9 @@ from muntin.artifact import Artifact, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.deployment.checkpoint_export import WIDEST
 from muntin.deployment.export import export
-from muntin.deployment.sizes.requested import parse_sizes
+from muntin.deployment.sizes.requested import Size, parse_sizes
 from muntin.deployment.sources.opening import open_model
 from muntin.deployment.sources.pictures import generated_pictures, list_pictures
-from muntin.deployment.sources.source_model import Size
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.training.config import QuantizationConfig
 from muntin.training.recipe import set_value

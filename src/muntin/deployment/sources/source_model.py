@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-Size = tuple[int, int]
-"""Height and width, pixels."""
-Statistics = tuple[float, ...]
+from muntin.deployment.sizes.requested import Size
+
+ChannelStatistics = tuple[float, ...]
 """A mean or standard deviation of each channel, of pixels from 0 to 1."""
 DEFAULT_SIZE = (224, 224)
 """Size of the pictures where neither the user nor the package gives one."""
@@ -50,8 +50,8 @@ class SourceModel:
     model: nn.Module
     channels: int
     size: Size
-    mean: Statistics = ()
-    std: Statistics = ()
+    mean: ChannelStatistics = ()
+    std: ChannelStatistics = ()
     class_names: tuple[str, ...] = ()
     bgr: bool = False
     unused: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ def load_file(model: nn.Module, path: Path, *, unused: tuple[str, ...] = ()) -> 
     Names may begin with prefixes of training programs. Tensors whose names begin with one of `unused` are left out. Raises `RecipeError`,
     and leaves the model unchanged, for missing and unexpected tensors, other shapes, and NaN or infinity.
     """
-    stored, own = _read(path), model.state_dict()
+    stored, own = read_tensors(path), model.state_dict()
     named = {_own_name(key, own): tensor for key, tensor in stored.items()}
     if len(named) != len(stored):
         raise RecipeError(f"{path}: some of its tensors have one name with and without a prefix: save the weights of one model")
@@ -62,8 +62,8 @@ def _check_shapes(path: Path, named: dict[str, Tensor], own: dict[str, Tensor]) 
     raise RecipeError(f"weights {path}: {list_some(shapes, 3)}: {advice}")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a file. No code of the file is run."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file, or of what `torch.save` wrote. No code in the file is run. Raises `RecipeError`."""
     if not path.is_file():
         raise RecipeError(f"weights {path}: there is no such file")
     if path.suffix == SUFFIX:
