@@ -154,12 +154,12 @@ def test_export_of_a_model(call: Call, exported: Any, tmp_path: Path, monkeypatc
     assert "--calibration FOLDER" in call(*words).mistake()
     document = call(*words, "--calibration", exported.image.parent, "--standalone", "small.onnx", "--json").document()
     assert (document["artifact"], document["int8_layers"], document["replaced"]) == ("artifact", 2, None)
-    assert document["notes"][0].startswith("the weights are random")
+    assert document["notes"][0].startswith("the weights are those with which the function")
     assert Path("small.onnx").is_file()
     session = load("artifact")
     assert [entry.name for entry in session.signature.classes] == ["a", "b", "c"]
     again = call(*words, "--float")
     assert (again.code, again.err) == (0, "")
     assert "\nreplaced  what was there, small_of_cli:make, exported " in again.out
-    assert "\nnote      the weights are random" in again.out
+    assert "\nnote      the weights are those" in again.out
     assert "--size, --mean: for a model" in call("export", exported.run, "--size", 24, "--mean", "0.5").mistake()

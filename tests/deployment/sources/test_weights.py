@@ -65,7 +65,7 @@ class Untrusted:
         ({"head.bias": torch.full((3,), torch.nan)}, "head.bias holds NaN or infinity in 3 of its 3 values"),
         ({"module.head.bias": torch.zeros(3)}, "one name with and without a prefix"),
         ({"head.bias": 3}, "not a tensor for each name"),
-        ({"head.bias": Untrusted()}, "reads no tensors from it without running code"),
+        ({"head.bias": Untrusted()}, "holds Python objects, which would run code"),
     ],
 )
 def test_files_that_do_not_fit(change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

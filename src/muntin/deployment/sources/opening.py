@@ -40,7 +40,7 @@ class OpenedModel:
     """A model that takes raw pixels 0-255 (B, channels, H, W) and returns scores (B, K) or (B, K, H, W).
 
     `size`: height and width that the model was made for, pixels. `signature`: task, channels and classes, for `muntin.export`. `weights`:
-    what was loaded; None if they are random. `notes`: what was assumed, changed or left out, one line each.
+    what was loaded; None if they are random, or the function's. `notes`: what was assumed, changed or left out, one line each.
     """
 
     source: str
@@ -109,7 +109,7 @@ def open_model(
     model = wrap(opened, answer).eval()
     return OpenedModel(
         source=source, model=model, size=opened.size, signature=_signature(source, opened, answer, names), weights=opened.weights,
-        notes=(*_weight_notes(opened.weights), *_picture_notes(opened, answer), *opened.notes),
+        notes=(*_weight_notes(opened.weights, random=opener is not None), *_picture_notes(opened, answer), *opened.notes),
     )  # fmt: skip
 
 
@@ -153,9 +153,10 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name if counts[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
-def _weight_notes(weights: LoadedWeights | None) -> list[str]:
+def _weight_notes(weights: LoadedWeights | None, *, random: bool) -> list[str]:
     if weights is None:
-        return ["the weights are random: give a file of weights for answers that mean something"]
+        advice = "the weights are random: give a file of weights for answers that mean something"
+        return [advice if random else "the weights are those with which the function returns the model"]
     notes = [f"{weights.path.name}: all {weights.tensors} tensors of the model are from it"]
     if weights.left_out:
         notes.append(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from muntin.deployment.sizes.requested import Size
+from muntin.deployment.sources.answers import refuse_free_form
 from muntin.deployment.sources.source_model import DEFAULT_SIZE, Request, SourceModel
 from muntin.errors import DependencyError, RecipeError, install
 from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, call_factory, for_channels, timm_model
@@ -23,7 +24,7 @@ def open_timm(name: str, request: Request) -> SourceModel:
     from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 
     if not model.num_classes:
-        raise RecipeError(f"'timm:{name}' has no last layer for classes: say how many by --classes, or wrap it in a function of yours")
+        refuse_free_form(f"timm:{name}", "has no last layer for classes, which --classes adds")
     config = resolve_model_data_config(model)
     own_channels, *own_size = config["input_size"]
     channels, size = request.channels or own_channels, request.size or (own_size[0], own_size[1])

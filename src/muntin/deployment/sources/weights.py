@@ -76,8 +76,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file raises has no common class
         raise RecipeError(
-            f"weights {path}: not a {SUFFIX} file, and torch.load reads no tensors from it without running code "
-            f"({_one_line(error)}): save model.state_dict()"
+            f"weights {path}: not a {SUFFIX} file, and for torch.load it is damaged or holds Python objects, which would run code: give "
+            "what torch.save wrote of model.state_dict()"
         ) from error
     entry = next((name for name in _ENTRIES if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
     tensors = content if entry is None else content[entry]
