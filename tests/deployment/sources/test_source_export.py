@@ -58,9 +58,8 @@ def test_floats_without_pictures(tmp_path: Path, pictures: Path) -> None:
     options = SourceOptions(size="24x32")
     artifact, notes = export_source("small_source:small", tmp_path / "artifact", options, integer=False, sizes=None)
     assert (artifact.manifest.integers, artifact.manifest.example) == (False, (1, 24, 32))
-    assert any("generated pictures" in note for note in notes)
     recorded = open_artifact(tmp_path / "artifact").manifest.measured["source_notes"]
-    assert len(recorded) >= 4
+    assert any("generated pictures" in note for note in recorded)
     assert recorded == list(notes[: len(recorded)])
 
 
