@@ -101,6 +101,7 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("quantize", ("calibration",)),
         ("export", ("model", "example", "path", "calibration")),
         ("quantize_onnx", ("model", "calibration")),
+        ("open_model", ("source", "weights", "size", "channels", "classes", "mean", "std")),
         ("verify", ("path", "evaluate")),
         ("load", ("path", "engine", "precision", "threads")),
         ("predict", ("session", "image_HWC", "tile", "overlap", "exact", "output")),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from muntin import layers
     from muntin.artifact import write_standalone
     from muntin.compression import quantize
-    from muntin.deployment import TorchSession, export
+    from muntin.deployment import TorchSession, export, open_model
     from muntin.graph import quantize_onnx
     from muntin.models import create_model
     from muntin.runtime import SessionOptions, load, predict, verify
@@ -30,6 +30,7 @@ __all__ = [
     "fit",
     "layers",
     "load",
+    "open_model",
     "predict",
     "quantize",
     "quantize_onnx",
@@ -46,6 +47,7 @@ _ROOMS = {
     "export": "deployment",
     "fit": "training",
     "load": "runtime",
+    "open_model": "deployment",
     "predict": "runtime",
     "quantize": "compression",
     "quantize_onnx": "graph",

@@ -132,3 +132,34 @@ def test_export_to_a_full_disk(call: Call, exported: Any, tmp_path: Path, full_d
     assert "cannot be written (File too large): make room" in text
     assert list(tmp_path.iterdir()) == []
     assert tree(exported.run) == before
+
+
+SMALL = """
+from torch import nn
+
+class Small(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1)
+
+def make():
+    return Small(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+"""
+
+
+def test_export_of_a_model(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small_of_cli.py").write_text(SMALL)
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    monkeypatch.chdir(tmp_path)
+    words = ("export", "small_of_cli:make", "--size", 24, "--classes", "names.txt", "-o", "artifact", "--sizes", "fixed")
+    assert "--calibration FOLDER" in call(*words).mistake()
+    document = call(*words, "--calibration", exported.image.parent, "--standalone", "small.onnx", "--json").document()
+    assert (document["artifact"], document["int8_layers"], document["replaced"]) == ("artifact", 2, None)
+    assert document["notes"][0].startswith("the weights are those with which the function")
+    assert Path("small.onnx").is_file()
+    session = load("artifact")
+    assert [entry.name for entry in session.signature.classes] == ["a", "b", "c"]
+    again = call(*words, "--float")
+    assert (again.code, again.err) == (0, "")
+    assert "\nreplaced  what was there, small_of_cli:make, exported " in again.out
+    assert "\nnote      the weights are those" in again.out
+    assert "--size, --mean: for a model" in call("export", exported.run, "--size", 24, "--mean", "0.5").mistake()

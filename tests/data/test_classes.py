@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from muntin.data.classes import ClassSpec, MaskMapping, class_infos, distinct_colors
@@ -63,12 +63,13 @@ def test_mapping_with_255_as_a_class() -> None:
 
 
 @given(st.integers(2, 255))
+@example(3000)  # more than there are hues
 @settings(max_examples=20)
 def test_class_infos_with_distinct_colors(count: int) -> None:
     assert len(set(distinct_colors(count))) == count
     first = distinct_colors(1)[0]
     specs = [ClassSpec(name=str(number), color=first if number == 1 else None) for number in range(count)]
-    infos = class_infos(specs, "segment")
+    infos = class_infos(specs, "classify")
     assert infos[1].color == first
     assert len({info.color for info in infos}) == count
 

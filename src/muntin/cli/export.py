@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 def export_command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder or one of its checkpoints; with --standalone also an artefact's folder.")
+        Path,
+        typer.Argument(
+            help="A run's folder or one of its checkpoints; with --standalone also an artefact's folder. Or a model: timm:NAME, "
+            "torchvision:NAME, smp:CLASS:ENCODER, hf:FOLDER, package.module:function."
+        ),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artefact; RUN/artifact by default.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artefact; of a run RUN/artifact by default.")] = None,
     floating: Annotated[
         bool, typer.Option("--float", help="Do not quantise: keep all layers in floating point. Refused for a quantised checkpoint.")
     ] = False,
@@ -39,13 +43,41 @@ def export_command(
         Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
     ] = None,
     json: JsonOption = False,
+    calibration: Annotated[Path | None, typer.Option(help="Of a model: folder of typical pictures, which the quantisation needs.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Of a model: .safetensors file, or a state_dict that torch.save wrote; random by default.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Of a model: side of its pictures, or HEIGHTxWIDTH, in pixels; by default the model's own.")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Of a model: file with a class's name on each line, or how many classes.")] = None,
+    channels: Annotated[int | None, typer.Option(help="Of a model: channels of its pictures.")] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Of a model: mean of each channel in its training, of pixels from 0 to 1: 0.485,0.456,0.406.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Of a model: standard deviation of each channel, like --mean.")] = None,
 ) -> None:
-    """Quantise a checkpoint to INT8 and write it as an artefact that runs without PyTorch."""
+    """Quantise a checkpoint, or a model of PyTorch, to INT8 and write it as an artefact that runs without PyTorch."""
     from muntin.artifact import check_standalone, write_standalone
     from muntin.artifact.store import MANIFEST
 
     if standalone is not None:
         check_standalone(standalone)
+    of_model: dict[str, Any] = {
+        "calibration": calibration,
+        "weights": weights,
+        "size": size,
+        "classes": classes,
+        "channels": channels,
+        "mean": mean,
+        "std": std,
+    }
+    if str(checkpoint).find(":") > 1 and not checkpoint.exists():  # not a drive's colon
+        of_model["overrides"] = set_ or ()
+        _export_source(str(checkpoint), output, of_model, floating=floating, sizes=sizes, standalone=standalone, json=json)
+        return
+    if given := [f"--{key}" for key, value in of_model.items() if value is not None]:
+        raise RecipeError(f"{', '.join(given)}: for a model, as timm:NAME; {checkpoint} is taken for a run, which has its own")
     if (checkpoint / MANIFEST).is_file():
         if standalone is None or output is not None or floating or set_ or sizes:
             raise RecipeError(f"{checkpoint} is an artefact already: give it --standalone FILE.onnx alone, or name a run to export anew")
@@ -68,9 +100,44 @@ def export_command(
         artifact = export_checkpoint(trained, target, integer=not floating, sizes=sizes, begin=begin)
         if standalone is not None:
             write_standalone(artifact, standalone)
-    kept = {layer.name: layer.note for layer in artifact.manifest.layers if layer.activation_bits is None}
     recorded_notes = artifact.manifest.measured.get("notes")
     notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
+    notes = [*start, *notes] if json else notes
+    _print_result(artifact, target, standalone, notes, reused=reused, replaced=replaced, floating=floating, json=json)
+
+
+def _export_source(
+    source: str, output: Path | None, options: dict[str, Any], *, floating: bool, sizes: str | None, standalone: Path | None, json: bool
+) -> None:
+    """Export a model that `muntin.open_model` opens, and print what was written."""
+    from muntin.artifact import write_standalone
+
+    start = prepare_torch()  # before PyTorch is imported
+    from muntin.deployment.sources.source_export import SourceOptions, export_source, replaced_artifact
+
+    with status("exporting"):
+        replaced = None if output is None else replaced_artifact(output)
+        begin = notes_once(() if json else start)
+        artifact, notes = export_source(source, output, SourceOptions(**options), integer=not floating, sizes=sizes, begin=begin)
+        if standalone is not None:
+            write_standalone(artifact, standalone)
+    notes = (*start, *notes) if json else notes
+    _print_result(artifact, artifact.path, standalone, notes, reused=False, replaced=replaced, floating=floating, json=json)
+
+
+def _print_result(
+    artifact: Artifact,
+    target: Path,
+    standalone: Path | None,
+    notes: Sequence[object],
+    *,
+    reused: bool,
+    replaced: str | None,
+    floating: bool,
+    json: bool,
+) -> None:
+    """Print what was exported, as lines or as JSON."""
+    kept = {layer.name: layer.note for layer in artifact.manifest.layers if layer.activation_bits is None}
     if json:
         document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
         document |= {
@@ -79,7 +146,7 @@ def export_command(
             "int8_layers": _integer_layers(artifact),
             "kept": kept,
         }
-        print_json(document | {"notes": [*start, *notes]})
+        print_json(document | {"notes": notes})
         return
     _describe(artifact, target, reused=reused, replaced=replaced, kept={} if floating else kept)
     if standalone is not None:

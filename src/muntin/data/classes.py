@@ -36,6 +36,8 @@ _OKABE_ITO: tuple[RGB, ...] = (
     (120, 120, 120),
 )
 _GOLDEN_RATIO = 0.618033988749895  # steps of this size spread hues evenly over the circle for any count
+_HUES = 1024  # steps, after which few hues are left that no class has
+_ODD = 0x9E3779  # multiples of an odd number modulo 2 ** 24 are all different
 
 
 class ClassSpec(Section):
@@ -114,15 +116,17 @@ class MaskMapping:
 
 
 def distinct_colors(count: int) -> tuple[RGB, ...]:
-    """Return `count` different colours: eight that colour-blind readers can distinguish, then hues in steps of the golden ratio."""
-    colors = list(_OKABE_ITO[:count])
+    """Return `count` different colours: eight that colour-blind readers can distinguish, then hues in steps of the golden ratio.
+
+    After `_HUES` steps they are spread over all colours.
+    """
+    colors = dict.fromkeys(_OKABE_ITO[:count])
     step = 0
     while len(colors) < count:
         value, saturation = ((0.95, 0.55), (0.55, 0.85), (0.75, 0.75))[step % 3]
         red, green, blue = colorsys.hsv_to_rgb(0.07 + step * _GOLDEN_RATIO, saturation, value)
         color = (round(red * 255), round(green * 255), round(blue * 255))
-        if color not in colors:
-            colors.append(color)
+        colors[color if step < _HUES else code_color(step * _ODD % (1 << 24))] = None
         step += 1
     return tuple(colors)
 

@@ -2,7 +2,11 @@
 
 from muntin.deployment.counting import image_macs, layer_macs, parameter_count
 from muntin.deployment.export import export, infer_signature
+from muntin.deployment.sources.opening import OpenedModel, open_model
 from muntin.deployment.torch_profile import named_ranges, profile_torch
 from muntin.models import TorchSession
 
-__all__ = ["TorchSession", "export", "image_macs", "infer_signature", "layer_macs", "named_ranges", "parameter_count", "profile_torch"]
+__all__ = [
+    "OpenedModel", "TorchSession", "export", "image_macs", "infer_signature", "layer_macs", "named_ranges", "open_model", "parameter_count",
+    "profile_torch",
+]  # fmt: skip

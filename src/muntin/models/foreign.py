@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,25 +71,34 @@ class DividedSides(nn.Module):
         return scores[:, :, :H, :W] if isinstance(scores, Tensor) and scores.ndim == 4 else scores
 
 
-def _statistics(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    return values if channels == 3 else (sum(values) / len(values),) * channels
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Return a mean or standard deviation of each channel: the values, or their average for another number of channels."""
+    return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
 
 
-def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """Create a classifier of timm with random weights."""
+def timm_model(name: str, **arguments: Any) -> nn.Module:
+    """Create a model of timm with random weights. Raises `RecipeError` for an unknown name; nothing is downloaded."""
     try:
         import timm
     except ImportError as error:
         raise DependencyError(f"'timm:{name}' needs the package timm: {install('train')}") from error
-    if task != "classify":
-        raise RecipeError(f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify' or another model")
+    if ":" in name or "/" in name:
+        raise RecipeError(f"'timm:{name}': give the name of an architecture, as timm.list_models() lists them; no model is downloaded")
     try:
-        model = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+        model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, OSError) as error:
         close = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         raise RecipeError(f"timm does not know a model '{name}'; close: {', '.join(close) or 'none'} (timm.list_models())") from error
+    return model
+
+
+def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+    """Create a classifier of timm with random weights."""
+    if task != "classify":
+        raise RecipeError(f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify' or another model")
+    model: Any = timm_model(name, num_classes=classes, in_chans=channels)
     mean, std = model.default_cfg.get("mean", IMAGENET_MEAN), model.default_cfg.get("std", IMAGENET_STD)
-    return ForeignModel(model, mean=_statistics(tuple(mean), channels), std=_statistics(tuple(std), channels), task=task)
+    return ForeignModel(model, mean=for_channels(mean, channels), std=for_channels(std, channels), task=task)
 
 
 def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
@@ -112,7 +122,17 @@ def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> n
 def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """Create the user's model: `package.module:factory` is called as `factory(task=..., classes=..., channels=...)`.
 
-    The module is searched on Python's path, and then in the current folder. The model must take raw pixels 0-255 and return scores.
+    The model must take raw pixels 0-255 and return scores.
+    """
+    advice = "write a function that takes task, classes and channels by keyword"
+    return call_factory(name, {"task": task, "classes": classes, "channels": channels}, advice=advice)
+
+
+def call_factory(name: str, arguments: Mapping[str, Any], *, advice: str) -> nn.Module:
+    """Import `package.module:factory` and call the factory. `advice`: ends the error for a factory that does not take the arguments.
+
+    The module is searched on Python's path, and then in the current folder. Raises `RecipeError` for a name that is not found, and for what
+    is no `torch.nn.Module`. Errors inside the factory keep their traceback.
     """
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
@@ -124,8 +144,11 @@ def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Mo
             raise RecipeError(
                 f"model '{name}': {error}; write package.module:factory, of a package that is installed or lies in the current folder"
             ) from error
-        _check_factory(name, factory)
-        model = factory(task=task, classes=classes, channels=channels)
+        try:
+            inspect.signature(factory).bind(**arguments)
+        except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
+            raise RecipeError(f"model '{name}': {error}: {advice}") from error
+        model = factory(**arguments)
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model '{name}' returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -142,11 +165,3 @@ def _current_folder() -> Iterator[None]:
         yield
     finally:
         sys.path.remove("")
-
-
-def _check_factory(name: str, factory: Callable[..., nn.Module]) -> None:
-    """Raise `RecipeError` if the factory cannot be called. A TypeError inside the later call keeps its traceback."""
-    try:
-        inspect.signature(factory).bind(task="segment", classes=2, channels=3)
-    except (TypeError, ValueError) as error:  # ValueError: a built-in without a signature
-        raise RecipeError(f"model '{name}': {error}: write a function that takes task, classes and channels by keyword") from error

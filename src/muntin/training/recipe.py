@@ -76,7 +76,7 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path}: holds {type(content).__name__}, not keys and values; `muntin init DIR` writes an example")
     for override in overrides:
-        _override(content, override)
+        set_value(content, override)
     return parse_recipe(content, where=f"recipe {path}")
 
 
@@ -105,11 +105,12 @@ def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """A recipe with each `section.key=value` replaced, checked like a recipe from a file."""
     content = recipe.model_dump(mode="json")
     for override in overrides:
-        _override(content, override)
+        set_value(content, override)
     return parse_recipe(content, where=f"recipe {recipe.name}")
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def set_value(content: dict[str, Any], override: str) -> None:
+    """Replace a value of a recipe's content by `section.key=value`, whose value is YAML. Raises RecipeError for another form."""
     keys, equals, value = override.partition("=")
     if not equals or not keys:
         raise RecipeError(f"'{override}': write section.key=value, for example training.steps=200")

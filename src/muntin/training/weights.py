@@ -59,7 +59,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
     Raises `CheckpointError` if they belong to another model or hold NaN or infinity.
     """
     current: Any = model.state_dict()
-    if unsound := _not_finite(tensors, current):
+    if unsound := not_finite(tensors, current):
         raise CheckpointError(f"{where}: {unsound}: use an older step of the run, or train again")
     weights: Any = OrderedDict(tensors)
     weights._metadata = current._metadata  # safetensors keeps no module versions, and some modules (MNASNet) do not load without them
@@ -81,7 +81,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     named = {_model_name(key, own): tensor for key, tensor in stored.items()}
     if len(named) != len(stored):
         raise RecipeError(f"{path}: some of its tensors have one name with and without a prefix: save the weights of one model")
-    named |= _shared(own, named)
+    named |= shared_tensors(own, named)
     # num_batches_tracked is a counter, and older files lack it
     missing = [key for key in own if key not in named and not key.endswith("num_batches_tracked")]
     if missing:
@@ -94,7 +94,7 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
         if _is_table(model, key) or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         random.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
-    if unsound := _not_finite(named, own):
+    if unsound := not_finite(named, own):
         raise RecipeError(f"model.weights {path}: {unsound}: training cannot begin with them; take the weights of a sound run")
     unknown = [key for key in named if key not in own]
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
@@ -121,7 +121,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise RecipeError(f"model.weights {path}: {reason}") from error
 
 
-def _not_finite(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+def not_finite(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
     """Describe the tensors that hold NaN or infinity where those of a new model, `own`, do not (a mask may hold -inf). "" for none."""
     counts: dict[str, int] = {}
     for key, tensor in tensors.items():
@@ -142,7 +142,7 @@ def _is_table(model: nn.Module, key: str) -> bool:
     return not of_layer or isinstance(model.get_submodule(owner), nn.Embedding)
 
 
-def _shared(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
+def shared_tensors(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the model that the file stores under another name of the same memory: safetensors writes a shared weight once."""
     places = {_place(tensor): named[key] for key, tensor in own.items() if key in named and tensor.numel()}
     return {key: places[_place(tensor)] for key, tensor in own.items() if key not in named and _place(tensor) in places}
