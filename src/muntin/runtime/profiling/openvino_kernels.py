@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
+from muntin.runtime.engines.openvino.compiled import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
 from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
-from muntin.runtime.engines.openvino.session import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
 from muntin.runtime.engines.openvino.workarounds import with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
