@@ -130,6 +130,18 @@ def quantize(
     return QuantizedOnnx(model=graph.proto(), products=records, opaque=opaque)
 
 
+def keep_floats(model: onnx.ModelProto, batches: Sequence[Inputs]) -> QuantizedOnnx:
+    """Return a float model, simplified as for quantisation, with a record of each product. `batches`: inputs for the multiply-adds."""
+    graph = Graph(_recent(model))
+    simplify(graph)
+    products = find_products(graph)
+    _, shapes = observe(graph, (), [name for product in products for name in (product.node.input[0], product.node.output[0])], batches)
+    rows = next((value.shape[0] for value in batches[-1].values() if value.ndim), 1)
+    records = tuple(_record(graph, product, shapes, rows, None, "not quantised") for product in products)
+    graph.drop_unread()
+    return QuantizedOnnx(model=graph.proto(), products=records)
+
+
 def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model in opset 20 or later."""
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), OPSET)
