@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Generic, TypeVar
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
+from muntin.runtime.host.thread_pool import thread_pool
 
 STATIC_SHAPES = 4
 """Input sizes, beside those given to `warm_up`, that an engine keeps compiled."""
@@ -68,7 +69,7 @@ class AnySession(ABC, Generic[GivenT, AnswerT]):
         At most `streams` + 1 batches are in flight. Each is copied, so that the iterator may reuse its memory. An error of reading or
         computing a batch is raised in place of its result.
         """
-        with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-session") as pool:
+        with thread_pool(self.streams, "muntin-session") as pool:
             pending: deque[Future[AnswerT]] = deque()
             errors: list[Exception] = []
             try:
@@ -86,7 +87,10 @@ class AnySession(ABC, Generic[GivenT, AnswerT]):
 
     def _in_every_stream(self, call: Callable[[GivenT], object], batch: GivenT) -> None:
         """Computes a batch in all streams at the same time."""
-        with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
+        if self.streams == 1:
+            call(batch)
+            return
+        with thread_pool(self.streams, "muntin-warm-up") as pool:
             list(pool.map(call, [batch] * self.streams))
 
     def close(self) -> None:
