@@ -77,7 +77,7 @@ def test_export_sizes(call: Call, exported: Any, tmp_path: Path) -> None:
     sides = {"min": 16, "max": None, "multiple": 8}
     assert (document["written"], document["sizes"]) == (True, {"height": sides, "width": sides})
     text = call(*words, target).out
-    assert text.startswith("is there") and "sizes     height and width multiples of 8 from 16\n" in text
+    assert text.startswith("exists already") and "sizes     height and width multiples of 8 from 16\n" in text
     trained = read_checkpoint(exported.run)
     assert checkpoint_export.exported(trained, target, sizes="multiple=8,min=16") is not None
     assert checkpoint_export.exported(trained, target, sizes="widest") is None
