@@ -55,6 +55,7 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
         tolerances: dict[EngineFamily, Limits] = {}
         precision: FloatPrecision = "f32"
         engine_notes: list[str] = []
+        refusal = ""
         try:
             precision, engine_notes = _check_openvino(artifact, limits)
             tolerances["openvino"] = limits
@@ -71,7 +72,7 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
         else:
             tolerances["onnxruntime"] = limits
     if not tolerances:
-        raise ExportError(f"no engine runs the model: {'; '.join(engine_notes)}; nothing was written")
+        raise ExportError(f"no engine runs the model: openvino: {refusal}; onnxruntime: {problems[0]}; nothing was written")
     measured = content["measured"] | {"notes": [*notes, *engine_notes]}
     return write_tensor_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
 

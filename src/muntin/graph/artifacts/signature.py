@@ -1,7 +1,7 @@
 """The signature of an ONNX model, from its declared inputs and from what it computes at two sizes; and the inputs of its golden pairs.
 
 A free dimension keeps its name. One without a name gets one: "batch" if it comes first in every input, otherwise that of its tensor and
-axis. A free dimension of an output is that of the inputs with the same size in all runs.
+axis. One of an output is that of the inputs with the same sizes in all runs, unless they are so small that this may be chance.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ Run = Callable[[Inputs], dict[str, NDArray[Any]]]
 BATCH = "batch"
 ROWS = 3
 """Rows of the largest golden pair."""
-LARGEST_PAIR = 1 << 18
+LARGEST_PAIR = 1 << 16
 """Values of the inputs of a golden pair above which free dimensions other than the first are halved."""
+NO_CHANCE = 5
+"""Size from which on an output's dimension that equals one of the inputs in all runs is that dimension."""
 SAME = GoldenTolerance(max_error=0.01, label_agreement=1)
 """Allowed difference of a row from the same row alone: in floats only the order of sums differs."""
 
@@ -208,7 +210,7 @@ def _output_dim(
     equal = [dim for dim in sizes[0] if [size[dim] for size in sizes] == seen]
     if declared in equal:
         return declared
-    if len(equal) == 1 and len(set(seen)) > 1:
+    if not declared and len(equal) == 1 and len(set(seen)) > 1 and (axis == 0 or min(seen) >= NO_CHANCE):
         return equal[0]
     taken = isinstance(declared, int) or not declared or declared in sizes[0] or own_dims.get(declared, seen) != seen
     name = f"{entry.name}_{axis}"[-128:] if taken else str(declared)
