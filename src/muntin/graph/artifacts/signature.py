@@ -22,7 +22,7 @@ from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs
 from muntin.runtime.verification.tensors import compare_outputs
 
-Run = Callable[[Inputs], dict[str, NDArray[Any]]]
+ModelRun = Callable[[Inputs], dict[str, NDArray[Any]]]
 BATCH = "batch"
 ROWS = 3
 """Rows of the largest golden pair."""
@@ -94,7 +94,7 @@ def _info(entry: onnx.ValueInfoProto, shape: tuple[int | str, ...], kind: str) -
         raise ExportError(f"{kind} '{entry.name}' of shape {shape}: {field_error(error)}") from error
 
 
-def golden_pairs(inputs: Sequence[TensorInfo], batches: Sequence[Inputs], run: Run) -> tuple[list[TensorPair], list[str]]:
+def golden_pairs(inputs: Sequence[TensorInfo], batches: Sequence[Inputs], run: ModelRun) -> tuple[list[TensorPair], list[str]]:
     """Return one or two pairs of inputs, cut from the batches, and the answers, at different sizes of the free dimensions; and notes.
 
     Raises ExportError where the model fails on the batches themselves, or answers NaN or infinity.
@@ -166,7 +166,7 @@ def _cut(inputs: Sequence[TensorInfo], batch: Inputs, sizes: Mapping[str, int]) 
     return {name: np.require(tensor[cuts[name]], requirements="C") for name, tensor in batch.items()}
 
 
-def _pair(inputs: Inputs, run: Run) -> TensorPair:
+def _pair(inputs: Inputs, run: ModelRun) -> TensorPair:
     outputs = run(inputs)
     wrong = [name for name, tensor in outputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()]
     if wrong:
@@ -177,7 +177,7 @@ def _pair(inputs: Inputs, run: Run) -> TensorPair:
     return dict(inputs), outputs
 
 
-def signature_of(model: onnx.ModelProto, inputs: tuple[TensorInfo, ...], pairs: Sequence[TensorPair], run: Run) -> TensorSignature:
+def signature_of(model: onnx.ModelProto, inputs: tuple[TensorInfo, ...], pairs: Sequence[TensorPair], run: ModelRun) -> TensorSignature:
     """Return the signature, with its batch where one free dimension comes first everywhere and rows are independent."""
     sizes = [_sizes(inputs, batch) for batch, _ in pairs]
     own_dims: dict[str, list[int]] = {}
@@ -218,7 +218,7 @@ def _output_dim(
     return name
 
 
-def _rows_alone(pair: TensorPair, run: Run) -> bool:
+def _rows_alone(pair: TensorPair, run: ModelRun) -> bool:
     """Return True if each row of a pair has the same outputs alone."""
     inputs, outputs = pair
     rows = next(iter(inputs.values())).shape[0]
