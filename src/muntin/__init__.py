@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from muntin.artifact import write_standalone
     from muntin.compression import quantize
     from muntin.deployment import TorchSession, export, open_model
-    from muntin.graph import quantize_onnx
+    from muntin.graph import export_onnx, quantize_onnx
     from muntin.models import create_model
     from muntin.runtime import SessionOptions, load, predict, verify
     from muntin.serving.server import serve
@@ -27,6 +27,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "export",
+    "export_onnx",
     "fit",
     "layers",
     "load",
@@ -45,6 +46,7 @@ _ROOMS = {
     "create_model": "models",
     "evaluate": "training",
     "export": "deployment",
+    "export_onnx": "graph",
     "fit": "training",
     "load": "runtime",
     "open_model": "deployment",

@@ -15,6 +15,7 @@ import pytest
 from muntin.cli.bench import table_lines
 from muntin.runtime.profiling.bench import Bench, BenchRow
 from muntin.runtime.profiling.timing import Latency
+from tensor_models import write_tensors
 
 Call = Callable[..., Any]
 QUICK = ("--threads", "1", "--rounds", "2")
@@ -113,3 +114,23 @@ def test_bench_table_with_wide_numbers() -> None:
     assert len({len(line) for line in lines}) == 1
     apart = Bench(rows=(rows[0], replace(rows[1], ratio=None)), size_reason="", others=None, notes=(), created="", hardware={})
     assert table_lines(apart, {"b": "A", "a": "B"})[2].split()[-1] == "-"
+
+
+def test_bench_of_named_tensors(call: Call, exported: Any, tmp_path: Path) -> None:
+    one, other = (write_tensors(tmp_path / name) for name in ("one", "other"))
+    document = call("bench", one.path, other.path, exported.artifact, "--batch", "1,3", "--json", *QUICK).document()
+    rows = [(row["shape"], row["dims"], row["rows"], row["ratio"] is None) for row in document["rows"]]
+    assert rows[:4] == [(None, {"tokens": 8}, number, False) for number in (1, 1, 3, 3)]
+    assert [row[0] for row in rows[4:]] == [[1, 64, 64], [3, 64, 64]]
+    assert any("differ in task, channels or classes: not compared" in note for note in document["notes"])
+    text = call("bench", one.path, "--dims", "tokens=20", *QUICK)
+    assert (text.code, text.err) == (0, "")
+    assert "tokens=20" in text.out
+    assert "size: as given\n" in text.out
+    for words, problem in (
+        (("--size", "8"), "takes named tensors: give dims (batch, tokens)"),
+        (("--dims", "words=3"), "dims with words=3: give a number from 1 for some of tokens"),
+        (("--dims", "tokens"), "--dims tokens: give whole numbers from 1 by the names"),
+    ):
+        assert problem in call("bench", one.path, *words, *QUICK).mistake()
+    assert "takes images: give size" in call("bench", exported.artifact, "--dims", "tokens=3", *QUICK).mistake()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -16,6 +17,7 @@ from muntin.errors import DataError
 from muntin.images import read_image, read_mask, write_image
 from muntin.runtime import load, predict
 from muntin.training import read_checkpoint
+from tensor_models import text_inputs, two_heads
 
 Call = Callable[..., Any]
 FullDisk = Callable[[int], AbstractContextManager[None]]
@@ -75,7 +77,7 @@ def test_export_sizes(call: Call, exported: Any, tmp_path: Path) -> None:
     sides = {"min": 16, "max": None, "multiple": 8}
     assert (document["written"], document["sizes"]) == (True, {"height": sides, "width": sides})
     text = call(*words, target).out
-    assert text.startswith("is there") and "sizes     height and width multiples of 8 from 16\n" in text
+    assert text.startswith("exists already") and "sizes     height and width multiples of 8 from 16\n" in text
     trained = read_checkpoint(exported.run)
     assert checkpoint_export.exported(trained, target, sizes="multiple=8,min=16") is not None
     assert checkpoint_export.exported(trained, target, sizes="widest") is None
@@ -163,3 +165,48 @@ def test_export_of_a_model(call: Call, exported: Any, tmp_path: Path, monkeypatc
     assert "\nreplaced  what was there, small_of_cli:make, exported " in again.out
     assert "\nnote      the weights are those" in again.out
     assert "--size, --mean: for a model" in call("export", exported.run, "--size", 24, "--mean", "0.5").mistake()
+
+
+@pytest.fixture
+def text_model(tmp_path: Path) -> tuple[Path, Path]:
+    """An ONNX file with two inputs and two outputs, and its calibration inputs."""
+    onnx.save(two_heads(), tmp_path / "text.onnx")
+    np.savez(tmp_path / "inputs.npz", allow_pickle=False, **text_inputs(20, 9))
+    return tmp_path / "text.onnx", tmp_path / "inputs.npz"
+
+
+def test_onnx_file_of_any_model(call: Call, text_model: tuple[Path, Path], tmp_path: Path) -> None:
+    file, inputs = text_model
+    text = call("export", file, "--calibration", inputs, "--batch", 5, "--standalone", tmp_path / "plain.onnx")
+    folder = tmp_path / "text-artifact"
+    assert (text.code, text.err) == (0, "")
+    assert text.out.startswith(f"wrote     {folder}: 0.0")
+    assert "2 of 2 products in INT8" in text.out
+    for line in ("input     ids: int64 (batch, tokens)\n", "output    label: int64 (batch)\n", "integers  embedding: 0.0"):
+        assert line in text.out
+    assert onnx.load(tmp_path / "plain.onnx").graph.output[1].name == "label"
+    document = call("verify", folder, "--json").document()
+    assert document["passed"]
+    assert [output["name"] for output in document["outputs"]] == ["embedding", "label"] * 2
+    assert sorted(document["integer_layers"]) == ["embedding", "hidden"]
+    assert "golden    label (3,): 100.00% of its values are equal" in call("verify", folder).out
+    floats = call("export", file, "--calibration", inputs, "--float", "-o", tmp_path / "floats", "--json").document()
+    assert (floats["int8_layers"], floats["rounding"], floats["kept"]) == (0, {}, {})
+    assert floats["signature"]["batch"] == "batch"
+    kept = call("export", file, "--calibration", inputs, "--keep", "hidden", "--json").document()
+    assert (kept["int8_layers"], kept["kept"]) == (1, {"hidden": "named in keep"})
+
+
+def test_options_of_an_onnx_file(call: Call, text_model: tuple[Path, Path], exported: Any) -> None:
+    file, inputs = text_model
+    assert "without inputs: give --calibration inputs.npz" in call("export", file).mistake()
+    assert "--sizes and --mean are for other models" in call("export", file, "--sizes", "any", "--mean", "0.5").mistake()
+    assert "it takes --keep or --float" in call("export", file, "--calibration", inputs, "--float", "--keep", "hidden").mistake()
+    assert "--keep is for ONNX files" in call("export", exported.run, "--keep", "a").mistake()
+    assert "--calibration: for a model" in call("export", exported.run, "--calibration", inputs).mistake()
+
+
+def test_training_of_a_graph_is_refused(call: Call, text_model: tuple[Path, Path], exported: Any) -> None:
+    for command in ("fit", "compress"):
+        for path in (text_model[0], exported.artifact):
+            assert "training needs gradients, which its graph does not have" in call(command, path).mistake()

@@ -13,6 +13,7 @@ import pytest
 from muntin.artifact import open_artifact
 from muntin.cli.profile import parse_size
 from muntin.errors import DataError
+from tensor_models import write_tensors
 
 Call = Callable[..., Any]
 Write = Callable[..., Path]
@@ -111,3 +112,17 @@ def test_profile_of_a_run(call: Call, exported: Any, tmp_path: Path) -> None:
     assert (inside.code, (exported.run / "profile" / "trace.json").is_file()) == (0, True)
     shutil.rmtree(exported.run / "profile")
     assert "holds its own files only" in call("profile", exported.artifact, "-o", exported.artifact / "profile").mistake()
+
+
+def test_profile_of_named_tensors(call: Call, exported: Any, tmp_path: Path) -> None:
+    artifact = write_tensors(tmp_path / "text")
+    words = ("--rounds", "1", "--threads", "1", "--engine", "onnxruntime")
+    answer = call("profile", artifact.path, "--batch", "2", "--dims", "tokens=12", *words)
+    assert (answer.code, answer.err) == (0, "")
+    assert "ms for batch 2, tokens 12 in onnxruntime" in answer.out
+    for path, options, problem in (
+        (artifact.path, ("--size", "8"), "takes named tensors: give --dims (batch, tokens)"),
+        (exported.artifact, ("--dims", "tokens=8"), "takes images: give --size"),
+        (exported.run, ("--dims", "tokens=8"), "is a run, whose model takes images"),
+    ):
+        assert problem in call("profile", path, *options, "--rounds", "1").mistake()

@@ -19,7 +19,7 @@ from muntin.errors import ExportError
 from muntin.graph.float_run import FloatRun
 from muntin.graph.quantize import QuantizedOnnx
 from muntin.runtime.engines.onnx_nodes import compute_nodes
-from muntin.runtime.engines.openvino.session import _executed
+from muntin.runtime.engines.openvino.compiled import executed_layers
 from muntin.runtime.host.quiet_imports import openvino
 
 Array = NDArray[Any]
@@ -93,7 +93,7 @@ def precisions(result: QuantizedOnnx, shape: tuple[int, ...]) -> dict[str, str]:
     read = openvino.Core().read_model(model=result.model.SerializeToString(), weights=b"")
     read.reshape(list(shape))
     compiled = openvino.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    layers = _executed(compiled.get_runtime_model(), compute_nodes(result.model.SerializeToString()))
+    layers = executed_layers(compiled.get_runtime_model(), compute_nodes(result.model.SerializeToString()))
     return {layer.name: layer.precision for layer in layers if layer.compute}
 
 

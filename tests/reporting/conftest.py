@@ -355,6 +355,7 @@ def sample_profile() -> Row:
         "precision": "bf16",
         "threads": 2,
         "shape": [1, 512, 512],
+        "dims": None,
         "rounds": 30,
         "whole_ms": 4.5,
         "profiled_ms": profiled,

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.manifest import FORMAT, GoldenTolerance, LayerRecord, Manifest, Signature, TensorRecord
+from muntin.artifact.manifest import FORMAT, AnyManifest, GoldenTolerance, LayerRecord, Manifest, Signature, TensorManifest, TensorRecord
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sizes import Sides, Sizes
 from muntin.artifact.standalone import check_standalone, write_standalone
-from muntin.artifact.store import Artifact, check_target, open_artifact, write_artifact
+from muntin.artifact.store import (
+    AnyArtifact,
+    Artifact,
+    TensorArtifact,
+    check_target,
+    open_any_artifact,
+    open_artifact,
+    write_artifact,
+    write_tensor_artifact,
+)
+from muntin.artifact.tensors import TensorInfo, TensorPair, TensorSignature
 
 __all__ = [
     "FORMAT",
+    "AnyArtifact",
+    "AnyManifest",
     "Artifact",
     "ClassInfo",
     "GoldenTolerance",
@@ -19,12 +31,19 @@ __all__ = [
     "Sides",
     "Signature",
     "Sizes",
+    "TensorArtifact",
+    "TensorInfo",
+    "TensorManifest",
+    "TensorPair",
     "TensorRecord",
+    "TensorSignature",
     "check_standalone",
     "check_target",
+    "open_any_artifact",
     "open_artifact",
     "pack",
     "unpack",
     "write_artifact",
     "write_standalone",
+    "write_tensor_artifact",
 ]

@@ -9,23 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.sizes import Sizes
+from muntin.artifact.tensors import DimName, DimSize, TensorSignature
 from muntin.errors import ArtifactError
 
 FORMAT: Literal[1] = 1
+AnyKind = TypeVar("AnyKind", bound="AnyManifest")
 
 Task = Literal["segment", "classify", "restore"]
 FloatPrecision = Literal["f32", "bf16", "f16"]
 EngineFamily = Literal["openvino", "onnxruntime"]
 Side = Annotated[int, Field(ge=1)]
 LARGEST_EXAMPLE = 1 << 28
-"""Pixels of all images of an example, which is computed when an artefact is opened."""
+"""Pixels of all images, or values of all inputs, of an example, which is computed when an artefact is opened."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
 
@@ -109,10 +111,10 @@ class TensorRecord(_Frozen):
 
 
 class GoldenTolerance(_Frozen):
-    """Allowed difference from the golden scores.
+    """Allowed difference from the golden scores, or outputs.
 
     `max_error`: largest difference of one score, in standard deviations of the golden scores. `label_agreement`: smallest share, 0 to 1, of
-    pixels (or images) with the same label.
+    pixels (or images) with the same label, or of equal values of an output of integers.
     """
 
     max_error: Annotated[float, Field(ge=0)]
@@ -125,17 +127,17 @@ def _small(example: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
     return example
 
 
-class Manifest(_Frozen):
-    """Content of `manifest.json`.
+class AnyManifest(_Frozen):
+    """Content of `manifest.json` of either kind: a `Manifest` of an image model, or a `TensorManifest`.
 
-    `precision`: of the float layers in the measured figures. `golden_tolerance`: by engine, then by precision. `example`: the (B, H, W)
-    that sessions compile for by default. `sha256`: the manifest's own digest.
+    `precision`: of the float layers in the measured figures. `golden_tolerance`: by engine, then by precision. `example`: what sessions
+    compile for by default. `sha256`: the manifest's own digest.
     """
 
     format: Literal[1] = FORMAT
     muntin: str
     created: str
-    signature: Signature
+    signature: Signature | TensorSignature
     passes: tuple[dict[str, JsonValue], ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     tensors: dict[str, TensorRecord] = {}
@@ -143,15 +145,9 @@ class Manifest(_Frozen):
     precision: FloatPrecision = "f32"
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}
-    example: Annotated[tuple[Side, Side, Side] | None, AfterValidator(_small)] = None
+    example: Any = None
     files: dict[FileName, Sha256] = {}
     sha256: str = ""
-
-    @model_validator(mode="after")
-    def _example_is_allowed(self) -> Self:
-        if self.example is not None and not self.signature.sizes.takes(*self.example[1:]):
-            raise ValueError(f"example {self.example}: the model takes {self.signature.sizes.text}: give an allowed height and width")
-        return self
 
     @property
     def integers(self) -> bool:
@@ -165,7 +161,35 @@ class Manifest(_Frozen):
         return tolerance
 
 
-def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:
+class Manifest(AnyManifest):
+    """Manifest of an image model. `example`: the (B, H, W) that sessions compile for by default."""
+
+    signature: Signature
+    example: Annotated[tuple[Side, Side, Side] | None, AfterValidator(_small)] = None
+
+    @model_validator(mode="after")
+    def _example_is_allowed(self) -> Self:
+        if self.example is not None and not self.signature.sizes.takes(*self.example[1:]):
+            raise ValueError(f"example {self.example}: the model takes {self.signature.sizes.text}: give an allowed height and width")
+        return self
+
+
+class TensorManifest(AnyManifest):
+    """Manifest of a model with named inputs and outputs. `example`: the sizes of free dimensions that sessions compile for by default."""
+
+    signature: TensorSignature
+    example: dict[DimName, DimSize] | None = None
+
+    @model_validator(mode="after")
+    def _example_is_whole(self) -> Self:
+        if self.example is not None and (problem := self.signature.dims_problem(self.example)) is not None:
+            raise ValueError(f"example with {problem}")
+        if self.example is not None and self.signature.values(self.example) > LARGEST_EXAMPLE:
+            raise ValueError(f"example of {self.signature.values(self.example):,} values, more than {LARGEST_EXAMPLE:,}")
+        return self
+
+
+def render_manifest(manifest: AnyKind) -> tuple[AnyKind, bytes]:
     """The manifest with its digest, and the bytes of its file. Raises ArtifactError for a figure that JSON cannot hold (NaN, infinity)."""
     content = manifest.model_dump(mode="json", exclude={"sha256"})
     try:
@@ -178,7 +202,7 @@ def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:
     return manifest.model_copy(update={"sha256": digest}), text.encode() + b"\n"
 
 
-def parse_manifest(data: bytes, where: str) -> Manifest:
+def parse_manifest(data: bytes, where: str) -> AnyManifest:
     """Reads the content of `manifest.json`. `where`: its name in errors. Raises ArtifactError if altered, newer, or not a manifest."""
     try:
         content = json.loads(data)
@@ -195,8 +219,10 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise ArtifactError(f"{where}: altered ({_first_line(error)}): copy or export the artefact again") from error
     if digest != recorded:
         raise ArtifactError(f"{where}: its content is not what its sha256 says, so it was altered: copy or export the artefact again")
+    signature = content.get("signature")
+    named = isinstance(signature, dict) and signature.get("task") == "tensors"
     try:
-        return Manifest.model_validate_json(json.dumps(content | {"sha256": digest}))
+        return (TensorManifest if named else Manifest).model_validate_json(json.dumps(content | {"sha256": digest}))
     except ValidationError as error:
         raise ArtifactError(f"{where}: {field_error(error)}: export the artefact again") from error
 

@@ -13,25 +13,28 @@ import onnx
 
 from muntin.artifact.atomic_files import write_files
 from muntin.artifact.manifest import Signature
-from muntin.artifact.store import MANIFEST, Artifact, open_artifact
+from muntin.artifact.store import MANIFEST, AnyArtifact, open_any_artifact
 from muntin.errors import ArtifactError
 
 SUFFIX = ".onnx"
 
 
-def write_standalone(artifact: Artifact | Path | str, file: Path | str) -> Path:
+def write_standalone(artifact: AnyArtifact | Path | str, file: Path | str) -> Path:
     """Write the model of an artefact, or of the artefact's folder, to `file` and return its path. An existing ONNX file is replaced.
 
-    The graph is the one that the engines run: `images` uint8 (B, H, W, C) in, `scores` float32 out, normalisation inside. Metadata name
-    the task, the classes, the allowed sizes and the side that a classifier's pictures are resized to, which is not part of the graph.
+    The graph is the one that the engines run: `images` uint8 (B, H, W, C) in, `scores` float32 out, normalisation inside; or the named
+    inputs and outputs of any other model. Metadata name the task, and of images the classes, the allowed sizes and the side that a
+    classifier's pictures are resized to, which is not part of the graph.
     Takes about four times the model's size in memory. Raises ArtifactError: the artefact is damaged, the file is not named *.onnx, or it
     cannot be written.
     """
     file = Path(file)
     check_standalone(file)
-    artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
+    artifact = artifact if isinstance(artifact, AnyArtifact) else open_any_artifact(artifact)
+    signature = artifact.manifest.signature
     model = onnx.load_model_from_string(artifact.model_bytes())
-    _name_axes(model.graph, artifact.manifest.signature)
+    if isinstance(signature, Signature):
+        _name_axes(model.graph, signature)
     model = onnx.shape_inference.infer_shapes(model)  # viewers show the shapes of intermediate values only where they are stored
     onnx.helper.set_model_props(model, _metadata(artifact))
     try:
@@ -60,9 +63,11 @@ def _name_axes(graph: onnx.GraphProto, signature: Signature) -> None:
                 axis.dim_param = name
 
 
-def _metadata(artifact: Artifact) -> dict[str, str]:
+def _metadata(artifact: AnyArtifact) -> dict[str, str]:
     """Key and value of each entry of the model's metadata; the values of other types than text are JSON."""
     signature = artifact.manifest.signature
+    if not isinstance(signature, Signature):
+        return {"task": signature.task, "artifact": artifact.digest}
     entries = {"task": signature.task, "classes": json.dumps([entry.name for entry in signature.classes], ensure_ascii=False)}
     if signature.side is not None:
         entries["side"] = str(signature.side)

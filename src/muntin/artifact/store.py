@@ -3,7 +3,8 @@
     DIR/manifest.json         description (muntin.artifact.manifest)
     DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
     DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged
-    DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export
+    DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export;
+                              inputs_0/NAME, outputs_0/NAME, ... : those of a model with named inputs and outputs
 
 The names are fixed, so a manifest cannot refer to other files. The same model, packing and golden pairs give the same bytes.
 """
@@ -30,6 +31,8 @@ from safetensors.numpy import save as save_tensors
 
 from muntin.artifact.atomic_directory import names_in, refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
+    AnyKind,
+    AnyManifest,
     EngineFamily,
     FileName,
     FloatPrecision,
@@ -37,11 +40,13 @@ from muntin.artifact.manifest import (
     LayerRecord,
     Manifest,
     Signature,
+    TensorManifest,
     field_error,
     parse_manifest,
     render_manifest,
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
+from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -54,11 +59,11 @@ GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, repr=False)
-class Artifact:
-    """An opened artefact: directory and manifest. Its files are read on demand, and their digests checked again."""
+class AnyArtifact:
+    """An opened artefact of either kind: directory and manifest. Its files are read on demand, and their digests checked again."""
 
     path: Path
-    manifest: Manifest
+    manifest: AnyManifest
 
     def __repr__(self) -> str:
         """Path and form in one line: the manifest alone would be tens of kilobytes."""
@@ -66,8 +71,11 @@ class Artifact:
         integers = sum(layer.integer_activations for layer in layers)
         form = f"{integers} of {len(layers)} layers in INT8, others in {self.manifest.precision}"
         signature = self.manifest.signature
-        sizes = "" if signature.sizes.every else f", {signature.sizes.text}"
-        return f"Artifact({str(self.path)!r}, {signature.task}{sizes}, {form}, exported {self.manifest.created})"
+        if isinstance(signature, TensorSignature):
+            kind = signature.text
+        else:
+            kind = signature.task if signature.sizes.every else f"{signature.task}, {signature.sizes.text}"
+        return f"{type(self).__name__}({str(self.path)!r}, {kind}, {form}, exported {self.manifest.created})"
 
     @property
     def bytes(self) -> int:
@@ -87,26 +95,75 @@ class Artifact:
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: {error}") from error
 
+    def _golden_tensors(self) -> dict[str, NDArray[Any]]:
+        return _read_tensors(self.path, "golden.safetensors", self.manifest)
+
+    def _golden_error(self, text: str) -> ArtifactError:
+        return ArtifactError(f"{self.path / 'golden.safetensors'}: {text}: export the artefact again")
+
+
+@dataclass(frozen=True, repr=False)
+class Artifact(AnyArtifact):
+    """An opened artefact of an image model."""
+
+    manifest: Manifest
+
     def golden(self) -> tuple[GoldenPair, ...]:
         """The recorded pairs of images, uint8 (B, H, W, C), and scores, float32. Raises ArtifactError for none, or for other tensors."""
-        tensors = _read_tensors(self.path, "golden.safetensors", self.manifest)
+        tensors = self._golden_tensors()
         count, odd = divmod(len(tensors), 2)
         if odd or not count:
-            raise ArtifactError(
-                f"{self.path / 'golden.safetensors'}: {len(tensors)} tensors, where pairs of images and scores are needed, at least one: "
-                "export the artefact again"
-            )
+            raise self._golden_error(f"{len(tensors)} tensors, where pairs of images and scores are needed, at least one")
         try:
             pairs = tuple((tensors[f"images_{i}"], tensors[f"scores_{i}"]) for i in range(count))
             _check_golden(pairs, self.manifest.signature)
         except KeyError as error:
-            raise ArtifactError(f"{self.path / 'golden.safetensors'}: it has no {error.args[0]}: export the artefact again") from error
+            raise self._golden_error(f"it has no {error.args[0]}") from error
         except ArtifactError as error:
-            raise ArtifactError(f"{self.path / 'golden.safetensors'}: {error}: export the artefact again") from error
+            raise self._golden_error(str(error)) from error
         return pairs
 
 
+@dataclass(frozen=True, repr=False)
+class TensorArtifact(AnyArtifact):
+    """An opened artefact of a model with named inputs and outputs."""
+
+    manifest: TensorManifest
+
+    def golden(self) -> tuple[TensorPair, ...]:
+        """The recorded pairs of named inputs and outputs. Raises ArtifactError for none, or for tensors that do not fit the signature."""
+        pairs: dict[str, TensorPair] = {}
+        for key, tensor in self._golden_tensors().items():
+            (kind, _, number), name = key.partition("/")[0].rpartition("_"), key.partition("/")[2]
+            if kind not in ("inputs", "outputs"):
+                raise self._golden_error(f"it holds {key}, which is neither inputs_N/NAME nor outputs_N/NAME")
+            pairs.setdefault(number, ({}, {}))[kind == "outputs"][name] = tensor
+        try:
+            _check_tensor_pairs(list(pairs.values()), self.manifest.signature)
+        except ArtifactError as error:
+            raise self._golden_error(str(error)) from error
+        specs = self.manifest.signature.outputs  # the file has its own order
+        return tuple((inputs, {spec.name: outputs[spec.name] for spec in specs}) for _, (inputs, outputs) in sorted(pairs.items()))
+
+
 def open_artifact(path: str | Path) -> Artifact:
+    """Opens the artefact directory of an image model as `open_any_artifact` does. Raises ArtifactError for one with named tensors."""
+    artifact = open_any_artifact(path)
+    return Artifact(artifact.path, image_manifest(artifact.path, artifact.manifest))
+
+
+def image_manifest(path: Path, manifest: AnyManifest) -> Manifest:
+    """Returns the manifest of an image model. Raises ArtifactError for one of named tensors."""
+    if isinstance(manifest, Manifest):
+        return manifest
+    assert isinstance(manifest, TensorManifest)
+    raise ArtifactError(
+        f"{path}: its model takes named tensors ({manifest.signature.text}), and an image model (segment, classify, restore) is needed "
+        "here: call it from Python (`muntin.load`, with a dictionary of arrays), or use `muntin verify`, `bench`, `export --standalone`"
+    )
+
+
+def open_any_artifact(path: str | Path) -> Artifact | TensorArtifact:
     """Opens an artefact directory and checks every digest, which reads all of it once.
 
     Raises ArtifactError, naming the file, if one is missing, added or altered, or if the format is newer than this version reads.
@@ -125,10 +182,10 @@ def open_artifact(path: str | Path) -> Artifact:
         if (path / name).exists() and not (path / name).is_file():  # a pipe or a device: reading it might never end
             raise ArtifactError(f"{path / name}: no regular file: copy or export the artefact again")
         _check_digest(path / name, _digest(path / name), manifest.files[name])
-    return Artifact(path, manifest)
+    return TensorArtifact(path, manifest) if isinstance(manifest, TensorManifest) else Artifact(path, image_manifest(path, manifest))
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> AnyManifest:
     """Reads an artefact's manifest only; `open_artifact` checks the other files.
 
     Raises ArtifactError without a manifest, or for one newer than this version reads.
@@ -179,32 +236,91 @@ def write_artifact(
     than 2 GiB.
     """
     path = Path(path)
-    structure, tensors, records = split_model(model, packing or {})
+    fields = {
+        "signature": signature,
+        "golden_tolerance": {engine: dict(limits) for engine, limits in golden_tolerance.items()},
+        "example": example,
+        "layers": tuple(layers),
+        "passes": tuple(dict(entry) for entry in passes),
+        "plan": None if plan is None else dict(plan),
+        "precision": precision,
+        "measured": dict(measured or {}),
+        "created": created,
+    }
+    return Artifact(path, _write(path, Manifest, model, packing or {}, _golden_tensors(golden, signature), fields))
+
+
+def write_tensor_artifact(
+    path: str | Path,
+    *,
+    model: onnx.ModelProto,
+    signature: TensorSignature,
+    golden: Sequence[TensorPair],
+    golden_tolerance: Mapping[EngineFamily, Mapping[FloatPrecision, GoldenTolerance]],
+    example: Mapping[str, int] | None = None,
+    packing: Packing | None = None,
+    layers: Iterable[LayerRecord] = (),
+    passes: Iterable[Mapping[str, Any]] = (),
+    precision: FloatPrecision = "f32",
+    measured: Mapping[str, Any] | None = None,
+    created: str | None = None,
+) -> TensorArtifact:
+    """Writes a model with named inputs and outputs as `write_artifact` does one of images.
+
+    Raises ArtifactError, too, for golden tensors that do not fit the signature or hold no finite numbers.
+    """
+    path = Path(path)
+    _check_tensor_pairs(golden, signature)
+    tensors = {
+        f"{kind}_{index}/{name}": np.require(tensor, requirements="C")
+        for index, pair in enumerate(golden)
+        for kind, named in zip(("inputs", "outputs"), pair, strict=True)
+        for name, tensor in named.items()
+    }
+    fields = {
+        "signature": signature,
+        "golden_tolerance": {engine: dict(limits) for engine, limits in golden_tolerance.items()},
+        "example": None if example is None else dict(example),
+        "layers": tuple(layers),
+        "passes": tuple(dict(entry) for entry in passes),
+        "precision": precision,
+        "measured": dict(measured or {}),
+        "created": created,
+    }
+    return TensorArtifact(path, _write(path, TensorManifest, model, packing or {}, tensors, fields))
+
+
+def _write(
+    path: Path, kind: type[AnyKind], model: onnx.ModelProto, packing: Packing, golden: dict[str, NDArray[Any]], fields: dict[str, Any]
+) -> AnyKind:
+    """Writes the four files and returns the manifest. `fields`: its values other than of files and weights."""
+    structure, tensors, records = split_model(model, packing)
     contents: dict[FileName, bytes] = {
         "model.onnx": structure.SerializeToString(deterministic=True),
         "weights.safetensors": save_tensors(tensors),
-        "golden.safetensors": save_tensors(_golden_tensors(golden, signature)),
+        "golden.safetensors": save_tensors(golden),
     }
+    created = fields["created"] or datetime.now(UTC).isoformat(timespec="seconds")
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     try:
-        manifest = Manifest(
-            muntin=_version(),
-            created=created or datetime.now(UTC).isoformat(timespec="seconds"),
-            signature=signature,
-            passes=tuple(dict(entry) for entry in passes),
-            layers=tuple(layers),
-            tensors=records,
-            plan=None if plan is None else dict(plan),
-            precision=precision,
-            measured=dict(measured or {}),
-            golden_tolerance={engine: dict(limits) for engine, limits in golden_tolerance.items()},
-            example=example,
-            files={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
-        )
+        manifest = kind(**fields | {"created": created}, muntin=_version(), tensors=records, files=digests)
     except ValidationError as error:
         raise ArtifactError(f"manifest field {field_error(error)}: record plain values") from error
     manifest, rendered = render_manifest(manifest)
     replace_directory(path, {MANIFEST: rendered, **{str(name): data for name, data in contents.items()}}, marker=MANIFEST)
-    return Artifact(path, manifest)
+    return manifest
+
+
+def _check_tensor_pairs(golden: Sequence[TensorPair], signature: TensorSignature) -> None:
+    if not golden:
+        raise ArtifactError("no golden pairs: at least one pair of inputs and outputs is needed, or nothing can be verified later")
+    for index, (inputs, outputs) in enumerate(golden):
+        dims: dict[str, int] = {}
+        whole = "" if outputs.keys() == {spec.name for spec in signature.outputs} else f"outputs {', '.join(outputs) or 'nothing'}"
+        if problem := signature.inputs_problem(inputs, dims) or whole or signature.outputs_problem(outputs, dims):
+            raise ArtifactError(f"golden pair {index}: {problem}")
+        if wrong := [name for name, tensor in outputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()]:
+            raise ArtifactError(f"golden pair {index}: output {wrong[0]} holds NaN or infinity: give inputs with finite outputs")
 
 
 def _golden_tensors(golden: Sequence[GoldenPair], signature: Signature) -> dict[str, NDArray[Any]]:
@@ -235,7 +351,7 @@ def _read(file: Path) -> bytes:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def _read_checked(path: Path, name: FileName, manifest: Manifest) -> bytes:
+def _read_checked(path: Path, name: FileName, manifest: AnyManifest) -> bytes:
     data = _read(path / name)
     _check_digest(path / name, hashlib.sha256(data).hexdigest(), manifest.files[name])
     return data
@@ -255,7 +371,7 @@ def _check_digest(path: Path, digest: str, recorded: str) -> None:
         raise ArtifactError(f"{path}: its content is not what the manifest's sha256 says: copy or export the artefact again")
 
 
-def _read_tensors(path: Path, name: FileName, manifest: Manifest) -> dict[str, NDArray[Any]]:
+def _read_tensors(path: Path, name: FileName, manifest: AnyManifest) -> dict[str, NDArray[Any]]:
     data = _read_checked(path, name, manifest)
     try:
         tensors: dict[str, NDArray[Any]] = load_tensors(data)

@@ -12,7 +12,7 @@ import typer
 
 from muntin.cli.console import out, print_json, print_notes, progress_bar
 from muntin.cli.options import EngineOption, JsonOption, PrecisionOption
-from muntin.cli.profile import parse_size
+from muntin.cli.profile import parse_dims, parse_size
 from muntin.errors import DataError
 from muntin.text import count, number_format
 
@@ -39,7 +39,10 @@ def bench_command(
             help="Height and width in pixels, 512 or 512x768; the size of the first artefact's export by default, of each for other tasks."
         ),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images a call; several values separated by commas.")] = "1",
+    dims: Annotated[
+        str | None, typer.Option(help="Sizes of free dimensions of named tensors, tokens=128,NAME=NUMBER; those of the export by default.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images, or rows, a call; several values separated by commas.")] = "1",
     threads: Annotated[
         str | None, typer.Option(help="Threads; several values separated by commas; the usable physical cores by default.")
     ] = None,
@@ -68,6 +71,7 @@ def bench_command(
             threads=[None] if threads is None else _numbers("--threads", threads),
             streams=_numbers("--streams", streams),
             size=None if size is None else parse_size(size),
+            dims=None if dims is None else parse_dims(dims),
             rounds=rounds,
             report=advance,
         )
@@ -111,8 +115,9 @@ def _print(result: Bench) -> None:
         out.print(f"{letter}  {name}: {row.engine}, {number_format(row.precision, integers=row.integers)}")
     for line in table_lines(result, letters):
         out.print(line)
-    out.print("images/s: all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own")
-    out.print(f"size: {result.size_reason}" + ("" if result.size_reason == "as given" else "; --size measures another"))
+    out.print("images/s (or rows): all streams busy. load s, MiB: opening and a first call of every batch, in a process of its own")
+    option = "dims" if all(row.shape is None for row in result.rows) else "size"
+    out.print(f"size: {result.size_reason}" + ("" if result.size_reason == "as given" else f"; --{option} measures another"))
     if any(row.ratio is not None for row in result.rows):
         out.print("faster: the median of A over that of the row")
     out.print("cached: whether what the engine compiled came from an earlier run, which loads faster; - where none is kept")
@@ -128,10 +133,10 @@ def table_lines(result: Bench, letters: Mapping[str, str]) -> list[str]:
     compared = any(row.ratio is not None for row in result.rows)
     lines = [headings + (["faster"] if compared else [])]
     for row in result.rows:
-        (B, H, W), latency = row.shape, row.latency
+        latency = row.latency
         cells = [
-            letters[row.name], f"{B}", f"{H}x{W}", f"{row.threads}", f"{row.streams}", f"{latency.median_ms:.2f}", f"{latency.p90_ms:.2f}",
-            f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", CACHED[row.cached],
+            letters[row.name], f"{row.batch}", row.size, f"{row.threads}", f"{row.streams}", f"{latency.median_ms:.2f}",
+            f"{latency.p90_ms:.2f}", f"{latency.p99_ms:.2f}", f"{row.images_per_s:.1f}", f"{row.load_s:.2f}", CACHED[row.cached],
             "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
         ]  # fmt: skip
         lines.append(cells + ([] if not compared else ["-" if row.ratio is None else f"{row.ratio:.2f}x"]))

@@ -12,7 +12,7 @@ import typer
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, say, status
 from muntin.cli.options import JsonOption
-from muntin.cli.start import prepare_torch
+from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def compress_command(
     json: JsonOption = False,
 ) -> None:
     """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
+    refuse_without_gradients(checkpoint)
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import FOLDER
     from muntin.errors import RecipeError

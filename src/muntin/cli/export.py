@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,18 +14,20 @@ from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
 
 if TYPE_CHECKING:
-    from muntin.artifact import Artifact
+    from muntin.artifact import AnyArtifact, Artifact
 
 
 def export_command(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="A run's folder or one of its checkpoints; with --standalone also an artefact's folder. Or a model: timm:NAME, "
-            "torchvision:NAME, smp:CLASS:ENCODER, hf:FOLDER, package.module:function."
+            help="A run's folder or one of its checkpoints; with --standalone also an artefact's folder. Or a model: a float ONNX file, "
+            "timm:NAME, torchvision:NAME, smp:CLASS:ENCODER, hf:FOLDER, package.module:function."
         ),
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the artefact; of a run RUN/artifact by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the artefact; RUN/artifact or MODEL-artifact by default.")
+    ] = None,
     floating: Annotated[
         bool, typer.Option("--float", help="Do not quantise: keep all layers in floating point. Refused for a quantised checkpoint.")
     ] = False,
@@ -39,11 +41,19 @@ def export_command(
             "as many as the model takes. By default widest, of a classifier fixed; an artefact of the same weights is kept with its sizes."
         ),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the quantisation of a model needs: a folder of typical pictures. For an ONNX file, typical inputs: a .npz file with "
+            "an array for each input by name, or the .npy array of the only input."
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="For an ONNX file: rows that are computed at a time, where their number is free.")] = 8,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help="For an ONNX file: a node that stays in floats; repeatable.")] = None,
     standalone: Annotated[
         Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
     ] = None,
     json: JsonOption = False,
-    calibration: Annotated[Path | None, typer.Option(help="Of a model: folder of typical pictures, which the quantisation needs.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Of a model: .safetensors file, or a state_dict that torch.save wrote; random by default.")
     ] = None,
@@ -57,7 +67,7 @@ def export_command(
     ] = None,
     std: Annotated[str | None, typer.Option(help="Of a model: standard deviation of each channel, like --mean.")] = None,
 ) -> None:
-    """Quantise a checkpoint, or a model of PyTorch, to INT8 and write it as an artefact that runs without PyTorch."""
+    """Quantise a checkpoint, a model of PyTorch or an ONNX file to INT8 and write it as an artefact that runs without PyTorch."""
     from muntin.artifact import check_standalone, write_standalone
     from muntin.artifact.store import MANIFEST
 
@@ -72,6 +82,17 @@ def export_command(
         "mean": mean,
         "std": std,
     }
+    of_source = {key: value for key, value in of_model.items() if key != "calibration" and value is not None}
+    if checkpoint.suffix.lower() == ".onnx":
+        if set_ or sizes or of_source or calibration is None or (floating and keep):
+            wrong = "it takes --keep or --float" if floating and keep else "without inputs"
+            if others := [*(["set"] if set_ else []), *(["sizes"] if sizes else []), *of_source]:
+                wrong = f"--{' and --'.join(others)} {'is' if len(others) == 1 else 'are'} for other models"
+            raise RecipeError(f"{checkpoint} is an ONNX file, {wrong}: give --calibration inputs.npz, and --float or --keep NODE")
+        _export_onnx(checkpoint, calibration, output, floating=floating, batch=batch, keep=keep or (), standalone=standalone, json=json)
+        return
+    if keep:
+        raise RecipeError(f"--keep is for ONNX files, and {checkpoint} is none: give --set quantization.keep=NAMES")
     if str(checkpoint).find(":") > 1 and not checkpoint.exists():  # not a drive's colon
         of_model["overrides"] = set_ or ()
         _export_source(str(checkpoint), output, of_model, floating=floating, sizes=sizes, standalone=standalone, json=json)
@@ -154,6 +175,66 @@ def _print_result(
     print_notes(notes)
 
 
+def _export_onnx(
+    model: Path,
+    calibration: Path,
+    output: Path | None,
+    *,
+    floating: bool,
+    batch: int,
+    keep: Collection[str],
+    standalone: Path | None,
+    json: bool,
+) -> None:
+    """Write an ONNX file as an artefact with named inputs and outputs, and print what was done."""
+    from muntin.artifact import write_standalone
+    from muntin.graph import export_onnx
+    from muntin.graph.calibration_file import read_calibration
+    from muntin.graph.onnx_file import read_float_model
+
+    target = output or model.with_name(f"{model.stem}-artifact")
+    proto = read_float_model(model)
+    batches = read_calibration(calibration, proto, batch)
+    with status("exporting"):
+        artifact = export_onnx(
+            proto, target, calibration=None if floating else batches, example=batches[0] if floating else None, keep=keep
+        )
+        if standalone is not None:
+            write_standalone(artifact, standalone)
+    manifest = artifact.manifest
+    recorded = manifest.measured
+    notes = recorded["notes"] if isinstance(recorded["notes"], list) else []
+    kept = {} if floating else {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
+    if json:
+        print_json({
+            "artifact": target, "bytes": artifact.bytes, "standalone": standalone, "signature": manifest.signature.model_dump(),
+            "precision": manifest.precision, "int8_layers": _integer_layers(artifact), "kept": kept,
+            "integer_coverage": recorded["integer_coverage"], "rounding": recorded.get("rounding", {}), "notes": notes,
+        })  # fmt: skip
+        return
+    integers = f"{_integer_layers(artifact)} of {len(manifest.layers)} products in INT8, others in {manifest.precision}"
+    out.print(f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {integers}")
+    for kind, infos in (("input", manifest.signature.inputs), ("output", manifest.signature.outputs)):
+        for info in infos:
+            out.print(f"{kind:<9} {info.name}: {info.text}")
+    rounding = recorded.get("rounding", {})
+    for name, change in rounding.items() if isinstance(rounding, dict) else ():
+        out.print(f"integers  {name}: {_moved(change)}")
+    for name, reason in kept.items():
+        out.print(f"kept      {name}: {reason}")
+    if standalone is not None:
+        out.print(_written(standalone))
+    print_notes([str(note) for note in notes])
+
+
+def _moved(change: Any) -> str:
+    """Say what integers change in an output."""
+    if change["rms_error"] is None:
+        return f"{change['equal']:.1%} of its values are those of the float model"
+    cosine = "" if change["cosine"] is None else f", least cosine of a row {change['cosine']:.4f}"
+    return f"{change['rms_error']:.2g} standard deviations from the float model in the mean{cosine}"
+
+
 def _write_standalone(artifact: Path, file: Path, *, json: bool) -> None:
     """Write an artefact as one ONNX file, and print that."""
     from muntin.artifact import write_standalone
@@ -176,7 +257,7 @@ def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str |
         out.print(f"kept      {name}: {reason or 'not quantised'}")
 
 
-def _integer_layers(artifact: Artifact) -> int:
+def _integer_layers(artifact: AnyArtifact) -> int:
     return sum(layer.activation_bits == 8 for layer in artifact.manifest.layers)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,9 +15,6 @@ from muntin.cli.console import out, print_json, print_notes, print_table, refuse
 from muntin.cli.options import JsonOption, PrecisionOption, ThreadsOption
 from muntin.errors import DataError
 from muntin.text import count, number_format
-
-if TYPE_CHECKING:
-    from muntin.runtime.session import Shape
 
 WINS = 3
 TOP = 12
@@ -33,7 +30,10 @@ def profile_command(
         str | None,
         typer.Option(help="Size of the image in pixels: HxW, or N for a square; by default the size of the export."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images a call.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images, or rows, a call.")] = None,
+    dims: Annotated[
+        str | None, typer.Option(help="Sizes of free dimensions of named tensors, tokens=128,NAME=NUMBER; those of the export by default.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
     precision: PrecisionOption = "recorded",
     threads: ThreadsOption = None,
@@ -58,11 +58,13 @@ def profile_command(
     if artifact.is_dir() and not (artifact / MANIFEST).exists():
         if engine != "openvino" or precision != "recorded":
             raise DataError(f"{artifact} is no artefact but a run, whose live model has no --engine and no --precision: leave them out")
+        if dims is not None:
+            raise DataError(f"--dims {dims}: {artifact} is a run, whose model takes images: give --size")
         _profile_run(artifact, target, size=size, batch=batch, threads=threads, rounds=rounds, json=json)
         return
-    shape = _shape(artifact, size, batch)
+    sized = _sizes(artifact, size, batch, dims)
     with status("profiling"):
-        measured = profile(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), shape=shape, rounds=rounds)
+        measured = profile(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), **sized, rounds=rounds)
     document = profile_dict(measured)
     page = write_profile(target, document)
     write_files(target, {TRACE: dumps(chrome_trace(measured), ensure_ascii=False, allow_nan=False) + "\n"}, what="trace")
@@ -70,7 +72,8 @@ def profile_command(
         print_json(document | {"files": sorted(str(target / name) for name in (JSON_NAME, HTML_NAME, PICTURE_NAME, TRACE))})
         return
     manifest = measured.artifact.manifest
-    _print(document, integers=manifest.integers, size_reason=default_size_reason(manifest) if size is None else None)
+    reason = default_size_reason(manifest) if size is None and dims is None else None
+    _print(document, measured.size, integers=manifest.integers, size_reason=reason, option="--size" if measured.dims is None else "--dims")
     out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev")
 
 
@@ -119,17 +122,35 @@ def _target(artifact: Path, output: Path | None) -> Path:
     return target
 
 
-def _shape(artifact: Path, size: str | None, batch: int | None) -> Shape | None:
-    """Return (B, H, W) with the artefact's values for missing options; None where both are missing."""
-    from muntin.artifact import open_artifact
+def _sizes(artifact: Path, size: str | None, batch: int | None, dims: str | None) -> dict[str, Any]:
+    """Return the `shape` of images or the `dims` of named tensors, with the artefact's values for missing options."""
+    from muntin.artifact import TensorArtifact, open_any_artifact
     from muntin.runtime.profiling.profile import default_shape
 
-    if size is None and batch is None:
-        return None
-    B, H, W = default_shape(open_artifact(artifact))
+    if size is None and batch is None and dims is None:
+        return {}
+    opened = open_any_artifact(artifact)
+    if isinstance(opened, TensorArtifact):
+        signature = opened.manifest.signature
+        if size is not None:
+            raise DataError(f"--size {size}: {artifact} takes named tensors: give --dims ({', '.join(signature.dims) or 'it has none'})")
+        if batch is not None and signature.batch is None:
+            raise DataError(f"--batch {batch}: {artifact} has no dimension of independent rows: leave it out")
+        return {"dims": ({} if dims is None else parse_dims(dims)) | ({} if batch is None else {str(signature.batch): batch})}
+    if dims is not None:
+        raise DataError(f"--dims {dims}: {artifact} takes images: give --size")
+    B, H, W = default_shape(opened)
     if size is not None:
         H, W = parse_size(size)
-    return (B if batch is None else batch, H, W)
+    return {"shape": (B if batch is None else batch, H, W)}
+
+
+def parse_dims(text: str) -> dict[str, int]:
+    """Return the sizes in "tokens=128,width=64". Raises DataError for any other text."""
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    if not all(name.strip() and number.strip().isdecimal() and int(number) for name, _, number in pairs):
+        raise DataError(f"--dims {text}: give whole numbers from 1 by the names of dimensions, as in tokens=128,width=64")
+    return {name.strip(): int(number) for name, _, number in pairs}
 
 
 def parse_size(size: str, option: str = "--size") -> tuple[int, int]:
@@ -140,19 +161,18 @@ def parse_size(size: str, option: str = "--size") -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def _print_size(reason: str | None) -> None:
+def _print_size(reason: str | None, option: str = "--size") -> None:
     if reason is not None:
-        out.print(f"size      {reason}; --size measures another")
+        out.print(f"size      {reason}; {option} measures another")
 
 
-def _print(document: Mapping[str, Any], *, integers: bool, size_reason: str | None) -> None:
-    B, H, W = document["shape"]
+def _print(document: Mapping[str, Any], size: str, *, integers: bool, size_reason: str | None, option: str) -> None:
     numbers = number_format(document["precision"], integers=integers)
     out.print(
-        f"whole     {document['whole_ms']:.2f} ms for {B} x {H} x {W} in {document['engine']}, {numbers}, "
+        f"whole     {document['whole_ms']:.2f} ms for {size} in {document['engine']}, {numbers}, "
         f"{count(document['threads'], 'thread')} (median of {count(document['rounds'], 'call')})",
     )
-    _print_size(size_reason)
+    _print_size(size_reason, option)
     wins = [finding for finding in document["findings"] if finding["saves_ms"] is not None]
     for number, finding in enumerate(wins[:WINS], 1):
         out.print(f"win {number}     up to {finding['saves_ms']:.2f} ms: {finding['words']}")

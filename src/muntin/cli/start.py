@@ -1,4 +1,4 @@
-"""The start of a command that computes in PyTorch: how its threads wait for each other, and a note if other processes use the CPUs."""
+"""The start of a command that computes in PyTorch: what it refuses, how its threads wait, and a note if other processes use the CPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+
+from muntin.errors import RecipeError
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables that set how OpenMP's threads wait. OpenMP reads them when PyTorch is loaded."""
@@ -33,3 +35,13 @@ def prepare_torch() -> list[str]:
     if not any(name in os.environ for name in WAITING):
         os.environ.update(SPINS_BESIDE if notes else SPINS)
     return notes
+
+
+def refuse_without_gradients(path: Path) -> None:
+    """Raise RecipeError for an ONNX file or an artefact, where a model is to be trained."""
+    if path.suffix.lower() == ".onnx" or (path / "manifest.json").is_file():
+        kind = "an ONNX file" if path.suffix.lower() == ".onnx" else "an artefact"
+        raise RecipeError(
+            f"{path} is {kind}, and training needs gradients, which its graph does not have: train the model in PyTorch (a recipe, "
+            "docs/own-model.md); without training `muntin export MODEL.onnx --calibration FILE.npz` quantises an ONNX file"
+        )

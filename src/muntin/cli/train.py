@@ -25,7 +25,7 @@ from muntin.cli.console import (
     say_notes,
 )
 from muntin.cli.options import JsonOption
-from muntin.cli.start import prepare_torch
+from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def fit_command(
     json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe."""
+    refuse_without_gradients(recipe)
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import load_recipe
 

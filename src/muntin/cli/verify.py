@@ -20,7 +20,7 @@ def verify_command(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check an artefact: digests, golden scores, integer execution of its quantised layers, and the result of each layer.
+    """Check an artefact: digests, golden scores or outputs, integer execution of its quantised layers, and the result of each layer.
 
     Layers are checked one by one in OpenVINO only; with another --engine that check is left out, and a note says so.
     """
@@ -39,6 +39,10 @@ def verify_command(
             "golden": [
                 {key: getattr(golden, key) for key in ("shape", "max_error", "rms_error", "label_agreement", "passed")}
                 for golden in result.golden
+            ],
+            "outputs": [
+                {key: getattr(output, key) for key in ("name", "shape", "max_error", "rms_error", "cosine", "equal", "passed")}
+                for output in result.outputs
             ],
             "integer_layers": integers if result.layers else None, "fallbacks": result.fallbacks, "problems": result.problems,
             "layers": [{"name": check.name, "error": check.error, "passed": check.passed} for check in result.checks],
@@ -61,6 +65,8 @@ def _print(result: VerifyResult, integers: Sequence[str]) -> None:
         agreement = "" if golden.label_agreement is None else f", {percent(golden.label_agreement, 2)} of its labels agree"
         errors = f"largest error {golden.max_error:.2g} standard deviations, {golden.rms_error:.2g} in the mean"
         out.print(f"golden    {golden.shape}: {errors}{agreement}")
+    for output in result.outputs:
+        out.print(f"golden    {output.name} {output.shape}: {output.errors}")
     ran = f"{len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}"
     out.print(f"integers  {ran if result.layers else f'unknown: {result.engine} does not say what its layers run in'}")
     if result.checks:

@@ -11,30 +11,16 @@ from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.deployment.capture.graph_check import sensitivity
 from muntin.deployment.capture.model_contract import FAR_OFF, Pairs, SizeError
-from muntin.errors import ArtifactError, ExportError
+from muntin.errors import ArtifactError
+from muntin.graph.artifacts.engine_check import FLOAT_LIMITS, FallbackError
+from muntin.graph.artifacts.engine_check import INTEGER_LIMITS as LIMITS
 from muntin.runtime import Session, load
 from muntin.runtime.options import Precision
 from muntin.runtime.verification.artifact import find_fallbacks, replay
 
 Tolerances = Mapping[FloatPrecision, GoldenTolerance]
-LIMITS: Tolerances = {
-    "f32": GoldenTolerance(max_error=0.5, label_agreement=0.95),
-    "bf16": GoldenTolerance(max_error=0.75, label_agreement=0.9),
-    "f16": GoldenTolerance(max_error=0.5, label_agreement=0.93),
-}
-"""Allowed difference of a deployed model from its graph in exact arithmetic, by the precision of its float layers."""
-FLOAT_LIMITS: Tolerances = {**LIMITS, "f32": GoldenTolerance(max_error=0.01, label_agreement=0.99)}
-"""Limits for a model without quantised layers: in f32 only the order of sums differs."""
 TWICE = 2
 """Allowed difference of an engine, in units of what one grey level of noise changes, where that is more than the limits."""
-
-
-class FallbackError(ExportError):
-    """Products that are to run in integers run in floats. `reasons`: why, by the product's name."""
-
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        super().__init__(f"{len(reasons)} products run in floats: {next(iter(reasons.values()))}")
-        self.reasons = reasons
 
 
 def write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: list[str]) -> Artifact:

@@ -39,11 +39,13 @@ from muntin.deployment.capture.model_contract import (
 from muntin.deployment.capture.onnx_export import to_onnx
 from muntin.deployment.capture.trained_plan import take_plan
 from muntin.deployment.counting import WEIGHTED
-from muntin.deployment.engine_check import FallbackError, write_checked
-from muntin.deployment.layer_records import layer_records, packing_of, quantization_changes, reasons_of
+from muntin.deployment.engine_check import write_checked
+from muntin.deployment.quantization_changes import quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
 from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes, usual_sizes
 from muntin.errors import ExportError, MuntinError
+from muntin.graph.artifacts.engine_check import FallbackError
+from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
 from muntin.graph.insertion import Plan
 from muntin.graph.quantize import QuantizationPlan, calibrate, planned
 from muntin.graph.records import QuantizedOnnx
@@ -173,6 +175,7 @@ class _Draft:
             check_capture(errors)
         self.probe.forget()
         plan = self._plan(proto, trained, changes, opened_for)
+        kinds = {name: type(layer).__name__ for name, layer in model.named_modules() if not list(layer.children())}
         while True:
             result = plan.quantized()
             pairs = graph_pairs(result.model, [images for images, _ in due], exact=True)
@@ -187,7 +190,7 @@ class _Draft:
                 "signature": signature,
                 "packing": packing_of(result.model),
                 "golden": pairs[: len(golden_sides)],
-                "layers": layer_records(model, result),
+                "layers": layer_records(result.products, kinds),
                 "passes": [_pass_entry(change) for change in done],
                 "measured": {"hardware": describe_hardware(), **self.measured, **self._figures(result, errors)},
                 "example": opened_for,

@@ -38,7 +38,7 @@ def quantize_onnx(
     names, types or shapes; a name in `keep` that is no product.
     """
     proto = read_float_model(model)
-    batches = [_named(batch, proto) for batch in ([calibration] if isinstance(calibration, np.ndarray) else calibration)]
+    batches = [named_inputs(batch, proto) for batch in ([calibration] if isinstance(calibration, np.ndarray) else calibration)]
     if not batches:
         raise ExportError("calibration is empty: give batches of typical inputs")
     return calibrate(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep).quantized()
@@ -59,16 +59,16 @@ def read_float_model(model: onnx.ModelProto | Path | str) -> onnx.ModelProto:
     return proto
 
 
-def _named(batch: NamedArrays, proto: onnx.ModelProto) -> Inputs:
-    """Return a batch as arrays by name. Raises ExportError for inputs other than the model's."""
+def named_inputs(batch: NamedArrays, proto: onnx.ModelProto, called: str = "calibration") -> Inputs:
+    """Return a batch as arrays by name. Raises ExportError for inputs other than the model's. `called`: its name in errors."""
     constants = {entry.name for entry in proto.graph.initializer}
     inputs = {entry.name: entry for entry in proto.graph.input if entry.name not in constants}
     if isinstance(batch, np.ndarray):
         if len(inputs) != 1:
-            raise ExportError(f"calibration is an array, and the model takes {', '.join(inputs)}: give a dictionary of arrays by name")
+            raise ExportError(f"{called} is an array, and the model takes {', '.join(inputs)}: give a dictionary of arrays by name")
         batch = {next(iter(inputs)): batch}
     if batch.keys() != inputs.keys():
-        raise ExportError(f"calibration names {', '.join(batch) or 'nothing'}, and the model takes {', '.join(inputs)}")
+        raise ExportError(f"{called} names {', '.join(batch) or 'nothing'}, and the model takes {', '.join(inputs)}")
     for name, value in batch.items():
         tensor = inputs[name].type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
@@ -76,5 +76,5 @@ def _named(batch: NamedArrays, proto: onnx.ModelProto) -> Inputs:
         fits = len(sides) == value.ndim and all(side in (None, given) for side, given in zip(sides, value.shape, strict=True))
         if value.dtype != dtype or not fits or 0 in value.shape:
             allowed = " x ".join("any" if side is None else str(side) for side in sides)
-            raise ExportError(f"calibration of '{name}' is {value.dtype} {value.shape}: the model takes {dtype} of {allowed}")
+            raise ExportError(f"{called} of '{name}' is {value.dtype} {value.shape}: the model takes {dtype} of {allowed}")
     return dict(batch)

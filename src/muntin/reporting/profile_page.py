@@ -117,9 +117,8 @@ def headline_parts(profile: ProfileRecord) -> tuple[list[str], str]:
 
     The latter is '' where kernels show the ceilings to be too low, or other processes used the CPUs.
     """
-    images = "an image" if profile.shape[0] == 1 else f"{profile.shape[0]} images"
     least = least_ms(profile.kernels)
-    latency = f"{text.milliseconds(profile.whole_ms)} for {images} of {_size(profile)}"
+    latency = f"{text.milliseconds(profile.whole_ms)} for {_inputs(profile)}"
     if profile.disturbed:
         return [f"{latency} ({text.BESIDE})"], ""
     return [latency], f"at {text.percent(least / profile.whole_ms, 0)} of the machine's ceiling" if least and not _doubtful(profile) else ""
@@ -237,5 +236,14 @@ def _sum_ms(kernels: Iterable[KernelRow]) -> float:
     return sum(kernel.ms for kernel in kernels)
 
 
+def _inputs(profile: ProfileRecord) -> str:
+    if profile.shape is None:
+        return _size(profile)
+    images = "an image" if profile.shape[0] == 1 else f"{profile.shape[0]} images"
+    return f"{images} of {_size(profile)}"
+
+
 def _size(profile: ProfileRecord) -> str:
-    return f"{profile.shape[1]} × {profile.shape[2]}"
+    if profile.shape is not None:
+        return f"{profile.shape[1]} × {profile.shape[2]}"
+    return ", ".join(f"{name} {size}" for name, size in (profile.dims or {}).items()) or "the only size"

@@ -79,7 +79,7 @@ class FindingRecord(Record):
 
 
 class ProfileRecord(Record):
-    """A whole profile. `shape` is (B, H, W): images, rows, columns.
+    """A whole profile. `shape` is (B, H, W): images, rows, columns; null for named tensors, of which `dims` are the free sizes.
 
     `whole_ms` is a call without counters, `profiled_ms` a call with every kernel timed, `kernels_ms` the sum of its kernels. `others`:
     cores' worth of CPU time that other processes used meanwhile; null where unknown.
@@ -94,7 +94,8 @@ class ProfileRecord(Record):
     engine: Text
     precision: Text
     threads: PositiveCount
-    shape: tuple[PositiveCount, PositiveCount, PositiveCount]
+    shape: tuple[PositiveCount, PositiveCount, PositiveCount] | None = None
+    dims: dict[str, PositiveCount] | None = None
     rounds: PositiveCount
     whole_ms: Positive
     profiled_ms: Positive

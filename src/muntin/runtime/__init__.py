@@ -6,6 +6,7 @@ from muntin.runtime.engines.registry import ENGINES, load
 from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.tensors import TensorSession
 from muntin.runtime.tiles import predict
 from muntin.runtime.verification.artifact import GoldenResult, VerifyResult, verify
 
@@ -15,6 +16,7 @@ __all__ = [
     "GoldenResult",
     "Session",
     "SessionOptions",
+    "TensorSession",
     "VerifyResult",
     "describe_hardware",
     "load",

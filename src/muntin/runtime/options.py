@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.session import Shape, check_shapes
+from muntin.runtime.tensors import Dims, check_dims
 
 EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 Precision = Literal["recorded", "f32", "bf16", "f16"]
@@ -30,7 +31,8 @@ class SessionOptions:
     `engine`: an engine's name. `precision`: "recorded" (the precision of the manifest's figures, or f32 where the machine has no such
     kernels), "f32", "bf16" or "f16". `threads`: None for the usable physical cores. `streams`: number of calls that compute at the same
     time: 1 for the lowest latency, as many as threads for the most images a second (with `Session.map`). `shapes`: the (B, H, W) to
-    compile for and to compute once when the session is opened; None: the manifest's `example`, (): nothing. `dynamic` (OpenVINO only):
+    compile for and to compute once when the session is opened; None: the manifest's `example`, (): nothing. `dims`: the same for a model
+    with named tensors, as sizes of its free dimensions, `[{"batch": 8, "tokens": 128}]`. `dynamic` (OpenVINO only):
     True: sizes that are not in `shapes` are computed without compiling for them, which is slower, and no call waits for a compilation;
     False: the first call of a size compiles for it. `cache`: keep what the engine compiles in the user's cache, and read it from there.
     """
@@ -40,6 +42,7 @@ class SessionOptions:
     threads: int | None = None
     streams: int = 1
     shapes: tuple[Shape, ...] | None = None
+    dims: tuple[Dims, ...] | None = None
     dynamic: bool = False
     cache: bool = True
 
@@ -52,6 +55,8 @@ class SessionOptions:
             raise DataError(f"streams={self.streams!r}: give 1 for the lowest latency, more for several images at the same time")
         if self.shapes is not None:
             object.__setattr__(self, "shapes", check_shapes(self.shapes))  # JSON has lists
+        if self.dims is not None:
+            object.__setattr__(self, "dims", check_dims(self.dims))
 
     @property
     def thread_count(self) -> int:

@@ -1,4 +1,4 @@
-"""Sessions: images in, scores out, with any engine.
+"""Sessions: inputs in, outputs out, with any engine. `Session` is of image models, `TensorSession` of named tensors.
 
 Axis letters: B images, H and W rows and columns, C channels of an image, K channels of the scores (classes, or channels to restore).
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
+from muntin.runtime.host.thread_pool import thread_pool
 
 STATIC_SHAPES = 4
 """Input sizes, beside those given to `warm_up`, that an engine keeps compiled."""
 Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
+GivenT = TypeVar("GivenT")
+AnswerT = TypeVar("AnswerT")
 Labels = NDArray[np.unsignedinteger[Any]]
 """Class numbers, in the signature's `label_type`."""
 
@@ -43,19 +46,72 @@ class ExecutedLayer:
     compute: bool
 
 
-class Session(ABC):
-    """An opened artefact that computes. Threads may share one; each call returns an array of its own.
+class AnySession(ABC, Generic[GivenT, AnswerT]):
+    """An opened artefact that computes. Threads may share one; each call returns arrays of its own.
 
     `precision`: the real precision of float layers ("f32", "bf16", "f16"). `threads`: of the engine. `streams`: calls that compute at the
     same time, each on its share of the threads.
     """
 
-    def __init__(self, *, signature: Signature, engine: str, precision: str, threads: int, streams: int = 1) -> None:
-        self.signature = signature
+    def __init__(self, *, engine: str, precision: str, threads: int, streams: int = 1) -> None:
         self.engine = engine
         self.precision = precision
         self.threads = threads
         self.streams = streams
+
+    @abstractmethod
+    def __call__(self, batch: GivenT, /) -> AnswerT:
+        """Computes a batch."""
+
+    def map(self, batches: Iterable[GivenT]) -> Iterator[AnswerT]:
+        """The answer to each batch, in order; the next batches are read and computed while the caller works on the last result.
+
+        At most `streams` + 1 batches are in flight. Each is copied, so that the iterator may reuse its memory. An error of reading or
+        computing a batch is raised in place of its result.
+        """
+        with thread_pool(self.streams, "muntin-session") as pool:
+            pending: deque[Future[AnswerT]] = deque()
+            errors: list[Exception] = []
+            try:
+                for batch in _until_failure(batches, errors):
+                    pending.append(pool.submit(self, self._copy(batch)))
+                    if len(pending) > self.streams:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+                for error in errors:
+                    raise error
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _in_every_stream(self, call: Callable[[GivenT], object], batch: GivenT) -> None:
+        """Computes a batch in all streams at the same time."""
+        if self.streams == 1:
+            call(batch)
+            return
+        with thread_pool(self.streams, "muntin-warm-up") as pool:
+            list(pool.map(call, [batch] * self.streams))
+
+    def close(self) -> None:
+        """Lets go of what lies outside of this process. Nobody may call the session any more."""
+
+    @staticmethod
+    @abstractmethod
+    def _copy(batch: GivenT) -> GivenT:
+        """A copy of a batch."""
+
+    @abstractmethod
+    def layers(self) -> list[ExecutedLayer]:
+        """Every operation and the precision that it really runs in. May compile, so takes as long as opening."""
+
+
+class Session(AnySession[NDArray[np.uint8], NDArray[np.float32]]):
+    """A session of an image model."""
+
+    def __init__(self, *, signature: Signature, engine: str, precision: str, threads: int, streams: int = 1) -> None:
+        super().__init__(engine=engine, precision=precision, threads=threads, streams=streams)
+        self.signature = signature
         self.outputs = Buffers()
         """Memory of results, for engines that can write into given memory."""
 
@@ -96,28 +152,6 @@ class Session(ABC):
         """Labels of a checked, contiguous batch. The model has classes."""
         return self._infer_labels(images_BHWC)
 
-    def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]:
-        """Scores of each batch, in order; the next batches are read and computed while the caller works on the last result.
-
-        At most `streams` + 1 batches are in flight. Each is copied, so that the iterator may reuse its memory. An error of reading or
-        computing a batch is raised in place of its result.
-        """
-        with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-session") as pool:
-            pending: deque[Future[NDArray[np.float32]]] = deque()
-            errors: list[Exception] = []
-            try:
-                for images_BHWC in _until_failure(batches, errors):
-                    pending.append(pool.submit(self, np.array(images_BHWC)))
-                    if len(pending) > self.streams:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-                for error in errors:
-                    raise error
-            finally:
-                for future in pending:
-                    future.cancel()
-
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         """Computes once for each shape (B, H, W), in every stream, so that the first real call of a shape is as fast as later ones.
 
@@ -127,11 +161,11 @@ class Session(ABC):
         call = self.labels if labels else self
         for shape in check_shapes(shapes, self.signature.sizes):
             images_BHWC = np.zeros((*shape, self.signature.channels), np.uint8)
-            with ThreadPoolExecutor(max_workers=self.streams, thread_name_prefix="muntin-warm-up") as pool:
-                list(pool.map(call, [images_BHWC] * self.streams))
+            self._in_every_stream(call, images_BHWC)
 
-    def close(self) -> None:  # noqa: B027 - most have nothing outside
-        """Lets go of what lies outside of this process. Nobody may call the session any more."""
+    @staticmethod
+    def _copy(batch: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        return np.array(batch)
 
     @abstractmethod
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -142,12 +176,8 @@ class Session(ABC):
         labels: Labels = self.infer(images_BHWC).argmax(axis=1).astype(self.signature.label_type)
         return labels
 
-    @abstractmethod
-    def layers(self) -> list[ExecutedLayer]:
-        """Every operation and the precision that it really runs in. May compile, so takes as long as opening."""
 
-
-def _until_failure(batches: Iterable[NDArray[np.uint8]], errors: list[Exception]) -> Iterator[NDArray[np.uint8]]:
+def _until_failure(batches: Iterable[GivenT], errors: list[Exception]) -> Iterator[GivenT]:
     """The batches before the first one that cannot be read; its error is appended to `errors`."""
     try:
         yield from batches

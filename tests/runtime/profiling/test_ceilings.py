@@ -11,7 +11,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from muntin.errors import DataError
-from muntin.runtime.engines.openvino.session import executed_products
+from muntin.runtime.engines.openvino.compiled import executed_products
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.profiling.ceilings import (

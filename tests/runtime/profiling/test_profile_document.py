@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from muntin.artifact import open_artifact
+from muntin.errors import DataError
+from muntin.reporting import write_profile
 from muntin.reporting.profile_schema import parse_profile
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import BETWEEN, INTERRUPTIONS, Ceilings
 from muntin.runtime.profiling.profile import Profile, profile
 from muntin.runtime.profiling.profile_document import kinds, profile_dict
+from tensor_models import write_tensors
 
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
 
@@ -82,3 +85,21 @@ def test_kernel_without_ceiling(result: Profile) -> None:
     document = profile_dict(replace(result, ceilings=replace(CEILINGS, gmacs={"bf16": 1.0})))
     assert {kernel["ceiling_share"] for kernel in document["kernels"] if kernel["macs"]} == {None}
     parse_profile(document)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_document_of_named_tensors(tmp_path: Path, engine: str) -> None:
+    artifact = write_tensors(tmp_path / "text")
+    options = SessionOptions(engine=engine, precision="f32", threads=1)
+    result = profile(artifact.path, options, dims={"batch": 4}, rounds=2, ceilings=CEILINGS)
+    assert (result.shape, result.dims, result.size) == (None, {"batch": 4, "tokens": 8}, "batch 4, tokens 8")
+    document = profile_dict(result)
+    page = write_profile(tmp_path / "out", document).read_text()
+    assert document["title"] == "text: batch 4, tokens 8"
+    assert "batch 4, tokens 8" in page
+    assert sum(kernel["macs"] for kernel in document["kernels"]) == 4 * 16 * 32 + 4 * 32 * 24  # OpenVINO may join the two
+    assert not any("the image" in finding["words"] or "the scores" in finding["words"] for finding in document["findings"])
+    with pytest.raises(DataError, match=r"takes named tensors: give dims, sizes of its free dimensions \(batch, tokens\)"):
+        profile(artifact.path, options, shape=(1, 8, 8))
+    with pytest.raises(DataError, match="dims with sizes of batch, tokens, words: give one of each free dimension"):
+        profile(artifact.path, options, dims={"words": 4})

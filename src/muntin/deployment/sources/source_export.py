@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from muntin.artifact import Artifact, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
-from muntin.deployment.checkpoint_export import WIDEST
 from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import Size, parse_sizes
 from muntin.deployment.sources.opening import open_model
@@ -54,7 +53,7 @@ def export_source(
         raise ExportError(f"'{source}': give some pictures by --calibration FOLDER, to quantise with; or --float, to keep all in floats")
     if options.overrides and not integer:
         raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
-    requested, quantization = parse_sizes(sizes or WIDEST), _quantization(options.overrides)
+    requested, quantization = None if sizes is None else parse_sizes(sizes), _quantization(options.overrides)
     if options.calibration is not None:
         list_pictures(options.calibration)  # a missing folder is found before the model is created
     check_target(path)

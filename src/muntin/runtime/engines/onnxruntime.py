@@ -8,7 +8,7 @@ quantised again directly. `layers()` tells which did.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact
+from muntin.artifact import AnyArtifact, Artifact, TensorArtifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import compiled_folder, make_room
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
 from muntin.runtime.host.quiet_imports import onnxruntime
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
+from muntin.runtime.tensors import Dims, Named, TensorSession, check_dims
 
 states = onnxruntime.capi.onnxruntime_pybind11_state
 INTEGER = frozenset(
@@ -57,27 +58,17 @@ TENSORRT = "TensorrtExecutionProvider"
 CPU = Provider(engine="onnxruntime", name="CPUExecutionProvider")
 
 
-class OnnxRuntimeSession(Session):
-    """A model in ONNX Runtime. Threads may call it at the same time; `streams` is the number of calls that `map` has in flight."""
+class _Opened:
+    """Base of sessions in ONNX Runtime. Threads may call one at the same time; `streams` is the number of calls in flight in `map`."""
 
-    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
+    def __init__(self, artifact: AnyArtifact, provider: Provider, options: SessionOptions) -> None:
         self._artifact = artifact
         self._provider = provider
-        threads = options.thread_count
-        streams = min(options.streams, threads)
+        self._threads = options.thread_count
+        self._streams = min(options.streams, self._threads)
         # One pool of threads for all calls; each call also computes on the thread that makes it. Together these are `threads`.
-        self._session = self._open(artifact.model_bytes(), session_options(threads - streams + 1))
-        names = [item.name for item in self._session.get_inputs()]
-        if len(names) != 1:
-            raise ArtifactError(f"{artifact.path}: its model takes {names} where images alone are allowed: export the artefact again")
-        self._input = names[0]
-        super().__init__(
-            signature=artifact.manifest.signature,
-            engine=provider.engine,
-            precision=provider.precision,
-            threads=threads,
-            streams=streams,
-        )
+        self._session = self._open(artifact.model_bytes(), session_options(self._threads - self._streams + 1))
+        self._inputs = [item.name for item in self._session.get_inputs()]
 
     def _open(self, data: bytes, options: Any) -> Any:
         session = open_model(self._artifact, data, options, self._provider)
@@ -90,6 +81,39 @@ class OnnxRuntimeSession(Session):
             )
         return session
 
+    @property
+    def _compiles(self) -> bool:
+        """True if the provider compiles for a size; that of CPUs does not."""
+        return self._provider.name != CPU.name
+
+    def layers(self) -> list[ExecutedLayer]:
+        """Reads the optimised graph, which a second session writes to a temporary file: takes as long as opening. Empty for TensorRT,
+        whose compiled model cannot be written as a graph."""
+        if self._provider.name == TENSORRT:
+            return []
+        data = self._artifact.model_bytes()
+        return _executed(optimized_model(lambda options: self._open(data, options), session_options(self._threads)), compute_nodes(data))
+
+
+class OnnxRuntimeSession(_Opened, Session):
+    """An image model in ONNX Runtime."""
+
+    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
+        _Opened.__init__(self, artifact, provider, options)
+        if len(self._inputs) != 1:
+            raise ArtifactError(
+                f"{artifact.path}: its model takes {self._inputs} where images alone are allowed: export the artefact again"
+            )
+        self._input = self._inputs[0]
+        Session.__init__(
+            self,
+            signature=artifact.manifest.signature,
+            engine=provider.engine,
+            precision=provider.precision,
+            threads=self._threads,
+            streams=self._streams,
+        )
+
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
             scores: NDArray[np.float32] = self._session.run(None, {self._input: images_BHWC})[0]
@@ -98,36 +122,71 @@ class OnnxRuntimeSession(Session):
         return scores
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
-        if compute or self._provider.name != CPU.name:  # the CPU provider compiles nothing for a size
+        if compute or self._compiles:
             super().warm_up(shapes, labels=labels)
         else:
             check_shapes(shapes, self.signature.sizes)
 
-    def layers(self) -> list[ExecutedLayer]:
-        """Reads the optimised graph, which a second session writes to a temporary file: takes as long as opening. Empty for TensorRT,
-        whose compiled model cannot be written as a graph."""
-        if self._provider.name == TENSORRT:
-            return []
-        data = self._artifact.model_bytes()
-        return _executed(optimized_model(lambda options: self._open(data, options), session_options(self.threads)), compute_nodes(data))
+
+class OnnxRuntimeTensorSession(_Opened, TensorSession):
+    """A model with named tensors in ONNX Runtime."""
+
+    def __init__(self, artifact: TensorArtifact, provider: Provider, options: SessionOptions) -> None:
+        _Opened.__init__(self, artifact, provider, options)
+        signature = artifact.manifest.signature
+        TensorSession.__init__(
+            self,
+            signature=signature,
+            engine=provider.engine,
+            precision=provider.precision,
+            threads=self._threads,
+            streams=self._streams,
+        )
+        for kind, names, specs in (
+            ("inputs", self._inputs, signature.inputs),
+            ("outputs", [item.name for item in self._session.get_outputs()], signature.outputs),
+        ):
+            if sorted(names) != sorted(spec.name for spec in specs):
+                own = ", ".join(spec.name for spec in specs)
+                raise ArtifactError(f"{artifact.path}: the model's {kind} are {names}, its signature's {own}: export the artefact again")
+
+    def _infer(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
+        try:
+            values = self._session.run(list(outputs), inputs)
+        except FAILURES as error:
+            shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in inputs.items())
+            raise failure(self._artifact, f"cannot compute {shapes}", error) from error
+        return dict(zip(outputs, values, strict=True))
+
+    def warm_up(self, dims: Iterable[Mapping[str, int] | Dims], *, compute: bool = True) -> None:
+        checked = check_dims(dims, self.signature)
+        if compute or self._compiles:
+            super().warm_up(checked)
 
 
-def open_onnxruntime(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
+def _session(artifact: AnyArtifact, provider: Provider, options: SessionOptions) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+    if isinstance(artifact, TensorArtifact):
+        return OnnxRuntimeTensorSession(artifact, provider, options)
+    assert isinstance(artifact, Artifact)
+    return OnnxRuntimeSession(artifact, provider, options)
+
+
+def open_onnxruntime(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
     """Opens an artefact in ONNX Runtime on the CPU, in f32. Raises DependencyError for a 16-bit precision."""
     check_precision(options.precision, ("f32",), "on CPUs")
-    return OnnxRuntimeSession(artifact, CPU, options)
+    return _session(artifact, CPU, options)
 
 
-def open_cuda(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
+def open_cuda(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
     """Opens an artefact on a GPU by the CUDA provider: all layers in f32 (no TF32), since it has no integer kernels for quantised ones.
     Raises DependencyError without onnxruntime-gpu or a GPU."""
     provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider", options={"use_tf32": "0"})
     check_precision(options.precision, ("f32",), "in its CUDA provider for an FP32 graph")
     _require(provider)
-    return OnnxRuntimeSession(artifact, provider, options)
+    return _session(artifact, provider, options)
 
 
-def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
+def open_tensorrt(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
     """Opens an artefact on a GPU by the TensorRT provider: quantised layers in INT8, float ones in f16 ("recorded": if a 16-bit type was)
     or f32. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
     check_precision(options.precision, ("f32", "f16"), "in its TensorRT provider")
@@ -141,7 +200,7 @@ def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS)
     if folder is not None:
         make_room(folder)
         settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
-    return OnnxRuntimeSession(artifact, provider, options)
+    return _session(artifact, provider, options)
 
 
 def check_precision(precision: str, allowed: tuple[str, ...], where: str) -> None:
@@ -171,7 +230,7 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def open_model(artifact: Artifact, data: bytes, options: Any, provider: Provider = CPU) -> Any:
+def open_model(artifact: AnyArtifact, data: bytes, options: Any, provider: Provider = CPU) -> Any:
     """Opens a model in one provider. Raises ArtifactError."""
     onnxruntime.disable_telemetry_events()
     try:
@@ -190,7 +249,7 @@ def optimized_model(open_: Callable[[Any], Any], options: Any) -> onnx.ModelProt
         return onnx.load(options.optimized_model_filepath)
 
 
-def failure(artifact: Artifact, what: str, error: Exception) -> ArtifactError:
+def failure(artifact: AnyArtifact, what: str, error: Exception) -> ArtifactError:
     """The ArtifactError for an error of ONNX Runtime."""
     return ArtifactError(f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} {what}: {' '.join(str(error).split())}")
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from muntin.artifact import Artifact, open_artifact
-from muntin.errors import DependencyError
+from muntin.artifact import AnyArtifact, Artifact, TensorArtifact, open_any_artifact, open_artifact
+from muntin.errors import DataError, DependencyError
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Session, Shape, check_shapes
+from muntin.runtime.tensors import TensorSession, check_dims
 
-Engine = Callable[[Artifact, SessionOptions], Session]
-"""Opens an artefact; `shapes` is left to the caller, and options that an engine has no use for are ignored."""
+Engine = Callable[[AnyArtifact, SessionOptions], Session | TensorSession]
+"""Opens an artefact; `shapes` and `dims` are left to the caller, and options that an engine has no use for are ignored."""
 
 
 def _imported(module: str, function: str) -> Engine:
     """An engine whose library is imported when a session is opened with it: a machine needs only the engine that it serves with."""
 
-    def open_in_engine(artifact: Artifact, options: SessionOptions) -> Session:
-        session: Session = getattr(import_module(f"muntin.runtime.engines.{module}"), function)(artifact, options)
+    def open_in_engine(artifact: AnyArtifact, options: SessionOptions) -> Session | TensorSession:
+        session: Session | TensorSession = getattr(import_module(f"muntin.runtime.engines.{module}"), function)(artifact, options)
         return session
 
     return open_in_engine
@@ -41,13 +43,16 @@ def load(
     threads: int | None = None,
     streams: int = 1,
     shapes: Iterable[Shape] | None = None,
+    dims: Iterable[Mapping[str, int]] | None = None,
     dynamic: bool = False,
     cache: bool = True,
-) -> Session:
-    """Opens an artefact directory as a session, after checking every digest. The arguments are those of `SessionOptions`.
+) -> Any:
+    """Opens an artefact directory, after checking every digest, as a `Session` of images or a `TensorSession` of named tensors.
 
-    Beside its weights an OpenVINO session keeps in memory: a compiled model for each of `shapes`, for the last 4 other sizes and for
-    dynamic sizes, each with the images of its last call; and the memory of the last 4 dropped answers, at most 256 MiB.
+    The arguments are those of `SessionOptions`. (The artefact decides on the class, so the annotation is `Any`.)
+
+    Beside its weights an OpenVINO session keeps in memory: a compiled model for each of `shapes` or `dims`, for the last 4 other sizes and
+    for dynamic sizes, each with the inputs of its last call; and the memory of the last 4 dropped answers, at most 256 MiB.
 
     Raises ArtifactError for an altered artefact, DataError for an option that is not allowed, DependencyError when the engine is not
     installed or the machine lacks the precision or the device.
@@ -58,19 +63,40 @@ def load(
         threads=threads,
         streams=streams,
         shapes=None if shapes is None else check_shapes(shapes),
+        dims=None if dims is None else check_dims(dims),
         dynamic=dynamic,
         cache=cache,
     )
-    return open_session(path, options)
+    return open_any_session(open_any_artifact(path), options)
 
 
 def open_session(path: str | Path, options: SessionOptions) -> Session:
-    """Opens an artefact directory as `load` does."""
-    artifact = open_artifact(path)
+    """Opens the artefact directory of an image model as `load` does. Raises ArtifactError for one with named tensors."""
+    session = open_any_session(open_artifact(path), options)
+    assert isinstance(session, Session)
+    return session
+
+
+def open_any_session(artifact: Artifact | TensorArtifact, options: SessionOptions) -> Session | TensorSession:
+    """Opens an artefact as `load` does."""
+    if isinstance(artifact, TensorArtifact):
+        if options.shapes:
+            dims = ", ".join(artifact.manifest.signature.dims) or "there is none"
+            raise DataError(
+                f"shapes={list(options.shapes)}: {artifact.path} takes named tensors: give dims, sizes of its dimensions ({dims})"
+            )
+    elif options.dims:
+        raise DataError(f"dims={[dict(sizes) for sizes in options.dims]}: {artifact.path} takes images: give shapes, each (B, H, W)")
     try:
         session = ENGINES[options.engine](artifact, options)
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{options.engine}" needs the package {error.name}: pip install {error.name}') from error
-    example = artifact.manifest.example
-    session.warm_up(options.shapes if options.shapes is not None else () if example is None else (example,))
+    if isinstance(artifact, TensorArtifact):
+        assert isinstance(session, TensorSession)
+        sizes = artifact.manifest.example
+        session.warm_up(options.dims if options.dims is not None else () if sizes is None else (sizes,))
+    else:
+        assert isinstance(session, Session)
+        example = artifact.manifest.example
+        session.warm_up(options.shapes if options.shapes is not None else () if example is None else (example,))
     return session

@@ -4,29 +4,34 @@
     for each number of threads and streams: open all candidates here
         for each batch: latency, one call after the other, interleaved; images a second, all streams busy, interleaved
 
-Candidates of another task or other classes are measured in the same run, at their own size, and not compared.
+Candidates of another task or other classes, or with other named tensors, are measured in the same run, at their own size, and not compared.
 
 Quote medians and the ratios between rows of the same run: a machine's absolute times drift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from muntin.artifact import Signature
+import numpy as np
+from numpy.typing import NDArray
+
+from muntin.artifact import Signature, TensorSignature
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, ExampleImages, Loading, measure_loading
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, ExampleImages, ExampleTensors, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
-from muntin.runtime.profiling.profile import enough_memory, fill
+from muntin.runtime.profiling.profile import enough_memory, fill, repeat
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.runtime.session import Shape, check_shape
+from muntin.runtime.tensors import Named, check_dims
 from muntin.text import count
 
 ROUNDS = 50
@@ -38,9 +43,10 @@ class BenchRow:
     """One candidate with one number of threads and streams on batches of one shape.
 
     `images_per_s`: with every stream busy. `load_s`, `held_mib`, `peak_mib`, `cached`: of opening it with these threads and streams for all
-    batches of the run (`Loading`). `integers`: True if layers run on integer kernels; `precision` is that of the others. `ratio`: the first
-    candidate's median latency over this one; None for a single candidate, for another task or other classes, and where the first has
-    another number of streams, since a call has the threads of its stream.
+    batches of the run (`Loading`). `shape`: (B, H, W) of images; None for named tensors, which have `rows` and the sizes of other free
+    dimensions, `dims`. `integers`: True if layers run on integer kernels; `precision` is that of the others. `ratio`: the first candidate's
+    median latency over this one; None for a single candidate, for another task, other classes or tensors, and where the first has another
+    number of streams, since a call has the threads of its stream.
     """
 
     name: str
@@ -49,7 +55,7 @@ class BenchRow:
     integers: bool
     threads: int
     streams: int
-    shape: Shape
+    shape: Shape | None
     latency: Latency
     images_per_s: float
     load_s: float
@@ -57,6 +63,20 @@ class BenchRow:
     peak_mib: float | None
     cached: bool | None
     ratio: float | None = None
+    dims: Mapping[str, int] | None = None
+    rows: int = 1
+
+    @property
+    def batch(self) -> int:
+        """Images, or rows, of a call."""
+        return self.rows if self.shape is None else self.shape[0]
+
+    @property
+    def size(self) -> str:
+        """Height and width, or the free sizes other than the batch's."""
+        if self.shape is not None:
+            return f"{self.shape[1]}x{self.shape[2]}"
+        return ",".join(f"{name}={size}" for name, size in (self.dims or {}).items()) or "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +99,7 @@ def bench(
     threads: Sequence[int | None] = (None,),
     streams: Sequence[int] = (1,),
     size: tuple[int, int] | None = None,
+    dims: Mapping[str, int] | None = None,
     rounds: int = ROUNDS,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Bench:
@@ -87,15 +108,16 @@ def bench(
     `batches`, `threads`, `streams`: every combination is a row (None threads: the usable physical cores; streams are limited to the number
     of threads, with a note). `rounds`: timed calls a row. The images are the golden ones of the first artefact (of a run's training split
     where there is no artefact), mirrored up to the size. `size`: height and width in pixels, by default of that example; of a size that the
-    artefact does not take, the nearest one. Candidates of another task, other channels or classes have images and a size of their own, no
-    ratio, and a note. `report` is called with (steps done, number of steps).
+    artefact does not take, the nearest one. Of named tensors the golden inputs are repeated to the number of rows; `dims`: sizes of other
+    free dimensions, by default those of the export. Candidates of another task, other channels, classes or tensors have inputs and sizes of
+    their own, no ratio, and a note. `report` is called with (steps done, number of steps).
 
     Raises the errors of `load`, and DataError for a value out of range and for images larger than memory.
     """
     _check(candidates, batches, threads, streams, size, rounds)
     combinations = [SessionOptions(threads=n, streams=s) for n in threads for s in streams]
     named = dict(zip(distinct_names([candidate.path for candidate in candidates]), candidates, strict=True))
-    groups = _groups(named, batches, size)
+    groups = _groups(named, batches, size, dims or {})
     settings = _settings(combinations)
     loadings: list[dict[str, Loading]] = []
     for done, setting in enumerate(settings):
@@ -116,7 +138,7 @@ def bench(
     compared = groups[0].candidates if len(groups[0].candidates) > 1 else {}
     first = next(iter(named))
     notes += [
-        f"{', '.join(group.candidates)} ({group.kind}) and {first} ({groups[0].kind}) differ in task, channels or classes: not compared"
+        f"{', '.join(group.candidates)} ({group.kind}) and {first} ({groups[0].kind}) differ in {group.differs_in}: not compared"
         for group in groups[1:]
     ]
     reasons = [f"{group.reason} of {group.owner}" if len(named) > 1 and size is None else group.reason for group in groups]
@@ -146,69 +168,173 @@ def _settings(combinations: Sequence[SessionOptions]) -> list[SessionOptions]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Comparable:
-    """Candidates that compute the same from the same images: one task, channels, scale and classes. `owner`: whose `example` is taken.
-    `reason`: why `shapes` have their height and width."""
+class _Comparable(ABC):
+    """Candidates that compute the same from the same inputs. `owner`: whose example is taken. `reason`: why it has its size."""
 
     reason: str
-    signature: Signature
-    shapes: tuple[Shape, ...]
-    example: ExampleImages
+    batches: tuple[int, ...]
     owner: str
     candidates: Mapping[str, Candidate]
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What they compute, in words."""
+
+    @property
+    def differs_in(self) -> str:
+        """Where candidates may differ from others."""
+        return "task, channels or classes"
+
+    @abstractmethod
+    def sized(self, options: SessionOptions) -> SessionOptions:
+        """Options that compile for every batch."""
+
+    @abstractmethod
+    def inputs(self, rows: int) -> Any:
+        """A batch of so many rows."""
+
+    @abstractmethod
+    def size(self, rows: int) -> dict[str, Any]:
+        """`shape`, `dims` and `rows` of a `BenchRow`."""
+
+    @abstractmethod
+    def memory(self) -> AbstractContextManager[None]:
+        """Raises DataError in place of lacking memory."""
+
+    def load(self, options: SessionOptions) -> dict[str, Loading]:
+        with self.memory():
+            return {name: measure_loading(candidate, self.sized(options)) for name, candidate in self.candidates.items()}
+
+    def measure(self, loaded: Mapping[str, Loading], options: SessionOptions, rounds: int) -> list[BenchRow]:
+        with self.memory():
+            return _measure(self, loaded, self.sized(options), rounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images(_Comparable):
+    """One task, channels, scale and classes."""
+
+    signature: Signature
+    sides: tuple[int, int]
+    images: NDArray[np.uint8]
 
     @property
     def kind(self) -> str:
         classes = "" if self.signature.task == "restore" else f", {count(len(self.signature.classes), 'class')}"
         return f"{self.signature.task}, {count(self.signature.channels, 'channel')}{classes}"
 
-    def load(self, options: SessionOptions) -> dict[str, Loading]:
-        with enough_memory(self.signature, max(self.shapes, key=prod)):
-            return {name: measure_loading(candidate, replace(options, shapes=self.shapes)) for name, candidate in self.candidates.items()}
+    def sized(self, options: SessionOptions) -> SessionOptions:
+        return replace(options, shapes=tuple((batch, *self.sides) for batch in self.batches))
 
-    def measure(self, loaded: Mapping[str, Loading], options: SessionOptions, rounds: int) -> list[BenchRow]:
-        with enough_memory(self.signature, max(self.shapes, key=prod)):
-            return _measure(self.example, self.candidates, loaded, replace(options, shapes=self.shapes), rounds)
+    def inputs(self, rows: int) -> NDArray[np.uint8]:
+        return fill(self.images, (rows, *self.sides))
+
+    def size(self, rows: int) -> dict[str, Any]:
+        return {"shape": (rows, *self.sides), "rows": rows}
+
+    def memory(self) -> AbstractContextManager[None]:
+        return enough_memory(self.signature, (max(self.batches), *self.sides))
 
 
-def _groups(named: Mapping[str, Candidate], batches: Sequence[int], size: tuple[int, int] | None) -> list[_Comparable]:
+@dataclass(frozen=True, kw_only=True)
+class _Tensors(_Comparable):
+    """One signature of named tensors."""
+
+    signature: TensorSignature
+    dims: Mapping[str, int]
+    tensors: Named
+
+    @property
+    def kind(self) -> str:
+        return self.signature.text
+
+    @property
+    def differs_in(self) -> str:
+        return "task or tensors"
+
+    def _dims(self, rows: int) -> dict[str, int]:
+        return {**self.dims, **({} if self.signature.batch is None else {self.signature.batch: rows})}
+
+    def sized(self, options: SessionOptions) -> SessionOptions:
+        return replace(options, dims=check_dims([self._dims(batch) for batch in self.batches], self.signature))
+
+    def inputs(self, rows: int) -> Named:
+        return repeat(self.tensors, self.signature, self._dims(rows))
+
+    def size(self, rows: int) -> dict[str, Any]:
+        return {"shape": None, "rows": rows, "dims": {name: size for name, size in self.dims.items() if name != self.signature.batch}}
+
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise DataError(
+                f"{self.owner}: not enough memory for {max(self.batches)} rows: give a smaller batch or smaller dims"
+            ) from error
+
+
+def _groups(
+    named: Mapping[str, Candidate], batches: Sequence[int], size: tuple[int, int] | None, dims: Mapping[str, int]
+) -> list[_Comparable]:
     """The candidates by what they compute, that of the first candidate first."""
     signatures = {name: candidate.signature for name, candidate in named.items()}
     members: dict[tuple[object, ...], dict[str, Candidate]] = {}
     for name, candidate in named.items():
         signature = signatures[name]
-        key = (signature.task, signature.channels, signature.scale, *(entry.name for entry in signature.classes))
+        key: tuple[object, ...] = (signature.task, signature)
+        if isinstance(signature, Signature):
+            key = (signature.task, signature.channels, signature.scale, *(entry.name for entry in signature.classes))
         members.setdefault(key, {})[name] = candidate
-    groups = []
-    for candidates in members.values():
-        # An artefact holds its images; a run needs its data, which may be gone.
-        owner = next((name for name, candidate in candidates.items() if isinstance(candidate, ArtifactCandidate)), next(iter(candidates)))
-        example = candidates[owner].example()
-        measured = example.size if size is None else signatures[owner].sizes.at_least(*size)
-        reason = example.reason if size is None else "as given" if measured == size else f"nearest to {size[0]}x{size[1]} that it takes"
-        groups.append(
-            _Comparable(
-                signature=signatures[owner],
-                shapes=tuple((batch, *measured) for batch in batches),
-                reason=reason,
-                example=example,
-                owner=owner,
-                candidates=candidates,
-            )
-        )
-    return groups
+    return [_group(candidates, signatures, tuple(batches), size, dims) for candidates in members.values()]
 
 
-def _measure(
-    example: ExampleImages, candidates: Mapping[str, Candidate], loading: Mapping[str, Loading], options: SessionOptions, rounds: int
-) -> list[BenchRow]:
+def _group(
+    candidates: Mapping[str, Candidate],
+    signatures: Mapping[str, Signature | TensorSignature],
+    batches: tuple[int, ...],
+    size: tuple[int, int] | None,
+    dims: Mapping[str, int],
+) -> _Comparable:
+    # An artefact holds its inputs; a run needs its data, which may be gone.
+    owner = next((name for name, candidate in candidates.items() if isinstance(candidate, ArtifactCandidate)), next(iter(candidates)))
+    example, signature = candidates[owner].example(), signatures[owner]
+    common: dict[str, Any] = {"batches": batches, "owner": owner, "candidates": candidates}
+    if isinstance(signature, TensorSignature):
+        assert isinstance(example, ExampleTensors)
+        _check_tensors(owner, signature, batches, size, dims)
+        reason = "as given" if dims else example.reason
+        return _Tensors(signature=signature, dims={**example.dims, **dims}, tensors=example.inputs, reason=reason, **common)
+    assert isinstance(example, ExampleImages)
+    if dims:
+        raise DataError(f"dims of {', '.join(dims)}: {owner} takes images: give size")
+    measured = example.size if size is None else signature.sizes.at_least(*size)
+    reason = example.reason if size is None else "as given" if measured == size else f"nearest to {size[0]}x{size[1]} that it takes"
+    return _Images(signature=signature, sides=measured, images=example.images, reason=reason, **common)
+
+
+def _check_tensors(
+    owner: str, signature: TensorSignature, batches: Sequence[int], size: tuple[int, int] | None, dims: Mapping[str, int]
+) -> None:
+    if size is not None:
+        raise DataError(f"size {size[0]}x{size[1]}: {owner} takes named tensors: give dims ({', '.join(signature.dims) or 'it has none'})")
+    if set(batches) != {1} and signature.batch is None:
+        raise DataError(f"batches {list(batches)}: {owner} has no dimension of independent rows: leave them out")
+    free = [name for name in signature.dims if name != signature.batch]
+    for name, number in dims.items():
+        if name not in free or type(number) is not int or number < 1:
+            raise DataError(f"dims with {name}={number!r}: give a number from 1 for some of {', '.join(free) or 'none'}; batches are apart")
+
+
+def _measure(group: _Comparable, loading: Mapping[str, Loading], options: SessionOptions, rounds: int) -> list[BenchRow]:
     """One row for each candidate and batch; the first candidate is the base of the ratios."""
-    sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in candidates.items()}
+    sessions: dict[str, Mapper] = {name: candidate.open(options) for name, candidate in group.candidates.items()}
     first, rows = next(iter(sessions)), []
-    for shape in options.shapes or ():
-        images_BHWC = fill(example.images, shape)
-        latencies = interleaved_latency(sessions, images_BHWC, rounds=rounds)
-        rates = interleaved_throughput(sessions, images_BHWC, rounds=max(1, rounds // 10))
+    for number in group.batches:
+        batch = group.inputs(number)
+        latencies = interleaved_latency(sessions, batch, rounds=rounds)
+        rates = interleaved_throughput(sessions, batch, rounds=max(1, rounds // 10), rows=number)
         for name, session in sessions.items():
             described: Any = {key: getattr(session, key) for key in ("engine", "precision")}
             described |= {key: getattr(loading[name], key) for key in ("load_s", "held_mib", "peak_mib", "cached")}
@@ -216,13 +342,13 @@ def _measure(
             rows.append(
                 BenchRow(
                     name=name,
-                    integers=candidates[name].integers,
+                    integers=group.candidates[name].integers,
                     threads=options.thread_count,
                     streams=session.streams,
-                    shape=shape,
                     latency=latencies[name],
                     images_per_s=rates[name],
                     ratio=latencies[first].median_ms / latencies[name].median_ms if comparable else None,
+                    **group.size(number),
                     **described,
                 )
             )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from muntin.errors import DataError
-from muntin.runtime.engines.openvino.session import executed_products
+from muntin.runtime.engines.openvino.compiled import executed_products
 from muntin.runtime.host.hardware import last_level_cache, memory_gib, physical_cores
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept

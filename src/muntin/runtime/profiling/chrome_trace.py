@@ -41,7 +41,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
         "otherData": {
             "muntin": importlib.metadata.version("muntin"),
             "artifact": plain(str(profile.artifact.path)),
-            "shape": " x ".join(map(str, profile.shape)),
+            "shape": profile.size,
             "created": profile.created,
             "times": f"median durations; {_STAMPED if stamped else _UNSTAMPED}",
         },

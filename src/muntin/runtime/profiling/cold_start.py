@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, Signature, open_artifact
+from muntin.artifact import Artifact, Signature, TensorArtifact, TensorSignature, open_any_artifact
 from muntin.errors import DataError
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.host import quiet_imports
 from muntin.runtime.host.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.host.memory import watch_memory
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
-from muntin.runtime.profiling.profile import default_shape, default_size_reason
+from muntin.runtime.profiling.profile import default_shape, default_size_reason, tensor_dims
 from muntin.runtime.profiling.timing import Mapper
-from muntin.runtime.session import Shape
+from muntin.runtime.tensors import Named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,15 @@ class ExampleImages:
 
     images: NDArray[np.uint8]
     size: tuple[int, int]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleTensors:
+    """Named inputs to measure with. `dims`: the sizes of free dimensions to measure at, chosen for the `reason`."""
+
+    inputs: Named
+    dims: Mapping[str, int]
     reason: str
 
 
@@ -59,12 +68,12 @@ class Candidate(ABC):
 
     @property
     @abstractmethod
-    def signature(self) -> Signature:
-        """Task, channels and classes."""
+    def signature(self) -> Signature | TensorSignature:
+        """Task, channels and classes; or named inputs and outputs."""
 
     @abstractmethod
-    def example(self) -> ExampleImages:
-        """Images of its own, and the size that it is measured at by default."""
+    def example(self) -> ExampleImages | ExampleTensors:
+        """Inputs of its own, and the size that it is measured at by default."""
 
     @abstractmethod
     def prepare(self) -> None:
@@ -90,17 +99,19 @@ class ArtifactCandidate(Candidate):
         return self._artifact().manifest.integers
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> Signature | TensorSignature:
         return self._artifact().manifest.signature
 
-    def example(self) -> ExampleImages:
+    def example(self) -> ExampleImages | ExampleTensors:
         artifact = self._artifact()
-        manifest = artifact.manifest
+        if isinstance(artifact, TensorArtifact):
+            dims, reason = tensor_dims(artifact, {}, None), default_size_reason(artifact.manifest)
+            return ExampleTensors(inputs=artifact.golden()[0][0], dims=dims, reason=reason)
         H, W = default_shape(artifact)[1:]
-        return ExampleImages(images=artifact.golden()[0][0], size=(H, W), reason=default_size_reason(manifest))
+        return ExampleImages(images=artifact.golden()[0][0], size=(H, W), reason=default_size_reason(artifact.manifest))
 
-    def _artifact(self) -> Artifact:
-        return open_artifact(self.path)
+    def _artifact(self) -> Artifact | TensorArtifact:
+        return open_any_artifact(self.path)
 
     def prepare(self) -> None:
         if self.engine == "openvino":
@@ -109,7 +120,7 @@ class ArtifactCandidate(Candidate):
             quiet_imports.onnxruntime.get_available_providers()
 
     def open(self, options: SessionOptions) -> Mapper:
-        return open_session(self.path, replace(options, engine=self.engine, precision=self.precision))
+        return open_any_session(self._artifact(), replace(options, engine=self.engine, precision=self.precision))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +138,7 @@ class Loading:
 
 
 def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
-    """Opens a candidate, with the options' threads, streams and shapes, in a new process of this Python.
+    """Opens a candidate, with the options' threads, streams, shapes and dims, in a new process of this Python.
 
     Takes half a second longer than opening it (PyTorch: some seconds). Raises the errors of opening, and DataError if the process ends
     without an answer, as when the system kills it for lack of memory.
@@ -137,14 +148,16 @@ def measure_loading(candidate: Candidate, options: SessionOptions) -> Loading:
         "fields": asdict(candidate),
         "options": asdict(options),
     }
-    return _read(ask_helper(answer, question), candidate, options.shapes or ())
+    return _read(ask_helper(answer, question), candidate, options)
 
 
-def _read(outcome: Outcome, candidate: Candidate, shapes: tuple[Shape, ...]) -> Loading:
-    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+def _read(outcome: Outcome, candidate: Candidate, options: SessionOptions) -> Loading:
+    images = ", ".join("x".join(map(str, shape)) for shape in options.shapes or ())
+    tensors = "; ".join(", ".join(f"{name} {size}" for name, size in dims) for dims in options.dims or ())
+    sizes = f"inputs of {tensors}" if tensors else f"images of {images}"
     if outcome.returncode < 0:
         raise DataError(
-            f"{candidate.name}: opening it for images of {sizes} was ended by signal {-outcome.returncode}, "
+            f"{candidate.name}: opening it for {sizes} was ended by signal {-outcome.returncode}, "
             "as when memory runs out: choose a smaller size or batch"
         )
     if outcome.returncode:
@@ -154,7 +167,7 @@ def _read(outcome: Outcome, candidate: Candidate, shapes: tuple[Shape, ...]) -> 
         return Loading(**record)
     error = recorded_error(record)
     if isinstance(error, MemoryError):
-        raise DataError(f"{candidate.name}: no memory to open it for images of {sizes}: choose a smaller size or batch")
+        raise DataError(f"{candidate.name}: no memory to open it for {sizes}: choose a smaller size or batch")
     raise error
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from muntin.artifact import Signature
 from muntin.runtime.profiling.contention import BUSY
 from muntin.runtime.profiling.kernels import CONVERT, COPIES, ELEMENTWISE, IMAGES, LAYOUT, PRECISION_LABELS, PRODUCTS, Kernel, macs_ms
 from muntin.runtime.profiling.profile import Profile
@@ -64,6 +65,8 @@ class _Graph:
         for name, read in sources.items():
             for source in read:
                 readers[source or ""].append(name)
+        images = isinstance(profile.artifact.manifest.signature, Signature)
+        self._start, self._end = (IMAGES, "the scores") if images else ("the inputs", "the outputs")
         self._before = _nearest_products(kernels, sources)
         self._after = _nearest_products(dict(reversed(kernels.items())), readers)
         recognised = {kernel.layer for kernel in profile.kernels}.issuperset(record.name for record in profile.artifact.manifest.layers)
@@ -77,7 +80,7 @@ class _Graph:
     def place(self, kernel: Kernel) -> str:
         """The layers before and after a kernel, in words."""
         before, after = self._before[kernel.name], self._after[kernel.name]
-        return f"between {IMAGES if before is None else before.label} and {'the scores' if after is None else after.label}"
+        return f"between {self._start if before is None else before.label} and {self._end if after is None else after.label}"
 
 
 def _nearest_products(kernels: Mapping[str, Kernel], neighbours: Mapping[str, Sequence[str | None]]) -> dict[str, Kernel | None]:
@@ -116,7 +119,7 @@ def _passes(profile: Profile, graph: _Graph) -> Iterator[Finding]:
 def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     kernels = _longest(kernel for kernel in profile.kernels if kernel.name in graph.tail)
     signature = profile.artifact.manifest.signature
-    if not kernels or signature.task == "classify":
+    if not kernels or not isinstance(signature, Signature) or profile.shape is None or signature.task == "classify":
         return
     shape = signature.scores_shape(*profile.shape)
     pixels = prod(shape) if signature.task == "restore" else prod(shape) // signature.outputs

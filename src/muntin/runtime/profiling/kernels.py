@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from muntin.artifact import LayerRecord
 from muntin.runtime.engines.onnx_nodes import is_node_of
@@ -47,6 +51,15 @@ PRECISION_LABELS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
 """Precision -> label."""
 
 TensorShape = tuple[int, ...]
+ProfiledInputs = NDArray[np.uint8] | Mapping[str, NDArray[Any]]
+"""Images (B, H, W, C), or named inputs."""
+
+
+def words(batch: ProfiledInputs) -> str:
+    """Shapes of the images or named inputs."""
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{name} {value.shape}" for name, value in batch.items())
+    return f"images of shape {batch.shape}"
 
 
 @dataclass(frozen=True, kw_only=True)

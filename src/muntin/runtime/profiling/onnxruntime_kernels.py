@@ -19,12 +19,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from muntin.artifact import Artifact
+from muntin.artifact import AnyArtifact
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, Weight, compute_nodes
 from muntin.runtime.engines.onnxruntime import (
     FAILURES,
@@ -44,12 +43,14 @@ from muntin.runtime.profiling.kernels import (
     Execution,
     Kernel,
     Operand,
+    ProfiledInputs,
     TensorShape,
     convolution_macs,
     deconvolution_macs,
     group_of,
     layer_of,
     product_macs,
+    words,
 )
 
 WARM_UP = 2
@@ -67,8 +68,8 @@ _TYPES = {
 }  # fmt: skip
 
 
-def onnxruntime_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
-    """Opens an artefact with tracing on, runs it `rounds` times on these images and reads the executed kernels.
+def onnxruntime_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
+    """Opens an artefact with tracing on, runs it `rounds` times on these images or named inputs and reads the executed kernels.
 
     Costs opening twice and `rounds` + 2 inferences. Raises ArtifactError for a model that ONNX Runtime cannot open or cannot run on such
     images, DependencyError for a precision that it has no kernels for on CPUs.
@@ -83,12 +84,12 @@ def onnxruntime_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], opti
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(folder) / "trace")
         session = open_model(artifact, optimized.SerializeToString(), settings)
-        (entry,) = (item.name for item in session.get_inputs())
-        whole = _run(artifact, session, {entry: images_BHWC}, rounds)
+        feed = batch if isinstance(batch, Mapping) else {session.get_inputs()[0].name: batch}
+        whole = _run(artifact, session, feed, rounds, words(batch))
         trace = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     traced = _traced(trace, optimized)
     between = [wall - sum(node.times[index] for node in traced.values()) for index, wall in enumerate(whole)]
-    entries = {entry: _operand("uint8", images_BHWC.shape, IMAGES)}
+    entries = {name: _operand(str(value.dtype), value.shape, IMAGES) for name, value in feed.items()}
     kernels = tuple(_kernels(optimized, traced, entries, compute_nodes(data), artifact))
     return Execution(kernels=kernels, profiled_ms=median(whole), between_ms=median(between), precision="f32", threads=threads)
 
@@ -105,7 +106,7 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _run(artifact: Artifact, session: Any, feed: Mapping[str, NDArray[np.uint8]], rounds: int) -> list[float]:
+def _run(artifact: AnyArtifact, session: Any, feed: Mapping[str, NDArray[Any]], rounds: int, shapes: str) -> list[float]:
     """The time of each measured inference, in ms."""
     whole = []
     try:
@@ -114,8 +115,7 @@ def _run(artifact: Artifact, session: Any, feed: Mapping[str, NDArray[np.uint8]]
             session.run(None, dict(feed))
             whole.append((time.perf_counter() - started) * 1e3)
     except FAILURES as error:
-        (shape,) = (images_BHWC.shape for images_BHWC in feed.values())
-        raise failure(artifact, f"cannot run it on images of shape {shape}", error) from error
+        raise failure(artifact, f"cannot run it on {shapes}", error) from error
     return whole[WARM_UP:]
 
 
@@ -155,7 +155,7 @@ def _kernels(
     traced: Mapping[str, _Traced],
     entries: Mapping[str, Operand],
     nodes: ComputeNodes,
-    artifact: Artifact,
+    artifact: AnyArtifact,
 ) -> Iterator[Kernel]:
     values = dict(entries)
     for initializer in optimized.graph.initializer:

@@ -16,15 +16,14 @@ from statistics import median
 from traceback import clear_frames
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact
+from muntin.artifact import AnyArtifact
 from muntin.errors import ArtifactError
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
+from muntin.runtime.engines.openvino.compiled import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
 from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
-from muntin.runtime.engines.openvino.session import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
 from muntin.runtime.engines.openvino.workarounds import with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
@@ -35,11 +34,13 @@ from muntin.runtime.profiling.kernels import (
     Execution,
     Kernel,
     Operand,
+    ProfiledInputs,
     convolution_macs,
     deconvolution_macs,
     group_of,
     layer_of,
     product_macs,
+    words,
 )
 
 WARM_UP = 2
@@ -49,21 +50,21 @@ _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 _GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionBackpropData"})
 
 
-def openvino_kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
-    """Compiles an artefact for these images with counters on, runs it `rounds` times and reads the executed kernels.
+def openvino_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
+    """Compiles an artefact for these images or named inputs with counters on, runs it `rounds` times and reads the executed kernels.
 
     Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
     """
     with signal_stack_kept():
         try:
-            return _kernels(artifact, images_BHWC, options, rounds)
+            return _kernels(artifact, batch, options, rounds)
         except ArtifactError as error:
             for raised in (error, error.__cause__):  # their frames hold the model, which must be deleted inside this block
                 clear_frames(None if raised is None else raised.__traceback__)
             raise
 
 
-def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: SessionOptions, rounds: int) -> Execution:
+def _kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     core = openvino.Core()
     hint = choose_precision(core, options.precision, artifact.manifest.precision)
     threads = options.thread_count
@@ -78,18 +79,19 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: Sessio
     try:
         exported = core.read_model(model=data, weights=b"")
         shuffles = {op.get_friendly_name(): TO_PIXELS for op in exported.get_ordered_ops() if op.get_type_name() == TO_PIXELS}
-        model = ending_in_scores(exported)  # as in a session
-        model.reshape(list(images_BHWC.shape))
+        model = exported if isinstance(batch, Mapping) else ending_in_scores(exported)  # as in a session
+        feed = [_given(batch, port) for port in model.inputs]
+        model.reshape({port: list(value.shape) for port, value in zip(model.inputs, feed, strict=True)})
         if hint != "f32":
             model = with_whole_masks(model)
         macs = graph_macs(model)
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise failure(artifact.path, f"cannot compile it for images of shape {images_BHWC.shape}", error) from error
+        raise failure(artifact.path, f"cannot compile it for {words(batch)}", error) from error
     try:
-        times = _measure(compiled.create_infer_request(), images_BHWC, rounds)
+        times = _measure(compiled.create_infer_request(), feed, rounds)
     except RuntimeError as error:
-        raise failure(artifact.path, f"cannot run it on images of shape {images_BHWC.shape}", error) from error
+        raise failure(artifact.path, f"cannot run it on {words(batch)}", error) from error
     ops = _executed_ops(compiled.get_runtime_model(), set(times.kernels))
     nodes = compute_nodes(data)
     types = {node.name: str(node.op_type) for node in onnx.load_model_from_string(data).graph.node}
@@ -98,6 +100,10 @@ def _kernels(artifact: Artifact, images_BHWC: NDArray[np.uint8], options: Sessio
     layers = {name: layer_of(name, weights.get(name, ""), artifact.manifest.layers) for name in nodes.names}
     kernels = tuple(_kernel(op, names, macs, times.kernels[op.name], layers) for op in ops)
     return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=threads)
+
+
+def _given(batch: ProfiledInputs, port: Any) -> NDArray[Any]:
+    return next(batch[name] for name in port.get_names() if name in batch) if isinstance(batch, Mapping) else batch
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,13 @@ class _Times:
     kernels: dict[str, float]
 
 
-def _measure(request: Any, images_BHWC: NDArray[np.uint8], rounds: int) -> _Times:
+def _measure(request: Any, feed: list[NDArray[Any]], rounds: int) -> _Times:
     before: dict[str, float] = {}
     samples: dict[str, list[float]] = {}
     whole, between = [], []
     for call in range(1, WARM_UP + rounds + 1):
         started = time.perf_counter()
-        request.infer([images_BHWC], share_inputs=True, share_outputs=True)
+        request.infer(feed, share_inputs=True, share_outputs=True)
         elapsed = (time.perf_counter() - started) * 1e3
         totals = {
             entry.node_name: call * entry.real_time.total_seconds() * 1e3

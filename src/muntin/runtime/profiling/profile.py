@@ -7,8 +7,8 @@ kernel      time, multiply-adds and bytes; by the ceilings the latter two give i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -19,15 +19,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, Manifest, Signature, open_artifact
+from muntin.artifact import (
+    AnyArtifact,
+    AnyManifest,
+    Artifact,
+    Manifest,
+    Signature,
+    TensorArtifact,
+    TensorManifest,
+    TensorSignature,
+    open_any_artifact,
+)
 from muntin.errors import DataError, DependencyError
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.host.hardware import describe_hardware, memory_gib
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
-from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel
+from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.runtime.session import Shape, check_shape
+from muntin.runtime.tensors import Named, check_inputs
 from muntin.text import count
 
 SIDE = 512
@@ -35,27 +46,27 @@ SIDE = 512
 TOLERANCE = 0.1
 """Share of the whole by which the kernels' sum may differ without a note."""
 
-Profiler = Callable[[Artifact, NDArray[np.uint8], SessionOptions, int], Execution]
-"""(artefact, images, options, rounds) -> the kernels that were executed."""
+Profiler = Callable[[AnyArtifact, ProfiledInputs, SessionOptions, int], Execution]
+"""(artefact, images or named inputs, options, rounds) -> the kernels that were executed."""
 PROFILED = ("openvino", "onnxruntime")
 """Engines with a profiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Cost of one call on images of a shape (B, H, W), in total and by kernel.
+    """Cost of one call on images of a shape (B, H, W), or on named inputs whose free dimensions are `dims`, in total and by kernel.
 
     `whole_ms`: median latency of a plain session. `profiled_ms`: median of an inference with counters, `between_ms` of its time outside
     of kernels. `kernels`: in the order of execution. `others`: cores' worth of CPU time that other processes used meanwhile, None where
     unknown. `notes`: warnings for the reader, a line each.
     """
 
-    artifact: Artifact
+    artifact: AnyArtifact
     bytes: int
     engine: str
     precision: str
     threads: int
-    shape: Shape
+    shape: Shape | None
     rounds: int
     whole_ms: float
     profiled_ms: float
@@ -66,6 +77,14 @@ class Profile:
     notes: tuple[str, ...]
     created: str
     hardware: dict[str, Any]
+    dims: Mapping[str, int] | None = None
+
+    @property
+    def size(self) -> str:
+        """Shape of the images, or the sizes of free dimensions, in words."""
+        if self.shape is not None:
+            return " x ".join(map(str, self.shape))
+        return ", ".join(f"{name} {size}" for name, size in (self.dims or {}).items()) or "the only size"
 
     @property
     def kernels_ms(self) -> float:
@@ -78,6 +97,7 @@ def profile(
     options: SessionOptions = DEFAULT_OPTIONS,
     *,
     shape: Shape | None = None,
+    dims: Mapping[str, int] | None = None,
     rounds: int = 30,
     ceilings: Ceilings | None = None,
 ) -> Profile:
@@ -85,26 +105,37 @@ def profile(
 
     `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side for "classify"). A shape of a size that the model
     does not take is replaced by the nearest one, with a note. The images are the artefact's
-    first golden ones, mirrored until they fill the shape. `ceilings` None: measured now, in some seconds. Opens the artefact two or three
-    times (ONNX Runtime) and runs twice `rounds` inferences.
+    first golden ones, mirrored until they fill the shape. `dims`: for named tensors, sizes of some free dimensions; the others are those of
+    the manifest's example. The first golden inputs are repeated to these sizes. `ceilings` None: measured now, in some seconds. Opens the
+    artefact two or three times (ONNX Runtime) and runs twice `rounds` inferences.
 
     Raises the errors of `load` and of its session, and DataError for an engine that cannot be profiled, a shape or a number of rounds out
-    of range, images that do not fit into memory.
+    of range, inputs that do not fit into memory.
     """
     _check(options.engine, shape, rounds)
-    profiler: Profiler = getattr(import_module(f"muntin.runtime.profiling.{options.engine}_kernels"), f"{options.engine}_kernels")
-    artifact = open_artifact(path)
-    requested = default_shape(artifact) if shape is None else shape
-    shape = (requested[0], *artifact.manifest.signature.sizes.at_least(*requested[1:]))
-    with watch_cpu() as watch, enough_memory(artifact.manifest.signature, shape):
-        images_BHWC = fill(artifact.golden()[0][0], shape)
-        sessions = {"whole": open_session(path, options)}
-        whole_ms = interleaved_latency(sessions, images_BHWC, rounds=rounds)["whole"].median_ms
+    artifact = open_any_artifact(path)
+    remarks: list[str] = []
+    if isinstance(artifact, TensorArtifact):
+        sizes = tensor_dims(artifact, dims or {}, shape)
+        batch: ProfiledInputs = repeat(artifact.golden()[0][0], artifact.manifest.signature, sizes)
+        memory: AbstractContextManager[None] = nullcontext()
+    else:
+        if dims:
+            raise DataError(f"dims of {', '.join(dims)}: {path} takes images: give a shape")
+        requested = default_shape(artifact) if shape is None else shape
+        shape = (requested[0], *artifact.manifest.signature.sizes.at_least(*requested[1:]))
+        sizes, memory = None, enough_memory(artifact.manifest.signature, shape)
+        if shape != requested:
+            remarks.append(f"measured at {shape[1]} x {shape[2]}, the nearest size to {requested[1]} x {requested[2]} that the model takes")
+    with watch_cpu() as watch, memory:
+        if shape is not None and isinstance(artifact, Artifact):
+            batch = fill(artifact.golden()[0][0], shape)
+        sessions = {"whole": open_any_session(artifact, options)}
+        whole_ms = interleaved_latency(sessions, batch, rounds=rounds)["whole"].median_ms
         sessions.clear()  # frees its threads and memory before the profile
-        execution = profiler(artifact, images_BHWC, options, rounds)
-    remarks = [*notes_on(watch.others, threads=execution.threads), *notes(artifact.manifest, execution, whole_ms)]
-    if shape != requested:
-        remarks.append(f"measured at {shape[1]} x {shape[2]}, the nearest size to {requested[1]} x {requested[2]} that the model takes")
+        profiler: Profiler = getattr(import_module(f"muntin.runtime.profiling.{options.engine}_kernels"), f"{options.engine}_kernels")
+        execution = profiler(artifact, batch, options, rounds)
+    remarks = [*notes_on(watch.others, threads=execution.threads), *notes(artifact.manifest, execution, whole_ms), *remarks]
     if ceilings is None:
         ceilings = _measured_ceilings(execution.threads)
         if ceilings.others is not None and ceilings.others >= BUSY:
@@ -116,6 +147,7 @@ def profile(
         precision=execution.precision,
         threads=execution.threads,
         shape=shape,
+        dims=sizes,
         rounds=rounds,
         whole_ms=whole_ms,
         profiled_ms=execution.profiled_ms,
@@ -127,6 +159,18 @@ def profile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hardware=describe_hardware(),
     )
+
+
+def tensor_dims(artifact: TensorArtifact, dims: Mapping[str, int], shape: Shape | None) -> dict[str, int]:
+    """Sizes of all free dimensions: those given, then those of the manifest's example or the golden inputs. Raises DataError for others."""
+    signature, example = artifact.manifest.signature, artifact.manifest.example
+    names = ", ".join(signature.dims) or "it has none"
+    if shape is not None:
+        raise DataError(f"shape {shape}: {artifact.path} takes named tensors: give dims, sizes of its free dimensions ({names})")
+    own = dict(check_inputs(artifact.golden()[0][0], signature)[1]) if example is None else example
+    if (problem := signature.dims_problem({**own, **dims})) is not None:
+        raise DataError(f"dims with {problem}")
+    return {**own, **dims}
 
 
 @contextmanager
@@ -173,8 +217,11 @@ def default_shape(artifact: Artifact) -> Shape:
     return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
 
 
-def default_size_reason(manifest: Manifest) -> str:
-    """Why `default_shape` has its height and width, in words."""
+def default_size_reason(manifest: AnyManifest) -> str:
+    """Why `default_shape` or `tensor_dims` has its sizes, in words."""
+    if isinstance(manifest, TensorManifest):
+        return "the sizes of the export" if manifest.example is not None else "the sizes of its golden inputs"
+    assert isinstance(manifest, Manifest)
     if manifest.example is not None:
         return "the size of the export"
     if manifest.signature.task != "classify":
@@ -191,7 +238,16 @@ def fill(images_BHWC: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     return np.ascontiguousarray(mirrored[:, :H, :W])
 
 
-def notes(manifest: Manifest, execution: Execution, whole_ms: float) -> Iterable[str]:
+def repeat(tensors: Named, signature: TensorSignature, dims: Mapping[str, int]) -> Named:
+    """Named inputs of other sizes of the free dimensions: cut, or repeated from the start."""
+    repeated = dict(tensors)
+    for name, shape in signature.input_shapes(dims).items():
+        for axis, size in enumerate(shape):
+            repeated[name] = np.take(repeated[name], np.arange(size) % tensors[name].shape[axis], axis=axis)
+    return repeated
+
+
+def notes(manifest: AnyManifest, execution: Execution, whole_ms: float) -> Iterable[str]:
     """Warnings about the kernels' times."""
     profiled, total = execution.profiled_ms, sum(kernel.ms for kernel in execution.kernels)
     if abs(total - profiled) > TOLERANCE * profiled:

@@ -18,10 +18,9 @@ INTERRUPTED = 0.01
 
 def profile_dict(profile: Profile) -> dict[str, Any]:
     """The profile, its kinds and findings as JSON values. Times in ms, shares of the profiled time, ceilings in 1e9 a second."""
-    B, H, W = profile.shape
     return {
         "format": FORMAT,
-        "title": f"{plain(profile.artifact.path.absolute().name)}: {B} x {H} x {W}",
+        "title": f"{plain(profile.artifact.path.absolute().name)}: {profile.size}",
         "created": profile.created,
         "muntin": importlib.metadata.version("muntin"),
         "hardware": profile.hardware,
@@ -29,7 +28,8 @@ def profile_dict(profile: Profile) -> dict[str, Any]:
         "engine": profile.engine,
         "precision": profile.precision,
         "threads": profile.threads,
-        "shape": list(profile.shape),
+        "shape": None if profile.shape is None else list(profile.shape),
+        "dims": None if profile.dims is None else dict(profile.dims),
         "rounds": profile.rounds,
         "whole_ms": profile.whole_ms,
         "profiled_ms": profile.profiled_ms,

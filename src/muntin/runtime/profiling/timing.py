@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,13 +16,15 @@ BATCHES = 8
 """Batches of a throughput measurement, for each stream of the session."""
 
 
-class Mapper(Predictor, Protocol):
-    """A session, of an engine or a live model, that can keep several batches in flight."""
+class Mapper(Protocol):
+    """A session, of an engine or a live model, that can keep several batches in flight. Batches are images or named inputs."""
 
     @property
     def streams(self) -> int: ...
 
-    def map(self, batches: Iterable[NDArray[np.uint8]], /) -> Iterator[NDArray[np.float32]]: ...
+    def __call__(self, batch: Any, /) -> Any: ...
+
+    def map(self, batches: Iterable[Any], /) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +37,23 @@ class Latency:
     calls: int
 
 
-def interleaved_latency(sessions: Mapping[str, Predictor], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, Latency]:
-    """Measures one call on a batch for each session.
+def interleaved_latency(sessions: Mapping[str, Callable[[Any], object]], batch: Any, *, rounds: int) -> dict[str, Latency]:
+    """Measures one call on a batch, images or named inputs, for each session.
 
     Each round calls every session twice and times the second call: the first brings its weights back into the caches that the other
     sessions filled, as in a process that runs one model. Raises `ValueError` for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: a median needs at least 1")
-    images = np.ascontiguousarray(images_BHWC)
+    batch = _contiguous(batch)
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for session in sessions.values():
-        session(images)
+        session(batch)
     for _ in range(rounds):
         for name, session in sessions.items():
-            session(images)
+            session(batch)
             started = time.perf_counter()
-            session(images)
+            session(batch)
             times[name].append((time.perf_counter() - started) * 1e3)
     latencies = {}
     for name, milliseconds in times.items():
@@ -60,24 +62,29 @@ def interleaved_latency(sessions: Mapping[str, Predictor], images_BHWC: NDArray[
     return latencies
 
 
-def interleaved_throughput(sessions: Mapping[str, Mapper], images_BHWC: NDArray[np.uint8], *, rounds: int) -> dict[str, float]:
-    """Images a second with every stream busy: the median of `rounds` rounds, in which the sessions map some batches in turn.
+def interleaved_throughput(sessions: Mapping[str, Mapper], batch: Any, *, rounds: int, rows: int | None = None) -> dict[str, float]:
+    """Images (or rows) a second with every stream busy: the median of `rounds` rounds, in which the sessions map some batches in turn.
 
-    Raises `ValueError` for less than one round.
+    `rows`: those of the batch; None: its length. Raises `ValueError` for less than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: a median needs at least 1")
-    images = np.ascontiguousarray(images_BHWC)
+    batch = _contiguous(batch)
+    rows = len(batch) if rows is None else rows
     rates: dict[str, list[float]] = {name: [] for name in sessions}
     for round_ in range(rounds + 1):  # the first does not count
         for name, session in sessions.items():
-            batches = [images] * (BATCHES * session.streams)
+            batches = [batch] * (BATCHES * session.streams)
             started = time.perf_counter()
             for _ in session.map(batches):
                 pass
             if round_:
-                rates[name].append(len(batches) * len(images) / (time.perf_counter() - started))
+                rates[name].append(len(batches) * rows / (time.perf_counter() - started))
     return {name: float(np.median(values)) for name, values in rates.items()}
+
+
+def _contiguous(batch: Any) -> Any:
+    return batch if isinstance(batch, Mapping) else np.ascontiguousarray(batch)
 
 
 def latency_report(rows: Mapping[str, tuple[str, Predictor]], image_HWC: NDArray[np.uint8], *, rounds: int) -> dict[str, Any]:

@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, open_artifact
+from muntin.artifact import AnyArtifact, Artifact, GoldenTolerance, LayerRecord, TensorArtifact, open_any_artifact
 from muntin.errors import DependencyError
 from muntin.runtime.engines.onnx_nodes import is_node_of
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.tensors import TensorSession
 from muntin.runtime.verification.layerwise import TOLERANCE, LayerCheck, verify_layers
-
-RMS_SHARE = 0.25
-"""Allowed root mean square error of a map, as a share of the allowed largest error. Sound artefacts reach less than a tenth of it."""
+from muntin.runtime.verification.tensors import RMS_SHARE, OutputResult, batch_problems, replay_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,9 @@ class GoldenResult:
 class VerifyResult:
     """Result of a verification. `problems`: a line each; empty if it passed.
 
-    `digests`: the compared files and their sha256 (an altered file raises before anything runs). `layers`: every operation with its
-    precision. `fallbacks`: layers that the manifest records with 8-bit activations (or fewer) and that did not run on integer kernels;
+    `golden`: of an image model's pairs; `outputs`: of each output of each pair of a model with named tensors. `digests`: the compared
+    files and their sha256 (an altered file raises before anything runs). `layers`: every operation with its precision. `fallbacks`: layers
+    that the manifest records with 8-bit activations (or fewer) and that did not run on integer kernels;
     problems unless allowed. `evaluation`: the value of `evaluate`. `checks`: each quantised layer against plain float arithmetic, if
     requested; a recorded layer without a check is a problem.
     """
@@ -80,6 +81,7 @@ class VerifyResult:
     threads: int
     digests: dict[str, str] = field(repr=False)
     golden: tuple[GoldenResult, ...]
+    outputs: tuple[OutputResult, ...] = ()
     layers: tuple[ExecutedLayer, ...] = field(repr=False)
     fallbacks: tuple[str, ...]
     evaluation: float | None
@@ -95,11 +97,11 @@ def verify(
     path: str | Path,
     options: SessionOptions = DEFAULT_OPTIONS,
     *,
-    evaluate: Callable[[Session], float] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
     allow_fallbacks: bool | None = None,
     layers: bool = False,
 ) -> VerifyResult:
-    """Checks an artefact in an engine: digests, golden pairs, independence of the images in a batch, integer kernels, and
+    """Checks an artefact in an engine: digests, golden pairs, independence of the images (or rows) in a batch, integer kernels, and
     `evaluate(session)` if it is given.
 
     `options`: engine, precision and threads. `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines
@@ -108,18 +110,18 @@ def verify(
 
     Raises the errors of `load` (ArtifactError for an altered file); a failed check is in the result.
     """
-    artifact = open_artifact(path)
-    session = open_session(path, replace(options, shapes=()))
+    artifact = open_any_artifact(path)
+    session = open_any_session(artifact, replace(options, shapes=(), dims=()))
     if allow_fallbacks is None:
         allow_fallbacks = options.engine != DEFAULT_ENGINE
     return verify_session(session, artifact, evaluate=evaluate, allow_fallbacks=allow_fallbacks, layers=layers)
 
 
 def verify_session(
-    session: Session,
-    artifact: Artifact,
+    session: Session | TensorSession,
+    artifact: AnyArtifact,
     *,
-    evaluate: Callable[[Session], float] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
     allow_fallbacks: bool = False,
     layers: bool = False,
 ) -> VerifyResult:
@@ -133,11 +135,21 @@ def verify_session(
             f"no golden tolerance is recorded for {session.engine} in {session.precision} (there is: {recorded or 'none'}): "
             "verify in a recorded precision, or export again"
         )
-    golden = []
-    for images, scores in artifact.golden():
-        golden.append(replay(session, images, scores, tolerance, classes=manifest.signature.task != "restore"))
-    problems += [f"golden pair {index} {result.problem}" for index, result in enumerate(golden) if tolerance and not result.passed]
-    problems += _batch_problems(session, artifact, tolerance) if tolerance else []
+    golden: list[GoldenResult] = []
+    outputs: list[OutputResult] = []
+    if isinstance(session, TensorSession):
+        assert isinstance(artifact, TensorArtifact)
+        for index, named in enumerate(artifact.golden()):
+            results = replay_tensors(session, named, tolerance)
+            problems += [f"golden pair {index} {result.problem}" for result in results if tolerance and not result.passed]
+            outputs += results
+        problems += batch_problems(session, artifact.golden(), tolerance) if tolerance else []
+    else:
+        assert isinstance(artifact, Artifact)
+        for index, (images, scores) in enumerate(artifact.golden()):
+            golden.append(replay(session, images, scores, tolerance, classes=artifact.manifest.signature.task != "restore"))
+            problems += [f"golden pair {index} {golden[-1].problem}"] if tolerance and not golden[-1].passed else []
+        problems += _batch_problems(session, artifact, tolerance) if tolerance else []
     ran = tuple(session.layers())
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:
@@ -156,6 +168,7 @@ def verify_session(
         threads=session.threads,
         digests={"manifest.json": manifest.sha256, **{str(name): digest for name, digest in manifest.files.items()}},
         golden=tuple(golden),
+        outputs=tuple(outputs),
         layers=ran,
         fallbacks=fallbacks,
         evaluation=evaluation,
@@ -190,9 +203,10 @@ def _layer_problems(checks: Sequence[LayerCheck], unchecked: Sequence[str]) -> I
         yield f"layer {name}, recorded with 8-bit activations, {reason}"
 
 
-def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
+def _checked_layers(artifact: AnyArtifact, threads: int) -> tuple[LayerCheck, ...]:
+    assert isinstance(artifact, Artifact | TensorArtifact)
     try:
-        return verify_layers(artifact, [images for images, _ in artifact.golden()], threads=threads)
+        return verify_layers(artifact, [inputs for inputs, _ in artifact.golden()], threads=threads)
     except ModuleNotFoundError as error:
         raise DependencyError(
             f"layers=True compares OpenVINO with ONNX Runtime, and there is no {error.name}: pip install {error.name}, or leave it out"

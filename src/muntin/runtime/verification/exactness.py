@@ -146,7 +146,7 @@ def serialised(nodes: list[onnx.NodeProto], constants: dict[str, NDArray[Any]], 
 # An engine's library is imported when it is used: a machine needs only the engine that it serves with.
 def run_openvino(model: bytes, x: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
     """In OpenVINO's CPU plugin. Raises DependencyError where it cannot run it."""
-    from muntin.runtime.engines.openvino.session import executed_products
+    from muntin.runtime.engines.openvino.compiled import executed_products
     from muntin.runtime.host.quiet_imports import openvino
     from muntin.runtime.host.signal_stack import signal_stack_kept
 

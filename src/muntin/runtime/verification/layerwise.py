@@ -20,10 +20,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from muntin.artifact import Artifact
+from muntin.artifact import AnyArtifact
 from muntin.runtime.engines.onnx_nodes import COMPUTE
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.host.signal_stack import signal_stack_kept
+from muntin.runtime.tensors import Named
 
 TOLERANCE = 1.0
 """Largest error of a layer, in steps: a value between two levels may be rounded either way, which moves one input by one step."""
@@ -61,10 +62,12 @@ class _QuantisedProduct:
     output: str
 
 
-def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]], *, threads: int | None = None) -> tuple[LayerCheck, ...]:
-    """Checks every quantised layer of an artefact on some images (B, H, W, C); empty where nothing is quantised.
+def verify_layers(
+    artifact: AnyArtifact, batches: Sequence[NDArray[np.uint8] | Named], *, threads: int | None = None
+) -> tuple[LayerCheck, ...]:
+    """Checks every quantised layer of an artefact on some images (B, H, W, C) or named inputs; empty where nothing is quantised.
 
-    Costs a compilation for each size, and memory for every layer's inputs and outputs: small images suffice. `threads` None: the usable
+    Costs a compilation for each size, and memory for every layer's inputs and outputs: small inputs suffice. `threads` None: the usable
     physical cores.
     """
     model = onnx.load_model_from_string(artifact.model_bytes())
@@ -74,8 +77,8 @@ def verify_layers(artifact: Artifact, images: Sequence[NDArray[np.uint8]], *, th
     threads = threads or physical_cores()
     alone = _alone(model, layers, threads)
     worst: dict[str, float] = {layer.name: 0.0 for layer in layers}
-    for images_BHWC in images:
-        taps = _run_tapped(model, layers, images_BHWC, threads)
+    for batch in batches:
+        taps = _run_tapped(model, layers, batch if isinstance(batch, dict) else {model.graph.input[0].name: batch}, threads)
         answers = [_answers(alone, layers, taps, nudge) for nudge in (0.0, NUDGE, -NUDGE)]
         for layer in layers:
             worst[layer.name] = max(worst[layer.name], _error(layer, answers, taps[layer.output]))
@@ -179,9 +182,7 @@ def _alone(model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], threads:
     return onnxruntime.InferenceSession(single.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _run_tapped(
-    model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], images_BHWC: NDArray[np.uint8], threads: int
-) -> dict[str, NDArray[Any]]:
+def _run_tapped(model: onnx.ModelProto, layers: Sequence[_QuantisedProduct], given: Named, threads: int) -> dict[str, NDArray[Any]]:
     """Every layer's unrounded inputs and its output in the engine, in f32."""
     from muntin.runtime.host.quiet_imports import openvino
 
@@ -189,15 +190,15 @@ def _run_tapped(
     tapped.CopyFrom(model)
     present = {output.name for output in tapped.graph.output} | {entry.name for entry in tapped.graph.input}
     names = dict.fromkeys(name for layer in layers for name in (*layer.inputs, layer.output))
-    given = {entry.name: images_BHWC for entry in tapped.graph.input}
     tapped.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in present
     )
     core = openvino.Core()
     read = core.read_model(model=tapped.SerializeToString(), weights=b"")
-    read.reshape(list(images_BHWC.shape))
+    feed = {port: next(given[name] for name in port.get_names() if name in given) for port in read.inputs}
+    read.reshape({port: list(value.shape) for port, value in feed.items()})
     with signal_stack_kept():
         compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads})
-        results = compiled(images_BHWC)
+        results = compiled(list(feed.values()))
     by_name = {name: np.array(value) for port, value in results.items() for name in port.get_names()}
     return {name: given[name] if name in given else by_name[name] for name in names}

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from muntin.artifact.store import read_manifest
+from muntin.artifact.store import image_manifest, read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.serving.worker.opening import Opened, open_version, starting_calls
 from muntin.serving.worker.remote_session import can_open_remote, open_remote
@@ -39,7 +39,7 @@ class ArtifactLoader:
         `stopped`: asked now and then; once it returns True, this may raise NotReadyError. `progress`: called with the name of each step.
         Raises the errors of `open_version` and `start_engine`.
         """
-        calls = starting_calls(read_manifest(path), self.max_batch, self.sizes)
+        calls = starting_calls(image_manifest(path, read_manifest(path)), self.max_batch, self.sizes)
         if not can_open_remote():
             return open_version(path, self.options, calls, verify=True, progress=progress)
         return open_remote(path, self.options, calls, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress)

@@ -16,40 +16,23 @@ the uint8 image (it is removed as a no-op, and its layer runs in float).
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import cached_property
-from pathlib import Path
-from queue import LifoQueue
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact
-from muntin.errors import ArtifactError, DependencyError
-from muntin.runtime.engines.compile_cache import CompiledModels
-from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
+from muntin.artifact import AnyArtifact, Artifact, TensorArtifact
+from muntin.errors import ArtifactError
+from muntin.runtime.engines.openvino.compiled import Compiled, CompiledForms, failure
 from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
-from muntin.runtime.engines.openvino.workarounds import computes_with_sizes, with_biases, with_whole_masks
+from muntin.runtime.engines.openvino.tensor_session import OpenVinoTensorSession
+from muntin.runtime.engines.openvino.workarounds import with_biases, with_whole_masks
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer, Labels, Session, Shape, check_shapes
-
-OPENVINO_PRECISIONS = {"u8": "i8", "f16": "f16", "bf16": "bf16", "f32": "f32", "i8": "i8"}
-"""OpenVINO's name of an element type -> the precision of an `ExecutedLayer`."""
-_CAPABILITIES = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
-"""Precision -> the capability that a CPU needs for it."""
-MULTIPLY = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
-"""Layer types that multiply."""
-MAY_MULTIPLY = frozenset({"Subgraph", "MHA", "ScaledDotProductAttention"})
-"""Layer types that multiply if they fuse attention: they count only for nodes that they name."""
-_PLAIN_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
-_LEFT_OUT = frozenset({"Const", "Input", "Output"})
-_RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
+from muntin.runtime.session import ExecutedLayer, Labels, Session, Shape, check_shapes
 
 # With free sizes OpenVINO 2026.4 may return without an answer and without an error where it cannot allocate what a size needs. The memory
 # would then hold another answer. So both ends of an answer are marked with values that no model gives: the highest value of a label's type
@@ -61,63 +44,19 @@ Variant = tuple[InputShape | None, bool]
 """One compiled form of the model: its input shape (None: dynamic sizes), and True if it ends in labels instead of scores."""
 
 
-class _Compiled:
-    """A compiled model and its free inference requests, one for each stream.
-
-    `shape`: None for one image of any size. `kept`: True for a model from the cache.
-    """
-
-    def __init__(self, model: Any, shape: InputShape | None, streams: int, *, kept: bool) -> None:
-        self.model, self.shape = model, shape
-        self.kept = kept
-        self.free: LifoQueue[Any] = LifoQueue()  # the last request used has its memory in the CPU's caches
-        for _ in range(streams):
-            self.free.put(model.create_infer_request())
-
-    def __del__(self) -> None:
-        with signal_stack_kept():  # a deleted model restores a signal stack, on whichever thread deletes it
-            self.__dict__.clear()
-
-
-class OpenVinoSession(Session):
-    """A model in OpenVINO's CPU plugin. `streams` calls compute at a time, further ones wait."""
+class OpenVinoSession(CompiledForms[Variant], Session):
+    """An image model in OpenVINO's CPU plugin."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
-        self._core = openvino.Core()
-        precision = choose_precision(self._core, options.precision, artifact.manifest.precision)
-        data = artifact.model_bytes()
-        threads = options.thread_count
-        streams = min(options.streams, threads)
-        self._options: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": precision,
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY" if options.streams == 1 else "THROUGHPUT",
-            "NUM_STREAMS": streams,
-        }
-        self._cache = CompiledModels("openvino", openvino.__version__, artifact.manifest.sha256) if options.cache else None
-        try:
-            self._model = self._core.read_model(model=data, weights=b"")
-        except RuntimeError as error:
-            raise failure(artifact.path, "cannot read its model", error) from error
-        self._path = artifact.path
-        self._nodes: ComputeNodes = compute_nodes(data)
-        self._dynamic = options.dynamic
-        self._lock = Lock()  # guards _compiled and _warmed_up
+        CompiledForms.__init__(self, artifact, options)
         self._retrying = Lock()  # held by one retry at a time
-        self._compiling = Lock()  # held for a whole compilation, so that calls that need none go on
-        self._compiled: OrderedDict[Variant, _Compiled] = OrderedDict()
-        self._warmed_up: set[Variant] = set()
         signature = artifact.manifest.signature
         self._input_sides: InputShape = (*signature.sizes.dims, signature.channels)
         """(H, W, C) of the model's input, -1 where it is free."""
         self._warm_sides: set[InputShape] = {self._input_sides} if signature.sizes.fixed else set()
         """(H, W, C) of the images in `_warmed_up`, or of an artefact of one size."""
-        super().__init__(
-            signature=signature,
-            engine="openvino",
-            precision=precision,
-            threads=threads,
-            streams=streams,
+        Session.__init__(
+            self, signature=signature, engine="openvino", precision=self._precision, threads=self._threads, streams=self._streams
         )
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -157,7 +96,11 @@ class OpenVinoSession(Session):
 
     def _run_batch(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
         shape = images_BHWC.shape
-        compiled = self._compiled_for((shape, labels), new=not self._dynamic or shape[1:] in self._warm_sides)
+        compile_new = not self._dynamic or shape[1:] in self._warm_sides
+        variant: Variant = (shape, labels)
+        compiled = None if compile_new else self._find_compiled(variant)
+        if compiled is None:
+            compiled = self._compiled_for(variant if compile_new else (None, labels))
         request = compiled.free.get()
         try:
             self._compute(compiled, request, images_BHWC, answer)
@@ -186,7 +129,7 @@ class OpenVinoSession(Session):
             if self._find_compiled(variant) is None:
                 self._keep(variant, compiled)
 
-    def _compute(self, compiled: _Compiled, request: Any, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
+    def _compute(self, compiled: Compiled, request: Any, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
         """Nothing is copied: the engine reads the images and writes the answer where they lie."""
         dynamic = compiled.shape is None
         step = 1 if dynamic else len(images_BHWC)
@@ -203,7 +146,7 @@ class OpenVinoSession(Session):
             if dynamic and mark in (flat[0], flat[-1]):
                 raise MemoryError("it returned without an answer, as it does where it cannot allocate what a size needs: out of memory")
 
-    def _drop(self, compiled: _Compiled) -> bool:
+    def _drop(self, compiled: Compiled) -> bool:
         """Drops a model of dynamic sizes that failed to compute. Returns False if another call has dropped it.
 
         After a failure OpenVINO 2026.4 also refuses the size before it until another size comes.
@@ -226,17 +169,7 @@ class OpenVinoSession(Session):
 
     def layers(self) -> list[ExecutedLayer]:
         """As compiled for the size of the last call; before any call, for dynamic sizes, or for one image of the only size."""
-        first: Variant = ((1, *self._input_sides) if self.signature.sizes.fixed else None, False)
-        with self._lock:
-            last = next(reversed(self._compiled), first)
-        compiled = self._compiled_for(last, new=True)
-        return _executed(compiled.model.get_runtime_model(), self._nodes)
-
-    @property
-    def from_cache(self) -> bool:
-        """True if every compiled model came from the user's cache."""
-        with self._lock:
-            return bool(self._compiled) and all(compiled.kept for compiled in self._compiled.values())
+        return self._executed(((1, *self._input_sides) if self.signature.sizes.fixed else None, False))
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         shapes = check_shapes(shapes, self.signature.sizes)
@@ -245,65 +178,36 @@ class OpenVinoSession(Session):
             with self._lock:
                 self._warmed_up.add(variant)
                 self._warm_sides.add((*shape[1:], self.signature.channels))
-            self._compiled_for(variant, new=True)
+            self._compiled_for(variant)
         if compute:
             super().warm_up(shapes, labels=labels)
 
-    def _compiled_for(self, variant: Variant, *, new: bool) -> _Compiled:
-        """The model for an input shape: compiled now if `new` allows it, otherwise the one of dynamic sizes."""
-        compiled = self._find_compiled(variant)
-        if compiled is None and not new:
-            variant = (None, variant[1])
-            compiled = self._find_compiled(variant)
-        if compiled is not None:
-            return compiled
-        with self._compiling:
-            compiled = self._find_compiled(variant)  # another thread may have compiled it meanwhile
-            if compiled is None:
-                compiled = self._compile(variant)
-                self._keep(variant, compiled)
-        return compiled
-
-    def _find_compiled(self, variant: Variant) -> _Compiled | None:
-        with self._lock:
-            if variant in self._compiled:
-                self._compiled.move_to_end(variant)
-            return self._compiled.get(variant)
-
-    def _keep(self, variant: Variant, compiled: _Compiled) -> None:
-        """Keeps a model. Of the static shapes that were not warmed up, the least recently used ones are dropped."""
-        with self._lock:
-            self._compiled[variant] = compiled
-            evictable = [other for other in self._compiled if other[0] is not None and other not in self._warmed_up]
-            dropped = [self._compiled.pop(other) for other in evictable[:-STATIC_SHAPES]]
-        del dropped  # outside of the lock: deleting a model takes time
-
-    def _compile(self, variant: Variant) -> _Compiled:
-        shape, labels = variant
+    def _prepared(self, form: Variant) -> Any:
+        shape, labels = form
         if labels:
             self._check_classes()
-        try:
-            with signal_stack_kept():
-                cached = self._from_cache(variant)
-                if cached is not None:
-                    return _Compiled(cached, shape, self.streams, kept=True)
-                model = (
-                    ending_in_labels(self._model.clone(), self.signature.label_type) if labels else ending_in_scores(self._model.clone())
-                )
-                # One image: with a free batch size, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
-                model.reshape([1, *self._input_sides] if shape is None else list(shape))
-                if shape is None:
-                    model = with_biases(model)
-                if self.precision != "f32":
-                    model = with_whole_masks(model)
-                compiled = self._core.compile_model(model, "CPU", self._options_for(shape))
-                if self._cache is not None:
-                    with suppress(RuntimeError, MemoryError):  # exporting takes the model's memory once more
-                        self._cache.write(self._key(variant), compiled.export_model().getvalue())
-                return _Compiled(compiled, shape, self.streams, kept=False)
-        except RuntimeError as error:
-            size = "dynamic sizes" if shape is None else f"images of shape {shape}"
-            raise failure(self._path, f"cannot compile it for {size}", error) from error
+        model = ending_in_labels(self._model.clone(), self.signature.label_type) if labels else ending_in_scores(self._model.clone())
+        # One image: with a free batch size, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
+        model.reshape([1, *self._input_sides] if shape is None else list(shape))
+        if shape is None:
+            model = with_biases(model)
+        return model if self.precision == "f32" else with_whole_masks(model)
+
+    def _key(self, form: Variant) -> str:
+        shape, labels = form
+        ending = "labels before pixels, classes last" if labels else "pixels in one pass"
+        masks = "" if self.precision == "f32" else " whole masks"
+        biases = " biases" if shape is None else ""
+        return f"{shape or 'one image'} {ending}{masks}{biases}"
+
+    def _words(self, form: Variant) -> str:
+        return "dynamic sizes" if form[0] is None else f"images of shape {form[0]}"
+
+    def _is_free(self, form: Variant) -> bool:
+        return form[0] is None
+
+    def _shape(self, form: Variant) -> InputShape | None:
+        return form[0]
 
     def _check_classes(self) -> None:
         """Raises ArtifactError unless the model gives the signature's number of classes, which labels would not show."""
@@ -313,99 +217,15 @@ class OpenVinoSession(Session):
                 f"{self._path}: the model gives {shape} where its signature says {classes} classes: export the artefact again"
             )
 
-    def _from_cache(self, variant: Variant) -> Any:
-        """The model that an earlier process compiled for this shape with these options, or None."""
-        data = None if self._cache is None else self._cache.read(self._key(variant))
-        if data is None:
-            return None
-        try:
-            return self._core.import_model(data, "CPU", self._options_for(variant[0]))
-        except RuntimeError:
-            return None
 
-    def _key(self, variant: Variant) -> str:
-        shape, labels = variant
-        ending = "labels before pixels, classes last" if labels else "pixels in one pass"
-        masks = "" if self.precision == "f32" else " whole masks"
-        biases = " biases" if shape is None else ""
-        return f"{shape or 'one image'} {ending}{masks}{biases} {sorted(self._options_for(shape).items())}"
-
-    def _options_for(self, shape: InputShape | None) -> dict[str, Any]:
-        """Options of a compilation: in float32 for dynamic sizes where floats are computed from them."""
-        rounds_sizes = shape is None and self.precision != "f32" and self._computes_with_sizes
-        return {**self._options, "INFERENCE_PRECISION_HINT": "f32"} if rounds_sizes else self._options
-
-    @cached_property
-    def _computes_with_sizes(self) -> bool:
-        return computes_with_sizes(self._model)
-
-
-def open_openvino(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession:
+def open_openvino(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession | OpenVinoTensorSession:
     """Opens an artefact in OpenVINO on the CPU.
 
     Precision "recorded" is the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Raises DependencyError for
     another precision that the CPU lacks. A session has at most one stream a thread.
     """
     with signal_stack_kept():
+        if isinstance(artifact, TensorArtifact):
+            return OpenVinoTensorSession(artifact, options)
+        assert isinstance(artifact, Artifact)
         return OpenVinoSession(artifact, options)
-
-
-def choose_precision(core: Any, requested: str, recorded: str) -> str:
-    """The precision of float layers. Raises DependencyError for a requested one that the CPU lacks."""
-    capabilities = tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-    if requested == "recorded":
-        return recorded if _CAPABILITIES[recorded] in capabilities else "f32"
-    if _CAPABILITIES[requested] not in capabilities:
-        raise DependencyError(
-            f'precision="{requested}": this CPU has no {_CAPABILITIES[requested]} (it has {", ".join(capabilities)}): '
-            'ask for "recorded", or for "f32"'
-        )
-    return requested
-
-
-def layer_info(op: Any) -> dict[str, str]:
-    """Information on an operation of a compiled model: its type, origins, precision, implementation and layouts, by OpenVINO's keys."""
-    return {key: str(value.astype(str)) for key, value in op.get_rt_info().items() if key in _RUNTIME_INFO}
-
-
-def _executed(runtime_model: Any, nodes: ComputeNodes) -> list[ExecutedLayer]:
-    layers: list[ExecutedLayer] = []
-    seen: dict[str, int] = {}
-    for op in runtime_model.get_ordered_ops():
-        info = layer_info(op)
-        kind = info.get("layerType", op.get_type_name())
-        if kind in _LEFT_OUT:
-            continue
-        originals = [name for name in info.get("originalLayersNames", "").split(",") if name]
-        multiplies = kind in MULTIPLY
-        node = nodes.find(originals, derived=multiplies) if multiplies or kind in MAY_MULTIPLY else None
-        if node is None and multiplies and op.get_input_size() > 1:  # a MatMul may lose its name in a fusion; its weight keeps it
-            node = nodes.find([op.input_value(1).get_node().get_friendly_name()], derived=True)
-        precision = info.get("runtimePrecision", "")
-        layer = ExecutedLayer(
-            name=node or (originals[0] if originals else op.get_friendly_name()),
-            kind=kind,
-            precision=OPENVINO_PRECISIONS.get(precision, precision),
-            compute=node is not None,
-        )
-        if node is not None and node in seen:  # a fused neighbour may keep the node's name: the layer that multiplies counts
-            if multiplies and layers[seen[node]].kind not in MULTIPLY:
-                layers[seen[node]] = layer
-            continue
-        if node is not None:
-            seen[node] = len(layers)
-        layers.append(layer)
-    return layers
-
-
-def executed_products(runtime_model: Any) -> dict[str, str]:
-    """The products of a compiled model: the engine's name of the kernel -> OpenVINO's name of its precision."""
-    infos = {str(op.get_friendly_name()): layer_info(op) for op in runtime_model.get_ordered_ops()}
-    return {name: info["runtimePrecision"] for name, info in infos.items() if info.get("layerType") in _PLAIN_PRODUCTS}
-
-
-def failure(path: Path, what: str, error: RuntimeError | MemoryError) -> ArtifactError:
-    """The ArtifactError for an error of OpenVINO: its message in one line, without the source locations that it starts with."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    text = " ".join(line for line in lines if line and not line.startswith(("Exception from", "Check 'false' failed")))[:600]
-    return ArtifactError(f"{path}: OpenVINO {openvino.__version__} {what}: {text}")

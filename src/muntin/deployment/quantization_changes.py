@@ -1,0 +1,31 @@
+"""What quantisation did with each layer, as changes: of the graph by calibration, and why training left layers in floats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from muntin.compression import Change
+from muntin.graph.records import ProductRecord
+
+
+def quantization_changes(products: Iterable[ProductRecord]) -> list[Change]:
+    """Return the manifest's entry of each product that calibration quantised or left in floats."""
+    return [
+        Change(
+            layer=record.name,
+            pass_="quantize",
+            done="kept" if record.bits is None else "W8A8" if record.parameters else "A8",
+            reason=record.reason,
+            sqnr_db=record.sqnr_db,
+        )
+        for record in products
+    ]
+
+
+def reasons_of(changes: Iterable[Change]) -> Mapping[str, str]:
+    """Return why layers stayed in floats, by name: the first of several passes on a layer decided."""
+    reasons: dict[str, str] = {}
+    for change in changes:
+        if change.pass_ in ("qat", "mix", "quantize") and change.reason:
+            reasons.setdefault(change.layer, change.reason)
+    return reasons

@@ -1,0 +1,151 @@
+"""An ONNX model of any kind as an artefact with named inputs and outputs. Needs no PyTorch.
+
+float ONNX -> (quantise) -> golden pairs of the deployed graph -> OpenVINO, ONNX Runtime -> artefact
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from muntin.artifact import TensorArtifact, TensorPair, check_target
+from muntin.errors import ExportError
+from muntin.graph.artifacts.engine_check import FallbackError, write_checked_tensors
+from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
+from muntin.graph.artifacts.signature import declared_inputs, golden_pairs, signature_of
+from muntin.graph.calibration import Inputs
+from muntin.graph.float_run import FloatRun
+from muntin.graph.onnx_file import NamedArrays, named_inputs, read_float_model
+from muntin.graph.quantize import MIN_SQNR_DB, calibrate, first_row, planned
+from muntin.graph.records import QuantizedOnnx
+from muntin.runtime import describe_hardware
+from muntin.runtime.verification.tensors import compare_outputs
+
+FAR_OFF = 0.25
+"""Root mean square error of integers, in standard deviations of an output, from which on a note says so."""
+
+
+def export_onnx(
+    model: onnx.ModelProto | Path | str,
+    path: Path | str,
+    *,
+    calibration: Iterable[NamedArrays] | None = None,
+    example: NamedArrays | None = None,
+    keep: Collection[str] = (),
+    min_sqnr_db: float = MIN_SQNR_DB,
+    dims: Mapping[str, int] | None = None,
+    measured: Mapping[str, Any] | None = None,
+) -> TensorArtifact:
+    """Write a float ONNX model as an artefact: any named inputs and outputs of any shape. An existing artefact is replaced as a whole.
+
+    `calibration`: batches of typical inputs (arrays by name, or of the only input), with which it is quantised as by `quantize_onnx`, that
+    takes `keep` and `min_sqnr_db`, too; None: it stays in floats. `example`: inputs to make the golden pairs of, by default those of
+    `calibration`; one of the two is needed. `dims`: sizes of free dimensions that `load` compiles for, by default one row of the example's.
+    `measured`: plain figures for the manifest.
+
+    Free dimensions keep their names. Quantised products that OpenVINO would run in floats stay floats. The manifest's `measured` has
+    `integer_coverage` (share of multiply-adds in integers), `rounding` (what integers change in the golden outputs) and `notes`.
+
+    Raises ExportError as `quantize_onnx` does, and for a model that engines do not compute as its graph says; nothing is written then.
+    """
+    check_target(path)
+    proto = _with_shapes(read_float_model(model))
+    batches = [named_inputs(batch, proto) for batch in ([calibration] if isinstance(calibration, np.ndarray) else calibration or ())]
+    given = batches if example is None else [named_inputs(example, proto, "example")]
+    if calibration is not None and not batches:
+        raise ExportError("calibration is empty: give batches of typical inputs, or None to stay in floats")
+    if not given:
+        raise ExportError("no inputs: give calibration (batches of typical inputs), or example (one batch) to stay in floats")
+    floats = FloatRun(proto)
+    inputs = declared_inputs(proto, given[0])
+    pairs, notes = golden_pairs(inputs, given, floats)
+    signature = signature_of(proto, inputs, pairs, floats)
+    sizes = {dim: 1 if dim == signature.first_dim else size for dim, size in _free(signature.inputs, given[0]).items()}
+    if dims is not None and (problem := signature.dims_problem(dims)) is not None:
+        raise ExportError(f"dims with {problem}")
+    content = {"signature": signature, "example": dict(sizes if dims is None else dims)}
+    rows = first_row(given[-1])
+    plan = (
+        planned(proto, {}, {}, example=rows, half=False)
+        if calibration is None
+        else calibrate(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep, example=rows, half=True)
+    )
+    while True:
+        try:
+            return _write(path, plan.quantized(), pairs, content, measured or {}, notes)
+        except FallbackError as error:
+            if not set(plan.plan).intersection(error.reasons):
+                raise
+            plan = plan.without(error.reasons)
+
+
+def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with inferred shapes, from which outputs of no declared shape get one."""
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except Exception:  # noqa: BLE001 - the model runs without them; onnx's errors have no common class
+        return model
+
+
+def _free(inputs: Sequence[Any], batch: Inputs) -> dict[str, int]:
+    return {dim: size for info in inputs for dim, size in zip(info.shape, batch[info.name].shape, strict=True) if isinstance(dim, str)}
+
+
+def _write(
+    path: Path | str,
+    deployed: QuantizedOnnx,
+    pairs: Sequence[TensorPair],
+    content: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    notes: Sequence[str],
+) -> TensorArtifact:
+    """Write the artefact of a deployed graph. `pairs`: inputs, and the outputs of the float graph."""
+    quantised = any(record.bits for record in deployed.products)
+    run = FloatRun(deployed.model, exact=True)
+    golden = [(inputs, run(inputs)) for inputs, _ in pairs]
+    for _, outputs in golden:
+        if wrong := [name for name, tensor in outputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()]:
+            raise ExportError(
+                f"in integers output '{wrong[0]}' holds NaN or infinity: calibrate with more inputs, or name products in keep"
+            )
+    changes = rounding(golden, pairs) if quantised else {}
+    worst = {name: change["rms_error"] for name, change in changes.items() if (change["rms_error"] or 0) > FAR_OFF}
+    moved = [
+        f"integers move output {name} by {error:.2g} standard deviations in the mean: measure what that costs, calibrate with more inputs, "
+        "or keep products in floats"
+        for name, error in worst.items()
+    ]
+    figures: dict[str, Any] = {"hardware": describe_hardware(), "integer_coverage": deployed.coverage if quantised else 0.0}
+    if changes:
+        figures["rounding"] = changes
+    return write_checked_tensors(
+        Path(path),
+        {
+            "model": deployed.model,
+            "packing": packing_of(deployed.model),
+            "golden": golden,
+            "layers": layer_records(deployed.products),
+            "measured": {**figures, **measured},
+            **content,
+        },
+        [*notes, *(deployed.notes if quantised else ()), *moved],
+    )
+
+
+def rounding(golden: Sequence[TensorPair], floats: Sequence[TensorPair]) -> dict[str, dict[str, float | None]]:
+    """Return the largest errors of each output of the deployed graph, compared with the float graph's (`OutputResult`)."""
+    changes: dict[str, dict[str, float | None]] = {}
+    for (_, deployed), (_, due) in zip(golden, floats, strict=True):
+        for result in compare_outputs(deployed, due, None):
+            errors = {"max_error": result.max_error, "rms_error": result.rms_error, "cosine": result.cosine, "equal": result.equal}
+            earlier = changes.get(result.name, errors)
+            worse = {"max_error": max, "rms_error": max, "cosine": min, "equal": min}
+            changes[result.name] = {
+                key: value if (other := earlier[key]) is None or value is None else worse[key](other, value)
+                for key, value in errors.items()
+            }
+    return changes
