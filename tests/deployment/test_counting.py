@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from muntin import create_model
 from muntin.compression import quantize
-from muntin.deployment import image_macs, layer_macs, parameter_count
-from muntin.deployment.counting import bias_count, output_channels, stored_bytes, weight_count
+from muntin.deployment import image_macs, parameter_count
+from muntin.deployment.counting import stored_bytes
 from muntin.layers import DenseAttention
 from muntin.training.config import QuantizationConfig
 
@@ -47,10 +47,6 @@ PRODUCT = 12 * 130 * 12
 PARAMETERS = (8 * 27 + 8) + 12 * 36 + (12 * 25 + 12) + (144 + 12) + 60
 
 
-def test_layer_macs(mixed: nn.Module) -> None:
-    assert layer_macs(mixed, torch.zeros(3, 3, 20, 25)) == MACS  # of one image, whatever the batch
-
-
 def test_image_macs(mixed: nn.Module) -> None:
     assert image_macs(mixed, torch.zeros(3, 3, 20, 25)) == sum(MACS.values()) + PRODUCT
 
@@ -64,17 +60,15 @@ def test_counts_after_quantisation(mixed: nn.Module, keep: tuple[str, ...], pixe
     x = pixels(2, 3, 20, 25)
     changes = quantize([x], QuantizationConfig(keep=keep, min_sqnr_db=0))(mixed)
     assert sum(not change.kept for change in changes) == 5 - len(keep)
-    assert layer_macs(mixed, x) == MACS
     assert image_macs(mixed, x) == sum(MACS.values()) + PRODUCT
     assert parameter_count(mixed) == PARAMETERS
 
 
 def test_macs_of_a_quantised_hybrid(pixels: Callable[..., Tensor]) -> None:
     model, x = create_model("hybrid-xs", options={"depths": (1,), "dims": (128,)}), pixels(1, 3, 40, 56)
-    before, layers = image_macs(model, x), layer_macs(model, x)
+    before = image_macs(model, x)
     quantize([x])(model)
-    assert image_macs(model, x) == before and layer_macs(model, x) == layers
-    assert 0.5 * before < sum(layers.values()) < before  # the rest are attention's products
+    assert image_macs(model, x) == before
 
 
 def test_macs_of_dense_attention() -> None:
@@ -119,16 +113,6 @@ def test_macs_without_memory() -> None:
 def test_macs_of_uint8_batches(mixed: nn.Module) -> None:
     images = torch.zeros(4, 3, 20, 25, dtype=torch.uint8)
     assert image_macs(mixed, images) == image_macs(mixed, images[:1].float())
-
-
-def test_layer_macs_removes_its_hooks(mixed: nn.Module) -> None:
-    layer_macs(mixed, torch.zeros(1, 3, 8, 8))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in mixed.modules())
-
-
-@pytest.mark.parametrize(("layer", "counts"), [(nn.Linear(3, 7), (21, 7, 7)), (nn.Conv2d(4, 6, 3, groups=2, bias=False), (108, 0, 6))])
-def test_counts_of_one_layer(layer: nn.Module, counts: tuple[int, int, int]) -> None:
-    assert (weight_count(layer), bias_count(layer), output_channels(layer)) == counts
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,18 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import onnx
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, check_target
-from muntin.compression import Change, fold, remove_closed_channels
+from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, TensorArtifact, check_target
+from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
 from muntin.compression.quantization.qat import check_frozen
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
@@ -36,10 +36,11 @@ from muntin.deployment.capture.model_contract import (
     check_independence,
     image_of,
 )
+from muntin.deployment.capture.named_graph import Axes, NamedTensors
 from muntin.deployment.capture.onnx_export import to_onnx
 from muntin.deployment.capture.trained_plan import take_plan
-from muntin.deployment.counting import WEIGHTED
 from muntin.deployment.engine_check import write_checked
+from muntin.deployment.named_export import export_named
 from muntin.deployment.quantization_changes import quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
 from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes, usual_sizes
@@ -59,19 +60,35 @@ COVERAGE, ROUNDING = "integer_coverage", "rounding"
 """Keys of a manifest's measured figures: the share of the multiply-adds in integers, 0 to 1, and the error of integers by image size."""
 
 
+@overload
+def export(
+    model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Tensor] | None = ..., signature: Signature | None = ...,
+    changes: Iterable[Change] = ..., measured: dict[str, Any] | None = ..., shape: tuple[int, int, int] | None = ...,
+    quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ...,
+) -> Artifact: ...  # fmt: skip
+
+
+@overload
+def export(
+    model: nn.Module, example: NamedTensors, path: Path | str, *, calibration: Iterable[NamedTensors] | None = ..., axes: Axes | None = ...,
+    measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ...,
+) -> TensorArtifact: ...  # fmt: skip
+
+
 def export(
     model: nn.Module,
-    example: Tensor,
+    example: Tensor | NamedTensors,
     path: Path | str,
     *,
-    calibration: Iterable[Tensor] | None = None,
+    calibration: Iterable[Any] | None = None,
     signature: Signature | None = None,
     changes: Iterable[Change] = (),
     measured: dict[str, Any] | None = None,
     shape: tuple[int, int, int] | None = None,
     quantization: QuantizationConfig | None = None,
     sizes: RequestedSizes | None = None,
-) -> Artifact:
+    axes: Axes | None = None,
+) -> Artifact | TensorArtifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
     `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut. `calibration`: input batches, with
@@ -83,8 +100,17 @@ def export(
     "min": 64, "max": 1024}, or "widest", as many as the model is found to take (`sizes.probe`), which costs a few calls of the model, and
     another attempt where one fails for a reason of sizes. By default those of the signature; "widest" where the answer is a map, "fixed"
     where it is none, since a graph of free sizes takes several times as long to make. A note says why there are no more.
+    With a dictionary of tensors as `example`, the arguments of the model's `forward` by name, the artefact has these inputs, and as outputs
+    what the model returns: a tensor, a tuple, or a dictionary. `calibration` are such dictionaries then. `axes`: the names of the free
+    dimensions of each input, None for a fixed one, `{"ids": ("batch", "tokens")}`; by default a first one that all inputs share.
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
+    if isinstance(example, Mapping):
+        if signature or tuple(changes) or shape or sizes:
+            raise ExportError("signature, changes, shape and sizes are of images, and the example is a dictionary: give axes")
+        return export_named(_copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured)
+    if axes is not None:
+        raise ExportError("axes are of named tensors, and the example is of images: give sizes, or the example as a dictionary")
     check_target(path)
     check_pixels(example, "example")
     if quantization is not None and calibration is None:
@@ -94,7 +120,7 @@ def export(
     original, model, example = model, _copied(model), example.cpu()
     check_frozen(model)
     check_copy(original, example)
-    if isinstance(model, WEIGHTED):
+    if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
         model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
     signature = signature or infer_signature(model, example)
     check_example(model, example[:1], signature)

@@ -8,6 +8,8 @@ plain_linears    Gemm becomes MatMul and Add, with the weight as (I, O), which e
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx
 from onnx import helper
@@ -45,16 +47,16 @@ def fold_constants(graph: Graph) -> None:
     read = {name for node in rest for name in node.input} | set(graph.outputs)
     names = [name for node in folded for name in node.output if name in read]
     values = _evaluate(graph, folded, names)
-    large = {name for name, value in values.items() if value.size > sizes[name] + LARGEST_GROWTH}
-    if large:  # an expanded constant, such as a mask: what makes it stays
-        kept = [node for node in folded if _leads_to(graph, node, large)]
+    arrays = {name for name, value in values.items() if isinstance(value, np.ndarray) and value.size <= sizes[name] + LARGEST_GROWTH}
+    if others := values.keys() - arrays:  # a sequence, or an expanded constant, such as a mask: what makes it stays
+        kept = [node for node in folded if _leads_to(graph, node, others)]
         rest = kept + rest
-    graph.constants |= {name: value for name, value in values.items() if name not in large}
+    graph.constants |= {name: values[name] for name in arrays}
     graph.nodes = rest
     graph.reindex()
 
 
-def _leads_to(graph: Graph, node: onnx.NodeProto, tensors: set[str]) -> bool:
+def _leads_to(graph: Graph, node: onnx.NodeProto, tensors: Collection[str]) -> bool:
     waiting, seen = list(tensors), set()
     while waiting:
         maker = graph.makers.get(waiting.pop())

@@ -78,29 +78,52 @@ def to_onnx(model: nn.Module, example: Tensor, signature: Signature) -> onnx.Mod
     images = _traced_example(example, sizes)
     free = {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate((-1, *sizes.dims)) if dim == -1}
     try:
-        with _ALONE, _quiet_exporter(), _captures(partial(_check_program, model, example, sizes)) as errors:
-            program = torch.onnx.export(
-                PixelInput(model).eval(),
-                (images,),
-                dynamo=True,
-                dynamic_shapes=(free,),
-                opset_version=OPSET,
-                input_names=["images"],
-                output_names=["scores"],
-                custom_translation_table={operator.floordiv: _floor_divide},
-                verbose=False,
-                external_data=False,
+        with _ALONE, _captures(partial(_check_program, model, example, sizes)) as errors:
+            program = _exported(
+                PixelInput(model).eval(), (images,), dynamic_shapes=(free,), input_names=["images"], output_names=["scores"]
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
         text = str(error.__cause__ or error)
         advice = next((f"; {advice}" for part, advice in _ADVICE.items() if part in text), "")
         raise SizeError(f"the model cannot be exported for {sizes.text}: {reason_of(error.__cause__ or error)}{advice}") from error
-    if program is None or program.exported_program is None:
-        raise ExportError("the exporter returned no graph for this model")
     if not errors:
+        assert program.exported_program is not None
         check_bounds(program.exported_program, sizes)
     elif errors[-1] is not None:
         raise errors[-1]
+    return _finished(program, model)
+
+
+def named_tensors_to_onnx(model: nn.Module, tensors: tuple[Tensor, ...], **options: Any) -> onnx.ModelProto:
+    """Return a model that takes tensors and returns a tuple of them as ONNX. `model`: a wrapper, whose `model` is the user's.
+
+    `options`: `dynamic_shapes`, `input_names` and `output_names` of `torch.onnx.export`, whose errors are raised.
+    """
+    with _ALONE:
+        program = _exported(model, tensors, **options)
+    inner = model.model
+    assert isinstance(inner, nn.Module)
+    return _finished(program, inner)
+
+
+def _exported(model: nn.Module, tensors: tuple[Tensor, ...], **options: Any) -> torch.onnx.ONNXProgram:
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            model,
+            tensors,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table={operator.floordiv: _floor_divide},
+            verbose=False,
+            external_data=False,
+            **options,
+        )
+    if program is None or program.exported_program is None:
+        raise ExportError("the exporter returned no graph for this model")
+    return program
+
+
+def _finished(program: torch.onnx.ONNXProgram, model: nn.Module) -> onnx.ModelProto:
     proto: onnx.ModelProto = program.model_proto
     _name_layers(proto, canonical_names(model))
     _whole_windows(proto)

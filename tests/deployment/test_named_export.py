@@ -1,0 +1,125 @@
+"""Export of PyTorch models with named tensors in and out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import muntin
+from muntin.artifact import TensorArtifact, TensorInfo
+from muntin.compression import quantize
+from muntin.errors import ExportError
+
+
+class Encoder(nn.Module):
+    """Token ids and a mask to an embedding of each row and the number of the best class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 32)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, dropout=0.0)
+        self.classes = nn.Linear(32, 5)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        x = self.layer(self.table(ids), src_key_padding_mask=mask == 0)
+        kept = mask[..., None].to(x.dtype)
+        embedding = (x * kept).sum(1) / kept.sum(1)
+        return {"embedding": embedding, "label": self.classes(embedding).argmax(1)}
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[:, length - 1] = 0
+    return {"ids": torch.randint(0, 50, (batch, length), generator=draw), "mask": mask}
+
+
+AXES = {"ids": ("batch", "tokens"), "mask": ("batch", "tokens")}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return Encoder().eval()
+
+
+@pytest.fixture(scope="module")
+def artifact(encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> TensorArtifact:
+    path = tmp_path_factory.mktemp("named") / "artifact"
+    return muntin.export(encoder, tokens(3, 12), path, calibration=[tokens(8, 12, seed) for seed in range(4)], axes=AXES)
+
+
+def test_encoder(encoder: nn.Module, artifact: TensorArtifact) -> None:
+    signature, measured = artifact.manifest.signature, artifact.manifest.measured
+    assert signature.inputs == tuple(TensorInfo(name=name, dtype="int64", shape=("batch", "tokens")) for name in ("ids", "mask"))
+    assert [(info.name, info.dtype, info.shape) for info in signature.outputs] == [
+        ("embedding", "float32", ("batch", 32)), ("label", "int64", ("batch",)),
+    ]  # fmt: skip
+    assert signature.batch == "batch" and measured["integer_coverage"] == 1.0
+    assert muntin.verify(artifact.path).passed
+    session = muntin.load(artifact.path)
+    for batch, length in ((1, 7), (5, 30)):
+        inputs = tokens(batch, length, seed=9)
+        with torch.no_grad():
+            due = encoder(**inputs)["embedding"].numpy()
+        found = session({name: tensor.numpy() for name, tensor in inputs.items()})["embedding"]
+        cosine = (found * due).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(due, axis=1)
+        assert cosine.min() > 0.99
+
+
+def test_tuple_and_fixed_axes(tmp_path: Path) -> None:
+    class Depth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.near, self.far = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 1, 1), nn.Linear(16, 2)
+
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.stem(pixels).relu()
+            return self.near(x), self.far(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    inputs = {"pixels": torch.rand(1, 3, 24, 32)}
+    artifact = muntin.export(Depth(), inputs, tmp_path / "a")
+    assert artifact.manifest.signature.inputs[0].shape == ("batch", 3, 24, 32)
+    assert [(info.name, info.shape) for info in artifact.manifest.signature.outputs] == [
+        ("output_0", ("batch", 1, 24, 32)), ("output_1", ("batch", 2)),
+    ]  # fmt: skip
+    assert not artifact.manifest.integers and muntin.verify(artifact.path).passed
+
+
+class Halves(nn.Module):
+    """Computes otherwise by the values of its input, which a graph cannot."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if float(x.sum()) > 0 else x
+
+
+def test_refusals(encoder: nn.Module, tmp_path: Path) -> None:
+    inputs = tokens(2, 6)
+    small = nn.Linear(4, 2)
+    cases = [
+        (encoder, {"ids": inputs["ids"]}, {}, "the model fails on ids int64 (2, 6): TypeError"),
+        (encoder, {**inputs, "extra": inputs["ids"]}, {}, "example names extra: the model's forward takes ids, mask"),
+        (encoder, inputs, {"axes": {"ids": ("batch", "tokens")}}, "axes names ids, and the inputs are ids, mask"),
+        (encoder, inputs, {"axes": {"ids": ("batch",), "mask": ("batch", "tokens")}}, "it has 2 dimensions"),
+        (encoder, inputs, {"sizes": "any"}, "give axes"),
+        (encoder, {"ids": 3}, {}, "example 'ids' is of type int: give a torch.Tensor"),
+        (encoder, inputs, {"calibration": [{"ids": inputs["ids"]}]}, "calibration names ids, and the model takes ids, mask"),
+        (Halves(), {"x": torch.ones(2, 3)}, {}, "the model cannot be exported for x (batch, fixed)"),
+        (nn.Sequential(small), {"input": torch.ones(2, 4)}, {"axes": {"input": ("batch", "batch", "batch")}}, "it has 2 dimensions"),
+    ]
+    for model, example, arguments, message in cases:
+        with pytest.raises(ExportError) as caught:
+            muntin.export(model, example, tmp_path / "a", **arguments)  # type: ignore[call-overload]
+        assert message in str(caught.value), str(caught.value)
+    with pytest.raises(ExportError, match="axes are of named tensors"):
+        muntin.export(small, torch.zeros(1, 3, 8, 8), tmp_path / "a", axes=AXES)  # type: ignore[call-overload]
+    quantized = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    quantize([torch.zeros(1, 3, 8, 8)])(quantized)
+    with pytest.raises(ExportError, match="quantised in PyTorch: give the float model"):
+        muntin.export(quantized, {"input": torch.zeros(1, 3, 8, 8)}, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
