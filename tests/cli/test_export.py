@@ -202,7 +202,8 @@ def test_options_of_an_onnx_file(call: Call, text_model: tuple[Path, Path], expo
     assert "without inputs: give --calibration inputs.npz" in call("export", file).mistake()
     assert "--sizes and --mean are for other models" in call("export", file, "--sizes", "any", "--mean", "0.5").mistake()
     assert "it takes --keep or --float" in call("export", file, "--calibration", inputs, "--float", "--keep", "hidden").mistake()
-    assert "--keep is for ONNX files" in call("export", exported.run, "--keep", "a").mistake()
+    for words in (("--keep", "a"), ("--batch", "4")):
+        assert "--keep and --batch are for ONNX files" in call("export", exported.run, *words).mistake()
     assert "--calibration: for a model" in call("export", exported.run, "--calibration", inputs).mistake()
 
 

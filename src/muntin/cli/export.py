@@ -48,7 +48,10 @@ def export_command(
             "an array for each input by name, or the .npy array of the only input."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="For an ONNX file: rows that are computed at a time, where their number is free.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="For an ONNX file: rows that are computed at a time, where their number is free; 8 by default."),
+    ] = None,
     keep: Annotated[list[str] | None, typer.Option("--keep", help="For an ONNX file: a node that stays in floats; repeatable.")] = None,
     standalone: Annotated[
         Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
@@ -89,10 +92,12 @@ def export_command(
             if others := [*(["set"] if set_ else []), *(["sizes"] if sizes else []), *of_source]:
                 wrong = f"--{' and --'.join(others)} {'is' if len(others) == 1 else 'are'} for other models"
             raise RecipeError(f"{checkpoint} is an ONNX file, {wrong}: give --calibration inputs.npz, and --float or --keep NODE")
-        _export_onnx(checkpoint, calibration, output, floating=floating, batch=batch, keep=keep or (), standalone=standalone, json=json)
+        _export_onnx(
+            checkpoint, calibration, output, floating=floating, batch=batch or 8, keep=keep or (), standalone=standalone, json=json
+        )
         return
-    if keep:
-        raise RecipeError(f"--keep is for ONNX files, and {checkpoint} is none: give --set quantization.keep=NAMES")
+    if keep or batch is not None:
+        raise RecipeError(f"--keep and --batch are for ONNX files, and {checkpoint} is none: --set quantization.keep=NAMES names layers")
     if str(checkpoint).find(":") > 1 and not checkpoint.exists():  # not a drive's colon
         of_model["overrides"] = set_ or ()
         _export_source(str(checkpoint), output, of_model, floating=floating, sizes=sizes, standalone=standalone, json=json)
