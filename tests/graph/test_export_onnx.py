@@ -204,7 +204,7 @@ def test_products_that_fall_back_stay_in_floats(tmp_path: Path, monkeypatch: pyt
 
     def fall_back_once(path: Path, content: dict[str, Any], notes: list[str]) -> TensorArtifact:
         if all(layer.activation_bits for layer in content["layers"]):
-            raise FallbackError(["hidden"], "one of them runs in floats")
+            raise FallbackError({"hidden": "it ran in f32"})
         return write(path, content, notes)
 
     monkeypatch.setattr(export_module, "write_checked_tensors", fall_back_once)

@@ -14,7 +14,7 @@ from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
 
 if TYPE_CHECKING:
-    from muntin.artifact import AnyArtifact, Artifact
+    from muntin.artifact import AnyArtifact, Artifact, TensorArtifact
 
 
 def export_command(
@@ -139,8 +139,20 @@ def _export_source(
     from muntin.artifact import write_standalone
 
     start = prepare_torch()  # before PyTorch is imported
+    from muntin.deployment.sources.named_source import NUMBERS, export_named_source
     from muntin.deployment.sources.source_export import SourceOptions, export_source, replaced_artifact
 
+    calibration = options["calibration"]
+    if calibration is not None and calibration.suffix.lower() in NUMBERS:
+        if sizes is not None:
+            raise RecipeError(f"--sizes: of models for pictures, and {calibration} holds inputs by name: leave it out")
+        with status("exporting"):
+            begin = notes_once(() if json else start)
+            named, notes = export_named_source(source, output, SourceOptions(**options), integer=not floating, begin=begin)
+            if standalone is not None:
+                write_standalone(named, standalone)
+        _print_tensors(named, named.path, standalone, (*start, *notes) if json else notes, floating=floating, json=json)
+        return
     with status("exporting"):
         replaced = None if output is None else replaced_artifact(output)
         begin = notes_once(() if json else start)
@@ -170,6 +182,7 @@ def _print_result(
             "sizes": artifact.manifest.signature.sizes.model_dump(),
             "precision": artifact.manifest.precision,
             "int8_layers": _integer_layers(artifact),
+            "integer_coverage": artifact.manifest.measured.get("integer_coverage"),
             "kept": kept,
         }
         print_json(document | {"notes": notes})
@@ -206,9 +219,16 @@ def _export_onnx(
         )
         if standalone is not None:
             write_standalone(artifact, standalone)
+    notes = artifact.manifest.measured["notes"]
+    _print_tensors(artifact, target, standalone, notes if isinstance(notes, list) else [], floating=floating, json=json)
+
+
+def _print_tensors(
+    artifact: TensorArtifact, target: Path, standalone: Path | None, notes: Sequence[object], *, floating: bool, json: bool
+) -> None:
+    """Print what was exported with named inputs and outputs, as lines or as JSON."""
     manifest = artifact.manifest
     recorded = manifest.measured
-    notes = recorded["notes"] if isinstance(recorded["notes"], list) else []
     kept = {} if floating else {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
     if json:
         print_json({
@@ -217,7 +237,9 @@ def _export_onnx(
             "integer_coverage": recorded["integer_coverage"], "rounding": recorded.get("rounding", {}), "notes": notes,
         })  # fmt: skip
         return
-    integers = f"{_integer_layers(artifact)} of {len(manifest.layers)} products in INT8, others in {manifest.precision}"
+    integers = (
+        f"{_integer_layers(artifact)} of {len(manifest.layers)} products in INT8{_coverage(artifact)}, others in {manifest.precision}"
+    )
     out.print(f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {integers}")
     for kind, infos in (("input", manifest.signature.inputs), ("output", manifest.signature.outputs)):
         for info in infos:
@@ -230,6 +252,12 @@ def _export_onnx(
     if standalone is not None:
         out.print(_written(standalone))
     print_notes([str(note) for note in notes])
+
+
+def _coverage(artifact: Artifact | TensorArtifact) -> str:
+    """Say which share of the multiply-adds is in integers, where it is recorded."""
+    share = artifact.manifest.measured.get("integer_coverage")
+    return f" ({share:.0%} of the multiply-adds)" if isinstance(share, float) and share else ""
 
 
 def _moved(change: Any) -> str:
@@ -254,7 +282,8 @@ def _write_standalone(artifact: Path, file: Path, *, json: bool) -> None:
 def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str | None, kept: Mapping[str, str]) -> None:
     """Print what was exported, what it replaced, and the layers that were not quantised with the reason."""
     done, others = "exists already" if reused else "wrote    ", artifact.manifest.precision
-    out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {_integer_layers(artifact)} layers in INT8, others in {others}")
+    integers = f"{_integer_layers(artifact)} layers in INT8{_coverage(artifact)}"
+    out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {integers}, others in {others}")
     out.print(f"sizes     {artifact.manifest.signature.sizes.text}")
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}")

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from muntin import open_model
-from muntin.errors import MuntinError
+from muntin import open_model, verify
+from muntin.deployment.sources.named_source import export_named_source
+from muntin.deployment.sources.source_export import SourceOptions
+from muntin.errors import MuntinError, RecipeError
 
 transformers = pytest.importorskip("transformers")  # of the extra `dev`
 LABELS = {0: "sky", 1: "road", 2: "tree"}
@@ -72,6 +74,23 @@ def test_reversed_channels_and_a_file_of_weights(tmp_path: Path) -> None:
     opened = open_model(f"hf:{tmp_path}", tmp_path / "other.safetensors")
     pixels = torch.randint(0, 256, (1, 3, 32, 32)).float()
     torch.testing.assert_close(opened.model(pixels), own(pixels.flip(1) / 255).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_token_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    ids = np.random.default_rng(0).integers(0, 90, (12, 9))
+    np.savez(tmp_path / "inputs.npz", allow_pickle=False, input_ids=ids, attention_mask=np.ones_like(ids))
+    options = SourceOptions(calibration=tmp_path / "inputs.npz")
+    artifact, notes = export_named_source(f"hf:{tmp_path / 'bert'}", tmp_path / "artifact", options, integer=True)
+    assert [(info.name, info.shape) for info in artifact.manifest.signature.inputs] == [
+        ("input_ids", ("batch", "tokens")), ("attention_mask", ("batch", "tokens")),
+    ]  # fmt: skip
+    assert artifact.manifest.measured["integer_coverage"] == 1.0 and verify(artifact.path).passed
+    assert any(note.startswith("model.safetensors: all ") for note in notes)
+    with pytest.raises(RecipeError, match=r"--size: of models for pictures, and .*inputs.npz holds inputs by name"):
+        export_named_source("timm:any", tmp_path / "b", SourceOptions(calibration=options.calibration, size="32"), integer=True)
 
 
 def test_folders_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -35,10 +35,10 @@ class AnswerLayout:
 
 
 def refuse_free_form(source: str, description: str) -> NoReturn:
-    """Raise `ExportError` for a model that is not from pictures to classes. Artefacts of other models are decided on here."""
+    """Raise `ExportError` for a model that is not from pictures to classes."""
     raise ExportError(
-        f"'{source}' {description}; a model is exported if it takes pictures (B, C, H, W) and returns scores (B, K) for each picture "
-        "or (B, K, H, W) for each pixel: wrap others in a function of yours, as package.module:factory"
+        f"'{source}' {description}; a model for pictures takes (B, C, H, W) and returns scores (B, K) for each picture or (B, K, H, W) for "
+        "each pixel: for any other, give its inputs by name, --calibration inputs.npz"
     )
 
 

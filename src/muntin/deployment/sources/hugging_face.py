@@ -22,36 +22,13 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def open_hugging_face(name: str, request: Request) -> SourceModel:
-    """Open a model of transformers in a folder, by the class that `architectures` in its config.json names.
-
-    Loads model.safetensors (or its parts), if the folder has it and the user gave no file. Code in the folder is not run.
-    """
+    """Open a model for pictures of transformers in a folder; see `load_hugging_face`."""
     folder = Path(name).expanduser()
-    content = _read_json(folder / CONFIG)
-    if "pretrained_cfg" in content and "architecture" in content:
-        file = f" --weights {folder / WEIGHTS}" if (folder / WEIGHTS).is_file() else ""
-        raise RecipeError(f"{folder} holds a model of timm: give timm:{content['architecture']}{file}")
-    try:
-        import transformers
-    except ImportError as error:
-        raise DependencyError(f"'hf:{name}' needs the package transformers: pip install transformers") from error
-    architectures = content.get("architectures") or ["none"]
-    kind = getattr(transformers, str(architectures[0]), None)
-    if kind is None:
-        raise RecipeError(
-            f"{folder / CONFIG}: transformers {transformers.__version__} has no class '{architectures[0]}' (`architectures`), and "
-            "code in the folder is not run: name a class of transformers, or give a function of yours, as package.module:factory"
-        )
-    if getattr(kind, "main_input_name", "pixel_values") != "pixel_values":
-        refuse_free_form(f"hf:{name}", f"takes {kind.main_input_name}, not pictures")
-    with _quiet():
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise RecipeError(f"{folder / CONFIG}: {' '.join(str(error).split())[:300]}") from error
-        if hasattr(config, "use_pretrained_backbone"):
-            config.use_pretrained_backbone = False  # otherwise the backbone is downloaded
-        model, weights, notes = _build(kind, config, folder, request)
+    kind = _model_class(name, folder)
+    if (main := getattr(kind, "main_input_name", "pixel_values")) != "pixel_values":
+        refuse_free_form(f"hf:{name}", f"takes {main}, not pictures")
+    model, weights, notes = load_hugging_face(name, request)
+    config = model.config
     labels = getattr(config, "id2label", None) or {}
     if request.classes not in (None, len(labels)):
         raise RecipeError(f"{request.classes} classes: the model in {folder} has {len(labels)}; give as many names, or none")
@@ -67,6 +44,45 @@ def open_hugging_face(name: str, request: Request) -> SourceModel:
         class_names=tuple(str(label) for _, label in sorted((int(key), label) for key, label in labels.items())), weights=weights,
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def load_hugging_face(name: str, request: Request) -> tuple[Any, LoadedWeights | None, list[str]]:
+    """Return a model of transformers in a folder, by the class that `architectures` in its config.json names; what was loaded; and notes.
+
+    Loads model.safetensors (or its parts), if the folder has it and the user gave no file. Code in the folder is not run.
+    """
+    folder = Path(name).expanduser()
+    kind = _model_class(name, folder)
+    import transformers
+
+    with _quiet():
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise RecipeError(f"{folder / CONFIG}: {' '.join(str(error).split())[:300]}") from error
+        if hasattr(config, "use_pretrained_backbone"):
+            config.use_pretrained_backbone = False  # otherwise the backbone is downloaded
+        return _build(kind, config, folder, request)
+
+
+def _model_class(name: str, folder: Path) -> Any:
+    """Return the class of transformers that a folder's configuration names."""
+    content = _read_json(folder / CONFIG)
+    if "pretrained_cfg" in content and "architecture" in content:
+        file = f" --weights {folder / WEIGHTS}" if (folder / WEIGHTS).is_file() else ""
+        raise RecipeError(f"{folder} holds a model of timm: give timm:{content['architecture']}{file}")
+    try:
+        import transformers
+    except ImportError as error:
+        raise DependencyError(f"'hf:{name}' needs the package transformers: pip install transformers") from error
+    architectures = content.get("architectures") or ["none"]
+    kind = getattr(transformers, str(architectures[0]), None)
+    if kind is None:
+        raise RecipeError(
+            f"{folder / CONFIG}: transformers {transformers.__version__} has no class '{architectures[0]}' (`architectures`), and "
+            "code in the folder is not run: name a class of transformers, or give a function of yours, as package.module:factory"
+        )
+    return kind
 
 
 def _build(kind: Any, config: Any, folder: Path, request: Request) -> tuple[Any, LoadedWeights | None, list[str]]:

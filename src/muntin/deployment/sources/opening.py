@@ -109,7 +109,7 @@ def open_model(
     model = wrap(opened, answer).eval()
     return OpenedModel(
         source=source, model=model, size=opened.size, signature=_signature(source, opened, answer, names), weights=opened.weights,
-        notes=(*_weight_notes(opened.weights, random=opener is not None), *_picture_notes(opened, answer), *opened.notes),
+        notes=(*weight_notes(opened.weights, random=opener is not None), *_picture_notes(opened, answer), *opened.notes),
     )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def _distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name if counts[name] == 1 else f"{name} ({number})" for number, name in enumerate(names))
 
 
-def _weight_notes(weights: LoadedWeights | None, *, random: bool) -> list[str]:
+def weight_notes(weights: LoadedWeights | None, *, random: bool) -> list[str]:
     if weights is None:
         advice = "the weights are random: give a file of weights for answers that mean something"
         return [advice if random else "the weights are those with which the function returns the model"]

@@ -53,7 +53,7 @@ def export_source(
         raise ExportError(f"'{source}': give some pictures by --calibration FOLDER, to quantise with; or --float, to keep all in floats")
     if options.overrides and not integer:
         raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
-    requested, quantization = None if sizes is None else parse_sizes(sizes), _quantization(options.overrides)
+    requested, quantization = None if sizes is None else parse_sizes(sizes), quantization_of(options.overrides)
     if options.calibration is not None:
         list_pictures(options.calibration)  # a missing folder is found before the model is created
     check_target(path)
@@ -120,7 +120,7 @@ def _classes(text: str | None) -> int | list[str] | None:
     return names
 
 
-def _quantization(overrides: Iterable[str]) -> QuantizationConfig | None:
+def quantization_of(overrides: Iterable[str]) -> QuantizationConfig | None:
     """Return the configuration with `quantization.KEY=VALUE` replaced; None without overrides."""
     content: dict[str, object] = {}
     for override in overrides:
