@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement
 from muntin.serving.versions.version import Latencies
-from muntin.serving.worker.opening import Call
+from muntin.serving.worker.calls import Call
 
 SMALL, LARGE = Call((1, 8, 8)), Call((4, 8, 8))
 
@@ -74,7 +74,7 @@ def test_agreement() -> None:
     rollout = Rollout(shadow=1, min_agreement=0.9)
     assert verdict(rollout, rows=3, compared=3, agreed=0.0) is None
     refused = verdict(rollout, rows=ENOUGH, compared=ENOUGH, agreed=0.5 * ENOUGH)
-    assert (refused.passed, refused.reason) == (False, "it agrees on 50.0% of the labels (needed: 90.0%)")
+    assert (refused.passed, refused.reason) == (False, "its answers agree by 50.0% (needed: 90.0%)")
     assert not verdict(rollout, rows=3, compared=3, agreed=2.0, after=60).passed
     assert verdict(rollout, rows=100, compared=100, agreed=91.0).passed
 

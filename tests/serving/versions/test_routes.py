@@ -12,7 +12,8 @@ from muntin.errors import DataError
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.routes import HISTORY, Routes
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.calls import Call
+from muntin.serving.worker.opening import NotReadyError
 
 CALL = Call((1, 8, 8), labels=True)
 NOW = 1000.0
@@ -221,7 +222,7 @@ def test_shadow_agreement(admit: ADMIT) -> None:
             routes.count(candidate, 1, None, agreement)
             routes.settle(NOW)
         assert routes.current is (candidate if agreement > 0.9 else old)
-    assert "it agrees on 50.0% of the labels" in candidate.reason
+    assert "its answers agree by 50.0%" in candidate.reason
 
 
 def test_trial_without_requests(admit: ADMIT) -> None:

@@ -22,8 +22,9 @@ from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import OFTEN
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import Liveness
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.opening import NotReadyError
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)

@@ -13,10 +13,12 @@ from math import inf
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from muntin.artifact import Signature
+from muntin.artifact.tensors import Tensors
 from muntin.serving.versions.version import Latencies, Version
 
 ENOUGH = 20
@@ -37,7 +39,9 @@ class Rollout(BaseModel):
         float, Field(ge=0, description="longest trial, apart from batches in progress; 0: none, the old version is closed at once")
     ] = 60.0
     max_error_rate: Annotated[float, Field(ge=0, le=1, description="share of its images that may fail")] = 0.0
-    min_agreement: Annotated[float, Field(ge=0, le=1, description="share of equal labels that its shadow needs")] = 0.8
+    min_agreement: Annotated[
+        float, Field(ge=0, le=1, description="share of equal labels, or similarity of tensors, that its shadow needs")
+    ] = 0.8
     max_slowdown: Annotated[float, Field(ge=1, description="how many times as long as its predecessor it may take")] = 3.0
 
     @property
@@ -50,9 +54,9 @@ class Rollout(BaseModel):
 class Tally:
     """Counts of a trial that began at `since`.
 
-    `rows`: images of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: images whose labels
-    were compared; `agreed`: sum of their shares of equal labels. `why`: the error of the first failure. `passed_at`: when the version
-    passed, apart from batches in progress.
+    `rows`: images of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: images whose
+    answers were compared; `agreed`: sum of their agreements. `why`: the error of the first failure. `passed_at`: when the version passed,
+    apart from batches in progress.
     """
 
     since: float
@@ -106,7 +110,7 @@ def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies,
     if tally.compared and (over or tally.compared >= ENOUGH):
         agreement = tally.agreed / tally.compared
         if agreement < rollout.min_agreement:
-            return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
+            return Verdict(passed=False, reason=f"its answers agree by {agreement:.1%} (needed: {rollout.min_agreement:.1%})")
     slowdown = compare_latencies(latencies, base) if over or tally.batches % ENOUGH == 0 else None
     if slowdown is not None and slowdown > rollout.max_slowdown:
         return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
@@ -124,6 +128,28 @@ def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
             ours += count * median(latencies.of(call))
             theirs += count * median(base.of(call))
     return ours / theirs if theirs > 0 else None
+
+
+def tensor_agreement(answer: Tensors, shadow: Tensors) -> float:
+    """Compute how far two answers agree, from 0 to 1: the least of their outputs.
+
+    Integers and bools: the share of equal values. Floats: the Bray-Curtis similarity 1 - sum |a - b| / sum (|a| + |b|), which is 0.9 where
+    values differ by about a fifth; times the share of values that are finite in both, or equal. Outputs of other shapes: 0.
+    """
+    return min(_agreement(answer[name], shadow[name]) for name in answer)
+
+
+def _agreement(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    if ours.shape != theirs.shape:
+        return 0.0
+    if ours.dtype.kind != "f" or not ours.size:
+        return float((ours == theirs).mean()) if ours.size else 1.0
+    x, y = ours.astype(np.float64), theirs.astype(np.float64)
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = finite | (x == y) | (np.isnan(x) & np.isnan(y))
+    x, y = x[finite], y[finite]
+    total = float(np.abs(x).sum() + np.abs(y).sum())
+    return float(same.mean()) * (1 - float(np.abs(x - y).sum()) / total if total else 1.0)
 
 
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:
