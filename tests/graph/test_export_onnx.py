@@ -153,6 +153,15 @@ def test_map_of_even_sides_and_unnamed_dimensions(tmp_path: Path) -> None:
     assert muntin.load(artifact.path, dynamic=True)(normal(1, 4, 6, 10))["map"].shape == (1, 8, 6, 10)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_dimension_that_equals_the_batch_by_chance(tmp_path: Path, named: bool) -> None:
+    proto = model("(float[N, 4, H, W] image) => (float[N, 8, P, Q] map) { map = Conv<strides = [8, 8]>(image, w) }", w=normal(8, 4, 1, 1))
+    artifact = muntin.export_onnx(proto if named else unnamed(proto), tmp_path / "artifact", example=normal(3, 4, 24, 80))
+    assert [outputs["map"].shape for _, outputs in artifact.golden()] == [(3, 8, 3, 10), (2, 8, 2, 7)]
+    assert artifact.manifest.signature.outputs[0].shape == (("N", 8, "P", "Q") if named else ("batch", 8, "map_2", "map_3"))
+    verified(artifact)
+
+
 def test_rows_that_depend_on_each_other(tmp_path: Path) -> None:
     points = model("(float[points, 8] x) => (float[points, 4] y) { s = Softmax<axis = 0>(x)\n y = MatMul(s, w) }", w=normal(8, 4))
     artifact = muntin.export_onnx(points, tmp_path / "artifact", example=normal(6, 8))

@@ -166,3 +166,11 @@ def test_only_input_as_an_array(tmp_path: Path) -> None:
     x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
     artifact = write_tensors(tmp_path / "artifact", proto, inputs=[{"x": x}], signature=signature, example={"rows": 1})
     assert np.array_equal(muntin.load(artifact.path)(x)["y"], np.maximum(x, 0))
+
+
+def test_pictures_are_refused(artifact: TensorArtifact) -> None:
+    session = muntin.load(artifact.path, engine="onnxruntime")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    for call in (lambda: muntin.predict(session, picture), lambda: muntin.evaluate(session, [], tile=8)):
+        with pytest.raises(DataError, match=r"this one takes named tensors \(ids int64"):
+            call()

@@ -32,6 +32,7 @@ from muntin.artifact import Sides, Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
 from muntin.runtime.session import check_pixels
+from muntin.runtime.tensors import TensorSession
 
 TILE = 512
 """Default side of a tile, pixels."""
@@ -53,6 +54,15 @@ class Predictor(Protocol):
     def signature(self) -> Signature: ...
 
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]: ...
+
+
+def check_image_session(session: object) -> None:
+    """Raises DataError for a session of named tensors."""
+    if isinstance(session, TensorSession):
+        raise DataError(
+            f"pictures are computed by a session of images, and this one takes named tensors ({session.signature.text}): call it with a "
+            "dictionary of arrays"
+        )
 
 
 def predict(
@@ -79,6 +89,7 @@ def predict(
     Raises DataError for arguments that are not allowed. `exact=True` (equal to one untiled call) is an error in this version: nothing is
     approximated silently.
     """
+    check_image_session(session)
     signature = session.signature
     output = _check_output(signature, output)
     if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3:

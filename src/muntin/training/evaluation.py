@@ -18,7 +18,7 @@ from muntin.data.source import Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor, allowed_tile, predict
+from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, predict
 
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
@@ -99,6 +99,7 @@ def evaluate(session: Predictor, samples: Sequence[Sample], *, tile: int, progre
 
     `tile`: as of `predictions`. Raises `DataError` if no pixel counts.
     """
+    check_image_session(session)
     return score(predictions(session, samples, tile=tile, progress=progress), session)
 
 

@@ -20,16 +20,16 @@ from muntin.runtime.tensors import TensorSession
 from muntin.runtime.verification.artifact import find_fallbacks
 from muntin.runtime.verification.tensors import batch_problems, replay_tensors
 
-Limits = Mapping[FloatPrecision, GoldenTolerance]
-INTEGER_LIMITS: Limits = {
+PrecisionLimits = Mapping[FloatPrecision, GoldenTolerance]
+INTEGER_LIMITS: PrecisionLimits = {
     "f32": GoldenTolerance(max_error=0.5, label_agreement=0.95),
     "bf16": GoldenTolerance(max_error=0.75, label_agreement=0.9),
     "f16": GoldenTolerance(max_error=0.5, label_agreement=0.93),
 }
 """Allowed difference of an engine from the graph itself, by the precision of its float layers, for a graph with quantised products: a
 value between two levels is rounded either way."""
-FLOAT_LIMITS: Limits = {**INTEGER_LIMITS, "f32": GoldenTolerance(max_error=0.01, label_agreement=0.99)}
-"""Limits for a graph without quantised products: in f32 only the order of sums differs."""
+FLOAT_LIMITS: PrecisionLimits = {**INTEGER_LIMITS, "f32": GoldenTolerance(max_error=0.01, label_agreement=0.99)}
+"""PrecisionLimits for a graph without quantised products: in f32 only the order of sums differs."""
 
 
 class FallbackError(ExportError):
@@ -52,9 +52,10 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
         write_tensor_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
         artifact = open_any_artifact(draft)
         assert isinstance(artifact, TensorArtifact)
-        tolerances: dict[EngineFamily, Limits] = {}
+        tolerances: dict[EngineFamily, PrecisionLimits] = {}
         precision: FloatPrecision = "f32"
         engine_notes: list[str] = []
+        refusal = ""
         try:
             precision, engine_notes = _check_openvino(artifact, limits)
             tolerances["openvino"] = limits
@@ -71,12 +72,12 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
         else:
             tolerances["onnxruntime"] = limits
     if not tolerances:
-        raise ExportError(f"no engine runs the model: {'; '.join(engine_notes)}; nothing was written")
+        raise ExportError(f"no engine runs the model: openvino: {refusal}; onnxruntime: {problems[0]}; nothing was written")
     measured = content["measured"] | {"notes": [*notes, *engine_notes]}
     return write_tensor_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
 
 
-def _check_openvino(artifact: TensorArtifact, limits: Limits) -> tuple[FloatPrecision, list[str]]:
+def _check_openvino(artifact: TensorArtifact, limits: PrecisionLimits) -> tuple[FloatPrecision, list[str]]:
     """Return the precision of the float layers, and notes. Raises ArtifactError where OpenVINO cannot run the model."""
     exact = _opened(artifact, "openvino", "f32")
     ending = "; nothing was written" + ("; products that are named in keep stay in floats" if limits is INTEGER_LIMITS else "")
@@ -98,7 +99,7 @@ def _check_openvino(artifact: TensorArtifact, limits: Limits) -> tuple[FloatPrec
     return precision, notes
 
 
-def _free_problems(artifact: TensorArtifact, precision: FloatPrecision, limits: Limits) -> list[str]:
+def _free_problems(artifact: TensorArtifact, precision: FloatPrecision, limits: PrecisionLimits) -> list[str]:
     """Return the problems of the model of free sizes, which sessions with `dynamic` use."""
     if not artifact.manifest.signature.dims:
         return []

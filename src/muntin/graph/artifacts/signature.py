@@ -1,7 +1,7 @@
 """The signature of an ONNX model, from its declared inputs and from what it computes at two sizes; and the inputs of its golden pairs.
 
 A free dimension keeps its name. One without a name gets one: "batch" if it comes first in every input, otherwise that of its tensor and
-axis. A free dimension of an output is that of the inputs with the same size in all runs.
+axis. One of an output is that of the inputs with the same sizes in all runs, unless they are so small that this may be chance.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs
 from muntin.runtime.verification.tensors import compare_outputs
 
-Run = Callable[[Inputs], dict[str, NDArray[Any]]]
+ModelRun = Callable[[Inputs], dict[str, NDArray[Any]]]
 BATCH = "batch"
 ROWS = 3
 """Rows of the largest golden pair."""
-LARGEST_PAIR = 1 << 18
+LARGEST_PAIR = 1 << 16
 """Values of the inputs of a golden pair above which free dimensions other than the first are halved."""
+NO_CHANCE = 5
+"""Size from which on an output's dimension that equals one of the inputs in all runs is that dimension."""
 SAME = GoldenTolerance(max_error=0.01, label_agreement=1)
 """Allowed difference of a row from the same row alone: in floats only the order of sums differs."""
 
@@ -92,7 +94,7 @@ def _info(entry: onnx.ValueInfoProto, shape: tuple[int | str, ...], kind: str) -
         raise ExportError(f"{kind} '{entry.name}' of shape {shape}: {field_error(error)}") from error
 
 
-def golden_pairs(inputs: Sequence[TensorInfo], batches: Sequence[Inputs], run: Run) -> tuple[list[TensorPair], list[str]]:
+def golden_pairs(inputs: Sequence[TensorInfo], batches: Sequence[Inputs], run: ModelRun) -> tuple[list[TensorPair], list[str]]:
     """Return one or two pairs of inputs, cut from the batches, and the answers, at different sizes of the free dimensions; and notes.
 
     Raises ExportError where the model fails on the batches themselves, or answers NaN or infinity.
@@ -164,7 +166,7 @@ def _cut(inputs: Sequence[TensorInfo], batch: Inputs, sizes: Mapping[str, int]) 
     return {name: np.require(tensor[cuts[name]], requirements="C") for name, tensor in batch.items()}
 
 
-def _pair(inputs: Inputs, run: Run) -> TensorPair:
+def _pair(inputs: Inputs, run: ModelRun) -> TensorPair:
     outputs = run(inputs)
     wrong = [name for name, tensor in outputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()]
     if wrong:
@@ -175,7 +177,7 @@ def _pair(inputs: Inputs, run: Run) -> TensorPair:
     return dict(inputs), outputs
 
 
-def signature_of(model: onnx.ModelProto, inputs: tuple[TensorInfo, ...], pairs: Sequence[TensorPair], run: Run) -> TensorSignature:
+def signature_of(model: onnx.ModelProto, inputs: tuple[TensorInfo, ...], pairs: Sequence[TensorPair], run: ModelRun) -> TensorSignature:
     """Return the signature, with its batch where one free dimension comes first everywhere and rows are independent."""
     sizes = [_sizes(inputs, batch) for batch, _ in pairs]
     own_dims: dict[str, list[int]] = {}
@@ -208,7 +210,7 @@ def _output_dim(
     equal = [dim for dim in sizes[0] if [size[dim] for size in sizes] == seen]
     if declared in equal:
         return declared
-    if len(equal) == 1 and len(set(seen)) > 1:
+    if not declared and len(equal) == 1 and len(set(seen)) > 1 and (axis == 0 or min(seen) >= NO_CHANCE):
         return equal[0]
     taken = isinstance(declared, int) or not declared or declared in sizes[0] or own_dims.get(declared, seen) != seen
     name = f"{entry.name}_{axis}"[-128:] if taken else str(declared)
@@ -216,7 +218,7 @@ def _output_dim(
     return name
 
 
-def _rows_alone(pair: TensorPair, run: Run) -> bool:
+def _rows_alone(pair: TensorPair, run: ModelRun) -> bool:
     """Return True if each row of a pair has the same outputs alone."""
     inputs, outputs = pair
     rows = next(iter(inputs.values())).shape[0]

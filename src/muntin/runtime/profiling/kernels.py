@@ -51,11 +51,11 @@ PRECISION_LABELS = {"i8": "INT8", "bf16": "BF16", "f16": "FP16", "f32": "FP32"}
 """Precision -> label."""
 
 TensorShape = tuple[int, ...]
-Batch = NDArray[np.uint8] | Mapping[str, NDArray[Any]]
+ProfiledInputs = NDArray[np.uint8] | Mapping[str, NDArray[Any]]
 """Images (B, H, W, C), or named inputs."""
 
 
-def words(batch: Batch) -> str:
+def words(batch: ProfiledInputs) -> str:
     """Shapes of the images or named inputs."""
     if isinstance(batch, Mapping):
         return ", ".join(f"{name} {value.shape}" for name, value in batch.items())

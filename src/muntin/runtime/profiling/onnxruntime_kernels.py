@@ -40,10 +40,10 @@ from muntin.runtime.host.quiet_imports import onnxruntime
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import (
     IMAGES,
-    Batch,
     Execution,
     Kernel,
     Operand,
+    ProfiledInputs,
     TensorShape,
     convolution_macs,
     deconvolution_macs,
@@ -68,7 +68,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def onnxruntime_kernels(artifact: AnyArtifact, batch: Batch, options: SessionOptions, rounds: int) -> Execution:
+def onnxruntime_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     """Opens an artefact with tracing on, runs it `rounds` times on these images or named inputs and reads the executed kernels.
 
     Costs opening twice and `rounds` + 2 inferences. Raises ArtifactError for a model that ONNX Runtime cannot open or cannot run on such

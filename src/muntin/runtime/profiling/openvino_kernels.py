@@ -31,10 +31,10 @@ from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import (
     IMAGES,
     TO_PIXELS,
-    Batch,
     Execution,
     Kernel,
     Operand,
+    ProfiledInputs,
     convolution_macs,
     deconvolution_macs,
     group_of,
@@ -50,7 +50,7 @@ _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 _GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionBackpropData"})
 
 
-def openvino_kernels(artifact: AnyArtifact, batch: Batch, options: SessionOptions, rounds: int) -> Execution:
+def openvino_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     """Compiles an artefact for these images or named inputs with counters on, runs it `rounds` times and reads the executed kernels.
 
     Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
@@ -64,7 +64,7 @@ def openvino_kernels(artifact: AnyArtifact, batch: Batch, options: SessionOption
             raise
 
 
-def _kernels(artifact: AnyArtifact, batch: Batch, options: SessionOptions, rounds: int) -> Execution:
+def _kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     core = openvino.Core()
     hint = choose_precision(core, options.precision, artifact.manifest.precision)
     threads = options.thread_count
@@ -102,7 +102,7 @@ def _kernels(artifact: AnyArtifact, batch: Batch, options: SessionOptions, round
     return Execution(kernels=kernels, profiled_ms=times.whole, between_ms=times.between, precision=hint, threads=threads)
 
 
-def _given(batch: Batch, port: Any) -> NDArray[Any]:
+def _given(batch: ProfiledInputs, port: Any) -> NDArray[Any]:
     return next(batch[name] for name in port.get_names() if name in batch) if isinstance(batch, Mapping) else batch
 
 

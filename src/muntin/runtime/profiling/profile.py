@@ -35,7 +35,7 @@ from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.host.hardware import describe_hardware, memory_gib
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
-from muntin.runtime.profiling.kernels import Batch, Ceilings, Execution, Kernel
+from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.runtime.session import Shape, check_shape
 from muntin.runtime.tensors import Named, check_inputs
@@ -46,7 +46,7 @@ SIDE = 512
 TOLERANCE = 0.1
 """Share of the whole by which the kernels' sum may differ without a note."""
 
-Profiler = Callable[[AnyArtifact, Batch, SessionOptions, int], Execution]
+Profiler = Callable[[AnyArtifact, ProfiledInputs, SessionOptions, int], Execution]
 """(artefact, images or named inputs, options, rounds) -> the kernels that were executed."""
 PROFILED = ("openvino", "onnxruntime")
 """Engines with a profiler."""
@@ -117,7 +117,7 @@ def profile(
     remarks: list[str] = []
     if isinstance(artifact, TensorArtifact):
         sizes = tensor_dims(artifact, dims or {}, shape)
-        batch: Batch = repeat(artifact.golden()[0][0], artifact.manifest.signature, sizes)
+        batch: ProfiledInputs = repeat(artifact.golden()[0][0], artifact.manifest.signature, sizes)
         memory: AbstractContextManager[None] = nullcontext()
     else:
         if dims:
