@@ -18,7 +18,7 @@ from typing import Any
 from muntin.serving.batching.job import Batch
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere
-from muntin.serving.inference.groups import Answer, Group, ImageGroup, Inputs, TensorGroup, taken_apart
+from muntin.serving.inference.groups import Group, ImageGroup, TensorGroup, WorkAnswer, WorkInputs, taken_apart
 from muntin.serving.inference.recovery import Parts, Recovery
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
@@ -37,14 +37,14 @@ class Work:
     of its batch, for a candidate; one request of a batch has it. `within`: seconds after which its batch counts as one that hangs.
     """
 
-    inputs: Inputs
+    inputs: WorkInputs
     lease: Lease
     admitted: float = 0.0
     started: float = 0.0
     computed: float = 0.0
     batch_rows: int = 0
     by: Version | None = None
-    whole: tuple[Inputs, Answer] | None = None
+    whole: tuple[WorkInputs, WorkAnswer] | None = None
     within: float = inf
     parts: Parts = Parts.WHOLE
     recovered: str = ""
@@ -63,7 +63,7 @@ class Executor:
         self._recovery = Recovery(clock)
         self.recoveries = self._recovery.counts
 
-    def __call__(self, batch: Batch) -> Sequence[Answer]:
+    def __call__(self, batch: Batch) -> Sequence[WorkAnswer]:
         """Return an answer for each job, a part of one for all: of images labels (rows, sH, sW) or scores (rows, K, ...).
 
         Raises AgainError if each job should be computed once more.

@@ -159,9 +159,9 @@ class TensorGroup(NamedTuple):
 
 
 Group = ImageGroup | TensorGroup
-Inputs = NDArray[Any] | Named
+WorkInputs = NDArray[Any] | Named
 """What a group computes: images, or named arrays in the model's order, contiguous and checked."""
-Answer = NDArray[Any] | Named
+WorkAnswer = NDArray[Any] | Named
 
 
 def taken_apart(answer: Any, jobs: Iterable[Job]) -> list[Any]:

@@ -24,7 +24,7 @@ from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import Answer, Group
+from muntin.serving.inference.groups import Group, WorkAnswer
 from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.outputs import Wanted
@@ -200,7 +200,7 @@ class Service:
         request: InferRequest,
         wanted: Wanted,
         signature: AnySignature,
-        answer: Answer,
+        answer: WorkAnswer,
         work: Work,
         arrived: float,
         encode: Callable[[InferResponse], Any] | None,

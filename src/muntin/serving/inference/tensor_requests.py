@@ -19,7 +19,7 @@ from muntin.serving.protocol.metadata import TensorSpec
 from muntin.serving.protocol.tensors import DATATYPES
 from muntin.serving.versions.version import Version
 
-Sized = tuple[str, DTypeLike, tuple[int, ...]]
+SizedOutput = tuple[str, DTypeLike, tuple[int, ...]]
 """Name, type and shape of an output; -1 for a size that follows from values."""
 _DATATYPES = {dtype.name: name for name, dtype in DATATYPES.items()}
 _JSON_BYTES = 4
@@ -70,7 +70,7 @@ class TensorRequests:
         return tuple(InferOutput(name=name, data=answer[name]) for name in wanted.names)
 
 
-def _wanted(request: InferRequest, outputs: Sequence[Sized]) -> Wanted:
+def _wanted(request: InferRequest, outputs: Sequence[SizedOutput]) -> Wanted:
     names = tuple(name for name, _, _ in outputs)
     written = {output.name: output for output in request.outputs} or {
         name: RequestedOutput(name=name, binary=request.binary_default) for name in names
