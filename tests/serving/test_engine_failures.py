@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 
 from muntin.runtime.host.memory import kills_for_memory
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.tiles import TILE
 from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.job import Job
 from muntin.serving.batching.latency_model import LatencyModel
 from muntin.serving.batching.workers import Runner
 from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import ImageGroup
-from muntin.serving.inference.recovery import TILE
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot

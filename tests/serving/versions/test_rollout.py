@@ -62,12 +62,12 @@ def test_failures() -> None:
     assert not verdict(rollout, rows=6, failed=6).passed
     assert verdict(rollout, rows=100, failed=5).passed
     late = verdict(rollout, rows=5, failed=5, after=60)
-    assert (late.passed, late.reason) == (False, "5 of its 5 images failed (allowed: 5.00%)")
+    assert (late.passed, late.reason) == (False, "5 of its 5 rows failed (allowed: 5.00%)")
 
 
 def test_overdue_images() -> None:
     late = verdict(Rollout(max_error_rate=1), rows=90, failed=3, overdue=3)
-    assert (late.passed, late.reason) == (False, "it does not come back with 3 of its images: its engine hangs")
+    assert (late.passed, late.reason) == (False, "it does not come back with 3 of its rows: its engine hangs")
 
 
 def test_agreement() -> None:

@@ -170,7 +170,7 @@ class Routes:
             self._flip(version, "", now)
             return
         self.candidate, self.trial = version, Tally(since=now)
-        bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
+        bounds = f"until {self.rollout.for_requests} rows, {self.rollout.for_seconds:g} s at most"
         self.lines.append(f"version {version.name} is on trial beside {_other(self.current, version)}: {bounds}")
 
     def settle(self, now: float) -> None:
@@ -195,7 +195,7 @@ class Routes:
         if begun.overdue:
             return
         begun.overdue = True
-        self.lines.append(f"version {begun.version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
+        self.lines.append(f"version {begun.version.name} did not come back with {begun.rows} rows in {now - begun.at:.3g} s")
         if (tally := self._tally(begun.version)) is not None:
             tally.rows += begun.rows
             tally.failed += begun.rows

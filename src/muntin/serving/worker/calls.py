@@ -125,10 +125,11 @@ def _image_calls(manifest: Manifest, max_batch: int, sizes: list[tuple[int, int]
 def _tensor_calls(manifest: TensorManifest, max_batch: int, dims: list[Mapping[str, int]]) -> tuple[TensorCall, ...]:
     signature, batch = manifest.signature, manifest.signature.batch
     rows = {} if batch is None else {batch: 1}
+    free = [name for name in signature.dims if name != batch]
     for sizes in dims:
-        problem = f"{batch}: --max-batch says how many rows are joined" if batch in sizes else signature.dims_problem({**sizes, **rows})
-        if problem:
-            raise DataError(f"--dims {','.join(f'{name}={size}' for name, size in sizes.items())}: {problem}; or leave it out")
+        if sizes.keys() != set(free):
+            given = ",".join(f"{name}={size}" for name, size in sizes.items())
+            raise DataError(f"--dims {given}: give a size of each free dimension ({', '.join(free) or 'there is none'}), or leave it out")
     exported = [manifest.example] if manifest.example is not None else [] if signature.dims else [{}]
     calls = []
     for sizes in [*exported, *dims] if max_batch else []:
