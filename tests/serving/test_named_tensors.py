@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -258,10 +259,11 @@ def test_engine_is_started_again(texts: Server, sessions: dict[str, Any]) -> Non
     client.client.close()
 
 
-def test_swap_while_requests_run(folder: Path, sessions: dict[str, Any]) -> None:
+def test_swap_while_requests_run(folder: Path, sessions: dict[str, Any], tmp_path: Path) -> None:
     inputs, over, versions, problems = text_inputs(2, 8), threading.Event(), set[str](), list[BaseException]()
     due = {name: session(inputs) for name, session in sessions.items()}
-    with served(folder / "1", max_batch=2) as server:
+    shutil.copytree(folder / "1", tmp_path / "1")
+    with served(tmp_path, max_batch=2, watch=True, watch_seconds=0.1) as server:
 
         def ask(face: str) -> None:
             client = Client(server, face)
@@ -277,7 +279,8 @@ def test_swap_while_requests_run(folder: Path, sessions: dict[str, Any]) -> None
         clients = [threading.Thread(target=ask, args=(face,)) for face in ("http", "grpc", "http")]
         for thread in clients:
             thread.start()
-        server.slot.load(folder / "2", "2")
+        shutil.copytree(folder / "2", tmp_path / ".2")
+        (tmp_path / ".2").rename(tmp_path / "2")
         deadline = time.monotonic() + 20
         while versions != {"1", "2"} and not problems and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement
+from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement, tensor_agreement
 from muntin.serving.versions.version import Latencies
 from muntin.serving.worker.calls import Call
 
@@ -133,3 +133,22 @@ def test_label_agreement(signature_of: Callable[..., Any]) -> None:
     assert label_agreement(scores, other, signature, labels=False) == 0.75
     assert label_agreement(scores.argmax(axis=1), other.argmax(axis=1), signature, labels=True) == 0.75
     assert label_agreement(scores, scores, signature_of(task="restore", classes=()), labels=False) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreement"),
+    [
+        ([1.0, -2.0, 3.0], [1.0, -2.0, 3.0], 1.0),
+        ([1.0, 1.0], [1.2, 0.8], 0.9),
+        ([1.0, -2.0], [-1.0, 2.0], 0.0),
+        ([0.0, 0.0], [0.0, 0.0], 1.0),
+        ([1.0, np.nan, np.inf, 1.0], [1.0, np.nan, 7.0, 1.0], 0.75),
+        ([1, 2, 3, 4], [1, 2, 3, 5], 0.75),
+        ([True, False], [True, True], 0.5),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], 0.0),
+        ([], [], 1.0),
+    ],
+)
+def test_tensor_agreement(ours: list[Any], theirs: list[Any], agreement: float) -> None:
+    same = np.arange(3)
+    assert tensor_agreement({"same": same, "x": np.array(ours)}, {"same": same, "x": np.array(theirs)}) == pytest.approx(agreement)
