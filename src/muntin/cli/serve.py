@@ -122,7 +122,7 @@ def serve_command(
     threads: ThreadsOption = None,
     json: _JsonOption = False,
 ) -> None:
-    """Serve an artefact over HTTP and gRPC by the Open Inference Protocol, and as pictures over HTTP."""
+    """Serve an artefact over HTTP and gRPC by the Open Inference Protocol; a model of images also as pictures over HTTP."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error
     from muntin.serving.config import Bounds, ServeConfig
     from muntin.serving.versions.rollout import Rollout
