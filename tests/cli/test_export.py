@@ -171,7 +171,8 @@ def test_options_of_an_onnx_file(call: Call, text_model: tuple[Path, Path], expo
     assert "without inputs: give --calibration inputs.npz" in call("export", file).mistake()
     assert "--set and --sizes are for runs" in call("export", file, "--calibration", inputs, "--sizes", "any").mistake()
     assert "it takes --keep or --float" in call("export", file, "--calibration", inputs, "--float", "--keep", "hidden").mistake()
-    assert "are for ONNX files" in call("export", exported.run, "--calibration", inputs).mistake()
+    for words in (("--calibration", inputs), ("--batch", "4")):
+        assert "are for ONNX files" in call("export", exported.run, *words).mistake()
 
 
 def test_training_of_a_graph_is_refused(call: Call, text_model: tuple[Path, Path], exported: Any) -> None:

@@ -167,6 +167,7 @@ def test_rows_that_depend_on_each_other(tmp_path: Path) -> None:
     artifact = muntin.export_onnx(points, tmp_path / "artifact", example=normal(6, 8))
     assert artifact.manifest.signature.text == "x float32 (points, 8) -> y float32 (points, 4)"
     assert artifact.manifest.signature.batch is None
+    assert artifact.manifest.example == {"points": 6}
     verified(artifact)
 
 
@@ -221,6 +222,7 @@ def test_products_that_fall_back_stay_in_floats(tmp_path: Path, monkeypatch: pyt
     [
         (two_heads, {}, "no inputs: give calibration"),
         (two_heads, {"calibration": []}, "calibration is empty"),
+        (two_heads, {"example": text_inputs(1, 2), "keep": ["hidden"]}, "keep names hidden, and without calibration"),
         (two_heads, {"example": {"ids": np.zeros((1, 2), np.int64)}}, "example names ids, and the model takes ids, mask"),
         (two_heads, {"example": text_inputs(1, 2), "dims": {"batch": 1}}, "dims with sizes of batch: give one of each"),
         (lambda: model("(string[N] x) => (string[N] y) { y = Identity(x) }"), {"example": np.array(["a"], object)}, "STRING"),

@@ -159,7 +159,8 @@ def image_manifest(path: Path, manifest: AnyManifest) -> Manifest:
     assert isinstance(manifest, TensorManifest)
     raise ArtifactError(
         f"{path}: its model takes named tensors ({manifest.signature.text}), and an image model (segment, classify, restore) is needed "
-        "here: call it from Python (`muntin.load`, with a dictionary of arrays), or use `muntin verify`, `bench`, `export --standalone`"
+        "here: call it from Python (`muntin.load`, with a dictionary of arrays), or use `muntin verify`, `bench`, `profile` or "
+        "`export --standalone`"
     )
 
 

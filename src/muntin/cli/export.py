@@ -46,7 +46,10 @@ def export_command(
             help="For an ONNX file: typical inputs, a .npz file with an array for each input by name, or the .npy array of the only input."
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="For an ONNX file: rows that are computed at a time, where their number is free.")] = 8,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="For an ONNX file: rows that are computed at a time, where their number is free; 8 by default."),
+    ] = None,
     keep: Annotated[list[str] | None, typer.Option("--keep", help="For an ONNX file: a node that stays in floats; repeatable.")] = None,
     standalone: Annotated[
         Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
@@ -63,10 +66,14 @@ def export_command(
         if set_ or sizes or calibration is None or (floating and keep):
             wrong = "--set and --sizes are for runs" if set_ or sizes else "it takes --keep or --float" if calibration else "without inputs"
             raise RecipeError(f"{checkpoint} is an ONNX file, {wrong}: give --calibration inputs.npz, and --float or --keep NODE")
-        _export_onnx(checkpoint, calibration, output, floating=floating, batch=batch, keep=keep or (), standalone=standalone, json=json)
+        _export_onnx(
+            checkpoint, calibration, output, floating=floating, batch=batch or 8, keep=keep or (), standalone=standalone, json=json
+        )
         return
-    if calibration is not None or keep:
-        raise RecipeError(f"--calibration and --keep are for ONNX files, and {checkpoint} is none: a run has its own images and --set")
+    if calibration is not None or keep or batch is not None:
+        raise RecipeError(
+            f"--calibration, --keep and --batch are for ONNX files, and {checkpoint} is none: a run has its own images, and --set"
+        )
     if (checkpoint / MANIFEST).is_file():
         if standalone is None or output is not None or floating or set_ or sizes:
             raise RecipeError(f"{checkpoint} is an artefact already: give it --standalone FILE.onnx alone, or name a run to export anew")

@@ -52,18 +52,20 @@ def export_onnx(
     Raises ExportError as `quantize_onnx` does, and for a model that engines do not compute as its graph says; nothing is written then.
     """
     check_target(path)
-    proto = _with_shapes(read_float_model(model))
+    proto = onnx.shape_inference.infer_shapes(read_float_model(model))  # some outputs have no declared shape
     batches = [named_inputs(batch, proto) for batch in ([calibration] if isinstance(calibration, np.ndarray) else calibration or ())]
     given = batches if example is None else [named_inputs(example, proto, "example")]
     if calibration is not None and not batches:
         raise ExportError("calibration is empty: give batches of typical inputs, or None to stay in floats")
+    if keep and calibration is None:
+        raise ExportError(f"keep names {', '.join(sorted(keep))}, and without calibration everything stays in floats: give it, or no keep")
     if not given:
         raise ExportError("no inputs: give calibration (batches of typical inputs), or example (one batch) to stay in floats")
     floats = FloatRun(proto)
     inputs = declared_inputs(proto, given[0])
     pairs, notes = golden_pairs(inputs, given, floats)
     signature = signature_of(proto, inputs, pairs, floats)
-    sizes = {dim: 1 if dim == signature.first_dim else size for dim, size in _free(signature.inputs, given[0]).items()}
+    sizes = {dim: 1 if dim == signature.batch else size for dim, size in _free(signature.inputs, given[0]).items()}
     if dims is not None and (problem := signature.dims_problem(dims)) is not None:
         raise ExportError(f"dims with {problem}")
     content = {"signature": signature, "example": dict(sizes if dims is None else dims)}
@@ -72,19 +74,12 @@ def export_onnx(
     named = set(keep)
     deployed = quantize(proto, batches, min_sqnr_db=min_sqnr_db, keep=named)
     try:
-        return _write(path, deployed, pairs, content, measured or {}, notes)
+        return _write(path, deployed, pairs, content, measured or {}, [*notes, *deployed.notes])
     except FallbackError as error:
         named |= set(error.names)
     kept = f"in floats, as OpenVINO would run {'it' if len(named) == len(keep) + 1 else 'them'} so: {', '.join(sorted(named - set(keep)))}"
-    return _write(path, quantize(proto, batches, min_sqnr_db=min_sqnr_db, keep=named), pairs, content, measured or {}, [*notes, kept])
-
-
-def _with_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the model with inferred shapes, from which outputs of no declared shape get one."""
-    try:
-        return onnx.shape_inference.infer_shapes(model)
-    except Exception:  # noqa: BLE001 - the model runs without them; onnx's errors have no common class
-        return model
+    deployed = quantize(proto, batches, min_sqnr_db=min_sqnr_db, keep=named)
+    return _write(path, deployed, pairs, content, measured or {}, [*notes, *deployed.notes, kept])
 
 
 def _free(inputs: Sequence[Any], batch: Inputs) -> dict[str, int]:
@@ -140,7 +135,7 @@ def _write(
             "measured": {**figures, **measured},
             **content,
         },
-        [*notes, *(deployed.notes if quantised else ()), *moved],
+        [*notes, *moved],
     )
 
 
