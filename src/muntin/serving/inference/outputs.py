@@ -79,7 +79,7 @@ def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...])
         raise ProtocolError('classification of "labels": a label is the best class of its row, and has none below it; ask it of scores')
     rows, *row = signature.scores_shape(*shape[:3])
     count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
-    check_classes(count)
+    check_classes(count, rows)
     return count
 
 
@@ -91,11 +91,11 @@ def check_json(output: str, count: int) -> None:
         )
 
 
-def check_classes(count: int) -> None:
+def check_classes(count: int, rows: int) -> None:
     """Raise ProtocolError for more best classes, all rows and outputs together, than an answer has."""
     if count > CLASSES:
         raise ProtocolError(
-            f"classification asks for {count:,} classes, all rows together: this server writes at most {CLASSES:,} in one answer; "
+            f"classification of {rows} rows asks for {count:,} classes: this server writes at most {CLASSES:,} in one answer; "
             "ask for fewer, or for the output itself"
         )
 

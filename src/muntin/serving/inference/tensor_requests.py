@@ -75,7 +75,7 @@ def _wanted(request: InferRequest, outputs: Sequence[SizedOutput]) -> Wanted:
     written = {output.name: output for output in request.outputs} or {
         name: RequestedOutput(name=name, binary=request.binary_default) for name in names
     }
-    nbytes, listed, known = 0, 0, True
+    nbytes, listed, most_rows, known = 0, 0, 0, True
     for name, dtype, shape in outputs:
         output = written[name]
         if -1 in shape:
@@ -85,11 +85,12 @@ def _wanted(request: InferRequest, outputs: Sequence[SizedOutput]) -> Wanted:
         if output.classification is not None:
             rows = shape[0] if len(shape) > 1 else 1
             listed += rows * min(output.classification, count // max(rows, 1))
+            most_rows = max(most_rows, rows)
         elif not output.binary:
             check_json(name, count)
         width = np.dtype(dtype).itemsize
         nbytes += count * (width if output.binary else max(width, _JSON_BYTES))
-    check_classes(listed)
+    check_classes(listed, most_rows)
     binary = all(output.binary and output.classification is None for output in written.values())
     return Wanted(names=names, labels=False, nbytes=nbytes, listed=listed, binary=binary, known=known)
 
