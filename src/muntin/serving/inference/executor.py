@@ -18,7 +18,7 @@ from typing import Any
 from muntin.serving.batching.job import Batch
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere
-from muntin.serving.inference.groups import Group, ImageGroup, TensorGroup, WorkAnswer, WorkInputs, taken_apart
+from muntin.serving.inference.groups import Group, WorkAnswer, WorkInputs, taken_apart
 from muntin.serving.inference.recovery import Parts, Recovery
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
@@ -69,13 +69,11 @@ class Executor:
         Raises AgainError if each job should be computed once more.
         """
         works: list[Work] = [job.payload for job in batch.jobs]
-        group = batch.group
-        assert isinstance(group, ImageGroup | TensorGroup)
+        group: Any = batch.group
         version, started, parts = group.version, self._clock(), max(work.parts for work in works)
         if parts and version.state != "failed" and not version.liveness.revive(REVIVE_S):
             raise AgainError(f"version {version.name}: its engine was ended for want of memory, and is being begun again")
-        given: list[Any] = [work.inputs for work in works]
-        inputs = given[0] if len(given) == 1 else group.joined(given)
+        inputs = works[0].inputs if len(works) == 1 else group.joined([work.inputs for work in works])
         try:
             computed, by = compute_somewhere(
                 self._slot,
@@ -99,7 +97,8 @@ class Executor:
             work.by, work.recovered, work.within = by, max(recovered, key=len), batch.within
         if self._slot.shadowed and computed.whole:  # all of the batch: times of single rows and of batches differ
             works[0].whole = inputs, computed.answers
-        return group.apart(computed.answers, batch.jobs)
+        answers: Sequence[WorkAnswer] = group.apart(computed.answers, batch.jobs)
+        return answers
 
     def shadow(self, candidate: Version, group: Group, inputs: Any, answer: Any, *, beside: Version, within: float = inf) -> None:
         """Have a leased candidate compute the inputs that `beside` answered, and count how far they agree. `within`: as of `Slot.begin`."""
