@@ -158,6 +158,7 @@ def test_serve_stops_while_loading(artifact: Path, stop: signal.Signals) -> None
         (["--token-file", "{empty}"], "holds no token"),
         (["--token-file", "{words}"], "words, line 2: a bearer token is ASCII without spaces"),
         (["--engine", "nonsense"], "openvino, onnxruntime"),
+        (["--dims", "tokens=8"], "--dims: the model takes images: give --sizes, or leave it out"),
     ],
 )
 def test_serve_mistakes(artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -230,7 +231,7 @@ def test_serve_maps_every_option(call: Any, monkeypatch: pytest.MonkeyPatch, tmp
         "--host ::1 --http-port 11 --grpc-port 12 --name m --objective-ms 13.5 --max-batch 14 --queue 15 --streams 3 --watch --canary 0.25 "
         "--shadow 0.5 --trial 16 --max-json 17 --max-body 18 --max-pixels 19 --idle-seconds 20 --max-connections 21 --drain-seconds 22 "
         f"--token-file {tmp_path / 'tokens'} --tls-certificate c.pem --tls-key k.pem --access-log --trace --engine onnxruntime "
-        "--precision f32 --threads 4"
+        "--precision f32 --threads 4 --sizes 5x6 --dims tokens=7 --dims tokens=8,width=9"
     ).split()
     assert call("serve", "artefact", *words).code == 0
     assert told == [
@@ -241,7 +242,7 @@ def test_serve_maps_every_option(call: Any, monkeypatch: pytest.MonkeyPatch, tmp
                 json_bytes=17 << 20, body_bytes=18 << 20, held_bytes=512 << 20, image_pixels=19, idle_seconds=20.0, connections=21
             ),
             drain_seconds=22.0, tokens=("secret",), tls_certificate=Path("c.pem"), tls_key=Path("k.pem"), access_log=True, trace=True,
-            engine="onnxruntime", precision="f32", threads=4,
+            engine="onnxruntime", precision="f32", threads=4, sizes=((5, 6),), dims=({"tokens": 7}, {"tokens": 8, "width": 9}),
         )
     ]  # fmt: skip
     assert call("serve", "artefact", "--no-grpc").code == 0

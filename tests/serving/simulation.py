@@ -21,7 +21,7 @@ from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.job import Batch, Job, Refusal
 from muntin.serving.batching.latency_model import GROUPS, LatencyModel
 from muntin.serving.batching.queues import REMEMBERED_GROUPS
-from muntin.serving.inference.executor import taken_apart
+from muntin.serving.inference.groups import taken_apart
 
 ARRIVAL, DONE, WAKE, GIVE_UP = range(4)
 QUEUE_BYTES = 1 << 30

@@ -20,17 +20,19 @@ from numpy.typing import NDArray
 
 from muntin.runtime.host.memory import kills_for_memory
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.tiles import TILE
 from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.job import Job
 from muntin.serving.batching.latency_model import LatencyModel
 from muntin.serving.batching.workers import Runner
-from muntin.serving.inference.executor import Executor, Group, Work
-from muntin.serving.inference.recovery import TILE
+from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.launch import RunningEngine
-from muntin.serving.worker.opening import Call, EngineDiedError
+from muntin.serving.worker.opening import EngineDiedError
 from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
@@ -93,14 +95,14 @@ def answered(runner: Runner, slot: Slot, images: NDArray[np.uint8] = SMALL) -> t
     """The answer to a request for labels, and how it was computed."""
     done, answers = threading.Event(), []
     lease = slot.lease()
-    work = Work(images=images, lease=lease)
+    work = Work(inputs=images, lease=lease)
 
     def take(answer: Any) -> None:
         answers.append(answer)
         lease.release()
         done.set()
 
-    runner.submit(Job(group=Group(lease.version, *images.shape[1:3], labels=True), rows=len(images), payload=work), take)
+    runner.submit(Job(group=ImageGroup(lease.version, *images.shape[1:3], labels=True), rows=len(images), payload=work), take)
     assert done.wait(60)
     return answers[0], work
 

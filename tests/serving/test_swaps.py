@@ -20,7 +20,7 @@ from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.opening import Call
+from muntin.serving.worker.calls import Call
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)

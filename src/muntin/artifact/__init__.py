@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.manifest import FORMAT, AnyManifest, GoldenTolerance, LayerRecord, Manifest, Signature, TensorManifest, TensorRecord
+from muntin.artifact.manifest import (
+    FORMAT,
+    AnyManifest,
+    AnySignature,
+    GoldenTolerance,
+    LayerRecord,
+    Manifest,
+    Signature,
+    TensorManifest,
+    TensorRecord,
+)
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sizes import Sides, Sizes
 from muntin.artifact.standalone import check_standalone, write_standalone
@@ -23,6 +33,7 @@ __all__ = [
     "FORMAT",
     "AnyArtifact",
     "AnyManifest",
+    "AnySignature",
     "Artifact",
     "ClassInfo",
     "GoldenTolerance",

@@ -127,6 +127,10 @@ def _small(example: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
     return example
 
 
+AnySignature = Signature | TensorSignature
+"""Signature of an image model, or of one with named inputs and outputs."""
+
+
 class AnyManifest(_Frozen):
     """Content of `manifest.json` of either kind: a `Manifest` of an image model, or a `TensorManifest`.
 

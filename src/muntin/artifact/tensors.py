@@ -41,12 +41,15 @@ class TensorInfo(BaseModel):
         """Type and shape in words: "int64 (batch, 128)"."""
         return f"{self.dtype} ({', '.join(map(str, self.shape))})"
 
-    def misfit(self, tensor: NDArray[Any], dims: dict[str, int]) -> str | None:
-        """Return why a tensor does not fit, or None. `dims`: the free dimensions so far, to which those of this tensor are added."""
+    def misfit(self, tensor: NDArray[Any], dims: dict[str, int], *, empty: bool) -> str | None:
+        """Return why a tensor does not fit, or None. `dims`: the free dimensions so far, to which those of this tensor are added.
+
+        `empty`: a free dimension may be 0.
+        """
         if tensor.dtype != self.dtype:
             return f"'{self.name}' is {tensor.dtype}: {self.text} is needed"
-        if tensor.ndim != len(self.shape) or 0 in tensor.shape:
-            return f"'{self.name}' has the shape {tensor.shape}: {self.text} is needed, with no dimension of 0"
+        if tensor.ndim != len(self.shape) or (0 in tensor.shape and not empty):
+            return f"'{self.name}' has the shape {tensor.shape}: {self.text} is needed{'' if empty else ', with no dimension of 0'}"
         for axis, (dim, size) in enumerate(zip(self.shape, tensor.shape, strict=True)):
             due = dims.setdefault(dim, size) if isinstance(dim, str) else dim
             if size != due:
@@ -122,7 +125,7 @@ class TensorSignature(BaseModel):
         return _problem(self.inputs, tensors, dims, "input")
 
     def outputs_problem(self, tensors: Tensors, dims: dict[str, int]) -> str | None:
-        """Return why some tensors are no outputs for inputs of these `dims`, or None."""
+        """Return why some tensors are no outputs for inputs of these `dims`, or None. A size that follows from values may be 0."""
         return _problem([spec for spec in self.outputs if spec.name in tensors] or self.outputs, tensors, dims, "output")
 
 
@@ -138,6 +141,6 @@ def _problem(specs: Iterable[TensorInfo], tensors: Tensors, dims: dict[str, int]
         tensor = tensors[spec.name]
         if not isinstance(tensor, np.ndarray):
             return f"'{spec.name}' is of type {type(tensor).__name__}: give a numpy array, {spec.text}"
-        if (reason := spec.misfit(tensor, dims)) is not None:
+        if (reason := spec.misfit(tensor, dims, empty=kind == "output")) is not None:
             return reason
     return None

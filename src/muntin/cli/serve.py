@@ -12,7 +12,7 @@ import typer
 
 from muntin.cli.console import print_json, say, status
 from muntin.cli.options import EngineOption, PrecisionOption, ThreadsOption
-from muntin.cli.profile import parse_size
+from muntin.cli.profile import parse_dims, parse_size
 from muntin.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,14 +32,20 @@ _ObjectiveMsOption = Annotated[
     float | None,
     typer.Option(help="Time limit of an answer, milliseconds: a request that cannot meet it is refused at once. No limit by default."),
 ]
-_MaxBatchOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of images in one call.")]
+_MaxBatchOption = Annotated[int, typer.Option(min=1, max=1024, help="Maximum number of images (rows) in one call.")]
 _SizesOption = Annotated[
     str | None,
     typer.Option(
         help="Sizes of images to compile for, rows x columns, as in 480x640,1080x1920; beside the exported size. Others are slower."
     ),
 ]
-_QueueOption = Annotated[int, typer.Option(min=1, help="Maximum number of images that wait.")]
+_DimsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Sizes of free dimensions of named tensors to compile for, as in tokens=128; beside the exported ones. May be repeated."
+    ),
+]
+_QueueOption = Annotated[int, typer.Option(min=1, help="Maximum number of images (rows) that wait.")]
 _StreamsOption = Annotated[int, typer.Option(min=1, help="Batches that compute at the same time; they share the threads.")]
 _WatchOption = Annotated[
     bool,
@@ -50,7 +56,7 @@ _ShadowOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of requests that a new version also computes, for comparison only.")
 ]
 _TrialOption = Annotated[
-    int, typer.Option(min=1, help="Images that a new version must compute without failure before it takes over, and again after.")
+    int, typer.Option(min=1, help="Images (rows) that a new version must compute without failure before it takes over, and again after.")
 ]
 _MaxJsonOption = Annotated[int, typer.Option(min=1, max=1024, help="MiB of the JSON part of one request, without its binary tensors.")]
 _MaxBodyOption = Annotated[int, typer.Option(min=1, max=4096, help="MiB of one request.")]
@@ -93,6 +99,7 @@ def serve_command(
     objective_ms: _ObjectiveMsOption = None,
     max_batch: _MaxBatchOption = 8,
     sizes: _SizesOption = None,
+    dims: _DimsOption = None,
     queue: _QueueOption = 512,
     streams: _StreamsOption = 1,
     watch: _WatchOption = False,
@@ -115,7 +122,7 @@ def serve_command(
     threads: ThreadsOption = None,
     json: _JsonOption = False,
 ) -> None:
-    """Serve an artefact over HTTP and gRPC by the Open Inference Protocol, and as pictures over HTTP."""
+    """Serve an artefact over HTTP and gRPC by the Open Inference Protocol; a model of images also as pictures over HTTP."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error
     from muntin.serving.config import Bounds, ServeConfig
     from muntin.serving.versions.rollout import Rollout
@@ -125,6 +132,7 @@ def serve_command(
             host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
             threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
             sizes=() if sizes is None else tuple(parse_size(size, "--sizes") for size in sizes.split(",")),
+            dims=tuple(map(parse_dims, dims or ())),
             rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),
             bounds=Bounds(
                 body_bytes=max_body * _MEGABYTE, json_bytes=max_json * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE,

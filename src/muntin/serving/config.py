@@ -52,6 +52,10 @@ class ServeConfig(_Settings):
         tuple[tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]], ...],
         Field(max_length=32, description="(height, width) of images to compile for, beside the exported size"),
     ] = ()
+    dims: Annotated[
+        tuple[dict[str, Annotated[int, Field(ge=1)]], ...],
+        Field(max_length=32, description="sizes of the free dimensions of named tensors to compile for, without the batch"),
+    ] = ()
     queue_rows: Annotated[int, Field(ge=1, description="rows that may wait, as many as a batch has at least")] = 512
     watch: Annotated[bool, Field(description="load versions that come to the directory while it serves")] = False
     watch_seconds: Annotated[float, Field(gt=0, description="between two looks at it")] = 2.0

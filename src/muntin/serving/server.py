@@ -78,7 +78,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self.cut_off = 0
         """Number of requests and calls that were cut off after `drain_seconds`; valid when the server has ended."""
-        loader = ArtifactLoader(options=config.session_options, max_batch=config.max_batch, sizes=config.sizes)
+        loader = ArtifactLoader(options=config.session_options, max_batch=config.max_batch, sizes=config.sizes, dims=config.dims)
         self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
         self._watcher: Watcher | None = None
         if config.watch:

@@ -54,6 +54,13 @@ def test_full_batch_where_sharing_gains(batching: Any) -> None:
     assert batching.after_a_pause(batcher, 0.011, *(batching.job_of() for _ in range(40))).rows == 32
 
 
+def test_jobs_that_share_no_batch(batching: Any) -> None:
+    batcher = batching.batcher_of({"g": batching.STEEP}, objective=1.0)
+    batching.admitted(batcher, 0.0, batching.job_of(alone=True))
+    batching.batch_of(batcher, 0.0)
+    assert batching.after_a_pause(batcher, 0.011, *(batching.job_of(alone=True) for _ in range(40))).rows == 1
+
+
 def test_single_rows_where_sharing_gains_nothing(batching: Any) -> None:
     batcher = batching.batcher_of({"g": batching.LINEAR}, objective=1.0)
     batching.occupy(batcher, 0.0)

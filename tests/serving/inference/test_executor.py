@@ -17,11 +17,13 @@ from muntin.errors import ArtifactError
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
-from muntin.serving.inference.executor import Executor, Group, Work
+from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import Liveness
-from muntin.serving.worker.opening import Call, OutOfMemoryError
+from muntin.serving.worker.opening import OutOfMemoryError
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -73,8 +75,8 @@ def batch_of(slot: Slot, images: list[NDArray[np.uint8]], *, labels: bool, versi
     jobs = []
     for rows in images:
         lease = slot.lease(version)
-        group = Group(lease.version, rows.shape[1], rows.shape[2], labels)
-        jobs.append(Job(group=group, rows=len(rows), payload=Work(images=rows, lease=lease)))
+        group = ImageGroup(lease.version, rows.shape[1], rows.shape[2], labels)
+        jobs.append(Job(group=group, rows=len(rows), payload=Work(inputs=rows, lease=lease)))
         jobs[-1].arrived = 0.0
     return Batch(tuple(jobs), jobs[0].group, sum(map(len, images)))
 
@@ -132,9 +134,9 @@ def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
     new.error = RuntimeError("engine died")
     for batch in (first, second):  # the version is rolled back after the first: the second is not tried there
         answer, work = executor(batch)[0], batch.jobs[0].payload
-        np.testing.assert_array_equal(answer, work.images.argmax(3))
+        np.testing.assert_array_equal(answer, work.inputs.argmax(3))
         assert (work.version, len(new.calls), candidate.state) == ("1", 1, "failed")
-    executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
+    executor.shadow(candidate, first.group, images, images.argmax(3), beside=candidate)
     assert len(new.calls) == 1  # its engine may have been ended, and would be restarted for that
     good.error = RuntimeError("this one too")
     with pytest.raises(RuntimeError, match="this one too"):
@@ -148,7 +150,7 @@ def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
     new.error = OSError(errno.EMFILE, "Too many open files")
     batch, candidate, images = batch_of(slot, [images_of(1, 1)], labels=True), slot.current, images_of(1, 1)
     executor = Executor(slot)
-    executor.shadow(candidate, images, images.argmax(3), labels=True, beside=candidate)
+    executor.shadow(candidate, batch.group, images, images.argmax(3), beside=candidate)
     np.testing.assert_array_equal(executor(batch)[0], images.argmax(3))
     assert (len(new.calls), batch.jobs[0].payload.version, slot.current.name) == (2, "1", "2")
 
@@ -202,7 +204,7 @@ def answered(executor: Executor, batch: Batch) -> str:
         with suppress(AgainError):
             (answer,) = executor(batch)
             break
-    np.testing.assert_allclose(answer, batch.jobs[0].payload.images.argmax(3))
+    np.testing.assert_allclose(answer, batch.jobs[0].payload.inputs.argmax(3))
     recovered: str = batch.jobs[0].payload.recovered
     return recovered
 

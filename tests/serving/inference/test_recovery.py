@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.errors import ArtifactError, MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.session import ExecutedLayer, Session
+from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery
+from muntin.serving.versions.version import Version
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -44,8 +47,12 @@ def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[
     return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 4)).astype(np.uint8)
 
 
+def group_of(images: NDArray[np.uint8], *, labels: bool) -> ImageGroup:
+    return ImageGroup(Version(name="1", path=Path("1")), images.shape[1], images.shape[2], labels)
+
+
 def compute(recovery: Recovery, session: Pixels, images: NDArray[np.uint8], *, labels: bool = True) -> Computed:
-    computed = recovery.compute(session, images, labels=labels, parts=Parts.WHOLE)
+    computed = recovery.compute(session, group_of(images, labels=labels), images, parts=Parts.WHOLE)
     expected = images.argmax(3) if labels else images.transpose(0, 3, 1, 2)
     np.testing.assert_allclose(computed.answers, expected, atol=1e-3)
     assert len(computed.recovered) == len(images)
@@ -76,7 +83,7 @@ def test_tiles_of_an_allowed_size(clock: Any) -> None:
 @pytest.mark.parametrize("session", [Pixels("classify", most=20), Pixels(most=20, sizes=Sizes.only(6, 5))])
 def test_image_without_tiles(clock: Any, session: Pixels) -> None:
     with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
-        Recovery(clock).compute(session, images_of(1, 1), labels=False, parts=Parts.WHOLE)
+        Recovery(clock).compute(session, group_of(images_of(1, 1), labels=False), images_of(1, 1), parts=Parts.WHOLE)
 
 
 def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:

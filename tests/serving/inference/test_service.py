@@ -268,7 +268,7 @@ def test_candidate_compared_with_current_version(shelf: Any, wait_until: Any) ->
                 while service.shadows.pending:
                     await asyncio.sleep(0.001)
                 await asyncio.sleep(0)
-            assert "it agrees on 0.0% of the labels" in outcome[0]
+            assert "its answers agree by 0.0%" in outcome[0]
             assert trial.compared == ENOUGH
             assert "2" in answered
 

@@ -14,6 +14,7 @@ import pytest
 
 from muntin.errors import MuntinError
 from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.shadow import SHADOWS, Shadows
 from muntin.serving.versions.rollout import Rollout
@@ -45,12 +46,13 @@ def trial(slot: Slot, name: str, wait_until: Any) -> Iterator[tuple[Version, lis
 
 def cast(slot: Slot, shadows: Shadows, current: Version, count: int = 1) -> None:
     answer = current.session.labels(IMAGES)
+    group = ImageGroup(current, 8, 8, labels=True)
     for _ in range(count):
         slot.observe(current, seconds=0.001, rows=1)
         with slot.lease() as lease:
-            work = Work(images=IMAGES, lease=lease, by=current, within=0.5, whole=(IMAGES, answer))
-            shadows.cast(work, labels=True)
-            shadows.cast(work, labels=True)  # a batch is cast once
+            work = Work(inputs=IMAGES, lease=lease, by=current, within=0.5, whole=(IMAGES, answer))
+            shadows.cast(work, group)
+            shadows.cast(work, group)  # a batch is cast once
 
 
 def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement
+from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement, tensor_agreement
 from muntin.serving.versions.version import Latencies
-from muntin.serving.worker.opening import Call
+from muntin.serving.worker.calls import Call
 
 SMALL, LARGE = Call((1, 8, 8)), Call((4, 8, 8))
 
@@ -62,19 +62,19 @@ def test_failures() -> None:
     assert not verdict(rollout, rows=6, failed=6).passed
     assert verdict(rollout, rows=100, failed=5).passed
     late = verdict(rollout, rows=5, failed=5, after=60)
-    assert (late.passed, late.reason) == (False, "5 of its 5 images failed (allowed: 5.00%)")
+    assert (late.passed, late.reason) == (False, "5 of its 5 rows failed (allowed: 5.00%)")
 
 
 def test_overdue_images() -> None:
     late = verdict(Rollout(max_error_rate=1), rows=90, failed=3, overdue=3)
-    assert (late.passed, late.reason) == (False, "it does not come back with 3 of its images: its engine hangs")
+    assert (late.passed, late.reason) == (False, "it does not come back with 3 of its rows: its engine hangs")
 
 
 def test_agreement() -> None:
     rollout = Rollout(shadow=1, min_agreement=0.9)
     assert verdict(rollout, rows=3, compared=3, agreed=0.0) is None
     refused = verdict(rollout, rows=ENOUGH, compared=ENOUGH, agreed=0.5 * ENOUGH)
-    assert (refused.passed, refused.reason) == (False, "it agrees on 50.0% of the labels (needed: 90.0%)")
+    assert (refused.passed, refused.reason) == (False, "its answers agree by 50.0% (needed: 90.0%)")
     assert not verdict(rollout, rows=3, compared=3, agreed=2.0, after=60).passed
     assert verdict(rollout, rows=100, compared=100, agreed=91.0).passed
 
@@ -133,3 +133,22 @@ def test_label_agreement(signature_of: Callable[..., Any]) -> None:
     assert label_agreement(scores, other, signature, labels=False) == 0.75
     assert label_agreement(scores.argmax(axis=1), other.argmax(axis=1), signature, labels=True) == 0.75
     assert label_agreement(scores, scores, signature_of(task="restore", classes=()), labels=False) is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "agreement"),
+    [
+        ([1.0, -2.0, 3.0], [1.0, -2.0, 3.0], 1.0),
+        ([1.0, 1.0], [1.2, 0.8], 0.9),
+        ([1.0, -2.0], [-1.0, 2.0], 0.0),
+        ([0.0, 0.0], [0.0, 0.0], 1.0),
+        ([1.0, np.nan, np.inf, 1.0], [1.0, np.nan, 7.0, 1.0], 0.75),
+        ([1, 2, 3, 4], [1, 2, 3, 5], 0.75),
+        ([True, False], [True, True], 0.5),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], 0.0),
+        ([], [], 1.0),
+    ],
+)
+def test_tensor_agreement(ours: list[Any], theirs: list[Any], agreement: float) -> None:
+    same = np.arange(3)
+    assert tensor_agreement({"same": same, "x": np.array(ours)}, {"same": same, "x": np.array(theirs)}) == pytest.approx(agreement)

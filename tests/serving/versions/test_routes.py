@@ -12,7 +12,8 @@ from muntin.errors import DataError
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.routes import HISTORY, Routes
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.calls import Call
+from muntin.serving.worker.opening import NotReadyError
 
 CALL = Call((1, 8, 8), labels=True)
 NOW = 1000.0
@@ -120,7 +121,7 @@ def test_probation_passed(admit: ADMIT) -> None:
     assert old.open
     observe(routes, new)
     assert states(routes) == {"1": ("UNAVAILABLE", ""), "2": ("READY", "current")}
-    assert routes.lines[1:] == ["version 2 takes over from 1", "version 2 stays (10 images in 0 s, 0 failed), 1 goes"]
+    assert routes.lines[1:] == ["version 2 takes over from 1", "version 2 stays (10 rows in 0 s, 0 failed), 1 goes"]
 
 
 def test_version_loaded_again(admit: ADMIT) -> None:
@@ -130,7 +131,7 @@ def test_version_loaded_again(admit: ADMIT) -> None:
     observe(routes, admit(routes, "1"), error=RuntimeError("gone"))
     changed, same = "its earlier load (changed artefact)", "its earlier load (same artefact)"
     assert routes.lines[1:4] == [
-        f"version 1 takes over from {changed}", f"version 1 stays (10 images in 0 s, 0 failed), {changed} goes",
+        f"version 1 takes over from {changed}", f"version 1 stays (10 rows in 0 s, 0 failed), {changed} goes",
         f"version 1 takes over from {same}",
     ]  # fmt: skip
     assert routes.lines[4].startswith(f"version 1 is rolled back to {same}: ")
@@ -141,7 +142,7 @@ def test_failure_rolls_back(admit: ADMIT) -> None:
     old, new = admit(routes, "1"), admit(routes, "2")
     new.leases += 1
     observe(routes, new, error=RuntimeError("the engine is gone\nat line 3"))
-    reason = "1 of its 1 images failed (allowed: 0.00%): RuntimeError: the engine is gone"
+    reason = "1 of its 1 rows failed (allowed: 0.00%): RuntimeError: the engine is gone"
     assert routes.current is old
     assert states(routes) == {"1": ("READY", "current"), "2": ("UNAVAILABLE", f"rolled back: {reason}")}
     assert routes.lines[-1] == f"version 2 is rolled back to 1: {reason}"
@@ -204,12 +205,12 @@ def test_canary(admit: ADMIT) -> None:
     routes = Routes("model", Rollout(canary=0.25, for_requests=30))
     old, candidate = admit(routes, "1"), admit(routes, "2")
     assert states(routes)["2"] == ("READY", "candidate: canary 25%, shadow 0%")
-    assert routes.lines[-1] == "version 2 is on trial beside 1: until 30 images, 60 s at most"
+    assert routes.lines[-1] == "version 2 is on trial beside 1: until 30 rows, 60 s at most"
     assert routes.choose(None, canary=True) is routes.choose("2", canary=False) is candidate
     assert routes.choose(None, canary=False) is old
     observe(routes, candidate, 30)
     assert routes.current is candidate
-    assert routes.lines[-1] == "version 2 takes over from 1 (30 images in 0 s, 0 failed)"
+    assert routes.lines[-1] == "version 2 takes over from 1 (30 rows in 0 s, 0 failed)"
 
 
 def test_shadow_agreement(admit: ADMIT) -> None:
@@ -221,7 +222,7 @@ def test_shadow_agreement(admit: ADMIT) -> None:
             routes.count(candidate, 1, None, agreement)
             routes.settle(NOW)
         assert routes.current is (candidate if agreement > 0.9 else old)
-    assert "it agrees on 50.0% of the labels" in candidate.reason
+    assert "its answers agree by 50.0%" in candidate.reason
 
 
 def test_trial_without_requests(admit: ADMIT) -> None:

@@ -22,8 +22,9 @@ from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import OFTEN
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import Liveness
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.opening import NotReadyError
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)
@@ -230,7 +231,7 @@ def test_refused_canary(make_slot: Callable[..., Slot]) -> None:
         break_engine(candidate)
         assert compute_somewhere(slot, candidate, label_of, rows=1) == (1, old)
     assert isinstance(outcome[0], RefusedError)
-    assert str(outcome[0]) == "model: version 2 is refused on trial: 1 of its 1 images failed (allowed: 0.00%): EngineError"
+    assert str(outcome[0]) == "model: version 2 is refused on trial: 1 of its 1 rows failed (allowed: 0.00%): EngineError"
     assert slot.lease().version is old
 
 
@@ -312,8 +313,8 @@ def test_overdue_batch_on_probation(make_slot: Callable[..., Slot], clock: Any, 
     clock.now += 1
     with slot.lease() as lease:
         assert lease.version is old
-    reason = "it does not come back with 3 of its images: its engine hangs"
-    assert lines[-2:] == ["model: version 2 did not come back with 3 images in 10 s", f"model: version 2 is rolled back to 1: {reason}"]
+    reason = "it does not come back with 3 of its rows: its engine hangs"
+    assert lines[-2:] == ["model: version 2 did not come back with 3 rows in 10 s", f"model: version 2 is rolled back to 1: {reason}"]
     assert (new.open, slot.hangs(new)) == (True, True)
     slot.observe(new, seconds=60.0, rows=3, begun=begun)
     assert (new.open, new.leases) == (False, 0)
@@ -352,7 +353,7 @@ def test_interrupted_batch(make_slot: Callable[..., Slot], clock: Any, lines: li
     assert compute_somewhere(slot, new, hang, rows=1, within=10) == (1, old)
     assert set(interrupted) == {10}
     assert (slot.current, old.leases, new.leases, new.open) == (old, 0, 0, False)
-    assert "1 of its images: its engine hangs" in "".join(lines)
+    assert "1 of its rows: its engine hangs" in "".join(lines)
 
 
 # ---- out of service ----

@@ -10,7 +10,8 @@ import pytest
 
 from muntin.artifact import Sizes
 from muntin.serving.versions.version import CALLS, TIMES, Latencies, Version, contract_difference
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.calls import Call
+from muntin.serving.worker.opening import NotReadyError
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 

@@ -13,7 +13,8 @@ from muntin.artifact import Sizes, open_artifact
 from muntin.artifact.store import read_manifest
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.serving.worker.opening import Call, batch_sizes, open_version, starting_calls
+from muntin.serving.worker.calls import Call, batch_sizes, starting_calls
+from muntin.serving.worker.opening import open_version
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 

@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.options import SessionOptions
+from muntin.serving.worker import engine_process
 from muntin.serving.worker import launch as engine_start
-from muntin.serving.worker import remote_session as engine_process
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.channel import KEPT_BYTES
+from muntin.serving.worker.engine_process import DEATHS
 from muntin.serving.worker.launch import RunningEngine
-from muntin.serving.worker.opening import Call, EngineDiedError, NotReadyError, OutOfMemoryError, TookTooLongError, open_version
-from muntin.serving.worker.remote_session import DEATHS, RemoteSession, can_open_remote, open_remote
+from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError, TookTooLongError, open_version
+from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")

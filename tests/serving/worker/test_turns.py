@@ -12,7 +12,7 @@ import pytest
 
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import turns
-from muntin.serving.worker.opening import Call
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.remote_session import open_remote
 from muntin.serving.worker.turns import Turns, can_take_turns
 

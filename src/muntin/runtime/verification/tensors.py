@@ -86,7 +86,9 @@ def compare_outputs(answer: Named, golden: Named, tolerance: GoldenTolerance | N
 def _compared(name: str, value: NDArray[np.generic], due: NDArray[np.generic], tolerance: GoldenTolerance | None) -> OutputResult:
     max_error, rms_error, cosine, equal = None, None, None, None
     if due.dtype.kind != "f":
-        equal = float((value == due).mean()) if value.shape == due.shape else 0.0
+        equal = float(np.mean(value == due)) if value.shape == due.shape and due.size else float(value.shape == due.shape)
+    elif not due.size:
+        max_error = rms_error = 0.0 if value.shape == due.shape else float("inf")
     else:
         max_error = rms_error = float("inf")
         if value.shape == due.shape and np.isfinite(value).all():

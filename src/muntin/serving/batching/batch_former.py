@@ -61,13 +61,13 @@ class BatchSizes:
         if not group.known:
             return 1
         reach = group.latency.rows_within(self.batch_seconds(group, math.inf, now))
-        rows = worthwhile_rows(group.latency, self._sustaining(group, now), self._max_rows, reach)
+        rows = worthwhile_rows(group.latency, self._sustaining(group, now), self._most(group), reach)
         return min(rows, _GROWTH * group.latency.largest_rows)
 
     def target(self, group: GroupQueue, seconds: float, now: float) -> int:
         """Rows of a worthwhile batch that the arrivals call for and that takes at most so many seconds; at least 1."""
         sustaining, reach = self._sustaining(group, now), group.latency.rows_within(seconds)
-        return max(1, min(worthwhile_rows(group.latency, sustaining, self._max_rows, reach), sustaining, reach))
+        return max(1, min(worthwhile_rows(group.latency, sustaining, self._most(group), reach), sustaining, reach))
 
     def batch_seconds(self, group: GroupQueue, without_objective: float, now: float) -> float:
         """Largest time of a batch: two batches in a row keep the objective, since a job may arrive when a batch has just begun.
@@ -75,13 +75,17 @@ class BatchSizes:
         It is longer in a flood: most requests are refused then, such as those that arrive early in a batch. `without_objective`: time
         that the share is taken of where there is no objective.
         """
-        flood = group.arrivals.per_second(now) * group.latency.expected(self._max_rows) > _FLOOD * self._queue.workers * self._max_rows
+        most = self._most(group)
+        flood = group.arrivals.per_second(now) * group.latency.expected(most) > _FLOOD * self._queue.workers * most
         return (without_objective if self._objective is None else self._objective) * (_FLOOD_SHARE if flood else _SHARE)
 
     def _sustaining(self, group: GroupQueue, now: float) -> int:
         used_by_others = self._queue.busy.per_second(now) - group.busy.per_second(now)
         engines = max(0.0, self._queue.workers - used_by_others)
-        return sustaining_rows(group.latency, group.arrivals.per_second(now), engines, self._max_rows)
+        return sustaining_rows(group.latency, group.arrivals.per_second(now), engines, self._most(group))
+
+    def _most(self, group: GroupQueue) -> int:
+        return 1 if group.alone else self._max_rows
 
 
 class BatchFormer:

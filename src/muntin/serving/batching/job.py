@@ -17,7 +17,8 @@ class Job:
     `group`: only jobs of equal groups share a batch. `rows`: rows of a batch that it takes, at least 1. `nbytes`: memory that it holds
     while it waits. `priority`: 0 is the most urgent. `deadline`: when its client stops waiting, or None. `patient`: it has no objective,
     and is admitted to a full queue: for callers that bound the number of such jobs themselves. `cost`: cost of a row relative to rows of
-    other groups (`LatencyModel`). `arrived`: start of its objective; by default the time of its submission.
+    other groups (`LatencyModel`). `alone`: no other job shares its batch; the same for all jobs of a group. `arrived`: start of its
+    objective; by default the time of its submission.
 
     Set by the batcher: `due`: latest time of its answer. `latest_start`: time after which it may be too late to compute it. `standing`:
     sort key of the queue, smaller values go first. `ticket`: number of its admission, from 1. `promised`: whether it was admitted because
@@ -31,6 +32,7 @@ class Job:
     deadline: float | None = None
     patient: bool = False
     cost: float | None = None
+    alone: bool = False
     payload: Any = None
     arrived: float = math.nan
     due: float = field(default=math.inf, init=False)

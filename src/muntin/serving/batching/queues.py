@@ -54,6 +54,8 @@ class GroupQueue:
     def __init__(self, group: Hashable) -> None:
         self.group = group
         self.cost: float | None = None
+        self.alone = False
+        """True if each job is computed alone."""
         self.latency: LatencyLine = UNKNOWN
         self.batch_rows = 1
         """Rows of the largest batch that is formed at present."""
@@ -189,6 +191,7 @@ class JobQueue:
             self.groups.move_to_end(job.group)
         if job.cost is not None:
             group.cost = job.cost
+        group.alone = job.alone
         if group.last_batch_at == -math.inf:
             self._update_latency(group)
         return group

@@ -21,12 +21,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Signature
+from muntin.artifact import AnySignature, Signature
 from muntin.errors import DataError, bare
 from muntin.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
 from muntin.runtime import predict
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import allowed_tile, extended
+from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.inference.service import PRIORITY, Service
 from muntin.serving.protocol.json_codec import encode_json
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError, shown
@@ -92,8 +93,8 @@ class ImageRoute:
         self.in_work += 1
         try:
             with self._service.lease_to_compute(self._service.name, None) as lease:
-                self._check_channels(lease.version.signature)
-                output = _check_output(query.get("output"), lease.version.signature)
+                signature = self._check_pictures(lease.version.signature)
+                output = _check_output(query.get("output"), signature)
                 return await self._answer(content, output, lease.version)
         except TooManyPixelsError as error:
             raise ProtocolError(f"{error} (--max-pixels)", status=413) from bare(error)
@@ -108,7 +109,7 @@ class ImageRoute:
         self._predictors.join(timeout)
 
     async def _answer(self, content: bytes, output: str, version: Version) -> PictureAnswer:
-        signature, max_pixels = version.signature, self._service.max_pixels
+        signature, max_pixels = _of_images(version), self._service.max_pixels
         count = await _run(self._coders, partial(pixel_count, content, max_pixels=max_pixels))
         self._check_whole(count, signature)
         async with self._room(count * signature.scale**2):
@@ -117,14 +118,20 @@ class ImageRoute:
             result = await _run(self._predictors, partial(self._predict, session, image), session.cancel)
             return await _run(self._coders, partial(_encode, image, result, output, session))
 
-    def _check_channels(self, signature: Signature) -> None:
-        """Raise ProtocolError for a model whose images no picture file holds."""
+    def _check_pictures(self, signature: AnySignature) -> Signature:
+        """Return the signature. Raises ProtocolError for a model that takes no images, and for one whose images no picture file holds."""
+        if not isinstance(signature, Signature):
+            raise ProtocolError(
+                f"the model takes named tensors ({signature.text}), and /predict is for pictures: "
+                f"send tensors (/v2/models/{self._service.name}/infer)"
+            )
         allowed = CHANNELS[signature.task]
         if signature.channels not in allowed:
             raise ProtocolError(
                 f"the model has {signature.channels} channels, and /predict is for models of {', '.join(map(str, allowed[:-1]))} or "
                 f"{allowed[-1]}: send tensors (/v2/models/{self._service.name}/infer)"
             )
+        return signature
 
     def _check_whole(self, count: int, signature: Signature) -> None:
         """Raise ProtocolError for a picture of too many pixels for a model that takes all of it at once."""
@@ -185,7 +192,7 @@ class _QueuedSession:
     def __init__(self, service: Service, version: Version) -> None:
         self._service, self._loop = service, asyncio.get_running_loop()
         self._version = version
-        self.signature: Signature = version.signature
+        self.signature = _of_images(version)
         self.versions: dict[str, None] = {}
         self.patient = False
         self._call: Future[NDArray[Any]] | None = None
@@ -216,13 +223,21 @@ class _QueuedSession:
     async def _queue(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
         lease = Lease(self._version, lambda version: None)  # `ImageRoute.answer` holds the real one
         priority = PRIORITY + 1 if self.patient else PRIORITY
-        answer, work = await self._service.compute(images, lease, labels=labels, priority=priority, patient=self.patient)
-        if work.by is not None and work.by.signature.outputs != self.signature.outputs:
-            self._version, self.signature = work.by, work.by.signature
+        group = ImageGroup(self._version, images.shape[1], images.shape[2], labels)
+        answer: NDArray[Any]
+        answer, work = await self._service.compute(images, group, lease, priority=priority, patient=self.patient)
+        if work.by is not None and (signature := _of_images(work.by)).outputs != self.signature.outputs:
+            self._version, self.signature = work.by, signature
             self.versions.clear()
             raise _OtherClassesError
         self.versions[work.version] = None
         return answer
+
+
+def _of_images(version: Version) -> Signature:
+    signature = version.signature
+    assert isinstance(signature, Signature)
+    return signature
 
 
 async def _run(pool: Threads, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:

@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+from muntin.artifact import Signature
 from muntin.serving.http.bodies import Scope
 from muntin.serving.http.exchange import Exchange
-from muntin.serving.inference.service import INPUT, Answered, Service
+from muntin.serving.inference.image_requests import INPUT
+from muntin.serving.inference.service import Answered, Service
 from muntin.serving.protocol.json_codec import (
     HEADER_LENGTH,
     decode_raw_request,
@@ -128,7 +130,10 @@ class InferenceRoute:
         if head.length != 0:
             return decode_request(body, head.length, self._limits)
         with self._service.lease_to_compute(head.model, head.version) as lease:
-            channels = lease.version.signature.channels
+            signature = lease.version.signature
+        if not isinstance(signature, Signature):
+            raise ProtocolError(f"raw bytes without JSON: the model takes {signature.text}: name the inputs and their shapes in JSON")
+        channels = signature.channels
         side = math.isqrt(len(body) // channels)
         if not body or side * side * channels != len(body):
             raise ProtocolError(

@@ -8,10 +8,10 @@ from math import inf
 from typing import TypeVar
 
 from muntin.errors import DataError
-from muntin.runtime import Session
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Begun, Version
-from muntin.serving.worker.opening import Call
+from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.opening import AnyOpenSession
 
 T = TypeVar("T")
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 def compute_somewhere(
     slot: Slot,
     version: Version,
-    work: Callable[[Session], T],
+    work: Callable[[AnyOpenSession], T],
     *,
     rows: int,
-    call: Call | None = None,
+    call: AnyCall | None = None,
     within: float = inf,
     whole: Callable[[T], bool] = lambda answer: True,
 ) -> tuple[T, Version]:
@@ -64,4 +64,4 @@ def compute_somewhere(
         count(failures[-1:])
         raise failures[0][1]
     finally:
-        failures.clear()  # an error holds this frame, and with it the images
+        failures.clear()  # an error holds this frame, and with it the inputs

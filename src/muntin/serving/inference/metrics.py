@@ -33,7 +33,7 @@ class Metrics:
             self.requests.items,
         )  # fmt: skip
         self.read(
-            "counter", "muntin_rows", "Images computed, by version; of a picture that is computed in tiles, each tile.", ("version",),
+            "counter", "muntin_rows", "Rows (images) computed, by version; of a picture in tiles, each tile.", ("version",),
             lambda: [((version,), count) for version, count in self.rows.items()],
         )  # fmt: skip
         seconds = partial(Histogram, buckets=SECONDS, registry=self.registry)

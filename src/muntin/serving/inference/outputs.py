@@ -25,10 +25,10 @@ CLASSES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """The answer that one request asks for.
+    """The answer that one request asks for. `known`: False for outputs whose size follows from values, which are not counted yet.
 
-    `names`: its outputs, in their order. `labels`: whether labels are all, so that the engine need not give scores. `nbytes`: bytes of the
-    labels or scores that are computed. `listed`: best classes to write, at most. `binary`: whether it is sent in binary, not as text.
+    `names`: its outputs, in their order. `labels`: whether labels are all, so that the engine need not give scores. `nbytes`: bytes of what
+    is computed. `listed`: best classes to write, at most. `binary`: whether it is sent in binary, not as text.
     """
 
     names: tuple[str, ...]
@@ -36,6 +36,7 @@ class Wanted:
     nbytes: int
     listed: int
     binary: bool
+    known: bool = True
 
 
 def output_names(signature: Signature) -> tuple[str, ...]:
@@ -66,11 +67,8 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
     written = request.outputs or [RequestedOutput(name=name, binary=request.binary_default) for name in names]
     for output in written:
         count = rows * pixels_each * (1 if output.name == "labels" else signature.outputs)
-        if not output.binary and output.classification is None and count > JSON_ELEMENTS:
-            raise ProtocolError(
-                f"output {shown(output.name)} has {count:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for binary data",
-                status=413,
-            )
+        if not output.binary and output.classification is None:
+            check_json(output.name, count)
     return Wanted(
         names=wanted, labels=labels, nbytes=numbers * (signature.label_type.itemsize if labels else 4), listed=listed, binary=binary
     )
@@ -81,12 +79,25 @@ def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...])
         raise ProtocolError('classification of "labels": a label is the best class of its row, and has none below it; ask it of scores')
     rows, *row = signature.scores_shape(*shape[:3])
     count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
+    check_classes(count, rows)
+    return count
+
+
+def check_json(output: str, count: int) -> None:
+    """Raise ProtocolError 413 for an output of more elements than JSON carries."""
+    if count > JSON_ELEMENTS:
+        raise ProtocolError(
+            f"output {shown(output)} has {count:,} elements, and JSON carries at most {JSON_ELEMENTS:,}: ask for binary data", status=413
+        )
+
+
+def check_classes(count: int, rows: int) -> None:
+    """Raise ProtocolError for more best classes, all rows and outputs together, than an answer has."""
     if count > CLASSES:
         raise ProtocolError(
             f"classification of {rows} rows asks for {count:,} classes: this server writes at most {CLASSES:,} in one answer; "
             "ask for fewer, or for the output itself"
         )
-    return count
 
 
 def make_outputs(answer: NDArray[Any], wanted: Wanted, signature: Signature) -> tuple[InferOutput, ...]:

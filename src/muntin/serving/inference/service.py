@@ -1,7 +1,7 @@
 """Inference for both protocols: a request is checked against the model, admitted, computed with others, and answered.
 
-    InferRequest -> lease on a version -> rows of one size -> runner -> labels, scores -> InferResponse
-       404, 400          503                 400               503
+    InferRequest -> lease on a version -> rows of one group -> runner -> labels, scores, tensors -> InferResponse
+       404, 400          503                  400               503
 
 A service knows neither HTTP nor gRPC. Its coroutines run on one event loop; batches are computed on the runner's threads.
 """
@@ -18,27 +18,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from muntin.artifact import Signature
+from muntin.artifact import AnySignature
 from muntin.errors import DataError
-from muntin.runtime.session import size_error
 from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
-from muntin.serving.inference.executor import Executor, Group, Work
+from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.groups import Group, WorkAnswer
+from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.metrics import Metrics
-from muntin.serving.inference.outputs import Wanted, make_outputs, output_names, read_wanted
+from muntin.serving.inference.outputs import Wanted
 from muntin.serving.inference.shadow import Shadows
 from muntin.serving.inference.statistics import Accounts
+from muntin.serving.inference.tensor_requests import TensorRequests
 from muntin.serving.protocol.messages import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
-from muntin.serving.protocol.metadata import ModelDescription, Statistics, TensorSpec
+from muntin.serving.protocol.metadata import ModelDescription, Statistics
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import UnknownVersionError
 from muntin.serving.worker.opening import NotReadyError
 
-INPUT = "images"
 PRIORITY = 2
 """Priority of a request without one; 1 is the most urgent."""
 
@@ -75,6 +73,7 @@ class Service:
     ) -> None:
         self.slot, self.runner, self.executor, self.metrics = slot, runner, executor, metrics
         self.objective, self.max_rows, self.max_pixels = objective, max_rows, max_pixels
+        self._images, self._tensors = ImageRequests(max_rows, max_pixels), TensorRequests(max_rows)
         self.draining = False
         self.clock = clock
         self.shadows = Shadows(slot, executor, metrics)
@@ -96,20 +95,13 @@ class Service:
         with self.lease(model or self.name, version, canary=False) as lease:
             signature, name = lease.version.signature, lease.version.name
         ready = tuple(entry.version for entry in self.slot.index() if entry.state == "READY")
-        B, K, C = -1, signature.outputs, signature.channels
-        H, W = (-1 if dim == -1 else signature.scale * dim for dim in signature.sizes.dims)
-        scores = (B, K) if signature.task == "classify" else (B, K, H, W)
-        labels = {"segment": (B, H, W), "classify": (B,), "restore": (B, H, W, C)}[signature.task]
-        first, second = output_names(signature)
+        inputs, outputs, max_batch = self._requests(signature).specs(signature)
         return ModelDescription(
             name=self.name,
             versions=(version,) if version else ready or (name,),
-            inputs=(TensorSpec(name=INPUT, datatype="UINT8", shape=(B, *signature.sizes.dims, C)),),
-            outputs=(
-                TensorSpec(name=first, datatype=signature.label_type.name.upper(), shape=labels),
-                TensorSpec(name=second, datatype="FP32", shape=scores),
-            ),
-            max_batch=self.max_rows,
+            inputs=inputs,
+            outputs=outputs,
+            max_batch=max_batch,
         )
 
     def statistics(self, model: str | None, version: str | None) -> list[Statistics]:
@@ -140,39 +132,51 @@ class Service:
         """
         arrived = self.clock() if arrived is None else arrived
         lease = self.lease_to_compute(model, version)
-        requested = lease.version
-        images, wanted, reserved = self._read(request, lease)
+        requested, signature = lease.version, lease.version.signature
+        inputs, group, wanted, reserved = self._read(request, lease)
         if request.timeout_us is not None:
             deadline = min(arrived + request.timeout_us / 1e6, math.inf if deadline is None else deadline)
         try:
             try:
                 answer, work = await self.compute(
-                    images, lease, labels=wanted.labels, priority=request.priority or PRIORITY, deadline=deadline, arrived=arrived
+                    inputs, group, lease, priority=request.priority or PRIORITY, deadline=deadline, arrived=arrived
                 )
             except BaseException:
                 self.encoder.release(reserved)
                 raise
-            respond = partial(self._respond, request, wanted, requested.signature, answer, work, arrived, encode)
+            if not wanted.known:
+                self.encoder.release(reserved)
+                reserved = 0
+                reserved = self._reserve(self._tensors.measured(request, answer))
+            respond = partial(self._respond, request, wanted, signature, answer, work, arrived, encode)
             answered = await self.encoder.encode(respond, reserved)
         except BaseException:
             self._accounts.of(requested.name).failed(self.clock() - arrived)
             raise
         if not reserved:  # promises do not include the encoding of large answers
             self.runner.delivered(self.clock() - work.started - work.computed)
-        self._count(answered, work, requested=requested.name, rows=len(images))
+        self._count(answered, work, requested=requested.name, rows=group.rows(inputs))
         return answered
 
-    def _read(self, request: InferRequest, lease: Lease) -> tuple[NDArray[np.uint8], Wanted, int]:
-        """Return the images, the outputs to make, and the bytes reserved for a large answer. Releases the lease if it raises."""
+    def _requests(self, signature: AnySignature) -> Any:
+        """What reads the requests to a model of this signature."""
+        return self._tensors if signature.task == "tensors" else self._images  # isinstance of a pydantic model takes a microsecond
+
+    def _read(self, request: InferRequest, lease: Lease) -> tuple[Any, Group, Wanted, int]:
+        """Return inputs, their group, the outputs to make, and the bytes reserved for a large answer. Releases the lease if it raises."""
         signature = lease.version.signature
         try:
-            images = self._images(request, signature)
-            wanted = read_wanted(request, signature, images.shape)
-            return images, wanted, self.encoder.reserve(wanted)
-        except BaseException as error:
+            inputs, group, wanted = self._requests(signature).read(request, lease.version, signature)
+            return inputs, group, wanted, self._reserve(wanted)
+        except BaseException:
             lease.release()
-            if isinstance(error, RefusedRequestError):
-                self.metrics.refused["large answers"] += 1
+            raise
+
+    def _reserve(self, wanted: Wanted) -> int:
+        try:
+            return self.encoder.reserve(wanted)
+        except RefusedRequestError:
+            self.metrics.refused["large answers"] += 1
             raise
 
     def _count(self, answered: Answered, work: Work, *, requested: str, rows: int) -> None:
@@ -195,8 +199,8 @@ class Service:
         self,
         request: InferRequest,
         wanted: Wanted,
-        signature: Signature,
-        answer: NDArray[Any],
+        signature: AnySignature,
+        answer: WorkAnswer,
         work: Work,
         arrived: float,
         encode: Callable[[InferResponse], Any] | None,
@@ -206,7 +210,7 @@ class Service:
             model=self.name,
             version=work.version,
             id=request.id,
-            outputs=make_outputs(answer, wanted, signature),
+            outputs=self._requests(signature).outputs(answer, wanted, signature),
             parameters={"recovered": work.recovered} if work.recovered else {},
         )
         encoded = None if encode is None else encode(response)
@@ -241,28 +245,29 @@ class Service:
 
     async def compute(
         self,
-        images: NDArray[np.uint8],
+        inputs: Any,
+        group: Group,
         lease: Lease,
         *,
-        labels: bool,
         priority: int = PRIORITY,
         patient: bool = False,
         deadline: float | None = None,
         arrived: float = math.nan,
-    ) -> tuple[NDArray[Any], Work]:
-        """Return the labels, or the scores, of images (rows, H, W, C). Takes over the lease. Raises as `infer`. `patient`: see `Job`."""
+    ) -> tuple[Any, Work]:
+        """Return the answer to inputs of a group. Takes over the lease. Raises as `infer`. `patient`: see `Job`."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
-        rows, height, width, _ = images.shape
-        work = Work(images=images, lease=lease, admitted=self.clock())
+        rows = group.rows(inputs)
+        work = Work(inputs=inputs, lease=lease, admitted=self.clock())
         job = Job(
-            group=Group(lease.version, height, width, labels),
+            group=group,
             rows=rows,
-            nbytes=images.nbytes,
+            nbytes=group.nbytes(inputs),
             priority=priority,
             deadline=deadline,
             patient=patient,
-            cost=float(height * width),
+            cost=float(group.row_size),
+            alone=group.alone,
             payload=work,
             arrived=arrived,
         )
@@ -291,32 +296,13 @@ class Service:
         self.metrics.compute.observe(work.computed)
         self.metrics.batch.observe(work.batch_rows)
         if work.whole is not None:
-            loop.call_soon(partial(self.shadows.cast, work, labels=labels))  # after the answer
+            loop.call_soon(partial(self.shadows.cast, work, group))  # after the answer
         return answer, work
 
     def close(self) -> None:
         """End the threads beside the requests. The caller closes the runner and the slot."""
         self.shadows.close()
         self.encoder.close()
-
-    def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
-        expected = f"UINT8 (rows, height, width, {signature.channels})"
-        if len(request.inputs) != 1 or request.inputs[0].name != INPUT:
-            names = ", ".join(shown(tensor.name) for tensor in request.inputs[:4])
-            raise ProtocolError(f'inputs {names}: the model has one, "{INPUT}", {expected}')
-        tensor = request.inputs[0]
-        if tensor.datatype != "UINT8" or len(tensor.shape) != 4 or tensor.shape[3] != signature.channels or 0 in tensor.shape:
-            raise ProtocolError(f'input "{INPUT}" is {tensor.datatype} {tensor.shape}: give {expected}, raw pixels, no side of 0')
-        rows, height, width, _ = tensor.shape
-        if not signature.sizes.takes(height, width):
-            raise ProtocolError(f'input "{INPUT}": {size_error((height, width), signature.sizes)}')
-        if rows > self.max_rows:
-            raise ProtocolError(f"{rows} rows: this server computes at most {self.max_rows} at once; send them in several requests")
-        if height * width > self.max_pixels:
-            raise ProtocolError(
-                f"images of {width}x{height} pixels: this server takes at most {self.max_pixels:,} (--max-pixels)", status=413
-            )
-        return tensor.data
 
     def _unknown(self, model: str) -> ProtocolError:
         return ProtocolError(f"model {shown(model)}: this server has {self.name}", status=404)

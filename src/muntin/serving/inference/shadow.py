@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from muntin.serving.inference.executor import Executor, Work
+from muntin.serving.inference.groups import Group
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.threads import Threads
 from muntin.serving.versions.slot import Lease, Slot
 
 SHADOWS = 2
-"""Computations that may run or wait; further batches are not compared. Each holds its images and answers, outside the server's bounds."""
+"""Computations that may run or wait; further batches are not compared. Each holds its inputs and answers, outside the server's bounds."""
 JOIN_S = 5.0
 """Seconds that a computation in progress is waited for during shutdown."""
 
@@ -27,7 +28,7 @@ class Shadows:
         """Computations that run or wait."""
         return self._threads.pending
 
-    def cast(self, work: Work, *, labels: bool) -> None:
+    def cast(self, work: Work, group: Group) -> None:
         """Have the candidate compute an answered batch again, if there is a candidate and the batch belongs to its share."""
         whole, work.whole = work.whole, None
         if whole is None or work.by is None or (lease := self._slot.shadow(work.by)) is None:
@@ -35,7 +36,7 @@ class Shadows:
         if self.pending >= SHADOWS:
             self._skip(lease)
             return
-        shadow = partial(self._executor.shadow, lease.version, *whole, labels=labels, beside=work.by, within=work.within)
+        shadow = partial(self._executor.shadow, lease.version, group, *whole, beside=work.by, within=work.within)
         try:
             self._threads.submit(shadow).add_done_callback(lambda _: lease.release())
         except RuntimeError:  # no thread is left

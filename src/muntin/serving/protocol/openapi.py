@@ -94,7 +94,8 @@ def _picture_body() -> dict[str, Any]:
 
 def _infer() -> dict[str, Any]:
     operation = _operation(
-        "Infer: images UINT8 (rows, height, width, channels) in; labels, scores or images out. The body may be packed (Content-Encoding).",
+        "Infer: images UINT8 (rows, height, width, channels) in, or the tensors that the model's metadata list; labels, scores, images "
+        "or the model's own outputs out. The body may be packed (Content-Encoding).",
         *(400, 404, 415),
         body=_content(_JSON, _OCTETS, schema="InferRequest") | {"required": True},
         answer=_content(_JSON, _OCTETS, schema="InferResponse"),
@@ -156,7 +157,7 @@ _TENSOR = _object(
 )
 _OUTPUT = _object(
     "name",
-    name={"type": "string", "enum": ["labels", "scores", "image"]},
+    name=_STRING | {"description": "images: labels, scores or image; otherwise as the model's metadata list them"},
     parameters=_PARAMETERS | {"description": "`binary_data`, `classification`"},
 )
 _SCHEMAS = {
@@ -164,7 +165,7 @@ _SCHEMAS = {
         "inputs",
         id=_STRING,
         parameters=_PARAMETERS | {"description": "`priority` (1 is the most urgent), `timeout` (microseconds), `binary_data_output`"},
-        inputs=_array(_TENSOR, minItems=1, maxItems=1),
+        inputs=_array(_TENSOR, minItems=1),
         outputs=_array(_OUTPUT),
     ),
     "InferResponse": _object(model_name=_STRING, model_version=_STRING, id=_STRING, parameters=_PARAMETERS, outputs=_array(_TENSOR)),

@@ -21,7 +21,7 @@ def expose(metrics: Metrics, service: Service, runner: Runner, budget: MemoryBud
     slot, recoveries = service.slot, service.executor.recoveries
     metrics.gauge("muntin_ready", "Whether a request would be admitted.", lambda: service.ready)
     metrics.gauge("muntin_body_bytes", "Bytes held by request bodies, and by large answers being sent.", lambda: budget.held)
-    metrics.gauge("muntin_waiting_rows", "Images that wait for their batch.", lambda: runner.snapshot().waiting_rows)
+    metrics.gauge("muntin_waiting_rows", "Rows (images) that wait for their batch.", lambda: runner.snapshot().waiting_rows)
     metrics.gauge("muntin_backlog_seconds", "Computation that waits.", lambda: runner.snapshot().backlog_s)
     metrics.gauge("muntin_hanging", "Threads that wait for an engine that does not answer.", lambda: runner.hanging)
     if log is not None:

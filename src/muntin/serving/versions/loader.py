@@ -5,13 +5,14 @@ A version is compiled for the same calls whenever it is loaded, so its answers d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from muntin.artifact.store import image_manifest, read_manifest
+from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.serving.worker.opening import Opened, open_version, starting_calls
+from muntin.serving.worker.calls import starting_calls
+from muntin.serving.worker.opening import Opened, open_version
 from muntin.serving.worker.remote_session import can_open_remote, open_remote
 
 OPENING_S = 300.0
@@ -20,11 +21,13 @@ OPENING_S = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactLoader:
-    """Opens artefacts for a slot, compiled for batches of up to `max_batch` images of the exported size and of `sizes` (height, width)."""
+    """Opens artefacts for a slot, compiled for batches of up to `max_batch` rows of the exported size, and of `sizes` (height, width) of
+    images or `dims` of named tensors."""
 
     options: SessionOptions = DEFAULT_OPTIONS
     max_batch: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
+    dims: tuple[Mapping[str, int], ...] = ()
 
     def open(
         self,
@@ -39,7 +42,7 @@ class ArtifactLoader:
         `stopped`: asked now and then; once it returns True, this may raise NotReadyError. `progress`: called with the name of each step.
         Raises the errors of `open_version` and `start_engine`.
         """
-        calls = starting_calls(image_manifest(path, read_manifest(path)), self.max_batch, self.sizes)
+        calls = starting_calls(read_manifest(path), self.max_batch, self.sizes, self.dims)
         if not can_open_remote():
             return open_version(path, self.options, calls, verify=True, progress=progress)
         return open_remote(path, self.options, calls, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress)

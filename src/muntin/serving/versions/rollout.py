@@ -13,14 +13,16 @@ from math import inf
 from statistics import median
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from muntin.artifact import Signature
+from muntin.artifact.tensors import Tensors
 from muntin.serving.versions.version import Latencies, Version
 
 ENOUGH = 20
-"""Batches, or compared images, that slowness or disagreement is judged by before the trial is over."""
+"""Batches, or compared rows, that slowness or disagreement is judged by before the trial is over."""
 FEW = 5
 """Batches of a kind of call needed to compare its times."""
 
@@ -32,12 +34,14 @@ class Rollout(BaseModel):
 
     canary: Annotated[float, Field(ge=0, le=1, description="share of requests that a candidate answers before it takes over")] = 0.0
     shadow: Annotated[float, Field(ge=0, le=1, description="share of answered requests that a candidate computes again")] = 0.0
-    for_requests: Annotated[int, Field(ge=1, description="images that each trial lasts")] = 100
+    for_requests: Annotated[int, Field(ge=1, description="rows (images) that each trial lasts")] = 100
     for_seconds: Annotated[
         float, Field(ge=0, description="longest trial, apart from batches in progress; 0: none, the old version is closed at once")
     ] = 60.0
-    max_error_rate: Annotated[float, Field(ge=0, le=1, description="share of its images that may fail")] = 0.0
-    min_agreement: Annotated[float, Field(ge=0, le=1, description="share of equal labels that its shadow needs")] = 0.8
+    max_error_rate: Annotated[float, Field(ge=0, le=1, description="share of its rows that may fail")] = 0.0
+    min_agreement: Annotated[
+        float, Field(ge=0, le=1, description="share of equal labels, or similarity of tensors, that its shadow needs")
+    ] = 0.8
     max_slowdown: Annotated[float, Field(ge=1, description="how many times as long as its predecessor it may take")] = 3.0
 
     @property
@@ -50,9 +54,9 @@ class Rollout(BaseModel):
 class Tally:
     """Counts of a trial that began at `since`.
 
-    `rows`: images of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: images whose labels
-    were compared; `agreed`: sum of their shares of equal labels. `why`: the error of the first failure. `passed_at`: when the version
-    passed, apart from batches in progress.
+    `rows`: those (images) of the `batches` that were computed or failed, of which `failed`, and of these `overdue`. `compared`: rows whose
+    answers were compared; `agreed`: sum of their agreements. `why`: the error of the first failure. `passed_at`: when the version passed,
+    apart from batches in progress.
     """
 
     since: float
@@ -92,27 +96,27 @@ def judge_version(rollout: Rollout, tally: Tally, version: Version, base: Versio
 
 def judge(rollout: Rollout, tally: Tally, latencies: Latencies, base: Latencies, *, now: float) -> Verdict | None:
     """Judge a version by its counts and times. None: the trial goes on. `base`: the times of its predecessor."""
-    if tally.overdue:  # whatever share of images may fail: every overdue batch keeps a thread
-        return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its images: its engine hangs")
+    if tally.overdue:  # whatever share of rows may fail: every overdue batch keeps a thread
+        return Verdict(passed=False, reason=f"it does not come back with {tally.overdue} of its rows: its engine hangs")
     due = now - tally.since >= rollout.for_seconds
     if due and not tally.rows:
         return Verdict(passed=True, reason=f"untried: no request in {rollout.for_seconds:g} s")
     over = due or tally.rows >= rollout.for_requests
-    # Before the end only failures count that good images could not make up for.
+    # Before the end only failures count that good rows could not make up for.
     if tally.failed > rollout.max_error_rate * (tally.rows if over else max(tally.rows, rollout.for_requests)):
         why = f": {tally.why}" if tally.why else ""
-        reason = f"{tally.failed} of its {tally.rows} images failed (allowed: {rollout.max_error_rate:.2%}){why}"
+        reason = f"{tally.failed} of its {tally.rows} rows failed (allowed: {rollout.max_error_rate:.2%}){why}"
         return Verdict(passed=False, reason=reason)
     if tally.compared and (over or tally.compared >= ENOUGH):
         agreement = tally.agreed / tally.compared
         if agreement < rollout.min_agreement:
-            return Verdict(passed=False, reason=f"it agrees on {agreement:.1%} of the labels (needed: {rollout.min_agreement:.1%})")
+            return Verdict(passed=False, reason=f"its answers agree by {agreement:.1%} (needed: {rollout.min_agreement:.1%})")
     slowdown = compare_latencies(latencies, base) if over or tally.batches % ENOUGH == 0 else None
     if slowdown is not None and slowdown > rollout.max_slowdown:
         return Verdict(passed=False, reason=f"it takes {slowdown:.1f} times as long (allowed: {rollout.max_slowdown:g})")
     if not over:
         return None
-    return Verdict(passed=True, reason=f"{tally.rows} images in {now - tally.since:.0f} s, {tally.failed} failed")
+    return Verdict(passed=True, reason=f"{tally.rows} rows in {now - tally.since:.0f} s, {tally.failed} failed")
 
 
 def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
@@ -124,6 +128,28 @@ def compare_latencies(latencies: Latencies, base: Latencies) -> float | None:
             ours += count * median(latencies.of(call))
             theirs += count * median(base.of(call))
     return ours / theirs if theirs > 0 else None
+
+
+def tensor_agreement(answer: Tensors, shadow: Tensors) -> float:
+    """Compute how far two answers agree, from 0 to 1: the least of their outputs.
+
+    Integers and bools: the share of equal values. Floats: the Bray-Curtis similarity 1 - sum |a - b| / sum (|a| + |b|), which is 0.9 where
+    values differ by about a fifth; times the share of values that are finite in both, or equal. Outputs of other shapes: 0.
+    """
+    return min(_agreement(answer[name], shadow[name]) for name in answer)
+
+
+def _agreement(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    if ours.shape != theirs.shape:
+        return 0.0
+    if ours.dtype.kind != "f" or not ours.size:
+        return float((ours == theirs).mean()) if ours.size else 1.0
+    x, y = ours.astype(np.float64), theirs.astype(np.float64)
+    finite = np.isfinite(x) & np.isfinite(y)
+    same = finite | (x == y) | (np.isnan(x) & np.isnan(y))
+    x, y = x[finite], y[finite]
+    total = float(np.abs(x).sum() + np.abs(y).sum())
+    return float(same.mean()) * (1 - float(np.abs(x - y).sum()) / total if total else 1.0)
 
 
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:

@@ -12,13 +12,14 @@ Nothing here takes a lock: the slot holds its own around every call.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 
-from muntin.artifact import Signature
-from muntin.runtime.session import Session
+from muntin.artifact import AnySignature
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.versions.rollout import Rollout, Tally, Verdict, judge_version
-from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version, contract_difference, first_line
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version, contract_difference, covers, first_line
+from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.opening import AnyOpenSession, NotReadyError
 from muntin.text import plain
 
 HISTORY = 8
@@ -46,9 +47,9 @@ class Routes:
         self.probation: Tally | None = None
         """Counts of the current version, judged beside the previous one, while there is one."""
         self.lines: list[str] = []
-        self.closing: list[Session] = []
-        self.stuck: list[tuple[Session, float]] = []
-        self._advised: set[tuple[int, int]] = set()
+        self.closing: list[AnyOpenSession] = []
+        self.stuck: list[tuple[AnyOpenSession, float]] = []
+        self._advised: set[Hashable] = set()
 
     # ---- looking up ----
 
@@ -89,10 +90,10 @@ class Routes:
         """Return the version that computes a batch which failed on this one, or None.
 
         The current version for a candidate or a version out of service, the previous one for the current one. None if it does not take the
-        same sizes.
+        same calls.
         """
         other = None if version is self.previous else self.previous if version is self.current else self.current
-        return other if other is not None and other.signature.sizes.cover(version.signature.sizes) else None
+        return other if other is not None and covers(other.signature, version.signature) else None
 
     def index(self) -> tuple[IndexEntry, ...]:
         """List one version per name, the newest last: the one in service, the current one first, otherwise the one loaded last."""
@@ -122,7 +123,7 @@ class Routes:
         """Return whether the current version, or the last one of this name, is this artefact."""
         return any(one is not None and (one.name, one.digest) == (name, digest) for one in (self.current, self.last(name)))
 
-    def require_contract(self, version: Version, signature: Signature) -> None:
+    def require_contract(self, version: Version, signature: AnySignature) -> None:
         """Raise RefusedError if `signature` would mislead the clients of the current version."""
         if self.current is not None and (difference := contract_difference(signature, self.current.signature)):
             raise RefusedError(f"{self.name}: version {version.name} has another contract ({difference}): serve it under another name")
@@ -146,13 +147,13 @@ class Routes:
             return self.trial
         return self.probation if version is self.current else None
 
-    def advise(self, version: Version, call: Call) -> None:
+    def advise(self, version: Version, call: AnyCall) -> None:
         """Advise the operator, once, to have a size compiled of which a version remembers `OFTEN` batches."""
-        size = call.shape[1:]
+        size = call.size
         if version.compiled_sizes and size not in version.compiled_sizes | self._advised and version.latencies.count(call) == OFTEN:
             self._advised.add(size)
-            name = f"{size[0]}x{size[1]}"
-            self.lines.append(f"images of {name} pixels come often, and version {version.name} is not compiled for them: --sizes {name}")
+            what, option = call.advice
+            self.lines.append(f"{what} come often, and version {version.name} is not compiled for them: {option}")
 
     # ---- changing ----
 
@@ -169,7 +170,7 @@ class Routes:
             self._flip(version, "", now)
             return
         self.candidate, self.trial = version, Tally(since=now)
-        bounds = f"until {self.rollout.for_requests} images, {self.rollout.for_seconds:g} s at most"
+        bounds = f"until {self.rollout.for_requests} rows, {self.rollout.for_seconds:g} s at most"
         self.lines.append(f"version {version.name} is on trial beside {_other(self.current, version)}: {bounds}")
 
     def settle(self, now: float) -> None:
@@ -194,7 +195,7 @@ class Routes:
         if begun.overdue:
             return
         begun.overdue = True
-        self.lines.append(f"version {begun.version.name} did not come back with {begun.rows} images in {now - begun.at:.3g} s")
+        self.lines.append(f"version {begun.version.name} did not come back with {begun.rows} rows in {now - begun.at:.3g} s")
         if (tally := self._tally(begun.version)) is not None:
             tally.rows += begun.rows
             tally.failed += begun.rows

@@ -20,19 +20,19 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from muntin.errors import DataError, MuntinError, VerificationError
-from muntin.runtime.session import Session
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import Routes
 from muntin.serving.versions.version import Begun, RefusedError, Version, first_line
+from muntin.serving.worker.calls import AnyCall
 from muntin.serving.worker.liveness import liveness_of
-from muntin.serving.worker.opening import Call, NotReadyError
+from muntin.serving.worker.opening import AnyOpenSession, NotReadyError
 
 _POLL_S = 0.05
 
 
-def _close(sessions: list[Session]) -> None:
+def _close(sessions: list[AnyOpenSession]) -> None:
     for session in sessions:
         session.close()
 
@@ -141,17 +141,17 @@ class Slot:
         rows: int,
         seconds: float = 0.0,
         error: BaseException | None = None,
-        call: Call | None = None,
+        call: AnyCall | None = None,
         begun: Begun | None = None,
         whole: bool = True,
         beside: Version | None = None,
         agreement: float | None = None,
     ) -> None:
-        """Count a batch of `rows` images that took `seconds`, or failed with `error`, and judge its version if it is on trial.
+        """Count a batch of `rows` that took `seconds`, or failed with `error`, and judge its version if it is on trial.
 
         `call`: its times are compared with the predecessor's, unless memory was too short to compute it as a `whole`. A DataError is no
         failure of the version. `begun`: the batch to end. `beside`: of a shadow, the version that answered the batch; `agreement`: the
-        share of labels on which both agree.
+        share of their answers on which both agree.
         """
         with self._locked():
             if begun is not None:

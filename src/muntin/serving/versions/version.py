@@ -11,15 +11,16 @@ its session is closed with the last lease.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from muntin.artifact import Signature
+from muntin.artifact import AnySignature, Signature, TensorSignature
 from muntin.errors import MuntinError
-from muntin.runtime.session import Session
+from muntin.serving.worker.calls import AnyCall
 from muntin.serving.worker.liveness import IN_THIS_PROCESS, Liveness, liveness_of
-from muntin.serving.worker.opening import Call, NotReadyError, Opened
+from muntin.serving.worker.opening import AnyOpenSession, NotReadyError, Opened
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
@@ -36,11 +37,27 @@ class RefusedError(MuntinError):
     """A version that works may not take over: its contract differs, or it did worse than the current version."""
 
 
-def contract_difference(new: Signature, old: Signature) -> str:
+def contract_difference(new: AnySignature, old: AnySignature) -> str:
     """Describe how `new` would mislead a client of `old`; empty where it would not.
 
-    Task, channels, type and scale must be the same, and so must the first classes. Classes may be added at the end. Sizes may be added.
+    Images: task, channels, type and scale must be the same, and so must the first classes. Classes may be added at the end. Sizes may be
+    added. Named tensors: the inputs and the first outputs must be the same. Outputs may be added at the end.
     """
+    if isinstance(new, Signature) and isinstance(old, Signature):
+        return _image_difference(new, old)
+    if isinstance(new, TensorSignature) and isinstance(old, TensorSignature):
+        return _tensor_difference(new, old)
+    return f"task {new.task} where {old.task} is served"
+
+
+def covers(other: AnySignature, signature: AnySignature) -> bool:
+    """Return whether a version of the signature `other` takes all calls of a version of `signature`, of the same model."""
+    if isinstance(other, Signature) and isinstance(signature, Signature):
+        return other.sizes.cover(signature.sizes)
+    return not contract_difference(other, signature)
+
+
+def _image_difference(new: Signature, old: Signature) -> str:
     for name in ("task", "channels", "dtype", "scale"):
         ours, theirs = getattr(new, name), getattr(old, name)
         if ours != theirs:
@@ -55,6 +72,20 @@ def contract_difference(new: Signature, old: Signature) -> str:
     return f'class {number} is {name} where "{served[number]}" is served'
 
 
+def _tensor_difference(new: TensorSignature, old: TensorSignature) -> str:
+    if len(new.inputs) != len(old.inputs):
+        return f"{len(new.inputs)} inputs where {len(old.inputs)} are served"
+    for kind, ours, theirs in (("input", new.inputs, old.inputs), ("output", new.outputs, old.outputs)):
+        for number, due in enumerate(theirs):
+            spec = ours[number] if number < len(ours) else None
+            if spec != due:
+                text = "none" if spec is None else f"{spec.name} {spec.text}"
+                return f"{kind} {number} is {text} where {due.name} {due.text} is served"
+    if new.batch != old.batch:
+        return f"rows along {new.batch or 'no dimension'} where {old.batch or 'no dimension'} is served"
+    return ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters."""
     return str(error).partition("\n")[0][:300]
@@ -64,33 +95,33 @@ class Latencies:
     """Seconds of the last `TIMES` batches of each of the last `CALLS` kinds of calls."""
 
     def __init__(self) -> None:
-        self._seconds: OrderedDict[Call, deque[float]] = OrderedDict()
+        self._seconds: OrderedDict[AnyCall, deque[float]] = OrderedDict()
 
-    def add(self, call: Call, seconds: float) -> None:
+    def add(self, call: AnyCall, seconds: float) -> None:
         self._seconds.setdefault(call, deque(maxlen=TIMES)).append(seconds)
         self._seconds.move_to_end(call)
         if len(self._seconds) > CALLS:
             self._seconds.popitem(last=False)
 
-    def forget(self, call: Call) -> None:
+    def forget(self, call: AnyCall) -> None:
         self._seconds.pop(call, None)
 
-    def of(self, call: Call) -> tuple[float, ...]:
+    def of(self, call: AnyCall) -> tuple[float, ...]:
         return tuple(self._seconds.get(call, ()))
 
-    def count(self, call: Call) -> int:
+    def count(self, call: AnyCall) -> int:
         """Number of remembered batches of a kind."""
         return len(self._seconds.get(call, ()))
 
     @property
-    def calls(self) -> tuple[Call, ...]:
+    def calls(self) -> tuple[AnyCall, ...]:
         """The remembered kinds, the most recent last."""
         return tuple(self._seconds)
 
 
 @dataclass(eq=False, slots=True)
 class Begun:
-    """A batch of `rows` images that a version computes since the time `at`. From the time `due` on it counts as failed."""
+    """A batch of `rows` that a version computes since the time `at`. From the time `due` on it counts as failed."""
 
     version: Version
     rows: int
@@ -104,7 +135,7 @@ class Version:
     """One artefact under the name of its version. Only its slot changes it, under its lock.
 
     `reason`: of its failure; while it loads, the present step. `digest` and `signature` are set once it was opened, and remain.
-    `compiled_sizes`: (height, width) of images that it is compiled for. `begun`: the batches that it computes.
+    `compiled_sizes`: those that it is compiled for (`Call.size`). `begun`: the batches that it computes.
     """
 
     name: str
@@ -113,23 +144,23 @@ class Version:
     reason: str = ""
     digest: str = ""
     leases: int = 0
-    compiled_sizes: set[tuple[int, int]] = field(default_factory=set)
+    compiled_sizes: set[Hashable] = field(default_factory=set)
     latencies: Latencies = field(default_factory=Latencies, repr=False)
     begun: set[Begun] = field(default_factory=set, repr=False)
     _deaths: int = 0
     _reported_deaths: int = 0
-    _signature: Signature | None = field(default=None, repr=False)
-    _session: Session | None = field(default=None, repr=False)
+    _signature: AnySignature | None = field(default=None, repr=False)
+    _session: AnyOpenSession | None = field(default=None, repr=False)
 
     @property
-    def session(self) -> Session:
+    def session(self) -> AnyOpenSession:
         """The open session. Raises NotReadyError if it is closed."""
         if self._session is None:
             raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
         return self._session
 
     @property
-    def signature(self) -> Signature:
+    def signature(self) -> AnySignature:
         """The signature, also after closing. Raises NotReadyError before the version is open."""
         if self._signature is None:
             raise NotReadyError(f"version {self.name} is {self.state}: its signature is known once it is open")
@@ -156,7 +187,7 @@ class Version:
     def opened(self, opened: Opened) -> None:
         self.reason = ""
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
-        self.compiled_sizes = {call.shape[1:] for call in opened.calls}
+        self.compiled_sizes = {call.size for call in opened.calls}
 
     @property
     def deaths(self) -> int:
@@ -170,7 +201,7 @@ class Version:
         self._reported_deaths = engine.deaths
         return engine.last_death
 
-    def close(self) -> Session | None:
+    def close(self) -> AnyOpenSession | None:
         """Give up the session and return it, for the caller to close."""
         self._deaths = self.deaths
         session, self._session = self._session, None

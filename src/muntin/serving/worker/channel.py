@@ -1,7 +1,7 @@
 """Messages between the server and the process of an engine (`child`), and the server's end of a channel.
 
     control   a question -> a description of the opened session, or an error; then for each channel its socket and its memory
-    channel   a call, with its images in that memory -> done, with the answer in it, or an error
+    channel   a call, with its images or named arrays in that memory -> done, with the answer in it, or an error
 
 A message is JSON, preceded by its length. A call is a few numbers and "done" is a byte, because JSON takes a tenth of a millisecond.
 The memory is a file without a name, in memory where the system has such files. It is not a file of /dev/shm, of which a container has
@@ -16,7 +16,7 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import inf
 from mmap import mmap
@@ -25,8 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.helper_process import recorded_error
-from muntin.serving.worker.opening import Call
+from muntin.runtime.tensors import Dims, Named
+from muntin.serving.worker.calls import Call
+from muntin.serving.worker.named_arrays import NamedCalls, aligned, length_of, views, write_arrays
 
 KEPT_BYTES = 64 << 20
 """Bytes of memory that a channel keeps between calls. Larger memory is freed after its call."""
@@ -35,14 +38,14 @@ MESSAGE_BYTES = 16 << 20
 CALL = struct.Struct("=Biiiiqqq")
 """Operation, B, H, W, C, bytes of the memory, offset of the answer in it, and bytes of the answer.
 
-Of `WARM_UP`: B, H, W, labels, compute, and two zeros; with B = 0 nothing is done.
+Of `WARM_UP`: B, H, W, labels, compute, and two zeros; with B = 0 nothing is done. Of `NAMED` and `WARM_UP_NAMED`: bytes of the call's
+numbers, which follow (`named_arrays`), compute, two zeros, bytes of the memory, offset of the outputs in it, and zero.
 """
-SCORES, LABELS, WARM_UP = range(3)
+SCORES, LABELS, WARM_UP, NAMED, WARM_UP_NAMED = range(5)
 """Operations."""
 DONE, FAILED = b"d", b"f"
 """First byte of an answer. After `FAILED` a message with the error follows."""
 _LENGTH = struct.Struct("=I")
-_ALIGNMENT = 64
 _LEAST_BYTES = 1 << 16
 
 
@@ -59,16 +62,17 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Receive a message and the file descriptors sent with it. None if the other end is closed."""
     try:
         head, files, _, _ = socket.recv_fds(sock, _LENGTH.size, 2)
-        head += _receive_exactly(sock, _LENGTH.size - len(head))
+        head += receive_exactly(sock, _LENGTH.size - len(head))
         (length,) = _LENGTH.unpack(head)
         if length > MESSAGE_BYTES:
             raise ValueError(f"a message of {length} bytes")
-        return json.loads(_receive_exactly(sock, length)), files
+        return json.loads(receive_exactly(sock, length)), files
     except (EOFError, ConnectionError):
         return None
 
 
-def _receive_exactly(sock: socket.socket, length: int) -> bytes:
+def receive_exactly(sock: socket.socket, length: int) -> bytes:
+    """Receive so many bytes. Raises EOFError if the other end is closed before."""
     parts = b""
     while len(parts) < length:
         part = sock.recv(length - len(parts))
@@ -92,9 +96,10 @@ def mapped(file: int, size: int) -> NDArray[np.uint8]:
     return np.frombuffer(mmap(file, size), np.uint8)
 
 
-def call_from_json(values: list[Any]) -> Call:
-    (B, H, W), labels = values
-    return Call((B, H, W), labels)
+def _copied(array: NDArray[Any], buffers: Buffers) -> NDArray[Any]:
+    copy = buffers.take(array.shape, array.dtype) if array.size else np.empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy
 
 
 class EngineChannel:
@@ -119,29 +124,56 @@ class EngineChannel:
         """
         self._ask(WARM_UP, *call.shape, call.labels, compute, 0, 0)
 
+    def warm_up_named(self, calls: NamedCalls, dims: Dims, *, compute: bool = True) -> None:
+        """Have the engine compile for sizes of free dimensions. Raises as `warm_up` does."""
+        numbers = calls.call(dims, ())
+        self._ask(WARM_UP_NAMED, len(numbers), compute, 0, 0, 0, 0, 0, more=numbers)
+
     def compute(self, operation: int, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
         """Have images computed, and copy the result into `answer`. Raises as `warm_up` does."""
-        start = -(-images_BHWC.nbytes // _ALIGNMENT) * _ALIGNMENT
+        start = aligned(images_BHWC.nbytes)
         memory = self._memory_of(start + answer.nbytes)
         memory[: images_BHWC.nbytes] = images_BHWC.reshape(-1)
         try:
             self._ask(operation, *images_BHWC.shape, memory.nbytes, start, answer.nbytes)
             answer[...] = memory[start : start + answer.nbytes].view(answer.dtype).reshape(answer.shape)
         finally:
-            if memory.nbytes > KEPT_BYTES:
-                self._memory = None
-                os.ftruncate(self._file, 0)
+            self._free(memory)
 
-    def _ask(self, operation: int, *numbers: int) -> None:
+    def compute_named(self, calls: NamedCalls, inputs: Named, dims: Dims, outputs: Sequence[str], buffers: Buffers) -> Named:
+        """Have named arrays computed. The results are copied into memory of `buffers`. Raises as `warm_up` does."""
+        numbers, specs, start = calls.call(dims, outputs), calls.specs(outputs), length_of(inputs.values())
+        memory = self._memory_of(start + calls.expected_length(dims, specs))
+        write_arrays(inputs.values(), memory)
+        try:
+            answer = self._ask(
+                NAMED, len(numbers), 0, 0, 0, memory.nbytes, start, 0, more=numbers, answer_length=calls.answer_length(specs)
+            )
+            end, shapes = calls.read_answer(answer, specs)
+            if end > memory.nbytes:  # the process has made the file longer for outputs whose size was not known
+                self._memory = memory = mapped(self._file, end)
+            return {name: _copied(array, buffers) for name, array in views(specs, shapes, memory, start)[0].items()}
+        finally:
+            self._free(memory)
+
+    def _ask(self, operation: int, *numbers: int, more: bytes = b"", answer_length: int = 0) -> bytes:
         self.asked_at = time.monotonic()
-        self._socket.sendall(CALL.pack(operation, *numbers))
+        self._socket.sendall(CALL.pack(operation, *numbers) + more)
         state = self._socket.recv(1)
         failure = receive(self._socket) if state == FAILED else None
         if state != DONE and failure is None:
             raise EOFError
+        answer = receive_exactly(self._socket, answer_length) if answer_length and failure is None else b""
         self.asked_at = inf
         if failure is not None:
             raise recorded_error(failure[0])
+        return answer
+
+    def _free(self, memory: NDArray[np.uint8]) -> None:
+        """Free memory after its call, unless it is small."""
+        if memory.nbytes > KEPT_BYTES:
+            self._memory = None
+            os.ftruncate(self._file, 0)
 
     def _memory_of(self, size: int) -> NDArray[np.uint8]:
         """Return memory of at least `size` bytes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,22 @@ from muntin.errors import MuntinError
 from muntin.runtime.host.helper_process import error_record, helper_socket
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
-from muntin.serving.worker.channel import CALL, DONE, FAILED, KEPT_BYTES, LABELS, WARM_UP, call_from_json, mapped, receive, send
+from muntin.runtime.tensors import TensorSession
+from muntin.serving.worker.calls import call_from_json
+from muntin.serving.worker.channel import (
+    CALL,
+    DONE,
+    FAILED,
+    KEPT_BYTES,
+    LABELS,
+    WARM_UP,
+    WARM_UP_NAMED,
+    mapped,
+    receive,
+    receive_exactly,
+    send,
+)  # fmt: skip
+from muntin.serving.worker.named_arrays import NamedCalls, length_of, views, write_arrays
 from muntin.serving.worker.opening import Opened, open_version
 from muntin.serving.worker.turns import end_with_parent
 
@@ -45,8 +61,10 @@ def main() -> None:
             return
         Thread(target=_compile, args=(opened.compile_rest,), daemon=True).start()
         while (received := receive(control)) is not None:
-            sock, file = received[1]
-            Thread(target=_HostChannel(opened.session, socket.socket(fileno=sock), file).serve, daemon=True).start()
+            number, file = received[1]
+            sock, session = socket.socket(fileno=number), opened.session
+            channel = _NamedChannel(session, sock, file) if isinstance(session, TensorSession) else _ImageChannel(session, sock, file)
+            Thread(target=channel.serve, daemon=True).start()
         os._exit(0)  # at once, whatever the engine does
 
 
@@ -93,11 +111,11 @@ def set_oom_score(score: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
 
 
-class _HostChannel:
+class _HostChannel(ABC):
     """This process's end of a channel. It computes one call after the other."""
 
-    def __init__(self, session: Session, sock: socket.socket, file: int) -> None:
-        self._session, self._socket, self._file = session, sock, file
+    def __init__(self, sock: socket.socket, file: int) -> None:
+        self._socket, self._file = sock, file
         self._memory: NDArray[np.uint8] | None = None
 
     def serve(self) -> None:
@@ -110,23 +128,72 @@ class _HostChannel:
 
     def _answer(self, operation: int, *call: int) -> None:
         try:
-            if operation == WARM_UP:
-                B, H, W, labels, compute, *_ = call
-                if B:
-                    self._session.warm_up([(B, H, W)], labels=bool(labels), compute=bool(compute))
-            else:
-                self._compute(self._session.infer_labels if operation == LABELS else self._session.infer, *call)
+            answer = self._call(operation, *call)
         except Exception as error:  # noqa: BLE001 - the server raises it
             self._socket.sendall(FAILED)
             send(self._socket, error_record(error))
         else:
-            self._socket.sendall(DONE)
+            self._socket.sendall(DONE + answer)
 
-    def _compute(self, compute: Compute, B: int, H: int, W: int, C: int, size: int, start: int, length: int) -> None:
+    @abstractmethod
+    def _call(self, operation: int, *call: int) -> bytes:
+        """Do what the server asks for, and return what follows `DONE`."""
+
+    def _memory_of(self, size: int) -> NDArray[np.uint8]:
+        """Return the memory of a call, which has `size` bytes. Larger memory is not kept: the server frees it."""
         memory, self._memory = self._memory, None
         if memory is None or memory.nbytes != size:
             memory = mapped(self._file, size)
         if size <= KEPT_BYTES:
             self._memory = memory
+        return memory
+
+
+class _ImageChannel(_HostChannel):
+    """The end of a session of images."""
+
+    def __init__(self, session: Session, sock: socket.socket, file: int) -> None:
+        super().__init__(sock, file)
+        self._session = session
+
+    def _call(self, operation: int, *call: int) -> bytes:
+        if operation != WARM_UP:
+            self._compute(self._session.infer_labels if operation == LABELS else self._session.infer, *call)
+            return b""
+        B, H, W, labels, compute, *_ = call
+        if B:
+            self._session.warm_up([(B, H, W)], labels=bool(labels), compute=bool(compute))
+        return b""
+
+    def _compute(self, compute: Compute, B: int, H: int, W: int, C: int, size: int, start: int, length: int) -> None:
+        memory = self._memory_of(size)
         answer = compute(memory[: B * H * W * C].reshape(B, H, W, C))
         memory[start : start + length].view(answer.dtype).reshape(answer.shape)[...] = answer
+
+
+class _NamedChannel(_HostChannel):
+    """The end of a session of named tensors."""
+
+    def __init__(self, session: TensorSession, sock: socket.socket, file: int) -> None:
+        super().__init__(sock, file)
+        self._session, self._calls = session, NamedCalls(session.signature)
+
+    def _call(self, operation: int, *call: int) -> bytes:
+        length, compute, _, _, size, start, _ = call
+        numbers = receive_exactly(self._socket, length)
+        if operation == WARM_UP:
+            return b""
+        dims, outputs = self._calls.read_call(numbers)
+        if operation == WARM_UP_NAMED:
+            self._session.warm_up([dims], compute=bool(compute))
+            return b""
+        memory, specs = self._memory_of(size), self._session.signature.inputs
+        shapes = self._session.signature.input_shapes(dict(dims))
+        inputs, _ = views(specs, (shapes[spec.name] for spec in specs), memory)
+        answer = self._session.infer(inputs, dims, [spec.name for spec in outputs])
+        end = start + length_of(answer.values())
+        if end > size:  # outputs whose size the server did not know
+            os.ftruncate(self._file, end)
+            memory = self._memory_of(end)
+        write_arrays(answer.values(), memory, start)
+        return self._calls.answer(end, answer)

@@ -20,8 +20,9 @@ from muntin.runtime.host.helper_process import recorded_error, start_socket_help
 from muntin.runtime.host.memory import kills_for_memory, resident_of
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import child
+from muntin.serving.worker.calls import AnyCall
 from muntin.serving.worker.channel import EngineChannel, receive, send
-from muntin.serving.worker.opening import Call, NotReadyError, TookTooLongError
+from muntin.serving.worker.opening import NotReadyError, TookTooLongError
 from muntin.serving.worker.turns import RUN_S, Turns, can_take_turns
 
 MEMORY_SHARE = 0.5
@@ -142,7 +143,7 @@ class RunningEngine:
 def start_engine(
     path: Path,
     options: SessionOptions,
-    calls: Iterable[Call],
+    calls: Iterable[AnyCall],
     *,
     seconds: float,
     busy: Callable[[], bool] | None = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from muntin.runtime.session import Session
+from typing import Any
+
+from muntin.runtime.session import AnySession
 
 
 class Liveness:
@@ -38,5 +40,5 @@ IN_THIS_PROCESS = Liveness()
 """The liveness of every engine that runs in this process."""
 
 
-def liveness_of(session: Session) -> Liveness:
+def liveness_of(session: AnySession[Any, Any]) -> Liveness:
     return session if isinstance(session, Liveness) else IN_THIS_PROCESS
