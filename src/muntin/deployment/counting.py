@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from muntin.compression import QuantizedConv2d, QuantizedLinear
-from muntin.graph.half import is_half
+from muntin.graph.passes.storage import is_half
 
 
 def image_macs(model: nn.Module, example: Tensor) -> int:

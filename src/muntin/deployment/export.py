@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -155,6 +155,17 @@ def export(
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Captured:
+    """A float graph and the folded model that it was made of. `trained`: grids of a model that is quantised in PyTorch."""
+
+    sizes: Sizes
+    model: nn.Module
+    proto: onnx.ModelProto
+    trained: Plan
+    changes: tuple[Change, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Draft:
     """What is exported. `model`: a copy, unchanged by attempts to export it. `opened_for`: the (B, H, W) that `load` compiles for."""
 
@@ -168,6 +179,7 @@ class _Draft:
     measured: dict[str, Any]
     opened_for: tuple[int, int, int]
     probe: Probe
+    captures: list[_Captured] = field(default_factory=list)
 
     def write_widest(self) -> Artifact:
         """Write the artefact for the widest sizes for which that succeeds. Raises the error of the last attempt."""
@@ -188,19 +200,17 @@ class _Draft:
         opened_for = (B, *sizes.at_least(*size))
         if opened_for != self.opened_for:
             notes = [*notes, f"compiled for {opened_for[1]} x {opened_for[2]}, the nearest size to {size[0]} x {size[1]} that it takes"]
-        model, changes = eager_copy(self.model), list(self.changes)
         golden_sides, other_sides = self.probe.sizes_to_compare(sizes)
         due = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
         check_independence(self.model, due)
-        changes += remove_closed_channels(model) + fold(model)
-        trained = take_plan(model)
-        proto = to_onnx(model, self.example, signature)
+        captured = self._capture(sizes, signature)
+        model, trained, changes = captured.model, captured.trained, captured.changes
         if not trained:
-            errors = errors_by_size(graph_pairs(proto, [images for images, _ in due], exact=False), due)
+            errors = errors_by_size(graph_pairs(captured.proto, [images for images, _ in due], exact=False), due)
             check_folded(model, due, errors)
             check_capture(errors)
         self.probe.forget()
-        plan = self._plan(proto, trained, changes, opened_for)
+        plan = self._plan(captured.proto, trained, changes, opened_for)
         kinds = {name: type(layer).__name__ for name, layer in model.named_modules() if not list(layer.children())}
         while True:
             result = plan.quantized()
@@ -234,6 +244,18 @@ class _Draft:
             return {}
         rounding = {f"{H}x{W}": round(error, 4) for (H, W), error in errors.items()} if self.calibration is not None else {}
         return {COVERAGE: round(result.coverage, 4), **({ROUNDING: rounding} if rounding else {})}
+
+    def _capture(self, sizes: Sizes, signature: Signature) -> _Captured:
+        """Return the graph for sizes. One of an earlier attempt serves if it holds for these, too: a capture takes most of the time."""
+        for captured in self.captures:
+            if captured.sizes.dims == sizes.dims and captured.sizes.cover(sizes):
+                return captured
+        model = eager_copy(self.model)
+        changes = (*self.changes, *remove_closed_channels(model), *fold(model))
+        trained = take_plan(model)
+        proto = to_onnx(model, self.example, signature)
+        self.captures.append(_Captured(sizes=sizes, model=model, proto=proto, trained=trained, changes=changes))
+        return self.captures[-1]
 
     def _plan(self, proto: onnx.ModelProto, trained: Plan, changes: Iterable[Change], opened_for: tuple[int, int, int]) -> QuantizationPlan:
         """Return how the products of the graph are quantised."""

@@ -14,15 +14,16 @@ import onnx.version_converter
 
 from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs, measure, observe, output_shapes
-from muntin.graph.concats import clip_before_signed_quantizers
 from muntin.graph.grids import RangeObserver
-from muntin.graph.half import round_to_half
 from muntin.graph.insertion import Plan, ProductGrids, insert
 from muntin.graph.onnx_graph import Graph
-from muntin.graph.pixel_grid import align_with_pixels
+from muntin.graph.passes.concats import clip_before_signed_quantizers
+from muntin.graph.passes.pixel_grid import align_with_pixels
+from muntin.graph.passes.simplify import simplify
+from muntin.graph.passes.smoothing import smooth
+from muntin.graph.passes.storage import quantize_tables, round_to_half
 from muntin.graph.products import OPAQUE, GraphProduct, find_products, no_integer_form
 from muntin.graph.records import QuantizedOnnx, product_records
-from muntin.graph.simplify import simplify
 
 OPSET = 20
 """Opset of the written graph; an older model is converted."""
@@ -57,6 +58,7 @@ class QuantizationPlan:
         ends = [name for product in products for name in (product.node.input[0], product.node.output[0])]
         shapes = output_shapes(graph, ends, self.example)
         if self.half:
+            quantize_tables(graph)
             round_to_half(graph, spared=[product.weight for product in products if product.name in self.plan and product.weight])
         records = product_records(graph, products, self.plan, self.reasons, shapes, self.sqnr)
         insert(graph, self.plan)
@@ -81,6 +83,7 @@ def calibrate(
     batch. Raises ExportError as `quantize_onnx` does.
     """
     graph = simplified(model)
+    smooth(graph, calibration)
     products = find_products(graph)
     if not products:
         raise ExportError("the model holds no convolution and no matrix product: there is nothing to quantise")

@@ -12,9 +12,9 @@ import onnx
 from muntin.artifact.atomic_files import write_files
 from muntin.errors import ExportError
 from muntin.graph.calibration import Shapes
-from muntin.graph.half import is_half
 from muntin.graph.insertion import Plan
 from muntin.graph.onnx_graph import Graph
+from muntin.graph.passes.storage import is_half
 from muntin.graph.products import GraphProduct
 
 LOW_COVERAGE = 0.9

@@ -2,7 +2,8 @@
 
     every size -> multiples of 1, 2, 4, ... 64 from the smallest side that works -> the example's size alone
 
-A model that takes sizes may still have no graph for them. So an export that fails for a reason of sizes is tried again with fewer.
+A model that takes sizes may still have no graph for them, or an engine may fail at the smallest. So an export that fails for a reason of
+sizes is tried again with fewer: multiples from half of the example's sides, then larger multiples, then the example's size.
 
 Axes: B images, C channels, H W map.
 """
@@ -72,8 +73,12 @@ class Probe:
         return next(self._multiples(MULTIPLES), Sizes.only(*self._size)), reason
 
     def narrower(self, sizes: Sizes) -> Sizes:
-        """Return fewer sizes that the model takes, after an export that failed: the largest multiple, then the example's size alone."""
-        larger = [multiple for multiple in reversed(MULTIPLES) if multiple > max(sizes.height.multiple, sizes.width.multiple)]
+        """Return fewer sizes that the model takes, after an export that failed."""
+        multiple, half = max(sizes.height.multiple, sizes.width.multiple), min(self._size) // 2
+        from_half = Sizes.both(min=max(1, half), multiple=multiple)
+        if sizes != Sizes() and sizes.cover(from_half) and from_half != sizes and not self.refusal(from_half):
+            return from_half
+        larger = [other for other in reversed(MULTIPLES) if other > multiple]
         return next(self._multiples(larger), Sizes.only(*self._size))
 
     def refusal(self, sizes: Sizes) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import LayerRecord
 from muntin.artifact.packing import BITS, value_range
-from muntin.graph.half import is_half
+from muntin.graph.passes.storage import is_half
 from muntin.graph.records import ProductRecord
 
 
