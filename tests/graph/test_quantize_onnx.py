@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from onnx import numpy_helper
 import muntin
 from muntin.errors import ExportError
 from muntin.graph.float_run import FloatRun
-from muntin.graph.quantize import QuantizedOnnx
+from muntin.graph.quantize import QuantizedOnnx, calibrate
 from muntin.runtime.engines.onnx_nodes import compute_nodes
 from muntin.runtime.engines.openvino.compiled import executed_layers
 from muntin.runtime.host.quiet_imports import openvino
@@ -254,6 +255,55 @@ def test_file_to_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot be written"):
         result.save(tmp_path / "nowhere" / "int8.onnx")
     assert repr(result) == "<QuantizedOnnx: 3 products, 100.0% of the multiply-adds in integers>"
+
+
+def uneven(*, alone: bool) -> onnx.ModelProto:
+    """A norm with a channel that is 60 times the others, and two linears; `alone`: nothing else reads the norm."""
+    gain = np.ones(16, np.float32)
+    gain[3] = 60
+    return model(
+        f"""(float[B, 16] x) => (float[B, 12] y, float[B, 16] z) {{
+            n = LayerNormalization<axis = -1>(x, gain, shift)
+            a = MatMul(n, wa)
+            b = MatMul(n, wb)
+            y = Add(a, b)
+            z = {"Identity(x)" if alone else "Relu(n)"}
+        }}""",
+        gain=gain,
+        shift=normal(16),
+        wa=normal(16, 12, seed=1) * 0.2 / gain[:, None],
+        wb=normal(16, 12, seed=2) * 0.2 / gain[:, None],
+    )
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_uneven_channels(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto, inputs = uneven(alone=alone), {"x": normal(64, 16, seed=5)}
+    smoothed = muntin.quantize_onnx(proto, inputs["x"], min_sqnr_db=0)
+    assert Counter(node.op_type for node in smoothed.model.graph.node)["Mul"] == (not alone)
+    monkeypatch.setattr("muntin.graph.passes.smoothing.UNEVEN", float("inf"))
+    as_it_is = muntin.quantize_onnx(proto, inputs["x"], min_sqnr_db=0)
+    assert difference(proto, smoothed, inputs) > difference(proto, as_it_is, inputs) + 6
+
+
+def test_lookup_tables() -> None:
+    proto = model(
+        "(int64[B, N] ids) => (float[B, N, 8] y) { e = Gather(table, ids)  \n y = MatMul(e, w) }", table=normal(900, 80), w=normal(80, 8)
+    )
+    ids = np.random.default_rng(0).integers(0, 900, (8, 6))
+    plan = calibrate(proto, [{"ids": ids}], half=True).quantized()
+    stored = {entry.name: entry.data_type for entry in plan.model.graph.initializer}
+    assert stored["table/integers"] == onnx.TensorProto.INT8 and "table" not in stored
+    assert difference(proto, plan, {"ids": ids}) > 30
+
+
+def test_tensors_with_names_of_our_own() -> None:
+    """The shape of a tensor t, named as a rewriting might name it."""
+    proto = model("(float[B, 8] t) => (float[B, 4] y) { s = Shape(t)  \n r = Reshape(t, s)  \n y = MatMul(r, w) }", w=normal(8, 4))
+    for node in proto.graph.node:
+        for tensors in (node.input, node.output):
+            tensors[:] = ["t/shape" if name == "s" else name for name in tensors]
+    assert muntin.quantize_onnx(proto, normal(4, 8)).coverage == 1.0
 
 
 LAYERS: dict[str, Callable[[str, str, int], str]] = {

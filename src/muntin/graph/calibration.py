@@ -1,6 +1,7 @@
 """Calibration on the graph: ranges and histograms of activations, and the error of each product when it alone is quantised.
 
 The extremes and the errors are computed inside the graph, as scalars; only the histograms need whole tensors, one batch at a time.
+Tensors that this adds to a copy of the graph have a "~" in their names, so that they are none of the graph's own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def observe(graph: Graph, tensors: Iterable[str], batches: Sequence[Inputs]) -> 
     names = list(dict.fromkeys(tensors))
     observers = {name: RangeObserver() for name in names}
     reduced = Graph(graph.proto())
-    ends = {name: (f"{name}/least", f"{name}/greatest") for name in names}
+    ends = {name: (f"{name}~least", f"{name}~greatest") for name in names}
     for name, outputs in ends.items():
         for kind, output in zip(("ReduceMin", "ReduceMax"), outputs, strict=True):
             reduced.nodes.append(helper.make_node(kind, [name], [output], keepdims=0))
@@ -53,7 +54,7 @@ def observe(graph: Graph, tensors: Iterable[str], batches: Sequence[Inputs]) -> 
 def output_shapes(graph: Graph, tensors: Iterable[str], inputs: Inputs) -> Shapes:
     """Return the shapes of tensors for these inputs."""
     shaped = Graph(graph.proto())
-    names = {name: f"{name}/shape" for name in dict.fromkeys(tensors)}
+    names = {name: f"{name}~shape" for name in dict.fromkeys(tensors)}
     shaped.nodes += [helper.make_node("Shape", [name], [output]) for name, output in names.items()]
     values = FloatRun(shaped.proto(names.values()))(inputs, list(names.values()))
     return {name: tuple(int(side) for side in values[output]) for name, output in names.items()}
@@ -83,21 +84,21 @@ def measure(graph: Graph, products: Sequence[GraphProduct], plan: Plan, batch: I
     planned = [product for product in products if product.name in plan]
     for product in planned:
         node = copy.deepcopy(product.node)
-        node.output[0], node.name = f"{product.node.output[0]}/twin", f"{product.name}/twin"
+        node.output[0], node.name = f"{product.node.output[0]}~twin", f"{product.name}~twin"
         twins.nodes.append(node)
     twins.reindex()
-    renamed = {f"{name}/twin": grids for name, grids in plan.items()}
+    renamed = {f"{name}~twin": grids for name, grids in plan.items()}
     insert(twins, renamed, untouched=floats)
     for product in planned:
         output = product.node.output[0]
-        twins.nodes.append(helper.make_node("Sub", [output, f"{output}/twin"], [f"{output}/noise"]))
+        twins.nodes.append(helper.make_node("Sub", [output, f"{output}~twin"], [f"{output}~noise"]))
         twins.nodes += [
-            helper.make_node("ReduceSumSquare", [f"{output}{end}"], [f"{output}{end}/power"], keepdims=0) for end in ("", "/noise")
+            helper.make_node("ReduceSumSquare", [f"{output}{end}"], [f"{output}{end}~power"], keepdims=0) for end in ("", "~noise")
         ]
-    names = [f"{product.node.output[0]}{end}/power" for product in planned for end in ("", "/noise")]
+    names = [f"{product.node.output[0]}{end}~power" for product in planned for end in ("", "~noise")]
     values = FloatRun(twins.proto(names), exact=True)(batch, names)
     return {
-        product.name: _decibel(*(float(values[f"{product.node.output[0]}{end}/power"]) for end in ("", "/noise"))) for product in planned
+        product.name: _decibel(*(float(values[f"{product.node.output[0]}{end}~power"]) for end in ("", "~noise"))) for product in planned
     }
 
 

@@ -11,6 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from muntin.errors import ExportError
+
 Array = NDArray[Any]
 
 
@@ -101,7 +103,10 @@ def _captured(node: onnx.NodeProto) -> list[str]:
 
 
 def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """Return the nodes in an order in which each follows the makers of its inputs; otherwise the order stays."""
+    """Return the nodes in an order in which each follows the makers of its inputs; otherwise the order stays.
+
+    Raises ExportError where nodes wait for each other.
+    """
     made_by = {output: index for index, node in enumerate(nodes) for output in node.output if output}
     order: list[onnx.NodeProto] = []
     done: set[int] = set()
@@ -109,6 +114,8 @@ def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
         waiting = [start]
         while waiting:
             index = waiting[-1]
+            if len(waiting) > len(nodes) ** 2:
+                raise ExportError(f"the graph has a cycle through tensor '{nodes[index].output[0]}': check the model")
             needs = {made_by[name] for name in (*nodes[index].input, *_captured(nodes[index])) if name in made_by}
             if index in done or needs <= done:
                 waiting.pop()

@@ -47,14 +47,14 @@ def smooth(graph: Graph, batches: Sequence[Inputs]) -> None:
 def _channel_ranges(graph: Graph, tensors: list[str], batches: Sequence[Inputs]) -> dict[str, Array]:
     """Return the largest magnitude of each channel, the last axis."""
     reduced = Graph(graph.proto())
-    outputs = {name: f"{name}/channel range" for name in tensors}
+    outputs = {name: f"{name}~channel range" for name in tensors}
     for name, output in outputs.items():
         reduced.nodes += [
-            helper.make_node("Abs", [name], [f"{name}/magnitude"]),
+            helper.make_node("Abs", [name], [f"{name}~magnitude"]),
             helper.make_node(
-                "Reshape", [f"{name}/magnitude", reduced.constant("rows", np.array([-1, _channels(graph, name)]))], [f"{name}/rows"]
+                "Reshape", [f"{name}~magnitude", reduced.constant("rows", np.array([-1, _channels(graph, name)]))], [f"{name}~rows"]
             ),
-            helper.make_node("ReduceMax", [f"{name}/rows", reduced.constant("first axis", np.array([0]))], [output], keepdims=0),
+            helper.make_node("ReduceMax", [f"{name}~rows", reduced.constant("first axis", np.array([0]))], [output], keepdims=0),
         ]
     run = FloatRun(reduced.proto(outputs.values()))
     largest: dict[str, Array] = {}

@@ -15,6 +15,9 @@ RMS_SHARE = 0.25
 """Allowed root mean square error of a map, as a share of the allowed largest error. Sound artefacts reach less than a tenth of it."""
 MAP = 256
 """Values of an output from which on it is a map: where only rounding differs, few of them are near the largest error."""
+LARGE, TAIL = 4096, 0.999
+"""Values of an output from which on its largest error is that of all but the last of 1,000: where rounding decides, as at the edge of a
+letter, single values differ by all of their range. A wrong row or column is more."""
 LEAST_SPREAD = 1e-3
 """Smallest unit of errors, as a share of the largest value of an output: values that hardly differ are rounded like all others."""
 
@@ -23,9 +26,10 @@ LEAST_SPREAD = 1e-3
 class OutputResult:
     """Result of one output of one golden pair.
 
-    `max_error`, `rms_error`: largest difference of one value and root mean square, in standard deviations of the golden output (of a single
-    number: as a share of it), None for integers. `cosine`: the smallest between a row of the last axis and the golden one, of up to three
-    axes and rows of several floats only. `equal`: share of equal values, of integers only. `tolerance`: None where nothing is recorded.
+    `max_error`, `rms_error`: largest difference of one value (of many values, see `TAIL`) and root mean square, in standard deviations of
+    the golden output (of a single number: as a share of it), None for integers. `cosine`: the smallest between a row of the last axis and
+    the golden one, of up to three axes and rows of several floats only. `equal`: share of equal values, of integers only. `tolerance`: None
+    where nothing is recorded.
     """
 
     name: str
@@ -95,7 +99,8 @@ def _compared(name: str, value: NDArray[np.generic], due: NDArray[np.generic], t
             x, y = value.astype(np.float64), due.astype(np.float64)
             difference = np.abs(x - y)
             unit = max(float(y.std()), LEAST_SPREAD * float(np.abs(y).max())) if y.size > 1 else float(np.abs(y).max())
-            max_error, rms_error = float(difference.max()) / (unit or 1.0), float(np.sqrt(np.square(difference).mean())) / (unit or 1.0)
+            largest = float(np.quantile(difference, TAIL)) if difference.size >= LARGE else float(difference.max())
+            max_error, rms_error = largest / (unit or 1.0), float(np.sqrt(np.square(difference).mean())) / (unit or 1.0)
             cosine = _least_cosine(x, y) if 1 <= y.ndim <= 3 and y.shape[-1] > 1 else None
     return OutputResult(
         name=name, shape=due.shape, max_error=max_error, rms_error=rms_error, cosine=cosine, equal=equal, tolerance=tolerance
