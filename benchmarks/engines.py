@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 import muntin
 from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
-from muntin.compression import load_model
-from muntin.deployment.checkpoint_export import REVISION, export_checkpoint, integer_model
+from muntin.compression import freeze, load_model
+from muntin.deployment.checkpoint_export import REVISION, export_checkpoint
 from muntin.errors import DependencyError
 from muntin.images import IGNORED
 from muntin.models import TorchSession
@@ -63,11 +63,12 @@ def demonstration(run: Path) -> None:
 def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, Any]]:
     """Name -> checkpoint, artefact, the PyTorch model that it should agree with."""
     plain, compressed = read_checkpoint(run), read_checkpoint(run / "compressed" / "3-mixed")
-    calibration = calibration_of(plain, source_of(plain))
+    trained = load_model(compressed)
+    freeze(calibration_of(plain, source_of(plain)))(trained)
     return {
         "fp32": (plain, export_checkpoint(plain, output / "fp32", integer=False).path, load_model(plain)),
-        "int8": (plain, export_checkpoint(plain, output / "int8").path, integer_model(plain, calibration)[0]),
-        "compressed": (compressed, export_checkpoint(compressed, output / "compressed").path, integer_model(compressed, calibration)[0]),
+        "int8": (plain, export_checkpoint(plain, output / "int8").path, load_model(plain)),
+        "compressed": (compressed, export_checkpoint(compressed, output / "compressed").path, trained),
     }
 
 

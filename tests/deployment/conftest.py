@@ -141,7 +141,7 @@ def export_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
         example = make_pixels(2, 3, 64, 64) if example is None else example
         changes = quantize([example], QuantizationConfig(keep=keep, min_sqnr_db=0))(model) if quantized else []
         path = tmp_path_factory.mktemp("export") / "artifact"
-        return Exported(model, muntin.export(model, example, path, changes=changes))
+        return Exported(model, muntin.export(model, example, path, changes=changes, sizes="widest"))
 
     return run
 

@@ -207,7 +207,8 @@ class _Draft:
         model, trained, changes = captured.model, captured.trained, captured.changes
         if not trained:
             errors = errors_by_size(graph_pairs(captured.proto, [images for images, _ in due], exact=False), due)
-            check_folded(model, due, errors)
+            if len(changes) > len(self.changes):
+                check_folded(model, due, errors)
             check_capture(errors)
         self.probe.forget()
         plan = self._plan(captured.proto, trained, changes, opened_for)

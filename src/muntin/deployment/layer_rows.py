@@ -6,11 +6,11 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 from torch import Tensor, nn
 
 from muntin.artifact import Artifact
@@ -22,6 +22,7 @@ from muntin.deployment.capture.model_contract import as_bytes
 from muntin.deployment.counting import parameter_count
 from muntin.graph.deployed_inputs import quantized_inputs
 from muntin.graph.grids import ByteGrid, RangeObserver
+from muntin.graph.onnx_graph import Graph
 from muntin.runtime import Session
 
 WORST = 6
@@ -53,10 +54,13 @@ def layer_rows(artifact: Artifact, session: Session, batches: Sequence[Tensor]) 
 
 def deployed_sizes(artifact: Artifact) -> dict[str, Any]:
     """Return parameters, bytes of the weights and in all, and multiply-adds of an image of the artefact's size in 10^9."""
-    layers, tensors = artifact.manifest.layers, artifact.manifest.tensors.values()
+    layers, packed = artifact.manifest.layers, artifact.manifest.tensors
+    constants = Graph(onnx.load_model_from_string(artifact.model_bytes())).constants
+    numbers = {name: value for name, value in constants.items() if value.dtype.kind == "f" or value.itemsize == 1}  # others are shapes
+    bits = {name: packed[name].bits if name in packed else 8 * value.itemsize for name, value in numbers.items()}
     return {
         "params": sum(layer.parameters for layer in layers),
-        "weights": sum((math.prod(tensor.shape) * tensor.bits + 7) // 8 for tensor in tensors),
+        "weights": sum((value.size * bits[name] + 7) // 8 for name, value in numbers.items()),
         "bytes": artifact.bytes,
         "gmacs": sum(layer.macs or 0 for layer in layers) / 1e9,
     }

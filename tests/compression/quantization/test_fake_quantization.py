@@ -59,13 +59,6 @@ def test_dtype_and_input_unchanged(dtype: torch.dtype) -> None:
     assert result.dtype == dtype and result.shape == x.shape and torch.equal(x, before)
 
 
-def test_operator_checks() -> None:
-    x, q = torch.randn(4, 6), torch.randint(-127, 128, (4, 6), dtype=torch.int8)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(quantize_dequantize, (x, torch.tensor(0.1), torch.tensor(0, dtype=torch.uint8)), test_utils=checks)
-    torch.library.opcheck(dequantize_weight, (q, torch.rand(6), 1), test_utils=checks)
-
-
 @given(WEIGHTS, st.integers(2, 8), st.data())
 def test_weight_round_trip(weight: Tensor, bits: int, data: st.DataObject) -> None:
     axis = data.draw(st.integers(0, weight.ndim - 1))
