@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 import muntin
 from muntin.errors import ExportError
+from muntin.graph.artifacts.compile_errors import products_in_message
 from muntin.graph.float_run import FloatRun
 from muntin.graph.quantize import QuantizedOnnx, calibrate
 from muntin.runtime.engines.onnx_nodes import compute_nodes
@@ -295,6 +296,27 @@ def test_lookup_tables() -> None:
     stored = {entry.name: entry.data_type for entry in plan.model.graph.initializer}
     assert stored["table/integers"] == onnx.TensorProto.INT8 and "table" not in stored
     assert difference(proto, plan, {"ids": ids}) > 30
+
+
+def test_products_that_an_engine_cannot_compile() -> None:
+    proto = model(
+        """(float[B, 8] x) => (float[B, 2, 2] y) {
+            a = MatMul(x, w)
+            b = Relu(a)
+            c = Gather<axis = 1>(b, places)
+            d = MatMul(x, w)
+            e = Add(c, c)
+            y = Identity(e)
+        }""",
+        w=normal(8, 4),
+        places=np.array([[0, 1], [2, 3]]),
+    )
+    for node, name in zip(proto.graph.node, ("first", "relu", "gather 1", "second", "add", "end"), strict=True):
+        node.name = name.replace(" ", "_")
+    message = "[GatherTransformation] END: node: opset8::Gather gather_1 (opset1::Multiply Multiply_17[0]:f32[1,4]) CALLBACK HAS THROWN"
+    assert products_in_message(proto, message) == ["first"]
+    assert products_in_message(proto, "opset1::Reshape Reshape_3 (opset1::Multiply second/DequantizationMultiply[0]:f32[1])") == ["second"]
+    assert products_in_message(proto, "no memory") == []
 
 
 def test_tensors_with_names_of_our_own() -> None:

@@ -12,6 +12,7 @@ from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.deployment.capture.graph_check import sensitivity
 from muntin.deployment.capture.model_contract import FAR_OFF, Pairs, SizeError
 from muntin.errors import ArtifactError
+from muntin.graph.artifacts.compile_errors import products_in_message
 from muntin.graph.artifacts.engine_check import FLOAT_LIMITS, FallbackError
 from muntin.graph.artifacts.engine_check import INTEGER_LIMITS as LIMITS
 from muntin.runtime import Session, load
@@ -37,6 +38,8 @@ def write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: lis
         try:
             precision, tolerances, engine_notes = _compare_engines(draft, content, limits, others)
         except ArtifactError as error:  # its message begins with the draft's path, which says nothing to a user
+            if integers and (names := products_in_message(content["model"], str(error))):
+                raise FallbackError(dict.fromkeys(names, "OpenVINO cannot compile it in integers here")) from error
             wraps = "padding that wraps around ('circular') has no form in engines: join rows and columns by torch.cat instead; "
             advice = wraps if "[wrap]" in str(error) else ""
             raise SizeError(f"{advice}an engine cannot run what was made of the model: {str(error).partition(': ')[2] or error}") from error

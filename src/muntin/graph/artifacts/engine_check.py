@@ -14,6 +14,7 @@ from muntin.artifact import GoldenTolerance, TensorArtifact, open_any_artifact, 
 from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.errors import ArtifactError, ExportError
+from muntin.graph.artifacts.compile_errors import products_in_message
 from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.tensors import TensorSession
@@ -60,6 +61,8 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
             precision, engine_notes = _check_openvino(artifact, limits)
             tolerances["openvino"] = limits
         except ArtifactError as error:
+            if limits is INTEGER_LIMITS and (named := products_in_message(content["model"], str(error))):
+                raise FallbackError(dict.fromkeys(named, "OpenVINO cannot compile it in integers here")) from error
             refusal = str(error).removeprefix(f"{draft}: ")
             engine_notes.append(f'to be opened with engine="onnxruntime": {refusal}')
         try:
