@@ -701,3 +701,44 @@ def test_size_cost_of_integers() -> None:
     }  # fmt: skip
     for word, rows in told.items():
         assert areas.goals(rows) == dict.fromkeys(areas.FORMS[1:], word)
+
+
+def test_list_of_architectures(tmp_path: Path) -> None:
+    entries = importlib.import_module("architecture_sweep.entries")
+    listed = entries.read_list()
+    assert len({entry.source for entry in listed}) == len(listed) >= 80
+    assert {entry.kind for entry in listed} == {"timm", "torchvision", "smp", "hf", "onnx"}
+    assert [entry.size for entry in entries.select(listed, ["torchvision:lraspp"])] == [256]
+    with pytest.raises(SystemExit, match="no model of the list"):
+        entries.select(listed, ["resnet-18"])
+    for line, reason in {"timm:resnet18 64 64": "is no model", "timm:lcnet_050\ntimm:lcnet_050 64": "is there twice"}.items():
+        (tmp_path / "list.txt").write_text(line)
+        with pytest.raises(SystemExit, match=reason):
+            entries.read_list(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "crashed", "SIGSEGV: it printed nothing"),
+        ("raise ValueError('five')", "crashed", "exit status 1: ValueError: five"),
+        ("import time; time.sleep(60)", "too long", "not done after 1 s"),
+        ("print('{}')", "crashed", "exit status 0: {}"),
+        ("WRITE({'outcome': 'refused', 'reason': 'no'})", "refused", "no"),
+        ("WRITE({'outcome': 'exported', 'verified': False, 'db': 30.0})", "unverified", None),
+        ("WRITE({'outcome': 'exported', 'verified': True, 'db': 10.0})", "agrees", None),
+        ("WRITE({'outcome': 'exported', 'verified': True, 'db': 9.9, 'noise_db': 12.0})", "noisy", None),
+        ("WRITE({'outcome': 'exported', 'verified': True, 'db': 9.9, 'noise_db': 40.0})", "differs", None),
+        ("WRITE({'outcome': 'exported', 'verified': True, 'db': 9.9})", "differs", None),
+    ],
+)
+def test_outcome_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, outcome: str, reason: str | None) -> None:
+    architectures = importlib.import_module("architectures")
+    entry = importlib.import_module("architecture_sweep.entries").Entry(source="timm:resnet18")
+    script = tmp_path / "script.py"
+    head = "import json, sys, pathlib\nWRITE = lambda row: pathlib.Path(sys.argv[-1]).write_text(json.dumps(row))\n"
+    script.write_text(head + program)
+    monkeypatch.setattr(architectures, "__file__", str(script))
+    row = architectures.measure_apart(entry, 1 if outcome == "too long" else 60)
+    assert (row["outcome"], row.get("reason"), row.get("cannot")) == (outcome, reason, reason)
+    assert entry.source in architectures.line_of(entry.source, {"reason": "", **row})

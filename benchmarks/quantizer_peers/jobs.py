@@ -1,0 +1,88 @@
+"""Work of child processes of muntin's interpreter: each begins without anything compiled or captured, as a command does.
+
+Imports are not counted in the seconds. Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import muntin
+from muntin.errors import MuntinError
+from muntin.runtime.host.quiet_imports import openvino
+from quantizer_peers.networks import NETWORKS, Network
+
+JOBS = ("int8", "float", "convert")
+"""int8 and float: muntin's artefacts. convert: OpenVINO's model of the same start, which NNCF reads."""
+CALIBRATION, HELD_OUT = "calibration.npz", "held-out.npz"
+BATCH = 8
+
+
+def network_of(name: str) -> Network:
+    return next(network for network in NETWORKS if network.name == name)
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Do one of `JOBS` for a network, and return its seconds and, of an artefact, what it says of itself.
+
+    `job`: kind, network, packages, folder.
+    """
+    network, packages, folder = network_of(job["network"]), Path(job["packages"]), Path(job["folder"])
+    inputs = dict(np.load(folder / CALIBRATION))
+    model = network.module(packages, folder) if network.module is not None else None
+    if job["kind"] == "convert":
+        return _convert(model, inputs, folder)
+    started = time.perf_counter()
+    if model is not None:
+        batches = list(torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
+        calibration = batches if job["kind"] == "int8" else None
+        artifact: Any = muntin.export(model, batches[0], folder / job["kind"], calibration=calibration)
+    else:
+        rows = _in_batches(inputs)
+        given: dict[str, Any] = {"calibration": rows} if job["kind"] == "int8" else {"example": rows[0]}
+        artifact = muntin.export_onnx(folder / "model.onnx", folder / job["kind"], **given)
+    seconds = time.perf_counter() - started
+    measured = artifact.manifest.measured
+    return {"seconds": seconds, "coverage": measured.get("integer_coverage", 0.0), "precision": artifact.manifest.precision,
+            "notes": list(measured.get("notes", ()))}  # fmt: skip
+
+
+def _in_batches(inputs: dict[str, NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
+    count = len(next(iter(inputs.values())))
+    return [{name: value[start : start + BATCH] for name, value in inputs.items()} for start in range(0, count, BATCH)]
+
+
+def _convert(model: Any, inputs: dict[str, NDArray[Any]], folder: Path) -> dict[str, Any]:
+    """Write OpenVINO's model of the ONNX file, or of the module, for uint8 pixels (B, H, W, C) of any number of images."""
+    started = time.perf_counter()
+    if model is None:
+        converted = openvino.Core().read_model(folder / "model.onnx")
+    else:
+        example = torch.from_numpy(inputs["images"][:1]).permute(0, 3, 1, 2).float()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what tracing makes constant
+            converted = openvino.convert_model(model, example_input=example, input=[openvino.PartialShape([-1, *example.shape[1:]])])
+        pixels = openvino.preprocess.PrePostProcessor(converted)
+        pixels.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+        pixels.input().model().set_layout(openvino.Layout("NCHW"))
+        converted = pixels.build()
+    (folder / "converted").mkdir(exist_ok=True)
+    openvino.save_model(converted, folder / "converted" / "model.xml", compress_to_fp16=False)
+    return {"seconds": time.perf_counter() - started}
+
+
+def main(text: str, into: Path) -> None:
+    """Do the job that is given as JSON, and write the answer; `refused` is muntin's message."""
+    try:
+        answer = run(json.loads(text))
+    except MuntinError as error:
+        answer = {"refused": str(error)}
+    into.write_text(json.dumps(answer), encoding="utf-8")
