@@ -63,15 +63,12 @@ class RangeObserver:
         counts = np.bincount(bins, minlength=BINS).astype(np.float64)
         self.histogram = counts if self.histogram is None else self.histogram + counts
 
-    def grid(self, *, clipped: bool = True) -> ByteGrid:
-        """Return the grid with the least mean squared error; unsigned from 0 for a tensor that is never negative, so zeros are exact.
-
-        Without `clipped`, the grid reaches the extremes: a few large values may carry the result of a product.
-        """
+    def grid(self) -> ByteGrid:
+        """Return the grid with the least mean squared error; unsigned from 0 for a tensor that is never negative, so zeros are exact."""
         unsigned = self.low >= 0
         levels, lowest = (255, 0) if unsigned else (127, -127)
         peak = max(abs(self.low), abs(self.high))
-        if not clipped or self.histogram is None or self.high <= self.low or peak == 0:
+        if self.histogram is None or self.high <= self.low or peak == 0:
             return ByteGrid(scale=usable(peak / levels if peak > 0 else 1.0), unsigned=unsigned)
         centres = self.low + (np.arange(BINS) + 0.5) * ((self.high - self.low) / BINS)
         scales = peak * (1 - 0.8 * np.arange(SHRINKS) / SHRINKS) / levels

@@ -27,8 +27,6 @@ from muntin.graph.records import QuantizedOnnx, product_records
 
 OPSET = 20
 """Opset of the written graph; an older model is converted."""
-WEAK_DB = 25.0
-"""Signal over noise below which a product's inputs are tried without clipping, too."""
 MIN_SQNR_DB = 15.0
 """Signal over noise that a product's own rounding has to leave."""
 
@@ -96,10 +94,6 @@ def calibrate(
     observers = observe(graph, [name for product in free for name in product.activations.values()], calibration)
     plan = align_with_pixels(graph, _calibrated(free, observers), free, first_row(calibration[0]))
     sqnr = measure(graph, free, plan, calibration[0])
-    weak = [product for product in free if sqnr[product.name] < WEAK_DB]
-    unclipped = _calibrated(weak, observers, clipped=False)
-    better = {name: value for name, value in measure(graph, weak, unclipped, calibration[0]).items() if value > sqnr[name]} if weak else {}
-    plan, sqnr = {**plan, **{name: unclipped[name] for name in better}}, {**sqnr, **better}
     noisy = {
         name: f"integers leave {value:.1f} dB of signal over noise in its output, less than {min_sqnr_db:g}"
         for name, value in sqnr.items()
@@ -160,10 +154,10 @@ def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(f"the model is of opset {opset}, and onnx cannot convert it to {OPSET}: {cause}: export it anew") from error
 
 
-def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver], *, clipped: bool = True) -> Plan:
+def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> Plan:
     return {
         product.name: ProductGrids(
-            activations={index: observers[name].grid(clipped=clipped) for index, name in product.activations.items()},
+            activations={index: observers[name].grid() for index, name in product.activations.items()},
             spread_softmax=product.softmax is not None,
         )
         for product in products
