@@ -12,7 +12,8 @@ through a file of torch.onnx.export and `muntin.export_onnx`. Each model runs in
                refused: with muntin's message; failed: another exception; crashed: the process died; too long: more than --limit seconds;
                missing: a package is not installed
     export     seconds of the whole export, and of its capture by PyTorch, quantisation, and comparison with the engines
-    INT8       share of the multiply-adds that OpenVINO computes on integer kernels
+    INT8       share of the multiply-adds that OpenVINO computes on integer kernels; *: without those of Einsum, LSTM and the like, which
+               muntin does not count
     dB         signal over noise of the scores for 32 other pictures, artefact in its recorded precision beside PyTorch in FP32; without
                their mean over the pictures, as random weights say much the same of each. f32: the same with float layers in f32; noise:
                what one grey level of noise leaves in PyTorch
@@ -112,15 +113,16 @@ def line_of(name: str, row: Row) -> str:
     parts = "/".join(f"{seconds.get(phase, 0):.0f}" for phase in ("capture", "quantise", "check"))
     agreement = f"cos {row['cosine']:.4f}" if "cosine" in row else f"{row['labels']:.0%} ({row['labels_centred']:.0%})"
     exact, noise = (f"{row[key]:.0f}" if key in row else "–" for key in ("db_f32", "noise_db"))
+    uncounted = "*" if any("is not counted" in note for note in row["notes"]) else " "
     share, sizes = row["bytes"] / row["bytes_fp32"], "named tensors" if row["task"] == "tensors" else row["sizes"]
     return (
-        f"{name:<46}{row['outcome']:<11}{seconds['export']:>5.0f}{parts:>10}{row['coverage']:>7.1%}{row['db']:>6.1f}{exact:>5}{noise:>6}"
+        f"{name:<46}{row['outcome']:<11}{seconds['export']:>5.0f}{parts:>10}{row['coverage']:>7.1%}{uncounted}{row['db']:>6.1f}{exact:>5}{noise:>6}"
         f"{agreement:>14}{share:>7.0%}  {sizes}, {row['precision']}"
     )
 
 
 def print_table(rows: dict[str, Row], hardware: dict[str, Any]) -> None:
-    titles = f"{'export':>5}{'c/q/c':>9}{'INT8':>7}{'dB':>6}{'f32':>5}{'noise':>6}{'labels':>14}{'bytes':>7}  sizes, precision"
+    titles = f"{'export':>5}{'c/q/c':>9}{'INT8':>7} {'dB':>6}{'f32':>5}{'noise':>6}{'labels':>14}{'bytes':>7}  sizes, precision"
     print(f"{'model':<46}{'outcome':<10}{titles}")
     for name, row in rows.items():
         print(line_of(name, row))

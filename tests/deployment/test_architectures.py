@@ -21,16 +21,17 @@ COVERED = 0.95
 """Share of the multiply-adds in integers."""
 SIZES = {
     "timm:test_resnet": 64,
-    "timm:test_efficientnet": 64,
+    "timm:test_byobnet": 64,
     "timm:test_nfnet": 64,
     "timm:test_convnext": 64,
+    "timm:test_mambaout": 64,
     "timm:test_vit": 96,
-    "timm:mixer_s32_224": 224,
+    "timm:edgenext_xx_small": 64,
     "timm:pvt_v2_b0": 64,
-    "timm:xcit_nano_12_p16_224": 64,
-    "torchvision:shufflenet_v2_x0_5": 64,
-    "smp:FPN:tu-lcnet_035": 64,
+    "torchvision:squeezenet1_1": 64,
+    "smp:FPN:tu-test_convnext": 64,
 }
+"""Sources and sides. Networks that answer one grey level of noise with noise, as many do without training, have no place here."""
 
 
 def as_trained(model: nn.Module, pictures: Tensor) -> nn.Module:
@@ -69,7 +70,7 @@ def test_architecture(source: str, tmp_path: Path) -> None:
         pytest.importorskip("segmentation_models_pytorch")
     side = SIZES[source]
     opened = muntin.open_model(source, size=side, classes=12)
-    calibration = [torch.from_numpy(pictures_of(8, side, seed)).permute(0, 3, 1, 2).float() for seed in range(2)]
+    calibration = [torch.from_numpy(pictures_of(16, side, seed)).permute(0, 3, 1, 2).float() for seed in range(2)]
     model = as_trained(opened.model.eval(), torch.cat(calibration))
     artifact = muntin.export(model, calibration[0], tmp_path / "artifact", calibration=calibration, signature=opened.signature)
     result = muntin.verify(artifact.path)
