@@ -64,7 +64,6 @@ def test_pictures_to_a_verified_artefact(tmp_path: Path) -> None:
     directory, artifact = tmp_path / "run", tmp_path / "run" / "artifact"
 
     fitted = run("fit", tmp_path / "recipe.yaml", "-o", directory)
-    # After 60 steps so many pixels are near a tie that deployed and simulated agree on .965.
     assert (fitted["step"], fitted["interrupted"]) == (100, False)
     assert fitted["validation"][-1]["score"] > 0.25  # of six classes: a sixth is what one colour everywhere reaches at best
 
@@ -93,7 +92,7 @@ def check_report(directory: Path, report: dict[str, Any], live: dict[str, Any], 
     assert (directory / "report.html").stat().st_size > 10_000
     written = json.loads((directory / "report.json").read_text())
     assert written.items() <= report.items()
-    first, simulated, last = steps = written["steps"]
+    first, last = steps = written["steps"]
     for step in steps:
         assert {"name", "miou", "iou", "params", "bytes", "gmacs", "latency_ms", "engine"} <= step.keys()
     assert (first["name"], last["name"]) == ("fp32", "deployed")
@@ -102,7 +101,7 @@ def check_report(directory: Path, report: dict[str, Any], live: dict[str, Any], 
     # The figures of a report are those that the commands give.
     assert first["miou"] == pytest.approx(live["score"], abs=1e-6)
     assert last["miou"] == pytest.approx(deployed["score"], abs=1e-6)
-    assert abs(last["miou"] - simulated["miou"]) < 0.05
+    assert abs(last["miou"] - first["miou"]) < 0.05
     assert abs(last["miou"] - first["miou"]) < 0.1
     assert written["agreement"] >= 0.97
     assert last["bytes"] < first["bytes"] / 2.5  # of so small a model the graph and the golden pairs are a quarter
