@@ -46,7 +46,7 @@ from kept import Row, kept_row, now
 from muntin.runtime import describe_hardware
 from options import at_least
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the rows."""
 AGREES_DB, NOISY_DB = 10.0, 20.0
 """Signal over noise: of an artefact that agrees; of a network's own answers to noise, below which it counts as noisy."""

@@ -140,9 +140,11 @@ def _measure_images(entry: Entry, folder: Path, seconds: dict[str, float]) -> Ro
     artifact = muntin.export(model, calibration[0], folder / "artifact", calibration=calibration, signature=opened.signature)
     seconds["export"] = time.perf_counter() - started
     held_out = real_pictures(HELD_OUT, H, W, SEED + 1)
-    with torch.inference_mode():
-        exact_BK = np.concatenate([model(batch).numpy() for batch in _batches(held_out)])
+    exact_BK = _answers(model, held_out)
+    noise = np.random.default_rng(SEED).integers(-1, 2, held_out.shape, np.int16)
+    noisy_BK = _answers(model, (held_out + noise).clip(0, 255).astype(np.uint8))
     row = {
+        "noise_db": compare_scores(exact_BK, noisy_BK)["db"],
         "size": [H, W],
         "task": opened.signature.task,
         "sizes": artifact.manifest.signature.sizes.text,
