@@ -102,7 +102,6 @@ def check_report(directory: Path, report: dict[str, Any], live: dict[str, Any], 
     assert first["miou"] == pytest.approx(live["score"], abs=1e-6)
     assert last["miou"] == pytest.approx(deployed["score"], abs=1e-6)
     assert abs(last["miou"] - first["miou"]) < 0.05
-    assert abs(last["miou"] - first["miou"]) < 0.1
     assert written["agreement"] >= 0.97
     assert last["bytes"] < first["bytes"] / 2.5  # of so small a model the graph and the golden pairs are a quarter
     assert (directory / "artifact" / "weights.safetensors").stat().st_size < first["bytes"] / 3.5

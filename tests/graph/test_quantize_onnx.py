@@ -350,4 +350,5 @@ def test_random_networks(names: list[str], seed: int) -> None:
     proto = model(text, last=normal(4, 4, 1, 1, seed=seed), **read)
     result = muntin.quantize_onnx(proto, normal(2, 4, 33, 47, seed=seed + 1), min_sqnr_db=0)
     assert result.coverage == 1.0
+    assert min(record.sqnr_db or 0 for record in result.products) > 25  # each alone; a chain of them on a small map may lose more
     assert difference(proto, result, {"t0": normal(1, 4, 33, 47, seed=seed + 2)}) > 8

@@ -167,7 +167,7 @@ class _Captured:
 
 @dataclass(frozen=True, kw_only=True)
 class _Draft:
-    """What is exported. `model`: a copy, unchanged by attempts to export it. `opened_for`: the (B, H, W) that `load` compiles for."""
+    """Inputs of an export, and its attempts. `model`: a copy, which no attempt changes. `opened_for`: the (B, H, W) `load` compiles for."""
 
     model: nn.Module
     example: Tensor

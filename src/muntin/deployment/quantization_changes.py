@@ -1,4 +1,4 @@
-"""What quantisation did with each layer, as changes: of the graph by calibration, and why training left layers in floats."""
+"""Manifest entries of what quantisation did with each product, and the reasons why training left layers in floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source is asked for, and what it returns."""
+"""Request to a source of models, and the model that it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_SIZE = (224, 224)
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user gave. None: the package's own values.
+    """Values that the user gave. None: the package's own.
 
     `classes`: number of outputs. `weights`: file of weights, which `open_model` loads.
     """

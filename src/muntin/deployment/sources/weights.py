@@ -17,7 +17,7 @@ from muntin.training.weights import SUFFIX, load_weights, not_finite, shared_ten
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 """Entries of a training program's checkpoint that may hold the weights, in the order in which they are tried."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-"""What DistributedDataParallel, torch.compile, and Lightning or muntin add to names."""
+"""Prefixes that DistributedDataParallel, torch.compile, and Lightning or muntin add to names."""
 
 
 def load_file(model: nn.Module, path: Path, *, unused: tuple[str, ...] = ()) -> LoadedWeights:

@@ -30,7 +30,7 @@ INTEGER_LIMITS: PrecisionLimits = {
 """Allowed difference of an engine from the graph itself, by the precision of its float layers, for a graph with quantised products: a
 value between two levels is rounded either way."""
 FLOAT_LIMITS: PrecisionLimits = {**INTEGER_LIMITS, "f32": GoldenTolerance(max_error=0.01, label_agreement=0.99)}
-"""PrecisionLimits for a graph without quantised products: in f32 only the order of sums differs."""
+"""Limits for a graph without quantised products: in f32 only the order of sums differs."""
 
 
 class FallbackError(ExportError):

@@ -179,7 +179,7 @@ class _Comparable(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What they compute, in words."""
+        """Task, channels and classes in words."""
 
     @property
     def differs_in(self) -> str:

@@ -85,7 +85,7 @@ class ImageGroup(NamedTuple):
         return predict(session, image_1HWC[0], tile=tile, output="labels" if self.labels else "scores")[None]
 
     def agreement(self, answer: NDArray[Any], shadow: NDArray[Any]) -> float | None:
-        """How far two answers agree, from 0 to 1; None: it cannot be said."""
+        """Return the agreement of two answers, from 0 to 1; None where it cannot be said."""
         signature = self.version.signature
         assert isinstance(signature, Signature)
         return label_agreement(answer, shadow, signature, labels=self.labels)
@@ -160,7 +160,7 @@ class TensorGroup(NamedTuple):
 
 Group = ImageGroup | TensorGroup
 WorkInputs = NDArray[Any] | Named
-"""What a group computes: images, or named arrays in the model's order, contiguous and checked."""
+"""Inputs of a group: images, or named arrays in the model's order, contiguous and checked."""
 WorkAnswer = NDArray[Any] | Named
 
 

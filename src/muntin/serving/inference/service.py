@@ -159,7 +159,7 @@ class Service:
         return answered
 
     def _requests(self, signature: AnySignature) -> Any:
-        """What reads the requests to a model of this signature."""
+        """Return the reader of requests to a model of this signature."""
         return self._tensors if signature.task == "tensors" else self._images  # isinstance of a pydantic model takes a microsecond
 
     def _read(self, request: InferRequest, lease: Lease) -> tuple[Any, Group, Wanted, int]:

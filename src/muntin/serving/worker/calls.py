@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     @property
     def advice(self) -> tuple[str, str]:
-        """What is called, in words, and the option of `muntin serve` that has it compiled."""
+        """Describe the call, and the option of `muntin serve` that has it compiled."""
         name = f"{self.shape[1]}x{self.shape[2]}"
         return f"images of {name} pixels", f"--sizes {name}"
 

@@ -93,7 +93,7 @@ class CompiledForms(ABC, Generic[Form]):
 
     @abstractmethod
     def _words(self, form: Form) -> str:
-        """What a form is compiled for, in words."""
+        """Describe what a form is compiled for."""
 
     @abstractmethod
     def _is_free(self, form: Form) -> bool:
