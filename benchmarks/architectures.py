@@ -1,7 +1,7 @@
 """Export models of timm, torchvision, segmentation_models_pytorch and transformers, and compare each artefact with PyTorch.
 
     python benchmarks/architectures.py [--only mobilenet vit ...] [--list FILE] [--limit 600] [--output runs/benchmark-architectures]
-                                       [--json] [--names]
+                                       [--nncf-python PATH] [--json] [--names]
 
 The list is architectures.txt, one model a line. Weights are random, as nothing is downloaded, but not as packages leave them: batch norms
 have the statistics of real pictures, and scales of zero, which switch residual branches off, have others. Each model is quantised with 24
@@ -16,7 +16,8 @@ through a file of torch.onnx.export and `muntin.export_onnx`. Each model runs in
                muntin does not count
     dB         signal over noise of the scores for 32 other pictures, artefact in its recorded precision beside PyTorch in FP32; without
                their mean over the pictures, as random weights say much the same of each. f32: the same with float layers in f32; noise:
-               what one grey level of noise leaves in PyTorch
+               what one grey level of noise leaves in PyTorch; nncf: NNCF's artefact by its defaults, if --nncf-python names an
+               interpreter that has it, of the models that do not agree
     labels     equal labels (of pictures, or pixels), and in brackets those of the scores without that mean; cos: the smallest cosine of a
                row, where the outputs are named tensors
     bytes      the whole artefact's, as a share of the weights' in FP32
@@ -49,17 +50,17 @@ from options import at_least
 PROTOCOL = 2
 """Version of the rows."""
 AGREES_DB, NOISY_DB = 10.0, 20.0
-"""Signal over noise: of an artefact that agrees; of a network's own answers to noise, below which it counts as noisy."""
+"""Signal over noise: of an artefact that agrees (as in measure.py); of a network's own answers to noise, below which it counts as noisy."""
 OUTCOMES = ("agrees", "noisy", "differs", "unverified", "refused", "failed", "crashed", "too long", "missing")
 WAITING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 """How PyTorch's threads wait, as in muntin's commands."""
 
 
-def measure_apart(entry: Entry, limit: int) -> Row:
+def measure_apart(entry: Entry, limit: int, nncf_python: str | None) -> Row:
     """Measure a model in a process of its own. A row without an artefact has `cannot`, so that it is tried again the next time."""
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "row.json", Path(folder) / "log"
-        command = [sys.executable, __file__, "--measure", json.dumps([entry.source, entry.size]), "--into", str(file)]
+        command = [sys.executable, __file__, "--measure", json.dumps([entry.source, entry.size, nncf_python]), "--into", str(file)]
         with log.open("wb") as stream:
             process = subprocess.Popen(  # noqa: S603 - our own command
                 command, stdout=stream, stderr=stream, start_new_session=True, env=os.environ | WAITING
@@ -100,9 +101,9 @@ def measure_here(text: str, into: Path) -> None:
     """Measure one model in this process, and write its row."""
     from architecture_sweep.measure import measure  # heavy, and only the processes of the models need it
 
-    source, size = json.loads(text)
+    source, size, nncf_python = json.loads(text)
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(Entry(source=source, size=size), Path(folder))
+        row = measure(Entry(source=source, size=size), Path(folder), nncf_python)
     into.write_text(json.dumps(row), encoding="utf-8")
 
 
@@ -113,16 +114,17 @@ def line_of(name: str, row: Row) -> str:
     parts = "/".join(f"{seconds.get(phase, 0):.0f}" for phase in ("capture", "quantise", "check"))
     agreement = f"cos {row['cosine']:.4f}" if "cosine" in row else f"{row['labels']:.0%} ({row['labels_centred']:.0%})"
     exact, noise = (f"{row[key]:.0f}" if key in row else "–" for key in ("db_f32", "noise_db"))
+    nncf = f"{row['nncf']['db']:.1f}" if "db" in row.get("nncf", {}) else "–"
     uncounted = "*" if any("is not counted" in note for note in row["notes"]) else " "
     share, sizes = row["bytes"] / row["bytes_fp32"], "named tensors" if row["task"] == "tensors" else row["sizes"]
     return (
-        f"{name:<46}{row['outcome']:<11}{seconds['export']:>5.0f}{parts:>10}{row['coverage']:>7.1%}{uncounted}{row['db']:>6.1f}{exact:>5}{noise:>6}"
+        f"{name:<46}{row['outcome']:<11}{seconds['export']:>5.0f}{parts:>10}{row['coverage']:>7.1%}{uncounted}{row['db']:>6.1f}{exact:>5}{noise:>6}{nncf:>6}"
         f"{agreement:>14}{share:>7.0%}  {sizes}, {row['precision']}"
     )
 
 
 def print_table(rows: dict[str, Row], hardware: dict[str, Any]) -> None:
-    titles = f"{'export':>5}{'c/q/c':>9}{'INT8':>7} {'dB':>6}{'f32':>5}{'noise':>6}{'labels':>14}{'bytes':>7}  sizes, precision"
+    titles = f"{'export':>5}{'c/q/c':>9}{'INT8':>7} {'dB':>6}{'f32':>5}{'noise':>6}{'nncf':>6}{'labels':>14}{'bytes':>7}  sizes, precision"
     print(f"{'model':<46}{'outcome':<10}{titles}")
     for name, row in rows.items():
         print(line_of(name, row))
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="models of the list whose name contains one of these texts")
     parser.add_argument("--list", type=Path, default=LIST, help="another list of models")
     parser.add_argument("--limit", type=at_least(10), default=600, help="seconds a model may take (600)")
+    parser.add_argument("--nncf-python", help="interpreter of an environment with NNCF, which quantises the models that do not agree")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-architectures"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     parser.add_argument("--names", action="store_true", help="print the names of the models, and measure nothing")
@@ -161,7 +164,7 @@ def main() -> None:
     rows: dict[str, Row] = {}
     for number, entry in enumerate(entries, 1):
         settings = {"protocol": PROTOCOL, "source": entry.source, "size": entry.size}
-        made = partial(measure_apart, entry, arguments.limit)
+        made = partial(measure_apart, entry, arguments.limit, arguments.nncf_python)
         rows[entry.source] = kept_row(arguments.output / f"{entry.file_name}.json", settings, made, hardware=machine)
         print(f"[{number}/{len(entries)}] {line_of(entry.source, rows[entry.source])}", file=sys.stderr, flush=True)
     hardware = {**machine, "created": now()}

@@ -6,7 +6,9 @@ Axes: B images, C channels, H W map, K scores.
 from __future__ import annotations
 
 import importlib
+import json
 import resource
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 import muntin
 from architecture_sweep import hugging_face
@@ -25,6 +27,7 @@ from architecture_sweep.pictures import real_pictures
 from muntin.artifact import AnyArtifact
 from muntin.errors import DependencyError, MuntinError
 from muntin.runtime.engines.onnx_nodes import is_node_of
+from muntin.runtime.host.quiet_imports import openvino
 
 SEED = 0
 CALIBRATION, HELD_OUT = 24, 32
@@ -36,17 +39,24 @@ PHASES = {
     "muntin.graph.artifacts.export": {"calibrate": "quantise", "write_checked_tensors": "check", "golden_pairs": "check"},
 }  # fmt: skip
 """Functions of an export that are timed, by module. What they leave is the search for sizes, and PyTorch's own calls."""
+NNCF_JOB = Path(__file__).parents[1] / "quantizer_peers" / "nncf_job.py"
+AGREES_DB = 10.0
+"""Signal over noise of an artefact that agrees."""
 Array = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
 Row = dict[str, Any]
 
 
-def measure(entry: Entry, folder: Path) -> Row:
-    """Return the row of a model: `outcome` is exported, refused, failed or missing; the others have figures or a `reason`."""
+def measure(entry: Entry, folder: Path, nncf_python: str | None = None) -> Row:
+    """Return the row of a model: `outcome` is exported, refused, failed or missing; the others have figures or a `reason`.
+
+    `nncf_python`: interpreter with NNCF, which quantises the image models that do not agree, as a second opinion.
+    """
     started = time.perf_counter()
     seconds: dict[str, float] = {}
     try:
         with _timed(seconds):
-            row = (_measure_tensors if entry.kind == "onnx" else _measure_images)(entry, folder, seconds)
+            row = _measure_tensors(entry, folder, seconds) if entry.kind == "onnx" else _measure_images(entry, folder, seconds, nncf_python)
     except DependencyError as error:
         row = {"outcome": "missing", "reason": str(error)}
     except MuntinError as error:
@@ -124,7 +134,7 @@ def as_trained(model: nn.Module, images: list[torch.Tensor]) -> nn.Module:
     return model.eval()
 
 
-def _measure_images(entry: Entry, folder: Path, seconds: dict[str, float]) -> Row:
+def _measure_images(entry: Entry, folder: Path, seconds: dict[str, float], nncf_python: str | None) -> Row:
     torch.manual_seed(SEED)
     source = entry.source
     started = time.perf_counter()
@@ -156,7 +166,24 @@ def _measure_images(entry: Entry, folder: Path, seconds: dict[str, float]) -> Ro
     for name, session in sessions.items():
         scores_BK = np.concatenate([session(image[None]) for image in held_out])
         row |= {f"{key}{'' if name == 'recorded' else '_f32'}": value for key, value in compare_scores(exact_BK, scores_BK).items()}
+    if row["db"] < AGREES_DB and nncf_python is not None:
+        row["nncf"] = _by_nncf(model, torch.cat(calibration), held_out, exact_BK, folder, nncf_python)
     return row | _verified(artifact) | {"outcome": "exported"}
+
+
+def _by_nncf(model: nn.Module, calibration_BCHW: Tensor, held_out: Pixels, exact_BK: Array, folder: Path, python: str) -> Row:
+    """Return what `compare_scores` says of NNCF's artefact (its defaults, float layers in f32) with the same calibration, or `refused`."""
+    converted = openvino.convert_model(model, example_input=calibration_BCHW[:1], input=[-1, *calibration_BCHW.shape[1:]])
+    openvino.save_model(converted, folder / "converted.xml", compress_to_fp16=False)
+    np.savez(folder / "inputs.npz", **{converted.input().get_any_name(): calibration_BCHW.numpy()})
+    job = {"model": "converted.xml", "inputs": "inputs.npz", "output": "nncf.xml", "options": {}}
+    subprocess.run([python, str(NNCF_JOB), json.dumps(job), "answer.json"], cwd=folder, check=True, capture_output=True)  # noqa: S603
+    answer: Row = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+    if "refused" in answer:
+        return answer
+    network = openvino.Core().compile_model(folder / "nncf.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    scores = [network(images.numpy())[0] for images in _batches(held_out)]
+    return compare_scores(exact_BK, np.concatenate(scores))
 
 
 def _measure_tensors(entry: Entry, folder: Path, seconds: dict[str, float]) -> Row:
@@ -184,12 +211,12 @@ def _measure_tensors(entry: Entry, folder: Path, seconds: dict[str, float]) -> R
     return row | _verified(artifact) | {"outcome": "exported"}
 
 
-def _answers(model: nn.Module, images_BHWC: NDArray[np.uint8]) -> Array:
+def _answers(model: nn.Module, images_BHWC: Pixels) -> Array:
     with torch.inference_mode():
         return np.concatenate([model(batch).numpy() for batch in _batches(images_BHWC)])
 
 
-def _batches(images_BHWC: NDArray[np.uint8]) -> list[torch.Tensor]:
+def _batches(images_BHWC: Pixels) -> list[torch.Tensor]:
     return list(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
 
 

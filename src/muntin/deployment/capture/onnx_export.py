@@ -23,6 +23,7 @@ import onnx
 import torch
 from onnxscript import opset20 as op
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.artifact import Signature, Sizes
@@ -107,7 +108,8 @@ def named_tensors_to_onnx(model: nn.Module, tensors: tuple[Tensor, ...], **optio
 
 
 def _exported(model: nn.Module, tensors: tuple[Tensor, ...], **options: Any) -> torch.onnx.ONNXProgram:
-    with _quiet_exporter():
+    # fused kernels for the CPU give strides to the answer with which maxvit's program cannot be decomposed (PyTorch 2.13)
+    with _quiet_exporter(), sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             model,
             tensors,
