@@ -200,7 +200,6 @@ def test_optimizer_round_trip(tmp_path: Path, save_step: Save, recipe: Recipe) -
     assert again.keys() == checkpoint.tensors[OPTIMIZER].keys()
     assert all(torch.equal(again[name], value) for name, value in checkpoint.tensors[OPTIMIZER].items())
     assert any(name.startswith("exp_avg_sq.") for name in again)
-    assert "rng.cpu" in again
 
 
 def test_fp16_scale_round_trip() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from muntin.images import IGNORED
-from muntin.training.loss import distillation_loss, segment_loss, task_loss
+from muntin.training.loss import Loss, distillation_loss, segment_loss
 
 
 def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,13 +174,13 @@ def test_descent() -> None:
 
 def test_task_losses() -> None:
     scores, target = example(6)
-    loss = task_loss("segment", scores.bfloat16(), target, overlap=1)
+    loss = Loss(task="segment", overlap=1)(scores.bfloat16(), target)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, segment_loss(scores.bfloat16().float(), target, 1))
     classes = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 3.0]])
     truth = torch.tensor([0, 1])
     naive = [-math.log(math.exp(float(row[k])) / sum(math.exp(float(s)) for s in row)) for row, k in zip(classes, truth, strict=True)]
-    assert float(task_loss("classify", classes, truth, overlap=1)) == pytest.approx(sum(naive) / 2, rel=1e-6)
+    assert float(Loss(task="classify", overlap=1)(classes, truth)) == pytest.approx(sum(naive) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -239,14 +239,14 @@ class _Compression:
             if stage_finished(start, stage) and start.state.judged and start.state.root == self.checkpoint.state.root:
                 return start
             model = load_model(start)
+        seed = self.recipe.seed + 7919 * (STAGES.index(stage) + 1)
         trainer = Trainer(
             model, config, task=self.recipe.task, precision=self.precision, teacher=load_model(self.checkpoint),
-            distillation=self.config.distillation,
+            distillation=self.config.distillation, seed=seed,
         )  # fmt: skip
         training = Training(
             trainer, self.recipe, self.source, directory=folder, root=Path(self.checkpoint.state.root), start=start,
-            report=lambda progress: self.report(stage, progress), seed=self.recipe.seed + 7919 * (STAGES.index(stage) + 1),
-            compression=record,
+            report=lambda progress: self.report(stage, progress), seed=seed, compression=record,
         )  # fmt: skip
         path = training.run(interruption)
         self.notes += training.notes

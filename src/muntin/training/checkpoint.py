@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00000250/model.safetensors      weights in training
                                   average.safetensors    averaged weights, which are evaluated, compressed and exported
-                                  optimizer.safetensors  optimiser moments and the state of the random generators
+                                  optimizer.safetensors  optimiser moments
                                   checkpoint.json        recipe, step, history, sha256 of the files above and of itself
 
 A directory is written beside its place and then renamed, so an incomplete one is never read. The newest two are kept.
@@ -31,6 +31,7 @@ from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models.compression_record import Change, CompressionRecord
 from muntin.training.recipe import Recipe
+from muntin.training.recovery.out_of_memory import MemoryUse
 
 FORMAT = 1
 KEPT_CHECKPOINTS = 2
@@ -62,6 +63,8 @@ class CheckpointState(BaseModel):
     validation: list[dict[str, Any]]
     compression: CompressionRecord | None = None
     """None for checkpoints of `muntin fit`."""
+    memory: MemoryUse | None = None
+    """What the run shrank to for lack of memory."""
     sha256: dict[str, str]
 
     @property

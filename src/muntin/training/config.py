@@ -6,9 +6,12 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ByteSize, Field, model_validator
 
 from muntin.data.section import Section
+
+Checkpointing = Literal["none", "selective", "full"]
+"""From the most memory and the fewest operations to the least memory and the most operations."""
 
 
 class ModelChoice(Section):
@@ -36,6 +39,13 @@ class TrainingConfig(Section):
         description="maximum wall-clock minutes; the learning rate follows the nearer limit",
     )
     batch_size: int = Field(default=8, ge=1, le=4096, description="crops a step")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="most crops of a process in one pass; the gradients of the passes add up to the batch's; unset: all"
+    )
+    checkpointing: Checkpointing = Field(
+        default="none",
+        description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but products",
+    )
     learning_rate: float = Field(default=4e-3, gt=0, le=1, description="at the end of the warm-up")
     final_learning_rate: float = Field(default=0.0, ge=0, le=1, description="at the end of the run, where the cosine ends")
     warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the run over which the learning rate rises")
@@ -52,7 +62,18 @@ class TrainingConfig(Section):
     compile: bool = Field(default=False, description="torch.compile the training step; needs a C++ compiler on CPUs")
     validate_every: int = Field(default=250, ge=1, description="steps between validations")
     checkpoint_every: int = Field(default=250, ge=1, description="steps between checkpoints; the first is written within a minute")
+    memory: ByteSize | None = Field(
+        default=None,
+        ge=1 << 26,
+        description="most memory of the process on a CPU, such as 6GiB; a step that needs more is taken in smaller parts",
+    )
     threads: int | None = Field(default=None, ge=1, le=1024, description="threads of the CPU; unset: PyTorch's choice")
+
+    @model_validator(mode="after")
+    def _uncompiled(self) -> Self:
+        if self.compile and self.checkpointing != "none":
+            raise ValueError(f"checkpointing {self.checkpointing} with compile: true: the compiler chooses what is recomputed: drop one")
+        return self
 
     @model_validator(mode="after")
     def _falling(self) -> Self:

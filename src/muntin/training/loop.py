@@ -12,7 +12,6 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import json
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from muntin.artifact.file_lock import folder_in_use
@@ -37,11 +35,12 @@ from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import collapse, evaluate, poor_classes, tile_of
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.interrupt import Interruption
-from muntin.training.memory_format import keep_freed_memory
+from muntin.training.memory.memory_format import keep_freed_memory
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import load_initial_weights, new_model
 
@@ -179,7 +178,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
     notes += (*source.notes, *checked, *small, *unsuited, *begun)
-    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, seed=recipe.seed)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
         report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
@@ -285,7 +284,7 @@ class Training:
         closed = self.start is not None and self.finished and self._close_gates(samples)  # if `steps` was reduced
         if closed and self.validation and self.validation[-1]["step"] == self.step:
             self.validation.pop()  # it was of the model before closing
-        with keep_freed_memory(), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+        with keep_freed_memory(), memory_bound(config.memory), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
@@ -297,13 +296,12 @@ class Training:
             for step, (images, target) in prefetch(crops.batch, self.step, self.step if self.finished else config.steps):
                 validated = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
                 interruption.work = "this step and its validation" if validated else "this step"
-                random.seed(self.seed * config.steps + step)  # random numbers that a model draws outside of PyTorch
-                np.random.seed((self.seed * config.steps + step) % 2**32)
                 done = config.share_done(step + 0.5, before + time.perf_counter() - started)
                 try:
                     self.losses.append(self.trainer.update(step, images, target, done=done))
                 except DivergedError as error:
                     raise MuntinError(f"{error}: {self._lower_rate()}") from error
+                self._take_notes()
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if ended:
@@ -345,6 +343,12 @@ class Training:
             kept = next((path for path in checkpoints_in(newest.parent) if path.name == f"step-{best:08d}"), None)
             text += f"; the checkpoint of step {best} is not kept" if kept is None else f"; {kept} has the best score"
         self.note(text)
+
+    def _take_notes(self) -> None:
+        """Report what recovery changed."""
+        for text in self.trainer.notes:
+            self.note(text)
+        self.trainer.notes.clear()
 
     def note(self, text: str) -> None:
         """Report a note, once."""
@@ -428,6 +432,6 @@ class Training:
         state = {
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
             "precision": self.trainer.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
-            "validation": self.validation, "compression": self.compression,
+            "validation": self.validation, "compression": self.compression, "memory": self.trainer.shrunk,
         }  # fmt: skip
         return write_checkpoint(self.directory / "checkpoints", state, self.trainer.tensors())

@@ -1,10 +1,14 @@
 """Losses: cross-entropy, soft IoU (a rare class counts as much as a common one), and the distance to a teacher.
 
-Axes: B images, K classes, H W map.
+A loss is a function of sums over pixels or pictures. Sums add up over micro-batches and processes, so that a batch in parts has the loss
+and the gradient of the whole.
+
+Axes: B images, K classes, H W map, N pixels, S sums.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,48 +19,154 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from muntin.images import IGNORED
 
 
-class _SegmentLoss(torch.autograd.Function):
-    """`ce` times the cross-entropy plus `overlap` times the soft IoU loss; scores `(B, K, N)` of N pixels, their classes `(B, N)`.
+class _SegmentSums(torch.autograd.Function):
+    """Sums over pixels of scores `(B, K, N)` and classes `(B, N)`: the cross-entropy, and with `overlap` the probability of the true class
+    and all probability of each class; float64 `(1,)` or `(1 + 2K,)`.
 
-    The explicit gradient passes ten times over the full-size scores; autograd would pass about thirty times.
+    The explicit gradient passes ten times over the full-size scores; autograd would pass about thirty times. `chunked`: one image at a
+    time, with the probabilities computed again for the gradient: beside the scores and their gradient it takes the memory of one image.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores_BKN: Tensor, target_BN: Tensor, ce: float, overlap: float) -> Tensor:
-        counted_BN = target_BN != IGNORED
-        target_BN = target_BN.masked_fill(~counted_BN, 0)
-        log_BKN = scores_BKN.log_softmax(1)
-        weight_BN = counted_BN.to(log_BKN.dtype)
-        count = weight_BN.sum().clamp_min(1)
-        entropy = -(_of_class(log_BKN, target_BN) * weight_BN).sum() / count
-        p_BKN = log_BKN.exp_()
-        p_BKN *= weight_BN.unsqueeze(1)  # 0 where ignored
-        true_BN = _of_class(p_BKN, target_BN)
-        zeros_BK = torch.zeros(scores_BKN.shape[:2], dtype=torch.float64, device=scores_BKN.device)  # scatter_add sums one by one
-        both_K, truth_K = (zeros_BK.scatter_add(1, target_BN, values.double()).sum(0).to(p_BKN.dtype) for values in (true_BN, weight_BN))
-        either_K = p_BKN.sum((0, 2)) + truth_K - both_K
-        present_K = (truth_K > 0).to(truth_K.dtype)
-        present_K /= present_K.sum().clamp_min(1)
-        ctx.save_for_backward(p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count)
-        ctx.factors = ce, overlap
-        return ce * entropy + overlap * ((1 - (both_K + 1) / (either_K + 1)) * present_K).sum()
+    def forward(ctx: Any, scores_BKN: Tensor, target_BN: Tensor, overlap: bool, chunked: bool) -> Tensor:
+        ctx.overlap, ctx.dtype = overlap, scores_BKN.dtype
+        if not chunked:
+            sums_S, *kept = _segment_sums(scores_BKN, target_BN, overlap)
+            ctx.save_for_backward(*kept)
+            return sums_S
+        ctx.save_for_backward(scores_BKN, target_BN)
+        rows = [_segment_sums(*row, overlap)[0] for row in _images(scores_BKN, target_BN)]
+        return torch.stack(rows).sum(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        p_BKN, true_BN, target_BN, weight_BN, both_K, either_K, present_K, count = ctx.saved_tensors
-        ce, overlap = (factor * grad for factor in ctx.factors)
-        any_K = overlap * present_K * (both_K + 1) / (either_K + 1).square()  # derivative by a pixel's p, for any true class
-        true_K = any_K + overlap * present_K / (either_K + 1)  # minus this for the true class
-        pulled_BN = true_K[target_BN] * true_BN + weight_BN * (ce / count)
-        grad_BKN = p_BKN * any_K[:, None]
-        grad_BKN.addcmul_(p_BKN, (pulled_BN - grad_BKN.sum(1)).unsqueeze(1))
-        grad_BKN.scatter_add_(1, target_BN.unsqueeze(1), -pulled_BN.unsqueeze(1))
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None, None, None]:
+        if len(ctx.saved_tensors) > 2:
+            return _segment_gradient(grad_S, ctx.overlap, *ctx.saved_tensors).to(ctx.dtype), None, None, None
+        scores_BKN, target_BN = ctx.saved_tensors
+        grad_BKN = torch.empty_like(scores_BKN)
+        for gradient_1KN, (row_1KN, target_1N) in zip(torch.split(grad_BKN, 1), _images(scores_BKN, target_BN), strict=True):
+            gradient_1KN.copy_(_segment_gradient(grad_S, ctx.overlap, *_segment_sums(row_1KN, target_1N, ctx.overlap)[1:]))
         return grad_BKN, None, None, None
+
+
+def _images(scores_BKN: Tensor, target_BN: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    return zip(torch.split(scores_BKN, 1), torch.split(target_BN, 1), strict=True)
+
+
+def _segment_sums(scores_BKN: Tensor, target_BN: Tensor, overlap: bool) -> tuple[Tensor, ...]:
+    """Return the sums, and what the gradient needs: probabilities `(B, K, N)`, 0 where ignored, those of the true class, classes and
+    weights."""
+    counted_BN = target_BN != IGNORED
+    target_BN = target_BN.masked_fill(~counted_BN, 0)
+    log_BKN = at_least_float32(scores_BKN).log_softmax(1)
+    weight_BN = counted_BN.to(log_BKN.dtype)
+    entropy = -(_of_class(log_BKN, target_BN) * weight_BN).sum()
+    p_BKN = log_BKN.exp_()
+    p_BKN *= weight_BN.unsqueeze(1)
+    true_BN = _of_class(p_BKN, target_BN)
+    if not overlap:
+        return entropy.double()[None], p_BKN, true_BN, target_BN, weight_BN
+    both_K = _by_class(true_BN, target_BN, scores_BKN.shape[1])
+    return torch.cat([entropy.double()[None], both_K, p_BKN.sum((0, 2)).double()]), p_BKN, true_BN, target_BN, weight_BN
+
+
+def _segment_gradient(grad_S: Tensor, overlap: bool, p_BKN: Tensor, true_BN: Tensor, target_BN: Tensor, weight_BN: Tensor) -> Tensor:
+    """The gradient by the scores `(B, K, N)`, for the gradient by the sums."""
+    grad_S = grad_S.to(p_BKN.dtype)
+    entropy = grad_S[0]
+    if not overlap:
+        return (p_BKN * entropy).scatter_add_(1, target_BN.unsqueeze(1), -(weight_BN * entropy).unsqueeze(1))
+    both_K, p_K = grad_S[1:].chunk(2)  # by a pixel's p: of its true class, of any class
+    true_BN = both_K[target_BN] * true_BN
+    grad_BKN = p_BKN * p_K[:, None]
+    grad_BKN.addcmul_(p_BKN, (entropy - true_BN - grad_BKN.sum(1)).unsqueeze(1))
+    return grad_BKN.scatter_add_(1, target_BN.unsqueeze(1), (true_BN - weight_BN * entropy).unsqueeze(1))
 
 
 def _of_class(values_BKN: Tensor, target_BN: Tensor) -> Tensor:
     return values_BKN.gather(1, target_BN.unsqueeze(1)).squeeze(1)
+
+
+def _by_class(values_BN: Tensor, target_BN: Tensor, classes: int) -> Tensor:
+    """Sums of values by their pixels' classes, float64 `(K,)`: scatter_add sums one by one."""
+    zeros_BK = torch.zeros(len(values_BN), classes, dtype=torch.float64, device=values_BN.device)
+    return zeros_BK.scatter_add(1, target_BN, values_BN.double()).sum(0)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 if they are in it."""
+    return values if values.dtype is torch.float64 else values.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The loss of a task: `entropy` times the cross-entropy, plus `overlap` times the soft IoU loss (segment), plus `distillation` times
+    the distance to a teacher. See `segment_loss` and `distillation_loss`.
+
+    `value(sums, totals)` is the loss of a batch, from the added `sums` and `totals` of its parts. `chunked`: compute sums in the memory of
+    one image (segment).
+    """
+
+    task: str
+    overlap: float = 0.0
+    entropy: float = 1.0
+    distillation: float = 0.0
+    chunked: bool = False
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.task == "segment" and self.overlap > 0
+
+    @property
+    def linear(self) -> bool:
+        """True if the gradient by the sums does not depend on the sums, so that a part's gradient is known before the other parts'."""
+        return not self._overlaps
+
+    def totals(self, target: Tensor, classes: int) -> Tensor:
+        """What is counted, float64: `(1,)` pictures or pixels, or `(1 + K,)` pixels and pixels of each class where overlaps count."""
+        if self.task != "segment":
+            return torch.tensor([float(len(target))], dtype=torch.float64, device=target.device)
+        counted_BN = (target != IGNORED).flatten(1)
+        if not self._overlaps:
+            return counted_BN.sum().double()[None]
+        of_K = _by_class(counted_BN, target.flatten(1).masked_fill(~counted_BN, 0), classes)
+        return torch.cat([of_K.sum()[None], of_K])
+
+    def sums(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
+        """Sums of a part, float64 `(S,)`, with gradients for `scores` of any float type: `(B, K, H, W)` and target `(B, H, W)`, or `(B, K)`
+        and `(B,)`. The last one is the distance to the teacher, 0 without `teacher_scores`.
+        """
+        if self.task == "segment":
+            rows = scores.contiguous().flatten(2), target.flatten(1)
+            sums_S: Tensor = _SegmentSums.apply(*rows, self._overlaps, self.chunked)  # type: ignore[no-untyped-call]
+        else:
+            sums_S = F.cross_entropy(at_least_float32(scores), target, reduction="sum").double()[None]
+        distance = sums_S.new_zeros(()) if teacher_scores is None else _divergence(self.task, scores, teacher_scores, target).double()
+        return torch.cat([sums_S, distance[None]])
+
+    def value(self, sums_S: Tensor, totals: Tensor) -> Tensor:
+        """The loss, a float64 scalar. 0 if nothing is counted."""
+        count = totals[0].clamp_min(1)
+        value = (self.entropy * sums_S[0] + self.distillation * sums_S[-1]) / count
+        if not self._overlaps:
+            return value
+        truth_K = totals[1:]
+        both_K, p_K = sums_S[1:-1].chunk(2)
+        present_K = (truth_K > 0).double()
+        iou_K = (both_K + 1) / (p_K + truth_K - both_K + 1)
+        return value + self.overlap * ((1 - iou_K) * present_K).sum() / present_K.sum().clamp_min(1)
+
+    def gradient(self, sums_S: Tensor, totals: Tensor) -> Tensor:
+        """The loss's gradient by the sums, float64 `(S,)`."""
+        sums_S = sums_S.detach().requires_grad_()
+        (gradient_S,) = torch.autograd.grad(self.value(sums_S, totals), sums_S)
+        return gradient_S
+
+    def __call__(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
+        """The loss of one batch, a scalar in FP32, or FP64 for such scores."""
+        value = self.value(self.sums(scores, target, teacher_scores), self.totals(target, scores.shape[1]))
+        return value if scores.dtype is torch.float64 else value.float()
 
 
 def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float, *, entropy: float = 1.0) -> Tensor:
@@ -67,17 +177,7 @@ def segment_loss(scores_BKHW: Tensor, target_BHW: Tensor, overlap: float, *, ent
     Neural Networks for Image Segmentation" (ISVC 2016), equation 3. Deviation: sums are over the batch, and 1 is added to numerator and
     denominator, which bounds the gradient of a class of few pixels.
     """
-    scores_BKN, target_BN = scores_BKHW.contiguous().flatten(2), target_BHW.flatten(1)
-    loss: Tensor = _SegmentLoss.apply(scores_BKN, target_BN, entropy, overlap)  # type: ignore[no-untyped-call]
-    return loss
-
-
-def task_loss(task: str, scores: Tensor, target: Tensor, *, overlap: float) -> Tensor:
-    """The loss of a task, a scalar in FP32 for scores of any type."""
-    scores = scores.float()
-    if task == "segment":
-        return segment_loss(scores, target, overlap)
-    return F.cross_entropy(scores, target)
+    return Loss(task="segment", overlap=overlap, entropy=entropy)(scores_BKHW, target_BHW)
 
 
 def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None = None) -> Tensor:
@@ -86,12 +186,17 @@ def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target:
 
     Source: Hinton et al., 1503.02531, section 2, at temperature 1.
     """
-    scores, teacher_scores = scores.float(), teacher_scores.float()
     if task == "restore":
-        return F.mse_loss(scores / 64, teacher_scores / 64)
+        return F.mse_loss(scores.float() / 64, teacher_scores.float() / 64)
     if task == "segment" and target is not None:
-        counted_BHW = target != IGNORED
-        divergence_BHW = F.kl_div(scores.log_softmax(1), teacher_scores.log_softmax(1), reduction="none", log_target=True).sum(1)
-        return (divergence_BHW * counted_BHW).sum() / counted_BHW.sum().clamp_min(1)
-    divergence = F.kl_div(scores.log_softmax(1), teacher_scores.log_softmax(1), reduction="sum", log_target=True)
-    return divergence * scores.shape[1] / scores.numel()
+        return _divergence(task, scores, teacher_scores, target) / (target != IGNORED).sum().clamp_min(1)
+    return _divergence(task, scores, teacher_scores, None) * scores.shape[1] / scores.numel()
+
+
+def _divergence(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None) -> Tensor:
+    """The KL divergence from the teacher's probabilities, summed over the pixels or images that count; `target` None: all."""
+    log_scores, log_teacher = (at_least_float32(values).log_softmax(1) for values in (scores, teacher_scores))
+    if task != "segment" or target is None:
+        return F.kl_div(log_scores, log_teacher, reduction="sum", log_target=True)
+    divergence_BHW = F.kl_div(log_scores, log_teacher, reduction="none", log_target=True).sum(1)
+    return (divergence_BHW * (target != IGNORED)).sum()

@@ -17,7 +17,7 @@ from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.host.memory import no_memory
-from muntin.training.memory_format import channels_last
+from muntin.training.memory.memory_format import channels_last
 from muntin.training.precision import PrecisionName, TrainingPrecision
 from muntin.training.recipe import Recipe
 from muntin.training.weights import build_model, load_weights

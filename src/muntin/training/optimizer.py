@@ -126,11 +126,9 @@ def _is_table(owner: nn.Module) -> bool:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name, the generators' states, and the loss scale if one is used (FP16)."""
+    """The optimiser's state by parameter name, and the loss scale if one is used (FP16)."""
     names = {id(p): name for name, p in model.named_parameters()}
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    tensors: dict[str, Tensor] = {}
     if scaler.is_enabled():
         tensors |= {f"scaler.{key}": torch.tensor(scaler.state_dict()[key]) for key in _SCALER}
     for group in optimizer.param_groups:
@@ -146,8 +144,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
     for name, value in tensors.items():
         key, _, parameter = name.partition(".")
         if key == "rng":
-            (torch.set_rng_state if parameter == "cpu" else torch.cuda.set_rng_state)(value)
-        elif key == "scaler":
+            continue  # of older checkpoints; random numbers are seeded at each step
+        if key == "scaler":
             scaler.load_state_dict(scaler.state_dict() | {parameter: value.item()})
         else:
             like = parameters[parameter]

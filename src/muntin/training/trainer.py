@@ -1,10 +1,10 @@
 """One model in training: a training step, the averaged weights, and the state that a checkpoint holds.
 
-    images -> autocast forward -> loss (labels, and a teacher's answer if there is one) -> backward -> clip -> step -> averaged weights
+    images -> gradient of the batch, in parts that fit into memory -> clip -> step -> averaged weights
 
 `muntin fit` and every stage of `muntin compress` use it.
 
-Axes: B images, C channels, H W map.
+Axes: B images, C channels, H W map, S sums.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from muntin.errors import DependencyError, MuntinError
+from muntin.runtime.host.memory import no_memory
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from muntin.training.config import TrainingConfig
+from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.gate_pruning import GateClosing
-from muntin.training.loss import distillation_loss, task_loss
-from muntin.training.memory_format import channels_last
+from muntin.training.gradients import BatchGradient, restore_buffers
+from muntin.training.loss import Loss
+from muntin.training.memory.checkpointing import ActivationCheckpointing
+from muntin.training.memory.memory_format import channels_last
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
+from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse, memory_use
 from muntin.training.weights import load_weights
 
+T = TypeVar("T")
+_NO_PRIMITIVE = "could not create a primitive"
+"""oneDNN's message where an allocation fails, and where it lacks a kernel: taken for the former under a bound on memory."""
 SKIPPED_STEPS = 20
 """Consecutive steps that FP16's loss scaler may skip for a gradient that is not finite. Each halves the scale, from 65536."""
 STATISTICS = ("running_mean", "running_var")
@@ -71,7 +80,10 @@ class WeightAverage:
 
 
 class Trainer:
-    """A model, its averaged copy and its optimiser. `teacher`: a model whose answers enter the loss with the weight `distillation`."""
+    """A model, its averaged copy and its optimiser. `teacher`: a model whose answers enter the loss with the weight `distillation`.
+
+    `seed`: of random numbers that the model draws. `ranks`: the processes that train it, of which each gets some rows of a batch.
+    """
 
     def __init__(
         self,
@@ -82,12 +94,20 @@ class Trainer:
         precision: TrainingPrecision,
         teacher: nn.Module | None = None,
         distillation: float = 1.0,
+        seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.task, self.precision, self.distillation = config, task, precision, distillation
+        self.config, self.precision, self.seed, self.ranks = config, precision, seed, ranks
         self.model = model.to(precision.device)
         channels_last(self.model)
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
+        self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
         self.average = WeightAverage(self.model, config.average)
+        self.checkpointing = ActivationCheckpointing(self.model)
+        self.memory = self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
+        self.checkpointing.apply_all(self.memory.checkpointing)
+        self.notes: list[str] = []
+        """What recovery changed, in words, since the list was emptied."""
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
         self.scaler = precision.scaler()
         self.skipped = 0
@@ -100,6 +120,14 @@ class Trainer:
         load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
         load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+        self.remember(checkpoint.state.memory)
+
+    def remember(self, use: MemoryUse | None) -> None:
+        """Begin with what an earlier part of the run had to shrink to, if it is less than the recipe's."""
+        if use is not None and use.micro_batch % self.memory.unit == 0:
+            micro_batch = min(use.micro_batch, self.memory.micro_batch)
+            level = max(use.checkpointing, self.memory.checkpointing, key=LEVELS.index)
+            self.use_memory(self.memory.model_copy(update={"micro_batch": micro_batch, "checkpointing": level}))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The state for a checkpoint, by file."""
@@ -132,21 +160,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.train()
-        images = images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
         if self.config.gate_budget < 1:  # before a step of a resumed run moves closed gates
-            self.closing = self._gate_closing(images[:1])
-        target = target.to(self.precision.device)
-        with self.precision.autocast():
-            scores = self.forward(images)
-        loss = task_loss(self.task, scores, target, overlap=self.config.overlap_loss)
-        if self.teacher is not None:
-            with torch.no_grad(), self.precision.autocast():
-                teacher_scores = self.teacher(images)
-            loss = loss + self.distillation * distillation_loss(self.task, scores, teacher_scores, target)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DivergedError(f"the loss is {value} at step {step + 1}")
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.closing = self._gate_closing(self._pixels(images[:1]))
+        value = self._gradient(step, images, target)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
@@ -162,10 +178,85 @@ class Trainer:
             self.closing.update(done, self.optimizer)
         return value
 
+    def _gradient(self, step: int, images: Tensor, target: Tensor) -> float:
+        """Put the batch's gradient into the parameters, in smaller parts after a lack of memory. Returns the loss."""
+        while True:
+            kept = {name: (buffer, buffer.clone()) for name, buffer in self.model.named_buffers()}
+            value = self._gradient_once(step, images, target)
+            if value is not None:
+                return value
+            restore_buffers(self.model, kept)
+            self.optimizer.zero_grad()
+            self._shrink(step)
+
+    def _gradient_once(self, step: int, images: Tensor, target: Tensor) -> float | None:
+        """The same, or None if memory was short in any process; gradients and buffers are then of no use."""
+        batch = BatchGradient(
+            self.model, self.forward, self.loss, self.precision, self.teacher,
+            images=images, target=target, part=self.memory.micro_batch, seed=(self.seed, step), first_row=self.ranks.index * len(images),
+        )  # fmt: skip
+        done, sums_S = self._attempt(batch.forward)
+        if not done:
+            return None
+        totals = self.ranks.sum(batch.totals(sums_S))
+        if sums_S is not None:
+            sums_S = self.ranks.sum(sums_S)
+            value = float(self.loss.value(sums_S, totals))
+            if not math.isfinite(value):
+                raise DivergedError(f"the loss is {value} at step {step + 1}")
+        gradient_S = self.loss.gradient(totals.new_zeros(2) if sums_S is None else sums_S, totals)
+        done, own_S = self._attempt(lambda: batch.backward(self.scaler.scale(gradient_S)))
+        if not done or own_S is None:
+            return None
+        if sums_S is None:
+            value = float(self.loss.value(self.ranks.sum(own_S), totals))
+            if not math.isfinite(value):
+                self.optimizer.zero_grad()
+                raise DivergedError(f"the loss is {value} at step {step + 1}")
+        return value
+
+    def _attempt(self, work: Callable[[], T]) -> tuple[bool, T | None]:
+        """Do some work. Returns (False, None) if memory was short in any process."""
+        short, result = False, None
+        try:
+            result = work()
+        except Exception as error:
+            if not no_memory(error) and not (self.config.memory is not None and _NO_PRIMITIVE in str(error)):
+                raise
+            short = True  # the error holds the frames of the failed work: it is dropped before the next attempt
+        short = self.ranks.any(short)
+        return not short, None if short else result
+
+    def _shrink(self, step: int) -> None:
+        """Use less memory from now on. Raises `MuntinError` if no less is possible."""
+        smaller = self.memory.smaller()
+        if smaller is None:
+            raise MuntinError(
+                f"out of memory at step {step + 1} with {self.memory.text}: no smaller step leaves the mathematics as they are; take a "
+                "smaller data.crop or model, or free memory"
+            )
+        if self.precision.device == "cuda":
+            torch.cuda.empty_cache()
+        self.notes.append(f"out of memory at step {step + 1} with {self.memory.text}: goes on with {smaller.text}")
+        self.use_memory(smaller)
+
+    @property
+    def shrunk(self) -> MemoryUse | None:
+        """How a step uses memory, if less than the recipe allows."""
+        return None if self.memory == self._recipe_memory else self.memory
+
+    def use_memory(self, use: MemoryUse) -> None:
+        """Change how a step uses memory."""
+        self.memory = use
+        self.checkpointing.apply_all(use.checkpointing)
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)
+
     def _gate_closing(self, image: Tensor) -> GateClosing:
         return self.closing or GateClosing(self.model, self.average.model, image, keep=self.config.gate_budget)
 
     def close_gates(self, image: Tensor) -> bool:
         """Close gates down to the final budget. Returns True if any gate was closed. `image`: `(1, C, H, W)`."""
-        self.closing = self._gate_closing(image.to(self.precision.device, torch.float32, memory_format=torch.channels_last))
+        self.closing = self._gate_closing(self._pixels(image))
         return self.closing.update(1.0, self.optimizer)

@@ -4,6 +4,7 @@ fold_constants   what depends on no input becomes a constant: standardised and r
 fold_norms       Conv -> BatchNormalization becomes Conv
 merge_pads       Pad with zeros -> Conv becomes Conv with these pads (TensorFlow's 'same' padding at fixed sizes)
 plain_linears    Gemm becomes MatMul and Add, with the weight as (I, O), which engines multiply without a transposition
+flat_gathers     Gather by a table of indices becomes Gather by a list and Reshape, which OpenVINO compiles behind integers by channel
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def simplify(graph: Graph) -> None:
     merge_pads(graph)
     fold_norms(graph)
     plain_linears(graph)
+    flat_gathers(graph)
 
 
 def fold_constants(graph: Graph) -> None:
@@ -160,5 +162,32 @@ def plain_linears(graph: Graph) -> None:
             bias = graph.constants[gemm.input[2]] * np.float32(own.get("beta", 1.0)) if gemm.input[2] in graph.constants else None
             added = gemm.input[2] if bias is None else graph.constant(f"{gemm.input[2]}/scaled", bias)
             nodes.append(helper.make_node("Add", [product.output[0], added], [gemm.output[0]], name=f"{gemm.name}/bias"))
+    graph.nodes = nodes
+    graph.reindex()
+
+
+def flat_gathers(graph: Graph) -> None:
+    """Write each Gather with constant indices of two axes or more as a Gather with a list of them, and a Reshape."""
+    nodes: list[onnx.NodeProto] = []
+    for gather in graph.nodes:
+        indices = graph.constants.get(gather.input[1]) if gather.op_type == "Gather" else None
+        if indices is None or indices.ndim < 2 or gather.input[0] in graph.constants:
+            nodes.append(gather)
+            continue
+        (data, _), (name,) = gather.input, gather.output
+        axis = attributes(gather).get("axis", 0)
+        parts = [graph.constant(f"{name}/rows", np.asarray(indices.shape, np.int64))]
+        if axis:
+            nodes.append(helper.make_node("Shape", [data], [f"{name}/before"], end=axis, name=f"{name}/before"))
+            parts.insert(0, f"{name}/before")
+        if axis != -1:
+            nodes.append(helper.make_node("Shape", [data], [f"{name}/behind"], start=axis + 1, name=f"{name}/behind"))
+            parts.append(f"{name}/behind")
+        flat = graph.constant(f"{gather.input[1]}/flat", indices.reshape(-1))
+        nodes += [
+            helper.make_node("Concat", parts, [f"{name}/shape_of_rows"], axis=0, name=f"{name}/shape_of_rows"),
+            helper.make_node("Gather", [data, flat], [f"{name}/flat"], axis=axis, name=f"{name}/flat"),
+            helper.make_node("Reshape", [f"{name}/flat", f"{name}/shape_of_rows"], [name], allowzero=1, name=gather.name),
+        ]
     graph.nodes = nodes
     graph.reindex()

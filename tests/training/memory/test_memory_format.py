@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import resource
 import torch
-from muntin.training.memory_format import keep_freed_memory
+from muntin.training.memory.memory_format import keep_freed_memory
 from muntin.runtime.host.memory import resident
 
 def step():

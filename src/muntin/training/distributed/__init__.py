@@ -1,0 +1,1 @@
+"""Training by several processes: their communication, the sharding of a model, and its checkpoints."""

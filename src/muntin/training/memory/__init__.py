@@ -1,0 +1,1 @@
+"""Memory of training: tensor layouts, and what is recomputed instead of kept."""

@@ -1,0 +1,1 @@
+"""Recovery of a run from lack of memory and from instability."""

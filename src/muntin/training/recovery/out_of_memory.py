@@ -1,0 +1,62 @@
+"""What a run does when memory is short: smaller micro-batches first, then more of the forward pass computed again.
+
+Neither changes the mathematics of a step (see `gradients`), so a run that had to shrink ends where a roomy one does, up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from muntin.errors import RecipeError
+from muntin.layers.norm import GROUP, MapNorm, TokenNorm
+from muntin.training.config import Checkpointing, TrainingConfig
+
+LEVELS: tuple[Checkpointing, ...] = get_args(Checkpointing)
+
+
+class MemoryUse(BaseModel):
+    """How a step uses memory. `micro_batch`: rows of a process in one pass; `unit`: rows that cannot be separated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    micro_batch: int
+    unit: int
+    checkpointing: Checkpointing
+
+    def smaller(self) -> MemoryUse | None:
+        """The next smaller use; None if there is none."""
+        half = self.micro_batch // 2 // self.unit * self.unit
+        if half:
+            return self.model_copy(update={"micro_batch": half})
+        if self.checkpointing != LEVELS[-1]:
+            return self.model_copy(update={"checkpointing": LEVELS[LEVELS.index(self.checkpointing) + 1]})
+        return None
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f"micro-batches of {self.micro_batch}, checkpointing {self.checkpointing}"
+
+
+def memory_use(model: nn.Module, config: TrainingConfig, rows: int) -> MemoryUse:
+    """How a run begins, by its recipe. `rows`: of a batch in each process. Raises `RecipeError` for a micro_batch that norms forbid."""
+    unit = inseparable_rows(model.train(), rows)
+    micro_batch = min(rows, config.micro_batch or rows)
+    if micro_batch < rows and micro_batch % unit:
+        norms = f"its norms take {unit} crops together" if unit < rows else "its batch norms take the whole batch"
+        raise RecipeError(f"training.micro_batch {micro_batch}: {norms}: give a multiple of {unit}")
+    return MemoryUse(micro_batch=micro_batch, unit=unit, checkpointing=config.checkpointing)
+
+
+def inseparable_rows(model: nn.Module, batch_size: int) -> int:
+    """Number of rows of a batch that share statistics while training, and so stay in one part: 1 without such norms.
+
+    Those of muntin's models are fixed groups; PyTorch's batch norms take a whole batch.
+    """
+    modules = list(model.modules())
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in modules):
+        return batch_size
+    return GROUP if any(isinstance(module, MapNorm | TokenNorm) for module in modules) else 1
