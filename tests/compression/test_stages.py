@@ -37,7 +37,8 @@ from muntin.layers.gate import BLOCK
 from muntin.models.compression_record import STAGES, Stage
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig
-from muntin.training.loop import LOG_EVERY, FitProgress, fit
+from muntin.training.loop import LOG_EVERY, fit
+from muntin.training.progress.report import FitProgress
 from muntin.training.trainer import Trainer
 
 STEPS = LOG_EVERY + 1

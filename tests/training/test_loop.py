@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,9 +29,11 @@ from muntin.models import CompressionRecord, TorchSession
 from muntin.training import loop
 from muntin.training.checkpoint import AVERAGE, STATE, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate
-from muntin.training.interrupt import Interruption
-from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, MetricsLog, Training, fit
+from muntin.training.loop import LOG_EVERY, FitResult, Training, fit
 from muntin.training.precision import resolve_precision
+from muntin.training.progress.interrupt import Interruption
+from muntin.training.progress.metrics_log import MetricsLog
+from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe
 from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
@@ -358,7 +361,9 @@ def make(*, task, classes, channels):
 
 def test_diverged_loss(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
     tiny = write_foreign(UNSOUND)
-    with pytest.raises(MuntinError, match=r"the loss is nan at step 5: lower training\.learning_rate \(now 0\.002\)") as error:
+    with pytest.raises(
+        MuntinError, match=r"the loss is nan at step 4, and at 5 batches before it: lower training\.learning_rate \(now 0\.002\)"
+    ) as error:
         train(tiny, tmp_path / "run")
     advised = one_line(error).partition(", by --resume --set ")[2].split(" --set ")
     assert advised == ["training.learning_rate=0.0005"]
@@ -424,16 +429,28 @@ def make(*, task, classes, channels):
 """
 
 
-def test_diverged_gradient(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+def test_batch_with_an_infinite_gradient(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
     tiny = write_foreign(STEEP)
-    with pytest.raises(
-        MuntinError, match=r"the gradient is (nan|inf) at step 3, and the loss [0-9.]+: lower training\.learning_rate"
-    ) as error:
-        train(tiny, tmp_path / "run", "training.checkpoint_every=1")
-    one_line(error)
+    result = train(tiny, tmp_path / "run", "training.checkpoint_every=1")
+    assert result.step == 6 and not result.interrupted
+    (note,) = (note for note in result.notes if "gradient" in note)
+    assert re.fullmatch(r"the gradient is (nan|inf) at step 3, and the loss [0-9.]+: its batch is skipped", note)
     checkpoint = read_checkpoint(tmp_path / "run")
-    assert checkpoint.state.step == 2
+    assert checkpoint.state.guard.skipped == 1
     assert all(value.isfinite().all() for tensors in checkpoint.tensors.values() for value in tensors.values())
+
+
+def test_going_back_after_several_bad_batches(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
+    """Unsound at six calls, from step 5 on: five batches are skipped, then the run goes back to step 3, where nothing is wrong."""
+    tiny = write_foreign(UNSOUND.replace("self.calls > 4", "4 < self.calls <= 10"))
+    result = train(tiny, tmp_path / "run")
+    assert result.step == 6
+    assert sum(note.endswith("its batch is skipped") for note in result.notes) == 1  # a note once, and all are of step 5
+    assert any("the run goes on from step 3, with other batches" in note for note in result.notes)
+    guard = read_checkpoint(tmp_path / "run").state.guard
+    assert (guard.rollbacks, guard.skipped, guard.in_a_row) == (1, 7, 0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
 
 
 COLLAPSING = """
@@ -458,7 +475,13 @@ def make(*, task, classes, channels):
 @pytest.mark.parametrize("kept", [True, False])
 def test_collapsed_score(tmp_path: Path, write_foreign: Callable[[str], Any], kept: bool) -> None:
     tiny, seen = write_foreign(COLLAPSING), list[FitProgress]()
-    plan = ("training.validate_every=20", f"training.checkpoint_every={40 if kept else 5}", "training.average=0", "training.steps=80")
+    plan = (
+        "training.validate_every=20",
+        f"training.checkpoint_every={40 if kept else 5}",
+        "training.average=0",
+        "training.steps=80",
+        "training.spike=null",
+    )
     result = train(tiny, tmp_path / "run", *plan, "training.learning_rate=0.05", "training.clip=0.1", report=seen.append)
     scores = {point["step"]: point["score"] for point in result.validation}
     best = max(scores, key=lambda step: scores[step])

@@ -13,9 +13,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from muntin.layers.norm import GROUP, MapNorm
 from muntin.training.checkpoint import AVERAGE, read_checkpoint
-from muntin.training.loop import LOG_EVERY, FitProgress, fit
+from muntin.training.loop import LOG_EVERY, fit
 from muntin.training.norm_recalibration import renew_statistics
 from muntin.training.precision import resolve_precision
+from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe
 
 FP32 = resolve_precision("fp32", "cpu", begun=None)

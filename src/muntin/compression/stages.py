@@ -29,9 +29,10 @@ from muntin.errors import CheckpointError, RecipeError
 from muntin.models.compression_record import STAGES, Change, CompressionRecord, Sensitivity, Stage
 from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, checkpoints_in, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
-from muntin.training.interrupt import PREPARATION, Interruption
-from muntin.training.loop import FitProgress, Training, prepare_hardware
+from muntin.training.loop import Training, prepare_hardware
 from muntin.training.model_checks import check_maps
+from muntin.training.progress.interrupt import PREPARATION, Interruption
+from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
 

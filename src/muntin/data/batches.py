@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -182,7 +182,7 @@ def class_cells(samples: Sequence[Sample]) -> list[tuple[int, np.ndarray[tuple[i
     return [(label, np.concatenate(cells_by_class[label])) for label in sorted(cells_by_class)]
 
 
-def prefetch(make: Callable[[int], ImageBatch], start: int, stop: int, depth: int = 2) -> Iterator[tuple[int, ImageBatch]]:
+def prefetch(make: Callable[[int], ImageBatch], start: int, stop: int, depth: int = 2) -> Generator[tuple[int, ImageBatch]]:
     """Yield (step, `make(step)`) for the steps from `start` to `stop` - 1. One background thread makes at most `depth` batches ahead.
 
     The thread ends with the loop, within the time of one batch, also after `break` or an error. An iterator that is kept in a variable

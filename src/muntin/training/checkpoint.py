@@ -31,6 +31,7 @@ from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models.compression_record import Change, CompressionRecord
 from muntin.training.recipe import Recipe
+from muntin.training.recovery.instability import GuardState
 from muntin.training.recovery.out_of_memory import MemoryUse
 
 FORMAT = 1
@@ -38,8 +39,8 @@ KEPT_CHECKPOINTS = 2
 """Checkpoints of a run that are kept."""
 STATE = "checkpoint.json"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
-FIXED = ("gate_budget",)
-"""Keys of `training` that a resumed run cannot change: closed gates stay closed."""
+FIXED = ("gate_budget", "optimizer")
+"""Keys of `training` that a resumed run cannot change: closed gates stay closed, and an optimiser cannot use another one's state."""
 _OLDER = "use an older step beside it (remove this one, and --resume goes on from that), or train again"
 _NAME = re.compile(r"^step-(\d{8,})$")
 
@@ -63,6 +64,8 @@ class CheckpointState(BaseModel):
     validation: list[dict[str, Any]]
     compression: CompressionRecord | None = None
     """None for checkpoints of `muntin fit`."""
+    guard: GuardState = GuardState()
+    """Of the losses, with the number of batches that were left out."""
     memory: MemoryUse | None = None
     """What the run shrank to for lack of memory."""
     sha256: dict[str, str]

@@ -14,6 +14,12 @@ Checkpointing = Literal["none", "selective", "full"]
 """From the most memory and the fewest operations to the least memory and the most operations."""
 
 
+OptimizerName = Literal["muon", "adamw", "lion", "schedule-free"]
+LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "schedule-free": 2.5e-3}
+"""Default learning rates of the optimisers other than Muon: AdamW's usual one, a fifth of it for Lion (Chen et al., 2302.06675, section 5),
+that of the package of Schedule-Free."""
+
+
 class ModelChoice(Section):
     """The model, and changes to it."""
 
@@ -29,7 +35,7 @@ class ModelChoice(Section):
 
 
 class TrainingConfig(Section):
-    """The loop: Muon and AdamW with warm-up and a cosine, weights averaged over time, gradients clipped."""
+    """The loop: an optimiser with warm-up and a cosine, weights averaged over time, gradients clipped."""
 
     steps: int = Field(default=2000, ge=1, description="maximum number of optimiser steps")
     minutes: float | None = Field(
@@ -46,18 +52,30 @@ class TrainingConfig(Section):
         default="none",
         description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but products",
     )
-    learning_rate: float = Field(default=4e-3, gt=0, le=1, description="at the end of the warm-up")
+    optimizer: OptimizerName = Field(
+        default="muon",
+        description="muon: Muon for matrices, AdamW for the rest; adamw; lion; schedule-free: AdamW with averages, not a falling rate",
+    )
+    learning_rate: float = Field(
+        default=4e-3, gt=0, le=1, description="at the end of the warm-up; if unset, adamw has 1e-3, lion 2e-4, schedule-free 2.5e-3"
+    )
     final_learning_rate: float = Field(default=0.0, ge=0, le=1, description="at the end of the run, where the cosine ends")
     warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the run over which the learning rate rises")
     weight_decay: float = Field(default=0.05, ge=0, le=1, description="of matrices and kernels, by AdamW's rule")
     clip: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="largest norm of the gradient")
+    spike: float | None = Field(
+        default=10.0,
+        gt=1,
+        allow_inf_nan=False,
+        description="a batch is skipped if its loss is above this many medians of the last 100 and above the first ones; null: only NaN",
+    )
     average: float = Field(default=0.995, ge=0, lt=1, description="decay a step of the averaged weights, the result; 0: no averaging")
     overlap_loss: float = Field(default=1.0, ge=0, le=10, description="weight of the soft IoU loss beside cross-entropy; segment only")
     gate_budget: float = Field(
         default=1.0, gt=0, le=1, description="share of the multiply-adds behind channel gates to keep; other channels are cut"
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="auto: 16 bits if they are faster on this machine"
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        default="auto", description="auto: 16 bits if they are faster on this machine; tf32, fp16: on CUDA"
     )
     compile: bool = Field(default=False, description="torch.compile the training step; needs a C++ compiler on CPUs")
     validate_every: int = Field(default=250, ge=1, description="steps between validations")
@@ -68,6 +86,19 @@ class TrainingConfig(Section):
         description="most memory of the process on a CPU, such as 6GiB; a step that needs more is taken in smaller parts",
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="threads of the CPU; unset: PyTorch's choice")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rate(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "learning_rate" not in values and (rate := LEARNING_RATES.get(str(values.get("optimizer")))):
+            return {**values, "learning_rate": rate}
+        return values
+
+    @model_validator(mode="after")
+    def _second_moments(self) -> Self:
+        if self.gate_budget < 1 and self.optimizer == "lion":
+            raise ValueError("gate_budget with optimizer lion: channels are ranked by Adam's second moments: choose another optimizer")
+        return self
 
     @model_validator(mode="after")
     def _uncompiled(self) -> Self:
@@ -95,9 +126,11 @@ class TrainingConfig(Section):
         return max(step, min(self.steps, round(step / max(self.share_done(step, seconds), 1e-9)))) if step else self.steps
 
     def rate_at(self, done: float) -> float:
-        """Learning rate at the share `done` of the run: linear warm-up, then a cosine to `final_learning_rate`."""
+        """Learning rate at the share `done` of the run: linear warm-up, then a cosine to `final_learning_rate`, or constant (schedule-free)."""
         if done < self.warmup:
             return self.learning_rate * done / self.warmup
+        if self.optimizer == "schedule-free":
+            return self.learning_rate
         falling = 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * falling
 

@@ -106,11 +106,16 @@ def seed_random(*numbers: int) -> None:
 @contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore the buffers of a model, such as the statistics of its norms, after the block, which may also replace them."""
-    kept = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    kept = kept_buffers(model)
     try:
         yield
     finally:
         restore_buffers(model, kept)
+
+
+def kept_buffers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """The buffers of a model by name, each with a copy, for `restore_buffers`."""
+    return {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
 
 
 def restore_buffers(model: nn.Module, kept: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -11,34 +11,43 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
-import json
+import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from muntin.artifact.file_lock import folder_in_use
 from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
-from muntin.data.batches import small_picture_notes
+from muntin.data.batches import ImageBatch, small_picture_notes
 from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
 from muntin.models import CompressionRecord, TorchSession
 from muntin.models.session import require_compiler
-from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes, write_checkpoint
+from muntin.training.checkpoint import (
+    Checkpoint,
+    check_classes,
+    checkpoints_in,
+    find_start,
+    read_checkpoint,
+    recipe_changes,
+    write_checkpoint,
+)
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import collapse, evaluate, poor_classes, tile_of
 from muntin.training.gate_pruning import GateClosing
-from muntin.training.interrupt import Interruption
 from muntin.training.memory.memory_format import keep_freed_memory
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
 from muntin.training.precision import TrainingPrecision, resolve_precision
+from muntin.training.progress.interrupt import Interruption
+from muntin.training.progress.metrics_log import MetricsLog
+from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.trainer import DivergedError, Trainer
@@ -48,68 +57,6 @@ LOG_EVERY = 10
 """Steps between two points of the training curve."""
 FIRST_CHECKPOINT_S = 30.0
 """Seconds of training after which a run that has no checkpoint writes its first one; the others follow `checkpoint_every`."""
-
-
-class MetricsLog:
-    """Writes `metrics.jsonl` and TensorBoard events; a resumed run first rewrites the points up to its checkpoint."""
-
-    def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
-        self.directory, self.step = directory, step
-        self.failed = ""
-        """Error of the first point that could not be written."""
-        self.past = [("training", p) for p in training] + [("validation", p) for p in validation]
-
-    def __enter__(self) -> MetricsLog:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of tensorboard's own imports
-            from torch.utils.tensorboard import SummaryWriter
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step + 1 if self.step else 0)
-        for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
-            self._line(kind, point)
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        for closing in (self.file, self.board):
-            with suppress(OSError):  # `failed` has the error, and checkpoints have all points
-                closing.close()
-
-    def _line(self, kind: str, point: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind, **point, "step": int(point["step"])}) + "\n")
-        self.file.flush()
-
-    def write(self, kind: str, point: dict[str, Any]) -> None:
-        """Add one point. After an error (full disk) training continues: checkpoints have all points."""
-        try:
-            self._line(kind, point)
-            for key, value in point.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
-        except OSError as error:
-            if not self.failed:
-                self.failed = f"{self.file.name} cannot be written ({error.strerror or error}): the curve is only in checkpoints"
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitProgress:
-    """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
-
-    `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step), "step" (each one; `loss` is a mean
-    over at most 10), "validating" (`step` of `steps` pictures), "validation" (its end).
-    """
-
-    kind: Literal["check", "note", "prepare", "step", "validating", "validation"]
-    step: int
-    steps: int
-    loss: float | None = None
-    score: float | None = None
-    images_per_second: float | None = None
-    seconds_left: float | None = None
-    note: str | None = None
-
-
-FitReport = Callable[[FitProgress], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +90,9 @@ def fit(
 
     `directory`: the run's folder, by default `runs/NAME`; refused while another process trains in it. `root`: the folder at which relative
     paths of the recipe start, by default the file's own or the current one. `resume`: continue from the newest checkpoint, and refuse a
-    directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget`) are noted and apply from
-    this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl` and TensorBoard
-    events. Raises kinds of `MuntinError`.
+    directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget` and `optimizer`) are noted
+    and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`
+    and TensorBoard events. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
@@ -248,9 +195,8 @@ class Training:
         """True after a note on a collapse of the score."""
         if start is not None:
             trainer.restore(start)
-            state = start.state
-            self.step, self.seconds, self.losses = state.step, state.seconds, list(state.pending)
-            self.curve, self.validation = list(state.training), list(state.validation)
+            self._take(start)
+            self.seconds = start.state.seconds
         self.session = TorchSession(trainer.average.model, recipe.signature(source.classes), dtype=trainer.precision.dtype)
 
     @property
@@ -293,14 +239,22 @@ class Training:
                     return path
             started, first = time.perf_counter(), self.step
             before = self.seconds
-            for step, (images, target) in prefetch(crops.batch, self.step, self.step if self.finished else config.steps):
+            batches = self._batches(crops)
+            going = not self.finished
+            while going:
+                step, (images, target) = self.step, next(batches)
                 validated = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
                 interruption.work = "this step and its validation" if validated else "this step"
                 done = config.share_done(step + 0.5, before + time.perf_counter() - started)
                 try:
                     self.losses.append(self.trainer.update(step, images, target, done=done))
                 except DivergedError as error:
-                    raise MuntinError(f"{error}: {self._lower_rate()}") from error
+                    if self._skip(error):
+                        continue
+                    batches.close()
+                    self._go_back(error, log)
+                    batches = self._batches(crops)
+                    continue
                 self._take_notes()
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
@@ -326,6 +280,7 @@ class Training:
                     path = self._write()
                 if last:
                     break
+            batches.close()
         path = path or self._write()
         self._note_collapse(path)
         return path
@@ -343,6 +298,38 @@ class Training:
             kept = next((path for path in checkpoints_in(newest.parent) if path.name == f"step-{best:08d}"), None)
             text += f"; the checkpoint of step {best} is not kept" if kept is None else f"; {kept} has the best score"
         self.note(text)
+
+    def _batches(self, crops: Crops) -> Generator[ImageBatch]:
+        """The batches from the present step on, without those that were left out."""
+        with closing(prefetch(crops.batch, self.step + self.trainer.guard.state.skipped, sys.maxsize)) as numbered:
+            for _, batch in numbered:
+                yield batch
+
+    def _skip(self, error: DivergedError) -> bool:
+        """Leave a batch out. Returns False if the run should go back in place of it."""
+        if not self.trainer.guard.skip():
+            return False
+        self.note(f"{error}: its batch is skipped")
+        return True
+
+    def _go_back(self, error: DivergedError, log: MetricsLog) -> None:
+        """Go on from the newest checkpoint with unseen batches. Raises `MuntinError` if there is none, or after several times."""
+        kept = checkpoints_in(self.directory / "checkpoints")
+        earlier = read_checkpoint(kept[-1]) if kept else None
+        guard = self.trainer.guard
+        if earlier is None or not guard.go_back(earlier.state.guard, self.step - earlier.state.step):
+            raise MuntinError(f"{error}, and at {guard.state.in_a_row - 1} batches before it: {self._lower_rate()}") from error
+        self.trainer.restore(earlier)
+        self.trainer.guard = guard
+        self._take(earlier)
+        log.go_back(self.step, self.curve, self.validation)
+        self.note(f"{error}, as with the batches before it: the run goes on from step {self.step}, with other batches")
+
+    def _take(self, checkpoint: Checkpoint) -> None:
+        """Continue the history of a checkpoint."""
+        state = checkpoint.state
+        self.step, self.losses = state.step, list(state.pending)
+        self.curve, self.validation = list(state.training), list(state.validation)
 
     def _take_notes(self) -> None:
         """Report what recovery changed."""
@@ -433,5 +420,6 @@ class Training:
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
             "precision": self.trainer.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
             "validation": self.validation, "compression": self.compression, "memory": self.trainer.shrunk,
+            "guard": self.trainer.guard.state,
         }  # fmt: skip
         return write_checkpoint(self.directory / "checkpoints", state, self.trainer.tensors())

@@ -1,4 +1,5 @@
-"""The optimiser: Muon for matrices, AdamW for the rest, and its state in checkpoints.
+"""The optimisers, and their state in checkpoints. The default is Muon for matrices and AdamW for the rest; AdamW is PyTorch's, Lion timm's,
+Schedule-Free its authors' package.
 
     weights of linear layers and convolutions             Muon
     vectors, norms, kernels of grouped convolutions, tables   AdamW
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
 from muntin.training.config import TrainingConfig
@@ -24,6 +27,8 @@ LENGTH = 0.2
 _POLYNOMIALS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7220, 0.5365), (2.6614, -1.9772, 0.4526)
 """Coefficients a, b, c of a·x + b·x³ + c·x⁵, applied in order: each is the closest to 1 on the range of the one before, from 0.01 to 1."""
 _SCALER = ("scale", "_growth_tracker")
+_GROUP_STATE = ("k", "weight_sum", "lr_max")
+"""What Schedule-Free counts for a group of parameters."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -104,8 +109,12 @@ def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (x if wide else x.mT).to(x_NRC.dtype)
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> Muon:
-    """Muon for the weights of linear layers and of convolutions without groups (quantised and factored ones too), AdamW for the rest."""
+def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
+    """The optimiser of a recipe. `dtype`: of Muon's products.
+
+    Muon takes the weights of linear layers and of convolutions without groups (quantised and factored ones too), AdamW the rest. The other
+    optimisers take all. None decays vectors.
+    """
     matrices, others, vectors = [], [], []
     owners = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -117,7 +126,33 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
             matrices.append(parameter)
         else:
             others.append(parameter)
-    return Muon(matrices, others, vectors, config=config, dtype=dtype)
+    if config.optimizer == "muon":
+        return Muon(matrices, others, vectors, config=config, dtype=dtype)
+    decays = ((config.weight_decay, [*matrices, *others]), (0.0, vectors))
+    groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay} for decay, parameters in decays if parameters]
+    if config.optimizer == "adamw":
+        fused = all(parameter.is_floating_point() for _, parameters in decays for parameter in parameters)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
+    if config.optimizer == "schedule-free":
+        averaging = AdamWScheduleFree(groups, lr=config.learning_rate)
+        averaging.train()
+        return cast(torch.optim.Optimizer, averaging)
+    from timm.optim import Lion  # importing timm takes seconds
+
+    return cast(torch.optim.Optimizer, Lion(groups, lr=config.learning_rate))
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """During the block, the parameters are the averages that Schedule-Free evaluates; those of other optimisers stay."""
+    if not isinstance(optimizer, AdamWScheduleFree):
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
 
 
 def _is_table(owner: nn.Module) -> bool:
@@ -131,7 +166,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, scaler
     tensors: dict[str, Tensor] = {}
     if scaler.is_enabled():
         tensors |= {f"scaler.{key}": torch.tensor(scaler.state_dict()[key]) for key in _SCALER}
-    for group in optimizer.param_groups:
+    for number, group in enumerate(optimizer.param_groups):
+        tensors |= {f"group.{number}.{key}": torch.tensor(group[key], dtype=torch.float64) for key in _GROUP_STATE if key in group}
         for parameter in group["params"]:
             for key, value in optimizer.state[parameter].items():
                 tensors[f"{key}.{names[id(parameter)]}"] = torch.as_tensor(value)
@@ -145,7 +181,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
         key, _, parameter = name.partition(".")
         if key == "rng":
             continue  # of older checkpoints; random numbers are seeded at each step
-        if key == "scaler":
+        if key == "group":
+            number, _, field = parameter.partition(".")
+            group = optimizer.param_groups[int(number)]
+            group[field] = type(group[field])(value.item())
+        elif key == "scaler":
             scaler.load_state_dict(scaler.state_dict() | {parameter: value.item()})
         else:
             like = parameters[parameter]

@@ -13,7 +13,7 @@ import torch
 
 from muntin.errors import DependencyError
 
-PrecisionName = Literal["auto", "fp32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 MIN_GAIN = 1.2
 """Speed of BF16 over FP32 from which "auto" takes BF16 on a CPU; below it, conversions cost the gain."""
 _SIDE, _REPEATS = 1024, 9
@@ -61,8 +61,8 @@ def resolve_precision(name: PrecisionName, device: str, *, begun: str | None = N
     """
     if device == "cuda":
         return _on_cuda(name)
-    if name == "fp16":
-        raise DependencyError("precision fp16: CPUs compute it at FP32 speed or not at all; write auto, bf16 or fp32")
+    if name in ("fp16", "tf32"):
+        raise DependencyError(f"precision {name}: CPUs compute it at FP32 speed or not at all; write auto, bf16 or fp32")
     has_bf16 = cpu_computes_bf16()
     if name == "bf16" and not has_bf16:
         raise DependencyError("precision bf16: this CPU has no BF16 products (AVX512-BF16 or AMX); write auto or fp32")
@@ -86,9 +86,10 @@ def _on_cuda(name: PrecisionName) -> TrainingPrecision:
         name = "bf16" if has_bf16 else "fp16"
     if name == "bf16" and not has_bf16:
         raise DependencyError(f"training.precision bf16: {torch.cuda.get_device_name()} has none: write auto, fp16 or fp32")
-    if name == "fp32":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
-        return TrainingPrecision(name="tf32", device="cuda", dtype=None, reason="FP32 with TF32 products")
+    if name in ("fp32", "tf32"):
+        products = "tf32" if name == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = products
+        torch.backends.cudnn.conv.fp32_precision = products  # type: ignore[attr-defined]
+        return TrainingPrecision(name=name, device="cuda", dtype=None, reason=f"as asked, with {products.upper()} products")
     dtype = torch.bfloat16 if name == "bf16" else torch.float16
     return TrainingPrecision(name=name, device="cuda", dtype=dtype, reason=f"{name} tensor cores of {torch.cuda.get_device_name()}")

@@ -10,7 +10,6 @@ Axes: B images, C channels, H W map, S sums.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -23,12 +22,13 @@ from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.gate_pruning import GateClosing
-from muntin.training.gradients import BatchGradient, restore_buffers
+from muntin.training.gradients import BatchGradient, kept_buffers, restore_buffers
 from muntin.training.loss import Loss
 from muntin.training.memory.checkpointing import ActivationCheckpointing
 from muntin.training.memory.memory_format import channels_last
-from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
+from muntin.training.recovery.instability import LossGuard
 from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse, memory_use
 from muntin.training.weights import load_weights
 
@@ -42,7 +42,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 class DivergedError(MuntinError):
-    """The loss or its gradient is no longer finite."""
+    """The loss or its gradient is not finite, or far above its usual value. The weights are as before the step."""
 
 
 class WeightAverage:
@@ -102,10 +102,11 @@ class Trainer:
         channels_last(self.model)
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
         self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
-        self.average = WeightAverage(self.model, config.average)
+        self.average = WeightAverage(self.model, 0.0 if config.optimizer == "schedule-free" else config.average)
         self.checkpointing = ActivationCheckpointing(self.model)
         self.memory = self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
         self.checkpointing.apply_all(self.memory.checkpointing)
+        self.guard = LossGuard(config.spike)
         self.notes: list[str] = []
         """What recovery changed, in words, since the list was emptied."""
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
@@ -120,6 +121,7 @@ class Trainer:
         load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
         load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+        self.guard = LossGuard(self.config.spike, checkpoint.state.guard)
         self.remember(checkpoint.state.memory)
 
     def remember(self, use: MemoryUse | None) -> None:
@@ -140,7 +142,7 @@ class Trainer:
     def update(self, step: int, images: Tensor, target: Tensor, *, done: float) -> float:
         """Take one optimiser step and return the loss. `done`: share of the run that is done.
 
-        Raises `DivergedError` if the loss or its gradient is not finite; the weights are then unchanged.
+        Raises `DivergedError` if the loss or its gradient is not finite, or a spike; the model is then unchanged.
         """
         if not self.config.compile:
             return self._update(step, images, target, done)
@@ -162,26 +164,34 @@ class Trainer:
         self.model.train()
         if self.config.gate_budget < 1:  # before a step of a resumed run moves closed gates
             self.closing = self._gate_closing(self._pixels(images[:1]))
-        value = self._gradient(step, images, target)
+        kept = kept_buffers(self.model)
+        try:
+            value = self._gradient(step, images, target, kept)
+        except DivergedError:
+            restore_buffers(self.model, kept)
+            self.optimizer.zero_grad()
+            raise
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
         if self.skipped > (SKIPPED_STEPS if self.scaler.is_enabled() else 0):
             self.optimizer.zero_grad()
+            restore_buffers(self.model, kept)
             before = f", as in the {SKIPPED_STEPS} steps before, which were skipped" if self.scaler.is_enabled() else ""
             raise DivergedError(f"the gradient is {float(norm)} at step {step + 1}, and the loss {value:g}{before}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.average.update(self.model, step)
+        with averaged_weights(self.optimizer):
+            self.average.update(self.model, step)
         if self.closing is not None:
             self.closing.update(done, self.optimizer)
+        self.guard.accept(value)
         return value
 
-    def _gradient(self, step: int, images: Tensor, target: Tensor) -> float:
+    def _gradient(self, step: int, images: Tensor, target: Tensor, kept: dict[str, tuple[Tensor, Tensor]]) -> float:
         """Put the batch's gradient into the parameters, in smaller parts after a lack of memory. Returns the loss."""
         while True:
-            kept = {name: (buffer, buffer.clone()) for name, buffer in self.model.named_buffers()}
             value = self._gradient_once(step, images, target)
             if value is not None:
                 return value
@@ -201,18 +211,20 @@ class Trainer:
         totals = self.ranks.sum(batch.totals(sums_S))
         if sums_S is not None:
             sums_S = self.ranks.sum(sums_S)
-            value = float(self.loss.value(sums_S, totals))
-            if not math.isfinite(value):
-                raise DivergedError(f"the loss is {value} at step {step + 1}")
+            value = self._judged(self.loss.value(sums_S, totals), step)
         gradient_S = self.loss.gradient(totals.new_zeros(2) if sums_S is None else sums_S, totals)
         done, own_S = self._attempt(lambda: batch.backward(self.scaler.scale(gradient_S)))
         if not done or own_S is None:
             return None
         if sums_S is None:
-            value = float(self.loss.value(self.ranks.sum(own_S), totals))
-            if not math.isfinite(value):
-                self.optimizer.zero_grad()
-                raise DivergedError(f"the loss is {value} at step {step + 1}")
+            value = self._judged(self.loss.value(self.ranks.sum(own_S), totals), step)
+        return value
+
+    def _judged(self, loss: Tensor, step: int) -> float:
+        """The loss of the whole batch as a number. Raises `DivergedError` for one out of range."""
+        value = float(loss)
+        if fault := self.guard.fault(value):
+            raise DivergedError(f"{fault} at step {step + 1}")
         return value
 
     def _attempt(self, work: Callable[[], T]) -> tuple[bool, T | None]:

@@ -1,0 +1,28 @@
+"""Progress of a run, as its caller is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitProgress:
+    """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
+
+    `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step), "step" (each one; `loss` is a mean
+    over at most 10), "validating" (`step` of `steps` pictures), "validation" (its end).
+    """
+
+    kind: Literal["check", "note", "prepare", "step", "validating", "validation"]
+    step: int
+    steps: int
+    loss: float | None = None
+    score: float | None = None
+    images_per_second: float | None = None
+    seconds_left: float | None = None
+    note: str | None = None
+
+
+FitReport = Callable[[FitProgress], None]
