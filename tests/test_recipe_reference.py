@@ -49,7 +49,7 @@ def test_ranges_and_defaults(page: str) -> None:
     assert re.search(r"\| `learning_rate` \| number above 0 to 1 \| `0\.004` \|", page)
     assert re.search(r"\| `warmup` \| number from 0 below 1 \| `0\.08` \|", page)
     assert re.search(r"\| `images` \| path \| needed \|", page)
-    assert "| `precision` | `auto`, `fp32`, `bf16`, `fp16` |" in page
+    assert "| `precision` | `auto`, `fp32`, `tf32`, `bf16`, `fp16` |" in page
     for stage, share in (("recover", "0.2"), ("quantize", "0.05"), ("mix", "0.25")):  # each has a default of its own
         section = page.partition(f"## compression.{stage}\n")[2]
         assert f"| `share` | number from 0 to 10 | `{share}` |" in section.partition("## ")[0]

@@ -126,7 +126,7 @@ class TrainingConfig(Section):
         return max(step, min(self.steps, round(step / max(self.share_done(step, seconds), 1e-9)))) if step else self.steps
 
     def rate_at(self, done: float) -> float:
-        """Learning rate at the share `done` of the run: linear warm-up, then a cosine to `final_learning_rate`, or constant (schedule-free)."""
+        """Learning rate at the share `done` of the run: warm-up, then a cosine to `final_learning_rate`; constant for schedule-free."""
         if done < self.warmup:
             return self.learning_rate * done / self.warmup
         if self.optimizer == "schedule-free":
