@@ -41,7 +41,7 @@ def fit_command(
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the newest checkpoint, refused without one; keys of training (not gate_budget, optimizer) may have changed.",
+            help="Continue from the newest checkpoint, refused without one; keys of training may have changed, not gate_budget, optimizer.",
         ),
     ] = False,
     set_: Set = None,

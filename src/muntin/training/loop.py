@@ -230,7 +230,8 @@ class Training:
         closed = self.start is not None and self.finished and self._close_gates(samples)  # if `steps` was reduced
         if closed and self.validation and self.validation[-1]["step"] == self.step:
             self.validation.pop()  # it was of the model before closing
-        with keep_freed_memory(), memory_bound(config.memory), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+        kept = keep_freed_memory(config.memory is None)
+        with kept, memory_bound(config.memory), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
@@ -255,7 +256,8 @@ class Training:
                     self._go_back(error, log)
                     batches = self._batches(crops)
                     continue
-                self._take_notes()
+                finally:
+                    self._take_notes()
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if ended:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 _KEPT = 1 << 30
 """Bytes: larger tensors are returned at once (with older glibc those from 32 MiB)."""
+_RETURNED = 1 << 20
+"""Bytes: larger tensors are returned at once where memory is not kept."""
 _DEFAULTS = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
 """Maximum of glibc's dynamic thresholds, bytes (malloc.c, DEFAULT_MMAP_THRESHOLD_MAX)."""
 
@@ -31,19 +33,21 @@ def channels_last(model: nn.Module) -> None:
 
 
 @contextmanager
-def keep_freed_memory() -> Iterator[None]:
-    """Keep freed memory in the process during the block, for reuse, and return it to the system at the end.
+def keep_freed_memory(keep: bool = True) -> Iterator[None]:
+    """Keep freed memory in the process during the block, for reuse, and return it to the system at the end; `keep` False: at once.
 
-    By default glibc returns a large tensor to the system when it is freed, and the next step maps the memory again. Does nothing with
-    another C library, or if `GLIBC_TUNABLES` or `MALLOC_...` is set in the environment.
+    By default glibc returns a large tensor to the system when it is freed, and the next step maps the memory again. Kept memory falls into
+    pieces, so a process with a bound on its memory should not keep it. Does nothing with another C library, or if `GLIBC_TUNABLES` or
+    `MALLOC_...` is set in the environment.
     """
     if platform.libc_ver()[0] != "glibc" or any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         yield
         return
     libc = ctypes.CDLL(None)
-    if not libc.mallopt(_MMAP_THRESHOLD, _KEPT):  # older versions accept no more than their own maximum
+    largest = _KEPT if keep else _RETURNED
+    if not libc.mallopt(_MMAP_THRESHOLD, largest):  # older versions accept no more than their own maximum
         libc.mallopt(_MMAP_THRESHOLD, _DEFAULTS[_MMAP_THRESHOLD])
-    libc.mallopt(_TRIM_THRESHOLD, _KEPT)
+    libc.mallopt(_TRIM_THRESHOLD, largest)
     try:
         yield
     finally:
