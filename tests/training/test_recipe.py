@@ -89,7 +89,7 @@ def test_unknown_key_first() -> None:
         ("training.warmup", 1, "less than 1"),
         ("training.clip", float("inf"), "finite"),
         ("training.average", 1, "less than 1"),
-        ("training.precision", "fp8", "'auto', 'fp32', 'bf16' or 'fp16' (got 'fp8')"),
+        ("training.precision", "fp8", "'auto', 'fp32', 'tf32', 'bf16' or 'fp16' (got 'fp8')"),
         ("training.threads", 0, "greater than or equal to 1"),
         ("quantization.min_sqnr_db", -1, "greater than or equal to 0"),
         ("quantization.calibration_images", 0, "greater than or equal to 1"),
