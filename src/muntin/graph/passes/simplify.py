@@ -167,27 +167,31 @@ def plain_linears(graph: Graph) -> None:
 
 
 def flat_gathers(graph: Graph) -> None:
-    """Write each Gather with constant indices of two axes or more as a Gather with a list of them, and a Reshape."""
+    """Write each Gather with constant indices of two axes or more, or with computed ones, as a Gather with a list of them, and a Reshape."""
     nodes: list[onnx.NodeProto] = []
     for gather in graph.nodes:
         indices = graph.constants.get(gather.input[1]) if gather.op_type == "Gather" else None
-        if indices is None or indices.ndim < 2 or gather.input[0] in graph.constants:
+        listed = indices is not None and indices.ndim < 2
+        if gather.op_type != "Gather" or listed or gather.input[0] in graph.constants:
             nodes.append(gather)
             continue
-        (data, _), (name,) = gather.input, gather.output
+        (data, table), (name,) = gather.input, gather.output
         axis = attributes(gather).get("axis", 0)
-        parts = [graph.constant(f"{name}/rows", np.asarray(indices.shape, np.int64))]
+        parts = [f"{name}/rows"]
+        nodes.append(helper.make_node("Shape", [table], [parts[0]], name=parts[0]))
         if axis:
             nodes.append(helper.make_node("Shape", [data], [f"{name}/before"], end=axis, name=f"{name}/before"))
             parts.insert(0, f"{name}/before")
         if axis != -1:
             nodes.append(helper.make_node("Shape", [data], [f"{name}/behind"], start=axis + 1, name=f"{name}/behind"))
             parts.append(f"{name}/behind")
-        flat = graph.constant(f"{gather.input[1]}/flat", indices.reshape(-1))
+        whole = graph.constant(f"{name}/list", np.array([-1], np.int64))
         nodes += [
+            helper.make_node("Reshape", [table, whole], [f"{name}/indices"], name=f"{name}/indices"),
+            helper.make_node("Gather", [data, f"{name}/indices"], [f"{name}/flat"], axis=axis, name=f"{name}/flat"),
             helper.make_node("Concat", parts, [f"{name}/shape_of_rows"], axis=0, name=f"{name}/shape_of_rows"),
-            helper.make_node("Gather", [data, flat], [f"{name}/flat"], axis=axis, name=f"{name}/flat"),
             helper.make_node("Reshape", [f"{name}/flat", f"{name}/shape_of_rows"], [name], allowzero=1, name=gather.name),
         ]
     graph.nodes = nodes
     graph.reindex()
+    fold_constants(graph)
