@@ -167,7 +167,7 @@ def plain_linears(graph: Graph) -> None:
 
 
 def flat_gathers(graph: Graph) -> None:
-    """Write each Gather with constant indices of two axes or more, or with computed ones, as a Gather with a list of them, and a Reshape."""
+    """Write each Gather by a table of indices, constant or computed, as a Gather by a list of them and a Reshape."""
     nodes: list[onnx.NodeProto] = []
     for gather in graph.nodes:
         indices = graph.constants.get(gather.input[1]) if gather.op_type == "Gather" else None
