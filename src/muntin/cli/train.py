@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from muntin.cli.console import (
     err,
@@ -18,14 +19,17 @@ from muntin.cli.console import (
     out,
     print_json,
     print_notes,
+    print_table,
     progress_bar,
     progress_lines,
     refuse_unwritable,
     say,
     say_notes,
+    status,
 )
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
+from muntin.errors import MuntinError
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -45,6 +49,10 @@ def fit_command(
         ),
     ] = False,
     set_: Set = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Take two steps on random crops, print their memory and whether it fits, and write nothing."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe."""
@@ -53,6 +61,9 @@ def fit_command(
     from muntin.training import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
+    if dry_run:
+        _dry_run(loaded, recipe.resolve().parent, json=json)
+        return
     begin = notes_once(() if json else notes)
     result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json, begin=begin)
     if json:
@@ -65,6 +76,38 @@ def fit_command(
         again = shlex.join(["muntin", "fit", str(recipe), *places, *changes, "--resume"])
         say(f"muntin: interrupted after step {result.step} of {result.steps}; `{again}` goes on")
         raise typer.Exit(1)
+
+
+def _dry_run(recipe: Recipe, root: Path, *, json: bool) -> None:
+    """Print what a step takes of memory. Raises `MuntinError` with one line of advice if it does not fit."""
+    from muntin.training.memory.budget import size
+    from muntin.training.memory.dry_run import dry_run
+
+    def shown(value: int | None, otherwise: str = "-") -> str:
+        return otherwise if value is None else size(value)
+
+    with status("taking steps"):
+        result = dry_run(recipe, root=root)
+    if json:
+        print_json({**asdict(result), "advice": result.advice})
+    else:
+        table = Table("memory of a process", Column("formula", justify="right"), Column("measured", justify="right"))
+        for entry in result.entries:
+            table.add_row(entry.name, shown(entry.formula), shown(entry.measured))
+        table.add_row("process before a step", "", shown(result.held))
+        table.add_row("process at its peak", "", shown(result.peak))
+        table.add_row(result.limit_name, "", shown(result.limit, "unknown"))
+        print_table(table)
+        levers = Table("change", Column("process at its peak", justify="right"), "", "fits")
+        words = {None: "unknown", True: "yes", False: "no"}
+        levers.add_row(f"none ({result.memory})", shown(result.peak), "measured", words[result.fits])
+        for lever in result.levers:
+            levers.add_row(lever.name, shown(lever.peak), "measured" if lever.measured else "formula", words[lever.fits])
+        print_table(levers)
+        out.print(f"computed  in {result.precision}, on {result.device}")
+        print_notes(result.notes)
+    if result.advice:
+        raise MuntinError(result.advice)
 
 
 def fit_with_progress(

@@ -14,6 +14,12 @@ Checkpointing = Literal["none", "selective", "full"]
 """From the most memory and the fewest operations to the least memory and the most operations."""
 
 
+class ActivationBudget(Section):
+    """The bound on the memory of a step's gradient, by which blocks are chosen whose activations are computed again."""
+
+    budget: ByteSize = Field(ge=1 << 20, description="most bytes at the peak, beyond what is held before the step, such as 2GiB")
+
+
 class ModelChoice(Section):
     """The model, and changes to it."""
 
@@ -42,9 +48,10 @@ class TrainingConfig(Section):
     micro_batch: int | None = Field(
         default=None, ge=1, description="most crops of a process in one pass; the gradients of the passes add up to the batch's; unset: all"
     )
-    checkpointing: Checkpointing = Field(
+    checkpointing: Checkpointing | ActivationBudget = Field(
         default="none",
-        description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but products",
+        description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but long "
+        "products; budget: of the blocks that cost the least time, until the measured peak is within it",
     )
     learning_rate: float = Field(default=4e-3, gt=0, le=1, description="at the end of the warm-up")
     final_learning_rate: float = Field(default=0.0, ge=0, le=1, description="at the end of the run, where the cosine ends")
@@ -72,7 +79,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _uncompiled(self) -> Self:
         if self.compile and self.checkpointing != "none":
-            raise ValueError(f"checkpointing {self.checkpointing} with compile: true: the compiler chooses what is recomputed: drop one")
+            level = self.checkpointing if isinstance(self.checkpointing, str) else "by budget"
+            raise ValueError(f"checkpointing {level} with compile: true: the compiler chooses what is recomputed: drop one")
         return self
 
     @model_validator(mode="after")

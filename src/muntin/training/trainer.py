@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -20,13 +21,15 @@ from torch import Tensor, nn
 from muntin.errors import DependencyError, MuntinError
 from muntin.runtime.host.memory import no_memory
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
-from muntin.training.config import TrainingConfig
+from muntin.training.config import ActivationBudget, TrainingConfig
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.gate_pruning import GateClosing
-from muntin.training.gradients import BatchGradient, restore_buffers
+from muntin.training.gradients import BatchGradient, buffers_kept, restore_buffers
 from muntin.training.loss import Loss
+from muntin.training.memory.budget import BlockCost, block_costs, keep_to_budget
 from muntin.training.memory.checkpointing import ActivationCheckpointing
 from muntin.training.memory.memory_format import channels_last
+from muntin.training.memory.peak import watch_peak
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
 from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse, memory_use
@@ -104,8 +107,9 @@ class Trainer:
         self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
         self.average = WeightAverage(self.model, config.average)
         self.checkpointing = ActivationCheckpointing(self.model)
-        self.memory = self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
-        self.checkpointing.apply_all(self.memory.checkpointing)
+        self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
+        self.use_memory(self._recipe_memory)
+        self._in_budget = False
         self.notes: list[str] = []
         """What recovery changed, in words, since the list was emptied."""
         self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
@@ -180,6 +184,8 @@ class Trainer:
 
     def _gradient(self, step: int, images: Tensor, target: Tensor) -> float:
         """Put the batch's gradient into the parameters, in smaller parts after a lack of memory. Returns the loss."""
+        if self.memory.checkpointing == "budget" and not self._in_budget:
+            self._keep_to_budget(step, images, target)
         while True:
             kept = {name: (buffer, buffer.clone()) for name, buffer in self.model.named_buffers()}
             value = self._gradient_once(step, images, target)
@@ -246,9 +252,51 @@ class Trainer:
         return None if self.memory == self._recipe_memory else self.memory
 
     def use_memory(self, use: MemoryUse) -> None:
-        """Change how a step uses memory."""
+        """Change how a step uses memory. Checkpointing by a budget is applied at the next step."""
         self.memory = use
-        self.checkpointing.apply_all(use.checkpointing)
+        self.loss = replace(self.loss, chunked=use.checkpointing != "none")
+        if use.checkpointing != "budget":
+            self.checkpointing.apply_all(use.checkpointing)
+
+    def gradient_peak(self, step: int, images: Tensor, target: Tensor) -> int | None:
+        """Compute a batch's gradient and drop it. Returns the peak of memory beyond what was held before, bytes, the largest of all
+        processes; None if memory was short.
+
+        Raises `DependencyError` if this system does not tell it.
+        """
+        self.model.train()
+        with buffers_kept(self.model), watch_peak(self.precision.device) as watch:
+            value = self._gradient_once(step, images, target)
+        self.optimizer.zero_grad()
+        if value is None:
+            return None
+        if watch.peak is None:
+            raise DependencyError("this system does not tell a process's peak of memory (Linux and CUDA do), which a memory budget needs")
+        peaks = torch.zeros(self.ranks.count, dtype=torch.float64, device=self.precision.device)
+        peaks[self.ranks.index] = watch.peak
+        return int(self.ranks.sum(peaks).max())
+
+    def _keep_to_budget(self, step: int, images: Tensor, target: Tensor) -> None:
+        """Choose the blocks to recompute by measurements on this batch."""
+        assert isinstance(self.config.checkpointing, ActivationBudget)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+        def costs_of(use: MemoryUse) -> dict[str, BlockCost]:
+            part = self._pixels(images[: use.micro_batch]).to(dtype)
+            with buffers_kept(self.model), self.precision.autocast():
+                costs = block_costs(self.checkpointing, self.model, lambda: self.model(part))
+            own = torch.tensor([[cost.kept, cost.seconds] for cost in costs.values()], dtype=torch.float64, device=self.precision.device)
+            rows = self.ranks.sum(own).tolist() if costs else []  # all processes choose the same blocks
+            return {name: BlockCost(kept=int(kept), seconds=seconds) for name, (kept, seconds) in zip(costs, rows, strict=True)}
+
+        def peak_of(use: MemoryUse, blocks: tuple[str, ...], chunked: bool) -> int | None:
+            self.memory = use
+            self.checkpointing.apply(dict.fromkeys(blocks, "full"), chunked=chunked)
+            return self.gradient_peak(step, images, target)
+
+        self.memory, note = keep_to_budget(self.config.checkpointing.budget, self.memory, costs_of, peak_of)
+        self._in_budget = True
+        self.notes.append(note)
 
     def _pixels(self, images: Tensor) -> Tensor:
         return images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)

@@ -5,16 +5,18 @@ Neither changes the mathematics of a step (see `gradients`), so a run that had t
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from muntin.errors import RecipeError
 from muntin.layers.norm import GROUP, MapNorm, TokenNorm
-from muntin.training.config import Checkpointing, TrainingConfig
+from muntin.training.config import ActivationBudget, TrainingConfig
 
-LEVELS: tuple[Checkpointing, ...] = get_args(Checkpointing)
+Level = Literal["none", "selective", "budget", "full"]
+LEVELS: tuple[Level, ...] = ("none", "selective", "budget", "full")
+_NEXT: dict[Level, Level] = {"none": "selective", "selective": "full", "budget": "full"}
 
 
 class MemoryUse(BaseModel):
@@ -24,21 +26,22 @@ class MemoryUse(BaseModel):
 
     micro_batch: int
     unit: int
-    checkpointing: Checkpointing
+    checkpointing: Level
+
+    def halved(self) -> MemoryUse | None:
+        """The same with half the micro-batch; None if there is none."""
+        half = self.micro_batch // 2 // self.unit * self.unit
+        return self.model_copy(update={"micro_batch": half}) if half else None
 
     def smaller(self) -> MemoryUse | None:
         """The next smaller use; None if there is none."""
-        half = self.micro_batch // 2 // self.unit * self.unit
-        if half:
-            return self.model_copy(update={"micro_batch": half})
-        if self.checkpointing != LEVELS[-1]:
-            return self.model_copy(update={"checkpointing": LEVELS[LEVELS.index(self.checkpointing) + 1]})
-        return None
+        level = _NEXT.get(self.checkpointing)
+        return self.halved() or (None if level is None else self.model_copy(update={"checkpointing": level}))
 
     @property
     def text(self) -> str:
         """In words."""
-        return f"micro-batches of {self.micro_batch}, checkpointing {self.checkpointing}"
+        return f"micro-batches of {self.micro_batch}, checkpointing {'by ' * (self.checkpointing == 'budget')}{self.checkpointing}"
 
 
 def memory_use(model: nn.Module, config: TrainingConfig, rows: int) -> MemoryUse:
@@ -48,7 +51,8 @@ def memory_use(model: nn.Module, config: TrainingConfig, rows: int) -> MemoryUse
     if micro_batch < rows and micro_batch % unit:
         norms = f"its norms take {unit} crops together" if unit < rows else "its batch norms take the whole batch"
         raise RecipeError(f"training.micro_batch {micro_batch}: {norms}: give a multiple of {unit}")
-    return MemoryUse(micro_batch=micro_batch, unit=unit, checkpointing=config.checkpointing)
+    level: Level = "budget" if isinstance(config.checkpointing, ActivationBudget) else config.checkpointing
+    return MemoryUse(micro_batch=micro_batch, unit=unit, checkpointing=level)
 
 
 def inseparable_rows(model: nn.Module, batch_size: int) -> int:
