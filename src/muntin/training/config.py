@@ -53,6 +53,12 @@ class TrainingConfig(Section):
         description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but long "
         "products; budget: of the blocks that cost the least time, until the measured peak is within it",
     )
+    norm_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="crops that share the statistics of batch norms in training, and so stay in one micro-batch; unset: 8 in the named "
+        "models, the whole batch in others",
+    )
     learning_rate: float = Field(default=4e-3, gt=0, le=1, description="at the end of the warm-up")
     final_learning_rate: float = Field(default=0.0, ge=0, le=1, description="at the end of the run, where the cosine ends")
     warmup: float = Field(default=0.08, ge=0, lt=1, description="share of the run over which the learning rate rises")

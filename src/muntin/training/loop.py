@@ -424,8 +424,9 @@ class Training:
     def _renew_statistics(self, samples: Samples) -> None:
         """Renew the statistics of the averaged model's norms."""
         data, seen = self.recipe.data, self.step * self.config.batch_size
-        count = max(GROUP, min(MAX_IMAGES, seen) // GROUP * GROUP)
-        batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
+        group = min(GROUP, self.config.norm_group or GROUP)
+        count = max(group, min(MAX_IMAGES, seen) // group * group)
+        batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=group, seed=self.seed, task=self.recipe.task)
         renew_statistics(self.trainer.average.model, batches, self.trainer.precision)
 
     def _write(self) -> Path:

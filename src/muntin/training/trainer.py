@@ -29,6 +29,7 @@ from muntin.training.loss import Loss
 from muntin.training.memory.budget import BlockCost, block_costs, keep_to_budget
 from muntin.training.memory.checkpointing import ActivationCheckpointing
 from muntin.training.memory.memory_format import channels_last
+from muntin.training.memory.norm_groups import group_norms
 from muntin.training.memory.peak import watch_peak
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
@@ -107,6 +108,8 @@ class Trainer:
         self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
         self.average = WeightAverage(self.model, config.average)
         self.checkpointing = ActivationCheckpointing(self.model)
+        if config.norm_group is not None:
+            group_norms(self.model, config.norm_group)
         self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
         self.use_memory(self._recipe_memory)
         self._in_budget = False

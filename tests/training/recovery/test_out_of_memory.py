@@ -82,6 +82,9 @@ def test_micro_batch_of_norms() -> None:
     plain, batch_norm = nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     assert memory_use(plain, TrainingConfig(micro_batch=3), 16).micro_batch == 3
     assert memory_use(batch_norm, TrainingConfig(), 16) == MemoryUse(micro_batch=16, unit=16, checkpointing="none")
-    with pytest.raises(RecipeError, match=r"training\.micro_batch 8: its batch norms take the whole batch: give a multiple of 16"):
+    with pytest.raises(
+        RecipeError,
+        match=r"training\.micro_batch 8: its batch norms take the whole batch \(see training\.norm_group\): give a multiple of 16",
+    ):
         memory_use(batch_norm, TrainingConfig(micro_batch=8), 16)
     assert torch.is_grad_enabled()

@@ -148,14 +148,14 @@ def entry_of(block: nn.Module) -> str:
 
 
 def _recomputed(block: nn.Module, forward: BlockCall, selective: bool, *arguments: Any, **options: Any) -> Any:
-    """BlockCall a block, and keep its inputs alone for the gradient, or with the answers of products."""
+    """Call a block, and keep its inputs alone for the gradient, or with the answers of products."""
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
     return checkpoint(forward, *arguments, use_reentrant=False, context_fn=partial(_contexts, block, selective), **options)
 
 
 def _in_chunks(forward: BlockCall, tokens: Tensor) -> Tensor:
-    """BlockCall a perceptron on chunks of `(..., C)`, and keep its input alone for the gradient."""
+    """Call a perceptron on chunks of `(..., C)`, and keep its input alone for the gradient."""
     if not torch.is_grad_enabled():
         answer: Tensor = forward(tokens)
         return answer
