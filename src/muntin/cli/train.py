@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import count as count_up
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +32,7 @@ from muntin.cli.console import (
 )
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
-from muntin.errors import MuntinError
+from muntin.errors import MuntinError, RecipeError
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -53,17 +56,31 @@ def fit_command(
         bool,
         typer.Option("--dry-run", help="Take two steps on random crops, print their memory and whether it fits, and write nothing."),
     ] = False,
+    supervise: Annotated[
+        bool | None,
+        typer.Option(
+            help="Train in a child process; if the kernel kills it for lack of memory, go on from the newest checkpoint with less. By "
+            "default where training.memory is set. Linux only.",
+            show_default=False,
+        ),
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(hidden=True, help="Number of a supervised attempt, from 0.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe."""
     refuse_without_gradients(recipe)
+    if attempt is None and not dry_run and _supervised(supervise, recipe, set_ or ()):
+        raise typer.Exit(_supervise(sys.argv[1:]))
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import load_recipe
+    from muntin.training.checkpoint import checkpoints_in
 
     loaded = load_recipe(recipe, set_ or ())
     if dry_run:
         _dry_run(loaded, recipe.resolve().parent, json=json)
         return
+    if attempt:
+        resume = bool(checkpoints_in((output or Path("runs") / loaded.name) / "checkpoints"))
     begin = notes_once(() if json else notes)
     result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json, begin=begin)
     if json:
@@ -76,6 +93,47 @@ def fit_command(
         again = shlex.join(["muntin", "fit", str(recipe), *places, *changes, "--resume"])
         say(f"muntin: interrupted after step {result.step} of {result.steps}; `{again}` goes on")
         raise typer.Exit(1)
+
+
+def _supervised(requested: bool | None, recipe: Path, changes: Sequence[str]) -> bool:
+    """Return True if training gets a parent: on request, or where `training.memory` is set. torchrun's agent is one already.
+
+    Reads the recipe without PyTorch, whose memory the parent saves; mistakes in it are for the child to report.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    if sys.platform != "linux":
+        if requested:
+            raise RecipeError(f"--supervise: Linux tells why a process was killed, {sys.platform} does not: leave it out")
+        return False
+    if requested is not None:
+        return requested
+    import yaml
+
+    given = [value for key, _, value in (change.partition("=") for change in changes) if key == "training.memory"]
+    with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+        value = yaml.safe_load(given[-1]) if given else yaml.safe_load(recipe.read_text(encoding="utf-8"))["training"].get("memory")
+        return value is not None
+    return False
+
+
+def _supervise(words: Sequence[str]) -> int:
+    """Run `muntin fit` in a child, and again with less memory after each kill for lack of memory. Returns the last one's exit code.
+
+    Ends, because each attempt takes less than the one before, and the least one fails with an error. Raises `MuntinError` for a child that
+    was ended by another signal.
+    """
+    from muntin.runtime.host.supervised_process import run_muntin
+
+    for attempt in count_up():
+        end = run_muntin([*words, "--attempt", str(attempt)])
+        if not end.for_memory:
+            break
+        say("muntin: the kernel killed the training for lack of memory: it goes on from the newest checkpoint with less")
+    if end.signal is not None:
+        reason = ", and the kernel killed no process for lack of memory in this time" if end.signal == "SIGKILL" else ""
+        raise MuntinError(f"{end.signal} ended the training{reason}: with a checkpoint, --resume goes on from the newest one")
+    return end.code
 
 
 def _dry_run(recipe: Recipe, root: Path, *, json: bool) -> None:
@@ -216,7 +274,7 @@ def evaluate_command(
     from muntin.compression.stages import broken_off
     from muntin.data.source import SPLITS
     from muntin.deployment.run_artifacts import run_of
-    from muntin.errors import ArtifactError, RecipeError
+    from muntin.errors import ArtifactError
     from muntin.models import TorchSession
     from muntin.runtime import load
     from muntin.runtime.options import DEFAULT_ENGINE

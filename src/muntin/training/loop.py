@@ -40,6 +40,7 @@ from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import load_initial_weights, new_model
@@ -284,7 +285,17 @@ class Training:
         closed = self.start is not None and self.finished and self._close_gates(samples)  # if `steps` was reduced
         if closed and self.validation and self.validation[-1]["step"] == self.step:
             self.validation.pop()  # it was of the model before closing
-        with keep_freed_memory(), memory_bound(config.memory), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+        attempt = Attempt(self.directory, writes=self.trainer.ranks.first)
+        if self.trainer.ranks.any(attempt.lacked_memory) and attempt.earlier is not None:
+            self.trainer.after_kill(attempt.earlier.memory)
+            self._take_notes()
+        with (
+            keep_freed_memory(),
+            memory_bound(config.memory),
+            attempt,
+            MetricsLog(self.directory, self.step, self.curve, self.validation) as log,
+        ):
+            attempt.note(self.trainer.memory)
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
@@ -302,6 +313,7 @@ class Training:
                 except DivergedError as error:
                     raise MuntinError(f"{error}: {self._lower_rate()}") from error
                 self._take_notes()
+                attempt.note(self.trainer.memory)
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if ended:

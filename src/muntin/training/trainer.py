@@ -196,7 +196,7 @@ class Trainer:
                 return value
             restore_buffers(self.model, kept)
             self.optimizer.zero_grad()
-            self._shrink(step)
+            self._shrink(f"out of memory at step {step + 1}")
 
     def _gradient_once(self, step: int, images: Tensor, target: Tensor) -> float | None:
         """The same, or None if memory was short in any process; gradients and buffers are then of no use."""
@@ -236,17 +236,22 @@ class Trainer:
         short = self.ranks.any(short)
         return not short, None if short else result
 
-    def _shrink(self, step: int) -> None:
+    def after_kill(self, use: MemoryUse) -> None:
+        """Use less memory than an earlier attempt, which the kernel killed."""
+        self.remember(use)
+        self._shrink("an earlier attempt was killed for lack of memory")
+
+    def _shrink(self, event: str) -> None:
         """Use less memory from now on. Raises `MuntinError` if no less is possible."""
         smaller = self.memory.smaller()
         if smaller is None:
             raise MuntinError(
-                f"out of memory at step {step + 1} with {self.memory.text}: no smaller step leaves the mathematics as they are; take a "
-                "smaller data.crop or model, or free memory"
+                f"{event} with {self.memory.text}: no smaller step leaves the mathematics as they are; take a smaller data.crop or model, "
+                "or free memory"
             )
         if self.precision.device == "cuda":
             torch.cuda.empty_cache()
-        self.notes.append(f"out of memory at step {step + 1} with {self.memory.text}: goes on with {smaller.text}")
+        self.notes.append(f"{event} with {self.memory.text}: goes on with {smaller.text}")
         self.use_memory(smaller)
 
     @property
