@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +20,12 @@ import torch
 from PIL import Image
 
 import muntin.training
+from muntin.cli import main
+from muntin.cli.train import _supervised
 from muntin.compression import load_model
 from muntin.deployment.checkpoint_candidate import checkpoint_session
 from muntin.images import write_image
+from muntin.runtime.host import supervised_process
 from muntin.training import fit, load_recipe, read_checkpoint
 from muntin.training.evaluation import tile_of
 
@@ -192,6 +196,116 @@ def test_fit_with_a_failing_compiler(call_process: Call, tiny: Any, tmp_path: Pa
     assert "cannot compile this model" in text
     assert "set compile: false" in text
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# ---- fit in a child process ----
+
+KILLED = """
+import os, pathlib, signal
+from torch import nn
+
+class Small(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1)
+
+def make(*, task, classes, channels):
+    killed = pathlib.Path(__file__).with_name("killed")
+    if not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Small(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1))
+"""
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+
+
+@needs_linux
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_fit_after_a_kill(capfd: Any, write_tiny: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
+    """The child really dies by SIGKILL; whether the kernel's counter rises is pretended."""
+    (tmp_path / "killed_once.py").write_text(KILLED)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "killed_once:make", "options": {}})
+    kills = itertools.count() if by_kernel else itertools.repeat(3)
+    monkeypatch.setattr(supervised_process, "kills_for_memory", lambda: next(kills))
+    words = ["fit", str(tiny.recipe), "-o", str(tmp_path / "run"), "--set", "training.memory=16GiB", "--set", "training.steps=2"]
+    monkeypatch.setattr(sys, "argv", ["muntin", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capfd.readouterr()
+    if by_kernel:
+        assert end.value.code == 0
+        assert "the kernel killed the training for lack of memory: it goes on from the newest checkpoint with less" in printed.err
+        assert "trained   2 of 2 steps" in printed.out
+    else:
+        assert end.value.code == 1
+        assert "muntin: SIGKILL ended the training, and the kernel killed no process for lack of memory in this time" in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("requested", "text", "changes", "environment", "expected"),
+    [
+        (None, "training: {memory: 6GiB}", (), {}, True),
+        (None, "training: {steps: 6}", (), {}, False),
+        (None, "training: {memory: 6GiB}", ("training.memory=null",), {}, False),
+        (None, "seed: 1", ("training.memory=6GiB",), {}, True),
+        (None, "training: [", (), {}, False),
+        (True, "training: {steps: 6}", (), {}, True),
+        (False, "training: {memory: 6GiB}", (), {}, False),
+        (True, "training: {memory: 6GiB}", (), {"TORCHELASTIC_RUN_ID": "1"}, False),
+    ],
+)
+@needs_linux
+def test_choice_of_a_child_process(
+    requested: bool | None, text: str, changes: tuple[str, ...], environment: dict[str, str], expected: bool, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert _supervised(requested, tmp_path / "recipe.yaml", changes) is expected
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group of processes whose memory can be limited."""
+    group = Path("/sys/fs/cgroup/memory") / f"muntin-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory control group can be made here: {error.strerror}")
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.slow
+@needs_linux
+def test_fit_after_a_kill_by_the_kernel(memory_group: Path, write_tiny: Call, tmp_path: Path) -> None:
+    """A real lack of memory: the group's limit is some hundred MiB above what the process holds before its first step."""
+    tiny = write_tiny(tmp_path / "data", data={"crop": 256})
+    (memory_group / "memory.limit_in_bytes").write_text(str(700 << 20))
+    words = [MUNTIN, "fit", str(tiny.recipe), "-o", str(tmp_path / "run"), "--supervise", "--json"]
+    words += [word for change in ("steps=2", "batch_size=128", "precision=fp32") for word in ("--set", f"training.{change}")]
+    group = shlex.quote(str(memory_group / "cgroup.procs"))
+    done = subprocess.run(["sh", "-c", f'echo $$ > {group}; exec "$@"', "sh", *words], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "muntin: the kernel killed the training for lack of memory" in done.stderr
+    document = json.loads(done.stdout)
+    assert document["step"] == 2
+    assert any(note.startswith("an earlier attempt was killed for lack of memory with micro-batches of ") for note in document["notes"])
+
+
+@needs_linux
+def test_dry_run(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Callable[[Path], Any]) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    answer = call("fit", tiny.recipe, "--dry-run")
+    assert answer.code == 0 and "parameters and buffers" in answer.out and "checkpointing full" in answer.out
+    document = call("fit", tiny.recipe, "--dry-run", "--json").document()
+    assert document["fits"] and document["advice"] == "" and document["peak"] > document["held"] > 0
+    over = call("fit", tiny.recipe, "--dry-run", "--set", "training.memory=64MiB")
+    assert over.code == 1 and over.err.startswith("muntin: a step with micro-batches of ") and "training.memory is 64.0 MiB" in over.err
+    assert tree(tmp_path) == before
 
 
 # ---- evaluate ----

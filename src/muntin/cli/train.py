@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import count as count_up
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from muntin.cli.console import (
     err,
@@ -18,14 +22,17 @@ from muntin.cli.console import (
     out,
     print_json,
     print_notes,
+    print_table,
     progress_bar,
     progress_lines,
     refuse_unwritable,
     say,
     say_notes,
+    status,
 )
 from muntin.cli.options import JsonOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
+from muntin.errors import MuntinError, RecipeError
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -45,14 +52,35 @@ def fit_command(
         ),
     ] = False,
     set_: Set = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Take two steps on random crops, print their memory and whether it fits, and write nothing."),
+    ] = False,
+    supervise: Annotated[
+        bool | None,
+        typer.Option(
+            help="Train in a child process; if the kernel kills it for lack of memory, go on from the newest checkpoint with less. By "
+            "default where training.memory is set. Linux only.",
+            show_default=False,
+        ),
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(hidden=True, help="Number of a supervised attempt, from 0.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Train a model by a recipe."""
     refuse_without_gradients(recipe)
+    if attempt is None and not dry_run and _supervised(supervise, recipe, set_ or ()):
+        raise typer.Exit(_supervise(sys.argv[1:]))
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import load_recipe
+    from muntin.training.checkpoint import checkpoints_in
 
     loaded = load_recipe(recipe, set_ or ())
+    if dry_run:
+        _dry_run(loaded, recipe.resolve().parent, json=json)
+        return
+    if attempt:
+        resume = bool(checkpoints_in((output or Path("runs") / loaded.name) / "checkpoints"))
     begin = notes_once(() if json else notes)
     result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json, begin=begin)
     if json:
@@ -65,6 +93,79 @@ def fit_command(
         again = shlex.join(["muntin", "fit", str(recipe), *places, *changes, "--resume"])
         say(f"muntin: interrupted after step {result.step} of {result.steps}; `{again}` goes on")
         raise typer.Exit(1)
+
+
+def _supervised(requested: bool | None, recipe: Path, changes: Sequence[str]) -> bool:
+    """Return True if training gets a parent: on request, or where `training.memory` is set. torchrun's agent is one already.
+
+    Reads the recipe without PyTorch, whose memory the parent saves; mistakes in it are for the child to report.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return False
+    if sys.platform != "linux":
+        if requested:
+            raise RecipeError(f"--supervise: Linux tells why a process was killed, {sys.platform} does not: leave it out")
+        return False
+    if requested is not None:
+        return requested
+    import yaml
+
+    given = [value for key, _, value in (change.partition("=") for change in changes) if key == "training.memory"]
+    with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
+        value = yaml.safe_load(given[-1]) if given else yaml.safe_load(recipe.read_text(encoding="utf-8"))["training"].get("memory")
+        return value is not None
+    return False
+
+
+def _supervise(words: Sequence[str]) -> int:
+    """Run `muntin fit` in a child, and again with less memory after each kill for lack of memory. Returns the last one's exit code.
+
+    Ends, because each attempt takes less than the one before, and the least one fails with an error. Raises `MuntinError` for a child that
+    was ended by another signal.
+    """
+    from muntin.runtime.host.supervised_process import run_muntin
+
+    for attempt in count_up():
+        end = run_muntin([*words, "--attempt", str(attempt)])
+        if not end.for_memory:
+            break
+        say("muntin: the kernel killed the training for lack of memory: it goes on from the newest checkpoint with less")
+    if end.signal is not None:
+        reason = ", and the kernel killed no process for lack of memory in this time" if end.signal == "SIGKILL" else ""
+        raise MuntinError(f"{end.signal} ended the training{reason}: with a checkpoint, --resume goes on from the newest one")
+    return end.code
+
+
+def _dry_run(recipe: Recipe, root: Path, *, json: bool) -> None:
+    """Print what a step takes of memory. Raises `MuntinError` with one line of advice if it does not fit."""
+    from muntin.training.memory.budget import size
+    from muntin.training.memory.dry_run import dry_run
+
+    def shown(value: int | None, otherwise: str = "-") -> str:
+        return otherwise if value is None else size(value)
+
+    with status("taking steps"):
+        result = dry_run(recipe, root=root)
+    if json:
+        print_json({**asdict(result), "advice": result.advice})
+    else:
+        table = Table("memory of a process", Column("formula", justify="right"), Column("measured", justify="right"))
+        for entry in result.entries:
+            table.add_row(entry.name, shown(entry.formula), shown(entry.measured))
+        table.add_row("process before a step", "", shown(result.held))
+        table.add_row("process at its peak", "", shown(result.peak))
+        table.add_row(result.limit_name, "", shown(result.limit, "unknown"))
+        print_table(table)
+        levers = Table("change", Column("process at its peak", justify="right"), "", "fits")
+        words = {None: "unknown", True: "yes", False: "no"}
+        levers.add_row(f"none ({result.memory})", shown(result.peak), "measured", words[result.fits])
+        for lever in result.levers:
+            levers.add_row(lever.name, shown(lever.peak), "measured" if lever.measured else "formula", words[lever.fits])
+        print_table(levers)
+        out.print(f"computed  in {result.precision}, on {result.device}")
+        print_notes(result.notes)
+    if result.advice:
+        raise MuntinError(result.advice)
 
 
 def fit_with_progress(
@@ -173,7 +274,7 @@ def evaluate_command(
     from muntin.compression.stages import broken_off
     from muntin.data.source import SPLITS
     from muntin.deployment.run_artifacts import run_of
-    from muntin.errors import ArtifactError, RecipeError
+    from muntin.errors import ArtifactError
     from muntin.models import TorchSession
     from muntin.runtime import load
     from muntin.runtime.options import DEFAULT_ENGINE

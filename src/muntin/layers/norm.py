@@ -2,8 +2,8 @@
 
 y = weight · (x - mean) / √(variance + eps) + bias, with the statistics of a group while training and running averages afterwards.
 
-A batch is cut, in its order, into groups of `GROUP` samples (the last may be smaller), so the network does not depend on
-`training.batch_size`, and any split at a border of groups gives the same numbers. After training the norm is an affine map with constant
+A batch is cut, in its order, into groups of `group` samples, by default `GROUP` (the last may be smaller), so the network does not depend
+on `training.batch_size`, and any split at a border of groups gives the same numbers. After training the norm is an affine map with constant
 coefficients, which folds into a neighbouring layer. A group with a single value a channel (one image on a map of 1x1) has no variance: it
 raises MuntinError while training.
 
@@ -21,7 +21,7 @@ from muntin.errors import MuntinError
 from muntin.layers.windows import Grid
 
 GROUP = 8
-"""Number of samples that share statistics while training."""
+"""Number of samples that share statistics while training, by default."""
 
 
 class _GroupedNorm(nn.Module):
@@ -35,6 +35,7 @@ class _GroupedNorm(nn.Module):
         self.dim = dim
         self.eps = eps
         self.momentum = momentum
+        self.group = GROUP
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
         self.register_buffer("running_mean", torch.zeros(dim))
@@ -49,7 +50,7 @@ class _GroupedNorm(nn.Module):
         if self.training and x_BCHW.numel() <= self.dim:
             raise MuntinError(
                 "a group of samples has a single value a channel (one image on a map of 1x1), so it has no variance: "
-                f"train on larger crops, or with a batch_size that is a multiple of {GROUP}"
+                f"train on larger crops, or with a batch_size that is a multiple of {self.group}"
             )
         return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
@@ -60,14 +61,14 @@ class _GroupedNorm(nn.Module):
 
 
 class MapNorm(_GroupedNorm):
-    """Normalise `(B, C, H, W)` by channel, in groups of `GROUP` images while training."""
+    """Normalise `(B, C, H, W)` by channel, in groups of `group` images while training."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self._normalise_groups(x_BCHW, GROUP)
+        return self._normalise_groups(x_BCHW, self.group)
 
 
 class TokenNorm(_GroupedNorm):
-    """Normalise `(S, T, C)` by channel, in groups of the windows of `GROUP` images while training. Padding does not count."""
+    """Normalise `(S, T, C)` by channel, in groups of the windows of `group` images while training. Padding does not count."""
 
     def forward(self, t_STC: Tensor, grid: Grid) -> Tensor:
         if not self.training:
@@ -75,9 +76,9 @@ class TokenNorm(_GroupedNorm):
             return t_STC * a_C.to(t_STC.dtype) + b_C.to(t_STC.dtype)
         padded = grid.window is not None and (grid.height % grid.window or grid.width % grid.window)
         if padded and grid.bias_S1T is not None:
-            return self._normalise_real(t_STC, grid.bias_S1T.squeeze(1) == 0, GROUP * grid.rows * grid.columns)
+            return self._normalise_real(t_STC, grid.bias_S1T.squeeze(1) == 0, self.group * grid.rows * grid.columns)
         x_SCT1 = t_STC.transpose(1, 2).unsqueeze(-1)  # a view in channels-last order: PyTorch's fast path
-        return self._normalise_groups(x_SCT1, GROUP * grid.rows * grid.columns).squeeze(-1).transpose(1, 2)
+        return self._normalise_groups(x_SCT1, self.group * grid.rows * grid.columns).squeeze(-1).transpose(1, 2)
 
     def _normalise_real(self, t_STC: Tensor, real_ST: Tensor, group: int) -> Tensor:
         parts = []

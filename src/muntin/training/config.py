@@ -18,6 +18,10 @@ OptimizerName = Literal["muon", "adamw", "lion", "schedule-free"]
 LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "schedule-free": 2.5e-3}
 """Default learning rates of the optimisers other than Muon: AdamW's usual one, a fifth of it for Lion (Chen et al., 2302.06675, section 5),
 that of the package of Schedule-Free."""
+class ActivationBudget(Section):
+    """The bound on the memory of a step's gradient, by which blocks are chosen whose activations are computed again."""
+
+    budget: ByteSize = Field(ge=1 << 20, description="most bytes at the peak, beyond what is held before the step, such as 2GiB")
 
 
 class ModelChoice(Section):
@@ -48,9 +52,16 @@ class TrainingConfig(Section):
     micro_batch: int | None = Field(
         default=None, ge=1, description="most crops of a process in one pass; the gradients of the passes add up to the batch's; unset: all"
     )
-    checkpointing: Checkpointing = Field(
+    checkpointing: Checkpointing | ActivationBudget = Field(
         default="none",
-        description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but products",
+        description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but long "
+        "products; budget: of the blocks that cost the least time, until the measured peak is within it",
+    )
+    norm_group: int | None = Field(
+        default=None,
+        ge=1,
+        description="crops that share the statistics of batch norms in training, and so stay in one micro-batch; unset: 8 in the named "
+        "models, the whole batch in others",
     )
     optimizer: OptimizerName = Field(
         default="muon",
@@ -103,7 +114,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _uncompiled(self) -> Self:
         if self.compile and self.checkpointing != "none":
-            raise ValueError(f"checkpointing {self.checkpointing} with compile: true: the compiler chooses what is recomputed: drop one")
+            level = self.checkpointing if isinstance(self.checkpointing, str) else "by budget"
+            raise ValueError(f"checkpointing {level} with compile: true: the compiler chooses what is recomputed: drop one")
         return self
 
     @model_validator(mode="after")

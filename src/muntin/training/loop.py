@@ -49,6 +49,7 @@ from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.metrics_log import MetricsLog
 from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import load_initial_weights, new_model
@@ -230,8 +231,17 @@ class Training:
         closed = self.start is not None and self.finished and self._close_gates(samples)  # if `steps` was reduced
         if closed and self.validation and self.validation[-1]["step"] == self.step:
             self.validation.pop()  # it was of the model before closing
-        kept = keep_freed_memory(config.memory is None)
-        with kept, memory_bound(config.memory), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+        attempt = Attempt(self.directory, writes=self.trainer.ranks.first)
+        if self.trainer.ranks.any(attempt.lacked_memory) and attempt.earlier is not None:
+            self.trainer.after_kill(attempt.earlier.memory)
+            self._take_notes()
+        with (
+            keep_freed_memory(config.memory is None),
+            memory_bound(config.memory),
+            attempt,
+            MetricsLog(self.directory, self.step, self.curve, self.validation) as log,
+        ):
+            attempt.note(self.trainer.memory)
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
@@ -258,6 +268,7 @@ class Training:
                     continue
                 finally:
                     self._take_notes()
+                    attempt.note(self.trainer.memory)
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if ended:
@@ -413,8 +424,9 @@ class Training:
     def _renew_statistics(self, samples: Samples) -> None:
         """Renew the statistics of the averaged model's norms."""
         data, seen = self.recipe.data, self.step * self.config.batch_size
-        count = max(GROUP, min(MAX_IMAGES, seen) // GROUP * GROUP)
-        batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=GROUP, seed=self.seed, task=self.recipe.task)
+        group = min(GROUP, self.config.norm_group or GROUP)
+        count = max(group, min(MAX_IMAGES, seen) // group * group)
+        batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=group, seed=self.seed, task=self.recipe.task)
         renew_statistics(self.trainer.average.model, batches, self.trainer.precision)
 
     def _write(self) -> Path:

@@ -18,6 +18,7 @@ from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.host.memory import no_memory
 from muntin.training.memory.memory_format import channels_last
+from muntin.training.memory.norm_groups import check_norm_groups
 from muntin.training.precision import PrecisionName, TrainingPrecision
 from muntin.training.recipe import Recipe
 from muntin.training.weights import build_model, load_weights
@@ -69,6 +70,8 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
                 raise
             raise RecipeError(f"training.batch_size 1 with data.crop {side}: {_line(error)}; raise either of them") from error
     _check_gradient(copied, (batch, *shape[1:]), name)
+    if recipe.training.norm_group is not None:
+        check_norm_groups(copied, recipe.training.norm_group, shape[1:], name)
     copied.eval()
     if recipe.task != "classify":
         odd = (1, channels, side | 1, (side + side // 2) | 1)

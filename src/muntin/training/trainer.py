@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -19,13 +20,16 @@ from torch import Tensor, nn
 from muntin.errors import DependencyError, MuntinError
 from muntin.runtime.host.memory import no_memory
 from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
-from muntin.training.config import TrainingConfig
+from muntin.training.config import ActivationBudget, TrainingConfig
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.gate_pruning import GateClosing
-from muntin.training.gradients import BatchGradient, kept_buffers, restore_buffers
+from muntin.training.gradients import BatchGradient, buffers_kept, kept_buffers, restore_buffers
 from muntin.training.loss import Loss
+from muntin.training.memory.budget import BlockCost, block_costs, keep_to_budget
 from muntin.training.memory.checkpointing import ActivationCheckpointing
 from muntin.training.memory.memory_format import channels_last
+from muntin.training.memory.norm_groups import group_norms
+from muntin.training.memory.peak import watch_peak
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
 from muntin.training.recovery.instability import LossGuard
@@ -104,8 +108,11 @@ class Trainer:
         self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
         self.average = WeightAverage(self.model, 0.0 if config.optimizer == "schedule-free" else config.average)
         self.checkpointing = ActivationCheckpointing(self.model)
-        self.memory = self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
-        self.checkpointing.apply_all(self.memory.checkpointing)
+        if config.norm_group is not None:
+            group_norms(self.model, config.norm_group)
+        self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
+        self.use_memory(self._recipe_memory)
+        self._in_budget = False
         self.guard = LossGuard(config.spike)
         self.notes: list[str] = []
         """What recovery changed, in words, since the list was emptied."""
@@ -191,13 +198,15 @@ class Trainer:
 
     def _gradient(self, step: int, images: Tensor, target: Tensor, kept: dict[str, tuple[Tensor, Tensor]]) -> float:
         """Put the batch's gradient into the parameters, in smaller parts after a lack of memory. Returns the loss."""
+        if self.memory.checkpointing == "budget" and not self._in_budget:
+            self._keep_to_budget(step, images, target)
         while True:
             value = self._gradient_once(step, images, target)
             if value is not None:
                 return value
             restore_buffers(self.model, kept)
             self.optimizer.zero_grad()
-            self._shrink(step)
+            self._shrink(f"out of memory at step {step + 1}")
 
     def _gradient_once(self, step: int, images: Tensor, target: Tensor) -> float | None:
         """The same, or None if memory was short in any process; gradients and buffers are then of no use."""
@@ -239,17 +248,22 @@ class Trainer:
         short = self.ranks.any(short)
         return not short, None if short else result
 
-    def _shrink(self, step: int) -> None:
+    def after_kill(self, use: MemoryUse) -> None:
+        """Use less memory than an earlier attempt, which the kernel killed."""
+        self.remember(use)
+        self._shrink("an earlier attempt was killed for lack of memory")
+
+    def _shrink(self, event: str) -> None:
         """Use less memory from now on. Raises `MuntinError` if no less is possible."""
         smaller = self.memory.smaller()
         if smaller is None:
             raise MuntinError(
-                f"out of memory at step {step + 1} with {self.memory.text}: no smaller step leaves the mathematics as they are; take a "
-                "smaller data.crop or model, or free memory"
+                f"{event} with {self.memory.text}: no smaller step leaves the mathematics as they are; take a smaller data.crop or model, "
+                "or free memory"
             )
         if self.precision.device == "cuda":
             torch.cuda.empty_cache()
-        self.notes.append(f"out of memory at step {step + 1} with {self.memory.text}: goes on with {smaller.text}")
+        self.notes.append(f"{event} with {self.memory.text}: goes on with {smaller.text}")
         self.use_memory(smaller)
 
     @property
@@ -258,9 +272,51 @@ class Trainer:
         return None if self.memory == self._recipe_memory else self.memory
 
     def use_memory(self, use: MemoryUse) -> None:
-        """Change how a step uses memory."""
+        """Change how a step uses memory. Checkpointing by a budget is applied at the next step."""
         self.memory = use
-        self.checkpointing.apply_all(use.checkpointing)
+        self.loss = replace(self.loss, chunked=use.checkpointing != "none")
+        if use.checkpointing != "budget":
+            self.checkpointing.apply_all(use.checkpointing)
+
+    def gradient_peak(self, step: int, images: Tensor, target: Tensor) -> int | None:
+        """Compute a batch's gradient and drop it. Returns the peak of memory beyond what was held before, bytes, the largest of all
+        processes; None if memory was short.
+
+        Raises `DependencyError` if this system does not tell it.
+        """
+        self.model.train()
+        with buffers_kept(self.model), watch_peak(self.precision.device) as watch:
+            value = self._gradient_once(step, images, target)
+        self.optimizer.zero_grad()
+        if value is None:
+            return None
+        if watch.peak is None:
+            raise DependencyError("this system does not tell a process's peak of memory (Linux and CUDA do), which a memory budget needs")
+        peaks = torch.zeros(self.ranks.count, dtype=torch.float64, device=self.precision.device)
+        peaks[self.ranks.index] = watch.peak
+        return int(self.ranks.sum(peaks).max())
+
+    def _keep_to_budget(self, step: int, images: Tensor, target: Tensor) -> None:
+        """Choose the blocks to recompute by measurements on this batch."""
+        assert isinstance(self.config.checkpointing, ActivationBudget)
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+
+        def costs_of(use: MemoryUse) -> dict[str, BlockCost]:
+            part = self._pixels(images[: use.micro_batch]).to(dtype)
+            with buffers_kept(self.model), self.precision.autocast():
+                costs = block_costs(self.checkpointing, self.model, lambda: self.model(part))
+            own = torch.tensor([[cost.kept, cost.seconds] for cost in costs.values()], dtype=torch.float64, device=self.precision.device)
+            rows = self.ranks.sum(own).tolist() if costs else []  # all processes choose the same blocks
+            return {name: BlockCost(kept=int(kept), seconds=seconds) for name, (kept, seconds) in zip(costs, rows, strict=True)}
+
+        def peak_of(use: MemoryUse, blocks: tuple[str, ...], chunked: bool) -> int | None:
+            self.memory = use
+            self.checkpointing.apply(dict.fromkeys(blocks, "full"), chunked=chunked)
+            return self.gradient_peak(step, images, target)
+
+        self.memory, note = keep_to_budget(self.config.checkpointing.budget, self.memory, costs_of, peak_of)
+        self._in_budget = True
+        self.notes.append(note)
 
     def _pixels(self, images: Tensor) -> Tensor:
         return images.to(self.precision.device, torch.float32, memory_format=torch.channels_last)

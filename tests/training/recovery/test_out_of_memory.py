@@ -13,7 +13,7 @@ from torch import nn
 from muntin.errors import RecipeError
 from muntin.training.config import TrainingConfig
 from muntin.training.recovery.memory_bound import memory_bound
-from muntin.training.recovery.out_of_memory import MemoryUse, memory_use
+from muntin.training.recovery.out_of_memory import Level, MemoryUse, memory_use
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="the bound is Linux's")
 
@@ -68,19 +68,23 @@ def test_bound_is_refused_below_what_is_held() -> None:
         pass
 
 
-def test_order_of_shrinking() -> None:
-    use: MemoryUse | None = MemoryUse(micro_batch=24, unit=4, checkpointing="none")
+@pytest.mark.parametrize(("level", "levels"), [("none", ["selective", "full"]), ("budget", ["full"]), ("full", [])])
+def test_order_of_shrinking(level: Level, levels: list[Level]) -> None:
+    use: MemoryUse | None = MemoryUse(micro_batch=24, unit=4, checkpointing=level)
     seen = []
     while use is not None:
         seen.append((use.micro_batch, use.checkpointing))
         use = use.smaller()
-    assert seen == [(24, "none"), (12, "none"), (4, "none"), (4, "selective"), (4, "full")]
+    assert seen == [(24, level), (12, level), (4, level), *((4, each) for each in levels)]
 
 
 def test_micro_batch_of_norms() -> None:
     plain, batch_norm = nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     assert memory_use(plain, TrainingConfig(micro_batch=3), 16).micro_batch == 3
     assert memory_use(batch_norm, TrainingConfig(), 16) == MemoryUse(micro_batch=16, unit=16, checkpointing="none")
-    with pytest.raises(RecipeError, match=r"training\.micro_batch 8: its batch norms take the whole batch: give a multiple of 16"):
+    with pytest.raises(
+        RecipeError,
+        match=r"training\.micro_batch 8: its batch norms take the whole batch \(see training\.norm_group\): give a multiple of 16",
+    ):
         memory_use(batch_norm, TrainingConfig(micro_batch=8), 16)
     assert torch.is_grad_enabled()

@@ -1,94 +1,167 @@
 """Activation checkpointing: blocks of a model whose activations are computed again for the gradient instead of kept.
 
-Applied to a model from outside and taken away again; names, weights and answers stay as they are. Source: Chen et al., "Training Deep Nets
-with Sublinear Memory Cost" (1604.06174); the selective form: Korthikanti et al. (2205.05198, section 5).
+Applied to a model from outside and taken away again; names, weights and answers stay as they are. In a block that is recomputed whole,
+perceptrons may take their tokens in chunks, each recomputed on its own: of their hidden channels, one chunk's are held at a time.
+
+Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (1604.06174); the selective form: Korthikanti et al. (2205.05198,
+section 5).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from muntin.layers.attention import WindowedLayer
+from muntin.layers.block import Perceptron
+from muntin.layers.gate import ChannelGate
 from muntin.training.config import Checkpointing
 from muntin.training.gradients import buffers_kept
 
 _aten = torch.ops.aten
-KEPT = {
-    getattr(_aten, name).default
-    for name in (
-        "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_cudnn_attention",
-    )
-}  # fmt: skip
-"""Operators whose answers the selective form keeps: products, which are most of the time and little of the memory."""
+LONG = 300
+"""Multiply-adds for each number of its answer from which the selective form keeps a product's answer: little memory for much time."""
+_ATTENTION = {
+    getattr(_aten, f"_scaled_dot_product_{name}").default
+    for name in ("flash_attention", "efficient_attention", "flash_attention_for_cpu", "cudnn_attention")
+}
+_LENGTHS: dict[Any, Callable[..., int]] = {
+    _aten.mm.default: lambda a, b: a.shape[-1],
+    _aten.bmm.default: lambda a, b: a.shape[-1],
+    _aten.addmm.default: lambda bias, a, b: a.shape[-1],
+    _aten.baddbmm.default: lambda bias, a, b: a.shape[-1],
+    _aten.convolution.default: lambda x, weight, *_: weight[0].numel(),
+}
+"""Multiply-adds for each number of the answer, by operator."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+CHUNKS = 4
+"""Chunks of the tokens of a perceptron in a recomputed block."""
+_BY_TOKEN = (nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LayerNorm, ChannelGate)
+"""Layers that compute each token on its own (`ChannelGate` as the perceptrons use it, over the last axis)."""
+
+BlockCall = Callable[..., Any]
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model by dotted name: entries of its lists that have layers inside, the outermost ones.
+    """The blocks of a model by dotted name: entries of its lists that have layers inside; of nested lists, those of the inner ones.
 
-    Of a model without such lists, the children that have layers inside.
+    Beside inner lists, children that have layers inside are blocks, too. Of a model without lists, its children that have layers inside.
     """
-    found: dict[str, nn.Module] = {}
+    blocks: dict[str, nn.Module] = {}
 
     def visit(module: nn.Module, name: str, listed: bool) -> None:
         container = type(module) in CONTAINERS
-        inside = any(True for _ in module.children()) and any(True for _ in module.parameters())
-        if listed and inside and not container:
-            found[name] = module
+        if listed and _has_layers(module) and not container and not _has_lists(module):
+            blocks[name] = module
             return
         for key, child in module.named_children():
-            visit(child, f"{name}.{key}".lstrip("."), container)
+            visit(child, f"{name}.{key}".lstrip("."), listed or container)
 
     visit(model, "", False)
-    if not found:
+    if not blocks:
         children = ((name, child) for name, child in model.named_children() if type(child) not in CONTAINERS[1:])
-        found = {name: child for name, child in children if any(True for _ in child.children()) and any(True for _ in child.parameters())}
-    return found
+        blocks = {name: child for name, child in children if _has_layers(child)}
+    return blocks
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def _has_lists(module: nn.Module) -> bool:
+    """Return True if a list inside has at least two entries with layers inside."""
+    lists = (child for child in module.modules() if type(child) in CONTAINERS)
+    return any(sum(_has_layers(entry) for entry in child.children()) > 1 for child in lists)
+
+
+def perceptrons_of(module: nn.Module) -> list[nn.Module]:
+    """The perceptrons inside that compute each token on its own: muntin's, timm's, and sequences of linear layers and activations."""
+    timm_layers = sys.modules.get("timm.layers")  # loaded if the model is timm's
+    kinds: tuple[type[nn.Module], ...] = (Perceptron, nn.Sequential)
+    if timm_layers is not None:
+        kinds += (timm_layers.Mlp, timm_layers.GluMlp, timm_layers.SwiGLU)
+
+    def by_token(layer: nn.Module) -> bool:
+        return isinstance(layer, _BY_TOKEN) or (isinstance(layer, nn.Dropout) and layer.p == 0)
+
+    candidates = (inner for inner in module.modules() if isinstance(inner, kinds))
+    return [
+        inner
+        for inner in candidates
+        if all(by_token(layer) for layer in inner.children()) and sum(isinstance(layer, nn.Linear) for layer in inner.children()) > 1
+    ]
 
 
 class ActivationCheckpointing:
-    """The blocks of a model, each recomputed or not. `level`: of all blocks."""
+    """The blocks of a model, each recomputed or not."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = blocks_of(model)
-        self._before: dict[str, Callable[..., Any] | None] = {}
+        self._before: list[tuple[nn.Module, str, BlockCall | None]] = []
 
-    def apply(self, levels: Mapping[str, Checkpointing]) -> None:
-        """Set the level of blocks by name; others become "none"."""
+    def apply(self, levels: Mapping[str, Checkpointing], *, chunked: bool = True) -> None:
+        """Set the level of blocks by name; others become "none". `chunked`: take the perceptrons of "full" blocks in chunks."""
         self.remove()
         for name, level in levels.items():
             if level == "none":
                 continue
             block = self.blocks[name]
-            self._before[name] = block.__dict__.get("forward")
-            block.forward = partial(_recomputed, block, block.forward, level == "selective")
+            if level == "full" and chunked:
+                for perceptron in perceptrons_of(block):
+                    self._replace(perceptron, "forward", partial(_in_chunks, perceptron.forward))
+            entry = entry_of(block)
+            self._replace(block, entry, partial(_recomputed, block, getattr(block, entry), level == "selective"))
 
     def apply_all(self, level: Checkpointing) -> None:
         """Set the level of every block."""
         self.apply(dict.fromkeys(self.blocks, level))
 
+    def wrap(self, wrapper: Callable[[str, BlockCall], BlockCall]) -> None:
+        """Replace the call of each block by what `wrapper` returns for its name and call, instead of recomputing; see `remove`."""
+        self.remove()
+        for name, block in self.blocks.items():
+            self._replace(block, entry_of(block), wrapper(name, getattr(block, entry_of(block))))
+
     def remove(self) -> None:
         """Take the checkpointing away."""
-        for name, forward in self._before.items():
-            block = self.blocks[name]
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+        for module, entry, before in reversed(self._before):
+            delattr(module, entry)
+            if before is not None:
+                setattr(module, entry, before)
         self._before.clear()
 
+    def _replace(self, module: nn.Module, entry: str, call: BlockCall) -> None:
+        self._before.append((module, entry, module.__dict__.get(entry)))
+        setattr(module, entry, call)
 
-def _recomputed(block: nn.Module, forward: Callable[..., Any], selective: bool, *arguments: Any, **options: Any) -> Any:
+
+def entry_of(block: nn.Module) -> str:
+    """The method that a model calls: muntin's stages call their blocks on windows."""
+    return "attend" if isinstance(block, WindowedLayer) else "forward"
+
+
+def _recomputed(block: nn.Module, forward: BlockCall, selective: bool, *arguments: Any, **options: Any) -> Any:
     """Call a block, and keep its inputs alone for the gradient, or with the answers of products."""
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
     return checkpoint(forward, *arguments, use_reentrant=False, context_fn=partial(_contexts, block, selective), **options)
+
+
+def _in_chunks(forward: BlockCall, tokens: Tensor) -> Tensor:
+    """Call a perceptron on chunks of `(..., C)`, and keep its input alone for the gradient."""
+    if not torch.is_grad_enabled():
+        answer: Tensor = forward(tokens)
+        return answer
+    chunks = tokens.flatten(0, -2).chunk(CHUNKS)
+    answer = torch.cat([checkpoint(forward, chunk, use_reentrant=False) for chunk in chunks])
+    return answer.reshape(*tokens.shape[:-1], -1)
 
 
 def _contexts(block: nn.Module, selective: bool) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -108,4 +181,5 @@ def _both(*contexts: AbstractContextManager[Any]) -> Iterator[None]:
 
 
 def _policy(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    long = operator in _LENGTHS and _LENGTHS[operator](*arguments) >= LONG
+    return CheckpointPolicy.MUST_SAVE if long or operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE

@@ -53,4 +53,10 @@ def keep_freed_memory(keep: bool = True) -> Iterator[None]:
     finally:
         for option, default in _DEFAULTS.items():
             libc.mallopt(option, default)
-        libc.malloc_trim(0)
+        return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system, where the C library is glibc."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

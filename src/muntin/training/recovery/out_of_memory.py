@@ -5,16 +5,18 @@ Neither changes the mathematics of a step (see `gradients`), so a run that had t
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from muntin.errors import RecipeError
-from muntin.layers.norm import GROUP, MapNorm, TokenNorm
-from muntin.training.config import Checkpointing, TrainingConfig
+from muntin.layers.norm import MapNorm, TokenNorm
+from muntin.training.config import ActivationBudget, TrainingConfig
 
-LEVELS: tuple[Checkpointing, ...] = get_args(Checkpointing)
+Level = Literal["none", "selective", "budget", "full"]
+LEVELS: tuple[Level, ...] = ("none", "selective", "budget", "full")
+_NEXT: dict[Level, Level] = {"none": "selective", "selective": "full", "budget": "full"}
 
 
 class MemoryUse(BaseModel):
@@ -24,39 +26,42 @@ class MemoryUse(BaseModel):
 
     micro_batch: int
     unit: int
-    checkpointing: Checkpointing
+    checkpointing: Level
+
+    def halved(self) -> MemoryUse | None:
+        """The same with half the micro-batch; None if there is none."""
+        half = self.micro_batch // 2 // self.unit * self.unit
+        return self.model_copy(update={"micro_batch": half}) if half else None
 
     def smaller(self) -> MemoryUse | None:
         """The next smaller use; None if there is none."""
-        half = self.micro_batch // 2 // self.unit * self.unit
-        if half:
-            return self.model_copy(update={"micro_batch": half})
-        if self.checkpointing != LEVELS[-1]:
-            return self.model_copy(update={"checkpointing": LEVELS[LEVELS.index(self.checkpointing) + 1]})
-        return None
+        level = _NEXT.get(self.checkpointing)
+        return self.halved() or (None if level is None else self.model_copy(update={"checkpointing": level}))
 
     @property
     def text(self) -> str:
         """In words."""
-        return f"micro-batches of {self.micro_batch}, checkpointing {self.checkpointing}"
+        return f"micro-batches of {self.micro_batch}, checkpointing {'by ' * (self.checkpointing == 'budget')}{self.checkpointing}"
 
 
 def memory_use(model: nn.Module, config: TrainingConfig, rows: int) -> MemoryUse:
     """How a run begins, by its recipe. `rows`: of a batch in each process. Raises `RecipeError` for a micro_batch that norms forbid."""
-    unit = inseparable_rows(model.train(), rows)
+    unit = inseparable_rows(model.train(), rows, config.norm_group)
     micro_batch = min(rows, config.micro_batch or rows)
     if micro_batch < rows and micro_batch % unit:
-        norms = f"its norms take {unit} crops together" if unit < rows else "its batch norms take the whole batch"
+        norms = f"its norms take {unit} crops together" if unit < rows else "its batch norms take the whole batch (see training.norm_group)"
         raise RecipeError(f"training.micro_batch {micro_batch}: {norms}: give a multiple of {unit}")
-    return MemoryUse(micro_batch=micro_batch, unit=unit, checkpointing=config.checkpointing)
+    level: Level = "budget" if isinstance(config.checkpointing, ActivationBudget) else config.checkpointing
+    return MemoryUse(micro_batch=micro_batch, unit=unit, checkpointing=level)
 
 
-def inseparable_rows(model: nn.Module, batch_size: int) -> int:
+def inseparable_rows(model: nn.Module, batch_size: int, norm_group: int | None = None) -> int:
     """Number of rows of a batch that share statistics while training, and so stay in one part: 1 without such norms.
 
-    Those of muntin's models are fixed groups; PyTorch's batch norms take a whole batch.
+    Those of muntin's models are fixed groups; PyTorch's batch norms take a whole batch. `norm_group`: the recipe's group for both.
     """
-    modules = list(model.modules())
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in modules):
-        return batch_size
-    return GROUP if any(isinstance(module, MapNorm | TokenNorm) for module in modules) else 1
+    norms = [module for module in model.modules() if module.training]
+    if any(isinstance(norm, nn.modules.batchnorm._BatchNorm) for norm in norms):
+        return batch_size if norm_group is None else norm_group
+    groups = {norm.group for norm in norms if isinstance(norm, MapNorm | TokenNorm)}
+    return max(groups, default=1) if norm_group is None or not groups else norm_group
