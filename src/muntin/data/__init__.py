@@ -16,10 +16,12 @@ from muntin.data.recipe_wizard import write_recipe
 from muntin.data.source import Sample, Samples, Source
 
 if TYPE_CHECKING:
-    from muntin.data.batches import Crops, ImageBatch, calibration_batches, prefetch
+    from muntin.data.batch_feed import BatchFeed, ImageBatch, prefetch
+    from muntin.data.batches import Crops, calibration_batches
 
 __all__ = [
     "Augmentation",
+    "BatchFeed",
     "ClassSpec",
     "Crops",
     "DataConfig",
@@ -36,10 +38,13 @@ __all__ = [
     "write_recipe",
 ]
 
-_TORCH_NAMES = ("ImageBatch", "Crops", "calibration_batches", "prefetch")
+_TORCH_NAMES = {
+    **dict.fromkeys(("Crops", "calibration_batches"), "muntin.data.batches"),
+    **dict.fromkeys(("BatchFeed", "ImageBatch", "prefetch"), "muntin.data.batch_feed"),
+}
 
 
 def __getattr__(name: str) -> object:
     if name in _TORCH_NAMES:
-        return getattr(importlib.import_module("muntin.data.batches"), name)
+        return getattr(importlib.import_module(_TORCH_NAMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -62,6 +62,9 @@ class DataConfig(Section):
     seed: int = Field(default=0, ge=0, description="folders: seed of the random division into splits")
     skip: tuple[Path, ...] = Field(default=(), description="folders: images to leave out, such as damaged ones, with their paths")
     cache_mib: int = Field(default=1024, ge=0, description="folders: memory for decoded pictures, MiB")
+    workers: int | None = Field(
+        default=None, ge=1, le=64, description="threads that make batches; any number makes the same ones; unset: by cores and device"
+    )
     crop: int = Field(default=256, ge=8, le=4096, description="side of the square training crops, pixels")
     rare: Probability = Field(default=0.0, description="share of crops centred on a pixel of a class drawn uniformly; segmentation only")
     augmentation: Augmentation = Field(default=Augmentation(), description="random changes to training crops")

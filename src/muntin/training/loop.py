@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from muntin.artifact.file_lock import folder_in_use
-from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
+from muntin.data import BatchFeed, Crops, Source, calibration_batches, open_source
 from muntin.data.batches import small_picture_notes
 from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
@@ -96,7 +96,7 @@ class FitProgress:
     """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
 
     `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step), "step" (each one; `loss` is a mean
-    over at most 10), "validating" (`step` of `steps` pictures), "validation" (its end).
+    over at most 10, `waiting` share of time spent waiting for batches), "validating" (`step` of `steps` pictures), "validation" (end).
     """
 
     kind: Literal["check", "note", "prepare", "step", "validating", "validation"]
@@ -105,6 +105,7 @@ class FitProgress:
     loss: float | None = None
     score: float | None = None
     images_per_second: float | None = None
+    waiting: float | None = None
     seconds_left: float | None = None
     note: str | None = None
 
@@ -127,6 +128,9 @@ class FitResult:
     """True after Ctrl-C or SIGTERM, also during the last step: the caller should start no further work."""
     precision: str
     seconds: float
+    waiting: float | None
+    """Share of the steps' time spent waiting for batches, which `workers` threads made; None before the second step."""
+    workers: int
     validation: list[dict[str, Any]]
     notes: tuple[str, ...]
 
@@ -191,7 +195,8 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
-        seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
+        seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
+        notes=(*notes, *training.notes),
     )  # fmt: skip
 
 
@@ -238,6 +243,7 @@ class Training:
         self.directory, self.root, self.start, self.report = directory, root, start, report
         self.seed = recipe.seed if seed is None else seed
         self.compression = compression
+        self.feed = BatchFeed(recipe.data.workers, device=trainer.precision.device)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         self.curve: list[dict[str, float]] = []
@@ -293,7 +299,7 @@ class Training:
                     return path
             started, first = time.perf_counter(), self.step
             before = self.seconds
-            for step, (images, target) in prefetch(crops.batch, self.step, self.step if self.finished else config.steps):
+            for step, (images, target) in self.feed.batches(crops.batch, self.step, self.step if self.finished else config.steps):
                 validated = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
                 interruption.work = "this step and its validation" if validated else "this step"
                 done = config.share_done(step + 0.5, before + time.perf_counter() - started)
@@ -301,6 +307,7 @@ class Training:
                     self.losses.append(self.trainer.update(step, images, target, done=done))
                 except DivergedError as error:
                     raise MuntinError(f"{error}: {self._lower_rate()}") from error
+                self.feed.end_step()
                 self._take_notes()
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
@@ -327,6 +334,8 @@ class Training:
                 if last:
                     break
         path = path or self._write()
+        for advice in self.feed.advice():
+            self.note(advice)
         self._note_collapse(path)
         return path
 
@@ -371,7 +380,7 @@ class Training:
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {
             "step": self.step, "seconds": self.seconds, "loss": loss, "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
-            "images_per_s": rate,
+            "images_per_s": rate, **self.feed.recent_waiting(),
         }  # fmt: skip
         self.curve.append(point)
         self._log(log, "training", point)
@@ -380,9 +389,8 @@ class Training:
         loss = self.curve[-1]["loss"] if self.curve else sum(self.losses) / len(self.losses)
         left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
-        self.report(
-            FitProgress(kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left)
-        )
+        figures: dict[str, Any] = {"loss": loss, "score": score, "images_per_second": rate, "seconds_left": left}
+        self.report(FitProgress(kind="step", step=self.step, steps=self.steps, waiting=self.feed.waiting, **figures))
 
     def _log(self, log: MetricsLog, kind: str, point: dict[str, Any]) -> None:
         log.write(kind, point)
