@@ -13,6 +13,7 @@ from muntin.data.config import Augmentation, DataConfig, open_source
 from muntin.data.earth import EarthSource
 from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.recipe_wizard import write_recipe
+from muntin.data.shards import ShardSource, write_shards
 from muntin.data.source import Sample, Samples, Source
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ __all__ = [
     "ImageBatch",
     "Sample",
     "Samples",
+    "ShardSource",
     "Source",
     "calibration_batches",
     "open_source",
     "prefetch",
     "write_recipe",
+    "write_shards",
 ]
 
 _TORCH_NAMES = {
