@@ -67,7 +67,7 @@ from segmentation_peers.models import ENTRIES, Entry
 from segmentation_peers.report import Row, admitted, draw, judge, print_tables, summarise
 from segmentation_peers.tuning import held_out_score
 
-SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
+SOURCES = tuple(name for name in get_args(SourceName) if name.startswith("earth"))
 RATES = (2e-3, 4e-3, 8e-3)
 FURTHER = 2
 """Rates beyond an end of these, at the most, as long as the best one is there."""

@@ -41,7 +41,7 @@ from resumed import demo_recipe, network_of
 from segmentation_peers.budget import Interrupted
 from segmentation_peers.tuning import REGIONS, held_out
 
-SOURCES = tuple(name for name in get_args(SourceName) if name != "folders")
+SOURCES = tuple(name for name in get_args(SourceName) if name.startswith("earth"))
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "not upside down": {"data.augmentation.flip_vertical": 0},

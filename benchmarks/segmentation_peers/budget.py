@@ -52,7 +52,7 @@ class Setting:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return the settings of a row. They hold no path of this machine except the recipe's own."""
-        pictures = {"pictures": digest_of(self.recipe.data, self.root)} if self.recipe.data.source == "folders" else {}
+        pictures = {"pictures": digest_of(self.recipe.data, self.root)} if self.recipe.data.images is not None else {}
         return {
             "source": self.source, "recipe": self.recipe.model_dump(mode="json"), "precision": self.precision, "threads": self.threads,
             **pictures,
@@ -60,13 +60,14 @@ class Setting:
 
 
 def digest_of(data: DataConfig, root: Path) -> str:
-    """Compute a digest of the names and contents of a recipe's folders: added or relabelled pictures need new rows. Reads all files."""
+    """Compute a digest of the names and contents of a recipe's folders or shards: changed pictures need new rows. Reads all files."""
     pairs = [FolderPair(images=data.images or Path(), masks=data.masks)]
     pairs += [share for share in (data.validation, data.test) if isinstance(share, FolderPair)]
     folders = [folder for pair in pairs for folder in (pair.under(root).images, pair.under(root).masks) if folder is not None]
     found = hashlib.sha256()
-    for number, folder in enumerate(folders):
-        for path in sorted(folder.rglob("*")):
+    for number, place in enumerate(folders):
+        folder = place if place.is_dir() else place.parent
+        for path in sorted(place.rglob("*") if folder is place else folder.glob(place.name)):
             if path.is_file():
                 with path.open("rb") as file:
                     content = hashlib.file_digest(file, "sha256").hexdigest()

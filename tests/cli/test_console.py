@@ -70,8 +70,8 @@ def test_progress_of_long_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Non
             (FitProgress(kind="check", step=3, steps=9), r"checking data: 3 of 9, .* so far"),
             (FitProgress(kind="prepare", step=0, steps=9), r"preparing w4a8, .* so far"),
             (
-                FitProgress(kind="step", step=1, steps=9, loss=0.5, images_per_second=2, seconds_left=75),
-                r"w4a8: 1 of 9, loss 0.500, 2.0 images/s, 0:01:15 left",
+                FitProgress(kind="step", step=1, steps=9, loss=0.5, images_per_second=2, waiting=0.031, seconds_left=75),
+                r"w4a8: 1 of 9, loss 0.500, 2.0 images/s, waiting for input 3%, 0:01:15 left",
             ),
             (FitProgress(kind="validating", step=1, steps=4), r"w4a8, validating: 1 of 4, .* so far"),
             (FitProgress(kind="validation", step=1, steps=9, score=0.25), r"w4a8: 1 of 9, validation mIoU 0.250, .* so far"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -45,6 +46,7 @@ def test_fit_output(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.M
     answer = call("fit", tiny.recipe, "--set", "training.steps=2")
     assert (answer.code, answer.err) == (0, "")
     assert "trained   2 of 2 steps" in answer.out
+    assert re.search(r"^input     \d+ % of the time spent waiting \(\d+ workers?\)$", answer.out, re.MULTILINE)
     assert "score " in answer.out
     assert "wrote     runs/tiny/checkpoints/step-00000002" in answer.out
 

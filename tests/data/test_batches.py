@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -218,93 +214,6 @@ def test_notes_on_small_pictures() -> None:
 def test_crops_without_pictures() -> None:
     with pytest.raises(DataError, match="no pictures"):
         Crops([], task="segment", crop=8, batch_size=1, seed=0)
-
-
-class Numbered:
-    """Batches that hold their step. The step `bad` raises DataError; each batch takes `seconds`."""
-
-    def __init__(self, bad: int = -1, seconds: float = 0.0) -> None:
-        self.bad, self.seconds, self.batches, self.threads = bad, seconds, 0, 0
-
-    def batch(self, step: int) -> ImageBatch:
-        if step == self.bad:
-            raise DataError("this picture is damaged")
-        time.sleep(self.seconds)
-        self.batches += 1
-        self.threads = torch.get_num_threads()
-        return torch.tensor([step]), torch.tensor([step])
-
-
-def workers() -> Sequence[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("muntin-prefetch")]
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_prefetch_in_order_on_one_core(two_threads: None) -> None:
-    crops = Numbered()
-    assert [(step, int(images)) for step, (images, _) in prefetch(crops.batch, 3, 9)] == [(step, step) for step in range(3, 9)]
-    assert list(prefetch(crops.batch, 3, 3)) == []
-    assert crops.threads == 1
-    assert torch.get_num_threads() == 2
-    assert workers() == []
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux")
-def test_prefetch_without_openmp_threads(two_threads: None) -> None:
-    class Computed:
-        def batch(self, step: int) -> ImageBatch:
-            whole = torch.zeros(1 << 22).exp_().to(torch.int64)  # large enough that torch would use several threads
-            return whole, whole
-
-    torch.zeros(1 << 22).exp_()
-    before = len(list(Path("/proc/self/task").iterdir()))
-    assert [len(list(Path("/proc/self/task").iterdir())) - before for _ in prefetch(Computed().batch, 0, 3)] == [1, 1, 1]
-
-
-def test_prefetch_at_most_depth_ahead() -> None:
-    crops = Numbered()
-    batches = prefetch(crops.batch, 0, 100, depth=3)
-    next(batches)
-    time.sleep(0.05)
-    assert crops.batches <= 3
-    batches.close()  # type: ignore[attr-defined]
-    assert workers() == []
-
-
-def test_prefetch_with_break_ends_within_one_batch() -> None:
-    crops = Numbered(seconds=0.05)
-    for _ in prefetch(crops.batch, 0, 100, depth=10):
-        break
-    assert crops.batches <= 3  # of ten requested: the first, the one in progress, and one of tolerance
-    assert workers() == []
-
-
-def test_prefetch_with_a_failing_consumer() -> None:
-    def consume() -> None:
-        for step, _ in prefetch(Numbered().batch, 0, 100):
-            if step == 2:
-                raise RuntimeError("the training step failed")
-
-    with pytest.raises(RuntimeError) as error:
-        consume()
-    assert workers() == []  # although the traceback still holds the generator
-    del error
-
-
-def test_prefetch_with_a_failing_batch() -> None:
-    steps = []
-    with pytest.raises(DataError, match="damaged"):
-        for step, _ in prefetch(Numbered(bad=4).batch, 0, 100):
-            steps.append(step)
-    assert steps == [0, 1, 2, 3]
-    assert workers() == []
 
 
 def test_crops_of_the_earth() -> None:

@@ -51,7 +51,8 @@ def _training(rows: int) -> list[Row]:
         rate = 1.5e-3 * (min(1.0, done / 0.05) if done < 0.05 else 0.5 * (1 + math.cos(math.pi * (done - 0.05) / 0.95)))
         loss = 0.42 + 1.35 * math.exp(-5 * done) + 0.09 * rng.standard_normal()
         speed = 51 + 2.5 * rng.standard_normal() if index else None
-        out.append({"step": 5 * index, "seconds": 0.1 * index, "loss": loss, "learning_rate": rate, "images_per_s": speed})
+        row = {"step": 5 * index, "seconds": 0.1 * index, "loss": loss, "learning_rate": rate, "images_per_s": speed}
+        out.append({**row, "waiting": 0.03 if index else None})
     return out
 
 

@@ -106,6 +106,8 @@ def test_curves_in_checkpoint_and_logs(whole: tuple[Any, FitResult]) -> None:
     state, config = checkpoint.state, checkpoint.recipe.training
     assert [point["step"] for point in state.training] == [LOG_EVERY, STEPS]
     assert [point["learning_rate"] for point in state.training] == [config.rate_at((step - 0.5) / STEPS) for step in (LOG_EVERY, STEPS)]
+    assert all(0 <= point["waiting"] <= 1 for point in state.training)
+    assert result.waiting is not None and 0 <= result.waiting <= 1
     assert state.pending == []
     logged = lines(result.directory)
     assert [{k: v for k, v in line.items() if k != "kind"} for line in logged if line["kind"] == "training"] == state.training
@@ -129,15 +131,15 @@ def test_training_learns(tmp_path: Path, tiny: Any) -> None:
 
 
 def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[str]) -> None:
-    """Interrupted twice, between points of the curve and without a due checkpoint."""
+    """Interrupted twice, between points of the curve and without a due checkpoint; each part with another number of workers."""
     tiny, uninterrupted = whole
     for stop in (4, 12):
-        result = train(tiny, tmp_path / "run", *plan, resume=stop > 4, report=ctrl_c_at(stop))
-        assert (result.step, result.interrupted) == (stop, True)
+        result = train(tiny, tmp_path / "run", *plan, f"data.workers={stop // 4}", resume=stop > 4, report=ctrl_c_at(stop))
+        assert (result.step, result.interrupted, result.workers) == (stop, True, stop // 4)
         assert result.checkpoint.name == f"step-{stop:08d}"
         load_model(read_checkpoint(result.checkpoint))
         torch.manual_seed(stop)  # whatever else the process draws
-    result = train(tiny, tmp_path / "run", *plan, resume=True)
+    result = train(tiny, tmp_path / "run", *plan, "data.workers=2", "data.cache_mib=0", resume=True)
     assert (result.step, result.interrupted) == (STEPS, False)
     one, other = read_checkpoint(uninterrupted.checkpoint), read_checkpoint(result.checkpoint)
     assert_same_state(one, other)

@@ -93,7 +93,7 @@ def test_unknown_key_first() -> None:
         ("training.threads", 0, "greater than or equal to 1"),
         ("quantization.min_sqnr_db", -1, "greater than or equal to 0"),
         ("quantization.calibration_images", 0, "greater than or equal to 1"),
-        ("data.source", "mars", "'earth', 'earth:climate', 'earth:shore' or 'folders' (got 'mars')"),
+        ("data.source", "mars", "'earth', 'earth:climate', 'earth:shore', 'folders' or 'shards' (got 'mars')"),
         ("data.validation", 2, "less than 1 (got 2)"),
         ("data.classes.1.color", [1, 2, 300], "less than or equal to 255 (got 300)"),
         ("data.classes.1.value", [1, 2, 300], "value.2: Input should be less than or equal to 255 (got 300)"),

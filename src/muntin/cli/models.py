@@ -47,7 +47,7 @@ def models_command(
 
 
 def init_command(
-    directory: Annotated[Path, typer.Argument(help="Your folder: images/ with masks/, or a folder of images for each class.")],
+    directory: Annotated[Path, typer.Argument(help="Your folder: images/ with masks/, a folder of images for each class, or .tar shards.")],
     task: Annotated[str | None, typer.Option(help="segment or classify; by default inferred from the folder.")] = None,
     output: Annotated[
         Path | None,

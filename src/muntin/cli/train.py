@@ -48,7 +48,8 @@ def fit_command(
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the newest checkpoint, refused without one; keys of training may have changed, not gate_budget, optimizer.",
+            help="Continue from the newest checkpoint, refused without one; keys of training, not gate_budget and optimizer, may have changed, and "
+            "data.workers and data.cache_mib.",
         ),
     ] = False,
     set_: Set = None,
@@ -241,6 +242,8 @@ def _figures(progress: FitProgress, task: str) -> str:
     parts = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
     if (rate := progress.images_per_second) is not None:
         parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s")
+    if progress.waiting is not None:
+        parts.append(f"waiting for input {progress.waiting:.0%}")
     if progress.score is not None:
         parts.append(f"validation {'mIoU' if task == 'segment' else 'accuracy'} {progress.score:.3f}")
     return ", ".join(parts)
@@ -249,6 +252,8 @@ def _figures(progress: FitProgress, task: str) -> str:
 def describe_fit(result: FitResult) -> None:
     """Print the end of a run, without its notes, which were printed before."""
     out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}")
+    if result.waiting is not None:
+        out.print(f"input     {100 * result.waiting:.0f} % of the time spent waiting ({count(result.workers, 'worker')})")
     if result.validation:
         last = result.validation[-1]
         out.print(f"score     {last['score']:.4f} on the validation split ({'mean IoU' if 'miou' in last else 'accuracy'})")

@@ -13,13 +13,16 @@ from muntin.data.config import Augmentation, DataConfig, open_source
 from muntin.data.earth import EarthSource
 from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.recipe_wizard import write_recipe
+from muntin.data.shards import ShardSource, write_shards
 from muntin.data.source import Sample, Samples, Source
 
 if TYPE_CHECKING:
-    from muntin.data.batches import Crops, ImageBatch, calibration_batches, prefetch
+    from muntin.data.batch_feed import BatchFeed, ImageBatch, prefetch
+    from muntin.data.batches import Crops, calibration_batches
 
 __all__ = [
     "Augmentation",
+    "BatchFeed",
     "ClassSpec",
     "Crops",
     "DataConfig",
@@ -29,17 +32,22 @@ __all__ = [
     "ImageBatch",
     "Sample",
     "Samples",
+    "ShardSource",
     "Source",
     "calibration_batches",
     "open_source",
     "prefetch",
     "write_recipe",
+    "write_shards",
 ]
 
-_TORCH_NAMES = ("ImageBatch", "Crops", "calibration_batches", "prefetch")
+_TORCH_NAMES = {
+    **dict.fromkeys(("Crops", "calibration_batches"), "muntin.data.batches"),
+    **dict.fromkeys(("BatchFeed", "ImageBatch", "prefetch"), "muntin.data.batch_feed"),
+}
 
 
 def __getattr__(name: str) -> object:
     if name in _TORCH_NAMES:
-        return getattr(importlib.import_module("muntin.data.batches"), name)
+        return getattr(importlib.import_module(_TORCH_NAMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,7 @@
 """Training batches: random crops of samples.
 
 A batch is a pure function of (seed, step), so a resumed run gets the same batches and no generator state is saved. `Crops.draws` makes the
-random choices, `cut` applies them. `prefetch` makes batches in one background thread on one core: torchvision's small operations get
-slower when torch spreads them over threads that the training step uses too.
+random choices, `cut` applies them.
 
 Axis letters: B batch, C channels, H, W rows and columns.
 """
@@ -10,9 +9,7 @@ Axis letters: B batch, C channels, H, W rows and columns.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
+from muntin.data.batch_feed import ImageBatch, prefetch
 from muntin.data.config import NO_AUGMENTATION, Augmentation
 from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
@@ -28,7 +26,6 @@ from muntin.images import IGNORED
 from muntin.images.opening import UInt8
 from muntin.text import count
 
-ImageBatch = tuple[Tensor, Tensor]
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels
 
 
@@ -180,36 +177,6 @@ def class_cells(samples: Sequence[Sample]) -> list[tuple[int, np.ndarray[tuple[i
             cells = np.argwhere((grid == label).any(axis=(1, 3)))
             cells_by_class.setdefault(label, []).append(np.insert(cells, 0, index, axis=1).astype(np.int32))
     return [(label, np.concatenate(cells_by_class[label])) for label in sorted(cells_by_class)]
-
-
-def prefetch(make: Callable[[int], ImageBatch], start: int, stop: int, depth: int = 2) -> Generator[tuple[int, ImageBatch]]:
-    """Yield (step, `make(step)`) for the steps from `start` to `stop` - 1. One background thread makes at most `depth` batches ahead.
-
-    The thread ends with the loop, within the time of one batch, also after `break` or an error. An iterator that is kept in a variable
-    must be closed (`contextlib.closing`). An error in the thread is raised where its batch is taken.
-    """
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="muntin-prefetch") as pool:
-        pool.submit(_use_one_core).result()
-        # PyTorch keeps a thread count for each thread and one for threads that have not computed yet: restore the latter.
-        torch.set_num_threads(threads)
-        pending: deque[Future[ImageBatch]] = deque()
-        following = start
-        try:
-            for step in range(start, stop):
-                while following < stop and len(pending) < depth:
-                    pending.append(pool.submit(make, following))
-                    following += 1
-                yield step, pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _use_one_core() -> None:
-    """Limit the calling thread to one core: with a second team of OpenMP threads, all threads sleep between two loops of a step."""
-    torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread adopts the count at its first query: query it before `prefetch` restores the count
 
 
 def calibration_batches(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from muntin.data.section import Section
 from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.images.opening import UInt8
+from muntin.images.opening import PictureFile, UInt8
 
 RGB = tuple[Channel8, Channel8, Channel8]
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
@@ -88,7 +87,7 @@ class MaskMapping:
         ignored = "none" if IGNORED not in table.values() else as_yaml(ignore)
         self._allowed = f"{list_some([as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
 
-    def __call__(self, mask: npt.NDArray[Any], path: Path) -> UInt8:
+    def __call__(self, mask: npt.NDArray[Any], path: PictureFile) -> UInt8:
         """Labels (H, W) of a mask (H, W) or (H, W, 3) as `read_mask` gives it. Raises DataError naming `path` for a value of no class."""
         if mask.ndim == 3 and not self.colors:
             if not (mask == mask[:, :, :1]).all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,7 @@ from muntin.data.classes import ClassSpec, MaskValue
 from muntin.data.earth import EarthSource, EarthVariant
 from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.section import Section
+from muntin.data.shards.source import ShardSource
 from muntin.data.source import Source
 from muntin.images import IGNORED, MAX_CHANNELS
 
@@ -43,45 +44,58 @@ class Augmentation(Section):
 NO_AUGMENTATION = Augmentation(flip_horizontal=0, scale=(1, 1), brightness=0, contrast=0, saturation=0)
 
 _FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", "seed", "skip", "cache_mib")
-SourceName = Literal["earth", "earth:climate", "earth:shore", "folders"]
+SourceName = Literal["earth", "earth:climate", "earth:shore", "folders", "shards"]
 
 
 class DataConfig(Section):
-    """The pictures, their splits, and the training crops. Keys that begin with `folders:` are for your own pictures only."""
+    """The pictures, their splits, and the training crops. The keys from `images` to `cache_mib` are for your own pictures only."""
 
-    source: SourceName = Field(default="earth", description="the demonstration data, or `folders`: your own pictures")
-    images: Path | None = Field(default=None, description="folders: folder of images; for `classify` it holds a folder for each class")
-    masks: Path | None = Field(default=None, description="folders: folder of masks; a mask has the stem of its image; unset for `classify`")
-    validation: SplitShare | FolderPair = Field(default=0.15, description="folders: share of the pictures in `images`, 0-1, or own folders")
-    test: SplitShare | FolderPair = Field(default=0.15, description="folders: like `validation`, for the test split")
-    classes: tuple[ClassSpec, ...] = Field(
-        default=(), max_length=65535, description="folders: the classes in order; for `classify` names of folders, by default all"
+    source: SourceName = Field(default="earth", description="the demonstration data, or your own pictures in `folders` or `shards` (.tar)")
+    images: Path | None = Field(
+        default=None,
+        description="folder of images; for `classify` it holds a folder for each class; shards: folder of .tar files, or train-*.tar",
     )
-    ignore: MaskValue | None = Field(default=IGNORED, description="folders: mask value, or [red, green, blue], of no class; null: none")
+    masks: Path | None = Field(default=None, description="folders: folder of masks; a mask has the stem of its image; unset for `classify`")
+    validation: SplitShare | FolderPair = Field(default=0.15, description="share of the pictures in `images`, 0-1, or own folders")
+    test: SplitShare | FolderPair = Field(default=0.15, description="like `validation`, for the test split")
+    classes: tuple[ClassSpec, ...] = Field(
+        default=(),
+        max_length=65535,
+        description="the classes in order; for `classify` names of folders, by default all; shards: by default those of classes.json",
+    )
+    ignore: MaskValue | None = Field(default=IGNORED, description="mask value, or [red, green, blue], of no class; null: none")
     channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; above 4 in .npy files only")
-    seed: int = Field(default=0, ge=0, description="folders: seed of the random division into splits")
-    skip: tuple[Path, ...] = Field(default=(), description="folders: images to leave out, such as damaged ones, with their paths")
-    cache_mib: int = Field(default=1024, ge=0, description="folders: memory for decoded pictures, MiB")
+    seed: int = Field(default=0, ge=0, description="seed of the random division into splits")
+    skip: tuple[Path, ...] = Field(default=(), description="images to leave out, such as damaged ones, with their paths; or SHARD.tar/NAME")
+    cache_mib: int = Field(default=1024, ge=0, description="memory for decoded pictures, MiB")
+    workers: int | None = Field(
+        default=None, ge=1, le=64, description="threads that make batches; any number makes the same ones; unset: by cores and device"
+    )
     crop: int = Field(default=256, ge=8, le=4096, description="side of the square training crops, pixels")
     rare: Probability = Field(default=0.0, description="share of crops centred on a pixel of a class drawn uniformly; segmentation only")
     augmentation: Augmentation = Field(default=Augmentation(), description="random changes to training crops")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.source == "folders":
-            self._check_folders()
+        if self.source in ("folders", "shards"):
+            self._check_own()
             return self
         # Compared by value, not by whether it was set: a recipe written with all its defaults can be read again.
         changed = [name for name in _FOLDER_FIELDS if getattr(self, name) != type(self).model_fields[name].default]
         if changed:
-            raise ValueError(f"`{changed[0]}` belongs to `source: folders`; {self.source} has its own: remove it")
+            raise ValueError(f"`{changed[0]}` belongs to `source: folders` or `shards`; {self.source} has its own: remove it")
         if self.channels != 3:
             raise ValueError(f"channels {self.channels}: the pictures of {self.source} have 3: set `channels: 3`")
         return self
 
-    def _check_folders(self) -> None:
+    def _check_own(self) -> None:
         if self.images is None:
-            raise ValueError("`source: folders` needs `images`: name a folder of pictures")
+            raise ValueError(
+                f"`source: {self.source}` needs `images`: name a folder of {'pictures' if self.source == 'folders' else 'shards'}"
+            )
+        pairs = [split for split in (self.validation, self.test) if isinstance(split, FolderPair)]
+        if self.source == "shards" and (self.masks is not None or any(pair.masks is not None for pair in pairs)):
+            raise ValueError("a shard holds its masks itself, as NAME.mask.png beside NAME.jpg: remove `masks`")
         if self.masks is not None and len(self.classes) < 2:
             raise ValueError("masks need at least two `classes`, each with a name and a value")
         shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
@@ -93,18 +107,15 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig, *, root: Path) -> Source:
     """Open the data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
-    if config.source != "folders":
+    if config.source not in ("folders", "shards"):
         return EarthSource(cast(EarthVariant, config.source.partition(":")[2] or "cover"))
-    images = Path() if config.images is None else config.images
-    return FolderSource(
-        base=FolderPair(images=images, masks=config.masks).under(root),
-        validation=config.validation.under(root) if isinstance(config.validation, FolderPair) else config.validation,
-        test=config.test.under(root) if isinstance(config.test, FolderPair) else config.test,
-        classes=config.classes,
-        ignore=config.ignore,
-        channels=config.channels,
-        seed=config.seed,
-        skip=[root / path for path in config.skip],
-        root=root,
-        cache_bytes=config.cache_mib << 20,
-    )
+    base = FolderPair(images=Path() if config.images is None else config.images, masks=config.masks).under(root)
+    validation, test = (share.under(root) if isinstance(share, FolderPair) else share for share in (config.validation, config.test))
+    options: dict[str, Any] = {
+        "classes": config.classes, "ignore": config.ignore, "channels": config.channels, "seed": config.seed,
+        "skip": [root / path for path in config.skip], "root": root, "cache_bytes": config.cache_mib << 20,
+    }  # fmt: skip
+    if config.source == "folders":
+        return FolderSource(base=base, validation=validation, test=test, **options)
+    places = [share.images if isinstance(share, FolderPair) else share for share in (validation, test)]
+    return ShardSource(base=base.images, validation=places[0], test=places[1], **options)

@@ -6,26 +6,20 @@ folder of images for each class. The validation and test splits have their own f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from pydantic import Field
 
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
+from muntin.data.items import Failure, Item, ItemSource
 from muntin.data.listing import composed, entries, is_picture, is_results_folder, is_utf8, subfolders
 from muntin.data.section import Section
-from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCache, Samples, SplitName
+from muntin.data.source import SPLITS, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
-from muntin.images import IGNORED, IMAGE_SUFFIXES, image_size, read_image, read_mask
-from muntin.images.opening import UInt8
+from muntin.images import IGNORED, IMAGE_SUFFIXES
 from muntin.text import count
-
-_MAX_FAILURES = 10  # pictures that cannot be used, after which a check stops
 
 
 class FolderPair(Section):
@@ -39,25 +33,7 @@ class FolderPair(Section):
         return FolderPair(images=root / self.images, masks=None if self.masks is None else root / self.masks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """The files of one picture."""
-
-    key: str  # decides the split: the stem, for `classify` the class's folder and the stem
-    image: Path
-    mask: Path | None = None
-    label: int = -1
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a picture cannot be used. `short`: the same in two or three words, empty for a file that cannot be read."""
-
-    reason: str
-    short: str = ""
-
-
-class FolderSource:
+class FolderSource(ItemSource):
     """A `Source` that reads folders. The constructor lists the folders and reads no picture.
 
     `base` holds the training pictures. `validation` and `test` are folders of their own, or shares (0-1) of the pictures in `base`.
@@ -84,66 +60,13 @@ class FolderSource:
         root: Path | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
-        self.task: DataTask = "classify" if base.masks is None else "segment"
-        self.channels = channels
-        self._notes: list[str] = []
-        self._skip = {_normal(path): path for path in skip}
-        self._skipped: set[str] = set()  # keys of `skip` that name a picture
-        self._root = root
-        self._failures: dict[Path, Failure] = {}  # pictures that the names of the files alone rule out
+        super().__init__("classify" if base.masks is None else "segment", channels=channels, skip=skip, root=root)
         self._classes_given = bool(classes)
         if self.task == "classify" and not classes:
             classes = [ClassSpec(name=folder.name) for folder in class_folders(base.images).values() if not is_results_folder(folder)]
         self.classes = class_infos(classes, self.task)
-        self._mapping = None if base.masks is None else MaskMapping(classes, ignore)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
-        self._note_skipped()
-        cache = SampleCache(cache_bytes)
-        self._splits = {name: _FolderSamples(name, items[name], self.channels, self._mapping, cache) for name in SPLITS}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Files and folders that are not used, and classes that a split lacks, one line each."""
-        return tuple(self._notes)
-
-    def split(self, name: SplitName) -> Samples:
-        """The pictures of a split, in order of their stems. Raises DataError for images without a mask and equal stems."""
-        if self._failures:
-            raise self._failure_error(self._failures)
-        return self._splits[name]
-
-    def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
-        """Decode every image and mask once. Returns a note if no training mask holds a class.
-
-        Raises DataError for pictures that cannot be used (two with one stem, no mask, files that cannot be read); it gives the reason for
-        the first one and names the others, up to ten in all.
-        """
-        total, done = sum(len(samples) for samples in self._splits.values()), 0
-        pixels = {name: np.zeros(max(256, len(self.classes)), dtype=np.int64) for name in SPLITS}  # of each label
-        failures = dict(self._failures)
-        for name, samples in self._splits.items():
-            for index, item in enumerate(samples.items):
-                if len(failures) >= _MAX_FAILURES:
-                    raise self._failure_error(failures)
-                try:
-                    target = samples[index].target
-                except DataError as error:
-                    failures[item.image] = Failure(str(error))
-                else:
-                    pixels[name] += np.bincount(np.ravel(target), minlength=len(pixels[name]))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-        if failures:
-            raise self._failure_error(failures)
-        for name in SPLITS:
-            if self.task == "segment" and not pixels[name][:IGNORED].any():
-                raise DataError(
-                    f"every pixel of the masks of the {name} split is ignored, so nothing can be learned or scored: "
-                    "correct the masks, or set `ignore` to another value"
-                )
-        absent = [entry.name for index, entry in enumerate(self.classes) if not pixels["train"][index]]
-        return (f"no training picture holds {list_some(absent)}: a model cannot learn what it does not see",) if absent else ()
+        self._finish(items, None if base.masks is None else MaskMapping(classes, ignore), cache_bytes)
 
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float | int)}
@@ -163,18 +86,8 @@ class FolderSource:
                 raise self._failure_error(self._failures)
             if not items:
                 raise empty_split_error(name, [item.key for item in base_items], base.images, seed, shares)
-        check_disjoint({name: [item.image for item in items] for name, items in splits.items()})
+        check_disjoint({name: [item.image for item in items if isinstance(item.image, Path)] for name, items in splits.items()})
         return splits
-
-    def _note_absent_classes(self, splits: Mapping[SplitName, Sequence[Item]]) -> None:
-        for name, items in splits.items():
-            labels = {item.label for item in items}
-            absent = [entry.name for label, entry in enumerate(self.classes) if label not in labels]
-            if items and absent:
-                self._notes.append(
-                    f"the {name} split has no picture of {list_some(absent)}, so its score says nothing about it: add pictures, or change "
-                    "`data.seed`"
-                )
 
     def _items(self, pair: FolderPair, split: SplitName = "train") -> list[Item]:
         """The items in the folders of a split; `train` means the base folder, which must hold every class."""
@@ -240,72 +153,6 @@ class FolderSource:
         if folders:
             self._notes.append(f"{folder}: the files in its subfolders ({list_some(folders)}) are not used")
         return pictures
-
-    def _is_skipped(self, path: Path) -> bool:
-        """Return True for a picture that `skip` names."""
-        key = _normal(path)
-        if key in self._skip:
-            self._skipped.add(key)
-        return key in self._skip
-
-    def _note_skipped(self) -> None:
-        root = self._root
-        shown = {key: path if root is None or root not in path.parents else path.relative_to(root) for key, path in self._skip.items()}
-        if self._skipped:
-            self._notes.append(f"left out by data.skip: {list_some([path for key, path in shown.items() if key in self._skipped], 3)}")
-        absent = [path for key, path in shown.items() if key not in self._skipped]
-        if absent:
-            self._notes.append(f"data.skip names {list_some(absent, 3)}, which is not among the pictures")
-
-    def _failure_error(self, failures: Mapping[Path, Failure]) -> DataError:
-        """The error for pictures that cannot be used: the reason for the first one, and the names of the others, up to ten in all."""
-        (_, first), *others = islice(failures.items(), _MAX_FAILURES)
-        if not others:
-            return DataError(f"{first.reason}, or name it under data.skip")
-        parts = -2 if self.task == "classify" else -1  # the folders of two classes may hold files of one name
-        names = ", ".join(f"{Path(*path.parts[parts:])}{failure.short and f' ({failure.short})'}" for path, failure in others)
-        number = f"{_MAX_FAILURES} or more" if len(failures) >= _MAX_FAILURES else f"{len(failures)}"
-        return DataError(f"{first.reason}; {number} pictures cannot be used, also {names}: correct them, or name them under data.skip")
-
-
-class _FolderSamples(Samples):
-    def __init__(self, split: SplitName, items: Sequence[Item], channels: int, mapping: MaskMapping | None, cache: SampleCache) -> None:
-        self._split, self.items, self._channels, self._mapping, self._cache = split, items, channels, mapping, cache
-        self._sizes: list[tuple[int, int]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def load(self, index: int) -> Sample:
-        item = self.items[index]
-        return self._cache.get((self._split, index), lambda: read_sample(item, self._channels, self._mapping))
-
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        if self._sizes is None:
-            self._sizes = [image_size(item.image) for item in self.items]
-        return self._sizes
-
-
-def _normal(path: Path) -> str:
-    """A path for comparisons: without "..", in Unicode's form NFC."""
-    return composed(os.path.normpath(path))
-
-
-def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sample:
-    """Decode one picture and its target. Raises DataError: a damaged file, sizes that differ, a mask value of no class."""
-    image_HWC = read_image(item.image, channels)
-    target: UInt8 | int = item.label
-    if mapping is not None and item.mask is not None:
-        mask = read_mask(item.mask, colors=mapping.colors)
-        if mask.shape[:2] != image_HWC.shape[:2]:
-            (height, width), (mask_height, mask_width) = image_HWC.shape[:2], mask.shape[:2]
-            rotated = (width, height) == (mask_height, mask_width)
-            raise DataError(
-                f"{item.image} is {width}×{height} and its mask {item.mask} {mask_width}×{mask_height}: they must be of one size"
-                + ("; the image is rotated by its EXIF orientation: rotate the mask, too" if rotated else "")
-            )
-        target = mapping(mask, item.mask)
-    return Sample(name=item.key, image=image_HWC, target=target)
 
 
 def class_folders(folder: Path) -> dict[str, Path]:

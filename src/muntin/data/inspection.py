@@ -1,13 +1,15 @@
-"""Examine a user's directory: the folders of images, masks and classes; the channels, sizes and classes of at most 64 files.
+"""Examine a user's directory: the folders of images, masks and classes, or shards; channels, sizes and classes of at most 64 files.
 
 A file that cannot be read is left out of what is examined, and returned with the reason.
 
 Recognised, names in any case: `images/` and `masks/`; `train/`, `val/` and `test/` that hold these; for classification, folders
-named after the classes, with or without `train/`, `val/` and `test/` around them.
+named after the classes, with or without `train/`, `val/` and `test/` around them; shards, also in such folders, or with these words at the
+start of their names.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +20,18 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from muntin.data.classes import RGB, ClassSpec, code_color, color_codes, distinct_colors, list_some
+from muntin.data.classes import RGB, ClassSpec, MaskMapping, code_color, color_codes, distinct_colors, list_some
 from muntin.data.folders import FolderPair, class_folders
 from muntin.data.listing import composed, is_results_folder, pictures, subfolders
+from muntin.data.shards.source import ShardContent, class_numbers, classes_of_labels, label_number, read_classes, shard_content, shard_files
 from muntin.data.source import MAX_CLASSES, DataTask, SplitName
 from muntin.errors import DataError
 from muntin.images import IGNORED, IMAGE_SUFFIXES, read_image, read_mask
+from muntin.images.opening import PictureFile
 from muntin.text import count
 
 Content = TypeVar("Content")
+File = TypeVar("File", bound=PictureFile)
 MaskArray = npt.NDArray[Any]
 _MAX_OPENED = 64  # files
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
@@ -41,21 +46,27 @@ _FOLDER_NAMES: dict[str, tuple[str, ...]] = {
 }
 _EXPECTED = (
     "expected images/ and masks/ (or train/, val/ and test/ that hold these), or for classification one folder of images for each class, "
-    f"with images as {', '.join(IMAGE_SUFFIXES)}"
+    f"with images as {', '.join(IMAGE_SUFFIXES)}; or shards, .tar files that hold 1.jpg with 1.mask.png or 1.cls"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The folders of the training pictures, and of validation and test where these have folders of their own."""
+    """The folders of the training pictures, and of validation and test where these have folders of their own.
+
+    `shards`: the content of the training shards; None for pictures in folders.
+    """
 
     task: DataTask
     base: FolderPair
     validation: FolderPair | None
     test: FolderPair | None
+    shards: ShardContent | None = None
 
-    def training_pictures(self) -> dict[str, Path]:
-        """The training pictures by the key that decides their split, as in `folders.Item`."""
+    def training_pictures(self) -> Mapping[str, PictureFile]:
+        """The training pictures by the key that decides their split, as in `items.Item`."""
+        if self.shards is not None:
+            return {key: file for (_, key), file in self.shards.pictures.items()}
         if self.task == "segment":
             return {path.stem: path for path in pictures(self.base.images)}
         return {f"{folder.name}/{path.stem}": path for folder in subfolders(self.base.images) for path in pictures(folder)}
@@ -79,6 +90,8 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
             layout = _classify_layout(base, {} if base is root else split_folders, task_given=task is not None)
         if layout is not None:
             return layout
+    if (layout := _shard_layout(root, task)) is not None:
+        return layout
     with_pictures = [folder for folder in subfolders(root if train is None else train) if pictures(folder)]
     single = f" (it has one folder with pictures, {with_pictures[0].name}: at least two classes are needed)" if with_pictures else ""
     reason = single if len(with_pictures) == 1 else ""
@@ -138,6 +151,40 @@ def _classify_layout(base: Path, split_folders: Mapping[SplitName, Path | None],
     return Layout(task="classify", base=FolderPair(images=base), validation=splits.get("validation"), test=splits.get("test"))
 
 
+def _shard_layout(root: Path, task: DataTask | None) -> Layout | None:
+    """The shards in `root`, if it holds any. Raises DataError if they are for another task."""
+    places: dict[str, Path | None] = {role: _shards_named(root, role) for role in ("train", "validation", "test")}
+    base = places["train"] or (root if any(_is_shard(path) for path in root.iterdir()) else None)
+    if base is None:
+        return None
+    content = shard_content(shard_files(base))
+    if task not in (None, content.task) or not content.pictures:
+        holds = f"masks for {content.task}" if content.masks else f"{count(len(content.labels), 'class')} and no masks"
+        raise DataError(f"the shards {base} hold {count(len(content.pictures), 'picture')}, {holds}: {_EXPECTED}")
+    # Without shards named `train`, those of another name are the training shards, and all others would be trained on, too.
+    splits = {role: None if places["train"] is None or place is None else FolderPair(images=place) for role, place in places.items()}
+    return Layout(
+        task=content.task, base=FolderPair(images=base), validation=splits["validation"], test=splits["test"], shards=content
+    )  # fmt: skip
+
+
+def _shards_named(root: Path, role: str) -> Path | None:
+    """The folder in `root` with one of the names for `role` that holds shards, or a pattern of the shards whose names begin with one."""
+    folder = _folder_named(root, role)
+    if folder is not None and any(_is_shard(path) for path in folder.iterdir()):
+        return folder
+    for path in sorted(root.iterdir()):
+        word = re.match(r"[A-Za-z]*", path.name)
+        if _is_shard(path) and word is not None and word[0].lower() in _FOLDER_NAMES[role]:
+            separator = path.name[word.end()]
+            return root / f"{word[0]}{separator if separator in '-_' else ''}*.tar"
+    return None
+
+
+def _is_shard(path: Path) -> bool:
+    return path.suffix.lower() == ".tar" and path.is_file() and not path.name.startswith(".")
+
+
 def _folder_named(parent: Path, role: str) -> Path | None:
     """The folder in `parent` that has one of the names for `role`."""
     by_name = {path.name.lower(): path for path in subfolders(parent)}
@@ -175,18 +222,18 @@ def unpaired_notes(pair: FolderPair) -> list[str]:
     return notes
 
 
-def spread(paths: Sequence[Path]) -> Sequence[Path]:
+def spread(paths: Sequence[File]) -> Sequence[File]:
     """At most 64 of the paths, at even distances."""
     return paths[:: max(1, -(-len(paths) // _MAX_OPENED))]
 
 
-def read_some(paths: Sequence[Path], read: Callable[[Path], Content]) -> tuple[dict[Path, Content], dict[Path, DataError]]:
+def read_some(paths: Sequence[File], read: Callable[[File], Content]) -> tuple[dict[File, Content], dict[File, DataError]]:
     """Read at most 64 of the files. Returns their contents, and the errors of those that cannot be read.
 
     Raises the first error if no file can be read.
     """
-    contents: dict[Path, Content] = {}
-    errors: dict[Path, DataError] = {}
+    contents: dict[File, Content] = {}
+    errors: dict[File, DataError] = {}
     for path in spread(paths):
         try:
             contents[path] = read(path)
@@ -207,14 +254,14 @@ class PictureFacts:
     """True if there are four channels and the fourth is constant."""
 
 
-def picture_facts(path: Path) -> PictureFacts:
+def picture_facts(path: PictureFile) -> PictureFacts:
     """Decode a picture and examine it. Raises DataError."""
     image_HWC = read_image(path, None)
     opacity = image_HWC.shape[2] == 4 and not np.ptp(image_HWC[:, :, 3])
     return PictureFacts(channels=image_HWC.shape[2], shorter_side=min(image_HWC.shape[:2]), opacity=opacity)
 
 
-def picture_channels(facts: Mapping[Path, PictureFacts]) -> int:
+def picture_channels(facts: Mapping[PictureFile, PictureFacts]) -> int:
     """The number of channels to read pictures with: 1 if all are grey; that of .npy files if all agree; 4 if all are TIFFs of four
     channels and the fourth is not constant (opacity); 3 otherwise."""
     channels, suffixes = {picture.channels for picture in facts.values()}, {path.suffix.lower() for path in facts}
@@ -224,7 +271,7 @@ def picture_channels(facts: Mapping[Path, PictureFacts]) -> int:
     return 4 if four_channel_tiffs and not all(picture.opacity for picture in facts.values()) else 3
 
 
-def crop_side(facts: Mapping[Path, PictureFacts], task: DataTask) -> int:
+def crop_side(facts: Mapping[PictureFile, PictureFacts], task: DataTask) -> int:
     """Side of the training crops, pixels: the median of the pictures' shorter sides rounded down to a multiple of 32, at least 32 and at
     most 256 (`classify`: 224)."""
     shorter_side = int(median(picture.shorter_side for picture in facts.values()))
@@ -247,7 +294,7 @@ class MaskClasses:
     """Share of the pixels of each class. The sum is less than 1 if pixels are ignored."""
 
 
-def classes_in_masks(masks: Mapping[Path, MaskArray], folder: Path) -> MaskClasses:
+def classes_in_masks(masks: Mapping[PictureFile, MaskArray], folder: Path) -> MaskClasses:
     """Find the classes in masks of `folder`.
 
     Raises DataError if the values cannot be classes: fewer than two or more than 255 of them, JPEG masks, smoothed edges.
@@ -274,12 +321,39 @@ def classes_in_masks(masks: Mapping[Path, MaskArray], folder: Path) -> MaskClass
     return MaskClasses(classes=tuple(classes), ignore=ignore, shares=_shares(pixels, values))
 
 
+def shard_classes(content: ShardContent, place: Path) -> tuple[MaskClasses, int, int, dict[PictureFile, DataError]]:
+    """The classes in shards, from `classes.json` if there is one; the number of masks (or classes) counted, of masks left unopened, and
+    the masks that cannot be read, with the reason."""
+    specs = read_classes(place.parent if "*" in place.name else place)
+    if content.task == "classify":
+        specs = specs or classes_of_labels(content.labels.values())
+        numbers = class_numbers(specs)
+        labels = Counter(label_number(text, numbers) for text in content.labels.values())
+        shares = tuple(labels[number] / len(content.labels) for number in range(len(specs)))
+        return MaskClasses(classes=_colored(specs), ignore=None, shares=shares), len(content.labels), 0, {}
+    files = list[PictureFile](content.masks.values())
+    specs = [spec if spec.value is not None else spec.model_copy(update={"value": index}) for index, spec in enumerate(specs)]
+    mapping = MaskMapping(specs, IGNORED) if specs else None
+    masks, unreadable = read_some(files, lambda file: read_mask(file, colors=mapping is not None and mapping.colors))
+    unopened = len(files) - len(masks) - len(unreadable)
+    if mapping is None:
+        return classes_in_masks(masks, place), len(masks), unopened, unreadable
+    pixels = _pixel_counts([mapping(mask, file) for file, mask in masks.items()])
+    return MaskClasses(classes=_colored(specs), ignore=IGNORED, shares=_shares(pixels, range(len(specs)))), len(masks), unopened, unreadable
+
+
+def _colored(specs: Sequence[ClassSpec]) -> tuple[ClassSpec, ...]:
+    """The classes, each with a colour."""
+    colors = distinct_colors(len(specs))
+    return tuple(spec if spec.color else spec.model_copy(update={"color": color}) for spec, color in zip(specs, colors, strict=True))
+
+
 def _shares(pixels: Mapping[int, int], values: Sequence[int]) -> tuple[float, ...]:
     total = sum(pixels.values())
-    return tuple(pixels[value] / total for value in values)
+    return tuple(pixels.get(value, 0) / total for value in values)
 
 
-def ignored_value_notes(masks: Mapping[Path, MaskArray]) -> list[str]:
+def ignored_value_notes(masks: Mapping[PictureFile, MaskArray]) -> list[str]:
     """A note if 255 may be a class: no mask that holds it holds a class other than 0, and other masks do."""
     values = [set(np.unique(mask).tolist()) for mask in masks.values() if mask.ndim == 2]
     with_255 = [mask_values for mask_values in values if IGNORED in mask_values]
@@ -300,7 +374,7 @@ def _pixel_counts(masks: Sequence[npt.NDArray[Any]]) -> dict[int, int]:
     return pixels
 
 
-def _check_sharp(pixels: Mapping[int, int], paths: Sequence[Path], folder: Path) -> None:
+def _check_sharp(pixels: Mapping[int, int], paths: Sequence[PictureFile], folder: Path) -> None:
     """Raise DataError for masks of two classes, 0 and 255, with smoothed edges: each value in between would become a class."""
     between = [value for value in pixels if value not in (0, 255)]
     if not between:
@@ -316,7 +390,7 @@ def _check_sharp(pixels: Mapping[int, int], paths: Sequence[Path], folder: Path)
         )
 
 
-def _check_lossless(paths: Sequence[Path], folder: Path) -> None:
+def _check_lossless(paths: Sequence[PictureFile], folder: Path) -> None:
     lossy = next((path for path in paths if path.suffix.lower() in _LOSSY_SUFFIXES), None)
     if lossy is not None:
         raise DataError(
@@ -344,7 +418,7 @@ def _is_255_a_class(values: Sequence[int]) -> bool:
     return below == [0] or max(below) > max(63 if len(below) <= 4 else 127, 2 * len(below))
 
 
-def _palette_colors(paths: Sequence[Path], values: Sequence[int]) -> list[RGB] | None:
+def _palette_colors(paths: Sequence[PictureFile], values: Sequence[int]) -> list[RGB] | None:
     """The colours of the values in the masks' palettes; None if there is no palette, it is grey, or two values have one colour."""
     color_by_value: dict[int, RGB] = {}
     for path in paths:

@@ -15,6 +15,7 @@ from muntin.data.classes import as_yaml
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
     Layout,
+    MaskArray,
     MaskClasses,
     classes_in_folders,
     classes_in_masks,
@@ -26,6 +27,7 @@ from muntin.data.inspection import (
     picture_channels,
     picture_facts,
     read_some,
+    shard_classes,
     unpaired_notes,
     unused_split_notes,
 )
@@ -34,6 +36,7 @@ from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
 from muntin.images import read_mask, write_whole
+from muntin.images.opening import PictureFile
 from muntin.text import count
 
 RECIPE_NAME = "recipe.yaml"
@@ -74,7 +77,7 @@ class Survey:
     """Images that were opened."""
     channels: int
     crop: int
-    unreadable: Mapping[Path, DataError]
+    unreadable: Mapping[PictureFile, DataError]
     """Images and masks that cannot be read, with the reason. The recipe leaves them out."""
     notes: tuple[str, ...]
 
@@ -105,8 +108,14 @@ def _survey(layout: Layout) -> Survey:
     pairs = [pair for pair in (base, layout.validation, layout.test) if pair is not None]
     images = list(layout.training_pictures().values())
     facts, unreadable = read_some(images, picture_facts)
+    masks: dict[PictureFile, MaskArray] = {}
     unopened_images = len(images) - len(facts) - len(unreadable)
-    if base.masks is None:
+    if layout.shards is not None:
+        content, failed = layout.shards, list(layout.shards.failures.values())
+        notes, folders = [f"{failure.reason}; `muntin fit` refuses them" for failure in failed[:_MAX_REASONS]], []
+        classes, counted, unopened, unreadable_masks = shard_classes(content, base.images)
+        unreadable |= unreadable_masks
+    elif base.masks is None:
         specs = classes_in_folders(base.images)
         numbers = [len(pictures(folder)) for folder in subfolders(base.images) if pictures(folder)]
         counted, unopened = sum(numbers), 0
@@ -114,7 +123,7 @@ def _survey(layout: Layout) -> Survey:
         notes = nested_class_notes(base.images)
         folders = [folder for pair in pairs for folder in subfolders(pair.images)]
     else:
-        masks, unreadable_masks = read_some(pictures(base.masks), read_mask)
+        masks, unreadable_masks = read_some(list[PictureFile](pictures(base.masks)), read_mask)
         unreadable |= unreadable_masks
         classes, counted = classes_in_masks(masks, base.masks), len(masks)
         unopened = len(pictures(base.masks)) - len(masks) - len(unreadable_masks)
@@ -137,7 +146,7 @@ def _survey(layout: Layout) -> Survey:
     )  # fmt: skip
 
 
-def _reason(file: Path, error: DataError) -> tuple[str, str]:
+def _reason(file: PictureFile, error: DataError) -> tuple[str, str]:
     """The name of a file, and why it cannot be read, printable and without advice."""
     reason = str(error).removeprefix(str(file)).partition(": ")[0].strip()
     return file.name, "".join(letter if letter.isprintable() else "?" for letter in reason)
@@ -163,22 +172,22 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
         "seed: 0  # another number gives another run: the spread between seeds shows which differences matter",
         "",
         "data:",
-        "  source: folders  # your own pictures; `earth` is the built-in demonstration",
+        f"  source: {'folders' if layout.shards is None else 'shards'}  # your own pictures; `earth` is the built-in demonstration",
         f"  images: {_path(base.images, relative_to)}  # relative paths start at this file's folder",
     ]
     if base.masks is not None:
         lines.append(f"  masks: {_path(base.masks, relative_to)}  # a mask has the stem of its image: a.jpg and a.png")
     lines += [
-        _split_line("validation", "during training", layout.validation, layout.task, relative_to),
-        _split_line("test", "once, at the end", layout.test, layout.task, relative_to),
+        _split_line("validation", "during training", layout.validation, layout, relative_to),
+        _split_line("test", "once, at the end", layout.test, layout, relative_to),
     ]
     if layout.validation is None or layout.test is None:
         seed = _split_seed(layout, survey.unreadable)
         lines.append(f"  seed: {seed}  # decides which pictures go into which split; adding pictures moves none of the others")
     if survey.unreadable:
         lines.append("  skip:  # pictures to leave out; these cannot be read")
-        lines += [f"    - {_path(path, relative_to)}  # {_reason(path, error)[1]}" for path, error in survey.unreadable.items()]
-    if base.masks is not None:
+        lines += [f"    - {_path(Path(str(path)), relative_to)}  # {_reason(path, error)[1]}" for path, error in survey.unreadable.items()]
+    if layout.task == "segment":
         lines.append(f"  ignore: {'null' if ignore is None else ignore}  # the mask value that belongs to no class; null: there is none")
     lines += [
         *_class_lines(survey),
@@ -198,7 +207,8 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
 
 def _class_lines(survey: Survey) -> list[str]:
     if survey.layout.task == "classify":
-        lines = ["  classes:  # each has the name of its folder; `color` is how charts paint it (red, green, blue)"]
+        kind = "is a class of the entries .cls" if survey.layout.shards is not None else "has the name of its folder"
+        lines = [f"  classes:  # each {kind}; `color` is how charts paint it (red, green, blue)"]
     else:
         lines = ["  classes:  # in order; `value` is the value in the masks, `color` how muntin paints it (red, green, blue): rename them"]
         if survey.unopened:
@@ -209,9 +219,9 @@ def _class_lines(survey: Survey) -> list[str]:
     return lines
 
 
-def _split_line(name: SplitName, scored: str, pair: FolderPair | None, task: DataTask, relative_to: Path | None) -> str:
+def _split_line(name: SplitName, scored: str, pair: FolderPair | None, layout: Layout, relative_to: Path | None) -> str:
     if pair is None:
-        own = f"folders of its own: {{images: ...{'' if task == 'classify' else ', masks: ...'}}}"
+        own = f"folders of its own: {{images: ...{'' if layout.base.masks is None else ', masks: ...'}}}"
         return f"  {name}: {_SHARE}  # {100 * _SHARE:.0f} % of the pictures, not trained on, score the model {scored}; or {own}"
     masks = "" if pair.masks is None else f", masks: {_path(pair.masks, relative_to)}"
     return (
@@ -219,10 +229,10 @@ def _split_line(name: SplitName, scored: str, pair: FolderPair | None, task: Dat
     )
 
 
-def _split_seed(layout: Layout, left_out: Mapping[Path, DataError]) -> int:
+def _split_seed(layout: Layout, left_out: Mapping[PictureFile, DataError]) -> int:
     """The first seed that leaves no split empty; for `classify`, one whose splits lack as few classes as possible."""
     stems = {composed(path.stem) for path in left_out}
-    by_class = layout.task == "classify"
+    by_class = layout.task == "classify" and layout.shards is None
     keys = [
         key for key, path in layout.training_pictures().items()
         if path not in left_out and (by_class or composed(path.stem) not in stems)  # its mask may be left out

@@ -18,6 +18,7 @@ from muntin.images.opening import (
     MAX_PIXELS,
     NPY_HEAD,
     SENT,
+    PictureFile,
     UInt8,
     map_array,
     map_image,
@@ -45,7 +46,7 @@ _DEEP_ENDINGS = (";16B", ";16L", ";16N")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS, mapped: bool = False) -> UInt8:
+def read_image(path: PictureFile | str, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS, mapped: bool = False) -> UInt8:
     """Reads a picture as uint8 (H, W, C), turned upright as its EXIF orientation says.
 
     Reads PNG, JPEG, WebP, TIFF and BMP of 8 bits a channel, and `.npy` arrays (H, W) or (H, W, 1-16) of uint8.
@@ -56,7 +57,7 @@ def read_image(path: Path | str, channels: int | None = 3, *, max_pixels: int = 
     Raises DataError: missing, empty, damaged or cut off file, another format, several pages or frames, more than `max_pixels`
     pixels, 16-bit pixels (which would be cut to 8 bits silently), channels that cannot be made.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     with opened_file(path) as (stream, head):
         if head.startswith(NPY_HEAD):
             image_HWC = map_image(path, stream, max_pixels)
@@ -82,12 +83,12 @@ def pixel_count(content: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
         return prod(picture.size)
 
 
-def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(path: PictureFile | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(height, width) of the upright picture in a file, from its header: well under a millisecond. Raises DataError.
 
     A PNG that may name its orientation after its pixels is decoded; such files are rare.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     with opened_file(path) as (stream, head):
         if head.startswith(NPY_HEAD):
             shape = map_array(path, stream, max_pixels).shape
@@ -100,7 +101,7 @@ def image_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
             return (width, height) if _orientation(picture) >= 5 else (height, width)
 
 
-def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
+def read_mask(path: PictureFile | str, *, colors: bool = False, max_pixels: int = MAX_PIXELS) -> npt.NDArray[Any]:
     """Reads labels: integers (H, W), or colours (H, W, 3) uint8 where the file holds colours.
 
     Palette pictures give their indices, grey ones their values (2- and 4-bit grey the stored values, 16-bit uint16), one-bit
@@ -109,7 +110,7 @@ def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_P
 
     Raises DataError as `read_image` does.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     with opened_file(path) as (stream, head):
         if head.startswith(NPY_HEAD):
             mask = read_mask_array(path, stream, max_pixels)
@@ -123,7 +124,7 @@ def read_mask(path: Path | str, *, colors: bool = False, max_pixels: int = MAX_P
     return mask
 
 
-def _decoded(path: Path, picture: ImageFile.ImageFile, channels: int | None) -> UInt8:
+def _decoded(path: PictureFile, picture: ImageFile.ImageFile, channels: int | None) -> UInt8:
     mode = _target_mode(path, picture, channels)
     image_HWC = np.array(_converted(_upright(picture), mode), dtype=np.uint8)
     return image_HWC if image_HWC.ndim == 3 else image_HWC[:, :, None]
@@ -165,7 +166,7 @@ def _upright(picture: ImageFile.ImageFile) -> Image.Image:
     return picture if transposition is None else picture.transpose(transposition)
 
 
-def _target_mode(path: Path, picture: ImageFile.ImageFile, channels: int | None) -> str:
+def _target_mode(path: PictureFile, picture: ImageFile.ImageFile, channels: int | None) -> str:
     """The Pillow mode to convert to. Raises DataError where values would be invented or cut."""
     mode = picture.mode
     if mode.startswith(("I", "F")) or _is_deep(picture):
@@ -206,7 +207,7 @@ def _raw_mode(picture: ImageFile.ImageFile) -> str:
     return raw if isinstance(raw, str) else ""
 
 
-def _mask_of(path: Path, picture: ImageFile.ImageFile, colors: bool) -> npt.NDArray[Any]:
+def _mask_of(path: PictureFile, picture: ImageFile.ImageFile, colors: bool) -> npt.NDArray[Any]:
     mode = picture.mode
     if mode == "1":
         return np.array(_upright(picture)).astype(np.uint8) * np.uint8(255 if colors else 1)

@@ -24,9 +24,11 @@ import numpy.typing as npt
 from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from muntin.errors import DataError
+from muntin.images.packed import PackedFile
 
 UInt8 = npt.NDArray[np.uint8]
 Decoder = Callable[[IO[bytes]], ImageFile.ImageFile]
+PictureFile = Path | PackedFile
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".npy")
 SENT = Path("the picture")
@@ -79,7 +81,7 @@ class TooManyPixelsError(DataError):
 
 
 @contextmanager
-def opened_file(path: Path) -> Iterator[tuple[IO[bytes], bytes]]:
+def opened_file(path: PictureFile) -> Iterator[tuple[IO[bytes], bytes]]:
     """Opens a file and reads its first bytes. Raises DataError for a missing, unreadable or empty file."""
     try:
         stream = path.open("rb")
@@ -106,7 +108,7 @@ def decoder_of(head: bytes) -> Decoder | None:
 
 
 @contextmanager
-def opened_picture(path: Path, stream: IO[bytes], head: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+def opened_picture(path: PictureFile, stream: IO[bytes], head: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
     """Reads a picture's header and checks it; nothing is decoded. Damage found here or in the block is a DataError."""
     decoder = decoder_of(head)
     if decoder is None:
@@ -161,7 +163,7 @@ def quiet_pillow(max_pixels: int = 0) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
+def check_pixels(path: PictureFile, size: tuple[int, int], max_pixels: int) -> None:
     """Raises DataError unless a picture of this (width, height) has pixels, and at most `max_pixels`."""
     width, height = size
     if width * height == 0:
@@ -170,7 +172,7 @@ def check_pixels(path: Path, size: tuple[int, int], max_pixels: int) -> None:
         raise TooManyPixelsError(f"{path} has {width}×{height} pixels, more than the limit of {max_pixels:,}: cut it into smaller pictures")
 
 
-def _check_pages(path: Path, picture: ImageFile.ImageFile) -> None:
+def _check_pages(path: PictureFile, picture: ImageFile.ImageFile) -> None:
     """Raises DataError for several pictures in a file. Smaller copies and transparency of a TIFF's first page do not count."""
     with quiet_pillow():
         count = getattr(picture, "n_frames", 1)
@@ -186,7 +188,7 @@ def _check_pages(path: Path, picture: ImageFile.ImageFile) -> None:
         raise DataError(f"{path} holds {count} pages or frames, and one picture is wanted: store each in a file of its own")
 
 
-def _check_bands(path: Path, picture: ImageFile.ImageFile) -> None:
+def _check_bands(path: PictureFile, picture: ImageFile.ImageFile) -> None:
     """Raises DataError for a TIFF of more channels than are decoded: Pillow skips those whose kind the file does not name."""
     if not isinstance(picture, TiffImagePlugin.TiffImageFile):
         return
@@ -196,7 +198,7 @@ def _check_bands(path: Path, picture: ImageFile.ImageFile) -> None:
         raise DataError(f"{path} has {stored} channels, of which {decoded} would be read: {advice}, or store those {decoded} alone")
 
 
-def damaged(path: Path, error: BaseException) -> DataError:
+def damaged(path: PictureFile, error: BaseException) -> DataError:
     """The DataError for an error that a parser raised."""
     if isinstance(error, MemoryError):
         return DataError(f"{path} needs more memory than there is, unless its header lies: cut it into smaller pictures or replace it")
@@ -211,7 +213,7 @@ def reason(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def map_array(path: Path, stream: IO[bytes], max_pixels: int) -> npt.NDArray[Any]:
+def map_array(path: PictureFile, stream: IO[bytes], max_pixels: int) -> npt.NDArray[Any]:
     """The array in a file, (H, W) or (H, W, C), mapped read-only: a false header costs no memory. Raises DataError."""
     try:
         with quiet_pillow():
@@ -227,7 +229,7 @@ def map_array(path: Path, stream: IO[bytes], max_pixels: int) -> npt.NDArray[Any
     return array
 
 
-def map_image(path: Path, stream: IO[bytes], max_pixels: int) -> UInt8:
+def map_image(path: PictureFile, stream: IO[bytes], max_pixels: int) -> UInt8:
     """The image (H, W, C) in a file, mapped read-only. Raises DataError for another type or number of channels."""
     array = map_array(path, stream, max_pixels)
     if array.dtype != np.uint8 or (array.ndim == 3 and not 1 <= array.shape[2] <= MAX_CHANNELS):
@@ -235,7 +237,7 @@ def map_image(path: Path, stream: IO[bytes], max_pixels: int) -> UInt8:
     return array if array.ndim == 3 else array[:, :, None]
 
 
-def read_mask_array(path: Path, stream: IO[bytes], max_pixels: int) -> npt.NDArray[Any]:
+def read_mask_array(path: PictureFile, stream: IO[bytes], max_pixels: int) -> npt.NDArray[Any]:
     """The mask in a file: (H, W) of integers or (H, W, 3) of uint8. Raises DataError for anything else."""
     array = map_array(path, stream, max_pixels)
     if array.ndim == 3 and array.shape[2] == 1:

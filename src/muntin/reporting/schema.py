@@ -127,6 +127,8 @@ class TrainingRow(Record):
     loss: float
     learning_rate: Amount
     images_per_s: Amount | None = None
+    waiting: Share | None = None
+    """Share of the time spent waiting for batches."""
 
 
 class ValidationRow(Record):

@@ -41,6 +41,8 @@ STATE = "checkpoint.json"
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
 FIXED = ("gate_budget", "optimizer")
 """Keys of `training` that a resumed run cannot change: closed gates stay closed, and an optimiser cannot use another one's state."""
+FREE = ("workers", "cache_mib")
+"""Keys of `data` that a resumed run can change: they do not change a batch."""
 _OLDER = "use an older step beside it (remove this one, and --resume goes on from that), or train again"
 _NAME = re.compile(r"^step-(\d{8,})$")
 
@@ -229,7 +231,7 @@ def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint |
     if difference:
         raise CheckpointError(
             f"{checkpoint.path} was trained by another recipe ({difference}), and a resumed run can change only keys of training, except "
-            f"{', '.join(FIXED)}: give its recipe to resume, or another --output to start again"
+            f"{', '.join(FIXED)}, and data.{' and data.'.join(FREE)}: give its recipe to resume, or another --output to start again"
         )
     return checkpoint
 
@@ -241,7 +243,8 @@ def recipe_changes(start: Checkpoint, recipe: Recipe) -> str:
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
     content = recipe.model_dump(mode="json")
-    return {**content, "training": {key: content["training"][key] for key in FIXED}}
+    data = {key: value for key, value in content["data"].items() if key not in FREE}
+    return {**content, "data": data, "training": {key: content["training"][key] for key in FIXED}}
 
 
 def _difference(trained: Any, given: Any, where: str = "") -> str:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from muntin.artifact.file_lock import folder_in_use
-from muntin.data import Crops, Source, calibration_batches, open_source, prefetch
-from muntin.data.batches import ImageBatch, small_picture_notes
+from muntin.data import BatchFeed, Crops, Source, calibration_batches, open_source
+from muntin.data.batches import small_picture_notes
 from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
@@ -75,6 +75,9 @@ class FitResult:
     """True after Ctrl-C or SIGTERM, also during the last step: the caller should start no further work."""
     precision: str
     seconds: float
+    waiting: float | None
+    """Share of the steps' time spent waiting for batches, which `workers` threads made; None before the second step."""
+    workers: int
     validation: list[dict[str, Any]]
     notes: tuple[str, ...]
 
@@ -139,7 +142,8 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
-        seconds=training.seconds, validation=training.validation, notes=(*notes, *training.notes),
+        seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
+        notes=(*notes, *training.notes),
     )  # fmt: skip
 
 
@@ -186,6 +190,7 @@ class Training:
         self.directory, self.root, self.start, self.report = directory, root, start, report
         self.seed = recipe.seed if seed is None else seed
         self.compression = compression
+        self.feed = BatchFeed(recipe.data.workers, device=trainer.precision.device)
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
         self.curve: list[dict[str, float]] = []
@@ -269,6 +274,7 @@ class Training:
                 finally:
                     self._take_notes()
                     attempt.note(self.trainer.memory)
+                self.feed.end_step()
                 self.step, self.seconds = step + 1, before + time.perf_counter() - started
                 ended = self.finished
                 if ended:
@@ -295,6 +301,8 @@ class Training:
                     break
             batches.close()
         path = path or self._write()
+        for advice in self.feed.advice():
+            self.note(advice)
         self._note_collapse(path)
         return path
 
@@ -314,7 +322,8 @@ class Training:
 
     def _batches(self, crops: Crops) -> Generator[ImageBatch]:
         """The batches from the present step on, without those that were left out."""
-        with closing(prefetch(crops.batch, self.step + self.trainer.guard.state.skipped, sys.maxsize)) as numbered:
+        first = self.step + self.trainer.guard.state.skipped
+        with closing(self.feed.batches(crops.batch, first, sys.maxsize)) as numbered:
             for _, batch in numbered:
                 yield batch
 
@@ -371,7 +380,7 @@ class Training:
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {
             "step": self.step, "seconds": self.seconds, "loss": loss, "learning_rate": self.trainer.optimizer.param_groups[0]["lr"],
-            "images_per_s": rate,
+            "images_per_s": rate, **self.feed.recent_waiting(),
         }  # fmt: skip
         self.curve.append(point)
         self._log(log, "training", point)
@@ -380,9 +389,8 @@ class Training:
         loss = self.curve[-1]["loss"] if self.curve else sum(self.losses) / len(self.losses)
         left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
-        self.report(
-            FitProgress(kind="step", step=self.step, steps=self.steps, loss=loss, score=score, images_per_second=rate, seconds_left=left)
-        )
+        figures: dict[str, Any] = {"loss": loss, "score": score, "images_per_second": rate, "seconds_left": left}
+        self.report(FitProgress(kind="step", step=self.step, steps=self.steps, waiting=self.feed.waiting, **figures))
 
     def _log(self, log: MetricsLog, kind: str, point: dict[str, Any]) -> None:
         log.write(kind, point)

@@ -12,7 +12,7 @@ class FitProgress:
     """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
 
     `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step), "step" (each one; `loss` is a mean
-    over at most 10), "validating" (`step` of `steps` pictures), "validation" (its end).
+    over at most 10, `waiting` share of time spent waiting for batches), "validating" (`step` of `steps` pictures), "validation" (end).
     """
 
     kind: Literal["check", "note", "prepare", "step", "validating", "validation"]
@@ -21,6 +21,7 @@ class FitProgress:
     loss: float | None = None
     score: float | None = None
     images_per_second: float | None = None
+    waiting: float | None = None
     seconds_left: float | None = None
     note: str | None = None
 
