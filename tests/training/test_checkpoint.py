@@ -11,7 +11,8 @@ import torch
 
 from muntin.compression import load_model
 from muntin.errors import CheckpointError
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
+from muntin.training.checkpoint import STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.recipe import Recipe
 from muntin.training.weights import build_model

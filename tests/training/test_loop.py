@@ -26,12 +26,13 @@ from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
 from muntin.training import loop
-from muntin.training.checkpoint import AVERAGE, STATE, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import STATE, checkpoints_in, read_checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import evaluate
-from muntin.training.interrupt import Interruption
 from muntin.training.loop import LOG_EVERY, FitProgress, FitResult, MetricsLog, Training, fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
+from muntin.training.recovery.interrupt import Interruption
 from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from muntin.layers.norm import GROUP, MapNorm
-from muntin.training.checkpoint import AVERAGE, read_checkpoint
+from muntin.training.checkpoint import read_checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.loop import LOG_EVERY, FitProgress, fit
 from muntin.training.norm_recalibration import renew_statistics
 from muntin.training.precision import resolve_precision

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ from muntin.cli.console import (
     say_notes,
 )
 from muntin.cli.options import JsonOption
-from muntin.cli.start import prepare_torch, refuse_without_gradients
+from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ def fit_command(
     from muntin.training import load_recipe
 
     loaded = load_recipe(recipe, set_ or ())
-    begin = notes_once(() if json else notes)
+    begin = notes_once(notes if first_process() and not json else ())
     result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json, begin=begin)
+    if not first_process():
+        raise typer.Exit(result.interrupted)
     if json:
         print_json({**asdict(result), "validation": result.validation, "notes": [*notes, *result.notes]})
     else:
@@ -77,7 +79,7 @@ def fit_with_progress(
     from muntin.training import fit
 
     refuse_unwritable(directory or Path("runs") / recipe.name)  # before the data are checked, which may take minutes
-    with training_bar(recipe.task) as report:
+    with training_bar(recipe.task) if first_process() else nullcontext(lambda description, progress: None) as report:
 
         def show(progress: FitProgress) -> None:
             if progress.kind != "check":

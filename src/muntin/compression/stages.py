@@ -27,12 +27,13 @@ from muntin.compression.rewrite import check_kept, is_kept, keepable, named
 from muntin.compression.sensitivity import assign_bits, measure_sensitivity
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models.compression_record import STAGES, Change, CompressionRecord, Sensitivity, Stage
-from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, checkpoints_in, read_checkpoint, source_of
+from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
-from muntin.training.interrupt import PREPARATION, Interruption
-from muntin.training.loop import FitProgress, Training, prepare_hardware
+from muntin.training.loop import FitProgress, Training
 from muntin.training.model_checks import check_maps
+from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import Recipe
+from muntin.training.recovery.interrupt import PREPARATION, Interruption
 from muntin.training.trainer import Trainer
 
 FOLDER = "compressed"
@@ -170,7 +171,7 @@ class _Compression:
         self.checkpoint, self.recipe, self.directory, self.report = checkpoint, checkpoint.recipe, directory, report
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
-        self.origin = checkpoint.state.sha256[AVERAGE]
+        self.origin = checkpoint.state.weights
         if not resume and (existing := stage_checkpoints(directory)):
             for path in existing.values():
                 self._own_record(read_checkpoint(path))  # raises if --resume would be refused, too

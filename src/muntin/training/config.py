@@ -13,6 +13,9 @@ from muntin.data.section import Section
 Checkpointing = Literal["none", "selective", "full"]
 """From the most memory and the fewest operations to the least memory and the most operations."""
 
+Sharding = Literal["none", "zero1", "zero2", "zero3"]
+"""From the most memory and the least communication to the least memory and the most communication."""
+
 
 class ModelChoice(Section):
     """The model, and changes to it."""
@@ -68,6 +71,22 @@ class TrainingConfig(Section):
         description="most memory of the process on a CPU, such as 6GiB; a step that needs more is taken in smaller parts",
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="threads of the CPU; unset: PyTorch's choice")
+    sharding: Sharding = Field(
+        default="none",
+        description="what several processes (torchrun) share: none: nothing; zero1: optimiser state; zero2: gradients and averages, "
+        "too, and weights between steps; zero3: weights during a step, too",
+    )
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        for key, value, allowed in (
+            ("precision", self.precision, self.precision != "fp16"),
+            ("gate_budget", self.gate_budget, self.gate_budget == 1),
+            ("compile", self.compile, not self.compile),
+        ):
+            if self.sharding in ("zero2", "zero3") and not allowed:
+                raise ValueError(f"sharding {self.sharding} with {key} {value}: take sharding zero1 or none, or drop {key}")
+        return self
 
     @model_validator(mode="after")
     def _uncompiled(self) -> Self:

@@ -11,12 +11,11 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
-import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,18 +28,21 @@ from muntin.data.source import Samples
 from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import GROUP
 from muntin.models import CompressionRecord, TorchSession
-from muntin.models.session import require_compiler
-from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes, write_checkpoint
+from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes
 from muntin.training.config import TrainingConfig
+from muntin.training.distributed.checkpoint_writer import CheckpointWriter
+from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
 from muntin.training.evaluation import collapse, evaluate, poor_classes, tile_of
 from muntin.training.gate_pruning import GateClosing
-from muntin.training.interrupt import Interruption
 from muntin.training.memory.memory_format import keep_freed_memory
+from muntin.training.metrics_log import MetricsLog, NoLog
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
-from muntin.training.precision import TrainingPrecision, resolve_precision
+from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recovery.interrupt import Interruption
 from muntin.training.recovery.memory_bound import memory_bound
+from muntin.training.recovery.out_of_memory import MemoryShortError, forget_use, remember_use, remembered_use
 from muntin.training.trainer import DivergedError, Trainer
 from muntin.training.weights import load_initial_weights, new_model
 
@@ -48,47 +50,6 @@ LOG_EVERY = 10
 """Steps between two points of the training curve."""
 FIRST_CHECKPOINT_S = 30.0
 """Seconds of training after which a run that has no checkpoint writes its first one; the others follow `checkpoint_every`."""
-
-
-class MetricsLog:
-    """Writes `metrics.jsonl` and TensorBoard events; a resumed run first rewrites the points up to its checkpoint."""
-
-    def __init__(self, directory: Path, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
-        self.directory, self.step = directory, step
-        self.failed = ""
-        """Error of the first point that could not be written."""
-        self.past = [("training", p) for p in training] + [("validation", p) for p in validation]
-
-    def __enter__(self) -> MetricsLog:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings of tensorboard's own imports
-            from torch.utils.tensorboard import SummaryWriter
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.file = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-        self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.step + 1 if self.step else 0)
-        for kind, point in sorted(self.past, key=lambda entry: float(entry[1]["step"])):
-            self._line(kind, point)
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        for closing in (self.file, self.board):
-            with suppress(OSError):  # `failed` has the error, and checkpoints have all points
-                closing.close()
-
-    def _line(self, kind: str, point: dict[str, Any]) -> None:
-        self.file.write(json.dumps({"kind": kind, **point, "step": int(point["step"])}) + "\n")
-        self.file.flush()
-
-    def write(self, kind: str, point: dict[str, Any]) -> None:
-        """Add one point. After an error (full disk) training continues: checkpoints have all points."""
-        try:
-            self._line(kind, point)
-            for key, value in point.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{key}", value, int(point["step"]))
-        except OSError as error:
-            if not self.failed:
-                self.failed = f"{self.file.name} cannot be written ({error.strerror or error}): the curve is only in checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,13 +112,22 @@ def fit(
         root = Path(recipe).resolve().parent if root is None else root
         recipe = load_recipe(recipe)
     directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
-    with folder_in_use(directory, "muntin fit") as notes:
-        return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes))
+    with joined_processes() as ranks, held_folder(directory, "muntin fit", ranks) as notes:
+        resume = resume or (restarted() and bool(checkpoints_in(directory / "checkpoints")))
+        report = report if ranks.first else None
+        return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes), ranks)
 
 
-def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str]) -> FitResult:
-    start = find_start(directory, recipe, resume=resume)
-    precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision)
+def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager[tuple[str, ...]]:
+    """Hold a folder for a run (see `folder_in_use`): of several processes the first one does it."""
+    return folder_in_use(folder, work) if ranks.first else nullcontext(())
+
+
+def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
+    start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
+    if start is None and not restarted():
+        forget_use(directory)
+    precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision, ranks=ranks)
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
@@ -175,14 +145,15 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         GateClosing(model, model, image, keep=recipe.training.gate_budget)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else load_initial_weights(model, root / weights)
-    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
+    # last: it may take minutes
+    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))) if ranks.first else ()
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
     notes += (*source.notes, *checked, *small, *unsuited, *begun)
-    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, seed=recipe.seed)
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, seed=recipe.seed, ranks=ranks)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
         report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
-    with Interruption() as interruption:
+    with Interruption(answers=ranks.first) as interruption:
         path = training.run(interruption)
     if training.finished:
         poor = () if training.collapsed else poor_classes(training.validation)
@@ -200,19 +171,6 @@ def ended_by_minutes(config: TrainingConfig, step: int) -> tuple[str, ...]:
     if config.minutes is None or step >= config.steps:
         return ()
     return (f"training.minutes ({config.minutes:g}) ended the run after {step:,} of the recipe's {config.steps:,} steps",)
-
-
-def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> TrainingPrecision:
-    """Set the number of threads and choose the precision. `begun`: the precision of a resumed run so far.
-
-    Raises `DependencyError` for a precision or compiler that this machine lacks.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.compile:
-        require_compiler(device)
-    return resolve_precision(config.precision, device, begun=begun)
 
 
 class Training:
@@ -235,6 +193,7 @@ class Training:
         compression: CompressionRecord | None = None,
     ) -> None:
         self.trainer, self.recipe, self.source, self.config = trainer, recipe, source, trainer.config
+        self.ranks = trainer.ranks
         self.directory, self.root, self.start, self.report = directory, root, start, report
         self.seed = recipe.seed if seed is None else seed
         self.compression = compression
@@ -251,6 +210,8 @@ class Training:
             state = start.state
             self.step, self.seconds, self.losses = state.step, state.seconds, list(state.pending)
             self.curve, self.validation = list(state.training), list(state.validation)
+        trainer.remember(remembered_use(directory))
+        self.writer = CheckpointWriter(directory / "checkpoints", self.ranks)
         self.session = TorchSession(trainer.average.model, recipe.signature(source.classes), dtype=trainer.precision.dtype)
 
     @property
@@ -277,6 +238,8 @@ class Training:
             samples, task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
             augmentation=data.augmentation, rare=data.rare,
         )  # fmt: skip
+        own = self.trainer.rows * self.ranks.index
+        batch = partial(crops.batch, rows=slice(own, own + self.trainer.rows))
         validation = self.source.split("validation")
         # a checkpoint is rewritten if the recipe or the folder of its relative paths has changed
         same = self.start is not None and not recipe_changes(self.start, self.recipe) and Path(self.start.state.root) == self.root
@@ -284,25 +247,32 @@ class Training:
         closed = self.start is not None and self.finished and self._close_gates(samples)  # if `steps` was reduced
         if closed and self.validation and self.validation[-1]["step"] == self.step:
             self.validation.pop()  # it was of the model before closing
-        with keep_freed_memory(), memory_bound(config.memory), MetricsLog(self.directory, self.step, self.curve, self.validation) as log:
+        log_type = MetricsLog if self.ranks.first else NoLog
+        with (
+            keep_freed_memory(), memory_bound(config.memory), self.writer,
+            log_type(self.directory, self.step, self.curve, self.validation) as log,
+        ):  # fmt: skip
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
                 path = self._write()
-                if interruption.requested:
+                if self.ranks.any(interruption.requested):
                     return path
             started, first = time.perf_counter(), self.step
             before = self.seconds
-            for step, (images, target) in prefetch(crops.batch, self.step, self.step if self.finished else config.steps):
+            for step, (images, target) in prefetch(batch, self.step, self.step if self.finished else config.steps):
                 validated = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
                 interruption.work = "this step and its validation" if validated else "this step"
-                done = config.share_done(step + 0.5, before + time.perf_counter() - started)
+                done = config.share_done(step + 0.5, before + self._seconds_since(started))
                 try:
                     self.losses.append(self.trainer.update(step, images, target, done=done))
+                except MemoryShortError as error:
+                    remember_use(self.directory, error.use)
+                    raise
                 except DivergedError as error:
                     raise MuntinError(f"{error}: {self._lower_rate()}") from error
                 self._take_notes()
-                self.step, self.seconds = step + 1, before + time.perf_counter() - started
+                self.step, self.seconds = step + 1, before + self._seconds_since(started)
                 ended = self.finished
                 if ended:
                     self._close_gates(samples)
@@ -314,21 +284,25 @@ class Training:
                 if judged := self.step % config.validate_every == 0 or ended:
                     interruption.work = "this validation"
                     self._judge(log, samples, validation)
-                    self.seconds = before + time.perf_counter() - started
+                    self.seconds = before + self._seconds_since(started)
                     # The minutes may end during validation. If gates are then closed, the model is another one and needs one more step.
                     ended = ended or (self.finished and not self._close_gates(samples))
-                last = ended or interruption.requested  # read once, so that a checkpoint follows
+                last = self.ranks.any(ended or interruption.requested)  # read once, so that a checkpoint follows
                 if last and not judged:  # the checkpoint may be evaluated or exported
-                    with self._saved_on_error():
+                    with self._saved_on_error(), self.trainer.average.whole():
                         self._renew_statistics(samples)
-                first_due = path is None and time.perf_counter() - started >= FIRST_CHECKPOINT_S
+                first_due = path is None and self._seconds_since(started) >= FIRST_CHECKPOINT_S
                 if last or first_due or self.step % config.checkpoint_every == 0:
                     path = self._write()
                 if last:
                     break
-        path = path or self._write()
+            path = path or self._write()
         self._note_collapse(path)
         return path
+
+    def _seconds_since(self, started: float) -> float:
+        """Seconds by the first process's clock, on which the learning rate may depend."""
+        return self.ranks.of_first(time.perf_counter() - started)
 
     def _note_collapse(self, newest: Path | None = None) -> None:
         """Note a collapse of the score, at the first validation that shows it and at the end. `newest`: the last checkpoint, at the end."""
@@ -398,9 +372,11 @@ class Training:
 
     def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
         """Recalibrate the norms and validate."""
-        with self._saved_on_error():
+        with self._saved_on_error(), self.trainer.average.whole():
             self._renew_statistics(samples)
-            result = evaluate(self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating)
+            result = evaluate(
+                self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating, ranks=self.ranks
+            )
             point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
             if self.recipe.task == "segment":
                 point["miou"] = result.miou
@@ -414,11 +390,12 @@ class Training:
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """Write a checkpoint if the block raises (a damaged picture, a second Ctrl-C)."""
+        """Write a checkpoint if the block raises (a damaged picture, a second Ctrl-C). Several processes cannot: the others do not know."""
         try:
             yield
         except BaseException:
-            self._write()
+            if self.ranks.count == 1:
+                self._write()
             raise
 
     def _renew_statistics(self, samples: Samples) -> None:
@@ -434,4 +411,4 @@ class Training:
             "precision": self.trainer.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
             "validation": self.validation, "compression": self.compression, "memory": self.trainer.shrunk,
         }  # fmt: skip
-        return write_checkpoint(self.directory / "checkpoints", state, self.trainer.tensors())
+        return self.writer.write(state, self.trainer.tensors())

@@ -9,7 +9,7 @@ from io import StringIO
 
 import pytest
 
-from muntin.training.interrupt import Interruption
+from muntin.training.recovery.interrupt import Interruption
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
