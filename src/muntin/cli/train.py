@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,7 +79,7 @@ def fit_with_progress(
     from muntin.training import fit
 
     refuse_unwritable(directory or Path("runs") / recipe.name)  # before the data are checked, which may take minutes
-    with training_bar(recipe.task) if first_process() else nullcontext(lambda description, progress: None) as report:
+    with training_bar(recipe.task) as report:
 
         def show(progress: FitProgress) -> None:
             if progress.kind != "check":
@@ -95,7 +95,13 @@ def fit_with_progress(
 
 @contextmanager
 def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
-    """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere."""
+    """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere.
+
+    A process that `torchrun` started after the first one shows nothing.
+    """
+    if not first_process():
+        yield lambda description, progress: None
+        return
     if not err.is_terminal:
         with progress_lines("preparing") as show:
 

@@ -122,7 +122,9 @@ def evaluate(
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
     """Compute the scores from pairs of a sample and its labels, those of all processes."""
     names = [c.name for c in session.signature.classes]
-    confusion = MulticlassConfusionMatrix(len(names), ignore_index=None if len(names) > IGNORED else IGNORED, validate_args=False)
+    confusion = MulticlassConfusionMatrix(
+        len(names), ignore_index=None if len(names) > IGNORED else IGNORED, validate_args=False, sync_on_compute=False
+    )
     total = torch.zeros(len(names), len(names), dtype=torch.int64)
     samples = 0
     for sample, labels in pairs:

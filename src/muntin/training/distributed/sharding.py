@@ -19,11 +19,12 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterable
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import RecipeError
+from muntin.errors import MuntinError, RecipeError
 from muntin.training.config import Sharding
 from muntin.training.distributed.averaging import STATISTICS, ShardedAverage, WeightAverage
 from muntin.training.distributed.matrices import MatrixExchange
@@ -44,9 +45,17 @@ class Placement:
 
     def place(self, model: nn.Module, blocks: Iterable[nn.Module], decay: float) -> WeightAverage:
         """Give each process its part of the first process's model, and return its average. `blocks`: are made whole one at a time."""
-        self.ranks.send([*model.parameters(), *model.buffers()], 0)
+        self._copy_first(model)
         channels_last(model)
         return WeightAverage(model, decay)
+
+    def _copy_first(self, model: nn.Module) -> None:
+        """Give every process the first one's weights. Raises `MuntinError` if they have made different models."""
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        number = crc32(repr([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]).encode())
+        if self.ranks.any(number != self.ranks.of_first(number)):
+            raise MuntinError("the processes made different models: run them on machines of one kind, with the same data and packages")
+        self.ranks.send(list(tensors.values()), 0)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> None:
         """Called once, before the first step."""
@@ -123,7 +132,7 @@ class FullySharded(Placement):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard  # importing it takes a second
 
-        self.ranks.send([*model.parameters(), *model.buffers()], 0)
+        self._copy_first(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.contiguous()
         shell = copy.deepcopy(model)
@@ -132,6 +141,7 @@ class FullySharded(Placement):
         whole = {parameter for parameter in model.parameters() if not parameter.ndim or parameter.dtype != common}
         mesh = init_device_mesh(self.device, (self.ranks.count,))
         for module in (*_separate(model, blocks), model):
+            module.register_forward_hook(_without_views)
             fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, ignored_params=whole)
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -150,6 +160,13 @@ class FullySharded(Placement):
         norm = (self.ranks.sum(squares[sharded].sum()) + squares[~sharded].sum()).sqrt().float()
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+
+def _without_views(module: nn.Module, inputs: object, output: object) -> object:
+    """A hook that copies an output that is a view: `fully_shard` would lose its own hook if the caller changed the view in place."""
+    if isinstance(output, tuple):
+        return tuple(_without_views(module, inputs, entry) for entry in output)
+    return output.clone() if isinstance(output, Tensor) and output._base is not None else output
 
 
 def _separate(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
