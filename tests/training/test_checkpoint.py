@@ -155,8 +155,8 @@ def test_broken_json(tmp_path: Path, save_step: Save, text: str) -> None:
 
 def test_newer_format(tmp_path: Path, save_step: Save) -> None:
     path = save_step(tmp_path, 1)
-    rewrite(path, format=2, something="new")
-    assert "format 2 is newer than this muntin reads (1): upgrade muntin" in mistake(path)
+    rewrite(path, format=3, something="new")
+    assert "format 3 is newer than this muntin reads (2): upgrade muntin" in mistake(path)
 
 
 def test_unknown_field(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:

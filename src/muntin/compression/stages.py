@@ -100,7 +100,7 @@ def compress_checkpoint(
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
     with joined_processes() as ranks, held_folder(directory, "muntin compress", ranks) as notes:
         report = report if ranks.first else lambda stage, progress: None
-        compression = _Compression(checkpoint, directory, resume or restarted(), report, ranks)
+        compression = _Compression(checkpoint, directory, resume or ranks.any(restarted()), report, ranks)
         compression.notes += notes
         with Interruption(answers=ranks.first) as interruption:
             return compression.run(interruption, until)

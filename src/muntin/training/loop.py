@@ -113,7 +113,7 @@ def fit(
         recipe = load_recipe(recipe)
     directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
     with joined_processes() as ranks, held_folder(directory, "muntin fit", ranks) as notes:
-        resume = resume or (restarted() and bool(checkpoints_in(directory / "checkpoints")))
+        resume = resume or (ranks.any(restarted()) and bool(checkpoints_in(directory / "checkpoints")))
         report = report if ranks.first else None
         return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes), ranks)
 
@@ -125,7 +125,7 @@ def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager
 
 def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
     start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
-    if start is None and not restarted():
+    if start is None and ranks.first and not restarted():
         forget_use(directory)
     precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision, ranks=ranks)
     source = open_source(recipe.data, root=root)

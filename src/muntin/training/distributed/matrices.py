@@ -18,8 +18,6 @@ from torch import Tensor
 
 from muntin.training.distributed.ranks import Ranks, spread
 
-Compute = Callable[[list[Tensor]], list[Tensor]]
-
 
 def rows_at(rows: int, index: int, count: int) -> slice:
     """The rows that process `index` of `count` holds, as `torch.chunk` cuts them."""
@@ -33,7 +31,7 @@ class MatrixExchange:
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
 
-    def __call__(self, parts_RC: list[Tensor], rows: list[int], compute: Compute) -> list[Tensor]:
+    def __call__(self, parts_RC: list[Tensor], rows: list[int], compute: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
         """The rows of `compute(matrices)`, for this process's rows of each matrix. `rows`: of each whole matrix."""
         count, index = self.ranks.count, self.ranks.index
         columns = [part.shape[1] for part in parts_RC]

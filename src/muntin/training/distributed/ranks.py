@@ -8,6 +8,9 @@ starts all of them again.
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from muntin.errors import MuntinError, RecipeError
 
@@ -23,6 +27,8 @@ TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, which may check data or write a checkpoint meanwhile."""
 BUCKET = 25 << 20
 """Bytes that are added up in one message, about."""
+POLL_S = 0.02
+"""Seconds between two looks for the others at the start."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 _LOST = ("gloo", "connection closed by peer", "connection reset by peer", "nccl", "socket timeout", "broken pipe")
@@ -140,19 +146,44 @@ def joined_processes(environment: Mapping[str, str] = os.environ) -> Iterator[Ra
     if cuda:
         torch.cuda.set_device(index)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
+        names = dist.PrefixStore(_agreed_name(store, rank, count), store)  # type: ignore[attr-defined]
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, store=names, rank=rank, world_size=count)
         yield ProcessGroup("cuda" if cuda else "cpu")
     except RuntimeError as error:
         if not lost_contact(error):
             raise
         place = f"process {environment['RANK']} of {environment['WORLD_SIZE']}"
+        reason = re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())).partition(". ")[0][:120]
         raise RanksError(
-            f"{place} lost the others ({' '.join(str(error).split())[-120:]}): one has ended, and its own message says why, or the network "
+            f"{place} lost the others ({reason}): one has ended, and its own message says why, or the network "
             "failed; `torchrun --max-restarts 3 ...` goes on from the newest checkpoint by itself, and `--resume` by hand"
         ) from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _agreed_name(store: Any, rank: int, count: int) -> str:
+    """A name that the processes of this start agree on.
+
+    `torchrun` keeps one store for all starts of a job, so the addresses that processes wrote before a failure are still in it. Restarts are
+    not counted alike on every machine either. So each process sends a random name, and the first one answers with its own.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"muntin/from/{rank}", own)
+        name: str = store.get(f"muntin/to/{own}").decode()
+        store.set(f"muntin/has/{name}/{rank}", "")
+        return name
+    waiting = set(range(1, count))
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"muntin/from/{other}"]):
+                store.set(f"muntin/to/{store.get(f'muntin/from/{other}').decode()}", own)
+        waiting = {other for other in waiting if not store.check([f"muntin/has/{own}/{other}"])}
+        time.sleep(POLL_S)
+    return own
 
 
 def lost_contact(error: BaseException) -> bool:
