@@ -46,7 +46,8 @@ from muntin.runtime.host.quiet_imports import onnxruntime, openvino
 from muntin.runtime.profiling.profile import fill
 from muntin.runtime.profiling.timing import interleaved_latency, interleaved_throughput
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import AVERAGE, calibration_of, source_of
+from muntin.training.checkpoint import calibration_of, source_of
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import Labels, predictions, score, tile_of
 
 SIDE = 512

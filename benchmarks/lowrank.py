@@ -34,8 +34,9 @@ from muntin.models import TorchSession
 from muntin.runtime import describe_hardware
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import AVERAGE, calibration_of, source_of
+from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import CompressionConfig, LowRankConfig
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import tile_of
 from muntin.training.recipe import load_recipe
 from resumed import compressed, trained

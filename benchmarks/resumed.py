@@ -20,8 +20,9 @@ from muntin.errors import ArtifactError
 from muntin.models import PRESETS, ModelConfig
 from muntin.models.compression_record import Stage
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import AVERAGE, calibration_of, checkpoints_in, recipe_changes, source_of
+from muntin.training.checkpoint import calibration_of, checkpoints_in, recipe_changes, source_of
 from muntin.training.config import CompressionConfig
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.recipe import Recipe, load_recipe
 
 PERCENTILE = 99.99

@@ -35,10 +35,12 @@ from muntin.errors import CheckpointError, DataError, MuntinError, RecipeError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.layers.gate import BLOCK
 from muntin.models.compression_record import STAGES, Stage
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint, read_checkpoint, source_of
+from muntin.training.checkpoint import Checkpoint, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig
-from muntin.training.loop import LOG_EVERY, fit
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
+from muntin.training.loop import LOG_EVERY
 from muntin.training.progress.report import FitProgress
+from muntin.training.run import fit
 from muntin.training.trainer import Trainer
 
 STEPS = LOG_EVERY + 1

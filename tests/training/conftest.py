@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from muntin.artifact.classes import ClassInfo
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, write_checkpoint
+from muntin.training.checkpoint import write_checkpoint
+from muntin.training.distributed.averaging import WeightAverage
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.optimizer import make_optimizer, optimizer_tensors
 from muntin.training.recipe import Recipe, parse_recipe
-from muntin.training.trainer import WeightAverage
 from muntin.training.weights import build_model
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))

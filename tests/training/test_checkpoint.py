@@ -11,7 +11,8 @@ import torch
 
 from muntin.compression import load_model
 from muntin.errors import CheckpointError
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
+from muntin.training.checkpoint import STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.recipe import Recipe
 from muntin.training.weights import build_model
@@ -154,8 +155,8 @@ def test_broken_json(tmp_path: Path, save_step: Save, text: str) -> None:
 
 def test_newer_format(tmp_path: Path, save_step: Save) -> None:
     path = save_step(tmp_path, 1)
-    rewrite(path, format=2, something="new")
-    assert "format 2 is newer than this muntin reads (1): upgrade muntin" in mistake(path)
+    rewrite(path, format=3, something="new")
+    assert "format 3 is newer than this muntin reads (2): upgrade muntin" in mistake(path)
 
 
 def test_unknown_field(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:

@@ -22,10 +22,11 @@ from muntin.layers import ChannelGate
 from muntin.layers.gate import BLOCK
 from muntin.training import fit, loop, read_checkpoint
 from muntin.training.config import TrainingConfig
+from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.gate_pruning import FIRST, LAST, GateClosing
 from muntin.training.optimizer import make_optimizer
 from muntin.training.recipe import load_recipe
-from muntin.training.trainer import Trainer, WeightAverage
+from muntin.training.trainer import Trainer
 
 OPTIONS = {
     "stem": (16, 48, 48),

@@ -26,15 +26,17 @@ from muntin.errors import CheckpointError, DataError, DependencyError, MuntinErr
 from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
-from muntin.training import loop
-from muntin.training.checkpoint import AVERAGE, STATE, checkpoints_in, read_checkpoint
+from muntin.training import run as loop
+from muntin.training.checkpoint import STATE, checkpoints_in, read_checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import evaluate
-from muntin.training.loop import LOG_EVERY, FitResult, Training, fit
+from muntin.training.loop import LOG_EVERY, Training
 from muntin.training.precision import resolve_precision
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.metrics_log import MetricsLog
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe
+from muntin.training.run import FitResult, fit
 from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
 
@@ -286,7 +288,7 @@ def test_recipe_path(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch)
 KILLED_FIT = """
 import os, signal, sys
 from pathlib import Path
-from muntin.training import loop
+from muntin.training import run as loop
 
 def killed(training):
     write(training)

@@ -17,10 +17,10 @@ from model_helpers import one_line
 from muntin.artifact import ClassInfo
 from muntin.errors import RecipeError
 from muntin.models import create_model
-from muntin.training.loop import fit
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import load_recipe, parse_recipe
+from muntin.training.run import fit
 from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from muntin.images import IGNORED
 from muntin.training.config import TrainingConfig
+from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.loss import Loss, distillation_loss
 from muntin.training.precision import TrainingPrecision, resolve_precision
-from muntin.training.trainer import SKIPPED_STEPS, DivergedError, Trainer, WeightAverage
+from muntin.training.trainer import SKIPPED_STEPS, DivergedError, Trainer
 
 
 def crops() -> tuple[Tensor, Tensor]:

@@ -25,14 +25,14 @@ _SCRATCH = "muntin-export-"
 """Begin of the names of temporary directories."""
 
 
-def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str) -> None:
+def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str, names: Iterable[str] = ()) -> None:
     """Makes `path` a directory of exactly these files. Two processes that write the same directory do it one after the other.
 
-    An existing directory is replaced if it is empty, or contains `marker` and only names of `contents`. Otherwise, and on a full disk,
-    raises ArtifactError, and nothing changes. Between the two renames of a replacement there is no directory for an instant; after a crash
-    there the old one lies beside it, under a name that ends in ".old". Remains of killed writes are removed.
+    An existing directory is replaced if it is empty, or contains `marker` and only names of `contents` and `names`. Otherwise, and on a
+    full disk, raises ArtifactError, and nothing changes. Between the two renames of a replacement there is no directory for an instant;
+    after a crash there the old one lies beside it, under a name that ends in ".old". Remains of killed writes are removed.
     """
-    target = refuse_foreign(path, contents.keys(), marker=marker)
+    target = refuse_foreign(path, {*contents, *names}, marker=marker)
     token = secrets.token_hex(4)
     fresh, aside = target.with_name(f".{target.name}.{token}.partial"), target.with_name(f".{target.name}.{token}.old")
     try:
@@ -47,15 +47,29 @@ def replace_directory(path: Path, contents: Mapping[str, bytes], *, marker: str)
         ) from error
 
 
+def publish_directory(fresh: Path, path: Path, *, names: Iterable[str], marker: str) -> None:
+    """Renames `fresh`, a complete directory beside `path`, to `path`. An existing one is replaced as by `replace_directory`."""
+    target = refuse_foreign(path, names, marker=marker)
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    with exclusive(target.with_name(f".{target.name}.lock")):
+        _publish(fresh, target, aside)
+
+
 def _write(fresh: Path, target: Path, aside: Path, contents: Mapping[str, bytes]) -> None:
     try:
         fresh.mkdir()
         for name, data in contents.items():
             write_synced(fresh / name, data)
-        sync_directory(fresh)
-        _swap(fresh, target, aside)
+        _publish(fresh, target, aside)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _publish(fresh: Path, target: Path, aside: Path) -> None:
+    """Put a written directory into place."""
+    for folder in (*(path for path in fresh.iterdir() if path.is_dir()), fresh):
+        sync_directory(folder)
+    _swap(fresh, target, aside)
     try:
         sync_directory(target.parent)
     except OSError as error:

@@ -12,7 +12,7 @@ import typer
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, say, status
 from muntin.cli.options import JsonOption
-from muntin.cli.start import prepare_torch, refuse_without_gradients
+from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ def compress_command(
     file = find_checkpoint(checkpoint)
     directory = output or file.parent.parent / FOLDER
     trained = read_checkpoint(file)
-    begin = notes_once(() if json else notes)
+    begin = notes_once(notes if first_process() and not json else ())
     run = compress_with_progress(trained, directory, until=until, resume=resume, overrides=set_ or (), begin=begin)
+    if not first_process():
+        raise typer.Exit(run.interrupted)
     if json:
         document = {"directory": run.directory, "interrupted": run.interrupted, "checkpoint": run.checkpoint}
         print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": [*notes, *run.notes]})

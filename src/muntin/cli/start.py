@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,11 @@ that sleep at once would make training alone a sixth slower, and inference in Py
 """
 SPINS_BESIDE = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
 """The same beside other processes."""
+
+
+def first_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True for the process that prints: one that `torchrun` did not start, or its first one."""
+    return int(environment.get("RANK", "0")) == 0
 
 
 def prepare_torch() -> list[str]:

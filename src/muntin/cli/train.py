@@ -31,7 +31,7 @@ from muntin.cli.console import (
     status,
 )
 from muntin.cli.options import JsonOption
-from muntin.cli.start import prepare_torch, refuse_without_gradients
+from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.errors import MuntinError, RecipeError
 from muntin.text import count, number_format
 
@@ -48,8 +48,8 @@ def fit_command(
         bool,
         typer.Option(
             "--resume",
-            help="Continue from the newest checkpoint, refused without one; keys of training, not gate_budget and optimizer, may have changed, and "
-            "data.workers and data.cache_mib.",
+            help="Continue from the newest checkpoint, refused without one; keys of training (not gate_budget, optimizer) may have "
+            "changed, and data.workers and data.cache_mib.",
         ),
     ] = False,
     set_: Set = None,
@@ -82,8 +82,10 @@ def fit_command(
         return
     if attempt:
         resume = bool(checkpoints_in((output or Path("runs") / loaded.name) / "checkpoints"))
-    begin = notes_once(() if json else notes)
+    begin = notes_once(notes if first_process() and not json else ())
     result = fit_with_progress(loaded, root=recipe.resolve().parent, directory=output, resume=resume, quiet=json, begin=begin)
+    if not first_process():
+        raise typer.Exit(result.interrupted)
     if json:
         print_json({**asdict(result), "validation": result.validation, "notes": [*notes, *result.notes]})
     else:
@@ -195,7 +197,13 @@ def fit_with_progress(
 
 @contextmanager
 def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
-    """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere."""
+    """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere.
+
+    A process that `torchrun` started after the first one shows nothing.
+    """
+    if not first_process():
+        yield lambda description, progress: None
+        return
     if not err.is_terminal:
         with progress_lines("preparing") as show:
 

@@ -10,7 +10,8 @@ from muntin.compression.fold import fold
 from muntin.compression.low_rank.factorization import apply_structure
 from muntin.compression.quantization.qat import apply_qat
 from muntin.compression.rewrite import number_paddings
-from muntin.training.checkpoint import AVERAGE, Checkpoint
+from muntin.training.checkpoint import Checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.weights import build_model, load_weights
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from muntin.artifact.file_lock import folder_in_use
 from muntin.compression.channels.slimming import remove_closed_channels, widths_of
 from muntin.compression.loading import load_model
 from muntin.compression.low_rank.factorization import low_rank, structure_of
@@ -27,13 +26,16 @@ from muntin.compression.rewrite import check_kept, is_kept, keepable, named
 from muntin.compression.sensitivity import assign_bits, measure_sensitivity
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models.compression_record import STAGES, Change, CompressionRecord, Sensitivity, Stage
-from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, checkpoints_in, read_checkpoint, source_of
+from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
-from muntin.training.loop import Training, prepare_hardware
+from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
+from muntin.training.loop import Training
 from muntin.training.model_checks import check_maps
+from muntin.training.precision import prepare_hardware
 from muntin.training.progress.interrupt import PREPARATION, Interruption
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe
+from muntin.training.run import held_folder
 from muntin.training.trainer import Trainer
 
 FOLDER = "compressed"
@@ -98,10 +100,11 @@ def compress_checkpoint(
     sections = {"compression": config, "quantization": quantization}
     recipe = checkpoint.recipe.model_copy(update={name: section for name, section in sections.items() if section is not None})
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
-    with folder_in_use(directory, "muntin compress") as notes:
-        compression = _Compression(checkpoint, directory, resume, report)
+    with joined_processes() as ranks, held_folder(directory, "muntin compress", ranks) as notes:
+        report = report if ranks.first else lambda stage, progress: None
+        compression = _Compression(checkpoint, directory, resume or ranks.any(restarted()), report, ranks)
         compression.notes += notes
-        with Interruption() as interruption:
+        with Interruption(answers=ranks.first) as interruption:
             return compression.run(interruption, until)
 
 
@@ -167,11 +170,12 @@ def stage_folder(directory: Path, stage: Stage) -> Path:
 
 
 class _Compression:
-    def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: StageReport) -> None:
+    def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: StageReport, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.checkpoint, self.recipe, self.directory, self.report = checkpoint, checkpoint.recipe, directory, report
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
-        self.origin = checkpoint.state.sha256[AVERAGE]
+        self.origin = checkpoint.state.weights
         if not resume and (existing := stage_checkpoints(directory)):
             for path in existing.values():
                 self._own_record(read_checkpoint(path))  # raises if --resume would be refused, too
@@ -179,7 +183,7 @@ class _Compression:
         model = load_model(checkpoint)
         check_kept(self.keep, keepable(model))
         hardware, data = self.recipe.training.model_copy(update={"compile": False}), self.recipe.data
-        precision = prepare_hardware(hardware, begun=checkpoint.state.precision)
+        precision = prepare_hardware(hardware, begun=checkpoint.state.precision, ranks=ranks)
         self.precision = check_maps(model, precision, crop=data.crop, channels=data.channels, requested=hardware.precision)
         self.notes = [] if self.precision.name == precision.name else [f"trained in {self.precision.name}: {self.precision.reason}"]
         self.source = source_of(checkpoint)
@@ -229,7 +233,8 @@ class _Compression:
     def _stage(self, stage: Stage, before: Checkpoint, interruption: Interruption) -> Checkpoint:
         folder = stage_folder(self.directory, stage)
         config = stage_training(self.recipe, stage)
-        start = read_checkpoint(folder) if checkpoints_in(folder / "checkpoints") else None
+        written = folder / "checkpoints"
+        start = newest_sound(written, ranks=self.ranks, note=self.notes.append) if checkpoints_in(written) else None
         interruption.work = PREPARATION
         self.report(stage, FitProgress(kind="prepare", step=0, steps=config.steps))
         if start is None:
@@ -243,7 +248,7 @@ class _Compression:
         seed = self.recipe.seed + 7919 * (STAGES.index(stage) + 1)
         trainer = Trainer(
             model, config, task=self.recipe.task, precision=self.precision, teacher=load_model(self.checkpoint),
-            distillation=self.config.distillation, seed=seed,
+            distillation=self.config.distillation, seed=seed, ranks=self.ranks,
         )  # fmt: skip
         training = Training(
             trainer, self.recipe, self.source, directory=folder, root=Path(self.checkpoint.state.root), start=start,

@@ -75,9 +75,9 @@ class Crops:
         self._upper_edges = np.cumsum(weights) / weights.sum()
         self._cells = class_cells(samples) if rare > 0 and task == "segment" else []
 
-    def batch(self, step: int) -> ImageBatch:
-        """Images uint8 (B, C, H, W), channels last in memory, and targets int64 (B, H, W), or (B,) for `classify`."""
-        crops = [cut(self._samples[draw.index], draw, self._crop) for draw in self.draws(step)]
+    def batch(self, step: int, rows: slice = slice(None)) -> ImageBatch:
+        """Images uint8 (B, C, H, W), channels last in memory, and targets int64 (B, H, W), or (B,) for `classify`. `rows`: of the batch."""
+        crops = [cut(self._samples[draw.index], draw, self._crop) for draw in self.draws(step)[rows]]
         images_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW, _ in crops])
         return images_BHWC.permute(0, 3, 1, 2), torch.stack([target for _, target in crops]).long()
 

@@ -14,7 +14,7 @@ from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.models.compression_record import Stage
-from muntin.training.checkpoint import AVERAGE, Checkpoint, calibration_of, source_of
+from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import tile_of
 from muntin.training.recipe import Recipe, override_recipe
 
@@ -105,7 +105,7 @@ def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) 
     stage = compressed_stage(manifest) or "plain"
     numbers = "INT8" if any(layer.activation_bits == 8 for layer in manifest.layers) else "float"
     weights = origin_weights(manifest)
-    own = weights == checkpoint.state.sha256[AVERAGE]
+    own = weights == checkpoint.state.weights
     source = "these weights" if own else f"weights {weights[:8]}" if weights else "weights not recorded"
     return f"{stage} {numbers} of {source}, exported {manifest.created}"
 
@@ -131,4 +131,4 @@ def quantized_at_export(manifest: Manifest) -> bool:
 def _origin_of(checkpoint: Checkpoint, integer: bool) -> str:
     """Return an artefact's origin as recorded in its manifest: weights, quantisation and `REVISION`."""
     quantization = checkpoint.recipe.quantization.model_dump_json() if integer else "float"
-    return f"{checkpoint.state.sha256[AVERAGE]}:{quantization}:{REVISION}"
+    return f"{checkpoint.state.weights}:{quantization}:{REVISION}"

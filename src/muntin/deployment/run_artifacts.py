@@ -27,7 +27,7 @@ from muntin.deployment.checkpoint_export import (
 )
 from muntin.errors import ArtifactError, CheckpointError
 from muntin.models.compression_record import STAGES, Stage
-from muntin.training.checkpoint import AVERAGE, Checkpoint, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
 
 PARENTS = 3
 """Folders above an artefact in which its run is looked for: RUN/compressed/3-mixed/artifact is three below RUN."""
@@ -75,7 +75,7 @@ def stages_of(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
 def made_from(checkpoint: Checkpoint, stages: dict[Stage, Checkpoint]) -> bool:
     """Return True if compression made all stages from this checkpoint's weights."""
     records = [stage.state.compression for stage in stages.values()]
-    return all(record is not None and record.origin == checkpoint.state.sha256[AVERAGE] for record in records)
+    return all(record is not None and record.origin == checkpoint.state.weights for record in records)
 
 
 def finished_stages(checkpoint: Checkpoint) -> dict[Stage, Checkpoint]:
@@ -112,7 +112,7 @@ def run_artifacts(checkpoint: Checkpoint, *folders: Path) -> tuple[list[RunArtif
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} holds a compressed model: give the checkpoint of `muntin fit` that it was made from")
     checkpoints = _checkpoints(checkpoint)
-    by_weights = {entry.state.sha256[AVERAGE]: entry for entry in checkpoints}
+    by_weights = {entry.state.weights: entry for entry in checkpoints}
     stale, stale_stages = list[Path](), list[Path]()  # of other weights: to be exported again, and to be compressed again first
     artifacts: list[RunArtifact] = []
     notes = []
@@ -205,7 +205,7 @@ def missing_forms(checkpoint: Checkpoint, artifacts: Iterable[RunArtifact]) -> l
     """Return the forms of which a run has no artefact: INT8 without further training, and one for each stage of compression."""
     run, stages, artifacts = run_folder(checkpoint), stages_of(checkpoint), list(artifacts)
     origins = [entry.checkpoint.path for entry in artifacts]
-    own = [entry.state.sha256[AVERAGE] for entry in _checkpoints(checkpoint)]
+    own = [entry.state.weights for entry in _checkpoints(checkpoint)]
     newest = checkpoints_in(run / "checkpoints")[-1:] == [checkpoint.path]
     missing = []
     if "int8" not in [entry.form for entry in artifacts]:

@@ -3,9 +3,9 @@
 from muntin.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
 from muntin.training.evaluation import Evaluation, evaluate
-from muntin.training.loop import FitResult, fit
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
+from muntin.training.run import FitResult, fit
 
 __all__ = [
     "Checkpoint",

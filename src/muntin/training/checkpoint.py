@@ -5,7 +5,8 @@
                                   optimizer.safetensors  optimiser moments
                                   checkpoint.json        recipe, step, history, sha256 of the files above and of itself
 
-A directory is written beside its place and then renamed, so an incomplete one is never read. The newest two are kept.
+Several processes write a folder in place of each of the first three files (see `stored_tensors`). A directory is written beside its place
+and then renamed, so an incomplete one is never read. The newest two are kept.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from muntin.artifact import Signature
@@ -30,21 +33,29 @@ from muntin.data import Source, calibration_batches, open_source
 from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models.compression_record import Change, CompressionRecord
+from muntin.training.distributed.ranks import ALONE, Ranks
+from muntin.training.distributed.stored_tensors import AVERAGE, GROUPS, StoredTensors, folder_of
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.instability import GuardState
 from muntin.training.recovery.out_of_memory import MemoryUse
 
-FORMAT = 1
+FORMAT, FORMAT_OF_SEVERAL = 1, 2
+"""Formats of checkpoints that one process has written, and several."""
 KEPT_CHECKPOINTS = 2
 """Checkpoints of a run that are kept."""
 STATE = "checkpoint.json"
-MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
 FIXED = ("gate_budget", "optimizer")
 """Keys of `training` that a resumed run cannot change: closed gates stay closed, and an optimiser cannot use another one's state."""
 FREE = ("workers", "cache_mib")
 """Keys of `data` that a resumed run can change: they do not change a batch."""
+NAMES = (STATE, *GROUPS, *map(folder_of, GROUPS))
+"""Names that a checkpoint directory may hold."""
 _OLDER = "use an older step beside it (remove this one, and --resume goes on from that), or train again"
 _NAME = re.compile(r"^step-(\d{8,})$")
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint was altered, or is incomplete."""
 
 
 class CheckpointState(BaseModel):
@@ -73,6 +84,12 @@ class CheckpointState(BaseModel):
     sha256: dict[str, str]
 
     @property
+    def weights(self) -> str:
+        """sha256 of the averaged weights: of their file, or of the digests of its parts."""
+        parts = {name: digest for name, digest in self.sha256.items() if name.startswith(f"{folder_of(AVERAGE)}/")}
+        return self.sha256[AVERAGE] if AVERAGE in self.sha256 else hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
     def judged(self) -> bool:
         """True if the last step was validated."""
         return self.step == 0 or bool(self.validation and self.validation[-1]["step"] == self.step)
@@ -84,7 +101,7 @@ class Checkpoint:
 
     path: Path
     state: CheckpointState
-    tensors: dict[str, dict[str, Tensor]] = field(repr=False)
+    tensors: StoredTensors = field(repr=False)
 
     @property
     def recipe(self) -> Recipe:
@@ -98,8 +115,9 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of the FP32 weights."""
-        return (self.path / AVERAGE).stat().st_size
+        """Size of the FP32 weights on disk."""
+        parts = list((self.path / folder_of(AVERAGE)).glob("*")) or [self.path / AVERAGE]
+        return sum(part.stat().st_size for part in parts)
 
     @property
     def quantized(self) -> bool:
@@ -146,34 +164,68 @@ def calibration_of(checkpoint: Checkpoint, source: Source) -> list[Tensor]:
     return list(calibration_batches(samples, task=recipe.task, crop=recipe.data.crop, count=count, batch_size=8, seed=recipe.seed))
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> Path:
+def write_checkpoint(folder: Path, state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Write `folder/step-NNNNNNNN` and remove all but the newest `KEPT_CHECKPOINTS`.
 
     `state`: the fields of `CheckpointState` without format and digests. Raises `CheckpointError` if it cannot be written (full
     disk); older checkpoints are then unchanged.
     """
-    files = {name: save(_separate(group)) for name, group in tensors.items()}
+    begin_checkpoint(folder, state, tensors)()
+    return folder / step_name(state["step"])
+
+
+def begin_checkpoint(folder: Path, state: dict[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Callable[[], None]:
+    """Copy the state of one process, and return a function that writes it as `write_checkpoint` does."""
+    content = state_content(state, FORMAT)
+    return partial(_write_files, folder, content, {name: save(_separate(group)) for name, group in tensors.items()})
+
+
+def _write_files(folder: Path, content: dict[str, Any], files: dict[str, bytes]) -> None:
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    checked = CheckpointState(format=FORMAT, sha256=digests, **state)
-    content = checked.model_dump(mode="json")
-    content["sha256"][STATE] = digest_of(content)
-    files[STATE] = json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
-    path = folder / f"step-{checked.step:08d}"
-    try:
+    path = folder / step_name(content["step"])
+    with writing_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
-        replace_directory(path, files, marker=STATE)
+        replace_directory(path, {**files, STATE: state_file(content, digests)}, marker=STATE, names=NAMES)
+    remove_old(folder)
+
+
+def state_content(state: dict[str, Any], format_: int = FORMAT_OF_SEVERAL) -> dict[str, Any]:
+    """The content of `checkpoint.json` without digests, as plain values."""
+    return CheckpointState(format=format_, sha256={}, **state).model_dump(mode="json")
+
+
+def state_file(content: dict[str, Any], digests: dict[str, str]) -> bytes:
+    """`checkpoint.json` with the digests of the files beside it and its own."""
+    content = {**content, "sha256": digests}
+    content["sha256"] = {**digests, STATE: digest_of(content)}
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def step_name(step: int) -> str:
+    """Name of a checkpoint's directory."""
+    return f"step-{step:08d}"
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing `path` into `CheckpointError`."""
+    try:
+        yield
     except (ArtifactError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
         reason = cause.strerror if isinstance(cause, OSError) else str(error)
         raise CheckpointError(
             f"{path} cannot be written ({reason}): make room, then --resume goes on from the newest checkpoint that is there"
         ) from error
+
+
+def remove_old(folder: Path) -> None:
+    """Remove all but the newest `KEPT_CHECKPOINTS`."""
     for old in checkpoints_in(folder)[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)  # the next checkpoint tries again
-    return path
 
 
-def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors on the CPU, none sharing memory with another: safetensors refuses shared weights."""
     separate, places = {}, set()
     for name, tensor in tensors.items():
@@ -211,8 +263,10 @@ def _with_run(path: Path) -> Path:
     return path if len(path.parts) > 1 and ".." not in path.parts else path.resolve()
 
 
-def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint | None:
-    """The newest checkpoint of a run to resume, None for a new run.
+def find_start(
+    directory: Path, recipe: Recipe, *, resume: bool, ranks: Ranks = ALONE, note: Callable[[str], None] = lambda text: None
+) -> Checkpoint | None:
+    """The newest sound checkpoint of a run to resume, None for a new run. `note`: is called for checkpoints that are left out.
 
     Raises `CheckpointError` if `resume` is True and there is no checkpoint, or its recipe differs in more than keys of `training`; and if
     `resume` is False and there is one.
@@ -226,7 +280,7 @@ def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint |
         return None
     if not resume:
         raise CheckpointError(f"{directory} already holds a run; --resume goes on with it, another --output starts anew")
-    checkpoint = read_checkpoint(folder)
+    checkpoint = newest_sound(folder, ranks=ranks, note=note)
     difference = _difference(_fixed(checkpoint.recipe), _fixed(recipe))
     if difference:
         raise CheckpointError(
@@ -234,6 +288,34 @@ def find_start(directory: Path, recipe: Recipe, *, resume: bool) -> Checkpoint |
             f"{', '.join(FIXED)}, and data.{' and data.'.join(FREE)}: give its recipe to resume, or another --output to start again"
         )
     return checkpoint
+
+
+def newest_sound(folder: Path, *, ranks: Ranks = ALONE, note: Callable[[str], None] = lambda text: None) -> Checkpoint:
+    """Read the newest checkpoint that is not damaged. Damaged ones get another name, which `note` tells.
+
+    Of several processes the first one chooses and checks. Raises `DamagedCheckpointError` if all are damaged.
+    """
+    paths, step = checkpoints_in(folder), 0
+    if ranks.first:
+        checkpoint, damaged = _read_newest(paths[::-1])
+        for path, error in damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            note(f"{error}. It is now {aside.name}, and the run goes on from {checkpoint.path.name}")
+        step = int(checkpoint.path.name[5:])
+    step = int(ranks.of_first(step))
+    return checkpoint if ranks.first else read_checkpoint(folder / step_name(step), check=False)
+
+
+def _read_newest(paths: list[Path]) -> tuple[Checkpoint, list[tuple[Path, DamagedCheckpointError]]]:
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in paths:
+        try:
+            return read_checkpoint(path), damaged
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+    raise damaged[0][1]
 
 
 def recipe_changes(start: Checkpoint, recipe: Recipe) -> str:
@@ -256,31 +338,41 @@ def _difference(trained: Any, given: Any, where: str = "") -> str:
     return f"{where} was {trained!r:.60}, is {given!r:.60}"
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read and check a checkpoint. Raises `CheckpointError` if it is missing, altered, incomplete or of a newer format."""
+def read_checkpoint(path: Path | str, *, check: bool = True) -> Checkpoint:
+    """Read a checkpoint's state and check its files; tensors are read on access.
+
+    `check`: False if another process checks the files. Raises `CheckpointError` if it is missing, altered, incomplete or of a newer format.
+    """
     path = find_checkpoint(path)
     try:
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT_OF_SEVERAL:
             raise CheckpointError(
-                f"{path}: checkpoint format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin"
+                f"{path}: checkpoint format {content['format']} is newer than this muntin reads ({FORMAT_OF_SEVERAL}): upgrade muntin"
             )
         state = CheckpointState.model_validate(content)
     except OSError as error:
-        raise CheckpointError(f"{path / STATE}: {error.strerror}") from error
+        raise DamagedCheckpointError(f"{path / STATE}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "all of it"
         received = "" if first["type"] == "missing" else f" (got {first['input']!r:.60})"
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path / STATE}: {place}: {first['msg']}{received}: corrupted, or written by another version of muntin: use that one, or "
             f"{_OLDER}"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); {_OLDER}") from error
+        raise DamagedCheckpointError(f"{path / STATE}: corrupted ({type(error).__name__}); {_OLDER}") from error
     if state.sha256.get(STATE) != digest_of(content):
-        raise CheckpointError(f"{path / STATE}: corrupted (its sha256 is not the recorded one); {_OLDER}")
-    return Checkpoint(path=path, state=state, tensors={name: _read(path, name, state) for name in (MODEL, AVERAGE, OPTIMIZER)})
+        raise DamagedCheckpointError(f"{path / STATE}: corrupted (its sha256 is not the recorded one); {_OLDER}")
+    for name in (name for name in state.sha256 if name != STATE and check):
+        try:
+            digest = digest_of_file(path / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{path / name}: {error.strerror}; {_OLDER}") from error
+        if digest != state.sha256[name]:
+            raise DamagedCheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); {_OLDER}")
+    return Checkpoint(path=path, state=state, tensors=StoredTensors(path))
 
 
 def digest_of(content: dict[str, Any]) -> str:
@@ -289,15 +381,7 @@ def digest_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**content, "sha256": digests}, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
-    try:
-        data = (path / name).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path / name}: {error.strerror}; {_OLDER}") from error
-    if hashlib.sha256(data).hexdigest() != state.sha256.get(name):
-        raise CheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); {_OLDER}")
-    try:
-        tensors: dict[str, Tensor] = load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path / name}: not a safetensors file: {error}") from error
-    return tensors
+def digest_of_file(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

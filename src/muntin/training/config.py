@@ -13,11 +13,16 @@ from muntin.data.section import Section
 Checkpointing = Literal["none", "selective", "full"]
 """From the most memory and the fewest operations to the least memory and the most operations."""
 
+Sharding = Literal["none", "zero1", "zero2", "zero3"]
+"""From the most memory and the least communication to the least memory and the most communication."""
+
 
 OptimizerName = Literal["muon", "adamw", "lion", "schedule-free"]
 LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "schedule-free": 2.5e-3}
 """Default learning rates of the optimisers other than Muon: AdamW's usual one, a fifth of it for Lion (Chen et al., 2302.06675, section 5),
 that of the package of Schedule-Free."""
+
+
 class ActivationBudget(Section):
     """The bound on the memory of a step's gradient, by which blocks are chosen whose activations are computed again."""
 
@@ -97,6 +102,22 @@ class TrainingConfig(Section):
         description="most memory of the process on a CPU, such as 6GiB; a step that needs more is taken in smaller parts",
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="threads of the CPU; unset: PyTorch's choice")
+    sharding: Sharding = Field(
+        default="none",
+        description="what several processes (torchrun) share: none: nothing; zero1: optimiser state; zero2: gradients and averages, "
+        "too, and weights between steps; zero3: weights during a step, too",
+    )
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        for key, value, allowed in (
+            ("precision", self.precision, self.precision != "fp16"),
+            ("gate_budget", self.gate_budget, self.gate_budget == 1),
+            ("compile", self.compile, not self.compile),
+        ):
+            if self.sharding in ("zero2", "zero3") and not allowed:
+                raise ValueError(f"sharding {self.sharding} with {key} {value}: take sharding zero1 or none, or drop {key}")
+        return self
 
     @model_validator(mode="before")
     @classmethod

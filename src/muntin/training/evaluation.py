@@ -19,6 +19,7 @@ from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, predict
+from muntin.training.distributed.ranks import ALONE, Ranks
 
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
@@ -79,11 +80,19 @@ def tile_of(crop: int) -> int:
 
 
 def predictions(
-    session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None
+    session: Predictor,
+    samples: Sequence[Sample],
+    *,
+    tile: int,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Sample, Labels]]:
-    """Yield each sample with a session's labels: `(H, W)`, or `(1,)` for classify. `tile`: largest side of tiles (`allowed_tile`)."""
+    """Yield each sample with a session's labels: `(H, W)`, or `(1,)` for classify. `tile`: largest side of tiles (`allowed_tile`).
+
+    `ranks`: several processes take turns.
+    """
     side = allowed_tile(session.signature, tile)
-    for index in range(len(samples)):
+    for index in range(ranks.index, len(samples), ranks.count):
         sample = samples[index]
         if session.signature.task == "classify":
             labels = np.array([np.argmax(predict(session, sample.image))], dtype=session.signature.label_type)
@@ -94,19 +103,28 @@ def predictions(
             progress(index + 1, len(samples))
 
 
-def evaluate(session: Predictor, samples: Sequence[Sample], *, tile: int, progress: Callable[[int, int], None] | None = None) -> Evaluation:
+def evaluate(
+    session: Predictor,
+    samples: Sequence[Sample],
+    *,
+    tile: int,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Evaluation:
     """Predict every sample; compute the confusion matrix, IoU, recall and accuracy.
 
-    `tile`: as of `predictions`. Raises `DataError` if no pixel counts.
+    `tile`, `ranks`: as of `predictions`. Raises `DataError` if no pixel counts.
     """
     check_image_session(session)
-    return score(predictions(session, samples, tile=tile, progress=progress), session)
+    return score(predictions(session, samples, tile=tile, progress=progress, ranks=ranks), session, ranks)
 
 
-def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluation:
-    """Compute the scores from pairs of a sample and its labels."""
+def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
+    """Compute the scores from pairs of a sample and its labels, those of all processes."""
     names = [c.name for c in session.signature.classes]
-    confusion = MulticlassConfusionMatrix(len(names), ignore_index=None if len(names) > IGNORED else IGNORED, validate_args=False)
+    confusion = MulticlassConfusionMatrix(
+        len(names), ignore_index=None if len(names) > IGNORED else IGNORED, validate_args=False, sync_on_compute=False
+    )
     total = torch.zeros(len(names), len(names), dtype=torch.int64)
     samples = 0
     for sample, labels in pairs:
@@ -115,6 +133,7 @@ def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor) -> Evaluat
         confusion.update(torch.from_numpy(labels.astype(np.int64).ravel()), torch.from_numpy(truth))
         total += confusion.compute()
         samples += 1
+    total, samples = ranks.sum(total), int(ranks.sum(torch.tensor(samples)))
     counted = int(total.sum())
     if not counted:
         raise DataError(f"nothing to score: all pixels of the {samples} samples are ignored; check the split and `ignore`")

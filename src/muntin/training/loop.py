@@ -15,156 +15,34 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from muntin.artifact.file_lock import folder_in_use
-from muntin.data import BatchFeed, Crops, Source, calibration_batches, open_source
-from muntin.data.batches import small_picture_notes
+from muntin.data import BatchFeed, Crops, Source, calibration_batches
+from muntin.data.batch_feed import ImageBatch
 from muntin.data.source import Samples
-from muntin.errors import MuntinError, RecipeError
+from muntin.errors import MuntinError
 from muntin.layers.norm import GROUP
 from muntin.models import CompressionRecord, TorchSession
-from muntin.models.session import require_compiler
-from muntin.training.checkpoint import (
-    Checkpoint,
-    check_classes,
-    checkpoints_in,
-    find_start,
-    read_checkpoint,
-    recipe_changes,
-    write_checkpoint,
-)
-from muntin.training.config import TrainingConfig
-from muntin.training.evaluation import collapse, evaluate, poor_classes, tile_of
-from muntin.training.gate_pruning import GateClosing
+from muntin.training.checkpoint import Checkpoint, checkpoints_in, newest_sound, recipe_changes
+from muntin.training.distributed.checkpoint_writer import CheckpointWriter
+from muntin.training.evaluation import collapse, evaluate, tile_of
 from muntin.training.memory.memory_format import keep_freed_memory
-from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
-from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.progress.interrupt import Interruption
-from muntin.training.progress.metrics_log import MetricsLog
+from muntin.training.progress.metrics_log import MetricsLog, NoLog
 from muntin.training.progress.report import FitProgress, FitReport
-from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recipe import Recipe
 from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
+from muntin.training.recovery.out_of_memory import MemoryShortError, remember_use, remembered_use
 from muntin.training.trainer import DivergedError, Trainer
-from muntin.training.weights import load_initial_weights, new_model
 
 LOG_EVERY = 10
 """Steps between two points of the training curve."""
 FIRST_CHECKPOINT_S = 30.0
 """Seconds of training after which a run that has no checkpoint writes its first one; the others follow `checkpoint_every`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """Result of a run."""
-
-    directory: Path
-    checkpoint: Path
-    step: int
-    steps: int
-    """Steps of the whole run; fewer than the recipe's if its minutes end first."""
-    interrupted: bool
-    """True if steps are left."""
-    stop_requested: bool
-    """True after Ctrl-C or SIGTERM, also during the last step: the caller should start no further work."""
-    precision: str
-    seconds: float
-    waiting: float | None
-    """Share of the steps' time spent waiting for batches, which `workers` threads made; None before the second step."""
-    workers: int
-    validation: list[dict[str, Any]]
-    notes: tuple[str, ...]
-
-
-def fit(
-    recipe: Recipe | Path | str,
-    *,
-    directory: Path | str | None = None,
-    root: Path | str | None = None,
-    resume: bool = False,
-    report: FitReport | None = None,
-) -> FitResult:
-    """Train by a recipe: a `Recipe`, or the path of a YAML file.
-
-    `directory`: the run's folder, by default `runs/NAME`; refused while another process trains in it. `root`: the folder at which relative
-    paths of the recipe start, by default the file's own or the current one. `resume`: continue from the newest checkpoint, and refuse a
-    directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget` and `optimizer`) are noted
-    and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`
-    and TensorBoard events. Raises kinds of `MuntinError`.
-    """
-    if not isinstance(recipe, Recipe):
-        root = Path(recipe).resolve().parent if root is None else root
-        recipe = load_recipe(recipe)
-    directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
-    with folder_in_use(directory, "muntin fit") as notes:
-        return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes))
-
-
-def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str]) -> FitResult:
-    start = find_start(directory, recipe, resume=resume)
-    precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision)
-    source = open_source(recipe.data, root=root)
-    if source.task != recipe.task:
-        raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
-    if start is not None:
-        check_classes(start, source)
-        if changed := recipe_changes(start, recipe):
-            notes.append(f"on the way, from step {start.state.step} on: {changed}")
-    torch.manual_seed(recipe.seed)
-    model, classes = new_model(recipe, tuple(source.classes)), tuple(source.classes)
-    unsuited = check_model(model, recipe, classes)
-    check_reading(model, recipe, classes)
-    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
-    if recipe.training.gate_budget < 1:  # report an impossible budget before the data are checked
-        image = torch.zeros(1, recipe.data.channels, recipe.data.crop, recipe.data.crop)
-        GateClosing(model, model, image, keep=recipe.training.gate_budget)
-    weights = None if start is not None else recipe.model.weights
-    begun = () if weights is None else load_initial_weights(model, root / weights)
-    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total)))  # last: it may take minutes
-    small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
-    notes += (*source.notes, *checked, *small, *unsuited, *begun)
-    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, seed=recipe.seed)
-    training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
-    for note in notes:
-        report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
-    with Interruption() as interruption:
-        path = training.run(interruption)
-    if training.finished:
-        poor = () if training.collapsed else poor_classes(training.validation)
-        for note in (*ended_by_minutes(recipe.training, training.step), *poor):
-            training.note(note)
-    return FitResult(
-        directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
-        stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
-        seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
-        notes=(*notes, *training.notes),
-    )  # fmt: skip
-
-
-def ended_by_minutes(config: TrainingConfig, step: int) -> tuple[str, ...]:
-    """A note on a run that its minutes ended before the recipe's steps."""
-    if config.minutes is None or step >= config.steps:
-        return ()
-    return (f"training.minutes ({config.minutes:g}) ended the run after {step:,} of the recipe's {config.steps:,} steps",)
-
-
-def prepare_hardware(config: TrainingConfig, *, begun: str | None) -> TrainingPrecision:
-    """Set the number of threads and choose the precision. `begun`: the precision of a resumed run so far.
-
-    Raises `DependencyError` for a precision or compiler that this machine lacks.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.compile:
-        require_compiler(device)
-    return resolve_precision(config.precision, device, begun=begun)
 
 
 class Training:
@@ -187,6 +65,7 @@ class Training:
         compression: CompressionRecord | None = None,
     ) -> None:
         self.trainer, self.recipe, self.source, self.config = trainer, recipe, source, trainer.config
+        self.ranks = trainer.ranks
         self.directory, self.root, self.start, self.report = directory, root, start, report
         self.seed = recipe.seed if seed is None else seed
         self.compression = compression
@@ -203,6 +82,8 @@ class Training:
             trainer.restore(start)
             self._take(start)
             self.seconds = start.state.seconds
+        trainer.remember(remembered_use(directory))
+        self.writer = CheckpointWriter(directory / "checkpoints", self.ranks)
         self.session = TorchSession(trainer.average.model, recipe.signature(source.classes), dtype=trainer.precision.dtype)
 
     @property
@@ -240,18 +121,17 @@ class Training:
         if self.trainer.ranks.any(attempt.lacked_memory) and attempt.earlier is not None:
             self.trainer.after_kill(attempt.earlier.memory)
             self._take_notes()
+        log_type = MetricsLog if self.ranks.first else NoLog
         with (
-            keep_freed_memory(config.memory is None),
-            memory_bound(config.memory),
-            attempt,
-            MetricsLog(self.directory, self.step, self.curve, self.validation) as log,
-        ):
+            keep_freed_memory(config.memory is None), memory_bound(config.memory), attempt, self.writer,
+            log_type(self.directory, self.step, self.curve, self.validation) as log,
+        ):  # fmt: skip
             attempt.note(self.trainer.memory)
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
                 path = self._write()
-                if interruption.requested:
+                if self.ranks.any(interruption.requested):
                     return path
             started, first = time.perf_counter(), self.step
             before = self.seconds
@@ -261,9 +141,12 @@ class Training:
                 step, (images, target) = self.step, next(batches)
                 validated = (step + 1) % config.validate_every == 0 or step + 1 == config.steps
                 interruption.work = "this step and its validation" if validated else "this step"
-                done = config.share_done(step + 0.5, before + time.perf_counter() - started)
+                done = config.share_done(step + 0.5, before + self._seconds_since(started))
                 try:
                     self.losses.append(self.trainer.update(step, images, target, done=done))
+                except MemoryShortError as error:
+                    remember_use(self.directory, error.use)
+                    raise
                 except DivergedError as error:
                     if self._skip(error):
                         continue
@@ -275,7 +158,7 @@ class Training:
                     self._take_notes()
                     attempt.note(self.trainer.memory)
                 self.feed.end_step()
-                self.step, self.seconds = step + 1, before + time.perf_counter() - started
+                self.step, self.seconds = step + 1, before + self._seconds_since(started)
                 ended = self.finished
                 if ended:
                     self._close_gates(samples)
@@ -287,24 +170,28 @@ class Training:
                 if judged := self.step % config.validate_every == 0 or ended:
                     interruption.work = "this validation"
                     self._judge(log, samples, validation)
-                    self.seconds = before + time.perf_counter() - started
+                    self.seconds = before + self._seconds_since(started)
                     # The minutes may end during validation. If gates are then closed, the model is another one and needs one more step.
                     ended = ended or (self.finished and not self._close_gates(samples))
-                last = ended or interruption.requested  # read once, so that a checkpoint follows
+                last = self.ranks.any(ended or interruption.requested)  # read once, so that a checkpoint follows
                 if last and not judged:  # the checkpoint may be evaluated or exported
-                    with self._saved_on_error():
+                    with self._saved_on_error(), self.trainer.average.whole():
                         self._renew_statistics(samples)
-                first_due = path is None and time.perf_counter() - started >= FIRST_CHECKPOINT_S
+                first_due = path is None and self._seconds_since(started) >= FIRST_CHECKPOINT_S
                 if last or first_due or self.step % config.checkpoint_every == 0:
                     path = self._write()
                 if last:
                     break
             batches.close()
-        path = path or self._write()
+            path = path or self._write()
         for advice in self.feed.advice():
             self.note(advice)
         self._note_collapse(path)
         return path
+
+    def _seconds_since(self, started: float) -> float:
+        """Seconds by the first process's clock, on which the learning rate may depend."""
+        return self.ranks.of_first(time.perf_counter() - started)
 
     def _note_collapse(self, newest: Path | None = None) -> None:
         """Note a collapse of the score, at the first validation that shows it and at the end. `newest`: the last checkpoint, at the end."""
@@ -323,7 +210,9 @@ class Training:
     def _batches(self, crops: Crops) -> Generator[ImageBatch]:
         """The batches from the present step on, without those that were left out."""
         first = self.step + self.trainer.guard.state.skipped
-        with closing(self.feed.batches(crops.batch, first, sys.maxsize)) as numbered:
+        own = self.trainer.rows * self.ranks.index
+        make = partial(crops.batch, rows=slice(own, own + self.trainer.rows))
+        with closing(self.feed.batches(make, first, sys.maxsize)) as numbered:
             for _, batch in numbered:
                 yield batch
 
@@ -336,8 +225,9 @@ class Training:
 
     def _go_back(self, error: DivergedError, log: MetricsLog) -> None:
         """Go on from the newest checkpoint with unseen batches. Raises `MuntinError` if there is none, or after several times."""
-        kept = checkpoints_in(self.directory / "checkpoints")
-        earlier = read_checkpoint(kept[-1]) if kept else None
+        self.writer.wait()
+        folder = self.directory / "checkpoints"
+        earlier = newest_sound(folder, ranks=self.ranks, note=self.note) if checkpoints_in(folder) else None
         guard = self.trainer.guard
         if earlier is None or not guard.go_back(earlier.state.guard, self.step - earlier.state.step):
             raise MuntinError(f"{error}, and at {guard.state.in_a_row - 1} batches before it: {self._lower_rate()}") from error
@@ -406,9 +296,11 @@ class Training:
 
     def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
         """Recalibrate the norms and validate."""
-        with self._saved_on_error():
+        with self._saved_on_error(), self.trainer.average.whole():
             self._renew_statistics(samples)
-            result = evaluate(self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating)
+            result = evaluate(
+                self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating, ranks=self.ranks
+            )
             point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
             if self.recipe.task == "segment":
                 point["miou"] = result.miou
@@ -422,11 +314,12 @@ class Training:
 
     @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """Write a checkpoint if the block raises (a damaged picture, a second Ctrl-C)."""
+        """Write a checkpoint if the block raises (a damaged picture, a second Ctrl-C). Several processes cannot: the others do not know."""
         try:
             yield
         except BaseException:
-            self._write()
+            if self.ranks.count == 1:
+                self._write()
             raise
 
     def _renew_statistics(self, samples: Samples) -> None:
@@ -444,4 +337,4 @@ class Training:
             "validation": self.validation, "compression": self.compression, "memory": self.trainer.shrunk,
             "guard": self.trainer.guard.state,
         }  # fmt: skip
-        return write_checkpoint(self.directory / "checkpoints", state, self.trainer.tensors())
+        return self.writer.write(state, self.trainer.tensors())

@@ -20,6 +20,9 @@ from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
 from muntin.training.config import TrainingConfig
+from muntin.training.distributed.matrices import MatrixExchange
+from muntin.training.distributed.ranks import is_sharded, local
+from muntin.training.distributed.stored_tensors import OPTIMIZER, StoredTensors
 
 MOMENTUM = 0.95
 LENGTH = 0.2
@@ -37,7 +40,8 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side. A
     convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weight decay is AdamW's. A matrix has one state tensor, the momentum.
     Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; matrices of one shape are batched. `dtype`: of this
-    computation. `torch.optim.Muon` takes matrices only, one by one, in BF16, which many CPUs lack.
+    computation. `torch.optim.Muon` takes matrices only, one by one, in BF16, which many CPUs lack. `exchange`: of sharded
+    matrices.
 
     Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024); length and decay: Liu et al. (2502.16982, section 2.2); one
     polynomial for each step: Amsel et al. (2505.16932, section 3.2). Deviations: three different polynomials instead of five equal ones
@@ -52,14 +56,19 @@ class Muon(torch.optim.Optimizer):
         *,
         config: TrainingConfig,
         dtype: torch.dtype = torch.float32,
+        exchange: MatrixExchange | None = None,
     ) -> None:
         groups: list[dict[str, Any]] = [
-            {"params": matrices, "weight_decay": config.weight_decay, "matrices": True},
-            {"params": others, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": [p for p in parameters if is_sharded(p) == sharded], **options}
+            for parameters, options in (
+                (matrices, {"weight_decay": config.weight_decay, "matrices": True}),
+                (others, {"weight_decay": config.weight_decay}),
+                (vectors, {"weight_decay": 0.0}),
+            )
+            for sharded in (False, True)  # AdamW takes no group of both
         ]
         super().__init__([group for group in groups if group["params"]], {"lr": config.learning_rate, "matrices": False})
-        self._dtype = dtype
+        self._dtype, self._exchange = dtype, exchange
         rest = [group for group in self.param_groups if not group["matrices"]]
         fused = all(parameter.is_floating_point() for group in rest for parameter in group["params"])  # complex ones are not fused
         self._adamw = torch.optim.AdamW(rest, fused=fused) if rest else None  # shares the group objects
@@ -81,21 +90,37 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameters: list[nn.Parameter], rate: float, decay: float) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum"] = torch.zeros_like(parameter)
-            momentum = state["momentum"].mul_(MOMENTUM).add_(parameter.grad)
-            ahead = parameter.grad.add(momentum, alpha=MOMENTUM).flatten(1)  # Nesterov's momentum
-            by_shape[ahead.shape[0], ahead.shape[1]].append((parameter, ahead))
-        for (rows, columns), entries in by_shape.items():
-            updates = orthogonalised(torch.stack([ahead for _, ahead in entries]), self._dtype)
-            length = rate * LENGTH * math.sqrt(max(rows, columns))
-            for (parameter, _), update in zip(entries, updates, strict=True):
-                parameter.mul_(1 - rate * decay).sub_(update.view(parameter.shape), alpha=length)
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        aheads = [self._ahead(parameter) for parameter in parameters]
+        if parameters and is_sharded(parameters[0]):
+            assert self._exchange is not None
+            updates = self._exchange(aheads, [len(parameter) for parameter in parameters], self._directions)
+        else:
+            updates = self._directions(aheads)
+        for parameter, update in zip(parameters, updates, strict=True):
+            length = rate * LENGTH * math.sqrt(max(len(parameter), parameter.shape[1:].numel()))
+            part = local(parameter)
+            part.mul_(1 - rate * decay).sub_(update.view(part.shape), alpha=length)
+
+    def _ahead(self, parameter: nn.Parameter) -> Tensor:
+        """Update the momentum, and return Nesterov's momentum as a matrix, or this process's rows of it."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        gradient = local(parameter.grad)
+        momentum = local(state["momentum"]).mul_(MOMENTUM).add_(gradient)
+        return gradient.add(momentum, alpha=MOMENTUM).flatten(1)
+
+    def _directions(self, matrices: list[Tensor]) -> list[Tensor]:
+        """The matrices with equal singular values; those of one shape are computed together."""
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for number, matrix in enumerate(matrices):
+            by_shape[matrix.shape].append(number)
+        directions: dict[int, Tensor] = {}
+        for numbers in by_shape.values():
+            directions |= zip(numbers, orthogonalised(torch.stack([matrices[n] for n in numbers]), self._dtype), strict=True)
+        return [directions[number] for number in range(len(matrices))]
 
 
 def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,8 +134,10 @@ def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (x if wide else x.mT).to(x_NRC.dtype)
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32) -> torch.optim.Optimizer:
-    """The optimiser of a recipe. `dtype`: of Muon's products.
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32, exchange: MatrixExchange | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a recipe. `dtype`: of Muon's products. `exchange`: for sharded matrices.
 
     Muon takes the weights of linear layers and of convolutions without groups (quantised and factored ones too), AdamW the rest. The other
     optimisers take all. None decays vectors.
@@ -127,7 +154,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig, dtype: torch.dtype 
         else:
             others.append(parameter)
     if config.optimizer == "muon":
-        return Muon(matrices, others, vectors, config=config, dtype=dtype)
+        return Muon(matrices, others, vectors, config=config, dtype=dtype, exchange=exchange)
     decays = ((config.weight_decay, [*matrices, *others]), (0.0, vectors))
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay} for decay, parameters in decays if parameters]
     if config.optimizer == "adamw":
@@ -191,3 +218,21 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
             like = parameters[parameter]
             state = value.to(like.device)
             optimizer.state[like][key] = state.clone() if value.ndim == 0 else torch.empty_like(like).copy_(state)
+
+
+def read_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, stored: StoredTensors, owns: Callable[[Any], bool]
+) -> None:
+    """Restore the state of the parameters that this process `owns`, of sharded ones its rows. Raises `CheckpointError`."""
+    parameters, targets = dict(model.named_parameters()), dict[str, Tensor]()
+    for name, size in stored.sizes(OPTIMIZER).items():
+        key, _, of = name.partition(".")
+        if key == "scaler":
+            targets[name] = torch.zeros(size)
+        elif of in parameters and owns(like := parameters[of]):
+            targets[name] = torch.zeros((), device=like.device) if key == "step" else torch.zeros_like(like)
+            optimizer.state[like][key] = targets[name]
+    stored.read_into(OPTIMIZER, targets)
+    scale = {name.removeprefix("scaler."): value.item() for name, value in targets.items() if name.startswith("scaler.")}
+    if scale and scaler.is_enabled():
+        scaler.load_state_dict(scaler.state_dict() | scale | {"_growth_tracker": int(scale["_growth_tracker"])})

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 
 from muntin.errors import DependencyError
+from muntin.models.session import require_compiler
+from muntin.training.config import TrainingConfig
+from muntin.training.distributed.ranks import ALONE, Ranks
 
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 MIN_GAIN = 1.2
@@ -78,6 +81,23 @@ def resolve_precision(name: PrecisionName, device: str, *, begun: str | None = N
         gain = bf16_gain()
         name, reason = ("bf16" if gain >= MIN_GAIN else "fp32"), f"this CPU multiplies {gain:.2g} times as fast in BF16 as in FP32"
     return TrainingPrecision(name=name, device=device, dtype=torch.bfloat16 if name == "bf16" else None, reason=reason)
+
+
+def prepare_hardware(config: TrainingConfig, *, begun: str | None, ranks: Ranks = ALONE) -> TrainingPrecision:
+    """Set the number of threads and choose the precision, one for all processes. `begun`: the precision of a resumed run so far.
+
+    Raises `DependencyError` for a precision or compiler that this machine lacks.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.compile:
+        require_compiler(device)
+    precision = resolve_precision(config.precision, device, begun=begun)
+    if ranks.count == 1 or config.precision != "auto" or device == "cuda":
+        return precision
+    bf16 = ranks.of_first(precision.name == "bf16")  # measured in each process
+    return resolve_precision("bf16" if bf16 else "fp32", device)
 
 
 def _on_cuda(name: PrecisionName) -> TrainingPrecision:

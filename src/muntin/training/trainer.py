@@ -9,7 +9,6 @@ Axes: B images, C channels, H W map, S sums.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -17,23 +16,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from muntin.errors import DependencyError, MuntinError
+from muntin.errors import DependencyError, MuntinError, RecipeError
 from muntin.runtime.host.memory import no_memory
-from muntin.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Checkpoint
+from muntin.training.checkpoint import Checkpoint
 from muntin.training.config import ActivationBudget, TrainingConfig
 from muntin.training.distributed.ranks import ALONE, Ranks
+from muntin.training.distributed.sharding import placement, rows_each
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.gradients import BatchGradient, buffers_kept, kept_buffers, restore_buffers
 from muntin.training.loss import Loss
 from muntin.training.memory.budget import BlockCost, block_costs, keep_to_budget
 from muntin.training.memory.checkpointing import ActivationCheckpointing
-from muntin.training.memory.memory_format import channels_last
 from muntin.training.memory.norm_groups import group_norms
 from muntin.training.memory.peak import watch_peak
-from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
+from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors, read_optimizer
 from muntin.training.precision import TrainingPrecision
 from muntin.training.recovery.instability import LossGuard
-from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse, memory_use
+from muntin.training.recovery.out_of_memory import LEVELS, MemoryShortError, MemoryUse, memory_use
 from muntin.training.weights import load_weights
 
 T = TypeVar("T")
@@ -41,46 +41,10 @@ _NO_PRIMITIVE = "could not create a primitive"
 """oneDNN's message where an allocation fails, and where it lacks a kernel: taken for the former under a bound on memory."""
 SKIPPED_STEPS = 20
 """Consecutive steps that FP16's loss scaler may skip for a gradient that is not finite. Each halves the scale, from 65536."""
-STATISTICS = ("running_mean", "running_var")
-"""Buffers that are averaged. Other buffers (masks, counters, vectors of a spectral norm) are copied."""
 
 
 class DivergedError(MuntinError):
     """The loss or its gradient is not finite, or far above its usual value. The weights are as before the step."""
-
-
-class WeightAverage:
-    """An exponential moving average of a model's parameters and of the statistics of its norms; other buffers are copied.
-
-    The decay warms up as (1 + step) / (10 + step), so that the first steps count little. Source: Polyak & Juditsky (1992); the warm-up is
-    that of TensorFlow's ExponentialMovingAverage.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Add the model after `step` (from 0)."""
-        share = 1 - min(self.decay, (1 + step) / (10 + step)) if self.decay else 1.0
-        pairs = [(average, new.detach()) for average, new in zip(self.model.parameters(), model.parameters(), strict=True)]
-        averaged = [(average, new) for average, new in pairs if average.is_floating_point() or average.is_complex()]
-        if averaged:
-            torch._foreach_lerp_([average for average, _ in averaged], [new for _, new in averaged], share)
-        for average, new in pairs:
-            if not (average.is_floating_point() or average.is_complex()):  # indices have no mean
-                average.copy_(new)
-        buffers = dict(self.model.named_buffers())
-        for name, new in model.named_buffers():
-            owner, _, last = name.rpartition(".")
-            if name not in buffers or buffers[name].shape != new.shape or buffers[name].is_inference():  # created or resized during a call
-                temporary = last in model.get_submodule(owner)._non_persistent_buffers_set
-                self.model.get_submodule(owner).register_buffer(last, new.clone(), persistent=not temporary)
-            elif last in STATISTICS:
-                buffers[name].lerp_(new, share)
-            else:
-                buffers[name].copy_(new)
 
 
 class Trainer:
@@ -103,20 +67,29 @@ class Trainer:
     ) -> None:
         self.config, self.precision, self.seed, self.ranks = config, precision, seed, ranks
         self.model = model.to(precision.device)
-        channels_last(self.model)
+        self.placement = placement(config.sharding, ranks)
+        if config.optimizer == "schedule-free" and ranks.count > 1 and config.sharding == "zero1":
+            raise RecipeError("training.sharding zero1 with optimizer schedule-free, whose averages need its whole state: take zero2")
+        if self.placement.communicates and precision.dtype is torch.float16:
+            raise RecipeError(f"training.sharding {config.sharding} in fp16: take sharding zero1, or precision bf16 or fp32")
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
         self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
-        self.average = WeightAverage(self.model, 0.0 if config.optimizer == "schedule-free" else config.average)
+        self.rows = rows_each(self.model, config.batch_size, ranks, config.norm_group)
         self.checkpointing = ActivationCheckpointing(self.model)
+        decay = 0.0 if config.optimizer == "schedule-free" else config.average
+        self.average = self.placement.place(self.model, self.checkpointing.blocks.values(), decay)
         if config.norm_group is not None:
             group_norms(self.model, config.norm_group)
-        self._recipe_memory = memory_use(self.model, config, config.batch_size // ranks.count)
+        self._recipe_memory = memory_use(self.model, config, self.rows)
         self.use_memory(self._recipe_memory)
         self._in_budget = False
         self.guard = LossGuard(config.spike)
         self.notes: list[str] = []
         """What recovery changed, in words, since the list was emptied."""
-        self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32)
+        if ranks.count == 1 and config.sharding != "none":
+            self.notes.append(f"training.sharding {config.sharding}: one process holds everything; torchrun starts several")
+        self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32, self.placement.exchange)
+        self.placement.prepare(self.optimizer)
         self.scaler = precision.scaler()
         self.skipped = 0
         self.closing: GateClosing | None = None
@@ -125,9 +98,14 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the state of a checkpoint of the same model."""
         tensors = checkpoint.tensors
-        load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
-        load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
-        load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
+        if self.ranks.count > 1:
+            tensors.read_into(MODEL, dict(self.model.state_dict()))
+            tensors.read_into(AVERAGE, self.average.tensors())
+            read_optimizer(self.model, self.optimizer, self.scaler, tensors, self.placement.owns)
+        else:
+            load_weights(self.model, tensors[MODEL], checkpoint.path / MODEL)
+            load_weights(self.average.model, tensors[AVERAGE], checkpoint.path / AVERAGE)
+            load_optimizer(self.model, self.optimizer, self.scaler, tensors[OPTIMIZER])
         self.guard = LossGuard(self.config.spike, checkpoint.state.guard)
         self.remember(checkpoint.state.memory)
 
@@ -139,10 +117,11 @@ class Trainer:
             self.use_memory(self.memory.model_copy(update={"micro_batch": micro_batch, "checkpointing": level}))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The state for a checkpoint, by file."""
+        """The state for a checkpoint, by file, or this process's part of it."""
+        self.placement.settle(self.model, self.average.model)
         return {
             MODEL: dict(self.model.state_dict()),
-            AVERAGE: dict(self.average.model.state_dict()),
+            AVERAGE: self.average.tensors(),
             OPTIMIZER: optimizer_tensors(self.model, self.optimizer, self.scaler),
         }
 
@@ -178,15 +157,16 @@ class Trainer:
             restore_buffers(self.model, kept)
             self.optimizer.zero_grad()
             raise
+        self.placement.reduce(self.model.parameters())
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = self.placement.clip(self.model.parameters(), self.config.clip)
         self.skipped = 0 if norm.isfinite() else self.skipped + 1
         if self.skipped > (SKIPPED_STEPS if self.scaler.is_enabled() else 0):
             self.optimizer.zero_grad()
             restore_buffers(self.model, kept)
             before = f", as in the {SKIPPED_STEPS} steps before, which were skipped" if self.scaler.is_enabled() else ""
             raise DivergedError(f"the gradient is {float(norm)} at step {step + 1}, and the loss {value:g}{before}")
-        self.scaler.step(self.optimizer)
+        self.placement.step(self.optimizer, self.scaler)
         self.scaler.update()
         self.optimizer.zero_grad()
         with averaged_weights(self.optimizer):
@@ -245,6 +225,8 @@ class Trainer:
             if not no_memory(error) and not (self.config.memory is not None and _NO_PRIMITIVE in str(error)):
                 raise
             short = True  # the error holds the frames of the failed work: it is dropped before the next attempt
+        if short and self.placement.communicates:
+            self._end_smaller()
         short = self.ranks.any(short)
         return not short, None if short else result
 
@@ -265,6 +247,16 @@ class Trainer:
             torch.cuda.empty_cache()
         self.notes.append(f"{event} with {self.memory.text}: goes on with {smaller.text}")
         self.use_memory(smaller)
+
+    def _end_smaller(self) -> None:
+        """End this process, whose error the others cannot learn: they wait for it inside the model."""
+        smaller = self.memory.smaller()
+        if smaller is not None:
+            raise MemoryShortError(
+                f"out of memory with {self.memory.text}: sharded processes cannot try again; started again, with --resume or by "
+                f"`torchrun --max-restarts`, they go on with {smaller.text}",
+                smaller,
+            )
 
     @property
     def shrunk(self) -> MemoryUse | None:

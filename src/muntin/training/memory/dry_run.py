@@ -20,12 +20,12 @@ from muntin.data import open_source
 from muntin.errors import RecipeError
 from muntin.runtime.host.hardware import available_memory_gib, memory_limit_gib
 from muntin.runtime.host.memory import resident
-from muntin.training.loop import prepare_hardware
 from muntin.training.memory.budget import block_costs, size
 from muntin.training.memory.memory_format import keep_freed_memory, return_freed_memory
 from muntin.training.memory.peak import watch_peak
 from muntin.training.model_checks import check_maps, check_model
 from muntin.training.optimizer import Muon
+from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse

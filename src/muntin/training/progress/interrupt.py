@@ -22,11 +22,12 @@ class Interruption:
     The first one is answered at once by a line on standard error. A thread prints it, because Python runs signal handlers only between two
     calls into C, such as a whole backward pass, and because a handler must not print while the code that it interrupts does.
 
-    `work`: what is finished before the end, as the line names it.
+    `work`: what is finished before the end, as the line names it. `answers`: print the line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, answers: bool = True) -> None:
         self.requested = False
+        self._answered = not answers
         self.work = PREPARATION
         self._previous: dict[int, Any] = {}
         self._end = ExitStack()
@@ -50,11 +51,10 @@ class Interruption:
 
     def _answer(self, receiver: socket.socket) -> None:
         """Print a line when the first signal arrives: Python writes the number of each signal to the socket at once."""
-        answered = False
         with receiver:
             while numbers := receiver.recv(16):
-                if not answered and not set(SIGNALS).isdisjoint(numbers):
-                    answered = True
+                if not self._answered and not set(SIGNALS).isdisjoint(numbers):
+                    self._answered = True
                     with suppress(OSError, ValueError):  # standard error is closed
                         print(f"muntin: stops after {self.work}, with a checkpoint; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""The curve of a run: metrics.jsonl, and TensorBoard events."""
+"""The curve of a run: `metrics.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -58,3 +58,19 @@ class MetricsLog:
         except OSError as error:
             if not self.failed:
                 self.failed = f"{self.file.name} cannot be written ({error.strerror or error}): the curve is only in checkpoints"
+
+
+class NoLog(MetricsLog):
+    """The log of a process that is not the first."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        pass
+
+    def go_back(self, step: int, training: list[dict[str, float]], validation: list[dict[str, Any]]) -> None:
+        """Does nothing."""
+
+    def write(self, kind: str, point: dict[str, Any]) -> None:
+        """Writes nothing."""

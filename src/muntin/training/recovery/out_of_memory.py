@@ -5,18 +5,22 @@ Neither changes the mathematics of a step (see `gradients`), so a run that had t
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from muntin.errors import RecipeError
+from muntin.artifact.atomic_files import write_files
+from muntin.errors import MuntinError, RecipeError
 from muntin.layers.norm import MapNorm, TokenNorm
 from muntin.training.config import ActivationBudget, TrainingConfig
 
 Level = Literal["none", "selective", "budget", "full"]
 LEVELS: tuple[Level, ...] = ("none", "selective", "budget", "full")
 _NEXT: dict[Level, Level] = {"none": "selective", "selective": "full", "budget": "full"}
+SMALLER = "memory.json"
+"""File of a run with the use of memory that its processes begin with after one lacked memory."""
 
 
 class MemoryUse(BaseModel):
@@ -42,6 +46,30 @@ class MemoryUse(BaseModel):
     def text(self) -> str:
         """In words."""
         return f"micro-batches of {self.micro_batch}, checkpointing {'by ' * (self.checkpointing == 'budget')}{self.checkpointing}"
+
+
+class MemoryShortError(MuntinError):
+    """A process lacked memory while others waited for it. `use`: with which all can start again."""
+
+    def __init__(self, message: str, use: MemoryUse) -> None:
+        super().__init__(message)
+        self.use = use
+
+
+def remember_use(directory: Path, use: MemoryUse) -> None:
+    """Write how the processes of a run begin after they were started again."""
+    write_files(directory, {SMALLER: use.model_dump_json().encode()})
+
+
+def remembered_use(directory: Path) -> MemoryUse | None:
+    """What `remember_use` has written."""
+    file = directory / SMALLER
+    return MemoryUse.model_validate_json(file.read_bytes()) if file.is_file() else None
+
+
+def forget_use(directory: Path) -> None:
+    """Remove it, for a new run."""
+    (directory / SMALLER).unlink(missing_ok=True)
 
 
 def memory_use(model: nn.Module, config: TrainingConfig, rows: int) -> MemoryUse:

@@ -1,0 +1,133 @@
+"""A whole run: a recipe in, a checkpoint out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muntin.artifact.file_lock import folder_in_use
+from muntin.data import open_source
+from muntin.data.batches import small_picture_notes
+from muntin.errors import RecipeError
+from muntin.training.checkpoint import check_classes, checkpoints_in, find_start, recipe_changes
+from muntin.training.config import TrainingConfig
+from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
+from muntin.training.evaluation import poor_classes
+from muntin.training.gate_pruning import GateClosing
+from muntin.training.loop import Training
+from muntin.training.model_checks import check_maps, check_model, check_reading
+from muntin.training.precision import prepare_hardware
+from muntin.training.progress.interrupt import Interruption
+from muntin.training.progress.report import FitProgress, FitReport
+from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recovery.out_of_memory import forget_use
+from muntin.training.trainer import Trainer
+from muntin.training.weights import load_initial_weights, new_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """Result of a run."""
+
+    directory: Path
+    checkpoint: Path
+    step: int
+    steps: int
+    """Steps of the whole run; fewer than the recipe's if its minutes end first."""
+    interrupted: bool
+    """True if steps are left."""
+    stop_requested: bool
+    """True after Ctrl-C or SIGTERM, also during the last step: the caller should start no further work."""
+    precision: str
+    seconds: float
+    waiting: float | None
+    """Share of the steps' time spent waiting for batches, which `workers` threads made; None before the second step."""
+    workers: int
+    validation: list[dict[str, Any]]
+    notes: tuple[str, ...]
+
+
+def fit(
+    recipe: Recipe | Path | str,
+    *,
+    directory: Path | str | None = None,
+    root: Path | str | None = None,
+    resume: bool = False,
+    report: FitReport | None = None,
+) -> FitResult:
+    """Train by a recipe: a `Recipe`, or the path of a YAML file.
+
+    `directory`: the run's folder, by default `runs/NAME`; refused while another process trains in it. `root`: the folder at which relative
+    paths of the recipe start, by default the file's own or the current one. `resume`: continue from the newest checkpoint, and refuse a
+    directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget` and `optimizer`) are noted
+    and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`
+    and TensorBoard events. Raises kinds of `MuntinError`.
+    """
+    if not isinstance(recipe, Recipe):
+        root = Path(recipe).resolve().parent if root is None else root
+        recipe = load_recipe(recipe)
+    directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
+    with joined_processes() as ranks, held_folder(directory, "muntin fit", ranks) as notes:
+        resume = resume or (ranks.any(restarted()) and bool(checkpoints_in(directory / "checkpoints")))
+        report = report if ranks.first else None
+        return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes), ranks)
+
+
+def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager[tuple[str, ...]]:
+    """Hold a folder for a run (see `folder_in_use`): of several processes the first one does it."""
+    return folder_in_use(folder, work) if ranks.first else nullcontext(())
+
+
+def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
+    start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
+    if start is None and ranks.first and not restarted():
+        forget_use(directory)
+    precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision, ranks=ranks)
+    source = open_source(recipe.data, root=root)
+    if source.task != recipe.task:
+        raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
+    if start is not None:
+        check_classes(start, source)
+        if changed := recipe_changes(start, recipe):
+            notes.append(f"on the way, from step {start.state.step} on: {changed}")
+    torch.manual_seed(recipe.seed)
+    model, classes = new_model(recipe, tuple(source.classes)), tuple(source.classes)
+    unsuited = check_model(model, recipe, classes)
+    check_reading(model, recipe, classes)
+    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
+    if recipe.training.gate_budget < 1:  # report an impossible budget before the data are checked
+        image = torch.zeros(1, recipe.data.channels, recipe.data.crop, recipe.data.crop)
+        GateClosing(model, model, image, keep=recipe.training.gate_budget)
+    weights = None if start is not None else recipe.model.weights
+    begun = () if weights is None else load_initial_weights(model, root / weights)
+    # last: it may take minutes
+    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))) if ranks.first else ()
+    small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
+    notes += (*source.notes, *checked, *small, *unsuited, *begun)
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, seed=recipe.seed, ranks=ranks)
+    training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
+    for note in notes:
+        report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
+    with Interruption(answers=ranks.first) as interruption:
+        path = training.run(interruption)
+    if training.finished:
+        poor = () if training.collapsed else poor_classes(training.validation)
+        for note in (*ended_by_minutes(recipe.training, training.step), *poor):
+            training.note(note)
+    return FitResult(
+        directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
+        stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
+        seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
+        notes=(*notes, *training.notes),
+    )  # fmt: skip
+
+
+def ended_by_minutes(config: TrainingConfig, step: int) -> tuple[str, ...]:
+    """A note on a run that its minutes ended before the recipe's steps."""
+    if config.minutes is None or step >= config.steps:
+        return ()
+    return (f"training.minutes ({config.minutes:g}) ended the run after {step:,} of the recipe's {config.steps:,} steps",)
