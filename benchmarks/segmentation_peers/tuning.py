@@ -19,7 +19,9 @@ from muntin.data import open_source
 from muntin.data.earth import GAP_DEGREES, EarthSource
 from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
-from muntin.training.loop import Interruption, Training, prepare_hardware
+from muntin.training.loop import Training
+from muntin.training.precision import prepare_hardware
+from muntin.training.progress.interrupt import Interruption
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
 from muntin.training.weights import build_model
