@@ -371,20 +371,22 @@ def test_corrupted_checkpoint(call: Call, exported: Any, tmp_path: Path, name: s
     place = data.index(b"0.002") if name == "checkpoint.json" else len(data) // 2
     data[place + 4] ^= 1
     file.write_bytes(data)
-    resume = ("fit", exported.recipe, "-o", tmp_path / "run", "--resume")
-    for words in (("evaluate", tmp_path / "run"), ("export", tmp_path / "run"), ("report", tmp_path / "run"), resume):
+    for words in (("evaluate", tmp_path / "run"), ("export", tmp_path / "run"), ("report", tmp_path / "run")):
         text = call(*words).mistake()
         assert f"{name}: corrupted" in text
         assert "use an older step beside it" in text
     older = tmp_path / "run" / "checkpoints" / "step-00000003"
     assert call("evaluate", older, "--json").document()["samples"] == 2  # what the line advises works
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints"]
+    resumed = call("fit", exported.recipe, "-o", tmp_path / "run", "--resume")
+    assert resumed.code == 0 and f"{name}: corrupted" in resumed.err
+    assert "step-00000006.damaged, and the run goes on from step-00000003" in resumed.err
 
 
 def test_newer_checkpoint(call: Call, exported: Any, tmp_path: Path) -> None:
     shutil.copytree(exported.run / "checkpoints" / "step-00000006", tmp_path / "newer")
     state = tmp_path / "newer" / "checkpoint.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 2}))
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 3}))
     assert "upgrade muntin" in call("evaluate", tmp_path / "newer").mistake()
 
 

@@ -114,8 +114,9 @@ def _supervised(requested: bool | None, recipe: Path, changes: Sequence[str]) ->
     import yaml
 
     given = [value for key, _, value in (change.partition("=") for change in changes) if key == "training.memory"]
-    with suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
-        value = yaml.safe_load(given[-1]) if given else yaml.safe_load(recipe.read_text(encoding="utf-8"))["training"].get("memory")
+    with suppress(OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        training = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("training") or {}
+        value = yaml.safe_load(given[-1]) if given else training.get("memory")
         return value is not None
     return False
 
