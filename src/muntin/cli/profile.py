@@ -95,7 +95,7 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
     torch.set_num_threads(threads or physical_cores())
     side = export_side(checkpoint.recipe)
     H, W = (side, side) if size is None else parse_size(size)
-    images = fill(source_of(checkpoint).split("train")[0].image[None], (batch or 1, H, W))
+    images = fill(source_of(checkpoint).split("train")[0].corner[None], (batch or 1, H, W))
     with status("profiling"):
         measured = profile_torch(checkpoint_session(checkpoint), images, target / TRACE, rounds=rounds)
     if json:

@@ -23,7 +23,8 @@ from muntin.text import count
 ImageBatch = tuple[Tensor, Tensor]
 CORES_PER_WORKER, MAX_WORKERS = 4, 8
 """Workers beside training on a CPU, whose cores it needs itself; beside a GPU there is one for each core but one. At most 8."""
-
+_START_S = 60.0
+"""Seconds in which all workers have to begin; a machine that allows no more threads is an error, not a wait without end."""
 WAITING_TOO_LONG, FEWEST_STEPS = 0.2, 20
 """Share of the time spent waiting above which advice is given, and the steps before which none is."""
 
@@ -105,7 +106,7 @@ def prefetch(
     """
     depth = workers + 1 if depth is None else depth
     copies = _DeviceCopies(torch.device("cuda", torch.cuda.current_device())) if device == "cuda" else None
-    threads, ready = torch.get_num_threads(), threading.Barrier(workers)
+    threads, ready = torch.get_num_threads(), threading.Barrier(workers, timeout=_START_S)
 
     def begin() -> None:
         torch.set_num_threads(1)

@@ -24,6 +24,7 @@ from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
+from muntin.images.rasters import Raster, bands
 from muntin.text import count
 
 _CELL = 32  # side of the cells by which `class_cells` indexes the classes, pixels
@@ -168,13 +169,13 @@ def class_cells(samples: Sequence[Sample]) -> list[tuple[int, np.ndarray[tuple[i
     Reads every target once. The result takes 12 bytes for each cell and class.
     """
     cells_by_class: dict[int, list[np.ndarray[tuple[int, int], np.dtype[np.int32]]]] = {}
-    for index, sample in enumerate(samples):
-        labels_HW = sample.labels
+    for index, top, labels_HW in ((index, *band) for index, sample in enumerate(samples) for band in bands(sample.labels)):
         height, width = labels_HW.shape
         padded = np.pad(labels_HW, ((0, -height % _CELL), (0, -width % _CELL)), constant_values=IGNORED)
         grid = padded.reshape(padded.shape[0] // _CELL, _CELL, padded.shape[1] // _CELL, _CELL)
         for label in np.flatnonzero(np.bincount(labels_HW.ravel(), minlength=256)[:IGNORED]).tolist():
             cells = np.argwhere((grid == label).any(axis=(1, 3)))
+            cells[:, 0] += top // _CELL
             cells_by_class.setdefault(label, []).append(np.insert(cells, 0, index, axis=1).astype(np.int32))
     return [(label, np.concatenate(cells_by_class[label])) for label in sorted(cells_by_class)]
 
@@ -188,7 +189,7 @@ def calibration_batches(
         yield images[: count - step * batch_size]
 
 
-def _window(array: UInt8, draw: Draw, fill: int) -> UInt8:
+def _window(array: UInt8 | Raster, draw: Draw, fill: int) -> UInt8:
     """A copy of the window; pixels outside the array are `fill`."""
     height, width = array.shape[:2]
     rows = slice(max(0, draw.top), min(height, draw.top + draw.side))

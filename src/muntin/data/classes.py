@@ -87,14 +87,19 @@ class MaskMapping:
         ignored = "none" if IGNORED not in table.values() else as_yaml(ignore)
         self._allowed = f"{list_some([as_yaml(value) for value in values], 12)}; `ignore` is {ignored}"
 
-    def __call__(self, mask: npt.NDArray[Any], path: PictureFile) -> UInt8:
-        """Labels (H, W) of a mask (H, W) or (H, W, 3) as `read_mask` gives it. Raises DataError naming `path` for a value of no class."""
+    def __call__(self, mask: npt.NDArray[Any], path: PictureFile, *, nodata: float | None = None) -> UInt8:
+        """Labels (H, W) of a mask (H, W) or (H, W, 3) as `read_mask` gives it; the value `nodata` is ignored if it is no class.
+
+        Raises DataError naming `path` for a value of no class.
+        """
         if mask.ndim == 3 and not self.colors:
             if not (mask == mask[:, :, :1]).all():
                 raise DataError(f"{path} is a colour picture and the classes have integer values: give each class `value: [r, g, b]`")
             mask = mask[:, :, 0]
         codes = color_codes(mask) if self.colors else mask
         labels, known = self._look_up(codes)
+        if nodata is not None and not self.colors and (empty := ~known & (codes == nodata)).any():
+            labels[empty], known[empty] = IGNORED, True
         if not known.all():
             unknown = [as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
             raise DataError(

@@ -64,7 +64,9 @@ class DataConfig(Section):
         description="the classes in order; for `classify` names of folders, by default all; shards: by default those of classes.json",
     )
     ignore: MaskValue | None = Field(default=IGNORED, description="mask value, or [red, green, blue], of no class; null: none")
-    channels: int = Field(default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; above 4 in .npy files only")
+    channels: int = Field(
+        default=3, ge=1, le=MAX_CHANNELS, description="channels of the pictures, 1-16; above 4 in .npy and large TIFFs only"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the random division into splits")
     skip: tuple[Path, ...] = Field(default=(), description="images to leave out, such as damaged ones, with their paths; or SHARD.tar/NAME")
     cache_mib: int = Field(default=1024, ge=0, description="memory for decoded pictures, MiB")

@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from muntin.data.classes import RGB, ClassSpec, MaskMapping, code_color, color_codes, distinct_colors, list_some
+from muntin.data.classes import RGB, ClassSpec, code_color, color_codes, distinct_colors, list_some
 from muntin.data.folders import FolderPair, class_folders
 from muntin.data.listing import composed, is_results_folder, pictures, subfolders
-from muntin.data.shards.source import ShardContent, class_numbers, classes_of_labels, label_number, read_classes, shard_content, shard_files
+from muntin.data.shards.source import ShardContent, shard_content, shard_files
 from muntin.data.source import MAX_CLASSES, DataTask, SplitName
 from muntin.errors import DataError
 from muntin.images import IGNORED, IMAGE_SUFFIXES, read_image, read_mask
 from muntin.images.opening import PictureFile
+from muntin.images.rasters import OpenRasters, Raster, is_windowed, mask_raster, picture_raster, sampled, tiff_header
 from muntin.text import count
 
 Content = TypeVar("Content")
@@ -255,10 +256,20 @@ class PictureFacts:
 
 
 def picture_facts(path: PictureFile) -> PictureFacts:
-    """Decode a picture and examine it. Raises DataError."""
-    image_HWC = read_image(path, None)
+    """Decode a picture, of a large TIFF some windows, and examine it. Raises DataError."""
+    picture = picture_raster(path, OpenRasters(), None) if is_windowed(path) else read_image(path, None)
+    image_HWC = sampled(picture) if isinstance(picture, Raster) else picture
     opacity = image_HWC.shape[2] == 4 and not np.ptp(image_HWC[:, :, 3])
-    return PictureFacts(channels=image_HWC.shape[2], shorter_side=min(image_HWC.shape[:2]), opacity=opacity)
+    return PictureFacts(channels=image_HWC.shape[2], shorter_side=min(picture.shape[:2]), opacity=opacity)
+
+
+def mask_pixels(path: PictureFile) -> MaskArray:
+    """The mask in a file, of a large TIFF some windows. Pixels of the value that a TIFF marks as `nodata` are 255. Raises DataError."""
+    mask = sampled(mask_raster(path, OpenRasters(), None), windows=8) if is_windowed(path) else read_mask(path)
+    header = tiff_header(path)
+    if header is None or header.nodata is None or mask.ndim == 3:
+        return mask
+    return np.where(mask == header.nodata, IGNORED, mask).astype(np.result_type(mask, np.uint8))
 
 
 def picture_channels(facts: Mapping[PictureFile, PictureFacts]) -> int:
@@ -302,12 +313,12 @@ def classes_in_masks(masks: Mapping[PictureFile, MaskArray], folder: Path) -> Ma
     paths = list(masks)
     if any(mask.ndim == 3 and not (mask == mask[:, :, :1]).all() for mask in masks.values()):
         _check_lossless(paths, folder)
-        pixels = _pixel_counts([color_codes(read_mask(path, colors=True)) for path in paths])
+        pixels = pixel_counts([color_codes(masks[path] if is_windowed(path) else read_mask(path, colors=True)) for path in paths])
         _check_count(len(pixels), folder)
         painted = [code_color(code) for code in sorted(pixels)]
         classes = [ClassSpec(name=f"class-{index}", color=color, value=color) for index, color in enumerate(painted)]
-        return MaskClasses(classes=tuple(classes), ignore=None, shares=_shares(pixels, sorted(pixels)))
-    pixels = _pixel_counts(list(masks.values()))
+        return MaskClasses(classes=tuple(classes), ignore=None, shares=class_shares(pixels, sorted(pixels)))
+    pixels = pixel_counts(list(masks.values()))
     _check_sharp(pixels, paths, folder)
     values = sorted(pixels)
     if values[0] < 0 or values[-1] > 65535:
@@ -318,37 +329,10 @@ def classes_in_masks(masks: Mapping[PictureFile, MaskArray], folder: Path) -> Ma
     colors = _palette_colors(paths, values) or list(distinct_colors(len(values)))
     pairs = zip(values, colors, strict=True)
     classes = [ClassSpec(name=f"class-{index}", color=color, value=value) for index, (value, color) in enumerate(pairs)]
-    return MaskClasses(classes=tuple(classes), ignore=ignore, shares=_shares(pixels, values))
+    return MaskClasses(classes=tuple(classes), ignore=ignore, shares=class_shares(pixels, values))
 
 
-def shard_classes(content: ShardContent, place: Path) -> tuple[MaskClasses, int, int, dict[PictureFile, DataError]]:
-    """The classes in shards, from `classes.json` if there is one; the number of masks (or classes) counted, of masks left unopened, and
-    the masks that cannot be read, with the reason."""
-    specs = read_classes(place.parent if "*" in place.name else place)
-    if content.task == "classify":
-        specs = specs or classes_of_labels(content.labels.values())
-        numbers = class_numbers(specs)
-        labels = Counter(label_number(text, numbers) for text in content.labels.values())
-        shares = tuple(labels[number] / len(content.labels) for number in range(len(specs)))
-        return MaskClasses(classes=_colored(specs), ignore=None, shares=shares), len(content.labels), 0, {}
-    files = list[PictureFile](content.masks.values())
-    specs = [spec if spec.value is not None else spec.model_copy(update={"value": index}) for index, spec in enumerate(specs)]
-    mapping = MaskMapping(specs, IGNORED) if specs else None
-    masks, unreadable = read_some(files, lambda file: read_mask(file, colors=mapping is not None and mapping.colors))
-    unopened = len(files) - len(masks) - len(unreadable)
-    if mapping is None:
-        return classes_in_masks(masks, place), len(masks), unopened, unreadable
-    pixels = _pixel_counts([mapping(mask, file) for file, mask in masks.items()])
-    return MaskClasses(classes=_colored(specs), ignore=IGNORED, shares=_shares(pixels, range(len(specs)))), len(masks), unopened, unreadable
-
-
-def _colored(specs: Sequence[ClassSpec]) -> tuple[ClassSpec, ...]:
-    """The classes, each with a colour."""
-    colors = distinct_colors(len(specs))
-    return tuple(spec if spec.color else spec.model_copy(update={"color": color}) for spec, color in zip(specs, colors, strict=True))
-
-
-def _shares(pixels: Mapping[int, int], values: Sequence[int]) -> tuple[float, ...]:
+def class_shares(pixels: Mapping[int, int], values: Sequence[int]) -> tuple[float, ...]:
     total = sum(pixels.values())
     return tuple(pixels.get(value, 0) / total for value in values)
 
@@ -365,7 +349,7 @@ def ignored_value_notes(masks: Mapping[PictureFile, MaskArray]) -> list[str]:
     ]
 
 
-def _pixel_counts(masks: Sequence[npt.NDArray[Any]]) -> dict[int, int]:
+def pixel_counts(masks: Sequence[npt.NDArray[Any]]) -> dict[int, int]:
     """Number of pixels by value."""
     pixels: Counter[int] = Counter()
     for mask in masks:
@@ -422,6 +406,8 @@ def _palette_colors(paths: Sequence[PictureFile], values: Sequence[int]) -> list
     """The colours of the values in the masks' palettes; None if there is no palette, it is grey, or two values have one colour."""
     color_by_value: dict[int, RGB] = {}
     for path in paths:
+        if is_windowed(path):
+            return None
         mask = read_mask(path)
         if mask.ndim != 2 or mask.dtype != np.uint8:
             return None

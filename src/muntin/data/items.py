@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from muntin.artifact.classes import ClassInfo
 from muntin.data.classes import MaskMapping, list_some
@@ -17,6 +19,7 @@ from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCa
 from muntin.errors import DataError
 from muntin.images import IGNORED, image_size, read_image, read_mask
 from muntin.images.opening import PictureFile, UInt8
+from muntin.images.rasters import OpenRasters, Raster, bands, is_windowed, mask_raster, picture_raster, tiff_header
 
 _MAX_FAILURES = 10  # pictures that cannot be used, after which a check stops
 
@@ -83,11 +86,9 @@ class ItemSource:
                 if len(failures) >= _MAX_FAILURES:
                     raise self._failure_error(failures)
                 try:
-                    target = samples[index].target
+                    pixels[name] += _label_counts(samples[index], len(pixels[name]))
                 except DataError as error:
                     failures[item.image] = Failure(str(error))
-                else:
-                    pixels[name] += np.bincount(np.ravel(target), minlength=len(pixels[name]))
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -145,18 +146,30 @@ class ItemSamples(Samples):
     def __init__(self, split: SplitName, items: Sequence[Item], channels: int, mapping: MaskMapping | None, cache: SampleCache) -> None:
         self._split, self.items, self._channels, self._mapping, self._cache = split, items, channels, mapping, cache
         self._sizes: list[tuple[int, int]] | None = None
+        self._files = OpenRasters()
 
     def __len__(self) -> int:
         return len(self.items)
 
     def load(self, index: int) -> Sample:
         item = self.items[index]
-        return self._cache.get((self._split, index), lambda: read_sample(item, self._channels, self._mapping))
+        return self._cache.get((self._split, index), lambda: read_sample(item, self._channels, self._mapping, self._files))
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         if self._sizes is None:
-            self._sizes = [image_size(item.image) for item in self.items]
+            self._sizes = [_size(item) for item in self.items]
         return self._sizes
+
+
+def _label_counts(sample: Sample, length: int) -> npt.NDArray[np.int64]:
+    """The number of pixels of each label. Reads a raster once, its picture too."""
+    counts = np.zeros(length, dtype=np.int64)
+    if isinstance(sample.image, Raster):
+        for _ in bands(sample.image):
+            pass
+    for _, labels in [(0, np.array(sample.target))] if isinstance(sample.target, int) else bands(sample.target):
+        counts += np.bincount(labels.ravel(), minlength=length)
+    return counts
 
 
 def _normal(path: PictureFile) -> str:
@@ -169,12 +182,26 @@ def _short(file: PictureFile, parts: int) -> str:
     return str(Path(*file.parts[parts:])) if isinstance(file, Path) else f"{file.file.name}/{file.name}"
 
 
-def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sample:
-    """Decode one picture and its target. Raises DataError: a damaged file, sizes that differ, a mask value of no class."""
-    image_HWC = read_image(item.image, channels)
-    target: UInt8 | int = item.label
+def _size(item: Item) -> tuple[int, int]:
+    """(height, width) of a picture, from its header."""
+    header = tiff_header(item.image) if item.mask is not None and is_windowed(item.image) else None
+    return image_size(item.image) if header is None else (header.height, header.width)
+
+
+def read_sample(item: Item, channels: int, mapping: MaskMapping | None, files: OpenRasters) -> Sample:
+    """Decode one picture and its target; a large TIFF with a mask, or of a mask, is not decoded, but read by window.
+
+    Raises DataError: a damaged file, sizes that differ, a mask value of no class. `files`: where rasters are kept open.
+    """
+    if mapping is not None and is_windowed(item.image):
+        image_HWC: UInt8 | Raster = picture_raster(item.image, files, channels)
+    else:
+        image_HWC = read_image(item.image, channels)
+    target: UInt8 | Raster | int = item.label
     if mapping is not None and item.mask is not None:
-        mask = read_mask(item.mask, colors=mapping.colors)
+        header = tiff_header(item.mask)
+        convert = partial(mapping, path=item.mask, nodata=None if header is None else header.nodata)
+        mask = mask_raster(item.mask, files, convert) if is_windowed(item.mask) else read_mask(item.mask, colors=mapping.colors)
         if mask.shape[:2] != image_HWC.shape[:2]:
             (height, width), (mask_height, mask_width) = image_HWC.shape[:2], mask.shape[:2]
             rotated = (width, height) == (mask_height, mask_width)
@@ -182,5 +209,5 @@ def read_sample(item: Item, channels: int, mapping: MaskMapping | None) -> Sampl
                 f"{item.image} is {width}×{height} and its mask {item.mask} {mask_width}×{mask_height}: they must be of one size"
                 + ("; the image is rotated by its EXIF orientation: rotate the mask, too" if rotated else "")
             )
-        target = mapping(mask, item.mask)
+        target = mask if isinstance(mask, Raster) else convert(mask)
     return Sample(name=item.key, image=image_HWC, target=target)

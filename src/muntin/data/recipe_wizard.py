@@ -23,19 +23,20 @@ from muntin.data.inspection import (
     equal_stem_notes,
     find_layout,
     ignored_value_notes,
+    mask_pixels,
     nested_class_notes,
     picture_channels,
     picture_facts,
     read_some,
-    shard_classes,
     unpaired_notes,
     unused_split_notes,
 )
 from muntin.data.listing import composed, is_utf8, pictures, subfolders
+from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
-from muntin.images import read_mask, write_whole
+from muntin.images import write_whole
 from muntin.images.opening import PictureFile
 from muntin.text import count
 
@@ -123,7 +124,7 @@ def _survey(layout: Layout) -> Survey:
         notes = nested_class_notes(base.images)
         folders = [folder for pair in pairs for folder in subfolders(pair.images)]
     else:
-        masks, unreadable_masks = read_some(list[PictureFile](pictures(base.masks)), read_mask)
+        masks, unreadable_masks = read_some(list[PictureFile](pictures(base.masks)), mask_pixels)
         unreadable |= unreadable_masks
         classes, counted = classes_in_masks(masks, base.masks), len(masks)
         unopened = len(pictures(base.masks)) - len(masks) - len(unreadable_masks)

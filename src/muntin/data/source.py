@@ -15,12 +15,14 @@ from typing import Literal, Protocol, overload
 
 from muntin.artifact.classes import ClassInfo
 from muntin.images.opening import UInt8
+from muntin.images.rasters import Raster
 
 DataTask = Literal["segment", "classify"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 MAX_CLASSES: dict[DataTask, int] = {"segment": 255, "classify": 65535}
 """Most classes that can be trained: masks are uint8, and their 255 is ignored."""
+_CORNER = 4096
 CheckProgress = Callable[[int, int], None]  # files checked, files in all
 
 
@@ -28,12 +30,12 @@ CheckProgress = Callable[[int, int], None]  # files checked, files in all
 class Sample:
     """One picture, uint8 (H, W, C), and its target: uint8 labels (H, W) with 255 = ignored, or for `classify` the class number.
 
-    The arrays may be read-only and shared with a cache: copy them before writing.
+    The arrays may be read-only and shared with a cache: copy them before writing. Both may be rasters, which are read by window.
     """
 
     name: str
-    image: UInt8
-    target: UInt8 | int
+    image: UInt8 | Raster
+    target: UInt8 | Raster | int
 
     @property
     def bytes(self) -> int:
@@ -41,7 +43,12 @@ class Sample:
         return self.image.nbytes + (0 if isinstance(self.target, int) else self.target.nbytes)
 
     @property
-    def labels(self) -> UInt8:
+    def corner(self) -> UInt8:
+        """The picture; of a raster the upper left part of at most 4096 pixels a side."""
+        return self.image[:_CORNER, :_CORNER] if isinstance(self.image, Raster) else self.image
+
+    @property
+    def labels(self) -> UInt8 | Raster:
         """The labels (H, W) of a segmentation sample."""
         if isinstance(self.target, int):
             raise TypeError("a classification sample has no labels (H, W): use its `target`, a class number")

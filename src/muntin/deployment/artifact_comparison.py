@@ -30,6 +30,7 @@ from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.deployment.run_artifacts import RunArtifact, missing_forms, run_artifacts, run_folder, stage_notes
 from muntin.errors import CheckpointError
 from muntin.images import IGNORED
+from muntin.images.rasters import Raster, bands
 from muntin.models import TorchSession
 from muntin.runtime import Session, SessionOptions, describe_hardware, load
 from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, measure_loading
@@ -225,17 +226,18 @@ def equal_labels(samples: Samples, one: Sequence[Labels], other: Sequence[Labels
     equal = total = 0
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
         target = samples[index].target
-        counted = np.ones_like(a, bool) if isinstance(target, int) else target != IGNORED
-        equal += int((a == b)[counted].sum())
-        total += int(counted.sum())
+        for row, truth in [(0, a)] if isinstance(target, int) else bands(target):
+            counted = np.ones(truth.shape, bool) if isinstance(target, int) else np.asarray(truth != IGNORED)
+            equal += int((a[row : row + len(truth)] == b[row : row + len(truth)])[counted].sum())
+            total += int(counted.sum())
     return equal / max(1, total)
 
 
-def middle_window(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+def middle_window(image_HWC: NDArray[np.uint8] | Raster, side: int) -> NDArray[np.uint8]:
     """Return the middle of an image, extended by reflection where it is smaller than `side`."""
     pad = [(0, max(0, side - n)) for n in image_HWC.shape[:2]]
     if any(after for _, after in pad):
-        image_HWC = np.pad(image_HWC, (*pad, (0, 0)), mode="symmetric")
+        image_HWC = np.pad(image_HWC[:, :], (*pad, (0, 0)), mode="symmetric")
     top, left = ((n - side) // 2 for n in image_HWC.shape[:2])
     return np.ascontiguousarray(image_HWC[top : top + side, left : left + side])
 

@@ -48,7 +48,7 @@ class CheckpointCandidate(Candidate):
         """Images of the training split; raises `DataError` where the data are gone."""
         checkpoint = read_checkpoint(self.path)
         side = export_side(checkpoint.recipe)
-        image_HWC = source_of(checkpoint).split("train")[0].image
+        image_HWC = source_of(checkpoint).split("train")[0].corner
         return ExampleImages(images=image_HWC[None], size=(side, side), reason=SIZE_REASON)
 
     def prepare(self) -> None:

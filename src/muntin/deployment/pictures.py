@@ -108,7 +108,7 @@ def write_class_examples(
     examples = []
     for number, index in enumerate(chosen[:count], 1):
         sample = samples[index]
-        image = Image.fromarray(to_rgb(sample.image))
+        image = Image.fromarray(to_rgb(sample.corner))
         image.thumbnail((side, side))
         write_image(folder / f"{number}-image.png", np.asarray(image))
         truth, answer = classes[int(np.asarray(sample.target))].name, classes[numbers[index]].name

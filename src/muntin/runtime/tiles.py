@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Sides, Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
+from muntin.images.rasters import Raster
 from muntin.runtime.session import check_pixels
 from muntin.runtime.tensors import TensorSession
 
@@ -67,7 +68,7 @@ def check_image_session(session: object) -> None:
 
 def predict(
     session: Predictor,
-    image_HWC: NDArray[np.uint8],
+    image_HWC: NDArray[np.uint8] | Raster,
     *,
     tile: int | None = None,
     overlap: int | None = None,
@@ -77,9 +78,9 @@ def predict(
 ) -> NDArray[Any]:
     """Computes one picture of any size.
 
-    `image_HWC`: uint8 (H, W, channels); a memory-mapped array is read tile by tile. `tile`: side of a tile in pixels, one that the model
-    takes; None computes the whole picture in one call where the model takes sides as long. `overlap`: pixels that neighbouring tiles share,
-    0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of tiles).
+    `image_HWC`: uint8 (H, W, channels); a memory-mapped array and a raster are read tile by tile. `tile`: side of a tile, pixels, one that
+    the model takes; None computes the whole picture in one call where the model takes sides as long. `overlap`: pixels that neighbouring
+    tiles share, 0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of tiles).
 
     Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the signature's `label_type`, "scores"
     (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
@@ -92,18 +93,13 @@ def predict(
     check_image_session(session)
     signature = session.signature
     output = _check_output(signature, output)
-    if not isinstance(image_HWC, np.ndarray) or image_HWC.ndim != 3:
-        description = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray) else f"type {type(image_HWC).__name__}"
-        raise DataError(f"an image of {description}: give a uint8 array (H, W, {signature.channels})")
-    check_pixels(image_HWC[None], signature)
-    tile, overlap = check_tiles(session, tile=tile, overlap=overlap, exact=exact)
+    tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=overlap, exact=exact)
     if signature.task == "classify":
         scores_K = _call(session, _classified_part(image_HWC, signature))
         if progress is not None:
             progress(1, 1)
         return scores_K
-    sides = signature.sizes.height, signature.sizes.width
-    rows, columns = (_Axis(size, tile, overlap, signature.scale, side) for size, side in zip(image_HWC.shape[:2], sides, strict=True))
+    rows, columns = _axes(signature, image_HWC, tile, overlap)
     height, width = (signature.scale * size for size in image_HWC.shape[:2])
     result: NDArray[Any] | None = None
     for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
@@ -113,6 +109,35 @@ def predict(
     if result is None:
         raise AssertionError("a picture has at least one tile")
     return result
+
+
+def label_bands(
+    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, *, tile: int | None = None
+) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
+    """The labels of `predict` for "segment" in parts from the top down: (first row, labels). A part has some rows of the whole width."""
+    check_image_session(session)
+    signature = session.signature
+    tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=None, exact=False)
+    height, width = (signature.scale * size for size in image_HWC.shape[:2])
+    for row, scores_KhW in _bands(session, image_HWC, *_axes(signature, image_HWC, tile, overlap), None):
+        yield row, scores_KhW[:, : height - row, :width].argmax(axis=0).astype(signature.label_type)
+
+
+def _check_arguments(
+    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, *, tile: int | None, overlap: int | None, exact: bool
+) -> tuple[int | None, int | None]:
+    signature = session.signature
+    if not isinstance(image_HWC, np.ndarray | Raster) or image_HWC.ndim != 3:
+        description = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray | Raster) else f"type {type(image_HWC).__name__}"
+        raise DataError(f"an image of {description}: give a uint8 array (H, W, {signature.channels})")
+    check_pixels(image_HWC[:1, :1][None] if isinstance(image_HWC, Raster) else image_HWC[None], signature)
+    return check_tiles(session, tile=tile, overlap=overlap, exact=exact)
+
+
+def _axes(signature: Signature, image_HWC: NDArray[np.uint8] | Raster, tile: int | None, overlap: int | None) -> tuple[_Axis, _Axis]:
+    height, width = image_HWC.shape[:2]
+    sizes, scale = signature.sizes, signature.scale
+    return _Axis(height, tile, overlap, scale, sizes.height), _Axis(width, tile, overlap, scale, sizes.width)
 
 
 def tile_side(size: int, tile: int | None, sides: Sides) -> int:
@@ -141,13 +166,13 @@ def size_note(size: Sequence[int], signature: Signature, tile: int | None = None
     return f"{height} x {width} pixels are {' and '.join(notes)}, {taken}" if notes else ""
 
 
-def _classified_part(image_HWC: NDArray[np.uint8], signature: Signature) -> NDArray[np.uint8]:
+def _classified_part(image_HWC: NDArray[np.uint8] | Raster, signature: Signature) -> NDArray[np.uint8]:
     """The part of a picture that a classifier sees, in an allowed size."""
     if signature.side is not None:
         return middle_square(image_HWC, signature.side)
     height, width = image_HWC.shape[:2]
     if signature.sizes.takes(height, width):
-        return image_HWC
+        return image_HWC[:, :]
     return middle_part(image_HWC, *signature.sizes.at_least(height, width))
 
 
@@ -190,7 +215,7 @@ def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) 
 
 
 def _bands(
-    session: Predictor, image_HWC: NDArray[np.uint8], rows: _Axis, columns: _Axis, progress: Progress | None
+    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, rows: _Axis, columns: _Axis, progress: Progress | None
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """Finished rows from the top down: (first row, scores (K, rows, scale*W)), in a buffer that the next iteration overwrites."""
     scale, done, total = rows.scale, 0, len(rows.starts) * len(columns.starts)

@@ -11,16 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from muntin.data.classes import list_some
 from muntin.data.source import Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
+from muntin.images.rasters import bands
 from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, predict
+from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, label_bands, predict
 from muntin.training.distributed.ranks import ALONE, Ranks
 
+COUNTED_AT_ONCE = 1 << 21
+"""Pixels whose labels are counted at once, in 8 bytes each and several copies."""
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
 EARLY = 50
@@ -116,37 +120,67 @@ def evaluate(
     `tile`, `ranks`: as of `predictions`. Raises `DataError` if no pixel counts.
     """
     check_image_session(session)
-    return score(predictions(session, samples, tile=tile, progress=progress, ranks=ranks), session, ranks)
+    if session.signature.task == "classify":
+        return score(predictions(session, samples, tile=tile, progress=progress, ranks=ranks), session, ranks)
+    confusion, side = _Confusion(session), allowed_tile(session.signature, tile)
+    for index in range(ranks.index, len(samples), ranks.count):
+        sample = samples[index]
+        for row, labels in label_bands(session, sample.image, tile=side):  # a raster's labels do not lie in memory as a whole, either
+            confusion.add(sample.labels[row : row + len(labels)], labels)
+        if progress is not None:
+            progress(index + 1, len(samples))
+    return confusion.evaluation(len(range(ranks.index, len(samples), ranks.count)), ranks)
 
 
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
     """Compute the scores from pairs of a sample and its labels, those of all processes."""
-    names = [c.name for c in session.signature.classes]
-    confusion = MulticlassConfusionMatrix(
-        len(names), ignore_index=None if len(names) > IGNORED else IGNORED, validate_args=False, sync_on_compute=False
-    )
-    total = torch.zeros(len(names), len(names), dtype=torch.int64)
-    samples = 0
+    confusion, samples = _Confusion(session), 0
     for sample, labels in pairs:
-        truth = np.atleast_1d(np.asarray(sample.target, dtype=np.int64)).ravel()
-        confusion.reset()
-        confusion.update(torch.from_numpy(labels.astype(np.int64).ravel()), torch.from_numpy(truth))
-        total += confusion.compute()
         samples += 1
-    total, samples = ranks.sum(total), int(ranks.sum(torch.tensor(samples)))
-    counted = int(total.sum())
-    if not counted:
-        raise DataError(f"nothing to score: all pixels of the {samples} samples are ignored; check the split and `ignore`")
-    right, truths, guesses = total.diagonal(), total.sum(1), total.sum(0)
-    union = truths + guesses - right
-    return Evaluation(
-        task=session.signature.task,
-        samples=samples,
-        counted=counted,
-        accuracy=int(right.sum()) / counted,
-        iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
-        recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
-    )
+        if isinstance(sample.target, int):
+            confusion.add(np.array([sample.target]), labels)
+        else:
+            for row, truth in bands(sample.target):
+                confusion.add(truth, labels[row : row + len(truth)])
+    return confusion.evaluation(samples, ranks)
+
+
+class _Confusion:
+    """The sum of confusion matrices."""
+
+    def __init__(self, session: Predictor) -> None:
+        self._task, self._names = session.signature.task, [c.name for c in session.signature.classes]
+        classes = len(self._names)
+        self._matrix = MulticlassConfusionMatrix(
+            classes, ignore_index=None if classes > IGNORED else IGNORED, validate_args=False, sync_on_compute=False
+        )
+        self._total = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def add(self, truth: NDArray[Any], labels: Labels) -> None:
+        """Add pixels or images."""
+        truth, labels = truth.ravel(), labels.ravel()
+        for start in range(0, len(truth), COUNTED_AT_ONCE):
+            part = slice(start, start + COUNTED_AT_ONCE)
+            self._matrix.reset()
+            self._matrix.update(torch.from_numpy(labels[part].astype(np.int64)), torch.from_numpy(truth[part].astype(np.int64)))
+            self._total += self._matrix.compute()
+
+    def evaluation(self, samples: int, ranks: Ranks) -> Evaluation:
+        """The scores over the samples of all processes; `samples`: of this one. Raises `DataError` if nothing counts."""
+        total, samples, names = ranks.sum(self._total), int(ranks.sum(torch.tensor(samples))), self._names
+        counted = int(total.sum())
+        if not counted:
+            raise DataError(f"nothing to score: all pixels of the {samples} samples are ignored; check the split and `ignore`")
+        right, truths, guesses = total.diagonal(), total.sum(1), total.sum(0)
+        union = truths + guesses - right
+        return Evaluation(
+            task=self._task,
+            samples=samples,
+            counted=counted,
+            accuracy=int(right.sum()) / counted,
+            iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
+            recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
+        )
 
 
 def poor_classes(validation: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

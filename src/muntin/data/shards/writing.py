@@ -18,6 +18,7 @@ from muntin.errors import DataError
 from muntin.images import encode_png
 from muntin.images.opening import reason
 from muntin.images.packed import PackedFile
+from muntin.images.rasters import Raster
 
 
 def write_shards(source: Source, directory: Path | str, *, shard_mib: int = 256) -> dict[str, list[Path]]:
@@ -74,6 +75,8 @@ def _write_split(folder: Path, split: str, samples: Samples, limit: int) -> list
 def _parts(samples: Samples, index: int) -> Iterator[tuple[str, bytes]]:
     """The entries of a sample: end of the name, and content."""
     sample = samples[index]
+    if isinstance(sample.image, Raster) or isinstance(sample.target, Raster):
+        raise DataError(f"{sample.name} is a raster that is read by window, which a shard cannot hold: train on it in its folder")
     file = samples.items[index].image if isinstance(samples, ItemSamples) else None
     if file is not None and file.suffix.lower().removeprefix(".") in PICTURES:
         yield file.suffix.lower().removeprefix("."), file.read() if isinstance(file, PackedFile) else file.read_bytes()

@@ -1,0 +1,213 @@
+"""Large TIFF files (GeoTIFF, BigTIFF) that are read by window, so that they never lie in memory as a whole.
+
+Needs rasterio, the extra `raster`. Places on the Earth are not used. Axis letters: H, W rows and columns, C channels.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+import numpy.typing as npt
+from PIL import TiffImagePlugin
+
+from muntin.errors import DataError, DependencyError, install
+from muntin.images.opening import DAMAGE, MAX_PIXELS, PictureFile, UInt8, damaged, decoder_of, opened_file, quiet_pillow
+
+WINDOWED_PIXELS = 1 << 24
+"""Pixels (4096 x 4096) beyond which a TIFF is read by window."""
+BAND_ROWS = 512
+"""Rows that are read at once where a whole raster is gone through."""
+_CACHE_BYTES = 128 << 20
+"""GDAL's cache of decoded blocks, of the process."""
+_OPEN_FILES = 8
+"""Files that a thread keeps open."""
+_MAX_BLOCK = 1 << 26
+"""Pixels of a block that is decoded at once."""
+_ORIENTATION_TAG, _NODATA_TAG = 0x0112, 42113
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiffHeader:
+    """What decides how a TIFF is read. `nodata`: the value of pixels that hold nothing, as GDAL stores it."""
+
+    height: int
+    width: int
+    orientation: int
+    nodata: float | None
+
+
+def tiff_header(file: PictureFile) -> TiffHeader | None:
+    """The header of a TIFF file outside a shard; None for other files, and for a header that cannot be read."""
+    if not isinstance(file, Path) or file.suffix.lower() not in (".tif", ".tiff"):
+        return None
+    with opened_file(file) as (stream, head):
+        if decoder_of(head) is not TiffImagePlugin.TiffImageFile:
+            return None
+        try:
+            with quiet_pillow():
+                tags = TiffImagePlugin.ImageFileDirectory_v2(stream.read(16 if head[2:3] == b"+" or head[3:4] == b"+" else 8))
+                stream.seek(tags.next)
+                tags.load(stream)
+            nodata = str(tags.get(_NODATA_TAG, "")).strip("\0 ")
+            return TiffHeader(
+                height=int(tags[TiffImagePlugin.IMAGELENGTH]), width=int(tags[TiffImagePlugin.IMAGEWIDTH]),
+                orientation=int(tags.get(_ORIENTATION_TAG, 1)), nodata=float(nodata) if nodata else None,
+            )  # fmt: skip
+        except DAMAGE:
+            return None
+
+
+class OpenRasters:
+    """The files that each thread keeps open, the most recently used ones: a GDAL data set must not be shared by threads."""
+
+    def __init__(self) -> None:
+        self._threads = threading.local()
+
+    @contextmanager
+    def dataset(self, path: Path) -> Iterator[Any]:
+        """The open data set of a file. Damage found here or in the block is a DataError."""
+        import rasterio
+        from rasterio.errors import RasterioError
+
+        datasets: OrderedDict[Path, Any] = self._threads.__dict__.setdefault("datasets", OrderedDict())
+        try:
+            with rasterio.Env(GDAL_CACHEMAX=_CACHE_BYTES, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"):
+                if path not in datasets:
+                    with quiet_pillow():  # its warning about files without a place on the Earth
+                        datasets[path] = rasterio.open(path, driver="GTiff")
+                    if len(datasets) > _OPEN_FILES:
+                        datasets.popitem(last=False)[1].close()
+                datasets.move_to_end(path)
+                yield datasets[path]
+        except RasterioError as error:
+            raise damaged(path, error) from error
+
+
+class Raster:
+    """A picture (H, W, C) or a mask (H, W) in a file, with the `shape`, `dtype` and `ndim` of an array.
+
+    Slices of rows and columns read that window and give an array. `convert` changes each window, such as mask values into class numbers.
+    Several threads may read it.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(
+        self,
+        path: Path,
+        files: OpenRasters,
+        *,
+        shape: tuple[int, ...],
+        bands: tuple[int, ...],
+        convert: Callable[[Any], UInt8] | None = None,
+    ) -> None:
+        self.path, self.shape, self.ndim = path, shape, len(shape)
+        self._files, self._bands, self._convert = files, bands, convert
+        self._single = len(shape) == 2 and len(bands) == 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: none."""
+        return 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> UInt8:
+        keys = key if isinstance(key, tuple) else (key,)
+        if len(keys) > 2 or any(not isinstance(part, slice) or part.step not in (None, 1) for part in keys):
+            raise TypeError(f"{self.path}: a raster is read by slices of rows and columns")
+        spans = [part.indices(size)[:2] for part, size in zip((*keys, slice(None))[:2], self.shape, strict=False)]
+        (top, left), (height, width) = zip(*((start, max(0, stop - start)) for start, stop in spans), strict=True)
+        with self._files.dataset(self.path) as dataset:
+            pixels_HWC = self._read(dataset, top, left, height, width)
+        return pixels_HWC if self._convert is None else self._convert(pixels_HWC)
+
+    def __array__(self, *_: Any, **__: Any) -> UInt8:
+        raise TypeError(f"{self.path} is read by window: take slices of it")
+
+    def _read(self, dataset: Any, top: int, left: int, height: int, width: int) -> npt.NDArray[Any]:
+        from rasterio.windows import Window
+
+        if not height * width:
+            planes_CHW = np.zeros((len(self._bands), height, width), dataset.dtypes[0])
+        else:
+            planes_CHW = dataset.read(self._bands, window=Window(left, top, width, height))
+        return planes_CHW[0] if self._single else np.ascontiguousarray(planes_CHW.transpose(1, 2, 0))
+
+
+def picture_raster(path: Path, files: OpenRasters, channels: int | None) -> Raster:
+    """A picture to read by window; `channels` as of `read_image`. Raises DataError where values would be invented or cut."""
+    with files.dataset(path) as dataset:
+        _check_blocks(path, dataset)
+        count, kinds = dataset.count, set(dataset.dtypes)
+        if kinds != {"uint8"}:
+            raise DataError(
+                f"{path} holds {', '.join(sorted(kinds))}: pictures have 8 bits a channel; scale it (gdal_translate -ot Byte -scale), "
+                "and the pictures that the model is used on in the same way"
+            )
+        if dataset.colorinterp[0].name == "palette":
+            raise DataError(f"{path} holds indices of a palette: store its colours (gdal_translate -expand rgb)")
+        size = dataset.shape
+    wanted = count if channels is None else channels
+    bands = {(1, 3): (1, 1, 1), (2, 3): (1, 1, 1), (2, 1): (1,), (4, 3): (1, 2, 3)}.get((count, wanted), tuple(range(1, wanted + 1)))
+    if wanted != count and (count, wanted) not in ((1, 3), (2, 3), (2, 1), (4, 3)):
+        raise DataError(f"{path} has {count} channels, {wanted} are wanted: set `channels` to {count}")
+    return Raster(path, files, shape=(*size, wanted), bands=bands)
+
+
+def mask_raster(path: Path, files: OpenRasters, convert: Callable[[Any], UInt8] | None) -> Raster:
+    """A mask to read by window: integers (H, W), or colours (H, W, 3). `convert`: makes class numbers (H, W) of them; None: as stored."""
+    with files.dataset(path) as dataset:
+        _check_blocks(path, dataset)
+        kind, count = np.dtype(dataset.dtypes[0]), dataset.count
+        if not (count == 1 and kind.kind in "ui") and not (count in (3, 4) and kind == np.uint8):
+            raise DataError(f"{path} holds {count} channels of {kind}: a mask is one channel of integers, or three of uint8")
+        size = dataset.shape
+    bands = (1,) if count == 1 else (1, 2, 3)
+    return Raster(path, files, shape=size if count == 1 or convert else (*size, 3), bands=bands, convert=convert)
+
+
+def is_windowed(file: PictureFile) -> TypeGuard[Path]:
+    """Return True for a TIFF that is read by window: a large one. Raises DependencyError for one that cannot be read in another way."""
+    header = tiff_header(file)
+    if header is None or (pixels := header.height * header.width) <= WINDOWED_PIXELS or header.orientation != 1:
+        return False
+    try:
+        import rasterio  # noqa: F401
+    except ImportError as error:
+        if pixels <= MAX_PIXELS:  # decoded as a whole
+            return False
+        raise DependencyError(
+            f"{file} has {header.width}×{header.height} pixels, more than are decoded at once ({MAX_PIXELS:,}); to read it by window, "
+            f"rasterio is needed: {install('raster')}"
+        ) from error
+    return True
+
+
+def sampled(raster: Raster, windows: int = 4, side: int = BAND_ROWS) -> npt.NDArray[Any]:
+    """The pixels of windows x windows squares at even distances, joined to one array."""
+    tops, lefts = (sorted({n * max(0, size - side) // (windows - 1) for n in range(windows)}) for size in raster.shape[:2])
+    return np.concatenate([np.concatenate([raster[top : top + side, left : left + side] for left in lefts], axis=1) for top in tops])
+
+
+def bands(array: UInt8 | Raster, rows: int = BAND_ROWS) -> Iterator[tuple[int, UInt8]]:
+    """(first row, rows) from the top down: of a raster some rows at a time, of an array all at once."""
+    if not isinstance(array, Raster):
+        yield 0, array
+        return
+    for top in range(0, len(array), rows):
+        yield top, array[top : top + rows]
+
+
+def _check_blocks(path: Path, dataset: Any) -> None:
+    if prod(dataset.block_shapes[0]) > _MAX_BLOCK:
+        raise DataError(f"{path} is one block that has to be decoded as a whole: store it in tiles (gdal_translate -co TILED=YES)")
