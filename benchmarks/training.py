@@ -113,7 +113,7 @@ def plain_step(recipe: Recipe, model: nn.Module, flags: Row, device: str) -> Ste
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, number)
-        return float(value)
+        return float(value.detach())
 
     return step
 
@@ -159,7 +159,7 @@ def peer_step(name: str, recipe: Recipe, model: nn.Module, device: str) -> Step:
         prepared.step()
         prepared.zero_grad()
         average.update(model, number)
-        return float(value)
+        return float(value.detach())
 
     return step
 
@@ -239,7 +239,7 @@ def compared(rows: dict[str, Row], ratio: float | None, matrix_units: bool) -> R
         for name, row in rows.items()
         if "cannot" not in row
     }
-    together = [name for name in figures if name.startswith("all")]
+    together = [name for name in figures if "fit" in LEVERS.get(name, {})]
     if not together:
         return {"figures": figures}
     gain_goal = GOALS["gain_with_matrix_units"] if matrix_units or ratio is None else GOALS["share_of_ratio"] * ratio

@@ -148,3 +148,18 @@ def test_complex_weights() -> None:
     model(torch.ones(1, 3, dtype=torch.complex64)).abs().sum().backward()
     optimizer.step()
     assert not torch.equal(model.weight, before) and model.weight.isfinite().all()
+
+
+def test_learning_rate_after_loading_a_state() -> None:
+    """AdamW's groups are those of Muon, also after `load_state_dict`, which makes new ones."""
+    model = nn.Linear(3, 3)
+    optimizer = make_optimizer(model, TrainingConfig())
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        model(torch.rand(2, 3)).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert len(optimizer.state[model.bias]) > 1  # AdamW's state is Muon's
