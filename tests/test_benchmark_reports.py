@@ -739,6 +739,6 @@ def test_outcome_of_a_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pro
     head = "import json, sys, pathlib\nWRITE = lambda row: pathlib.Path(sys.argv[-1]).write_text(json.dumps(row))\n"
     script.write_text(head + program)
     monkeypatch.setattr(architectures, "__file__", str(script))
-    row = architectures.measure_apart(entry, 1 if outcome == "too long" else 60)
+    row = architectures.measure_apart(entry, 1 if outcome == "too long" else 60, None)
     assert (row["outcome"], row.get("reason"), row.get("cannot")) == (outcome, reason, reason)
     assert entry.source in architectures.line_of(entry.source, {"reason": "", **row})

@@ -197,3 +197,18 @@ def test_each_optimizer_learns_and_resumes(name: OptimizerName) -> None:
         changed = not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         assert changed == (name == "schedule-free")
     torch.testing.assert_close(before, [p.detach() for p in model.parameters()])
+
+
+def test_learning_rate_after_loading_a_state() -> None:
+    """AdamW's groups are those of Muon, also after `load_state_dict`, which makes new ones."""
+    model = nn.Linear(3, 3)
+    optimizer = make_optimizer(model, TrainingConfig())
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        model(torch.rand(2, 3)).sum().backward()
+        optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    assert len(optimizer.state[model.bias]) > 1  # AdamW's state is Muon's

@@ -75,6 +75,14 @@ class Muon(torch.optim.Optimizer):
         if self._adamw is not None:
             self._adamw.state = self.state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Load state and groups, as `load_state_dict` does, which makes new group objects."""
+        super().__setstate__(state)
+        if self.__dict__.get("_adamw") is not None:
+            assert self._adamw is not None
+            self._adamw.param_groups = [group for group in self.param_groups if not group["matrices"]]
+            self._adamw.state = self.state
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step. Parameters without a gradient are unchanged."""

@@ -114,6 +114,8 @@ class Trainer:
         if use is not None and use.micro_batch % self.memory.unit == 0:
             micro_batch = min(use.micro_batch, self.memory.micro_batch)
             level = max(use.checkpointing, self.memory.checkpointing, key=LEVELS.index)
+            if level == "budget":  # the recipe's alone: a budget that was taken out of it is not known any more
+                level = self.memory.checkpointing
             self.use_memory(self.memory.model_copy(update={"micro_batch": micro_batch, "checkpointing": level}))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -238,7 +240,7 @@ class Trainer:
     def _shrink(self, event: str) -> None:
         """Use less memory from now on. Raises `MuntinError` if no less is possible."""
         smaller = self.memory.smaller()
-        if smaller is None:
+        if smaller is None or (self.config.compile and smaller.checkpointing != "none"):  # see `TrainingConfig`
             raise MuntinError(
                 f"{event} with {self.memory.text}: no smaller step leaves the mathematics as they are; take a smaller data.crop or model, "
                 "or free memory"

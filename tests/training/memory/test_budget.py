@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from muntin.errors import MuntinError
 from muntin.training.config import TrainingConfig
 from muntin.training.memory.budget import BlockCost, block_costs, cheapest, keep_to_budget, plan_budget
 from muntin.training.memory.checkpointing import ActivationCheckpointing
-from muntin.training.recovery.out_of_memory import MemoryUse, memory_use
+from muntin.training.precision import resolve_precision
+from muntin.training.recovery.out_of_memory import Level, MemoryUse, memory_use
+from muntin.training.trainer import Trainer
 
 COSTS = {
     name: BlockCost(kept=kept, seconds=seconds) for name, kept, seconds in (("a", 100, 4.0), ("b", 60, 1.0), ("c", 50, 1.5), ("d", 0, 1))
@@ -84,6 +87,18 @@ def test_smaller_micro_batch_or_an_error() -> None:
         MuntinError, match=r"budget 1\.0 MiB: with micro-batches of 1 and all blocks computed again the peak is 2\.0 MiB: give"
     ):
         keep_to_budget(budget, use, lambda use: COSTS, lambda use, blocks, chunked: 2 * budget)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "remembered", "level"),
+    [("none", "budget", "none"), ("none", "full", "full"), ({"budget": "1GiB"}, "budget", "budget"), ({"budget": "1GiB"}, "full", "full")],
+)
+def test_resumed_with_another_recipe(checkpointing: Any, remembered: Level, level: Level) -> None:
+    """A budget that was taken out of the recipe does not come back from a checkpoint."""
+    config = TrainingConfig(checkpointing=checkpointing, batch_size=8)
+    trainer = Trainer(nn.Conv2d(3, 3, 1), config, task="segment", precision=resolve_precision("fp32", "cpu"))
+    trainer.remember(MemoryUse(micro_batch=4, unit=1, checkpointing=remembered))
+    assert trainer.memory == MemoryUse(micro_batch=4, unit=1, checkpointing=level)
 
 
 def test_costs_of_blocks_are_freed_again() -> None:
