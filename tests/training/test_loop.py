@@ -25,7 +25,7 @@ from muntin.errors import CheckpointError, DataError, DependencyError, MuntinErr
 from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
-from muntin.training import loop
+from muntin.training import loop, precision
 from muntin.training.checkpoint import STATE, checkpoints_in, read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import evaluate
@@ -286,6 +286,7 @@ from muntin.training import loop
 
 def killed(training):
     write(training)
+    training.writer.wait()
     os.kill(os.getpid(), signal.SIGKILL)
 
 loop.FIRST_CHECKPOINT_S = 0.0
@@ -669,13 +670,13 @@ def test_crop_and_thread_settings(tmp_path: Path, tiny: Any, monkeypatch: pytest
 
 def test_precision_of_a_resumed_run(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Any] = []
-    resolve = loop.resolve_precision
+    resolve = precision.resolve_precision
 
     def watch(*given: Any, **options: Any) -> Any:
         begun.append(options["begun"])
         return resolve(*given, **options)
 
-    monkeypatch.setattr(loop, "resolve_precision", watch)
+    monkeypatch.setattr(precision, "resolve_precision", watch)
     plan = ["training.steps=2", "training.validate_every=1"]
     assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(1)).interrupted
     train(tiny, tmp_path / "run", *plan, resume=True)
