@@ -1,14 +1,15 @@
 """Bytes that each process holds in training, beside the formula, and what the sharding costs in time.
 
-    python benchmarks/sharding.py [--model hybrid-m] [--processes 1 2 4] [--side 32] [--steps 10] [--output runs/benchmark-sharding] [--json]
+    python benchmarks/sharding.py [--model hybrid-m] [--processes 1 2 4] [--side 32] [--steps 10]
+                                  [--output runs/benchmark-sharding] [--json]
 
 One row for each number of processes and each `training.sharding`, FP32, on this machine (gloo), one thread a process, 8 crops of `--side`
 in each. P are the bytes of the parameters, N the processes, B those of the largest block.
 
-| column | measured | formula |
-| --- | --- | --- |
-| rest | storages of all tensors that live after a step | none: 2 P + S; zero1: 2 P + S / N; zero2, zero3: (2 P + S) / N |
-| peak | rest, and the most that is allocated at once until the last gradient is there, minus the same of one process without its gradients | none, zero1: rest + P; zero2: rest + P + 2 B; zero3: rest + P / N + 3 B |
+rest    measured: storages of all tensors that live after a step
+        formula: none 2 P + S; zero1 2 P + S / N; zero2, zero3 (2 P + S) / N
+peak    measured: rest, and the most that is allocated at once until the last gradient is there, less the activations of one process
+        formula: none, zero1 rest + P; zero2 rest + P; zero3 rest + P / N + 3 B (a block, its gradient, a message)
 
 S is the optimiser's state: 1 P for the matrices (momentum) and 2 P for the rest (moments), without vectors where zero1 divides. A parameter
 and its average are 2 P. `step_ms` is a whole step, `update_ms` the optimiser's part, `exchange_ms` the two messages in which Muon's
@@ -52,17 +53,17 @@ ROWS, CLASSES, GOAL = 8, 6, 0.05
 def live_bytes() -> int:
     """Bytes of the storages of all tensors that live."""
     gc.collect()
-    tensors = [local(entry) for entry in gc.get_objects() if isinstance(entry, Tensor)]
+    tensors = [local(entry) for entry in gc.get_objects() if issubclass(type(entry), Tensor)]
     gradients = [local(t.grad) for t in tensors if t.is_leaf and t.grad is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*tensors, *gradients) if t.device.type == "cpu"}
     return sum(storages.values())
 
 
 def peak_of(work: Any) -> int:
-    """The most bytes that a call has allocated and not yet freed."""
+    """The most bytes that a call has allocated and not yet freed, between operators."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
-    changes = sorted((e.time_range.start, e.self_cpu_memory_usage) for e in recorded.events() if e.name == "[memory]")
+    changes = sorted((e.time_range.start, e.self_cpu_memory_usage) for e in recorded.events())
     held = peak = 0
     for _, change in changes:
         held += change
@@ -157,7 +158,8 @@ def with_formulas(rows: list[Row]) -> list[Row]:
             "zero3": (2 * whole + state) / count,
         }[sharding]
         more = {
-            "none": whole, "zero1": whole, "zero2": whole + 2 * entry["block"], "zero3": whole / count + 3 * entry["block"],
+            "none": whole, "zero1": whole, "zero2": whole,
+            "zero3": whole / count + 3 * entry["block"],
         }[sharding]  # fmt: skip
         entry["rest_formula"], entry["peak_formula"] = held, held + more
         entry["peak"] -= activations
