@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.training.distributed.ranks import local
+from muntin.training.distributed.ranks import is_sharded, local
 
 STATISTICS = ("running_mean", "running_var")
 """Buffers that are averaged. Other buffers (masks, counters, vectors of a spectral norm) are copied."""
@@ -75,8 +75,7 @@ class ShardedAverage(WeightAverage):
         self.model = shell.eval().requires_grad_(False)
         parameters = list(sharded.parameters())
         self._shards: list[Any] = [parameter.detach().clone() for parameter in parameters]
-        for parameter in self.model.parameters():
-            parameter.untyped_storage().resize_(0)
+        self._free()
 
     def parameters(self) -> list[Tensor]:
         return self._shards
@@ -87,13 +86,14 @@ class ShardedAverage(WeightAverage):
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
-        parameters = list(self.model.parameters())
-        with torch.no_grad():
-            for parameter, shard in zip(parameters, self._shards, strict=True):
-                parameter.untyped_storage().resize_(parameter.nbytes)
-                parameter.copy_(shard.full_tensor() if hasattr(shard, "full_tensor") else shard)
+        for parameter, shard in zip(self.model.parameters(), self._shards, strict=True):
+            parameter.data = shard.full_tensor() if is_sharded(shard) else shard
         try:
             yield self.model
         finally:
-            for parameter in parameters:
-                parameter.untyped_storage().resize_(0)
+            self._free()
+
+    def _free(self) -> None:
+        """Leave each parameter its shape, with one number."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)

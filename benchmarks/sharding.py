@@ -1,0 +1,201 @@
+"""Bytes that each process holds in training, beside the formula, and what the sharding costs in time.
+
+    python benchmarks/sharding.py [--model hybrid-m] [--processes 1 2 4] [--side 32] [--steps 10]
+                                  [--output runs/benchmark-sharding] [--json]
+
+One row for each number of processes and each `training.sharding`, FP32, on this machine (gloo), one thread a process, 8 crops of `--side`
+in each. P are the bytes of the parameters, N the processes, B those of the largest block.
+
+rest    measured: storages of all tensors that live after a step
+        formula: none 2 P + S; zero1 2 P + S / N; zero2, zero3 (2 P + S) / N
+peak    measured: rest, and the most that is allocated at once until the last gradient is there, less the activations of one process
+        formula: none, zero1 rest + P; zero2 rest + P; zero3 rest + P / N + 3 B (a block, its gradient, a message)
+
+S is the optimiser's state: 1 P for the matrices (momentum) and 2 P for the rest (moments), without vectors where zero1 divides. A parameter
+and its average are 2 P. `step_ms` is a whole step, `update_ms` the optimiser's part, `exchange_ms` the two messages in which Muon's
+matrices travel to their owners and back. Goal: rest and peak within 5 % of the formula. Rows are kept and not measured again. Time: a
+minute or two a row. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import socket
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from kept import Row, kept_row
+from muntin.models import create_model
+from muntin.runtime import describe_hardware
+from muntin.training.config import TrainingConfig
+from muntin.training.distributed.matrices import MatrixExchange
+from muntin.training.distributed.ranks import Ranks, is_sharded, joined_processes, local
+from muntin.training.memory.checkpointing import blocks_of
+from muntin.training.precision import resolve_precision
+from muntin.training.trainer import Trainer
+from options import at_least
+
+SHARDINGS = ("none", "zero1", "zero2", "zero3")
+ROWS, CLASSES, GOAL = 8, 6, 0.05
+
+
+def live_bytes() -> int:
+    """Bytes of the storages of all tensors that live."""
+    gc.collect()
+    tensors = [local(entry) for entry in gc.get_objects() if issubclass(type(entry), Tensor)]
+    gradients = [local(t.grad) for t in tensors if t.is_leaf and t.grad is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*tensors, *gradients) if t.device.type == "cpu"}
+    return sum(storages.values())
+
+
+def peak_of(work: Any) -> int:
+    """The most bytes that a call has allocated and not yet freed, between operators."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    changes = sorted((e.time_range.start, e.self_cpu_memory_usage) for e in recorded.events())
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def measure(ranks: Ranks, model_name: str, sharding: str, side: int, steps: int) -> Row:
+    """One process's row."""
+    torch.manual_seed(0)
+    before = live_bytes()
+    model: nn.Module = create_model(model_name, task="segment", classes=CLASSES)
+    parameters = sum(p.nbytes for p in model.parameters())
+    vectors = sum(p.nbytes for p in model.parameters() if sum(length > 1 for length in p.shape) < 2)
+    block = max(sum(p.nbytes for p in part.parameters()) for part in blocks_of(model).values())
+    config = TrainingConfig.model_validate({"steps": steps + 9, "batch_size": ROWS * ranks.count, "sharding": sharding})
+    trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"), ranks=ranks)
+    images = torch.randint(0, 256, (ROWS, 3, side, side), dtype=torch.uint8)
+    target = torch.randint(0, CLASSES, (ROWS, side, side))
+    for step in range(2):
+        trainer.update(step, images, target, done=0.5)
+    rest = live_bytes() - before
+    state = sum(local(value).nbytes for entry in trainer.optimizer.state.values() for value in entry.values())
+    peak = rest + peak_of(lambda: trainer._gradient(2, images, target))
+    gradients = sum(local(p.grad).nbytes for p in trainer.model.parameters() if p.grad is not None)
+    trainer.optimizer.zero_grad()
+    times, updates = [], []
+    for step in range(3, 3 + steps):
+        started = time.perf_counter()
+        trainer._gradient(step, images, target)
+        trainer.placement.reduce(trainer.model.parameters())
+        reduced = time.perf_counter()
+        trainer.placement.step(trainer.optimizer, trainer.scaler)
+        trainer.optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
+        updates.append(time.perf_counter() - reduced)
+    return {
+        "parameters": parameters, "vectors": vectors, "block": block, "state": state, "gradients": gradients, "rest": rest, "peak": peak,
+        "step_ms": median(times) * 1e3, "update_ms": median(updates) * 1e3, "exchange_ms": exchange_ms(trainer, ranks, steps),
+    }  # fmt: skip
+
+
+def exchange_ms(trainer: Trainer, ranks: Ranks, steps: int) -> float:
+    """Milliseconds in which all sharded matrices travel to their owners and back."""
+    matrices = [p for group in trainer.optimizer.param_groups if group["matrices"] for p in group["params"] if is_sharded(p)]
+    if not matrices:
+        return 0.0
+    exchange, parts, times = MatrixExchange(ranks), [local(p.detach()).flatten(1) for p in matrices], []
+    for _ in range(steps):
+        started = time.perf_counter()
+        exchange(parts, [len(p) for p in matrices], lambda whole: whole)
+        times.append(time.perf_counter() - started)
+    return median(times) * 1e3
+
+
+def work(environment: dict[str, str], pipe: Any, arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with joined_processes() as ranks:
+        pipe.send(measure(ranks, *arguments))
+
+
+def row(count: int, *arguments: Any) -> Row:
+    """The figures of the process with the highest peak."""
+    context = multiprocessing.get_context("spawn")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pipes = []
+    for index in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        names = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {name: str(value) for name, value in names.items()}
+        context.Process(target=work, args=(environment, sender, arguments), daemon=True).start()
+        sender.close()
+        pipes.append(receiver)
+    answers = [pipe.recv() for pipe in pipes]
+    return max(answers, key=lambda answer: int(answer["peak"]))
+
+
+def with_formulas(rows: list[Row]) -> list[Row]:
+    """Add the formulas and the deviations. Activations are those of one process."""
+    alone = next(row for row in rows if row["processes"] == 1 and row["sharding"] == "none")
+    whole, state = alone["parameters"], alone["state"]
+    activations = alone["peak"] - alone["rest"] - whole
+    for entry in rows:
+        count, sharding = entry["processes"], entry["sharding"] if entry["processes"] > 1 else "none"
+        replicated = 2 * entry["vectors"]
+        held = {
+            "none": 2 * whole + state,
+            "zero1": 2 * whole + (state - replicated) / count + replicated,
+            "zero2": (2 * whole + state) / count,
+            "zero3": (2 * whole + state) / count,
+        }[sharding]
+        more = {
+            "none": whole, "zero1": whole, "zero2": whole,
+            "zero3": whole / count + 3 * entry["block"],
+        }[sharding]  # fmt: skip
+        entry["rest_formula"], entry["peak_formula"] = held, held + more
+        entry["peak"] -= activations
+        for key in ("rest", "peak"):
+            entry[f"{key}_deviation"] = entry[key] / entry[f"{key}_formula"] - 1
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="hybrid-m")
+    parser.add_argument("--processes", type=at_least(1), nargs="+", default=[1, 2, 4])
+    parser.add_argument("--side", type=at_least(16), default=32)
+    parser.add_argument("--steps", type=at_least(1), default=10)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-sharding"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    given = parser.parse_args()
+    settings = {"model": given.model, "side": given.side, "steps": given.steps, "rows": ROWS}
+    machine = describe_hardware()
+    rows = []
+    for count in sorted({1, *given.processes}):
+        for sharding in SHARDINGS if count > 1 else ("none",):
+            path = given.output / f"{count}-{sharding}.json"
+            measured = partial(row, count, given.model, sharding, given.side, given.steps)
+            rows.append({"processes": count, "sharding": sharding, **kept_row(path, settings, measured, hardware=machine)})
+    rows = with_formulas(rows)
+    if given.json:
+        print(json.dumps({"benchmark": "sharding", "goal": GOAL, "rows": rows, "hardware": machine}, indent=1))
+        return
+    print("processes  sharding  rest MB  formula  peak MB  formula  step ms  update ms  exchange ms  within 5 %")
+    for entry in rows:
+        sizes = "  ".join(f"{entry[key] / 1e6:7.1f}" for key in ("rest", "rest_formula", "peak", "peak_formula"))
+        times = f"{entry['step_ms']:7.1f}  {entry['update_ms']:9.1f}  {entry['exchange_ms']:11.1f}"
+        met = all(abs(entry[f"{key}_deviation"]) <= GOAL for key in ("rest", "peak"))
+        print(f"{entry['processes']:9}  {entry['sharding']:8}  {sizes}  {times}  {'yes' if met else 'no'}")
+
+
+if __name__ == "__main__":
+    main()
