@@ -263,6 +263,7 @@ class Training:
         lower = f"{rate / 4:.2g}"
         words = ["--set", f"training.learning_rate={lower}"]
         words += ["--set", f"training.final_learning_rate={lower}"] if final > float(lower) else []
+        self.writer.wait()
         resumable = bool(checkpoints_in(self.directory / "checkpoints"))
         again = "go on from the last checkpoint, by --resume" if resumable else "train anew, by"
         return f"lower training.learning_rate (now {rate:g}) and {again} {' '.join(words)}"
