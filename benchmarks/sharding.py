@@ -41,6 +41,7 @@ from muntin.runtime import describe_hardware
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.matrices import MatrixExchange
 from muntin.training.distributed.ranks import Ranks, is_sharded, joined_processes, local
+from muntin.training.gradients import kept_buffers
 from muntin.training.memory.checkpointing import blocks_of
 from muntin.training.precision import resolve_precision
 from muntin.training.trainer import Trainer
@@ -87,13 +88,13 @@ def measure(ranks: Ranks, model_name: str, sharding: str, side: int, steps: int)
         trainer.update(step, images, target, done=0.5)
     rest = live_bytes() - before
     state = sum(local(value).nbytes for entry in trainer.optimizer.state.values() for value in entry.values())
-    peak = rest + peak_of(lambda: trainer._gradient(2, images, target))
+    peak = rest + peak_of(lambda: trainer._gradient(2, images, target, kept_buffers(trainer.model)))
     gradients = sum(local(p.grad).nbytes for p in trainer.model.parameters() if p.grad is not None)
     trainer.optimizer.zero_grad()
     times, updates = [], []
     for step in range(3, 3 + steps):
         started = time.perf_counter()
-        trainer._gradient(step, images, target)
+        trainer._gradient(step, images, target, kept_buffers(trainer.model))
         trainer.placement.reduce(trainer.model.parameters())
         reduced = time.perf_counter()
         trainer.placement.step(trainer.optimizer, trainer.scaler)

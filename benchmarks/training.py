@@ -51,6 +51,7 @@ from kept import Row, kept_row, now
 from muntin.data import Crops, open_source, prefetch
 from muntin.runtime import describe_hardware
 from muntin.training.config import Checkpointing
+from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.loss import Loss
 from muntin.training.memory.checkpointing import ActivationCheckpointing
 from muntin.training.memory.memory_format import channels_last, keep_freed_memory
@@ -58,7 +59,7 @@ from muntin.training.memory.peak import watch_peak
 from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import MIN_GAIN, TrainingPrecision, bf16_gain, cpu_computes_bf16, resolve_precision
 from muntin.training.recipe import Recipe
-from muntin.training.trainer import Trainer, WeightAverage
+from muntin.training.trainer import Trainer
 from options import at_least
 from resumed import demo_recipe
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from muntin.compression.quantization.qat import prepare_qat
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, local
-from muntin.training.loop import fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
+from muntin.training.run import fit
 from muntin.training.trainer import Trainer
 
 BATCH, SIDE, CLASSES = 12, 12, 3

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from muntin.training import fit, read_checkpoint
-from muntin.training.loop import FitProgress
+from muntin.training.progress.report import FitProgress
 from muntin.training.recovery import attempt
 from muntin.training.recovery.attempt import MARKER, Attempt
 from muntin.training.recovery.out_of_memory import MemoryUse
