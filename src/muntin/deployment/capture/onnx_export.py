@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muntin.artifact import Signature, Sizes
 from muntin.deployment.capture.model_contract import SizeError, check_example, reason_of
+from muntin.deployment.capture.plain_attention import PlainAttention
 from muntin.deployment.capture.shape_guards import check_bounds, check_conditions
 from muntin.errors import ExportError
 
@@ -109,7 +110,7 @@ def named_tensors_to_onnx(model: nn.Module, tensors: tuple[Tensor, ...], **optio
 
 def _exported(model: nn.Module, tensors: tuple[Tensor, ...], **options: Any) -> torch.onnx.ONNXProgram:
     # fused kernels for the CPU give strides to the answer with which maxvit's program cannot be decomposed (PyTorch 2.13)
-    with _quiet_exporter(), sdpa_kernel(SDPBackend.MATH):
+    with _quiet_exporter(), sdpa_kernel(SDPBackend.MATH), PlainAttention():
         program = torch.onnx.export(
             model,
             tensors,
