@@ -74,6 +74,7 @@ def _convert(model: Any, inputs: dict[str, NDArray[Any]], folder: Path) -> dict[
         pixels.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
         pixels.input().model().set_layout(openvino.Layout("NCHW"))
         converted = pixels.build()
+        converted.input().get_tensor().set_names({"images"})  # otherwise the name in the module's forward
     (folder / "converted").mkdir(exist_ok=True)
     openvino.save_model(converted, folder / "converted" / "model.xml", compress_to_fp16=False)
     return {"seconds": time.perf_counter() - started}

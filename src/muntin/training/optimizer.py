@@ -23,6 +23,7 @@ from muntin.training.config import TrainingConfig
 from muntin.training.distributed.matrices import MatrixExchange
 from muntin.training.distributed.ranks import is_sharded, local
 from muntin.training.distributed.stored_tensors import OPTIMIZER, StoredTensors
+from muntin.training.loss import at_least_float32
 
 MOMENTUM = 0.95
 LENGTH = 0.2
@@ -40,8 +41,8 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is its momentum with all singular values brought to about 1, times `LENGTH` and the root of its longer side. A
     convolution's kernel `(O, I, h, w)` is a matrix `(O, I·h·w)`. Weight decay is AdamW's. A matrix has one state tensor, the momentum.
     Cost of a step: 6·m²·n + 3·m³ multiply-adds for a matrix of m x n, m <= n; matrices of one shape are batched. `dtype`: of this
-    computation. `torch.optim.Muon` takes matrices only, one by one, in BF16, which many CPUs lack. `exchange`: of sharded
-    matrices.
+    computation; None: that of the matrices, at least FP32. `exchange`: of sharded matrices. `torch.optim.Muon` takes matrices only, one by
+    one, in BF16, which many CPUs lack.
 
     Source: Jordan et al., Muon (kellerjordan.github.io/posts/muon, 2024); length and decay: Liu et al. (2502.16982, section 2.2); one
     polynomial for each step: Amsel et al. (2505.16932, section 3.2). Deviations: three different polynomials instead of five equal ones
@@ -55,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         vectors: list[nn.Parameter],
         *,
         config: TrainingConfig,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         exchange: MatrixExchange | None = None,
     ) -> None:
         groups: list[dict[str, Any]] = [
@@ -131,11 +132,14 @@ class Muon(torch.optim.Optimizer):
         return [directions[number] for number in range(len(matrices))]
 
 
-def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N matrices with their singular vectors and all singular values near 1; values below a hundredth of the norm stay below 1."""
+def orthogonalised(x_NRC: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """N matrices with their singular vectors and all singular values near 1; values below a hundredth of the norm stay below 1.
+
+    `dtype`: of the products; None: that of the matrices, at least FP32.
+    """
     wide = x_NRC.shape[1] <= x_NRC.shape[2]
-    x = (x_NRC if wide else x_NRC.mT).float()
-    x = (x / x.norm(dim=(1, 2), keepdim=True).mul(1.01).clamp(min=1e-12)).to(dtype)  # the first polynomial is steep above 1
+    x = at_least_float32(x_NRC if wide else x_NRC.mT)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).mul(1.01).clamp(min=1e-12)).to(dtype or x.dtype)  # the first polynomial is steep above 1
     for a, b, c in _POLYNOMIALS:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -143,9 +147,9 @@ def orthogonalised(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def make_optimizer(
-    model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32, exchange: MatrixExchange | None = None
+    model: nn.Module, config: TrainingConfig, dtype: torch.dtype | None = None, exchange: MatrixExchange | None = None
 ) -> torch.optim.Optimizer:
-    """The optimiser of a recipe. `dtype`: of Muon's products. `exchange`: for sharded matrices.
+    """The optimiser of a recipe. `dtype`: of Muon's products, as of `Muon`. `exchange`: for sharded matrices.
 
     Muon takes the weights of linear layers and of convolutions without groups (quantised and factored ones too), AdamW the rest. The other
     optimisers take all. None decays vectors.

@@ -88,7 +88,7 @@ class Trainer:
         """What recovery changed, in words, since the list was emptied."""
         if ranks.count == 1 and config.sharding != "none":
             self.notes.append(f"training.sharding {config.sharding}: one process holds everything; torchrun starts several")
-        self.optimizer = make_optimizer(self.model, config, precision.dtype or torch.float32, self.placement.exchange)
+        self.optimizer = make_optimizer(self.model, config, precision.dtype, self.placement.exchange)
         self.placement.prepare(self.optimizer)
         self.scaler = precision.scaler()
         self.skipped = 0

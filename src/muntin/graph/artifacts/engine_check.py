@@ -31,6 +31,8 @@ INTEGER_LIMITS: PrecisionLimits = {
 value between two levels is rounded either way."""
 FLOAT_LIMITS: PrecisionLimits = {**INTEGER_LIMITS, "f32": GoldenTolerance(max_error=0.01, label_agreement=0.99)}
 """Limits for a graph without quantised products: in f32 only the order of sums differs."""
+WIDEST = 2.0
+"""Standard deviations that an engine may differ by at most, where integers themselves move an output as far."""
 
 
 class FallbackError(ExportError):
@@ -45,9 +47,12 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
     """Write a draft elsewhere, compare it in the engines, and write the artefact at `path` with the measured precision and tolerances.
 
     OpenVINO must compute what the graph says; where it cannot run the model at all, ONNX Runtime's tolerance alone is recorded, with a
-    note. Raises FallbackError for quantised products that it runs in floats, ExportError otherwise; nothing is written then.
+    note. An engine may differ from the graph as far as integers move its outputs (`measured["rounding"]`): at the edge of a letter, too,
+    which way a value between two levels is rounded decides. Raises FallbackError for quantised products that it runs in floats, ExportError
+    otherwise; nothing is written then.
     """
-    limits = INTEGER_LIMITS if any(record.activation_bits for record in content["layers"]) else FLOAT_LIMITS
+    integers = any(record.activation_bits for record in content["layers"])
+    limits, widened = _widened(content["measured"].get("rounding", {})) if integers else (FLOAT_LIMITS, [])
     with scratch_directory() as scratch:
         draft = scratch / "draft"
         write_tensor_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
@@ -58,10 +63,10 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
         engine_notes: list[str] = []
         refusal = ""
         try:
-            precision, engine_notes = _check_openvino(artifact, limits)
+            precision, engine_notes = _check_openvino(artifact, limits, integers)
             tolerances["openvino"] = limits
         except ArtifactError as error:
-            if limits is INTEGER_LIMITS and (named := products_in_message(content["model"], str(error))):
+            if integers and (named := products_in_message(content["model"], str(error))):
                 raise FallbackError(dict.fromkeys(named, "OpenVINO cannot compile it in integers here")) from error
             refusal = str(error).removeprefix(f"{draft}: ")
             engine_notes.append(f'to be opened with engine="onnxruntime": {refusal}')
@@ -76,14 +81,23 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
             tolerances["onnxruntime"] = limits
     if not tolerances:
         raise ExportError(f"no engine runs the model: openvino: {refusal}; onnxruntime: {problems[0]}; nothing was written")
-    measured = content["measured"] | {"notes": [*notes, *engine_notes]}
+    measured = content["measured"] | {"notes": [*notes, *widened, *engine_notes]}
     return write_tensor_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
 
 
-def _check_openvino(artifact: TensorArtifact, limits: PrecisionLimits) -> tuple[FloatPrecision, list[str]]:
+def _widened(rounding: Mapping[str, Mapping[str, float | None]]) -> tuple[PrecisionLimits, list[str]]:
+    """Return the limits for a graph of integers, and a note if they are wider than usual."""
+    moved = min(WIDEST, max((change["max_error"] or 0.0 for change in rounding.values()), default=0.0))
+    if moved <= INTEGER_LIMITS["f32"].max_error:
+        return INTEGER_LIMITS, []
+    limits = {name: limit.model_copy(update={"max_error": max(limit.max_error, moved)}) for name, limit in INTEGER_LIMITS.items()}
+    return limits, [f"integers move single values of an output by up to {moved:.2g} standard deviations; so engines may differ by as much"]
+
+
+def _check_openvino(artifact: TensorArtifact, limits: PrecisionLimits, integers: bool) -> tuple[FloatPrecision, list[str]]:
     """Return the precision of the float layers, and notes. Raises ArtifactError where OpenVINO cannot run the model."""
     exact = _opened(artifact, "openvino", "f32")
-    ending = "; nothing was written" + ("; products that are named in keep stay in floats" if limits is INTEGER_LIMITS else "")
+    ending = "; nothing was written" + ("; products that are named in keep stay in floats" if integers else "")
     if problems := _problems(exact, artifact, limits["f32"]):
         raise ExportError(f"openvino does not compute what the graph says: {problems[0]}{ending}")
     names, reasons = find_fallbacks(artifact.manifest.layers, exact.layers())
