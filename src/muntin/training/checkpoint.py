@@ -78,7 +78,7 @@ class CheckpointState(BaseModel):
     compression: CompressionRecord | None = None
     """None for checkpoints of `muntin fit`."""
     guard: GuardState = GuardState()
-    """Of the losses, with the number of batches that were left out."""
+    """State of the guard of the losses, with the number of batches that were left out."""
     memory: MemoryUse | None = None
     """What the run shrank to for lack of memory."""
     sha256: dict[str, str]

@@ -54,7 +54,7 @@ class BatchGradient:
         self._sums_S: Tensor | None = None
 
     def totals(self, sums_S: Tensor | None) -> Tensor:
-        """What the loss counts in these rows. `sums_S`: what `forward` returned, which tells the number of classes."""
+        """Counts of the loss in these rows. `sums_S`: what `forward` returned, which tells the number of classes."""
         classes = 0 if sums_S is None else (len(sums_S) - 2) // 2
         added: Tensor = torch.stack([self.loss.totals(target, classes) for _, _, target in self.parts]).sum(0)
         return added.to(self.precision.device)

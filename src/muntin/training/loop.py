@@ -1,10 +1,10 @@
-"""The training loop: a recipe in, a checkpoint out.
+"""The training loop: batches, steps, validations, checkpoints.
 
-    batch(step) -> autocast forward -> loss -> backward -> clip -> step -> averaged weights -> (validate, checkpoint)
+    batch(step) -> Trainer.update -> (validate, checkpoint); a bad batch: skip it, or go back to the last checkpoint
 
-A batch depends only on the recipe's seed and the step, and a checkpoint holds all other state. A resumed run therefore ends in the same
-bits as an uninterrupted one on the same machine, with the same number of threads and recipe. Exceptions: with `training.minutes` the
-learning rate depends on the clock, and the sums of CUDA have no fixed order.
+A batch depends only on the recipe's seed, the step, and the number of batches that were skipped before; a checkpoint holds all other state.
+A resumed run therefore ends in the same bits as an uninterrupted one on the same machine, with the same number of threads and recipe.
+Exceptions: with `training.minutes` the learning rate depends on the clock, and the sums of CUDA have no fixed order.
 
 Axes: B images, C channels, H W map.
 """

@@ -124,7 +124,7 @@ class Loss:
         return not self._overlaps
 
     def totals(self, target: Tensor, classes: int) -> Tensor:
-        """What is counted, float64: `(1,)` pictures or pixels, or `(1 + K,)` pixels and pixels of each class where overlaps count."""
+        """Counts, float64: `(1,)` pictures or pixels, or `(1 + K,)` pixels and pixels of each class where overlaps count."""
         if self.task != "segment":
             return torch.tensor([float(len(target))], dtype=torch.float64, device=target.device)
         counted_BN = (target != IGNORED).flatten(1)

@@ -32,7 +32,7 @@ _POLYNOMIALS = (8.0934, -23.6205, 17.4462), (3.6366, -2.7220, 0.5365), (2.6614, 
 """Coefficients a, b, c of a·x + b·x³ + c·x⁵, applied in order: each is the closest to 1 on the range of the one before, from 0.01 to 1."""
 _SCALER = ("scale", "_growth_tracker")
 _GROUP_STATE = ("k", "weight_sum", "lr_max")
-"""What Schedule-Free counts for a group of parameters."""
+"""Counters that Schedule-Free keeps for a group of parameters."""
 
 
 class Muon(torch.optim.Optimizer):

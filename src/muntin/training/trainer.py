@@ -85,7 +85,7 @@ class Trainer:
         self._in_budget = False
         self.guard = LossGuard(config.spike)
         self.notes: list[str] = []
-        """What recovery changed, in words, since the list was emptied."""
+        """Changes by recovery, in words, since the list was emptied."""
         if ranks.count == 1 and config.sharding != "none":
             self.notes.append(f"training.sharding {config.sharding}: one process holds everything; torchrun starts several")
         self.optimizer = make_optimizer(self.model, config, precision.dtype, self.placement.exchange)
@@ -253,12 +253,13 @@ class Trainer:
     def _end_smaller(self) -> None:
         """End this process, whose error the others cannot learn: they wait for it inside the model."""
         smaller = self.memory.smaller()
-        if smaller is not None:
-            raise MemoryShortError(
-                f"out of memory with {self.memory.text}: sharded processes cannot try again; started again, with --resume or by "
-                f"`torchrun --max-restarts`, they go on with {smaller.text}",
-                smaller,
-            )
+        if smaller is None:
+            raise MuntinError(f"out of memory with {self.memory.text}: take a smaller data.crop or model, or more processes")
+        raise MemoryShortError(
+            f"out of memory with {self.memory.text}: sharded processes cannot try again; started again, with --resume or by "
+            f"`torchrun --max-restarts`, they go on with {smaller.text}",
+            smaller,
+        )
 
     @property
     def shrunk(self) -> MemoryUse | None:

@@ -19,7 +19,7 @@ from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.tensors import TensorSession
 from muntin.runtime.verification.artifact import find_fallbacks
-from muntin.runtime.verification.tensors import batch_problems, replay_tensors
+from muntin.runtime.verification.tensors import LARGE, batch_problems, replay_tensors
 
 PrecisionLimits = Mapping[FloatPrecision, GoldenTolerance]
 INTEGER_LIMITS: PrecisionLimits = {
@@ -47,12 +47,12 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
     """Write a draft elsewhere, compare it in the engines, and write the artefact at `path` with the measured precision and tolerances.
 
     OpenVINO must compute what the graph says; where it cannot run the model at all, ONNX Runtime's tolerance alone is recorded, with a
-    note. An engine may differ from the graph as far as integers move its outputs (`measured["rounding"]`): at the edge of a letter, too,
-    which way a value between two levels is rounded decides. Raises FallbackError for quantised products that it runs in floats, ExportError
-    otherwise; nothing is written then.
+    note. An engine may differ from the graph as far as integers move outputs of many values (`measured["rounding"]`): at the edge of a
+    letter, which way a value between two levels is rounded decides. Raises FallbackError for quantised products that it runs in floats,
+    ExportError otherwise; nothing is written then.
     """
     integers = any(record.activation_bits for record in content["layers"])
-    limits, widened = _widened(content["measured"].get("rounding", {})) if integers else (FLOAT_LIMITS, [])
+    limits, widened = _widened(content) if integers else (FLOAT_LIMITS, [])
     with scratch_directory() as scratch:
         draft = scratch / "draft"
         write_tensor_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
@@ -85,8 +85,11 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
     return write_tensor_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
 
 
-def _widened(rounding: Mapping[str, Mapping[str, float | None]]) -> tuple[PrecisionLimits, list[str]]:
-    """Return the limits for a graph of integers, and a note if they are wider than usual."""
+def _widened(content: Mapping[str, Any]) -> tuple[PrecisionLimits, list[str]]:
+    """Return the limits for a graph of integers, and a note if they are wider than usual: only where all outputs have many values."""
+    rounding: Mapping[str, Mapping[str, float | None]] = content["measured"].get("rounding", {})
+    if any(tensor.size < LARGE for _, outputs in content["golden"] for tensor in outputs.values()):
+        return INTEGER_LIMITS, []
     moved = min(WIDEST, max((change["max_error"] or 0.0 for change in rounding.values()), default=0.0))
     if moved <= INTEGER_LIMITS["f32"].max_error:
         return INTEGER_LIMITS, []

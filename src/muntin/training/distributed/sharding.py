@@ -1,4 +1,4 @@
-"""What each process holds of a model in training, applied to the model from outside.
+"""Division of a model in training among processes, applied to the model from outside.
 
     none    parameters, gradients, optimiser state and average whole; gradients are added after the backward pass
     zero1   the same, with the optimiser state of each matrix in one process, which updates it and sends it to the others

@@ -29,7 +29,7 @@ _PARTS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCost:
-    """What recomputing a block frees, bytes, and takes, seconds."""
+    """Bytes that recomputing a block frees, and seconds that it takes."""
 
     kept: int
     seconds: float

@@ -1,1 +1,1 @@
-"""What a run tells while it goes on: its curve, its progress, the answer to Ctrl-C."""
+"""Output of a run while it goes on: its curve, its progress, the answer to Ctrl-C."""

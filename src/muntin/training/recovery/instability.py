@@ -23,7 +23,7 @@ WINDOW, LEAST = 100, 20
 
 
 class GuardState(BaseModel):
-    """What a guard has seen. `first`: losses of the first steps. `skipped`: batches that were left out, which moves the later ones."""
+    """State of a guard. `first`: losses of the first steps. `skipped`: batches that were left out, which moves the later ones."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,7 +42,7 @@ class LossGuard:
         self.state = GuardState() if state is None else state.model_copy(deep=True)
 
     def fault(self, loss: float) -> str:
-        """What is wrong with a loss, in words; empty if nothing is."""
+        """Return the fault of a loss in words; empty if there is none."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         recent, first = self.state.recent, self.state.first

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,8 @@ def memory_bound(limit: int | None) -> Iterator[None]:
         raise DependencyError(f"training.memory {limit:,} bytes: this system does not tell a process's memory (Linux does): leave it out")
     if limit <= held:
         raise RecipeError(f"training.memory {limit:,} bytes: the process holds {held:,} before the first step: give more")
+    import resource  # Windows has none
+
     before = resource.getrlimit(resource.RLIMIT_DATA)
     bound = data + limit - held
     resource.setrlimit(resource.RLIMIT_DATA, (bound if before[1] == resource.RLIM_INFINITY else min(bound, before[1]), before[1]))

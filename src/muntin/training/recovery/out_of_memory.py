@@ -1,4 +1,4 @@
-"""What a run does when memory is short: smaller micro-batches first, then more of the forward pass computed again.
+"""Reaction to a lack of memory: smaller micro-batches first, then more of the forward pass computed again.
 
 Neither changes the mathematics of a step (see `gradients`), so a run that had to shrink ends where a roomy one does, up to rounding.
 """
@@ -62,7 +62,7 @@ def remember_use(directory: Path, use: MemoryUse) -> None:
 
 
 def remembered_use(directory: Path) -> MemoryUse | None:
-    """What `remember_use` has written."""
+    """Read what `remember_use` has written; None if nothing."""
     file = directory / SMALLER
     return MemoryUse.model_validate_json(file.read_bytes()) if file.is_file() else None
 
