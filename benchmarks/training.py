@@ -101,7 +101,7 @@ def plain_step(recipe: Recipe, model: nn.Module, flags: Row, device: str) -> Ste
     ActivationCheckpointing(model).apply_all(level)
     average, optimizer = WeightAverage(model, config.average), make_optimizer(model, config)
     loss = Loss(task=recipe.task, overlap=config.overlap_loss, chunked=flags.get("chunked", False))
-    forward = torch.compile(model) if flags.get("compile") else model
+    forward = torch.compile(model, dynamic=False) if flags.get("compile") else model
 
     def step(number: int, images: Tensor, target: Tensor) -> float:
         for group in optimizer.param_groups:

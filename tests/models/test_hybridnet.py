@@ -109,6 +109,15 @@ def test_batch_independence(task: Task, size: tuple[int, int]) -> None:
         torch.testing.assert_close(model(x_BCHW), torch.cat([model(x[None]) for x in x_BCHW]), rtol=0, atol=1e-9)
 
 
+def test_training_graph_without_breaks() -> None:
+    """The whole model is one graph for torch.compile while it trains, on a map that windows do not divide, too."""
+    torch.manual_seed(0)
+    model = create_model("hybrid-xxs", task="segment", classes=4).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    x_BCHW = torch.randn(2, 3, 72, 40)
+    torch.testing.assert_close(compiled(x_BCHW), model(x_BCHW))
+
+
 def test_batch_of_16_against_two_of_8() -> None:
     model = create_model("hybrid-xs").double().train()
     x_BCHW, weight_BCHW = image(16, 3, 33, 40).double(), torch.randn(16, 2, 33, 40).double()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.errors import MuntinError
-from muntin.layers.windows import Grid
+from muntin.layers.windows import Grid, cut, merge
 
 GROUP = 8
 """Number of samples that share statistics while training, by default."""
@@ -74,16 +74,8 @@ class TokenNorm(_GroupedNorm):
         if not self.training:
             a_C, b_C = self.affine()
             return t_STC * a_C.to(t_STC.dtype) + b_C.to(t_STC.dtype)
-        padded = grid.window is not None and (grid.height % grid.window or grid.width % grid.window)
-        if padded and grid.bias_S1T is not None:
-            return self._normalise_real(t_STC, grid.bias_S1T.squeeze(1) == 0, self.group * grid.rows * grid.columns)
+        if grid.window is not None and (grid.height % grid.window or grid.width % grid.window):
+            x_BCHW = merge(t_STC, grid).permute(0, 3, 1, 2)
+            return cut(self._normalise_groups(x_BCHW, self.group).permute(0, 2, 3, 1).to(t_STC.dtype), grid)
         x_SCT1 = t_STC.transpose(1, 2).unsqueeze(-1)  # a view in channels-last order: PyTorch's fast path
         return self._normalise_groups(x_SCT1, self.group * grid.rows * grid.columns).squeeze(-1).transpose(1, 2)
-
-    def _normalise_real(self, t_STC: Tensor, real_ST: Tensor, group: int) -> Tensor:
-        parts = []
-        for part_STC, keep_ST in zip(torch.split(t_STC, group), torch.split(real_ST, group), strict=True):
-            normalised = torch.zeros_like(part_STC)
-            normalised[keep_ST] = self._normalise(part_STC[keep_ST]).to(part_STC.dtype)
-            parts.append(normalised)
-        return torch.cat(parts)

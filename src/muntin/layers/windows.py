@@ -45,20 +45,28 @@ def partition(x_BHWC: Tensor, window: int | None) -> tuple[Tensor, Grid]:
 
     `window`: side of the windows, tokens. None takes each image as one window of H·W tokens, without padding.
     """
-    batch, height, width, channels = x_BHWC.shape
+    batch, height, width, _ = x_BHWC.shape
     if window is None:
         grid = Grid(batch=batch, height=height, width=width, window=None, rows=1, columns=1, bias_S1T=None)
-        return x_BHWC.reshape(batch, height * width, channels), grid
+        return cut(x_BHWC, grid), grid
     rows, columns = (height + window - 1) // window, (width + window - 1) // window
-    x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns * window - width, 0, rows * window - height))
-    x = x_BHWC.reshape(batch, rows, window, columns, window, channels).permute(0, 1, 3, 2, 4, 5)
-    t_STC = x.reshape(batch * rows * columns, window * window, channels)
-    y_inside = torch.arange(rows * window, device=x.device).reshape(rows, 1, window, 1) < height
-    x_inside = torch.arange(columns * window, device=x.device).reshape(1, columns, 1, window) < width
+    y_inside = torch.arange(rows * window, device=x_BHWC.device).reshape(rows, 1, window, 1) < height
+    x_inside = torch.arange(columns * window, device=x_BHWC.device).reshape(1, columns, 1, window) < width
     bias = x_BHWC.new_zeros(()).where(y_inside & x_inside, hidden(x_BHWC.dtype))
     bias_1RT = bias.reshape(1, rows * columns, window * window)
     bias_S1T = bias_1RT.expand(batch, rows * columns, window * window).reshape(batch * rows * columns, 1, window * window)
-    return t_STC, Grid(batch=batch, height=height, width=width, window=window, rows=rows, columns=columns, bias_S1T=bias_S1T)
+    grid = Grid(batch=batch, height=height, width=width, window=window, rows=rows, columns=columns, bias_S1T=bias_S1T)
+    return cut(x_BHWC, grid), grid
+
+
+def cut(x_BHWC: Tensor, grid: Grid) -> Tensor:
+    """Cut another map of the same size into windows, `(S, T, C)`, zeros in the padding; `merge` undoes it."""
+    channels, window = x_BHWC.shape[-1], grid.window
+    if window is None:
+        return x_BHWC.reshape(grid.batch, grid.height * grid.width, channels)
+    x_BHWC = F.pad(x_BHWC, (0, 0, 0, grid.columns * window - grid.width, 0, grid.rows * window - grid.height))
+    x = x_BHWC.reshape(grid.batch, grid.rows, window, grid.columns, window, channels).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(-1, window * window, channels)
 
 
 def merge(t_STC: Tensor, grid: Grid) -> Tensor:

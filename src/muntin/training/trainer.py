@@ -93,7 +93,8 @@ class Trainer:
         self.scaler = precision.scaler()
         self.skipped = 0
         self.closing: GateClosing | None = None
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model) if config.compile else self.model
+        # crops are of one size; symbolic sizes make torch 2.13's compiler fail (pytorch#188226)
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.model, dynamic=False) if config.compile else self.model
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the state of a checkpoint of the same model."""
