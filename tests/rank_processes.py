@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.quantization.qat import prepare_qat
+from muntin.models import create_model
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, local
 from muntin.training.precision import resolve_precision
@@ -91,9 +92,12 @@ def curves(*runs: dict[str, Any]) -> list[Curve]:
         return [_curve(ranks, **run) for run in runs]
 
 
-def _curve(ranks: Ranks, *, steps: int, quantized: bool = False, **options: Any) -> Curve:
+SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [2], "head_dim": 16, "window": 2, "latents": 4, "decoder": 16, "pairs": [1, 1]}
+
+
+def _curve(ranks: Ranks, *, steps: int, quantized: bool = False, hybrid: bool = False, **options: Any) -> Curve:
     torch.manual_seed(0)
-    model: nn.Module = Plain()
+    model = create_model("hybrid-xs", task="segment", classes=CLASSES, options=SMALL) if hybrid else Plain()
     if quantized:
         prepare_qat([rows(99)[0].float()], bits=8)(model.eval())
     config = TrainingConfig.model_validate({"steps": steps, "batch_size": BATCH, "average": 0.9} | options)

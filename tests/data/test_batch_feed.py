@@ -13,6 +13,7 @@ import torch
 from muntin.data import batch_feed
 from muntin.data.batch_feed import BatchFeed, ImageBatch, prefetch, worker_count
 from muntin.errors import DataError
+from muntin.runtime.host.hardware import usable_cores
 
 
 class Numbered:
@@ -127,6 +128,11 @@ def test_prefetch_with_several_workers_at_once() -> None:
 )
 def test_worker_count(requested: int | None, device: str, cores: int, count: int) -> None:
     assert worker_count(requested, device=device, cores=cores) == count
+
+
+def test_workers_of_processes_that_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(usable_cores()))
+    assert worker_count(None, device="cuda") == 1
 
 
 class Clock:

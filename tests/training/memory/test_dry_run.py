@@ -55,6 +55,10 @@ def test_advice(result: DryRun) -> None:
     )
     lever = Lever(name="checkpointing full", settings=("training.checkpointing=full",), peak=1 << 29, measured=True, fits=True)
     assert dataclasses.replace(over, levers=(lever,)).advice.endswith(": --set training.checkpointing=full makes it 512.0 MiB, as measured")
+    lever = Lever(name="sharding zero3 over 2 processes", settings=("training.sharding=zero3",), peak=1 << 29, measured=False, fits=True)
+    assert dataclasses.replace(over, levers=(lever,)).advice.endswith(
+        ": by formula, sharding zero3 over 2 processes makes it fit: --set training.sharding=zero3, started by torchrun"
+    )
     assert dataclasses.replace(over, fits=True).advice == ""
 
 

@@ -29,6 +29,7 @@ from muntin.training.config import Sharding
 from muntin.training.distributed.averaging import STATISTICS, ShardedAverage, WeightAverage
 from muntin.training.distributed.matrices import MatrixExchange
 from muntin.training.distributed.ranks import ProcessGroup, Ranks, is_sharded, local, spread
+from muntin.training.memory.checkpointing import entry_of
 from muntin.training.memory.memory_format import channels_last
 from muntin.training.recovery.out_of_memory import inseparable_rows
 
@@ -130,7 +131,7 @@ class FullySharded(Placement):
 
     def place(self, model: nn.Module, blocks: Iterable[nn.Module], decay: float) -> WeightAverage:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard  # importing it takes a second
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method  # importing it takes a second
 
         self._copy_first(model)
         for parameter in model.parameters():
@@ -143,6 +144,8 @@ class FullySharded(Placement):
         for module in (*_separate(model, blocks), model):
             module.register_forward_hook(_without_views)
             fully_shard(module, mesh=mesh, reshard_after_forward=self.reshard, ignored_params=whole)
+            if (entry := entry_of(module)) != "forward":
+                register_fsdp_forward_method(module, entry)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

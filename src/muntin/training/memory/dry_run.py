@@ -86,9 +86,9 @@ class DryRun:
         lever = next((lever for lever in self.levers if lever.fits), None)
         if lever is None:
             return f"{text}: no lever makes it fit: take a smaller data.crop or model, or more memory"
-        if not lever.settings:
-            return f"{text}: by formula, {lever.name} makes it fit"
         words = " ".join(f"--set {word}" for word in lever.settings)
+        if not lever.measured:
+            return f"{text}: by formula, {lever.name} makes it fit: {words}, started by torchrun"
         return f"{text}: {words} makes it {size(lever.peak or 0)}, as measured"
 
 
@@ -284,5 +284,6 @@ def _sharded(trainer: Trainer, states: list[MemoryEntry], process: int, activati
             rows = min(micro_batch, batch // count)
             peak = rest + each + shared // count + activations * rows // micro_batch
             if count == counts[-1] or limit is None or peak <= limit:
-                yield Lever(name=f"sharding {level} over {count} processes", settings=(), peak=peak, measured=False, fits=None)
+                settings = (f"training.sharding={level}",)
+                yield Lever(name=f"sharding {level} over {count} processes", settings=settings, peak=peak, measured=False, fits=None)
                 break
