@@ -8,8 +8,8 @@ in each. P are the bytes of the parameters, N the processes, B those of the larg
 
 rest    measured: storages of all tensors that live after a step
         formula: none 2 P + S; zero1 2 P + S / N; zero2, zero3 (2 P + S) / N
-peak    measured: rest, and the most that is allocated at once until the last gradient is there, less the activations of one process
-        formula: none, zero1 rest + P; zero2 rest + P; zero3 rest + P / N + 3 B (a block, its gradient, a message)
+peak    measured: rest, and what the system gave beyond it until the last gradient is there, less the activations of one process
+        formula: none, zero1 rest + P; zero2 rest + P + P / N + 2 B; zero3 rest + P / N + 3 B (a block, its gradient, a message)
 
 S is the optimiser's state: 1 P for the matrices (momentum) and 2 P for the rest (moments), without vectors where zero1 divides. A parameter
 and its average are 2 P. `step_ms` is a whole step, `update_ms` the optimiser's part, `exchange_ms` the two messages in which Muon's
@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,7 +34,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from kept import Row, kept_row
 from muntin.models import create_model
@@ -43,6 +43,7 @@ from muntin.training.distributed.matrices import MatrixExchange
 from muntin.training.distributed.ranks import Ranks, is_sharded, joined_processes, local
 from muntin.training.gradients import kept_buffers
 from muntin.training.memory.checkpointing import blocks_of
+from muntin.training.memory.peak import watch_peak
 from muntin.training.precision import resolve_precision
 from muntin.training.trainer import Trainer
 from options import at_least
@@ -60,16 +61,14 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def peak_of(work: Any) -> int:
-    """The most bytes that a call has allocated and not yet freed, between operators."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+def peak_of(work: Callable[[], object]) -> int:
+    """The most bytes of memory that a call has taken from the system beyond those before. FSDP frees storages outside of operators, which
+    PyTorch's profiler does not see."""
+    work()  # libraries and communication take their own memory at the first call
+    gc.collect()
+    with watch_peak("cpu") as watch:
         work()
-    changes = sorted((e.time_range.start, e.self_cpu_memory_usage) for e in recorded.events())
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
+    return watch.peak or 0
 
 
 def measure(ranks: Ranks, model_name: str, sharding: str, side: int, steps: int) -> Row:
@@ -88,7 +87,12 @@ def measure(ranks: Ranks, model_name: str, sharding: str, side: int, steps: int)
         trainer.update(step, images, target, done=0.5)
     rest = live_bytes() - before
     state = sum(local(value).nbytes for entry in trainer.optimizer.state.values() for value in entry.values())
-    peak = rest + peak_of(lambda: trainer._gradient(2, images, target, kept_buffers(trainer.model)))
+
+    def gradient() -> None:
+        trainer.optimizer.zero_grad()
+        trainer._gradient(2, images, target, kept_buffers(trainer.model))
+
+    peak = rest + peak_of(gradient)
     gradients = sum(local(p.grad).nbytes for p in trainer.model.parameters() if p.grad is not None)
     trainer.optimizer.zero_grad()
     times, updates = [], []
@@ -130,6 +134,7 @@ def work(environment: dict[str, str], pipe: Any, arguments: tuple[Any, ...]) -> 
 def row(count: int, *arguments: Any) -> Row:
     """The figures of the process with the highest peak."""
     context = multiprocessing.get_context("spawn")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # larger tensors go back to the system as soon as they are freed
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     pipes = []
@@ -159,7 +164,7 @@ def with_formulas(rows: list[Row]) -> list[Row]:
             "zero3": (2 * whole + state) / count,
         }[sharding]
         more = {
-            "none": whole, "zero1": whole, "zero2": whole,
+            "none": whole, "zero1": whole, "zero2": whole + whole / count + 2 * entry["block"],
             "zero3": whole / count + 3 * entry["block"],
         }[sharding]  # fmt: skip
         entry["rest_formula"], entry["peak_formula"] = held, held + more

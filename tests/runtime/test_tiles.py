@@ -281,7 +281,7 @@ def test_memory_of_tiled_labels() -> None:
         ("segment", {"overlap": 4}, "without tile"),
         ("segment", {"output": "image"}, "labels, scores"),
         ("segment", {"output": "mask"}, "labels, scores"),
-        ("segment", {"exact": True}, "exact=True: this version of muntin does not run plans"),
+        ("segment", {"exact": True}, "needs a session of an artefact"),
         ("classify", {"tile": 8}, "leave tile out"),
         ("classify", {"output": "labels"}, "give one of scores"),
         ("restore", {"output": "labels"}, "image, scores"),

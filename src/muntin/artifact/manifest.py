@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from muntin.artifact.classes import ClassInfo
+from muntin.artifact.plan import TilePlan
 from muntin.artifact.sizes import Sizes
 from muntin.artifact.tensors import DimName, DimSize, TensorSignature
 from muntin.errors import ArtifactError
@@ -145,7 +146,7 @@ class AnyManifest(_Frozen):
     passes: tuple[dict[str, JsonValue], ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     tensors: dict[str, TensorRecord] = {}
-    plan: dict[str, JsonValue] | None = None
+    plan: TilePlan | None = None
     precision: FloatPrecision = "f32"
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}

@@ -46,6 +46,7 @@ from muntin.artifact.manifest import (
     render_manifest,
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
+from muntin.artifact.plan import TilePlan
 from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.errors import ArtifactError
 
@@ -222,7 +223,7 @@ def write_artifact(
     packing: Packing | None = None,
     layers: Iterable[LayerRecord] = (),
     passes: Iterable[Mapping[str, Any]] = (),
-    plan: Mapping[str, Any] | None = None,
+    plan: TilePlan | None = None,
     precision: FloatPrecision = "f32",
     measured: Mapping[str, Any] | None = None,
     created: str | None = None,
@@ -243,7 +244,7 @@ def write_artifact(
         "example": example,
         "layers": tuple(layers),
         "passes": tuple(dict(entry) for entry in passes),
-        "plan": None if plan is None else dict(plan),
+        "plan": plan,
         "precision": precision,
         "measured": dict(measured or {}),
         "created": created,

@@ -11,11 +11,13 @@ from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.deployment.capture.graph_check import sensitivity
 from muntin.deployment.capture.model_contract import FAR_OFF, Pairs, SizeError
+from muntin.deployment.tile_plan import plan_fault, plan_of
 from muntin.errors import ArtifactError
 from muntin.graph.artifacts.compile_errors import products_in_message
 from muntin.graph.artifacts.engine_check import FLOAT_LIMITS, FallbackError
 from muntin.graph.artifacts.engine_check import INTEGER_LIMITS as LIMITS
 from muntin.runtime import Session, load
+from muntin.runtime.exact_tiles.run import NO_PLAN
 from muntin.runtime.options import Precision
 from muntin.runtime.verification.artifact import find_fallbacks, replay
 
@@ -32,9 +34,13 @@ def write_checked(path: Path, content: dict[str, Any], others: Pairs, notes: lis
     """
     integers = any(record.activation_bits for record in content["layers"])
     limits, note = _limits(content, integers=integers)
+    content["plan"] = plan_of(content)
     with scratch_directory() as scratch:
         draft = scratch / "draft"
         write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
+        if content["plan"] is not None and (fault := plan_fault(draft, content["plan"], content["golden"][0][0][0])) is not None:
+            content["plan"] = None
+            content["measured"][NO_PLAN] = fault
         try:
             precision, tolerances, engine_notes = _compare_engines(draft, content, limits, others)
         except ArtifactError as error:  # its message begins with the draft's path, which says nothing to a user

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Signature, Sizes
+from muntin.artifact import AnyArtifact, Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.thread_pool import thread_pool
+
+if TYPE_CHECKING:
+    from muntin.runtime.options import SessionOptions
 
 STATIC_SHAPES = 4
 """Input sizes, beside those given to `warm_up`, that an engine keeps compiled."""
@@ -58,6 +61,8 @@ class AnySession(ABC, Generic[GivenT, AnswerT]):
         self.precision = precision
         self.threads = threads
         self.streams = streams
+        self.opened: tuple[AnyArtifact, SessionOptions] | None = None
+        """The artefact, and how it was opened; None for a session without one."""
 
     @abstractmethod
     def __call__(self, batch: GivenT, /) -> AnswerT:

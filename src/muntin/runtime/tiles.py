@@ -32,6 +32,7 @@ from muntin.artifact import Sides, Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
 from muntin.images.rasters import Raster
+from muntin.runtime.exact_tiles.run import exact_tiles
 from muntin.runtime.session import check_pixels
 from muntin.runtime.tensors import TensorSession
 
@@ -87,13 +88,17 @@ def predict(
     "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles. Pictures of sizes
     that the model does not take are resized, tiled or extended as the module says.
 
-    Raises DataError for arguments that are not allowed. `exact=True` (equal to one untiled call) is an error in this version: nothing is
-    approximated silently.
+    `exact`: the answer of one untiled call, whatever the picture's size, by the plan of the session's artefact (`runtime.exact_tiles`).
+    `tile` is then the side of its tiles, by default 1024, and neighbours share no pixels.
+
+    Raises DataError for arguments that are not allowed, ArtifactError for `exact` where the artefact has no plan.
     """
     check_image_session(session)
     signature = session.signature
     output = _check_output(signature, output)
     tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=overlap, exact=exact)
+    if exact:
+        return _exact(session, image_HWC, tile, output, progress)
     if signature.task == "classify":
         scores_K = _call(session, _classified_part(image_HWC, signature))
         if progress is not None:
@@ -105,9 +110,38 @@ def predict(
     for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
         if result is None:
             result = _empty(output, signature, len(scores_KhW), height, width)
-        _emit(output, result, row, scores_KhW[:, : height - row, :width])
+        done = slice(row, min(row + scores_KhW.shape[1], height))
+        _emit(output, result[:, done] if output == "scores" else result[done], scores_KhW[:, : height - row, :width])
     if result is None:
         raise AssertionError("a picture has at least one tile")
+    return result
+
+
+def _exact(
+    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, tile: int | None, output: Output, progress: Progress | None
+) -> NDArray[Any]:
+    signature, (height, width) = session.signature, image_HWC.shape[:2]
+    scale, taken = signature.scale, signature.sizes.at_least(height, width)
+    if taken[0] < height or taken[1] < width:
+        raise DataError(
+            f"a picture of {height} x {width} pixels: the model takes {signature.sizes.text}: leave exact out for blended tiles"
+        )
+
+    def read(top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
+        first, start = min(top, height - 1), min(left, width - 1)
+        part_HWC = extended(image_HWC[first:bottom, start:right], bottom - first, right - start)
+        return np.ascontiguousarray(part_HWC[top - first :, left - start :])
+
+    result = _empty(output, signature, signature.outputs, scale * height, scale * width)
+    for (top, left, bottom, right), scores_Khw in exact_tiles(session, tile).blocks(read, *taken, progress):
+        part = (
+            result[..., scale * top : scale * bottom, scale * left : scale * right]
+            if output != "image"
+            else (result[scale * top : scale * bottom, scale * left : scale * right])
+        )
+        rows, columns = part.shape[:2] if output == "image" else part.shape[-2:]
+        if rows and columns:
+            _emit(output, part, scores_Khw[:, :rows, :columns])
     return result
 
 
@@ -265,14 +299,14 @@ def _empty(output: Output, signature: Signature, channels: int, height: int, wid
     return np.empty((height, width, channels), np.uint8)
 
 
-def _emit(output: Output, result: NDArray[Any], row: int, scores_KhW: NDArray[np.float32]) -> None:
-    rows = slice(row, row + scores_KhW.shape[1])
+def _emit(output: Output, part: NDArray[Any], scores_Khw: NDArray[np.float32]) -> None:
+    """Write scores to their part of the result."""
     if output == "labels":
-        result[rows] = scores_KhW.argmax(axis=0)
+        part[:] = scores_Khw.argmax(axis=0)
     elif output == "scores":
-        result[:, rows] = scores_KhW
+        part[:] = scores_Khw
     else:
-        result[rows] = np.rint(scores_KhW).clip(0, 255).transpose(1, 2, 0)
+        part[:] = np.rint(scores_Khw).clip(0, 255).transpose(1, 2, 0)
 
 
 def _check_output(signature: Signature, output: Output | None) -> Output:
@@ -287,10 +321,7 @@ def _check_output(signature: Signature, output: Output | None) -> Output:
 def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, exact: bool = False) -> tuple[int | None, int | None]:
     """Returns the tile's side and the overlap for `predict`. Raises DataError for values that are not allowed."""
     if exact:
-        raise DataError(
-            "exact=True: this version of muntin does not run plans for exact tiles: leave it out for blended tiles, and `tile` too for the "
-            "whole picture in one call"
-        )
+        return _check_exact(session, tile, overlap), None
     if tile is None:
         if overlap is not None:
             raise DataError(f"overlap={overlap} without tile: give the tile's side too, or leave overlap out")
@@ -309,6 +340,16 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
     if not _is_whole(overlap) or not 0 <= overlap < tile:
         raise DataError(f"overlap={overlap!r} with tile={tile}: give a whole number of pixels from 0 to {tile - 1}")
     return tile, int(overlap)
+
+
+def _check_exact(session: Predictor, tile: int | None, overlap: int | None) -> int | None:
+    if session.signature.task == "classify":
+        raise DataError('exact=True for a "classify" model: a picture has one answer, leave it out')
+    if overlap is not None:
+        raise DataError(f"overlap={overlap} with exact=True: exact tiles share no pixels, leave it out")
+    if tile is not None and (not _is_whole(tile) or tile < 1):
+        raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None")
+    return None if tile is None else int(tile)
 
 
 def _is_whole(value: object) -> bool:

@@ -91,6 +91,7 @@ def open_any_session(artifact: Artifact | TensorArtifact, options: SessionOption
         session = ENGINES[options.engine](artifact, options)
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{options.engine}" needs the package {error.name}: pip install {error.name}') from error
+    session.opened = artifact, options
     if isinstance(artifact, TensorArtifact):
         assert isinstance(session, TensorSession)
         sizes = artifact.manifest.example
