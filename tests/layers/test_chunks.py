@@ -122,7 +122,8 @@ def test_models_in_chunks() -> None:
     assert {type(each).__name__ for each in perceptrons_of(vit).values()} == {"Mlp"} and len(perceptrons_of(vit)) == 12
     random = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4))
     mixing = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    assert perceptrons_of(nn.ModuleList([random, mixing])) == {}
+    maps = nn.Sequential(nn.LayerNorm([4, 4]), nn.Linear(4, 8), nn.Linear(8, 4))
+    assert perceptrons_of(nn.ModuleList([random, mixing, maps])) == {}
     with pytest.raises(ValueError, match="memory=0: give at least 1 byte"), chunked(vit, memory=0):
         pass
 

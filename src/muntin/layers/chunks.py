@@ -38,8 +38,8 @@ from muntin.layers.ops import DenseProduct, Product, SoftmaxProduct
 from muntin.layers.windows import Grid
 
 ModuleCall = Callable[..., Any]
-_BY_TOKEN = (nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LayerNorm, ChannelGate)
-"""Layers that compute each token on its own (`ChannelGate` as the perceptrons use it, over the last axis)."""
+_BY_TOKEN = (nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
+"""Layers that compute each token on its own."""
 
 
 @contextmanager
@@ -105,17 +105,21 @@ def perceptrons_of(model: nn.Module) -> dict[str, nn.Module]:
     kinds: tuple[type[nn.Module], ...] = (Perceptron, nn.Sequential)
     if timm_layers is not None:
         kinds += (timm_layers.Mlp, timm_layers.GluMlp, timm_layers.SwiGLU)
-
-    def by_token(layer: nn.Module) -> bool:
-        return isinstance(layer, _BY_TOKEN) or (isinstance(layer, nn.Dropout) and layer.p == 0)
-
     return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, kinds)
-        and all(by_token(layer) for layer in module.children())
+        and all(_is_by_token(layer) for layer in module.children())
         and sum(isinstance(layer, nn.Linear) for layer in module.children()) > 1
     }
+
+
+def _is_by_token(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.LayerNorm):
+        return len(layer.normalized_shape) == 1
+    if isinstance(layer, ChannelGate):
+        return layer.axis == -1
+    return isinstance(layer, _BY_TOKEN) or (isinstance(layer, nn.Dropout) and layer.p == 0)
 
 
 def rows_within(memory: int, row_bytes: int, rows: int) -> int:
