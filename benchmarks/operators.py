@@ -14,7 +14,7 @@ to 8192 tokens, as its scores take 24 bytes for each pair of tokens), `loss` (cr
     differs    largest difference from the whole operator's answer and gradients, as a share of the largest value of each
 
 The tests count tensors, which stay within the bound; a process's peak also has memory that its allocator keeps. Goals at 65536 tokens: MiB
-within the bound and 8 MiB; inference at most 1.2 times, a gradient at most 1.6 times the time. Rows measured already are not measured again.
+within the bound and 8 MiB; inference at most 1.2 times, a gradient at most 1.6 times the time. Rows measured already are kept.
 Time on two cores: five minutes. Run it alone.
 """
 
