@@ -11,8 +11,8 @@ same steps on the same crops, in a process of its own:
     compile         torch.compile
     allocator       freed memory kept in the process (glibc)
     prefetch        crops cut in a thread while a step computes
-    chunked         the loss one image at a time
-    selective, full what checkpointing recomputes; chunked loss, and perceptrons in chunks (full)
+    chunked         the loss within 16 MiB of temporaries
+    selective, full what checkpointing recomputes; chunked loss, and operators in chunks of 16 MiB (full)
     all, compiled   `muntin fit` with BF16 where it is faster, compiled
     all, selective  the same with checkpointing instead of the compiler; `all, full` likewise; `all` without either
     fabric, accelerate   (`--peers`) the same model, loss, optimiser and crops trained by Lightning Fabric and by Accelerate, each in
@@ -53,7 +53,7 @@ from muntin.runtime import describe_hardware
 from muntin.training.config import Checkpointing
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.loss import Loss
-from muntin.training.memory.checkpointing import ActivationCheckpointing
+from muntin.training.memory.checkpointing import OPERATOR_MEMORY, ActivationCheckpointing
 from muntin.training.memory.memory_format import channels_last, keep_freed_memory
 from muntin.training.memory.peak import watch_peak
 from muntin.training.optimizer import make_optimizer
@@ -98,9 +98,9 @@ def plain_step(recipe: Recipe, model: nn.Module, flags: Row, device: str) -> Ste
         channels_last(model)
     order = torch.channels_last if flags.get("channels_last") else torch.contiguous_format
     level: Checkpointing = flags.get("checkpointing", "none")
-    ActivationCheckpointing(model).apply_all(level)
+    ActivationCheckpointing(model).apply_all(level, OPERATOR_MEMORY if level == "full" else None)
     average, optimizer = WeightAverage(model, config.average), make_optimizer(model, config)
-    loss = Loss(task=recipe.task, overlap=config.overlap_loss, chunked=flags.get("chunked", False))
+    loss = Loss(task=recipe.task, overlap=config.overlap_loss, memory=OPERATOR_MEMORY if flags.get("chunked") else None)
     forward = torch.compile(model, dynamic=False) if flags.get("compile") else model
 
     def step(number: int, images: Tensor, target: Tensor) -> float:

@@ -1,12 +1,16 @@
-"""Helpers of tests on models: pixels, answers, norms with statistics, changes by layer."""
+"""Helpers of tests on models: pixels, answers, norms with statistics, changes by layer, memory of tensors."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from muntin.errors import MuntinError
 from muntin.models import Change
@@ -75,3 +79,28 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
         assert tensors.keys() == other.tensors[file].keys()
         for name, value in tensors.items():
             assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operators make inside the block: `live` now, `peak` at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._counted: set[int] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (place := tensor.untyped_storage()._cdata) not in given | self._counted:
+                storage = tensor.untyped_storage()
+                self._counted.add(place)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, place, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, place: int, size: int) -> None:
+        self._counted.discard(place)
+        self.live -= size

@@ -74,13 +74,6 @@ def test_channel_conversion(tmp_path: Path) -> None:
     one_line(error, "has 3 channels, 4 are wanted")
 
 
-def test_palette_with_transparency(tmp_path: Path) -> None:
-    image = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8))
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.save(tmp_path / "p.png", transparency=b"\x00\x80")
-    assert read_image(tmp_path / "p.png").tolist() == [[[10, 20, 30], [200, 100, 50]], [[200, 100, 50], [10, 20, 30]]]
-
-
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:

@@ -55,7 +55,7 @@ def picture(height: int, width: int, channels: int = 2) -> NDArray[np.uint8]:
     return np.random.default_rng(height * 1000 + width).integers(0, 256, (height, width, channels)).astype(np.uint8)
 
 
-sides, tiles = st.integers(1, 40), st.integers(1, 48)
+sides, tiles = st.integers(1, 70), st.integers(1, 80)
 
 
 @given(height=sides, width=sides, tile=tiles, data=st.data(), scale=st.integers(1, 3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from muntin.training.config import TrainingConfig
@@ -48,3 +50,9 @@ def test_expected_steps(step: int, seconds: float, steps: int) -> None:
 def test_minutes_out_of_range(minutes: float) -> None:
     with pytest.raises(ValueError, match="minutes"):
         TrainingConfig(minutes=minutes)
+
+
+@pytest.mark.parametrize("other", [{"compile": True}, {"checkpointing": "selective"}])
+def test_operator_memory_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"operator_memory with .* drop one"):
+        TrainingConfig(operator_memory=8 << 20, **other)

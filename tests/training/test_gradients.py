@@ -59,8 +59,9 @@ LOSSES = [
     Loss(task="segment", overlap=1.0),
     Loss(task="segment", overlap=0.0),
     Loss(task="segment", overlap=0.7, distillation=0.5),
-    Loss(task="segment", overlap=0.7, distillation=0.5, chunked=True),
+    Loss(task="segment", overlap=0.7, distillation=0.5, memory=20_000),
     Loss(task="classify", distillation=2.0),
+    Loss(task="classify", distillation=2.0, memory=100),
 ]
 
 
@@ -97,19 +98,6 @@ def test_both_passes_draw_the_same_random_numbers() -> None:
     assert first is not None and torch.equal(model.running_mean, torch.zeros(8, dtype=torch.float64))
     second = batch.backward(loss.gradient(first, batch.totals(first)))
     assert torch.equal(first, second) and not torch.equal(model.running_mean, torch.zeros(8, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("overlap", [0.0, 1.0])
-def test_chunked_sums(overlap: float) -> None:
-    target = rows("segment")[1]
-    scores = torch.randn(6, 4, 9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    results = []
-    for chunked in (False, True):
-        given = scores.clone().requires_grad_()
-        value = Loss(task="segment", overlap=overlap, chunked=chunked)(given, target)
-        value.backward()
-        results.append((value.detach(), given.grad))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-16)
 
 
 def test_buffers_kept_after_an_error() -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
+from model_helpers import LiveBytes
 from muntin.images import IGNORED
 from muntin.training.loss import Loss, distillation_loss, segment_loss
 
@@ -206,6 +207,29 @@ def test_distillation_ignored_pixels() -> None:
     (gradient,) = torch.autograd.grad(loss, scores)
     assert not gradient[:, :, :4].any() and gradient[:, :, 4:].all()
     assert distillation_loss("segment", scores, expected, torch.full_like(target, IGNORED)).item() == 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loss_within_memory(layout: torch.memory_format, distillation: float, dtype: torch.dtype) -> None:
+    scores, target = example(1, batch=4, classes=12, height=40, width=30)
+    scores = scores.to(dtype).to(memory_format=layout)
+    teacher_scores = scores.flip(1).contiguous(memory_format=layout) if distillation else None
+
+    def computed(memory: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+        given = scores.clone().requires_grad_()
+        loss = Loss(task="segment", overlap=0.7, distillation=distillation, memory=memory)
+        with LiveBytes() as live:
+            value = loss(given, target, teacher_scores)
+            (gradient,) = torch.autograd.grad(value, given)
+        return value.detach(), gradient, live.peak - gradient.nbytes
+
+    *expected, whole = computed(None)
+    memory = whole // 8
+    *results, peak = computed(memory)
+    torch.testing.assert_close(results, expected, rtol=1e-12 if dtype is torch.float64 else 1e-2, atol=1e-16)
+    assert peak <= memory + scores.shape[0] * 12 * 8
 
 
 def test_distillation_of_equal_answers() -> None:

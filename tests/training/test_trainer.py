@@ -31,6 +31,13 @@ class Asked(nn.Conv2d):
         return super().forward(x / 255)
 
 
+class Transposed(nn.Module):
+    """Exchanges channels and tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
 @pytest.mark.parametrize(("weight", "calls"), [(0.0, 0), (0.5, 1)])
 def test_teacher_without_weight(weight: float, calls: int) -> None:
     teacher = Asked(3, 3, 1)
@@ -52,6 +59,33 @@ def test_loss_terms(weight: float, overlap: float) -> None:
     assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(reference), rel=1e-5)
     assert weight == 0 or distillation_loss("segment", scores, expected, target) > 0.01
     assert overlap == 0 or Loss(task="segment", overlap=0)(scores, target) < Loss(task="segment", overlap=overlap)(scores, target)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", {"budget": "1GiB"}])
+def test_operator_memory(checkpointing: Any) -> None:
+    """A step in chunks of the recipe's size is the step of the whole."""
+    steps, most = [], 0
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> None:
+        nonlocal most
+        most = max(most, answer.numel() * answer.element_size())
+
+    for memory in (None, 1 << 16):
+        torch.manual_seed(0)
+        tokens = nn.Sequential(nn.Linear(3, 256), nn.GELU(), nn.Linear(256, 3))
+        tokens[0].register_forward_hook(watch)
+        model = nn.Sequential(nn.Flatten(2), Transposed(), tokens, Transposed(), nn.Unflatten(2, (8, 8))).double()
+        config = TrainingConfig(operator_memory=memory, checkpointing=checkpointing, batch_size=2)
+        trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"))
+        trainer.update(0, *crops(), done=0.5)  # a budget is measured here
+        most = 0
+        value = trainer.update(1, *crops(), done=0.5)
+        steps.append((value, [p.detach() for p in model.parameters()]))
+        assert (most <= 1 << 16) == (memory is not None) and trainer.loss.memory == (
+            memory or (None if checkpointing == "none" else 16 << 20)
+        )
+    assert steps[0][0] == pytest.approx(steps[1][0], rel=1e-12)
+    torch.testing.assert_close(steps[0][1], steps[1][1], rtol=1e-9, atol=1e-12)
 
 
 def test_precision_of_a_step() -> None:

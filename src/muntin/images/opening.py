@@ -130,6 +130,9 @@ def opened_picture(path: PictureFile, stream: IO[bytes], head: bytes, max_pixels
             raise DataError(
                 f"{path} has channels of a number or kind that is not read from TIFF: {USE_TENSOR if path is SENT else _USE_ARRAY}"
             ) from error
+        if "MAX_TEXT" in str(error):  # Pillow's limits of a PNG's texts
+            texts = f"a text unpacks to more than {PngImagePlugin.MAX_TEXT_CHUNK:,} bytes, or all to {PngImagePlugin.MAX_TEXT_MEMORY:,}"
+            raise DataError(f"{path} has more metadata than a picture has ({texts}): store it anew, without") from error
         raise damaged(path, error) from error
 
 

@@ -6,13 +6,14 @@ stage. Convolutions, the decoder and `PixelHead` take maps `(B, C, H, W)`; gates
 
 from muntin.layers.attention import Attention
 from muntin.layers.block import ParallelBlock, Perceptron, SerialBlock
+from muntin.layers.chunks import chunked
 from muntin.layers.convolution import ConvUnit, PositionUnit, ResidualPair
 from muntin.layers.gate import ChannelGate
 from muntin.layers.hybrid import DenseAttention, HybridAttention
 from muntin.layers.latent import GlobalAttention
 from muntin.layers.local import LocalAttention
 from muntin.layers.norm import MapNorm, TokenNorm
-from muntin.layers.ops import Gain, Product, SoftmaxProduct, Sum
+from muntin.layers.ops import DenseProduct, Gain, Product, SoftmaxProduct, Sum
 from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
 from muntin.layers.windows import Grid, merge, partition
 
@@ -20,7 +21,7 @@ Gated = Perceptron | ResidualPair
 """Modules with a `ChannelGate` between the two layers in `ends`."""
 
 __all__ = [
-    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "Gain", "Gated", "GlobalAttention", "Grid", "HybridAttention",
+    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "DenseProduct", "Gain", "Gated", "GlobalAttention", "Grid", "HybridAttention",
     "LocalAttention", "MapNorm", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler",
-    "ResidualPair", "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "merge", "partition",
+    "ResidualPair", "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "chunked", "merge", "partition",
 ]  # fmt: skip

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.layers.attention import Attention, check_size
 from muntin.layers.latent import LatentMixer
 from muntin.layers.local import WindowMixer
+from muntin.layers.ops import DenseProduct
 from muntin.layers.windows import Grid
 
 
@@ -61,12 +61,13 @@ class DenseAttention(Attention):
     def __init__(self, dim: int, *, heads: int) -> None:
         super().__init__(dim, heads)
         self.project = nn.Linear(dim, 3 * dim)
+        self.product = DenseProduct()
         self.out = nn.Linear(dim, dim)
 
     def attend(self, t_STC: Tensor, grid: Grid) -> Tensor:
         images, tokens = t_STC.shape[:2]
         qkv = self.project(t_STC).reshape(images, tokens, 3, self.heads, self.dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(images, tokens, self.dim)
+        mixed = self.product(q, k, v).transpose(1, 2).reshape(images, tokens, self.dim)
         out: Tensor = self.out(mixed)
         return out

@@ -34,15 +34,18 @@ class LatentMixer(nn.Module):
         """Channels of the projection, I: values, read logits, write logits."""
         return self.dim + 2 * self.heads * self.latents
 
+    def split(self, p_BNI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of a projection: values `(B, E, N, D)`, read logits `(B, E, M, N)` and write logits `(B, E, N, M)`."""
+        batch, heads, latents = p_BNI.shape[0], self.heads, self.latents
+        v_BNC, read_BNL, write_BNL = torch.split(p_BNI, [self.dim, heads * latents, heads * latents], dim=-1)
+        v_BEND = v_BNC.reshape(batch, -1, heads, self.dim // heads).transpose(1, 2)
+        read_BEMN = read_BNL.reshape(batch, -1, heads, latents).permute(0, 2, 3, 1)
+        return v_BEND, read_BEMN, write_BNL.reshape(batch, -1, heads, latents).transpose(1, 2)
+
     def forward(self, projected_STI: Tensor, grid: Grid) -> Tensor:
         """`(S, T, I) -> (S, T, C)`; 2·N·M·C multiply-adds an image."""
         windows, tokens = projected_STI.shape[:2]
-        heads, latents = self.heads, self.latents
-        p_BNI = projected_STI.reshape(grid.batch, -1, self.inputs)
-        v_BND, read_BNL, write_BNL = torch.split(p_BNI, [self.dim, heads * latents, heads * latents], dim=-1)
-        v_BEND = v_BND.reshape(grid.batch, -1, heads, self.dim // heads).transpose(1, 2)
-        read_BEMN = read_BNL.reshape(grid.batch, -1, heads, latents).permute(0, 2, 3, 1)
-        write_BENM = write_BNL.reshape(grid.batch, -1, heads, latents).transpose(1, 2)
+        v_BEND, read_BEMN, write_BENM = self.split(projected_STI.reshape(grid.batch, -1, self.inputs))
         bias = None if grid.bias_B1N is None else grid.bias_B1N.unsqueeze(1)
         latents_BEMD = self.read(read_BEMN, v_BEND, bias)
         out_BEND: Tensor = self.write(write_BENM, latents_BEMD)

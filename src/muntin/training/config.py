@@ -62,6 +62,12 @@ class TrainingConfig(Section):
         description="activations that are computed again for the gradient, not kept: full: of all blocks; selective: all but long "
         "products; budget: of the blocks that cost the least time, until the measured peak is within it",
     )
+    operator_memory: ByteSize | None = Field(
+        default=None,
+        ge=1 << 16,
+        description="most temporary memory of a perceptron, an attention and the loss, such as 64MiB; more is computed in chunks, again "
+        "for the gradient; unset: whole, but 16MiB with checkpointing full",
+    )
     norm_group: int | None = Field(
         default=None,
         ge=1,
@@ -137,6 +143,10 @@ class TrainingConfig(Section):
         if self.compile and self.checkpointing != "none":
             level = self.checkpointing if isinstance(self.checkpointing, str) else "by budget"
             raise ValueError(f"checkpointing {level} with compile: true: the compiler chooses what is recomputed: drop one")
+        if self.compile and self.operator_memory is not None:
+            raise ValueError("operator_memory with compile: true: chunks are not compiled: drop one")
+        if self.checkpointing == "selective" and self.operator_memory is not None:
+            raise ValueError("operator_memory with checkpointing selective, which keeps the answers of products: take full, or drop one")
         return self
 
     @model_validator(mode="after")

@@ -17,41 +17,27 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.images import IGNORED
+from muntin.layers.chunks import in_chunks, rows_within
 
 
 class _SegmentSums(torch.autograd.Function):
     """Sums over pixels of scores `(B, K, N)` and classes `(B, N)`: the cross-entropy, and with `overlap` the probability of the true class
     and all probability of each class; float64 `(1,)` or `(1 + 2K,)`.
 
-    The explicit gradient passes ten times over the full-size scores; autograd would pass about thirty times. `chunked`: one image at a
-    time, with the probabilities computed again for the gradient: beside the scores and their gradient it takes the memory of one image.
+    The explicit gradient passes ten times over the full-size scores; autograd would pass about thirty times.
     """
 
     @staticmethod
-    def forward(ctx: Any, scores_BKN: Tensor, target_BN: Tensor, overlap: bool, chunked: bool) -> Tensor:
+    def forward(ctx: Any, scores_BKN: Tensor, target_BN: Tensor, overlap: bool) -> Tensor:
         ctx.overlap, ctx.dtype = overlap, scores_BKN.dtype
-        if not chunked:
-            sums_S, *kept = _segment_sums(scores_BKN, target_BN, overlap)
-            ctx.save_for_backward(*kept)
-            return sums_S
-        ctx.save_for_backward(scores_BKN, target_BN)
-        rows = [_segment_sums(*row, overlap)[0] for row in _images(scores_BKN, target_BN)]
-        return torch.stack(rows).sum(0)
+        sums_S, *kept = _segment_sums(scores_BKN, target_BN, overlap)
+        ctx.save_for_backward(*kept)
+        return sums_S
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None, None, None]:
-        if len(ctx.saved_tensors) > 2:
-            return _segment_gradient(grad_S, ctx.overlap, *ctx.saved_tensors).to(ctx.dtype), None, None, None
-        scores_BKN, target_BN = ctx.saved_tensors
-        grad_BKN = torch.empty_like(scores_BKN)
-        for gradient_1KN, (row_1KN, target_1N) in zip(torch.split(grad_BKN, 1), _images(scores_BKN, target_BN), strict=True):
-            gradient_1KN.copy_(_segment_gradient(grad_S, ctx.overlap, *_segment_sums(row_1KN, target_1N, ctx.overlap)[1:]))
-        return grad_BKN, None, None, None
-
-
-def _images(scores_BKN: Tensor, target_BN: Tensor) -> zip[tuple[Tensor, Tensor]]:
-    return zip(torch.split(scores_BKN, 1), torch.split(target_BN, 1), strict=True)
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None, None]:
+        return _segment_gradient(grad_S, ctx.overlap, *ctx.saved_tensors).to(ctx.dtype), None, None
 
 
 def _segment_sums(scores_BKN: Tensor, target_BN: Tensor, overlap: bool) -> tuple[Tensor, ...]:
@@ -104,15 +90,15 @@ class Loss:
     """The loss of a task: `entropy` times the cross-entropy, plus `overlap` times the soft IoU loss (segment), plus `distillation` times
     the distance to a teacher. See `segment_loss` and `distillation_loss`.
 
-    `value(sums, totals)` is the loss of a batch, from the added `sums` and `totals` of its parts. `chunked`: compute sums in the memory of
-    one image (segment).
+    `value(sums, totals)` is the loss of a batch, from the added `sums` and `totals` of its parts. `memory`: most temporary bytes beyond the
+    scores and their gradient; sums that need more are computed in chunks (rows of all maps, or pictures), again for the gradient.
     """
 
     task: str
     overlap: float = 0.0
     entropy: float = 1.0
     distillation: float = 0.0
-    chunked: bool = False
+    memory: int | None = None
 
     @property
     def _overlaps(self) -> bool:
@@ -137,9 +123,29 @@ class Loss:
         """Sums of a part, float64 `(S,)`, with gradients for `scores` of any float type: `(B, K, H, W)` and target `(B, H, W)`, or `(B, K)`
         and `(B,)`. The last one is the distance to the teacher, 0 without `teacher_scores`.
         """
+        given = [scores, target] if teacher_scores is None else [scores, target, teacher_scores]
+        axis = -2 if self.task == "segment" else 0
+        count = target.shape[axis]
+        rows = count if self.memory is None else rows_within(self.memory, self._bytes(*given) // max(1, count), count)
+        if rows >= count:
+            return self._sums(*given)
+
+        def part_sums(*tensors: Tensor) -> Tensor:
+            return self._sums(*(tensor.movedim(0, axis) for tensor in tensors))
+
+        return in_chunks(part_sums, [tensor.movedim(axis, 0) for tensor in given], rows=rows, summed=True)
+
+    def _bytes(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> int:
+        """Temporary bytes of the sums and their gradient: of each score copies in its type and, beside it, float32; of each pixel 64."""
+        item = scores.element_size()
+        copies = 2 * item + 3 * max(4, item) + (0 if teacher_scores is None else item + 7 * max(4, item))
+        return copies * scores.numel() + 64 * target.numel()
+
+    def _sums(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
         if self.task == "segment":
-            rows = scores.contiguous().flatten(2), target.flatten(1)
-            sums_S: Tensor = _SegmentSums.apply(*rows, self._overlaps, self.chunked)  # type: ignore[no-untyped-call]
+            sums_S: Tensor = _SegmentSums.apply(  # type: ignore[no-untyped-call]
+                scores.contiguous().flatten(2), target.flatten(1), self._overlaps
+            )
         else:
             sums_S = F.cross_entropy(at_least_float32(scores), target, reduction="sum").double()[None]
         distance = sums_S.new_zeros(()) if teacher_scores is None else _divergence(self.task, scores, teacher_scores, target).double()

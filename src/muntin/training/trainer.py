@@ -27,7 +27,7 @@ from muntin.training.gate_pruning import GateClosing
 from muntin.training.gradients import BatchGradient, buffers_kept, kept_buffers, restore_buffers
 from muntin.training.loss import Loss
 from muntin.training.memory.budget import BlockCost, block_costs, keep_to_budget
-from muntin.training.memory.checkpointing import ActivationCheckpointing
+from muntin.training.memory.checkpointing import OPERATOR_MEMORY, ActivationCheckpointing
 from muntin.training.memory.norm_groups import group_norms
 from muntin.training.memory.peak import watch_peak
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors, read_optimizer
@@ -270,9 +270,10 @@ class Trainer:
     def use_memory(self, use: MemoryUse) -> None:
         """Change how a step uses memory. Checkpointing by a budget is applied at the next step."""
         self.memory = use
-        self.loss = replace(self.loss, chunked=use.checkpointing != "none")
+        memory = self.config.operator_memory
+        self.loss = replace(self.loss, memory=memory if use.checkpointing == "none" else memory or OPERATOR_MEMORY)
         if use.checkpointing != "budget":
-            self.checkpointing.apply_all(use.checkpointing)
+            self.checkpointing.apply_all(use.checkpointing, memory or (OPERATOR_MEMORY if use.checkpointing == "full" else None))
 
     def gradient_peak(self, step: int, images: Tensor, target: Tensor) -> int | None:
         """Compute a batch's gradient and drop it. Returns the peak of memory beyond what was held before, bytes, the largest of all
@@ -307,7 +308,8 @@ class Trainer:
 
         def peak_of(use: MemoryUse, blocks: tuple[str, ...], chunked: bool) -> int | None:
             self.memory = use
-            self.checkpointing.apply(dict.fromkeys(blocks, "full"), chunked=chunked)
+            memory = self.config.operator_memory or (OPERATOR_MEMORY if chunked else None)
+            self.checkpointing.apply(dict.fromkeys(blocks, "full"), memory)
             return self.gradient_peak(step, images, target)
 
         self.memory, note = keep_to_budget(self.config.checkpointing.budget, self.memory, costs_of, peak_of)

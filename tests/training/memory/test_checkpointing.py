@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import muntin
 from muntin.training.config import Checkpointing
-from muntin.training.memory.checkpointing import ActivationCheckpointing, _policy, blocks_of, perceptrons_of
+from muntin.training.memory.checkpointing import ActivationCheckpointing, _policy, blocks_of
 
 SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [2], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
 
@@ -43,7 +43,7 @@ def test_same_gradients_statistics_and_less_memory(source: str) -> None:
     for level in levels:
         one = copy.deepcopy(model)
         checkpointing = ActivationCheckpointing(one)
-        checkpointing.apply_all(level)
+        checkpointing.apply_all(level, 100_000 if level == "full" else None)
         torch.manual_seed(1)
         one(image).square().mean().backward()
         results.append([p.grad for p in one.parameters()] + list(one.buffers()))
@@ -57,39 +57,29 @@ def test_same_gradients_statistics_and_less_memory(source: str) -> None:
     assert sizes[0] > 1.2 * sizes[2]
 
 
-def test_perceptrons_in_chunks() -> None:
-    """Chunks of the tokens have the gradient of the whole; layers that mix tokens or draw numbers are left alone."""
+@pytest.mark.parametrize("level", ["none", "full"])
+def test_operators_in_chunks(level: Checkpointing) -> None:
+    """Chunks of the tokens have the gradient of the whole, inside recomputed blocks and outside; selective blocks stay whole."""
     torch.manual_seed(0)
-    vit = muntin.create_model("timm:vit_tiny_patch16_224", task="classify", classes=3)
-    assert {type(each).__name__ for each in perceptrons_of(vit)} == {"Mlp"} and len(perceptrons_of(vit)) == 12
-    hybrid = muntin.create_model("hybrid-xs", task="segment", classes=3, options=SMALL)
-    assert {type(each).__name__ for each in perceptrons_of(hybrid)} == {"Perceptron"}
-    random = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4))
-    mixing = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    assert perceptrons_of(nn.ModuleList([random, mixing])) == []
     plain = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).double()
     model = nn.Sequential(nn.Sequential(nn.Sequential(plain)))
-    tokens, gradients, kept = torch.rand(3, 50, 16, dtype=torch.float64), [], []
-    for chunked in (False, True):
-        checkpointing = ActivationCheckpointing(model)
-        checkpointing.blocks = {"0.0": model[0][0]}
+    checkpointing = ActivationCheckpointing(model)
+    checkpointing.blocks = {"0.0": model[0][0]}
+    tokens, widest = torch.rand(3, 50, 16, dtype=torch.float64), 0
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> None:
+        nonlocal widest
+        widest = max(widest, len(answer.flatten(0, -2)))
+
+    plain[0].register_forward_hook(watch)
+    results = []
+    for levels, memory, rows in (({}, None, 150), ({"0.0": level}, 100_000, 38), ({"0.0": "selective"}, 100_000, 150)):
         widest = 0
-
-        def watch(layer: nn.Module, inputs: tuple[Tensor], answer: Tensor) -> None:
-            nonlocal widest
-            widest = max(widest, answer.numel())
-
-        handle = plain[0].register_forward_hook(watch)
-        checkpointing.apply_all("full") if chunked else checkpointing.apply({"0.0": "full"}, chunked=False)
-        model(tokens).square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        kept.append(widest)
-        handle.remove()
-        checkpointing.remove()
-        model.zero_grad()
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    assert kept == [150 * 64, 38 * 64]
+        checkpointing.apply(levels, memory)
+        results.append(torch.autograd.grad(model(tokens).square().sum(), list(model.parameters())))
+        assert widest == rows
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
 
 
 def test_selective_keeps_long_products() -> None:

@@ -26,7 +26,8 @@ def write_shards(source: Source, directory: Path | str, *, shard_mib: int = 256)
 
     Pictures in files keep their bytes; others, and `.npy` arrays, become PNG. Masks become PNG of class numbers; 255 is ignored. A shard
     ends after `shard_mib` MiB. The directory is written whole or not at all, and must not exist, or be empty. Returns the shards of each
-    split. Raises DataError: a picture that cannot be read, one of 2 or more than 4 channels that is in no file, a directory with files.
+    split. Raises DataError: a picture that cannot be read, one of 2 or more than 4 channels that is in no file, a raster that is read by
+    window, a directory with files.
     """
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

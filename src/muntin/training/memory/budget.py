@@ -39,7 +39,7 @@ class BlockCost:
 class BudgetPlan:
     """The blocks to recompute. `peaks`: measured after each choice, bytes, None where memory was short; `fits`: of the last one.
 
-    `chunked`: perceptrons are taken in chunks, too.
+    `chunked`: operators are computed in chunks, too.
     """
 
     recomputed: tuple[str, ...]
@@ -166,7 +166,7 @@ def _summary(budget: int, use: MemoryUse, costs: Mapping[str, BlockCost], plan: 
     share = sum(costs[name].seconds for name in plan.recomputed) / max(1e-9, sum(cost.seconds for cost in costs.values()))
     return (
         f"checkpointing by a budget of {size(budget)}: {len(plan.recomputed)} of {count(len(costs), 'block')} are computed again "
-        f"({shown}), {share:.0%} of their time{', perceptrons in chunks' if plan.chunked else ''}; {measured}, {whole} with none"
+        f"({shown}), {share:.0%} of their time{', operators in chunks' if plan.chunked else ''}; {measured}, {whole} with none"
     )
 
 

@@ -1,7 +1,7 @@
 """Activation checkpointing: blocks of a model whose activations are computed again for the gradient instead of kept.
 
-Applied to a model from outside and taken away again; names, weights and answers stay as they are. In a block that is recomputed whole,
-perceptrons may take their tokens in chunks, each recomputed on its own: of their hidden channels, one chunk's are held at a time.
+Applied to a model from outside and taken away again; names, weights and answers stay as they are. Operators outside of selective blocks may
+be computed in chunks (`layers.chunks`): of a recomputed perceptron's hidden channels, one chunk's are held at a time.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (1604.06174); the selective form: Korthikanti et al. (2205.05198,
 section 5).
@@ -9,19 +9,17 @@ section 5).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from muntin.layers.attention import WindowedLayer
-from muntin.layers.block import Perceptron
-from muntin.layers.gate import ChannelGate
+from muntin.layers.chunks import ModuleCall, ReplacedCalls, chunk_operators, operators_of
 from muntin.training.config import Checkpointing
 from muntin.training.gradients import buffers_kept
 
@@ -41,12 +39,8 @@ _LENGTHS: dict[Any, Callable[..., int]] = {
 }
 """Multiply-adds for each number of the answer, by operator."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-CHUNKS = 4
-"""Chunks of the tokens of a perceptron in a recomputed block."""
-_BY_TOKEN = (nn.Linear, nn.Identity, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.LayerNorm, ChannelGate)
-"""Layers that compute each token on its own (`ChannelGate` as the perceptrons use it, over the last axis)."""
-
-BlockCall = Callable[..., Any]
+OPERATOR_MEMORY = 16 << 20
+"""Most temporary bytes of an operator where memory is short and the recipe gives no number."""
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -81,65 +75,44 @@ def _has_lists(module: nn.Module) -> bool:
     return any(sum(_has_layers(entry) for entry in child.children()) > 1 for child in lists)
 
 
-def perceptrons_of(module: nn.Module) -> list[nn.Module]:
-    """The perceptrons inside that compute each token on its own: muntin's, timm's, and sequences of linear layers and activations."""
-    timm_layers = sys.modules.get("timm.layers")  # loaded if the model is timm's
-    kinds: tuple[type[nn.Module], ...] = (Perceptron, nn.Sequential)
-    if timm_layers is not None:
-        kinds += (timm_layers.Mlp, timm_layers.GluMlp, timm_layers.SwiGLU)
-
-    def by_token(layer: nn.Module) -> bool:
-        return isinstance(layer, _BY_TOKEN) or (isinstance(layer, nn.Dropout) and layer.p == 0)
-
-    candidates = (inner for inner in module.modules() if isinstance(inner, kinds))
-    return [
-        inner
-        for inner in candidates
-        if all(by_token(layer) for layer in inner.children()) and sum(isinstance(layer, nn.Linear) for layer in inner.children()) > 1
-    ]
-
-
 class ActivationCheckpointing:
-    """The blocks of a model, each recomputed or not."""
+    """The blocks of a model, each recomputed or not, and its operators, whole or in chunks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.blocks = blocks_of(model)
-        self._before: list[tuple[nn.Module, str, BlockCall | None]] = []
+        self.model, self.blocks = model, blocks_of(model)
+        self._calls = ReplacedCalls()
 
-    def apply(self, levels: Mapping[str, Checkpointing], *, chunked: bool = True) -> None:
-        """Set the level of blocks by name; others become "none". `chunked`: take the perceptrons of "full" blocks in chunks."""
+    def apply(self, levels: Mapping[str, Checkpointing], operator_memory: int | None = None) -> None:
+        """Set the level of blocks by name; others become "none".
+
+        `operator_memory`: most temporary bytes of an operator; None: all are computed whole. In selective blocks they stay whole, as
+        products that are kept must not be computed again.
+        """
         self.remove()
+        if operator_memory is not None:
+            whole = tuple(f"{name}." for name, level in levels.items() if level == "selective")
+            operators = {name: operator for name, operator in operators_of(self.model).items() if not f"{name}.".startswith(whole)}
+            chunk_operators(self._calls, operators, operator_memory)
         for name, level in levels.items():
             if level == "none":
                 continue
             block = self.blocks[name]
-            if level == "full" and chunked:
-                for perceptron in perceptrons_of(block):
-                    self._replace(perceptron, "forward", partial(_in_chunks, perceptron.forward))
             entry = entry_of(block)
-            self._replace(block, entry, partial(_recomputed, block, getattr(block, entry), level == "selective"))
+            self._calls.replace(block, entry, partial(_recomputed, block, getattr(block, entry), level == "selective"))
 
-    def apply_all(self, level: Checkpointing) -> None:
-        """Set the level of every block."""
-        self.apply(dict.fromkeys(self.blocks, level))
+    def apply_all(self, level: Checkpointing, operator_memory: int | None = None) -> None:
+        """Set the level of every block; see `apply`."""
+        self.apply(dict.fromkeys(self.blocks, level), operator_memory)
 
-    def wrap(self, wrapper: Callable[[str, BlockCall], BlockCall]) -> None:
+    def wrap(self, wrapper: Callable[[str, ModuleCall], ModuleCall]) -> None:
         """Replace the call of each block by what `wrapper` returns for its name and call, instead of recomputing; see `remove`."""
         self.remove()
         for name, block in self.blocks.items():
-            self._replace(block, entry_of(block), wrapper(name, getattr(block, entry_of(block))))
+            self._calls.replace(block, entry_of(block), wrapper(name, getattr(block, entry_of(block))))
 
     def remove(self) -> None:
-        """Take the checkpointing away."""
-        for module, entry, before in reversed(self._before):
-            delattr(module, entry)
-            if before is not None:
-                setattr(module, entry, before)
-        self._before.clear()
-
-    def _replace(self, module: nn.Module, entry: str, call: BlockCall) -> None:
-        self._before.append((module, entry, module.__dict__.get(entry)))
-        setattr(module, entry, call)
+        """Take the checkpointing and the chunks away."""
+        self._calls.restore()
 
 
 def entry_of(block: nn.Module) -> str:
@@ -147,21 +120,11 @@ def entry_of(block: nn.Module) -> str:
     return "attend" if isinstance(block, WindowedLayer) else "forward"
 
 
-def _recomputed(block: nn.Module, forward: BlockCall, selective: bool, *arguments: Any, **options: Any) -> Any:
-    """Call a block, and keep its inputs alone for the gradient, or with the answers of products."""
+def _recomputed(block: nn.Module, forward: ModuleCall, selective: bool, *arguments: Any, **options: Any) -> Any:
+    """ModuleCall a block, and keep its inputs alone for the gradient, or with the answers of products."""
     if not torch.is_grad_enabled():
         return forward(*arguments, **options)
     return checkpoint(forward, *arguments, use_reentrant=False, context_fn=partial(_contexts, block, selective), **options)
-
-
-def _in_chunks(forward: BlockCall, tokens: Tensor) -> Tensor:
-    """Call a perceptron on chunks of `(..., C)`, and keep its input alone for the gradient."""
-    if not torch.is_grad_enabled():
-        answer: Tensor = forward(tokens)
-        return answer
-    chunks = tokens.flatten(0, -2).chunk(CHUNKS)
-    answer = torch.cat([checkpoint(forward, chunk, use_reentrant=False) for chunk in chunks])
-    return answer.reshape(*tokens.shape[:-1], -1)
 
 
 def _contexts(block: nn.Module, selective: bool) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -238,7 +238,8 @@ def _activations(trainer: Trainer, images: Tensor) -> int | None:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()  # see `block_costs`
 
-    trainer.checkpointing.remove()
+    if level == "full":
+        trainer.checkpointing.remove()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.precision.autocast():
         answer = trainer.model(pixels)
     del answer
