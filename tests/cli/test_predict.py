@@ -14,10 +14,11 @@ from PIL import Image
 
 from muntin.artifact import Signature, open_artifact
 from muntin.artifact.classes import ClassInfo
-from muntin.cli.predict import _predict_map, _print_results
+from muntin.cli.predict import _print_results
 from muntin.images import colorize, read_image, read_mask, write_image
 from muntin.runtime import ENGINES, load, predict
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.picture_results import predict_map
 from muntin.training import read_checkpoint
 from muntin.training.evaluation import tile_of
 
@@ -91,7 +92,7 @@ def test_predict_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
     session: Any = Two()
     tiles = {"tile": 64, "overlap": None}
-    result = _predict_map(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
+    result = predict_map(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
     assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
     assert capsys.readouterr().err == ""
     _print_results([result])
@@ -392,7 +393,7 @@ def test_predict_npy_file(call: Call, exported: Any, tmp_path: Path) -> None:
 
 
 def test_predict_checks_the_output_first(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.runtime.predict", lambda *arguments, **options: pytest.fail("it was computed"))
+    monkeypatch.setattr("muntin.runtime.picture_results.predict", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file.png").write_text("in the way")
     words = ("predict", exported.artifact, exported.image, "-o")
     text = call(*words, tmp_path / "file.png").mistake()

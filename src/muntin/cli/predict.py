@@ -16,12 +16,11 @@ from muntin.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from muntin.artifact import Signature
-    from muntin.runtime import Session
+    from muntin.runtime.picture_results import Result
     from muntin.runtime.session import Shape
 
 COMPILED = 128
 """Minimum number of tiles of one size for which that size is compiled: half a second or more, to save some ms a tile."""
-Result = dict[str, Any]
 
 
 def predict_command(
@@ -58,6 +57,7 @@ def predict_command(
     from muntin.images import MAX_PIXELS
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
+    from muntin.runtime.picture_results import classify, predict_map
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
     images = _images(image, truth)
@@ -76,8 +76,8 @@ def predict_command(
 
     def compute(path: Path) -> Result:
         if signature.task == "classify":
-            return _classify(session, path, limit)
-        return _predict_map(session, path, targets[path], truth, limit, tiles)
+            return classify(session, path, limit)
+        return predict_map(session, path, targets[path], truth, limit, tiles)
 
     results, failures = _compute_all(compute, images)
     if json:
@@ -194,14 +194,6 @@ def _names(image: Path) -> Iterator[str]:
         yield "/".join((*folders[start:], image.name))
 
 
-def _result_files(target: Path, signature: Signature) -> dict[str, Path]:
-    """Return the file of each result of an image. No result has an image's own name, because results may lie beside images."""
-    if signature.task == "restore":
-        suffix = ".png" if signature.channels in (1, 3, 4) else ".npy"
-        return {"image": target.with_name(f"{target.name}.restored{suffix}")}
-    return {kind: target.with_name(f"{target.name}.{kind}.png") for kind in ("mask", "overlay", "difference")}
-
-
 def _refuse_unused(task: str, values: dict[str, object]) -> None:
     """Raise DataError for an option with a value that the artefact's task does not use."""
     useless = {"classify": ("--output", "--truth", "--tile", "--overlap"), "restore": ("--truth",)}.get(task, ())
@@ -217,6 +209,8 @@ def _refuse_overwriting(
 
     `named`: images and folders as given. `targets`: images, and the paths of their results without endings.
     """
+    from muntin.runtime.picture_results import result_files
+
     folders = {path.resolve() for path in named if path.is_dir()}
     inputs = {path.resolve() for path in (*targets, *([] if truth is None else [truth]))}
     for path, target in targets.items():
@@ -225,60 +219,6 @@ def _refuse_overwriting(
                 f"--output {output}: {folder}, where results would be written, is the folder of the images, and they would be taken for "
                 "images next time: give another"
             )
-        for file in _result_files(target, signature).values():
+        for file in result_files(target, signature).values():
             if file.resolve() in inputs:
                 raise DataError(f"{file}, a result of {path}, would replace a file that was given: give another folder by --output")
-
-
-def _classify(session: Session, path: Path, max_pixels: int) -> Result:
-    import numpy as np
-
-    from muntin.images import read_image
-    from muntin.runtime import predict
-    from muntin.runtime.tiles import size_note
-
-    image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
-    scores = predict(session, image)
-    weights = np.exp(scores - scores.max())
-    best = int(scores.argmax())
-    result = {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
-    note = size_note(image.shape[:2], session.signature)
-    return result | ({"notes": [f"{path}: {note}"]} if note else {})
-
-
-def _predict_map(session: Session, path: Path, target: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
-    """Segment or restore one image and write the result's files: `target` with the endings of `_result_files`."""
-    from muntin.images import encode_png, overlay, read_image, write_image, write_whole
-    from muntin.images.truth_masks import read_truth, write_difference
-    from muntin.runtime import predict
-    from muntin.runtime.tiles import size_note
-
-    signature, scale = session.signature, session.signature.scale
-    image = read_image(path, channels=signature.channels, max_pixels=max_pixels, mapped=True)
-    size = [side * scale for side in image.shape[:2]]
-    note = size_note(image.shape[:2], signature, tiles["tile"])
-    notes = [f"{path}: {note}"] if note else []
-    expected = None if truth is None else read_truth(truth, size, signature.classes, max_pixels * scale**2, notes)
-    answer = predict(session, image, **tiles)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files = _result_files(target, signature)
-    if signature.task == "restore":
-        write_image(files["image"], answer)
-        return {"source": str(path), "image": str(files["image"])} | ({"notes": notes} if notes else {})
-    result: Result = {"source": str(path), "mask": str(files["mask"])}
-    write_whole(files["mask"], encode_png(answer, [entry.color for entry in signature.classes]))
-    if image.shape[2] in (1, 3, 4):
-        result["overlay"] = str(files["overlay"])
-        shown = image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
-        write_image(files["overlay"], overlay(shown, answer, signature.classes))
-    else:
-        notes.append(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
-    if expected is not None:
-        labels, number_names = expected
-        result |= {"difference": str(files["difference"]), "agreement": write_difference(files["difference"], answer, labels)}
-        if number_names:
-            result["truth"] = number_names
-    result["shares"] = {entry.name: float((answer == k).sum() / answer.size) for k, entry in enumerate(signature.classes)}
-    if notes:
-        result["notes"] = notes
-    return result
