@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from muntin.artifact import ClassInfo, Sides, Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime import load, predict
-from muntin.runtime.tiles import allowed_tile, size_note, tile_origins, tile_weights
+from muntin.runtime.blending import tile_origins, tile_weights
+from muntin.runtime.tiles import allowed_tile, size_note
 
 ANY = Sizes()
 

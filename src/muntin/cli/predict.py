@@ -41,7 +41,14 @@ def predict_command(
         int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. A .npy file is read tile by tile.")
+        int | None,
+        typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. Rasters, read by window, have no limit."),
+    ] = None,
+    value_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            "--range", metavar="LOW HIGH", help="Values read as 0 and 255, for rasters and .npy files of other numbers than uint8."
+        ),
     ] = None,
     engine: EngineOption = "openvino",
     precision: PrecisionOption = "recorded",
@@ -50,8 +57,9 @@ def predict_command(
 ) -> None:
     """Segment, restore or classify images: a mask of class numbers with an overlay, a restored image, or a class for each.
 
-    Results are named after their image: `a.mask.png` of `a.jpg`. Images of one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in
-    folders: `x/a.mask.png` and `y/a.mask.png`. An image that fails is reported, the others are computed, and the exit code is 1.
+    Results are named after their image: `a.mask.png` of `a.jpg`, and a GeoTIFF of the same place, `b.mask.tif`, of a GeoTIFF. Images of
+    one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in folders: `x/a.mask.png` and `y/a.mask.png`. An image that fails is
+    reported, the others are computed, and the exit code is 1.
     """
     from muntin.artifact import open_artifact
     from muntin.images import MAX_PIXELS
@@ -70,14 +78,14 @@ def predict_command(
     if signature.task != "classify":
         for parent in {target.parent for target in targets.values()}:
             refuse_unwritable(parent)
-        _refuse_overwriting(image, targets, folder, truth, signature)
+        _refuse_overwriting(image, targets, folder, truth, signature, scaled=value_range is not None)
         check_tiles(session, **tiles)
     session.warm_up(_common_shapes(images, signature, max_pixels=limit, **tiles), compute=False)
 
     def compute(path: Path) -> Result:
         if signature.task == "classify":
-            return classify(session, path, limit)
-        return predict_map(session, path, targets[path], truth, limit, tiles)
+            return classify(session, path, limit, value_range)
+        return predict_map(session, path, targets[path], truth, limit, tiles, value_range)
 
     results, failures = _compute_all(compute, images)
     if json:
@@ -131,9 +139,10 @@ def _images(paths: Iterable[Path], truth: Path | None) -> list[Path]:
     Hidden files of a folder are skipped: macOS leaves "._a.jpg" beside "a.jpg".
     """
     from muntin.images import IMAGE_SUFFIXES
+    from muntin.images.rasters import RASTER_SUFFIXES
 
     def is_image(path: Path) -> bool:
-        return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        return path.suffix.lower() in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
     images: dict[Path, Path] = {}
     for path in paths:
@@ -152,16 +161,17 @@ def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int | 
 
     Reads the images' headers. An unreadable image is skipped here and reported when it is computed.
     """
-    from muntin.images import image_size
+    from muntin.images.sources import source_size
+    from muntin.runtime.blending import tile_origins
     from muntin.runtime.session import STATIC_SHAPES
-    from muntin.runtime.tiles import tile_origins, tile_side
+    from muntin.runtime.tiles import tile_side
 
     if signature.side is not None:
         return [(1, signature.side, signature.side)]
     calls: Counter[Shape] = Counter()
     for path in images:
         with suppress(DataError):
-            height, width = image_size(path, max_pixels=max_pixels)
+            height, width = source_size(path, max_pixels=max_pixels)
             if signature.task == "classify":
                 calls[1, *signature.sizes.at_least(height, width)] += 1
                 continue
@@ -203,7 +213,7 @@ def _refuse_unused(task: str, values: dict[str, object]) -> None:
 
 
 def _refuse_overwriting(
-    named: Iterable[Path], targets: Mapping[Path, Path], output: Path, truth: Path | None, signature: Signature
+    named: Iterable[Path], targets: Mapping[Path, Path], output: Path, truth: Path | None, signature: Signature, *, scaled: bool
 ) -> None:
     """Raise DataError where a result would replace an image or the truth, or be read as an image next time.
 
@@ -219,6 +229,6 @@ def _refuse_overwriting(
                 f"--output {output}: {folder}, where results would be written, is the folder of the images, and they would be taken for "
                 "images next time: give another"
             )
-        for file in result_files(target, signature).values():
+        for file in result_files(path, target, signature, scaled=scaled).values():
             if file.resolve() in inputs:
                 raise DataError(f"{file}, a result of {path}, would replace a file that was given: give another folder by --output")
