@@ -5,6 +5,7 @@ Axis letters: H, W rows and columns, C channels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from muntin.errors import DependencyError, install
-from muntin.images.opening import quiet_pillow
+from muntin.images.opening import quiet_pillow, silence_libtiff
 from muntin.images.rasters import CACHE_BYTES, Raster
 
 BLOCK = 512
@@ -77,9 +78,12 @@ class GeoTiffWriter:
         self._flush()
         self.close()
         factors = [2**n for n in range(1, 32) if max(self._shape[:2]) > _SMALLEST * 2 ** (n - 1)]
-        if factors:
-            with self._gdal(), quiet_pillow(), rasterio.open(self._path, "r+", driver="GTiff") as dataset:
-                dataset.build_overviews(factors, Resampling.nearest if self._labels else Resampling.average)
+        with self._gdal(), quiet_pillow():
+            if factors:
+                with rasterio.open(self._path, "r+", driver="GTiff") as dataset:
+                    dataset.build_overviews(factors, Resampling.nearest if self._labels else Resampling.average)
+            for level in (None, *range(len(factors))):
+                _check_tiles(self._path, level)
 
     def close(self) -> None:
         """Closes the file. Idempotent."""
@@ -109,12 +113,14 @@ class GeoTiffWriter:
     def _gdal(self) -> Iterator[None]:
         """GDAL's cache in bounds; its errors as OSErrors."""
         import rasterio
+        from rasterio._err import CPLE_BaseError
         from rasterio.errors import RasterioError
 
+        silence_libtiff(rasterio._io.__file__)
         try:
-            with rasterio.Env(GDAL_CACHEMAX=self._cache_bytes):
+            with rasterio.Env(GDAL_CACHEMAX=self._cache_bytes, CPL_LOG=os.devnull):  # what GDAL prints when a file is closed
                 yield
-        except RasterioError as error:
+        except (RasterioError, CPLE_BaseError) as error:
             raise OSError(str(error)) from error
 
     def _name_channels(self, like: Raster, count: int) -> None:
@@ -151,4 +157,22 @@ def _place(like: Raster, size: tuple[int, ...]) -> dict[str, Any]:
             return {"gcps": points, "crs": system}
         if dataset.crs is None and dataset.transform.is_identity:
             return {}
-        return {"crs": dataset.crs, "transform": dataset.transform * dataset.transform.scale(1 / columns, 1 / rows)}
+        a, b, c, d, e, f = dataset.transform[:6]
+        return {"crs": dataset.crs, "transform": type(dataset.transform)(a / columns, b / rows, c, d / columns, e / rows, f)}
+
+
+def _check_tiles(path: Path, level: int | None) -> None:
+    """Raises OSError unless the file holds every tile of the picture or of an overview: rasterio raises no error when a file is closed.
+
+    Assumes that all channels of a pixel lie in one tile.
+    """
+    import rasterio
+
+    size = path.stat().st_size
+    with rasterio.open(path, driver="GTiff", **({} if level is None else {"overview_level": level})) as dataset:
+        rows, columns = (-(-side // block) for side, block in zip(dataset.shape, dataset.block_shapes[0], strict=True))
+    with rasterio.open(path, driver="GTiff") as dataset:
+        for place in (f"{column}_{row}" for row in range(rows) for column in range(columns)):
+            start, length = (dataset.get_tag_item(f"BLOCK_{name}_{place}", "TIFF", bidx=1, ovr=level) for name in ("OFFSET", "SIZE"))
+            if start is None or length is None or int(start) + int(length) > size:
+                raise OSError("not all of it could be written")

@@ -32,8 +32,8 @@ _OPEN_FILES = 8
 _MAX_BLOCK = 1 << 26
 """Pixels of a block that is decoded at once."""
 _ORIENTATION_TAG, _NODATA_TAG, _BITS_TAG, _BANDS_TAG = 0x0112, 42113, 258, 277
-_PLACE_TAGS = (33550, 33922, 34264)
-"""Tags of a GeoTIFF that place it on the Earth: size of a pixel, tie points, transformation."""
+_PLACE_TAGS = (33550, 33922, 34264, 34735)
+"""Tags of a GeoTIFF that place it on the Earth: size of a pixel, tie points, transformation, coordinate system."""
 _WHOLE_BANDS = 4
 """Maximum number of channels of TIFFs that are decoded as a whole."""
 RASTER_SUFFIXES = (".jp2", ".j2k")
@@ -142,7 +142,7 @@ class Raster:
         from rasterio.windows import Window
 
         (top, bottom), (left, right) = rows.indices(self.shape[0])[:2], columns.indices(self.shape[1])[:2]
-        with self.dataset() as dataset:
+        with self.dataset() as dataset, quiet_pillow():  # its warning about a file with both nodata and alpha
             mask: npt.NDArray[np.bool_] = dataset.dataset_mask(window=Window(left, top, right - left, bottom - top)) == 0
         return mask
 

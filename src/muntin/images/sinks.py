@@ -27,13 +27,13 @@ from muntin.errors import DataError
 from muntin.images.geotiff import GeoTiffWriter
 from muntin.images.opening import IMAGE_SUFFIXES, MAX_PIXELS, check_pixels, reason
 from muntin.images.rasters import Raster
-from muntin.images.sources import Source, raster_of
+from muntin.images.sources import PictureSource, raster_of
 from muntin.images.writing import encode_image, encode_png
 
 Mask = npt.NDArray[np.bool_]
 
 
-class Sink(Protocol):
+class PictureSink(Protocol):
     """Receives a picture. `begin` is called once, with the shape (H, W) or (H, W, C) and the type; then `write` for each band of rows.
 
     `empty_HW`: True for pixels without data, None where all have some. The sink may change the band.
@@ -147,7 +147,7 @@ class NpySink(FileSink):
             self._stream.close()
 
 
-class PictureSink(FileSink):
+class EncodedSink(FileSink):
     """A PNG, JPEG, WebP, BMP or TIFF, which is collected in memory. `colors`: of labels, as of `encode_png`.
 
     Raises TooManyPixelsError for more pixels than `max_pixels`, DataError for numbers that the format cannot hold.
@@ -204,7 +204,9 @@ class GeoTiffSink(FileSink):
             self._writer.close()
 
 
-def open_sink(path: Path | str, *, like: Source | None = None, classes: Sequence[ClassInfo] = (), max_pixels: int = MAX_PIXELS) -> FileSink:
+def open_sink(
+    path: Path | str, *, like: PictureSource | None = None, classes: Sequence[ClassInfo] = (), max_pixels: int = MAX_PIXELS
+) -> FileSink:
     """A sink for a file: `.npy`, a GeoTIFF (`.tif`, `.tiff`), or a picture in the format of the suffix.
 
     `like`: the source that is computed, whose place on the Earth and nodata a GeoTIFF takes. `classes`: give labels their colours.
@@ -216,4 +218,4 @@ def open_sink(path: Path | str, *, like: Source | None = None, classes: Sequence
         raise DataError(f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}")
     if suffix in (".tif", ".tiff"):
         return GeoTiffSink(path, like=raster_of(like), colors=colors)
-    return NpySink(path) if suffix == ".npy" else PictureSink(path, colors, max_pixels=max_pixels)
+    return NpySink(path) if suffix == ".npy" else EncodedSink(path, colors, max_pixels=max_pixels)

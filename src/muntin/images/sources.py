@@ -21,7 +21,7 @@ _MAX_CACHE_BYTES = 512 << 20
 """Limit of GDAL's cache for a raster whose rows of blocks need more than `CACHE_BYTES`."""
 
 
-class Source(Protocol):
+class PictureSource(Protocol):
     """A picture (H, W, C) of which slices of rows and columns give windows. Arrays are sources."""
 
     @property
@@ -41,7 +41,7 @@ class ScaledSource:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, source: Source, low: float, high: float) -> None:
+    def __init__(self, source: PictureSource, low: float, high: float) -> None:
         if not (isfinite(low) and isfinite(high) and low < high):
             raise DataError(f"a range from {low} to {high}: give two numbers, the lower first, of which one becomes 0 and the other 255")
         self.source, self.low, self.high = source, low, high
@@ -57,17 +57,18 @@ class ScaledSource:
 
     def original(self, pixels: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         """Numbers from 0 to 255 as values of the source, in its type. Those outside become the ends of the range."""
-        exact = np.float32 if self.original_dtype.itemsize <= 2 else np.float64
-        values = pixels.clip(0, 255).astype(exact) * ((self.high - self.low) / 255) + self.low
-        if self.original_dtype.kind == "f":
-            return values.astype(self.original_dtype)
-        limits = np.iinfo(self.original_dtype)
-        return np.rint(values).clip(limits.min, limits.max).astype(self.original_dtype)
+        values: npt.NDArray[Any] = pixels.clip(0, 255).astype(np.float32 if self.original_dtype.itemsize <= 2 else np.float64)
+        values *= (self.high - self.low) / 255
+        values += self.low
+        if self.original_dtype.kind != "f":
+            limits = np.iinfo(self.original_dtype)
+            np.rint(values, out=values).clip(limits.min, limits.max, out=values)
+        return values.astype(self.original_dtype)
 
 
 def open_source(
     path: Path | str, channels: int | None = 3, *, max_pixels: int = MAX_PIXELS, value_range: tuple[float, float] | None = None
-) -> Source:
+) -> PictureSource:
     """Opens a picture for `muntin.predict`.
 
     A raster (`rasters.is_raster`: GeoTIFF, BigTIFF, COG, JPEG 2000) is read by window, whatever its size; a `.npy` file is mapped; other
@@ -78,7 +79,7 @@ def open_source(
     """
     path = Path(path)
     deep = value_range is not None
-    source: Source
+    source: PictureSource
     if is_raster(path):
         source = _opened_raster(path, channels, deep)
     elif deep and _is_npy(path):
@@ -98,7 +99,7 @@ def source_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int,
     return height, width
 
 
-def raster_of(source: Source | None) -> Raster | None:
+def raster_of(source: PictureSource | None) -> Raster | None:
     """The raster that a source reads; None for another source."""
     if isinstance(source, ScaledSource):
         return raster_of(source.source)

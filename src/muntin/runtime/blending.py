@@ -64,7 +64,7 @@ class Span:
     ramps: tuple[tuple[slice, NDArray[np.float32]], ...]
 
 
-class Axis:
+class TileAxis:
     """Tiles along one axis of `size` pixels, which is extended to one tile where it is shorter; overlap None: a quarter of the tile."""
 
     def __init__(self, size: int, tile: int, overlap: int | None, scale: int) -> None:
@@ -98,7 +98,7 @@ class Window:
     last: bool
 
 
-def blended(answers: Iterable[NDArray[np.float32]], rows: Axis, columns: Axis) -> Iterator[Window]:
+def blended(answers: Iterable[NDArray[np.float32]], rows: TileAxis, columns: TileAxis) -> Iterator[Window]:
     """Finished windows, band by band, from the scores (K, h, w) of each tile, row by row. The scores are changed in place."""
     kept_KhW: NDArray[np.float32] | None = None
     arriving = iter(answers)

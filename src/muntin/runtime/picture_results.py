@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import DataError, DependencyError
-from muntin.images import IGNORED, Sink, encode_png, open_sink, open_source, overlay, write_image, write_whole
+from muntin.images import IGNORED, PictureSink, encode_png, open_sink, open_source, overlay, write_image, write_whole
 from muntin.images.opening import check_pixels
 from muntin.images.rasters import WINDOWED_PIXELS, OpenRasters, is_raster, mask_raster
-from muntin.images.sources import Source, raster_of
+from muntin.images.sources import PictureSource, raster_of
 from muntin.images.truth_masks import read_truth, write_difference
 from muntin.runtime.session import Labels, Session
 from muntin.runtime.tiles import predict, size_note
@@ -112,7 +112,7 @@ def predict_map(
     return result
 
 
-def _write_overlay(file: Path, image: Source, labels: Labels | None, signature: Signature) -> str:
+def _write_overlay(file: Path, image: PictureSource, labels: Labels | None, signature: Signature) -> str:
     """Write the overlay of a picture; or return the reason why there is none."""
     height, width, channels = image.shape
     scale = signature.scale
@@ -137,7 +137,7 @@ def _class_counts(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
 class _CountingSink:
     """A sink that also counts the pixels of each class."""
 
-    def __init__(self, sink: Sink, classes: Sequence[ClassInfo]) -> None:
+    def __init__(self, sink: PictureSink, classes: Sequence[ClassInfo]) -> None:
         self._sink = sink
         self.counts = np.zeros(len(classes), np.int64)
 

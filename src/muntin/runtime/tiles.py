@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from muntin.artifact import Sides, Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
-from muntin.images.sinks import Sink
-from muntin.images.sources import ScaledSource, Source, raster_of
-from muntin.runtime.blending import Axis, best_class, blended
+from muntin.images.sinks import PictureSink
+from muntin.images.sources import PictureSource, ScaledSource, raster_of
+from muntin.runtime.blending import TileAxis, best_class, blended
 from muntin.runtime.session import check_pixels
 from muntin.runtime.tensors import TensorSession
 
@@ -79,7 +79,7 @@ def check_image_session(session: object) -> None:
 @overload
 def predict(
     session: Predictor,
-    image_HWC: Source,
+    image_HWC: PictureSource,
     *,
     tile: int | None = None,
     overlap: int | None = None,
@@ -93,27 +93,27 @@ def predict(
 @overload
 def predict(
     session: Predictor,
-    image_HWC: Source,
+    image_HWC: PictureSource,
     *,
     tile: int | None = None,
     overlap: int | None = None,
     exact: bool = False,
     output: Output | None = None,
     progress: Progress | None = None,
-    into: Sink,
+    into: PictureSink,
 ) -> None: ...
 
 
 def predict(
     session: Predictor,
-    image_HWC: Source,
+    image_HWC: PictureSource,
     *,
     tile: int | None = None,
     overlap: int | None = None,
     exact: bool = False,
     output: Output | None = None,
     progress: Progress | None = None,
-    into: Sink | None = None,
+    into: PictureSink | None = None,
 ) -> NDArray[Any] | None:
     """Computes one picture of any size.
 
@@ -151,23 +151,24 @@ def predict(
             for band in bands:
                 write(*band)
         return None
-    result: NDArray[Any] | None = None
-    for top, band, _ in bands:
-        if len(band) == height:
-            result = band
-        elif result is None:
-            planes = output == "scores"
-            result = np.empty((*band.shape[2:], height, width) if planes else (height, *band.shape[1:]), band.dtype)
-            result = result.transpose(1, 2, 0) if planes else result
-        if result is not band:
-            result[top : top + len(band)] = band
-    if result is None:
-        raise AssertionError("a picture has at least one tile")
+    result = _collected(bands, height)
     return result.transpose(2, 0, 1) if output == "scores" else result
 
 
+def _collected(bands: Iterator[Band], height: int) -> NDArray[Any]:
+    """All bands as one array, in memory of the bands' order of axes. A single band is not copied."""
+    _, first, _ = next(bands)
+    if len(first) == height:
+        return first
+    result = np.empty_like(first, shape=(height, *first.shape[1:]))  # keeps the order of axes
+    result[: len(first)] = first
+    for top, band, _ in bands:
+        result[top : top + len(band)] = band
+    return result
+
+
 def label_bands(
-    session: Predictor, image_HWC: Source, *, tile: int | None = None
+    session: Predictor, image_HWC: PictureSource, *, tile: int | None = None
 ) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
     """The labels of `predict` for "segment" in parts from the top down: (first row, labels). A part has some rows of the whole width."""
     check_image_session(session)
@@ -178,7 +179,7 @@ def label_bands(
 
 
 def _check_arguments(
-    session: Predictor, image_HWC: Source, *, tile: int | None, overlap: int | None, exact: bool
+    session: Predictor, image_HWC: PictureSource, *, tile: int | None, overlap: int | None, exact: bool
 ) -> tuple[int | None, int | None]:
     signature, shape = session.signature, getattr(image_HWC, "shape", None)
     if not isinstance(shape, tuple) or len(shape) != 3:
@@ -188,10 +189,10 @@ def _check_arguments(
     return check_tiles(session, tile=tile, overlap=overlap, exact=exact)
 
 
-def _axes(signature: Signature, image_HWC: Source, tile: int | None, overlap: int | None) -> tuple[Axis, Axis]:
+def _axes(signature: Signature, image_HWC: PictureSource, tile: int | None, overlap: int | None) -> tuple[TileAxis, TileAxis]:
     sizes, scale, (height, width) = signature.sizes, signature.scale, image_HWC.shape[:2]
     rows, columns = tile_side(height, tile, sizes.height), tile_side(width, tile, sizes.width)
-    return Axis(height, rows, overlap, scale), Axis(width, columns, overlap, scale)
+    return TileAxis(height, rows, overlap, scale), TileAxis(width, columns, overlap, scale)
 
 
 def tile_side(size: int, tile: int | None, sides: Sides) -> int:
@@ -220,7 +221,7 @@ def size_note(size: Sequence[int], signature: Signature, tile: int | None = None
     return f"{height} x {width} pixels are {' and '.join(notes)}, {taken}" if notes else ""
 
 
-def _classified_part(image_HWC: Source, signature: Signature) -> NDArray[np.uint8]:
+def _classified_part(image_HWC: PictureSource, signature: Signature) -> NDArray[np.uint8]:
     """The part of a picture that a classifier sees, in an allowed size."""
     if signature.side is not None:
         return middle_square(image_HWC, signature.side)
@@ -231,7 +232,14 @@ def _classified_part(image_HWC: Source, signature: Signature) -> NDArray[np.uint
 
 
 def _bands(
-    session: Predictor, image_HWC: Source, output: Output, rows: Axis, columns: Axis, progress: Progress | None, *, masked: bool
+    session: Predictor,
+    image_HWC: PictureSource,
+    output: Output,
+    rows: TileAxis,
+    columns: TileAxis,
+    progress: Progress | None,
+    *,
+    masked: bool,
 ) -> Iterator[Band]:
     """Finished rows of the result from the top down, each band in an array of its own. `masked`: with masks of pixels without data."""
     signature, scale, total = session.signature, rows.scale, len(rows.spans) * len(columns.spans)
@@ -297,7 +305,7 @@ def _answers(session: Predictor, images: Iterator[NDArray[np.uint8]], count: int
 
 
 @contextmanager
-def _written_behind(sink: Sink) -> Iterator[Callable[[int, NDArray[Any], NDArray[np.bool_] | None], None]]:
+def _written_behind(sink: PictureSink) -> Iterator[Callable[[int, NDArray[Any], NDArray[np.bool_] | None], None]]:
     """Yields a function that writes a band in another thread, after the band before it. The next call, or the end, raises its error."""
     pending: list[Future[None]] = []
 
@@ -318,18 +326,18 @@ def extended(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[n
     return np.pad(image_HWC, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else image_HWC
 
 
-def _image_type(image_HWC: Source) -> np.dtype[Any]:
+def _image_type(image_HWC: PictureSource) -> np.dtype[Any]:
     """Type of a restored picture."""
     return image_HWC.original_dtype if isinstance(image_HWC, ScaledSource) else np.dtype(np.uint8)
 
 
-def _pixels(scores_KHW: NDArray[np.float32], image_HWC: Source) -> NDArray[Any]:
+def _pixels(scores_KHW: NDArray[np.float32], image_HWC: PictureSource) -> NDArray[Any]:
     """The restored picture (H, W, K) of scores from 0 to 255, in the values of its source."""
     scores_HWK = scores_KHW.transpose(1, 2, 0)
     return image_HWC.original(scores_HWK) if isinstance(image_HWC, ScaledSource) else np.rint(scores_HWK).clip(0, 255).astype(np.uint8)
 
 
-def _empty(output: Output, signature: Signature, image_HWC: Source, height: int, width: int) -> NDArray[Any]:
+def _empty(output: Output, signature: Signature, image_HWC: PictureSource, height: int, width: int) -> NDArray[Any]:
     """Memory of some rows of the result, channels last."""
     if output == "labels":
         return np.empty((height, width), signature.label_type)
