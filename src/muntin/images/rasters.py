@@ -170,11 +170,10 @@ class Raster:
     def _read(self, dataset: Any, top: int, left: int, height: int, width: int) -> npt.NDArray[Any]:
         from rasterio.windows import Window
 
-        if not height * width:
-            planes_CHW = np.zeros((len(self._bands), height, width), dataset.dtypes[0])
-        else:
-            planes_CHW = dataset.read(self._bands, window=Window(left, top, width, height))
-        return planes_CHW[0] if self._single else np.ascontiguousarray(planes_CHW.transpose(1, 2, 0))
+        pixels_HWC = np.empty((height, width, len(self._bands)), dataset.dtypes[0])
+        if height * width:  # read into their places: planes would have to be transposed
+            dataset.read(self._bands, window=Window(left, top, width, height), out=pixels_HWC.transpose(2, 0, 1))
+        return pixels_HWC[:, :, 0] if self._single else pixels_HWC
 
 
 def picture_raster(path: Path, files: OpenRasters, channels: int | None, *, deep: bool = False) -> Raster:
