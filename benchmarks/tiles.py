@@ -1,19 +1,21 @@
 """Measure large pictures in blended tiles: time, memory, and the cost beyond the engine, beside MONAI's sliding window.
 
-    python benchmarks/tiles.py [--preset hybrid-xs] [--tile 512] [--overlap 128] [--threads N] [--gigapixel] [--output runs/benchmark-tiles]
-                               [--json]
+    python benchmarks/tiles.py [--preset hybrid-xs] [--tile 512] [--overlap 128] [--threads N] [--streams N] [--gigapixel]
+                               [--output runs/benchmark-tiles] [--json]
 
 The preset is trained for 30 steps (speed does not depend on the weights) and exported in W4A8. Pictures are the demonstration's photograph,
 mirrored at its edges up to the size: 5400 x 2700, 10800 x 5400, with --gigapixel also 32768 x 32768. Ways, each in a process of its own:
     array     an array in memory to an array of labels
     raster    a tiled BigTIFF (deflate), read by window, to a GeoTIFF of labels with overviews (`open_source`, `open_sink`)
-    monai     MONAI's `sliding_window_inference` on the same session (`pip install monai`), one tile a call, blending "gaussian", float32
-              tensors in memory, `argmax` at the end; not for a gigapixel, whose scores and weights alone would be 45 GiB
+    monai     MONAI's `sliding_window_inference` on the same artefact and engine (`pip install monai`), one tile a call, blending
+              "gaussian", float32 tensors in memory, `argmax` at the end; not for a gigapixel, whose scores alone are 24 GiB
+`array` and `raster` compute several tiles at once (--streams, as many as threads), each on its share of the threads. MONAI calls the engine
+tile by tile, so all threads work on one.
 Columns:
     s            seconds from the opened source to the finished labels
     Mpixel/s     pixels of the picture a second
     computed     pixels that the engine computed a second: each tile counts whole
-    of untiled   computed, over the pixels a second of one call on 2048 x 2048 pixels, in the same process
+    of untiled   computed, over the pixels a second of one call on 2048 x 2048 pixels with all threads, afterwards in the same process
     MiB          largest resident memory beyond that of the loaded model, which has computed one tile; of `array` and `monai` with the
                  picture and the result
 Goals: raster: a gigapixel within 1 GiB; array and raster: 95 % of untiled; array: 1.2 times as fast as MONAI.
@@ -116,34 +118,32 @@ def untiled_rate(session: Session, image_1HWC: NDArray[np.uint8]) -> float:
     return image_1HWC.shape[1] * image_1HWC.shape[2] / median(times)
 
 
-def measure(way: str, artifact: Path, raster: Path, tile: int, overlap: int, threads: int) -> Row:
+def measure(way: str, artifact: Path, raster: Path, tile: int, overlap: int, threads: int, streams: int) -> Row:
     """Measure one way. Called in a process of its own."""
-    session = muntin.load(artifact, threads=threads, shapes=((1, tile, tile),))
+    session = muntin.load(artifact, threads=threads, streams=1 if way == "monai" else streams, shapes=((1, tile, tile),))
     assert isinstance(session, Session)
     source = open_source(raster)
     height, width = source.shape[:2]
-    corner = np.ascontiguousarray(source[:UNTILED, :UNTILED])[None]
     if way == "monai":
         try:
             import monai  # noqa: F401
         except ImportError:
             return {"cannot": "monai is not installed: pip install monai"}
-        monai_labels(session, corner[0, :tile, :tile], tile, overlap)  # its first call imports much
+        monai_labels(session, np.ascontiguousarray(source[:tile, :tile]), tile, overlap)  # its first call imports much
     result = raster.with_name(f"{raster.stem}.{way}.tif")
     with watch_memory() as memory:
-        before = untiled_rate(session, corner) if way != "raster" else 0.0
-        image = source[:, :] if way != "raster" else source
+        image = source[:, :] if way != "raster" else None
         started = time.perf_counter()
         if way == "raster":
             with open_sink(result, like=source, classes=session.signature.classes) as sink:
                 muntin.predict(session, source, tile=tile, overlap=overlap, into=sink)
-        elif way == "array":
+        elif image is not None and way == "array":
             muntin.predict(session, image, tile=tile, overlap=overlap)
-        else:
+        elif image is not None:
             monai_labels(session, image, tile, overlap)
         seconds = time.perf_counter() - started
-    after = untiled_rate(session, corner)
-    untiled = (before + after) / 2 if before else after
+    corner = np.ascontiguousarray(source[:UNTILED, :UNTILED])[None]
+    untiled = untiled_rate(muntin.load(artifact, threads=threads, shapes=(corner.shape[:3],)), corner)
     result.unlink(missing_ok=True)
     count = len(tile_origins(height, tile, overlap)) * len(tile_origins(width, tile, overlap))
     computed = count * tile**2 / seconds
@@ -163,7 +163,13 @@ def rows_of(given: argparse.Namespace, hardware: Row) -> list[Row]:
     folder = given.output / given.preset
     checkpoint = trained(demo_recipe({"training.steps": STEPS, "model.name": given.preset}), folder / "trained")
     artifact = integer_artifact(checkpoint, folder / "int8").path
-    settings = {**network_of(given.preset), "tile": given.tile, "overlap": given.overlap, "threads": given.threads}
+    settings = {
+        **network_of(given.preset),
+        "tile": given.tile,
+        "overlap": given.overlap,
+        "threads": given.threads,
+        "streams": given.streams,
+    }
     rows = []
     for name, size in {**SIZES, **(GIGAPIXEL if given.gigapixel else {})}.items():
         raster = given.output / f"{name}.tif"
@@ -171,7 +177,7 @@ def rows_of(given: argparse.Namespace, hardware: Row) -> list[Row]:
             place = folder / f"{way}-{name}.json"
             if not place.is_file() and not raster.is_file():
                 write_raster(raster, size)
-            arguments = (way, artifact, raster, given.tile, given.overlap, given.threads)
+            arguments = (way, artifact, raster, given.tile, given.overlap, given.threads, given.streams)
             rows.append({"size": name, "way": way, **kept_row(place, settings, partial(alone, *arguments), hardware=hardware)})
     return rows
 
@@ -199,10 +205,12 @@ def main() -> None:
     parser.add_argument("--tile", type=at_least(64), default=512, help="side of a tile, pixels")
     parser.add_argument("--overlap", type=at_least(0), default=128, help="pixels that neighbouring tiles share")
     parser.add_argument("--threads", type=at_least(1), default=physical_cores())
+    parser.add_argument("--streams", type=at_least(1), help="tiles that are computed at once; as many as threads by default")
     parser.add_argument("--gigapixel", action="store_true", help="also 32768 x 32768 pixels")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-tiles"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     given = parser.parse_args()
+    given.streams = given.streams or given.threads
     warnings.filterwarnings("ignore", category=UserWarning, module="monai")
     hardware = describe_hardware()
     rows = rows_of(given, hardware)
@@ -211,7 +219,7 @@ def main() -> None:
             "benchmark": "tiles", "hardware": {**hardware, "created": now()}, "rows": rows, "goals": GOALS, "met": goals(rows),
         }, indent=1))  # fmt: skip
         return
-    print(f"{given.preset}, W4A8, tiles of {given.tile}, overlap {given.overlap}, {given.threads} threads")
+    print(f"{given.preset}, W4A8, tiles of {given.tile}, overlap {given.overlap}, {given.threads} threads, {given.streams} streams")
     print(f"{'size':<14}{'way':<8}{'s':>8}{'Mpixel/s':>10}{'computed':>10}{'of untiled':>12}{'MiB':>8}")
     for row in rows:
         if "cannot" in row:
