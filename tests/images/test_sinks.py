@@ -163,6 +163,11 @@ def test_refused_sinks(tmp_path: Path) -> None:
     for name in ("none/a.npy", "none/a.tif"):
         with pytest.raises(DataError, match="its folder does not exist"), open_sink(tmp_path / name) as sink:
             fill(sink, photo())
+    with pytest.raises(DataError, match=r"at row 9: row 0 of \(90, 70, 3\) is next"), open_sink(tmp_path / "a.npy") as sink:
+        sink.begin(photo().shape, photo().dtype)
+        sink.write(9, photo()[9:])
+    with pytest.raises(DataError, match="call `begin` first"), open_sink(tmp_path / "a.npy") as sink:
+        sink.write(0, photo())
     (tmp_path / "a.npy").mkdir()
     with pytest.raises(DataError, match="Is a directory"), open_sink(tmp_path / "a.npy") as sink:
         fill(sink, photo())

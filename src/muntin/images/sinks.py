@@ -94,7 +94,8 @@ class FileSink(ABC):
 
     def write(self, top: int, band: npt.NDArray[Any], empty_HW: Mask | None = None) -> None:
         if self._shape is None or top != self._next_row or band.shape[1:] != self._shape[1:]:
-            raise AssertionError(f"rows of {band.shape} at {top}: bands come in order, from the top down, with all columns")
+            expected = "call `begin` first" if self._shape is None else f"row {self._next_row} of {self._shape} is next, with all columns"
+            raise DataError(f"{self.path}: a band of shape {band.shape} at row {top}: {expected}")
         with self._refusals():
             self._write(top, band, empty_HW)
         self._next_row += len(band)
