@@ -14,10 +14,11 @@ from PIL import Image
 
 from muntin.artifact import Signature, open_artifact
 from muntin.artifact.classes import ClassInfo
-from muntin.cli.predict import _predict_map, _print_results
+from muntin.cli.predict import _print_results
 from muntin.images import colorize, read_image, read_mask, write_image
 from muntin.runtime import ENGINES, load, predict
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.picture_results import predict_map
 from muntin.training import read_checkpoint
 from muntin.training.evaluation import tile_of
 
@@ -91,7 +92,7 @@ def test_predict_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
     session: Any = Two()
     tiles = {"tile": 64, "overlap": None}
-    result = _predict_map(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
+    result = predict_map(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
     assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
     assert capsys.readouterr().err == ""
     _print_results([result])
@@ -392,7 +393,7 @@ def test_predict_npy_file(call: Call, exported: Any, tmp_path: Path) -> None:
 
 
 def test_predict_checks_the_output_first(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.runtime.predict", lambda *arguments, **options: pytest.fail("it was computed"))
+    monkeypatch.setattr("muntin.runtime.picture_results.predict", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file.png").write_text("in the way")
     words = ("predict", exported.artifact, exported.image, "-o")
     text = call(*words, tmp_path / "file.png").mistake()
@@ -434,3 +435,80 @@ def test_predict_overlap(call: Call, exported: Any, tmp_path: Path) -> None:
     expected, usual = (predict(session, picture, tile=20, overlap=overlap) for overlap in (15, None))
     assert (expected != usual).any(), "another overlap gives the same: this test plants nothing"
     assert np.array_equal(read_mask(result["mask"]), expected)
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Callable[..., Path]:
+    """`scene(dtype, scaled_by)`: a GeoTIFF of 120 x 150 pixels with a corner without data, and its pixels from 1 to 255 times a factor."""
+    rasterio = pytest.importorskip("rasterio")
+
+    def write(dtype: str = "uint8", factor: int = 1) -> Path:
+        image = np.random.default_rng(3).integers(1, 256, (120, 150, 3)).astype(dtype) * np.array(factor, dtype)
+        image[:40, :50] = 0
+        place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000), "nodata": 0}
+        size = {"height": 120, "width": 150, "count": 3, "dtype": dtype}
+        with rasterio.open(tmp_path / "scene.tif", "w", driver="GTiff", **size, **place) as dataset:
+            dataset.write(image.transpose(2, 0, 1))
+        return tmp_path / "scene.tif"
+
+    return write
+
+
+def test_predict_geotiff(call: Call, exported: Any, tmp_path: Path, scene: Callable[..., Path]) -> None:
+    import rasterio
+
+    path = scene()
+    image = read_image(path)
+    truth = np.zeros((120, 150), np.uint8)
+    write_image(tmp_path / "truth.png", truth)
+    words = ("predict", exported.artifact, path, "-o", tmp_path / "out", "--tile", "40", "--truth", tmp_path / "truth.png", "--json")
+    (result,) = call(*words).document()["results"]
+    names = ["scene.difference.png", "scene.mask.tif", "scene.overlay.png"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+    session = load(exported.artifact)
+    expected = predict(session, image, tile=40)
+    expected[:40, :50] = 255
+    with rasterio.open(result["mask"]) as mask, rasterio.open(path) as dataset:
+        assert (mask.crs, mask.transform, mask.nodata, mask.dtypes) == (dataset.crs, dataset.transform, 255, ("uint8",))
+        np.testing.assert_array_equal(mask.read(1), expected)
+        assert mask.colormap(1)[1][:3] == session.signature.classes[1].color
+    assert result["agreement"] == np.mean(expected == 0)
+    assert result["shares"]["sea"] == pytest.approx(np.mean(expected[expected != 255] == 0))
+    shown = read_image(result["overlay"])
+    np.testing.assert_array_equal(shown[:40, :50], 0)  # not painted
+
+
+def test_predict_geotiff_of_16_bits(call: Call, tmp_path: Path, write_small: Write, scene: Callable[..., Path]) -> None:
+    import rasterio
+
+    path, artifact = scene("uint16", 40), write_small(tmp_path / "restore", task="restore", names=("r", "g", "b"))
+    words = ("predict", artifact, path, "-o", tmp_path / "out")
+    text = call(*words).mistake()
+    assert "scene.tif holds uint16, and models take 8 bits a channel: give the values that become 0 and 255 (`--range LOW HIGH`" in text
+    (result,) = call(*words, "--range", "0", "10200", "--json").document()["results"]
+    assert Path(result["image"]) == tmp_path / "out" / "scene.restored.tif"
+    with rasterio.open(result["image"]) as restored, rasterio.open(path) as dataset:
+        assert restored.dtypes == ("uint16",) * 3 and restored.nodata == 0 and restored.transform == dataset.transform
+        pixels, before = restored.read(), dataset.read()
+        np.testing.assert_array_equal((pixels == 0).all(0), (before == 0).all(0))
+        scores = load(artifact)((before // 40).astype(np.uint8).transpose(1, 2, 0)[None])[0]  # 0 to 1: of a model that does not restore
+        expected = np.maximum(np.rint(scores * 40), 1)[:, before[0] > 0]
+        assert np.abs(pixels[:, before[0] > 0] - expected).max() <= 1
+    assert "a range from 5.0 to 5.0" in call(*words, "--range", "5", "5").mistake()
+
+
+def test_predict_large_geotiff_without_overlay(
+    call: Call, exported: Any, tmp_path: Path, scene: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muntin.runtime.picture_results.WINDOWED_PIXELS", 1000)
+    words = ("predict", exported.artifact, scene(), "-o", tmp_path / "out", "--max-pixels", "1000", "--json")
+    (result,) = call(*words).document()["results"]
+    assert "overlay" not in result and "150×120 pixels are too many for an overlay" in result["notes"][0]
+
+
+def test_predict_geotiff_to_a_full_disk(call: Call, exported: Any, tmp_path: Path, scene: Callable[..., Path], full_disk: FullDisk) -> None:
+    path = scene()
+    with full_disk(600):
+        text = call("predict", exported.artifact, path, "-o", tmp_path / "out").mistake()
+    assert "scene.mask.tif: " in text and "make room" in text
+    assert list((tmp_path / "out").iterdir()) == []

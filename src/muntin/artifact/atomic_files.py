@@ -14,11 +14,9 @@ def write_files(directory: Path, contents: Mapping[str, bytes | memoryview]) -> 
 
     Raises OSError. Then the former files are unchanged and nothing is left behind, unless one of several renames failed.
     """
-    # Hidden siblings, so that each rename stays inside one file system. Their names are short: a file's name may have the maximum length.
-    copies = {name: (directory / name).with_name(f".{secrets.token_hex(8)}.tmp") for name in contents}
+    copies = {name: hidden_sibling(directory / name) for name in contents}
     for name in contents:  # the only reason for a rename to fail after the writes succeeded
-        if (directory / name).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
+        refuse_folder(directory / name)
     try:
         for name, data in contents.items():
             write_synced(copies[name], data)
@@ -28,6 +26,25 @@ def write_files(directory: Path, contents: Mapping[str, bytes | memoryview]) -> 
         for copy in copies.values():
             copy.unlink(missing_ok=True)
     sync_directory(directory)
+
+
+def hidden_sibling(path: Path) -> Path:
+    """A new name beside a file, so that a rename stays inside one file system. It is short: a file's name may have the maximum length."""
+    return path.with_name(f".{secrets.token_hex(8)}.tmp")
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises IsADirectoryError for a folder, which no file can replace."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Gives a finished file its name, after its content is on the disk. Raises OSError."""
+    with part.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    part.replace(path)
+    sync_directory(path.parent)
 
 
 def write_synced(file: Path, data: bytes | memoryview) -> None:

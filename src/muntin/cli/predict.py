@@ -16,12 +16,11 @@ from muntin.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from muntin.artifact import Signature
-    from muntin.runtime import Session
+    from muntin.runtime.picture_results import Result
     from muntin.runtime.session import Shape
 
 COMPILED = 128
 """Minimum number of tiles of one size for which that size is compiled: half a second or more, to save some ms a tile."""
-Result = dict[str, Any]
 
 
 def predict_command(
@@ -42,7 +41,14 @@ def predict_command(
         int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. A .npy file is read tile by tile.")
+        int | None,
+        typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. Rasters, read by window, have no limit."),
+    ] = None,
+    value_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            "--range", metavar="LOW HIGH", help="Values read as 0 and 255, for rasters and .npy files of other numbers than uint8."
+        ),
     ] = None,
     engine: EngineOption = "openvino",
     precision: PrecisionOption = "recorded",
@@ -51,13 +57,15 @@ def predict_command(
 ) -> None:
     """Segment, restore or classify images: a mask of class numbers with an overlay, a restored image, or a class for each.
 
-    Results are named after their image: `a.mask.png` of `a.jpg`. Images of one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in
-    folders: `x/a.mask.png` and `y/a.mask.png`. An image that fails is reported, the others are computed, and the exit code is 1.
+    Results are named after their image: `a.mask.png` of `a.jpg`, and a GeoTIFF of the same place, `b.mask.tif`, of a GeoTIFF. Images of
+    one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in folders: `x/a.mask.png` and `y/a.mask.png`. An image that fails is
+    reported, the others are computed, and the exit code is 1.
     """
     from muntin.artifact import open_artifact
     from muntin.images import MAX_PIXELS
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
+    from muntin.runtime.picture_results import classify, predict_map
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
     images = _images(image, truth)
@@ -70,14 +78,14 @@ def predict_command(
     if signature.task != "classify":
         for parent in {target.parent for target in targets.values()}:
             refuse_unwritable(parent)
-        _refuse_overwriting(image, targets, folder, truth, signature)
+        _refuse_overwriting(image, targets, folder, truth, signature, scaled=value_range is not None)
         check_tiles(session, **tiles)
     session.warm_up(_common_shapes(images, signature, max_pixels=limit, **tiles), compute=False)
 
     def compute(path: Path) -> Result:
         if signature.task == "classify":
-            return _classify(session, path, limit)
-        return _predict_map(session, path, targets[path], truth, limit, tiles)
+            return classify(session, path, limit, value_range)
+        return predict_map(session, path, targets[path], truth, limit, tiles, value_range)
 
     results, failures = _compute_all(compute, images)
     if json:
@@ -131,9 +139,10 @@ def _images(paths: Iterable[Path], truth: Path | None) -> list[Path]:
     Hidden files of a folder are skipped: macOS leaves "._a.jpg" beside "a.jpg".
     """
     from muntin.images import IMAGE_SUFFIXES
+    from muntin.images.rasters import RASTER_SUFFIXES
 
     def is_image(path: Path) -> bool:
-        return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        return path.suffix.lower() in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
     images: dict[Path, Path] = {}
     for path in paths:
@@ -152,16 +161,17 @@ def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int | 
 
     Reads the images' headers. An unreadable image is skipped here and reported when it is computed.
     """
-    from muntin.images import image_size
+    from muntin.images.sources import source_size
+    from muntin.runtime.blending import tile_origins
     from muntin.runtime.session import STATIC_SHAPES
-    from muntin.runtime.tiles import tile_origins, tile_side
+    from muntin.runtime.tiles import tile_side
 
     if signature.side is not None:
         return [(1, signature.side, signature.side)]
     calls: Counter[Shape] = Counter()
     for path in images:
         with suppress(DataError):
-            height, width = image_size(path, max_pixels=max_pixels)
+            height, width = source_size(path, max_pixels=max_pixels)
             if signature.task == "classify":
                 calls[1, *signature.sizes.at_least(height, width)] += 1
                 continue
@@ -194,14 +204,6 @@ def _names(image: Path) -> Iterator[str]:
         yield "/".join((*folders[start:], image.name))
 
 
-def _result_files(target: Path, signature: Signature) -> dict[str, Path]:
-    """Return the file of each result of an image. No result has an image's own name, because results may lie beside images."""
-    if signature.task == "restore":
-        suffix = ".png" if signature.channels in (1, 3, 4) else ".npy"
-        return {"image": target.with_name(f"{target.name}.restored{suffix}")}
-    return {kind: target.with_name(f"{target.name}.{kind}.png") for kind in ("mask", "overlay", "difference")}
-
-
 def _refuse_unused(task: str, values: dict[str, object]) -> None:
     """Raise DataError for an option with a value that the artefact's task does not use."""
     useless = {"classify": ("--output", "--truth", "--tile", "--overlap"), "restore": ("--truth",)}.get(task, ())
@@ -211,12 +213,14 @@ def _refuse_unused(task: str, values: dict[str, object]) -> None:
 
 
 def _refuse_overwriting(
-    named: Iterable[Path], targets: Mapping[Path, Path], output: Path, truth: Path | None, signature: Signature
+    named: Iterable[Path], targets: Mapping[Path, Path], output: Path, truth: Path | None, signature: Signature, *, scaled: bool
 ) -> None:
     """Raise DataError where a result would replace an image or the truth, or be read as an image next time.
 
     `named`: images and folders as given. `targets`: images, and the paths of their results without endings.
     """
+    from muntin.runtime.picture_results import result_files
+
     folders = {path.resolve() for path in named if path.is_dir()}
     inputs = {path.resolve() for path in (*targets, *([] if truth is None else [truth]))}
     for path, target in targets.items():
@@ -225,60 +229,6 @@ def _refuse_overwriting(
                 f"--output {output}: {folder}, where results would be written, is the folder of the images, and they would be taken for "
                 "images next time: give another"
             )
-        for file in _result_files(target, signature).values():
+        for file in result_files(path, target, signature, scaled=scaled).values():
             if file.resolve() in inputs:
                 raise DataError(f"{file}, a result of {path}, would replace a file that was given: give another folder by --output")
-
-
-def _classify(session: Session, path: Path, max_pixels: int) -> Result:
-    import numpy as np
-
-    from muntin.images import read_image
-    from muntin.runtime import predict
-    from muntin.runtime.tiles import size_note
-
-    image = read_image(path, channels=session.signature.channels, max_pixels=max_pixels, mapped=True)
-    scores = predict(session, image)
-    weights = np.exp(scores - scores.max())
-    best = int(scores.argmax())
-    result = {"source": str(path), "class": session.signature.classes[best].name, "probability": float(weights[best] / weights.sum())}
-    note = size_note(image.shape[:2], session.signature)
-    return result | ({"notes": [f"{path}: {note}"]} if note else {})
-
-
-def _predict_map(session: Session, path: Path, target: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
-    """Segment or restore one image and write the result's files: `target` with the endings of `_result_files`."""
-    from muntin.images import encode_png, overlay, read_image, write_image, write_whole
-    from muntin.images.truth_masks import read_truth, write_difference
-    from muntin.runtime import predict
-    from muntin.runtime.tiles import size_note
-
-    signature, scale = session.signature, session.signature.scale
-    image = read_image(path, channels=signature.channels, max_pixels=max_pixels, mapped=True)
-    size = [side * scale for side in image.shape[:2]]
-    note = size_note(image.shape[:2], signature, tiles["tile"])
-    notes = [f"{path}: {note}"] if note else []
-    expected = None if truth is None else read_truth(truth, size, signature.classes, max_pixels * scale**2, notes)
-    answer = predict(session, image, **tiles)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files = _result_files(target, signature)
-    if signature.task == "restore":
-        write_image(files["image"], answer)
-        return {"source": str(path), "image": str(files["image"])} | ({"notes": notes} if notes else {})
-    result: Result = {"source": str(path), "mask": str(files["mask"])}
-    write_whole(files["mask"], encode_png(answer, [entry.color for entry in signature.classes]))
-    if image.shape[2] in (1, 3, 4):
-        result["overlay"] = str(files["overlay"])
-        shown = image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
-        write_image(files["overlay"], overlay(shown, answer, signature.classes))
-    else:
-        notes.append(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
-    if expected is not None:
-        labels, number_names = expected
-        result |= {"difference": str(files["difference"]), "agreement": write_difference(files["difference"], answer, labels)}
-        if number_names:
-            result["truth"] = number_names
-    result["shares"] = {entry.name: float((answer == k).sum() / answer.size) for k, entry in enumerate(signature.classes)}
-    if notes:
-        result["notes"] = notes
-    return result

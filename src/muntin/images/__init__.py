@@ -8,6 +8,8 @@ from __future__ import annotations
 from muntin.images.decoding import decode_image, image_size, pixel_count, read_image, read_mask
 from muntin.images.opening import IMAGE_SUFFIXES, MAX_CHANNELS, MAX_PIXELS, TooManyPixelsError
 from muntin.images.painting import IGNORED, RIGHT, WRONG, colorize, difference, middle_part, middle_square, overlay, to_rgb
+from muntin.images.sinks import ArraySink, PictureSink, open_sink
+from muntin.images.sources import PictureSource, open_source
 from muntin.images.writing import encode_png, write_image, write_whole
 
 __all__ = [
@@ -17,6 +19,9 @@ __all__ = [
     "MAX_PIXELS",
     "RIGHT",
     "WRONG",
+    "ArraySink",
+    "PictureSink",
+    "PictureSource",
     "TooManyPixelsError",
     "colorize",
     "decode_image",
@@ -25,6 +30,8 @@ __all__ = [
     "image_size",
     "middle_part",
     "middle_square",
+    "open_sink",
+    "open_source",
     "overlay",
     "pixel_count",
     "read_image",

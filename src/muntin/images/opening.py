@@ -137,14 +137,16 @@ def opened_picture(path: PictureFile, stream: IO[bytes], head: bytes, max_pixels
 
 
 @cache
-def silence_libtiff() -> bool:
-    """Keeps Pillow's libtiff from writing to standard error, for the whole process. Pillow still raises what stops the decoder.
+def silence_libtiff(user: str | None = None) -> bool:
+    """Keeps libtiff from writing to standard error, for the whole process. Pillow still raises what stops the decoder.
+
+    `user`: file of the library that uses this libtiff; None: Pillow's.
 
     A client of a server could otherwise fill a pipe that nobody reads, and stop the decoder. Returns False where the functions are not
     found, as in a Pillow that contains libtiff without its names.
     """
     try:
-        library = ctypes.CDLL(Image.core.__file__)  # type: ignore[attr-defined]  # names of libraries that it is linked with are found, too
+        library = ctypes.CDLL(user or Image.core.__file__)  # type: ignore[attr-defined]  # names of libraries that it is linked with are found, too
         for set_handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
             set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
             set_handler(None)

@@ -12,7 +12,7 @@ from PIL import Image
 from muntin.artifact.classes import ClassInfo
 from muntin.errors import DataError
 from muntin.images.opening import UInt8
-from muntin.images.rasters import Raster
+from muntin.images.sources import PictureSource
 
 IGNORED = 255
 """Label of pixels that count neither in the loss nor in a metric."""
@@ -26,12 +26,12 @@ def to_rgb(image_HWC: UInt8) -> UInt8:
     return np.repeat(image_HWC[:, :, :1], 3, axis=2) if image_HWC.shape[2] < 3 else image_HWC[:, :, :3]
 
 
-def middle_square(image_HWC: UInt8 | Raster, side: int) -> UInt8:
+def middle_square(image_HWC: PictureSource, side: int) -> UInt8:
     """The largest square in the middle, resized to `side` pixels: bilinear, antialiased where it shrinks. (H, W, C) to (side, side, C)."""
     return middle_part(image_HWC, side, side)
 
 
-def middle_part(image_HWC: UInt8 | Raster, height: int, width: int) -> UInt8:
+def middle_part(image_HWC: PictureSource, height: int, width: int) -> UInt8:
     """The largest part in the middle with the proportions of a size, resized to it as by `middle_square`: to (height, width, C)."""
     H, W = image_HWC.shape[:2]
     rows, columns = min(H, max(1, W * height // width)), min(W, max(1, H * width // height))

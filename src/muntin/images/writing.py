@@ -39,6 +39,11 @@ def write_image(path: Path | str, image: npt.NDArray[Any]) -> None:
     Raises DataError: unknown suffix, a shape or type the format cannot hold, a folder that is missing or not writable.
     """
     path = Path(path)
+    write_whole(path, encode_image(path, image))
+
+
+def encode_image(path: Path, image: npt.NDArray[Any]) -> memoryview:
+    """The content of a file that `write_image` writes. Raises DataError."""
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
         raise DataError(f"cannot write {path}: the suffix must be one of {', '.join(IMAGE_SUFFIXES)}")
@@ -58,7 +63,7 @@ def write_image(path: Path | str, image: npt.NDArray[Any]) -> None:
             Image.fromarray(pixels).save(buffer, format=Image.registered_extensions()[suffix], **options)
         except (OSError, ValueError) as error:  # JPEG has no alpha; WebP ends at 16383 pixels a side
             raise DataError(f"cannot write {image.shape} to {path}: {reason(error)}; choose .png or another size") from error
-    write_whole(path, buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

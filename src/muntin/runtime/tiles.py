@@ -1,12 +1,9 @@
-"""Prediction of a whole picture in overlapping, blended tiles.
+"""Prediction of a picture of any size, from any source into any sink: in one call, or in overlapping tiles that are blended.
 
-Each tile's scores are weighted by a taper that falls towards the tile's edges (a raised cosine over the overlap, never zero), except at
-edges of the picture. The weights of all tiles that cover a pixel sum to 1. The taper is separable and the tiles form a grid, so weights are
-normalised once for each axis and nothing is divided afterwards. MONAI's `sliding_window_inference` is the reference; it also tapers towards
-the picture's edges, and keeps the scores of the whole picture, where this module keeps only the rows that later tiles touch.
-
-All tiles have one size: the last of a row is moved inward instead of shrunk, so that an engine compiles once. Memory: one band of scores
-(K * scale*tile * scale*W float32), one tile's call, and the result.
+The next tiles are read while the engine computes, and finished rows are written while the next ones are computed. Memory: one tile for each
+call in flight, the scores of the rows in which tiles overlap (`runtime.blending`), and two bands of the result; without a sink, the result.
+All tiles have one size: the last of a row is moved inward instead of shrunk, so that an engine compiles once. A call has one tile: several
+streams take less time on CPUs, and calls of several tiles then gain nothing.
 
 A model that does not take every size still answers every picture:
 
@@ -22,8 +19,11 @@ Axis letters: H, W rows and columns, C channels, K channels of the scores. Lower
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ from muntin.artifact import Sides, Signature
 from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
 from muntin.images.rasters import Raster
+from muntin.images.sinks import PictureSink
+from muntin.images.sources import PictureSource, ScaledSource, raster_of
+from muntin.runtime.blending import TileAxis, best_class, blended
 from muntin.runtime.exact_tiles.run import exact_tiles
 from muntin.runtime.session import check_pixels
 from muntin.runtime.tensors import TensorSession
@@ -40,6 +43,8 @@ TILE = 512
 """Default side of a tile, pixels."""
 Output = Literal["labels", "scores", "image"]
 Progress = Callable[[int, int], None]
+Band = tuple[int, NDArray[Any], NDArray[np.bool_] | None]
+"""First row, finished rows of the result, channels last, and a mask of their pixels without data; None where there is no such mask."""
 
 # Outputs of each task; the first is the default.
 _OUTPUTS: dict[str, tuple[Output, ...]] = {
@@ -58,6 +63,13 @@ class Predictor(Protocol):
     def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]: ...
 
 
+@runtime_checkable
+class MappedPredictor(Predictor, Protocol):
+    """A predictor that computes batches while the next ones are read. Its answers are arrays that the caller may change."""
+
+    def map(self, batches: Iterable[NDArray[np.uint8]]) -> Iterator[NDArray[np.float32]]: ...
+
+
 def check_image_session(session: object) -> None:
     """Raises DataError for a session of named tensors."""
     if isinstance(session, TensorSession):
@@ -67,26 +79,56 @@ def check_image_session(session: object) -> None:
         )
 
 
+@overload
 def predict(
     session: Predictor,
-    image_HWC: NDArray[np.uint8] | Raster,
+    image_HWC: PictureSource,
     *,
     tile: int | None = None,
     overlap: int | None = None,
     exact: bool = False,
     output: Output | None = None,
     progress: Progress | None = None,
-) -> NDArray[Any]:
+    into: None = None,
+) -> NDArray[Any]: ...
+
+
+@overload
+def predict(
+    session: Predictor,
+    image_HWC: PictureSource,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    exact: bool = False,
+    output: Output | None = None,
+    progress: Progress | None = None,
+    into: PictureSink,
+) -> None: ...
+
+
+def predict(
+    session: Predictor,
+    image_HWC: PictureSource,
+    *,
+    tile: int | None = None,
+    overlap: int | None = None,
+    exact: bool = False,
+    output: Output | None = None,
+    progress: Progress | None = None,
+    into: PictureSink | None = None,
+) -> NDArray[Any] | None:
     """Computes one picture of any size.
 
-    `image_HWC`: uint8 (H, W, channels); a memory-mapped array and a raster are read tile by tile. `tile`: side of a tile, pixels, one that
-    the model takes; None computes the whole picture in one call where the model takes sides as long. `overlap`: pixels that neighbouring
-    tiles share, 0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of tiles).
+    `image_HWC`: uint8 (H, W, channels); a memory-mapped array and other sources (`images.open_source`) are read tile by tile. `tile`: side
+    of a tile, pixels, one that the model takes; None computes the whole picture in one call where the model takes sides as long. `overlap`:
+    pixels that neighbouring tiles share, 0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of
+    tiles). `into`: a sink (`images.open_sink`) that receives finished rows, with channels last; then None is returned.
 
     Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the signature's `label_type`, "scores"
-    (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8.
-    "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has no tiles. Pictures of sizes
-    that the model does not take are resized, tiled or extended as the module says.
+    (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8, or the values
+    of a source that was scaled. "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has
+    no tiles and no sink. Pictures of sizes that the model does not take are resized, tiled or extended as the module says.
 
     `exact`: the answer of one untiled call, whatever the picture's size, by the plan of the session's artefact (`runtime.exact_tiles`).
     `tile` is then the side of its tiles, by default 1024, and neighbours share no pixels.
@@ -97,81 +139,67 @@ def predict(
     signature = session.signature
     output = _check_output(signature, output)
     tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=overlap, exact=exact)
-    if exact:
-        return _exact(session, image_HWC, tile, output, progress)
     if signature.task == "classify":
-        scores_K = _call(session, _classified_part(image_HWC, signature))
+        if into is not None:
+            raise DataError('into a sink from a "classify" model: a picture has one answer, leave `into` out')
+        (scores_K,) = _answers(session, iter([_classified_part(image_HWC, signature)[None]]), 1)
         if progress is not None:
             progress(1, 1)
         return scores_K
-    rows, columns = _axes(signature, image_HWC, tile, overlap)
+    if exact:
+        bands = _exact_bands(session, image_HWC, output, tile, progress, masked=into is not None)
+    else:
+        bands = _bands(session, image_HWC, output, *_axes(signature, image_HWC, tile, overlap), progress, masked=into is not None)
     height, width = (signature.scale * size for size in image_HWC.shape[:2])
-    result: NDArray[Any] | None = None
-    for row, scores_KhW in _bands(session, image_HWC, rows, columns, progress):
-        if result is None:
-            result = _empty(output, signature, len(scores_KhW), height, width)
-        done = slice(row, min(row + scores_KhW.shape[1], height))
-        _emit(output, result[:, done] if output == "scores" else result[done], scores_KhW[:, : height - row, :width])
-    if result is None:
-        raise AssertionError("a picture has at least one tile")
-    return result
+    if into is not None:
+        dtype = _image_type(image_HWC) if output == "image" else np.dtype(signature.label_type if output == "labels" else np.float32)
+        into.begin((height, width) if output == "labels" else (height, width, signature.outputs), dtype)
+        with _written_behind(into) as write:
+            for band in bands:
+                write(*band)
+        return None
+    result = _collected(bands, height)
+    return result.transpose(2, 0, 1) if output == "scores" else result
 
 
-def _exact(
-    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, tile: int | None, output: Output, progress: Progress | None
-) -> NDArray[Any]:
-    signature, (height, width) = session.signature, image_HWC.shape[:2]
-    scale, taken = signature.scale, signature.sizes.at_least(height, width)
-    if taken[0] < height or taken[1] < width:
-        raise DataError(
-            f"a picture of {height} x {width} pixels: the model takes {signature.sizes.text}: leave exact out for blended tiles"
-        )
-
-    def read(top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
-        first, start = min(top, height - 1), min(left, width - 1)
-        part_HWC = extended(image_HWC[first:bottom, start:right], bottom - first, right - start)
-        return np.ascontiguousarray(part_HWC[top - first :, left - start :])
-
-    result = _empty(output, signature, signature.outputs, scale * height, scale * width)
-    for (top, left, bottom, right), scores_Khw in exact_tiles(session, tile).blocks(read, *taken, progress):
-        part = (
-            result[..., scale * top : scale * bottom, scale * left : scale * right]
-            if output != "image"
-            else (result[scale * top : scale * bottom, scale * left : scale * right])
-        )
-        rows, columns = part.shape[:2] if output == "image" else part.shape[-2:]
-        if rows and columns:
-            _emit(output, part, scores_Khw[:, :rows, :columns])
+def _collected(bands: Iterator[Band], height: int) -> NDArray[Any]:
+    """All bands as one array, in memory of the bands' order of axes. A single band is not copied."""
+    _, first, _ = next(bands)
+    if len(first) == height:
+        return first
+    result = np.empty_like(first, shape=(height, *first.shape[1:]))  # keeps the order of axes
+    result[: len(first)] = first
+    for top, band, _ in bands:
+        result[top : top + len(band)] = band
     return result
 
 
 def label_bands(
-    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, *, tile: int | None = None
+    session: Predictor, image_HWC: PictureSource, *, tile: int | None = None
 ) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
     """The labels of `predict` for "segment" in parts from the top down: (first row, labels). A part has some rows of the whole width."""
     check_image_session(session)
-    signature = session.signature
     tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=None, exact=False)
-    height, width = (signature.scale * size for size in image_HWC.shape[:2])
-    for row, scores_KhW in _bands(session, image_HWC, *_axes(signature, image_HWC, tile, overlap), None):
-        yield row, scores_KhW[:, : height - row, :width].argmax(axis=0).astype(signature.label_type)
+    axes = _axes(session.signature, image_HWC, tile, overlap)
+    for top, labels, _ in _bands(session, image_HWC, "labels", *axes, None, masked=False):
+        yield top, labels
 
 
 def _check_arguments(
-    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, *, tile: int | None, overlap: int | None, exact: bool
+    session: Predictor, image_HWC: PictureSource, *, tile: int | None, overlap: int | None, exact: bool
 ) -> tuple[int | None, int | None]:
-    signature = session.signature
-    if not isinstance(image_HWC, np.ndarray | Raster) or image_HWC.ndim != 3:
-        description = f"shape {image_HWC.shape}" if isinstance(image_HWC, np.ndarray | Raster) else f"type {type(image_HWC).__name__}"
+    signature, shape = session.signature, getattr(image_HWC, "shape", None)
+    if not isinstance(shape, tuple) or len(shape) != 3:
+        description = f"type {type(image_HWC).__name__}" if shape is None else f"shape {shape}"
         raise DataError(f"an image of {description}: give a uint8 array (H, W, {signature.channels})")
-    check_pixels(image_HWC[:1, :1][None] if isinstance(image_HWC, Raster) else image_HWC[None], signature)
+    check_pixels(image_HWC[None] if isinstance(image_HWC, np.ndarray) else image_HWC[:1, :1][None], signature)
     return check_tiles(session, tile=tile, overlap=overlap, exact=exact)
 
 
-def _axes(signature: Signature, image_HWC: NDArray[np.uint8] | Raster, tile: int | None, overlap: int | None) -> tuple[_Axis, _Axis]:
-    height, width = image_HWC.shape[:2]
-    sizes, scale = signature.sizes, signature.scale
-    return _Axis(height, tile, overlap, scale, sizes.height), _Axis(width, tile, overlap, scale, sizes.width)
+def _axes(signature: Signature, image_HWC: PictureSource, tile: int | None, overlap: int | None) -> tuple[TileAxis, TileAxis]:
+    sizes, scale, (height, width) = signature.sizes, signature.scale, image_HWC.shape[:2]
+    rows, columns = tile_side(height, tile, sizes.height), tile_side(width, tile, sizes.width)
+    return TileAxis(height, rows, overlap, scale), TileAxis(width, columns, overlap, scale)
 
 
 def tile_side(size: int, tile: int | None, sides: Sides) -> int:
@@ -200,7 +228,7 @@ def size_note(size: Sequence[int], signature: Signature, tile: int | None = None
     return f"{height} x {width} pixels are {' and '.join(notes)}, {taken}" if notes else ""
 
 
-def _classified_part(image_HWC: NDArray[np.uint8] | Raster, signature: Signature) -> NDArray[np.uint8]:
+def _classified_part(image_HWC: PictureSource, signature: Signature) -> NDArray[np.uint8]:
     """The part of a picture that a classifier sees, in an allowed size."""
     if signature.side is not None:
         return middle_square(image_HWC, signature.side)
@@ -210,68 +238,135 @@ def _classified_part(image_HWC: NDArray[np.uint8] | Raster, signature: Signature
     return middle_part(image_HWC, *signature.sizes.at_least(height, width))
 
 
-class _Axis:
-    """Tiles along one axis: their starts in pixels of the image, their weights in pixels of the scores, one row for each tile.
-
-    `size`: of the axis, extended to one tile where it is shorter.
-    """
-
-    def __init__(self, size: int, tile: int | None, overlap: int | None, scale: int, sides: Sides) -> None:
-        self.scale = scale
-        self.tile = tile_side(size, tile, sides)
-        self.size = max(size, self.tile)
-        overlap = self.tile // 4 if overlap is None else overlap
-        self.starts = tile_origins(self.size, self.tile, overlap)
-        self.weights = tile_weights(self.starts, self.tile, overlap, scale)
-
-
-def tile_origins(size: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Starts of the tiles that cover an axis; the last one is moved inward. A tile as long as the axis is the only one."""
-    if tile >= size:
-        return (0,)
-    step = tile - min(overlap, tile - 1)
-    return (*range(0, size - tile, step), size - tile)
-
-
-def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) -> NDArray[np.float64]:
-    """The weights of each tile along an axis, (len(origins), scale*tile), all positive: where tiles overlap they sum to 1."""
-    length, ramp = tile * scale, max(overlap, 0) * scale
-    distance = np.arange(length) + 0.5  # to the first edge, from a pixel's centre
-    rising = np.sin(np.pi / 2 * np.minimum(distance / ramp, 1.0)) ** 2 if ramp else np.ones(length)
-    tapers = np.ones((len(origins), length))
-    # At the picture's end only the tile before the last one tapers: the last one may start a pixel before that edge.
-    tapers[1:] = rising
-    tapers[:-1] = np.minimum(tapers[:-1], rising[::-1])
-    total = np.zeros((origins[-1] + tile) * scale)
-    for origin, taper in zip(origins, tapers, strict=True):
-        total[origin * scale :][:length] += taper
-    return np.stack([taper / total[origin * scale :][:length] for origin, taper in zip(origins, tapers, strict=True)])
-
-
 def _bands(
-    session: Predictor, image_HWC: NDArray[np.uint8] | Raster, rows: _Axis, columns: _Axis, progress: Progress | None
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Finished rows from the top down: (first row, scores (K, rows, scale*W)), in a buffer that the next iteration overwrites."""
-    scale, done, total = rows.scale, 0, len(rows.starts) * len(columns.starts)
-    open_KhW: NDArray[np.float32] | None = None
-    for top, below, weights_h in zip(rows.starts, (*rows.starts[1:], rows.size), rows.weights, strict=True):
-        for left, weights_w in zip(columns.starts, columns.weights, strict=True):
-            tile_HWC = image_HWC[top : top + rows.tile, left : left + columns.tile]
-            scores_Khw = _call(session, extended(tile_HWC, rows.tile, columns.tile))
-            if open_KhW is None:
-                open_KhW = np.zeros((len(scores_Khw), scale * rows.tile, scale * columns.size), np.float32)
-            open_KhW[:, :, scale * left : scale * (left + columns.tile)] += scores_Khw * np.outer(weights_h, weights_w).astype(np.float32)
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        if open_KhW is None:
-            raise AssertionError("a row has at least one tile")
-        finished = scale * (below - top)
-        yield scale * top, open_KhW[:, :finished]
-        kept = open_KhW.shape[1] - finished
-        if kept:
-            open_KhW[:, :kept] = open_KhW[:, finished:].copy()
-        open_KhW[:, kept:] = 0
+    session: Predictor,
+    image_HWC: PictureSource,
+    output: Output,
+    rows: TileAxis,
+    columns: TileAxis,
+    progress: Progress | None,
+    *,
+    masked: bool,
+) -> Iterator[Band]:
+    """Finished rows of the result from the top down, each band in an array of its own. `masked`: with masks of pixels without data."""
+    signature, scale, total = session.signature, rows.scale, len(rows.spans) * len(columns.spans)
+    height, width = (scale * size for size in image_HWC.shape[:2])
+    masks: deque[NDArray[np.bool_]] = deque()
+    raster = _masked_raster(image_HWC) if masked else None
+
+    def images() -> Iterator[NDArray[np.uint8]]:
+        for row in rows.spans:
+            for column in columns.spans:
+                top, left = row.start, column.start
+                tile_HWC = image_HWC[top : top + rows.tile, left : left + columns.tile]
+                if raster is not None:
+                    masks.append(raster.empty(slice(top, top + row.finished // scale), slice(left, left + column.finished // scale)))
+                yield np.ascontiguousarray(extended(tile_HWC, rows.tile, columns.tile))[None]
+
+    band: NDArray[Any] | None = None
+    empty_HW: NDArray[np.bool_] | None = None
+    for done, window in enumerate(blended(_answers(session, images(), total), rows, columns), 1):
+        top, left, scores_Khw = window.top, window.left, window.scores[:, : height - window.top, : width - window.left]
+        if band is None:
+            whole = output == "scores" and window.last
+            band = scores_Khw.transpose(1, 2, 0) if whole else _empty(output, signature, image_HWC, scores_Khw.shape[1], width)
+            empty_HW = None if raster is None else np.empty(band.shape[:2], np.bool_)
+        part = np.s_[:, left : left + scores_Khw.shape[2]]
+        if output != "scores" or not (window.last and left == 0):
+            _emit(output, band[part], scores_Khw, image_HWC)
+        if empty_HW is not None:
+            empty_HW[part] = masks.popleft().repeat(scale, 0).repeat(scale, 1)
+        if progress is not None:
+            progress(done, total)
+        if window.last:
+            yield top, band, empty_HW
+            band = None
+
+
+def _exact_bands(
+    session: Predictor, image_HWC: PictureSource, output: Output, tile: int | None, progress: Progress | None, *, masked: bool
+) -> Iterator[Band]:
+    """The same from exact tiles, a band for each row of them."""
+    signature, scale, (height, width) = session.signature, session.signature.scale, image_HWC.shape[:2]
+    work = exact_tiles(session, tile)
+    taken = signature.sizes.at_least(height, width)
+    if taken[0] < height or taken[1] < width:
+        raise DataError(
+            f"a picture of {height} x {width} pixels: the model takes {signature.sizes.text}: leave exact out for blended tiles"
+        )
+    raster = _masked_raster(image_HWC) if masked else None
+
+    def read(top: int, left: int, bottom: int, right: int) -> NDArray[np.uint8]:
+        first, start = min(top, height - 1), min(left, width - 1)
+        part_HWC = extended(image_HWC[first:bottom, start:right], bottom - first, right - start)
+        return np.ascontiguousarray(part_HWC[top - first :, left - start :])
+
+    band: NDArray[Any] | None = None
+    for (top, left, bottom, right), scores_Khw in work.blocks(read, *taken, progress):
+        rows = min(bottom, height) - top
+        if rows > 0 and left < width:
+            if band is None:
+                band = _empty(output, signature, image_HWC, scale * rows, scale * width)
+            part = band[:, scale * left : scale * right]
+            _emit(output, part, scores_Khw[:, : part.shape[0], : part.shape[1]], image_HWC)
+        if band is not None and right == taken[1]:
+            empty_HW = None if raster is None else raster.empty(slice(top, top + rows), slice(0, width))
+            yield scale * top, band, None if empty_HW is None else empty_HW.repeat(scale, 0).repeat(scale, 1)
+            band = None
+
+
+def _masked_raster(image_HWC: PictureSource) -> Raster | None:
+    """The raster of a source, if it has pixels without data."""
+    raster = raster_of(image_HWC)
+    return raster if raster is not None and raster.masked else None
+
+
+def _emit(output: Output, part: NDArray[Any], scores_Khw: NDArray[np.float32], image_HWC: PictureSource) -> None:
+    """Write scores to their part of a band."""
+    if output == "labels":
+        best_class(scores_Khw, part)
+    elif output == "image":
+        part[...] = _pixels(scores_Khw, image_HWC)
+    else:
+        part[...] = scores_Khw.transpose(1, 2, 0)
+
+
+def _answers(session: Predictor, images: Iterator[NDArray[np.uint8]], count: int) -> Iterator[NDArray[np.float32]]:
+    """Scores of each image (1, H, W, C), in arrays that the caller may change. Raises ArtifactError for a shape other than the signature's.
+
+    Several images are computed by `map` where the session has it.
+    """
+    sizes: deque[tuple[int, ...]] = deque()
+
+    def sized() -> Iterator[NDArray[np.uint8]]:
+        for image_1HWC in images:
+            sizes.append(image_1HWC.shape[:3])
+            yield image_1HWC
+
+    mapped = isinstance(session, MappedPredictor) and count > 1
+    for scores in session.map(sized()) if isinstance(session, MappedPredictor) and mapped else map(session, sized()):
+        expected = session.signature.scores_shape(*sizes.popleft())
+        if scores.shape != expected:
+            raise ArtifactError(
+                f"the session gave scores of shape {scores.shape} where its signature says {expected}: export the model again"
+            )
+        yield scores[0] if count == 1 or (mapped and scores.flags.writeable) else scores[0].copy()
+
+
+@contextmanager
+def _written_behind(sink: PictureSink) -> Iterator[Callable[[int, NDArray[Any], NDArray[np.bool_] | None], None]]:
+    """Yields a function that writes a band in another thread, after the band before it. The next call, or the end, raises its error."""
+    pending: list[Future[None]] = []
+
+    def write(top: int, band: NDArray[Any], empty_HW: NDArray[np.bool_] | None) -> None:
+        if pending:
+            pending.pop().result()
+        pending.append(pool.submit(sink.write, top, band, empty_HW))
+
+    with ThreadPoolExecutor(1, "muntin-writer") as pool:
+        yield write
+    if pending:
+        pending.pop().result()
 
 
 def extended(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
@@ -280,33 +375,24 @@ def extended(image_HWC: NDArray[np.uint8], height: int, width: int) -> NDArray[n
     return np.pad(image_HWC, ((0, rows), (0, columns), (0, 0)), mode="edge") if rows or columns else image_HWC
 
 
-def _call(session: Predictor, image_HWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Scores of one image. Raises ArtifactError for a shape other than the signature's."""
-    images_1HWC = np.ascontiguousarray(image_HWC)[None]
-    scores = session(images_1HWC)
-    expected = session.signature.scores_shape(*images_1HWC.shape[:3])
-    if scores.shape != expected:
-        raise ArtifactError(f"the session gave scores of shape {scores.shape} where its signature says {expected}: export the model again")
-    first: NDArray[np.float32] = scores[0]
-    return first
+def _image_type(image_HWC: PictureSource) -> np.dtype[Any]:
+    """Type of a restored picture."""
+    return image_HWC.original_dtype if isinstance(image_HWC, ScaledSource) else np.dtype(np.uint8)
 
 
-def _empty(output: Output, signature: Signature, channels: int, height: int, width: int) -> NDArray[Any]:
+def _pixels(scores_KHW: NDArray[np.float32], image_HWC: PictureSource) -> NDArray[Any]:
+    """The restored picture (H, W, K) of scores from 0 to 255, in the values of its source."""
+    scores_HWK = scores_KHW.transpose(1, 2, 0)
+    return image_HWC.original(scores_HWK) if isinstance(image_HWC, ScaledSource) else np.rint(scores_HWK).clip(0, 255).astype(np.uint8)
+
+
+def _empty(output: Output, signature: Signature, image_HWC: PictureSource, height: int, width: int) -> NDArray[Any]:
+    """Memory of some rows of the result, channels last."""
     if output == "labels":
         return np.empty((height, width), signature.label_type)
     if output == "scores":
-        return np.empty((channels, height, width), np.float32)
-    return np.empty((height, width, channels), np.uint8)
-
-
-def _emit(output: Output, part: NDArray[Any], scores_Khw: NDArray[np.float32]) -> None:
-    """Write scores to their part of the result."""
-    if output == "labels":
-        part[:] = scores_Khw.argmax(axis=0)
-    elif output == "scores":
-        part[:] = scores_Khw
-    else:
-        part[:] = np.rint(scores_Khw).clip(0, 255).transpose(1, 2, 0)
+        return np.empty((signature.outputs, height, width), np.float32).transpose(1, 2, 0)
+    return np.empty((height, width, signature.outputs), _image_type(image_HWC))
 
 
 def _check_output(signature: Signature, output: Output | None) -> Output:
