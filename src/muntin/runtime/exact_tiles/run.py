@@ -33,8 +33,8 @@ NO_PLAN = "no_exact_tiles"
 """Key of a manifest's measured figures: why an artefact has no plan."""
 SIDE = 1024
 """Default side of a tile, pixels."""
-Window = Callable[[int, int, int, int], NDArray[np.uint8]]
-"""Reads (h, w, C) of a picture for a `PixelBox`."""
+WindowReader = Callable[[int, int, int, int], NDArray[np.uint8]]
+"""Reads (h, w, C) of a picture from the sides of a `PixelBox`."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +74,7 @@ class ExactTiles:
         self._values = {value.name: value for value in self.plan.values}
 
     def blocks(
-        self, read: Window, height: int, width: int, progress: Callable[[int, int], None] | None = None
+        self, read: WindowReader, height: int, width: int, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[tuple[PixelBox, Any]]:
         """Scores (K, scale*h, scale*w) float32 of boxes of the picture, rows first. `read`: gives a window of it.
 
@@ -110,7 +110,7 @@ class ExactTiles:
                 stored.close()
 
     def _walk(
-        self, walk: TilePass, read: Window, maps: Mapping[str, StoredMap], values: Named, height: int, width: int
+        self, walk: TilePass, read: WindowReader, maps: Mapping[str, StoredMap], values: Named, height: int, width: int
     ) -> Iterator[tuple[PixelBox, PixelBox, Named]]:
         """The answers of a pass: own box, read box, tensors of the read box."""
         sessions: dict[tuple[int, int], TensorSession] = {}
