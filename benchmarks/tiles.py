@@ -20,9 +20,9 @@ Columns:
     MiB          largest resident memory beyond that of the loaded model, which has computed one tile; of `array` and `monai` with the
                  picture and the result
     disk         MiB of temporary files
-`exact` and `exact float` count the picture's pixels as computed, without the surroundings of tiles and repeated passes. At the smallest size
-their scores are compared with those of one call: the share of equal labels, and for floats the largest difference of a score and the labels
-that differ where the two highest scores of the one call are further apart than 2e-4.
+`exact` and `exact float` count the picture's pixels as computed, without the surroundings of tiles and repeated passes. At the smallest
+size their scores are compared with those of one call: the share of equal labels, and for floats the largest difference of a score and the
+labels that differ where the two highest scores of the one call are further apart than 2e-4.
 Goals: raster: a gigapixel within 1 GiB; array and raster: 95 % of untiled; array: 1.2 times as fast as MONAI; exact: 99.99 % equal labels
 in integers, scores within 1e-4 and no such label in floats.
 A row that is there already is not measured again. Time on two cores: a minute to train, then three minutes; with --gigapixel half an hour
