@@ -124,7 +124,8 @@ def test_frames_before_the_damage(tmp_path: Path, ending: str) -> None:
         for frame in read_frames(path):
             frames.append(frame)
     assert 5 < len(frames) < 25
-    assert all(np.array_equal(frame.pixels, original.pixels) for frame, original in zip(frames[:-1], whole, strict=False))
+    for frame, original in zip(frames[:-2], whole, strict=False):  # a packet that is cut inside is not marked: two frames may show it
+        assert np.array_equal(frame.pixels, original.pixels)
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_early_close() -> None:
 
     values = ordered(compute, range(1000), workers=2, window=8, stop=stop)
     assert [next(values), next(values)] == [0, 1]
-    values.close()  # type: ignore[attr-defined]
+    values.close()
     assert stop.is_set() and len(begun) <= 8
     assert not pipeline_threads()
 
@@ -151,7 +151,7 @@ def test_prefetched_order_and_depth(count: int, depth: int, taken: int) -> None:
     values = prefetched(items(), depth)
     assert [value for value, _ in zip(values, range(taken), strict=False)][:taken] == list(range(min(count, taken)))
     assert len(read) <= taken + 1 + depth
-    values.close()  # type: ignore[attr-defined]
+    values.close()
     assert not pipeline_threads()
 
 

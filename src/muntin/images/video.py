@@ -10,7 +10,7 @@ Axis letters: H, W rows and columns, C channels.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -68,7 +68,7 @@ def video_info(path: Path, *, max_pixels: int = MAX_PIXELS) -> VideoInfo:
         return VideoInfo(height=height, width=width, frames=_promised(container, stream), rate=_rate(stream))
 
 
-def read_frames(path: Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> Iterator[Frame]:
+def read_frames(path: Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> Generator[Frame, None, None]:
     """Yield the frames of a video's first video stream: `channels` 3 as RGB, 1 as grey.
 
     Raises DataError for a damaged or cut off file, after the frames before the damage, for a frame of another size than the first, and for

@@ -8,7 +8,7 @@ others wait: with more threads than that, the others decode and encode.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from threading import Condition, Event
 from typing import TypeVar
@@ -36,7 +36,7 @@ def ordered(
     cost: Callable[[Item], float] = lambda item: 0,
     capacity: float = float("inf"),
     stop: Event | None = None,
-) -> Iterator[Value]:
+) -> Generator[Value, None, None]:
     """Yields `function(item)` of each item, in order, computed by `workers` threads.
 
     `window`: items that are begun and whose results the caller has not taken. `cost`, `capacity`: items that are begun and have not ended
@@ -98,7 +98,7 @@ def ordered(
                 future.cancel()
 
 
-def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+def prefetched(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Yields the items, which another thread reads `depth` ahead. An error of reading is raised in place of its item."""
     iterator = iter(items)
     with thread_pool(1, "muntin-prefetch") as pool:

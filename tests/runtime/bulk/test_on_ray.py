@@ -44,17 +44,28 @@ def workers() -> Iterator[int]:
             continue
 
 
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a cluster of one node with two cores."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    yield cluster.address
+    cluster.shutdown()
+
+
 @pytest.fixture
 def job(convolutions: Any) -> RayJob:
     options = PredictOptions(tiles=Tiles(tile=64, overlap=None), max_pixels=1 << 28)
     return RayJob(artifact=convolutions.path, session=SessionOptions(threads=1, shapes=(), dynamic=True), shapes=(), options=options)
 
 
-def test_files_of_a_killed_worker(job: RayJob, tmp_path: Path) -> None:
+def test_files_of_a_killed_worker(job: RayJob, address: str, tmp_path: Path) -> None:
     for number in range(8):
         write_image(tmp_path / f"{number}.png", np.full((200, 300, 3), number, np.uint8))
     targets: dict[Path, Path | None] = {path: tmp_path / "out" / path.stem for path in sorted(tmp_path.glob("*.png"))}
-    outcomes = compute_on_ray(job, targets)
+    outcomes = compute_on_ray(job, targets, address)
     ended = [next(outcomes)]
     killed = list(workers())
     for process in killed:
@@ -66,7 +77,8 @@ def test_files_of_a_killed_worker(job: RayJob, tmp_path: Path) -> None:
     assert not list(workers())
 
 
-def test_file_that_kills_its_workers(job: RayJob, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_file_that_kills_its_workers(job: RayJob, address: str, tmp_path: Path) -> None:
     """Of a machine whose kernel ends every worker: after some attempts that is the file's failure."""
     write_image(tmp_path / "large.png", np.zeros((4000, 4000, 3), np.uint8))
     ended, killed = Event(), set()
@@ -81,7 +93,7 @@ def test_file_that_kills_its_workers(job: RayJob, tmp_path: Path) -> None:
     thread = Thread(target=kill)
     thread.start()
     try:
-        (outcome,) = compute_on_ray(job, {tmp_path / "large.png": tmp_path / "out"})
+        (outcome,) = compute_on_ray(job, {tmp_path / "large.png": tmp_path / "out"}, address)
     finally:
         ended.set()
         thread.join()
@@ -89,12 +101,12 @@ def test_file_that_kills_its_workers(job: RayJob, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("problem", ["artefact", "threads", "address"])
-def test_errors_of_the_whole_run(job: RayJob, tmp_path: Path, problem: str) -> None:
+def test_errors_of_the_whole_run(job: RayJob, address: str, tmp_path: Path, problem: str) -> None:
     write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
-    broken, error, says, address = {
-        "artefact": (replace(job, artifact=tmp_path / "none"), ArtifactError, "none", ""),
-        "threads": (replace(job, session=SessionOptions(threads=4000)), DataError, "--threads 4000: the largest machine", ""),
+    broken, error, says, place = {
+        "artefact": (replace(job, artifact=tmp_path / "none"), ArtifactError, "none", address),
+        "threads": (replace(job, session=SessionOptions(threads=4000)), DataError, "--threads 4000: the largest machine", address),
         "address": (job, DataError, "--on ray:127.0.0.1:1: no connection", "127.0.0.1:1"),
     }[problem]
     with pytest.raises(error, match=says):
-        list(compute_on_ray(broken, {tmp_path / "a.png": tmp_path / "out"}, address))
+        list(compute_on_ray(broken, {tmp_path / "a.png": tmp_path / "out"}, place))

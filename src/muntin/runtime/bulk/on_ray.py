@@ -8,6 +8,7 @@ another worker, `ATTEMPTS` times at most; a worker that died is replaced.
 from __future__ import annotations
 
 import os
+import socket
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ ATTEMPTS = 3
 AHEAD = 2
 """Files that a worker has beyond those that its engine computes: they are decoded and encoded meanwhile."""
 
+_CONNECT_S = 5.0
+"""Seconds to wait for an answer of the cluster's port."""
 _STORE_BYTES = 80 << 20
 """Ray's memory for objects, nearly its minimum: only paths and figures travel."""
 
@@ -104,20 +107,23 @@ def compute_on_ray(job: RayJob, targets: Mapping[Path, Path | None], address: st
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """The module `ray`, connected to a cluster or to a new one of this machine: bound to loopback, without dashboard and usage reports."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read on import
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # both are read on import
+    if not address:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # whatever its name: nodes of this machine alone, on loopback
     try:
         import ray
     except ModuleNotFoundError as error:
         raise DependencyError(f"--on ray needs the package ray: {install('ray')}") from error
     try:
         if address:
+            _check_port(address)
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
-                num_cpus=usable_cores(), include_dashboard=False, object_store_memory=_STORE_BYTES, _node_ip_address="127.0.0.1",
+                num_cpus=usable_cores(), include_dashboard=False, object_store_memory=_STORE_BYTES,
                 log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise DataError(
             f"--on ray:{address}: no connection to the cluster ({' '.join(str(error).split())[:200]}): check the address"
         ) from error
@@ -125,3 +131,10 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_port(address: str) -> None:
+    """Raises OSError or ValueError where nothing listens at HOST:PORT: Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "://" not in address:
+        socket.create_connection((host, int(port)), _CONNECT_S).close()
