@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from muntin.errors import DataError, DependencyError
-from muntin.images.video import Frame, is_video, read_frames, video_info, written_video
+from muntin.images.video import VideoFrame, is_video, read_frames, video_info, written_video
 
 av = pytest.importorskip("av", reason="the extra `video` is not installed")
 CORNERS = np.array([[(250, 20, 20), (20, 250, 20)], [(20, 20, 250), (240, 240, 240)]], np.uint8)
@@ -119,7 +119,7 @@ def test_frames_before_the_damage(tmp_path: Path, ending: str) -> None:
     whole = list(read_frames(path))
     assert len(whole) == 30
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
-    frames: list[Frame] = []
+    frames: list[VideoFrame] = []
     with pytest.raises(DataError, match=r"damaged|cut off"):
         for frame in read_frames(path):
             frames.append(frame)

@@ -45,7 +45,7 @@ class VideoInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frame:
+class VideoFrame:
     """One upright frame (H, W, C) uint8, and its time as `pts * time_base` seconds."""
 
     pixels: UInt8
@@ -68,7 +68,7 @@ def video_info(path: Path, *, max_pixels: int = MAX_PIXELS) -> VideoInfo:
         return VideoInfo(height=height, width=width, frames=_promised(container, stream), rate=_rate(stream))
 
 
-def read_frames(path: Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> Generator[Frame, None, None]:
+def read_frames(path: Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> Generator[VideoFrame, None, None]:
     """Yield the frames of a video's first video stream: `channels` 3 as RGB, 1 as grey.
 
     Raises DataError for a damaged or cut off file, after the frames before the damage, for a frame of another size than the first, and for
@@ -87,7 +87,7 @@ def read_frames(path: Path, channels: int = 3, *, max_pixels: int = MAX_PIXELS) 
             pts = frame.pts if frame.pts is not None else (0 if last is None else last + step)
             if last is not None and pts <= last:  # a stream may repeat a time, which no file may be written with
                 pts = last + 1
-            yield Frame(pixels=pixels, pts=pts, time_base=time_base)
+            yield VideoFrame(pixels=pixels, pts=pts, time_base=time_base)
             count, last = count + 1, pts
         promised = _promised(container, stream)
         if count + _END_TOLERANCE < promised:

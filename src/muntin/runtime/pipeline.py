@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from muntin.runtime.host.thread_pool import thread_pool
 
-Item = TypeVar("Item")
-Value = TypeVar("Value")
+WorkT = TypeVar("WorkT")
+ResultT = TypeVar("ResultT")
 
 WINDOW = 1024
 """Default number of items that are begun before the first of them has given its result."""
@@ -28,15 +28,15 @@ class StoppedError(Exception):
 
 
 def ordered(
-    function: Callable[[Item], Value],
-    items: Iterable[Item],
+    function: Callable[[WorkT], ResultT],
+    items: Iterable[WorkT],
     *,
     workers: int,
     window: int = WINDOW,
-    cost: Callable[[Item], float] = lambda item: 0,
+    cost: Callable[[WorkT], float] = lambda item: 0,
     capacity: float = float("inf"),
     stop: Event | None = None,
-) -> Generator[Value, None, None]:
+) -> Generator[ResultT, None, None]:
     """Yields `function(item)` of each item, in order, computed by `workers` threads.
 
     `window`: items that are begun and whose results the caller has not taken. `cost`, `capacity`: items that are begun and have not ended
@@ -48,10 +48,10 @@ def ordered(
     """
     stop = stop or Event()
     changed = Condition()
-    pending: deque[Future[Value]] = deque()
+    pending: deque[Future[ResultT]] = deque()
     running, load = 0, 0.0
 
-    def begin(item: Item, price: float) -> None:
+    def begin(item: WorkT, price: float) -> None:
         nonlocal running, load
         with changed:
             running, load = running + 1, load + price
@@ -98,7 +98,7 @@ def ordered(
                 future.cancel()
 
 
-def prefetched(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
+def prefetched(items: Iterable[WorkT], depth: int = 2) -> Generator[WorkT, None, None]:
     """Yields the items, which another thread reads `depth` ahead. An error of reading is raised in place of its item."""
     iterator = iter(items)
     with thread_pool(1, "muntin-prefetch") as pool:
@@ -112,7 +112,7 @@ def prefetched(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, N
                 future.cancel()
 
 
-def _until_failure(items: Iterable[Item], errors: list[Exception]) -> Iterator[Item]:
+def _until_failure(items: Iterable[WorkT], errors: list[Exception]) -> Iterator[WorkT]:
     """Yields the items before the first one that cannot be read, whose error is appended to `errors`."""
     try:
         yield from items

@@ -12,7 +12,7 @@ from muntin.errors import ArtifactError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.tiles import allowed_tile
 
-Value = TypeVar("Value")
+ComputedT = TypeVar("ComputedT")
 SMALLEST = 64
 """Side of the smallest tile that is tried, pixels: below it most of a tile is overlap or the engine's own memory."""
 _retrying = Lock()
@@ -39,7 +39,7 @@ class Tiles:
         return replace(self, tile=tile, overlap=None if self.overlap is None else self.overlap * tile // self.tile)
 
 
-def in_smaller_tiles(compute: Callable[[Tiles], Value], tiles: Tiles, signature: Signature, longest: int) -> tuple[Value, Tiles]:
+def in_smaller_tiles(compute: Callable[[Tiles], ComputedT], tiles: Tiles, signature: Signature, longest: int) -> tuple[ComputedT, Tiles]:
     """Returns `compute(tiles)` and the tiles. After an error for lack of memory, computes again in smaller tiles, one call at a time.
 
     The smallest tiles' error is raised.
@@ -54,7 +54,9 @@ def in_smaller_tiles(compute: Callable[[Tiles], Value], tiles: Tiles, signature:
     return value[0], tiles
 
 
-def _attempt(compute: Callable[[Tiles], Value], tiles: Tiles, signature: Signature, longest: int) -> tuple[tuple[Value, ...], Tiles | None]:
+def _attempt(
+    compute: Callable[[Tiles], ComputedT], tiles: Tiles, signature: Signature, longest: int
+) -> tuple[tuple[ComputedT, ...], Tiles | None]:
     """Returns the value, or the smaller tiles to compute it with. The error's frames are gone then, and the memory that they held."""
     try:
         return (compute(tiles),), None

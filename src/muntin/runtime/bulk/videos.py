@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.images import overlay
-from muntin.images.video import Frame, read_frames, video_info, written_video
+from muntin.images.video import VideoFrame, read_frames, video_info, written_video
 from muntin.runtime.bulk.smaller_tiles import Tiles, in_smaller_tiles
 from muntin.runtime.picture_results import Result
 from muntin.runtime.pipeline import ordered, prefetched
@@ -56,14 +56,14 @@ def predict_video(
     current, changing, damage = [tiles], Lock(), [""]
     pixels_of_class = np.zeros(max(1, len(classes)), np.int64)
 
-    def read() -> Iterator[Frame]:
+    def read() -> Iterator[VideoFrame]:
         with closing(read_frames(source, signature.channels, max_pixels=max_pixels)) as frames:
             try:
                 yield from frames
             except DataError as error:
                 damage[0] = str(error)
 
-    def compute(frame: Frame) -> tuple[Frame, Answers, NDArray[Any]]:
+    def compute(frame: VideoFrame) -> tuple[VideoFrame, Answers, NDArray[Any]]:
         def answer_in(tiles: Tiles) -> NDArray[Any]:
             return predict(session, frame.pixels, **arguments(tiles))
 
