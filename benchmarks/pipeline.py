@@ -8,7 +8,7 @@ is the preset in INT8, trained for 30 steps. Each step alone has all cores, in t
 pictures a second:
     decode      read the files
     infer       labels of the decoded pictures, in the tiles that `muntin predict` takes
-    encode      write masks and overlays
+    encode      write the masks, in rows with overlay these, too
     pipeline    files to files, as `muntin predict FOLDER` does after it has opened the artefact
     of goal     pipeline / the slower of decode and infer. Goal: at least 0.9
     of cores    pipeline / (1 / (1/decode + 1/infer + 1/encode)): 1 where all steps together keep the same cores busy all the time
@@ -26,6 +26,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import product
 from pathlib import Path
 from shutil import rmtree
 from statistics import median
@@ -75,10 +77,10 @@ def seconds(work: Iterable[object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(artifact: Artifact, paths: list[Path], folder: Path, streams: int, threads: int, rounds: int) -> Row:
+def measure(artifact: Artifact, paths: list[Path], folder: Path, painted: bool, streams: int, threads: int, rounds: int) -> Row:
     session = load(artifact.path, threads=threads, streams=streams, shapes=(), dynamic=True)
     side = max((artifact.manifest.example or (1, 512, 512))[1:])
-    options = PredictOptions(tiles=Tiles(tile=allowed_tile(session.signature, side), overlap=None), max_pixels=MAX_PIXELS)
+    options = PredictOptions(tiles=Tiles(tile=allowed_tile(session.signature, side), overlap=None), max_pixels=MAX_PIXELS, painted=painted)
     sizes = item_sizes(paths, max_pixels=MAX_PIXELS, streams=session.streams)
     session.warm_up(common_shapes(sizes.values(), session.signature, options.tiles))
     classes, tile, cores = session.signature.classes, options.tiles.tile, usable_cores()
@@ -87,7 +89,8 @@ def measure(artifact: Artifact, paths: list[Path], folder: Path, streams: int, t
 
     def encode(number: int) -> None:
         write_whole(folder / f"{number}.mask.png", encode_png(answers[number], [entry.color for entry in classes]))
-        write_image(folder / f"{number}.overlay.png", overlay(pictures[number], answers[number], classes))
+        if painted:
+            write_image(folder / f"{number}.overlay.png", overlay(pictures[number], answers[number], classes))
 
     def pipeline() -> Iterable[object]:
         targets: dict[Path, Path | None] = {path: folder / path.stem for path in paths}
@@ -128,22 +131,20 @@ def main() -> None:
     artifact = integer_artifact(trained(recipe, folder / "trained"), folder / "int8")
     paths = cut_pictures(given.output / f"pictures-{given.size}", given.pictures, height, width)
     rows: list[Row] = []
-    for streams in given.streams:
+    for painted, streams in product((False, True), given.streams):
         settings = {
-            **network_of(given.preset), "pictures": given.pictures, "size": given.size, "streams": streams, "threads": given.threads,
-            "rounds": given.rounds,
+            **network_of(given.preset), "pictures": given.pictures, "size": given.size, "overlay": painted, "streams": streams,
+            "threads": given.threads, "rounds": given.rounds,
         }  # fmt: skip
         row = kept_row(
-            folder / f"{given.size}-{given.pictures}-{streams}.json",
+            folder / f"{given.size}-{given.pictures}-{'overlay' if painted else 'mask'}-{streams}.json",
             settings,
-            lambda streams=streams: measure(  # type: ignore[misc]
-                artifact, paths, given.output / "results", streams, given.threads, given.rounds
-            ),
+            partial(measure, artifact, paths, given.output / "results", painted, streams, given.threads, given.rounds),
             hardware=hardware,
         )
-        rows.append({"preset": given.preset, "streams": streams, **row})
+        rows.append({"preset": given.preset, "overlay": painted, "streams": streams, **row})
     if given.json:
-        met = {str(row["streams"]): row["of_goal"] >= GOAL for row in rows}
+        met = {f"{row['streams']}{' overlay' if row['overlay'] else ''}": row["of_goal"] >= GOAL for row in rows}
         document = {
             "benchmark": "pipeline",
             "hardware": {**hardware, "created": now()},
@@ -153,12 +154,12 @@ def main() -> None:
         print(json.dumps(document, indent=1))
         return
     print(f"{given.preset}, {given.pictures} pictures of {given.size}, pictures a second")
-    print(f"{'streams':<8}{'decode':>9}{'infer':>9}{'encode':>9}{'pipeline':>10}{'of goal':>9}{'of cores':>10}")
+    print(f"{'overlay':<9}{'streams':<8}{'decode':>9}{'infer':>9}{'encode':>9}{'pipeline':>9}{'of goal':>9}{'of cores':>10}")
     for row in rows:
         rates = "".join(
             f"{row['rates'][name]:>{width}.1f}" for name, width in (("decode", 9), ("infer", 9), ("encode", 9), ("pipeline", 10))
         )
-        print(f"{row['streams']:<8}{rates}{row['of_goal']:>9.2f}{row['of_cores']:>10.2f}")
+        print(f"{'yes' if row['overlay'] else 'no':<9}{row['streams']:<8}{rates}{row['of_goal']:>9.2f}{row['of_cores']:>10.2f}")
     print_machines(rows)
 
 

@@ -93,7 +93,7 @@ def test_resume_after_a_kill(call: Call, tmp_path: Path, write_small: Write, tre
     words = ["predict", artifact, tmp_path / "photos", "-o", out, "--precision", "f32"]
     slow = (
         "import time\nfrom muntin.runtime.bulk import items\ncompute = items.predict_map\n"
-        "items.predict_map = lambda *given: (time.sleep(0.1), compute(*given))[1]\nfrom muntin.cli import main\nmain()"
+        "items.predict_map = lambda *given, **named: (time.sleep(0.1), compute(*given, **named))[1]\nfrom muntin.cli import main\nmain()"
     )
     with subprocess.Popen([sys.executable, "-c", slow, *map(str, words)]) as process:
         deadline = time.monotonic() + 60
@@ -113,7 +113,7 @@ def test_refused_places_and_resumes(call: Call, tmp_path: Path, write_small: Wri
     artifact = write_small(tmp_path / "classify", task="classify")
     write_photos(tmp_path / "photos", 2)
     words = ("predict", artifact, tmp_path / "photos")
-    assert "leave out --resume" in call(*words, "--resume").mistake()
+    assert "leave out --resume, --no-overlay" in call(*words, "--resume", "--no-overlay").mistake()
     assert "--on slurm: give ray, or ray:ADDRESS" in call(*words, "--on", "slurm").mistake()
     one = (*words[:2], tmp_path / "photos" / "00.png", "--truth", "mask.png", "--resume")
     assert "--resume goes with several images" in call(*one).mistake()
@@ -180,6 +180,9 @@ def test_predict_video(call: Call, tmp_path: Path, write_small: Write) -> None:
         assert overlay.pixels.shape == frame.pixels.shape
     again = call(*words, "--resume", "--json").document()["results"]
     assert [result.pop("kept") for result in again] == [True] * 3 and again == results
+    masks = call(*words[:-4], "-o", tmp_path / "masks", "--no-overlay", "--json").document()["results"]
+    assert sorted(path.name for path in (tmp_path / "masks").glob("[!.]*")) == ["00.mask.png", "01.mask.png", "film.mask.mkv"]
+    assert [set(result) for result in masks] == [set(result) - {"overlay"} for result in results]
     restored = write_small(tmp_path / "restore", task="restore", names=("r", "g", "b"))
     (result,) = call("predict", restored, tmp_path / "film.mp4", "-o", tmp_path / "out", "--json").document()["results"]
     assert Path(result["image"]).name == "film.restored.mp4" and result["frames"] == 7

@@ -32,6 +32,9 @@ def predict_command(
             help="A mask of class numbers (255: ignored) or of the classes' colours: also writes a difference picture. For one image."
         ),
     ] = None,
+    no_overlay: Annotated[
+        bool, typer.Option("--no-overlay", help="Masks alone: an overlay may take longer to write than the mask to compute.")
+    ] = False,
     tile: Annotated[
         int | None,
         typer.Option(min=1, help="Side of the blended tiles, pixels; by default the size of the export, in which a run is scored."),
@@ -75,9 +78,10 @@ def predict_command(
     opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams, shapes=(), dynamic=True)
     session, manifest = open_session(artifact, opening), open_artifact(artifact).manifest
     signature, folder = session.signature, output or Path("predictions")
-    _refuse_unused(signature.task, {"--output": output, "--resume": resume or None, "--truth": truth, "--tile": tile, "--overlap": overlap})
+    chosen = {"--output": output, "--resume": resume or None, "--truth": truth, "--no-overlay": no_overlay or None}
+    _refuse_unused(signature.task, chosen | {"--tile": tile, "--overlap": overlap})
     tiles = Tiles(tile=tile or allowed_tile(signature, max((manifest.example or (1, TILE, TILE))[1:])), overlap=overlap)
-    options = PredictOptions(tiles=tiles, max_pixels=max_pixels or MAX_PIXELS, truth=truth)
+    options = PredictOptions(tiles=tiles, max_pixels=max_pixels or MAX_PIXELS, truth=truth, painted=not no_overlay)
     targets: dict[Path, Path | None] = dict.fromkeys(images)
     journal = None
     if signature.task != "classify":
@@ -192,9 +196,9 @@ def _names(image: Path) -> Iterator[str]:
 
 def _refuse_unused(task: str, values: dict[str, object]) -> None:
     """Raise DataError for an option with a value that the artefact's task does not use."""
-    useless = {"classify": ("--output", "--resume", "--truth", "--tile", "--overlap"), "restore": ("--truth",)}.get(task, ())
+    useless = {"classify": tuple(values), "restore": ("--truth", "--no-overlay")}.get(task, ())
     if unused := [option for option, value in values.items() if value is not None and option in useless]:
-        answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
+        answers = "the name of a class, which is printed" if task == "classify" else "an image, which has no mask"
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
 
 

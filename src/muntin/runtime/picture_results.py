@@ -36,8 +36,10 @@ def classify(session: Session, path: Path, max_pixels: int) -> Result:
     return result | ({"notes": [f"{path}: {note}"]} if note else {})
 
 
-def predict_map(session: Session, path: Path, target: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any]) -> Result:
-    """Segment or restore one image and write the result's files: `target` with the endings of `result_files`."""
+def predict_map(
+    session: Session, path: Path, target: Path, truth: Path | None, max_pixels: int, tiles: dict[str, Any], *, painted: bool = True
+) -> Result:
+    """Segment or restore one image and write the result's files: `target` with the endings of `result_files`. `painted`: with overlay."""
     signature, scale = session.signature, session.signature.scale
     image = read_image(path, channels=signature.channels, max_pixels=max_pixels, mapped=True)
     size = [side * scale for side in image.shape[:2]]
@@ -52,7 +54,9 @@ def predict_map(session: Session, path: Path, target: Path, truth: Path | None, 
         return {"source": str(path), "image": str(files["image"])} | ({"notes": notes} if notes else {})
     result: Result = {"source": str(path), "mask": str(files["mask"])}
     write_whole(files["mask"], encode_png(answer, [entry.color for entry in signature.classes]))
-    if image.shape[2] in (1, 3, 4):
+    if not painted:
+        pass
+    elif image.shape[2] in (1, 3, 4):
         result["overlay"] = str(files["overlay"])
         shown = image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
         write_image(files["overlay"], overlay(shown, answer, signature.classes))

@@ -26,11 +26,12 @@ SourceState = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """Options that all pictures of a run share. `truth`: the mask of its only picture."""
+    """Options that all pictures of a run share. `truth`: the mask of its only picture. `painted`: masks have overlays."""
 
     tiles: Tiles
     max_pixels: int
     truth: Path | None = None
+    painted: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class ItemComputer:
         assert target is not None
 
         def compute(tiles: Tiles) -> Result:
-            return predict_map(self.session, source, target, options.truth, options.max_pixels, self._arguments(tiles))
+            arguments = self._arguments(tiles)
+            return predict_map(self.session, source, target, options.truth, options.max_pixels, arguments, painted=options.painted)
 
         longest = options.tiles.tile or 1
         with suppress(DataError):  # `predict_map` raises it, or reads what has no size here by window
@@ -91,9 +93,15 @@ class ItemComputer:
     def _video(self, source: Path, target: Path | None, frame_done: Callable[[], None]) -> tuple[Result, str]:
         if self.session.signature.task == "classify" or target is None:
             raise DataError(f"{source}: a classifier has no answer for a video: extract the frames that count, and name them")
-        options = self.options
         result, error, used = predict_video(
-            self.session, source, target, tiles=options.tiles, max_pixels=options.max_pixels, arguments=self._arguments, done=frame_done
+            self.session,
+            source,
+            target,
+            tiles=self.options.tiles,
+            max_pixels=self.options.max_pixels,
+            painted=self.options.painted,
+            arguments=self._arguments,
+            done=frame_done,
         )
         return self._noted(result, source, used), error
 

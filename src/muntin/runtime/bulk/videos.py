@@ -42,17 +42,20 @@ def predict_video(
     *,
     tiles: Tiles,
     max_pixels: int,
+    painted: bool,
     arguments: Callable[[Tiles], dict[str, Any]],
     done: Callable[[], None],
 ) -> tuple[Result, str, Tiles]:
     """Segment or restore the frames of a video and write the videos of `video_files`, with the timestamps of the source.
 
-    `arguments`: of `predict` for tiles. `done` is called after each frame. Returns the result, the damage that ended the video early (""
-    for none), and the tiles that were used last. Raises DataError where not a single frame can be read.
+    `painted`: with an overlay. `arguments`: of `predict` for tiles. `done` is called after each frame. Returns the result, the damage that
+    ended the video early ("" for none), and the tiles that were used last. Raises DataError where not a single frame can be read.
     """
     signature = session.signature
     info = video_info(source, max_pixels=max_pixels)
     files, classes = video_files(target, signature), signature.classes
+    if not painted:
+        files.pop("overlay", None)
     current, changing, damage = [tiles], Lock(), [""]
     pixels_of_class = np.zeros(max(1, len(classes)), np.int64)
 
@@ -73,9 +76,11 @@ def predict_video(
                 current[0] = min(current[0], used, key=lambda tiles: tiles.tile or 0)
         if signature.task == "restore":
             return frame, {"image": answer}, pixels_of_class
+        counts = np.array([(answer == k).sum() for k in range(len(classes))])
+        if not painted:
+            return frame, {"mask": answer}, counts
         scale = signature.scale
         shown = frame.pixels if scale == 1 else frame.pixels.repeat(scale, 0).repeat(scale, 1)
-        counts = np.array([(answer == k).sum() for k in range(len(classes))])
         return frame, {"mask": answer, "overlay": overlay(shown, answer, classes)}, counts
 
     count = 0
