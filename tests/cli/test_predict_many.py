@@ -187,6 +187,8 @@ def test_predict_video(call: Call, tmp_path: Path, write_small: Write) -> None:
     (result,) = call("predict", restored, tmp_path / "film.mp4", "-o", tmp_path / "out", "--json").document()["results"]
     assert Path(result["image"]).name == "film.restored.mp4" and result["frames"] == 7
     classifier = write_small(tmp_path / "classify", task="classify")
+    truth = call("predict", artifact, tmp_path / "film.mp4", "-o", tmp_path / "truth", "--truth", results[0]["mask"])
+    assert "--truth is the mask of a picture, and this is a video" in truth.mistake()
     assert "a classifier has no answer for a video" in call("predict", classifier, tmp_path / "film.mp4").mistake()
 
 

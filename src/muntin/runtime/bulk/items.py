@@ -93,6 +93,8 @@ class ItemComputer:
     def _video(self, source: Path, target: Path | None, frame_done: Callable[[], None]) -> tuple[Result, str]:
         if self.session.signature.task == "classify" or target is None:
             raise DataError(f"{source}: a classifier has no answer for a video: extract the frames that count, and name them")
+        if self.options.truth is not None:
+            raise DataError(f"{source}: --truth is the mask of a picture, and this is a video: leave it out")
         result, error, used = predict_video(
             self.session,
             source,
