@@ -54,13 +54,11 @@ def predict_map(
         return {"source": str(path), "image": str(files["image"])} | ({"notes": notes} if notes else {})
     result: Result = {"source": str(path), "mask": str(files["mask"])}
     write_whole(files["mask"], encode_png(answer, [entry.color for entry in signature.classes]))
-    if not painted:
-        pass
-    elif image.shape[2] in (1, 3, 4):
+    if painted and image.shape[2] in (1, 3, 4):
         result["overlay"] = str(files["overlay"])
         shown = image if scale == 1 else image.repeat(scale, 0).repeat(scale, 1)
         write_image(files["overlay"], overlay(shown, answer, signature.classes))
-    else:
+    elif painted:
         notes.append(f"{path}: {image.shape[2]} channels cannot be shown: no overlay")
     if expected is not None:
         labels, number_names = expected
