@@ -61,6 +61,15 @@ def install(extra: str) -> str:
     return f"pip install {editable}{shlex.quote(f'{url2pathname(url.path)}[{extra}]')}"
 
 
+def memory_advice(error: BaseException) -> str:
+    """Return advice for an out-of-memory error, with the error's own text."""
+    reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
+    return (
+        f"not enough memory{reason}: choose a smaller --tile, --size or --batch where the command has it, a smaller training.batch_size or "
+        "data.crop to train, or a machine with more"
+    )
+
+
 def bare(error: Raised) -> Raised:
     """Return the error without traceback, cause and context, whose frames keep megabytes of arguments alive."""
     error.__cause__ = error.__context__ = None

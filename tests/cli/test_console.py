@@ -62,6 +62,9 @@ def test_progress_of_long_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Non
         await_line(r"working, \d:\d\d:\d\d so far")
         advance(1, 2)
         await_line(r"working: 1 of 2, \d:\d\d:\d\d left")
+    with progress_bar("predicting", "images/s") as advance:
+        advance(3, 4)
+        await_line(r"predicting: 3 of 4, \d+\.\d images/s, \d:\d\d:\d\d left")
     with status("thinking") as stage:
         stage("hard")
         await_line(r"thinking: hard, \d:\d\d:\d\d so far")

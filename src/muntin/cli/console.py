@@ -59,15 +59,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def memory_advice(error: BaseException) -> str:
-    """Return advice for an out-of-memory error, with the error's own text."""
-    reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
-    return (
-        f"not enough memory{reason}: choose a smaller --tile, --size or --batch where the command has it, a smaller training.batch_size or "
-        "data.crop to train, or a machine with more"
-    )
-
-
 def accept_any_name() -> None:
     """Let both outputs escape characters that their encoding lacks instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
@@ -157,19 +148,35 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield `advance(done, total)`, which moves a bar on a terminal and sets the line that is printed elsewhere (`progress_lines`)."""
+def progress_bar(description: str, rate: str = "") -> Iterator[Callable[[int, int], None]]:
+    """Yield `advance(done, total)`, which moves a bar on a terminal and sets the line that is printed elsewhere (`progress_lines`).
+
+    `rate`: unit of the number done a second, such as "images/s"; empty: it is not shown. Threads may advance it.
+    """
+    started = monotonic()
+
+    def speed(done: int) -> str:
+        return f"{done / (monotonic() - started):.1f} {rate}" if rate else ""
+
     if not err.is_terminal:
-        started = monotonic()
         with progress_lines(description) as show:
-            yield lambda done, total: show(
-                f"{description}: {done} of {total}", (monotonic() - started) / done * (total - done) if done else None
-            )
+
+            def set_line(done: int, total: int) -> None:
+                text = ", ".join(filter(None, (f"{description}: {done} of {total}", speed(done))))
+                show(text, (monotonic() - started) / done * (total - done) if done else None)
+
+            yield set_line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(description, total=None, speed="")
+        yield lambda done, total: bar.update(task, completed=done, total=total, speed=speed(done))
 
 
 @contextmanager

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import SHOWN, memory_advice, out, print_json, progress_bar, refuse_unwritable, say
+from muntin.cli.console import SHOWN, out, print_json, progress_bar, refuse_unwritable, say
 from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
-from muntin.errors import ArtifactError, DataError
+from muntin.errors import DataError
 
 if TYPE_CHECKING:
     from muntin.artifact import Signature
+    from muntin.runtime.bulk.items import ItemOutcome
     from muntin.runtime.picture_results import Result
-    from muntin.runtime.session import Shape
-
-COMPILED = 128
-"""Minimum number of tiles of one size for which that size is compiled: half a second or more, to save some ms a tile."""
 
 
 def predict_command(
     artifact: ArtifactArgument,
-    image: Annotated[list[Path], typer.Argument(help="Images, or folders of them.")],
+    image: Annotated[list[Path], typer.Argument(help="Images, folders of them, or videos.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep results that are there, if artefact, options and image are those that made them.")
+    ] = False,
     truth: Annotated[
         Path | None,
         typer.Option(
             help="A mask of class numbers (255: ignored) or of the classes' colours: also writes a difference picture. For one image."
         ),
     ] = None,
+    no_overlay: Annotated[
+        bool, typer.Option("--no-overlay", help="Masks alone: an overlay may take longer to write than the mask to compute.")
+    ] = False,
     tile: Annotated[
         int | None,
-        typer.Option(min=1, help="Side of the blended tiles, pixels; by default the size of the export, in which a run is scored."),
+        typer.Option(
+            min=1, help="Side of the tiles, pixels; by default the size of the export, in which a run is scored, and 1024 with --exact."
+        ),
     ] = None,
     overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels that neighbouring tiles share; a quarter of the tile by default.")
     ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="Tiles that give the answer of one call on the whole image, by the artefact's plan; see docs/tiles.md."
+        ),
+    ] = False,
     max_pixels: Annotated[
         int | None,
         typer.Option(min=1, help="Refuse pictures of more pixels; 268,435,456 by default. Rasters, read by window, have no limit."),
@@ -53,66 +63,88 @@ def predict_command(
     engine: EngineOption = "openvino",
     precision: PrecisionOption = "recorded",
     threads: ThreadsOption = None,
+    streams: Annotated[
+        int, typer.Option(min=1, help="Images that the engine computes at the same time, each on its share of the threads.")
+    ] = 1,
+    on: Annotated[
+        str | None, typer.Option(help="ray: by workers on this machine that Ray starts; ray:ADDRESS: by those of a running Ray cluster.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Segment, restore or classify images: a mask of class numbers with an overlay, a restored image, or a class for each.
 
     Results are named after their image: `a.mask.png` of `a.jpg`, and a GeoTIFF of the same place, `b.mask.tif`, of a GeoTIFF. Images of
-    one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in folders: `x/a.mask.png` and `y/a.mask.png`. An image that fails is
-    reported, the others are computed, and the exit code is 1.
+    one name give `a.jpg.mask.png` and `a.png.mask.png`, or lie in folders: `x/a.mask.png` and `y/a.mask.png`. A video gives `a.mask.mkv`
+    (lossless) and `a.overlay.mp4`, or `a.restored.mp4`. An image that fails is reported, the others are computed, and the exit code is 1.
     """
     from muntin.artifact import open_artifact
     from muntin.images import MAX_PIXELS
+    from muntin.runtime.bulk.items import PredictOptions
+    from muntin.runtime.bulk.journal import open_journal
+    from muntin.runtime.bulk.run import RayTarget, compute_files
+    from muntin.runtime.bulk.smaller_tiles import Tiles
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
-    from muntin.runtime.picture_results import classify, predict_map
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
-    images = _images(image, truth)
-    session = open_session(artifact, SessionOptions(engine=engine, precision=precision, threads=threads, shapes=(), dynamic=True))
-    signature, folder, limit = session.signature, output or Path("predictions"), max_pixels or MAX_PIXELS
-    _refuse_unused(signature.task, {"--output": output, "--truth": truth, "--tile": tile, "--overlap": overlap})
-    exported_side = max((open_artifact(artifact).manifest.example or (1, TILE, TILE))[1:])
-    tiles: dict[str, Any] = {"tile": tile or allowed_tile(signature, exported_side), "overlap": overlap}
-    targets = {path: folder / name for path, name in _result_names(images).items()}
+    images, address = _images(image, truth), _ray_address(on)
+    if resume and truth:
+        raise DataError("--resume goes with several images, and --truth with one: leave one of them out")
+    opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams, shapes=(), dynamic=True)
+    session, manifest = open_session(artifact, opening), open_artifact(artifact).manifest
+    signature, folder = session.signature, output or Path("predictions")
+    chosen = {"--output": output, "--resume": resume or None, "--truth": truth, "--no-overlay": no_overlay or None}
+    _refuse_unused(signature.task, chosen | {"--tile": tile, "--overlap": overlap, "--exact": exact or None})
+    usual = None if exact else allowed_tile(signature, max((manifest.example or (1, TILE, TILE))[1:]))
+    options = PredictOptions(
+        tiles=(tiles := Tiles(tile=tile or usual, overlap=overlap, exact=exact)), max_pixels=max_pixels or MAX_PIXELS, truth=truth,
+        painted=not no_overlay, value_range=value_range,
+    )  # fmt: skip
+    targets: dict[Path, Path | None] = dict.fromkeys(images)
+    journal = None
     if signature.task != "classify":
-        for parent in {target.parent for target in targets.values()}:
+        names = {path: folder / name for path, name in _result_names(images).items()}
+        for parent in {target.parent for target in names.values()}:
             refuse_unwritable(parent)
-        _refuse_overwriting(image, targets, folder, truth, signature, scaled=value_range is not None)
-        check_tiles(session, **tiles)
-    session.warm_up(_common_shapes(images, signature, max_pixels=limit, **tiles), compute=False)
+        _refuse_overwriting(image, names, folder, truth, signature, scaled=value_range is not None)
+        check_tiles(session, tile=tiles.tile, overlap=tiles.overlap, exact=exact)
+        targets.update(names)
+        if resume or len(images) > 1:
+            journal = open_journal(folder, manifest.sha256, session, options)
+    results = {path: result | {"kept": True} for path in images if resume and journal and (result := journal.result(path))}
+    left = {path: target for path, target in targets.items() if path not in results}
 
-    def compute(path: Path) -> Result:
-        if signature.task == "classify":
-            return classify(session, path, limit, value_range)
-        return predict_map(session, path, targets[path], truth, limit, tiles, value_range)
+    def record(outcome: ItemOutcome) -> None:
+        if journal is not None and outcome.result and outcome.state and not outcome.error:
+            journal.add(outcome.source, outcome.state, outcome.result)
 
-    results, failures = _compute_all(compute, images)
+    ray = None if address is None else RayTarget(address=address, artifact=artifact, opening=opening)
+    failures = {}
+    with progress_bar("predicting", "images/s") as progress:
+        for outcome in compute_files(session, options, left, record=record, progress=progress, ray=ray):
+            if outcome.result:
+                results[outcome.source] = outcome.result
+            if outcome.error:
+                say(f"muntin: {outcome.error}")
+                failures[outcome.source] = {"source": str(outcome.source), "error": outcome.error}
+    ended = [results[path] for path in images if path in results]
     if json:
         document = {"artifact": artifact, "engine": session.engine, "precision": session.precision}
-        print_json(document | {"results": results, "failures": failures})
+        print_json(document | {"results": ended, "failures": [failures[path] for path in images if path in failures]})
     else:
-        _print_results(results)
+        _print_results(ended)
     if failures:
         raise typer.Exit(1)
 
 
-def _compute_all(compute: Callable[[Path], Result], images: list[Path]) -> tuple[list[Result], list[dict[str, str]]]:
-    """Return the results and the failures. A failure of one image is printed and does not stop the others."""
-    from muntin.images import TooManyPixelsError
-
-    results, failures = [], []
-    with progress_bar("predicting") as advance:
-        for done, path in enumerate(images, 1):
-            try:
-                results.append(compute(path))
-            except (DataError, ArtifactError, MemoryError) as error:
-                text = f"{path}: {memory_advice(error)}" if isinstance(error, MemoryError) else str(error)
-                text += ", or allow more by --max-pixels" if isinstance(error, TooManyPixelsError) else ""
-                say(f"muntin: {text}")
-                failures.append({"source": str(path), "error": text})
-            advance(done, len(images))
-    return results, failures
+def _ray_address(on: str | None) -> str | None:
+    """Return the address of a Ray cluster, empty for workers of this machine; None for this process. Raises DataError for another place."""
+    if on is None:
+        return None
+    place, _, address = on.partition(":")
+    if place != "ray":
+        raise DataError(f"--on {on}: give ray, or ray:ADDRESS with the address of a running cluster")
+    return address
 
 
 def _print_results(results: Iterable[Result]) -> None:
@@ -124,6 +156,10 @@ def _print_results(results: Iterable[Result]) -> None:
             line += f" (probability {result['probability']:.3f})"
         if "agreement" in result:
             line += f" ({percent(result['agreement'], 2)} of the pixels that count agree with the truth)"
+        if "frames" in result:
+            line += f" ({result['frames']} frames)"
+        if result.get("kept"):
+            line += " (kept)"
         out.print(f"{result['source']} -> {line}")
         for note in result.get("notes", ()):
             say(note)
@@ -156,33 +192,6 @@ def _images(paths: Iterable[Path], truth: Path | None) -> list[Path]:
     return list(images.values())
 
 
-def _common_shapes(images: Iterable[Path], signature: Signature, *, tile: int | None, overlap: int | None, max_pixels: int) -> list[Shape]:
-    """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size.
-
-    Reads the images' headers. An unreadable image is skipped here and reported when it is computed.
-    """
-    from muntin.images.sources import source_size
-    from muntin.runtime.blending import tile_origins
-    from muntin.runtime.session import STATIC_SHAPES
-    from muntin.runtime.tiles import tile_side
-
-    if signature.side is not None:
-        return [(1, signature.side, signature.side)]
-    calls: Counter[Shape] = Counter()
-    for path in images:
-        with suppress(DataError):
-            height, width = source_size(path, max_pixels=max_pixels)
-            if signature.task == "classify":
-                calls[1, *signature.sizes.at_least(height, width)] += 1
-                continue
-            h, w = tile_side(height, tile, signature.sizes.height), tile_side(width, tile, signature.sizes.width)
-            rows, columns = (
-                len(tile_origins(side, part, part // 4 if overlap is None else overlap)) for side, part in ((height, h), (width, w))
-            )
-            calls[1, h, w] += rows * columns
-    return [shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1]
-
-
 def _result_names(images: Iterable[Path]) -> dict[Path, str]:
     """Return a name for the results of each image: the first of `a`, `a.png`, `x/a`, `x/a.png`, ... that no other image has."""
     names = {image: deque(_names(image)) for image in images}
@@ -206,9 +215,9 @@ def _names(image: Path) -> Iterator[str]:
 
 def _refuse_unused(task: str, values: dict[str, object]) -> None:
     """Raise DataError for an option with a value that the artefact's task does not use."""
-    useless = {"classify": ("--output", "--truth", "--tile", "--overlap"), "restore": ("--truth",)}.get(task, ())
+    useless = {"classify": tuple(values), "restore": ("--truth", "--no-overlay")}.get(task, ())
     if unused := [option for option, value in values.items() if value is not None and option in useless]:
-        answers = "the name of a class, which is printed" if task == "classify" else "an image, which no mask is the truth of"
+        answers = "the name of a class, which is printed" if task == "classify" else "an image, which has no mask"
         raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
 
 
@@ -219,7 +228,7 @@ def _refuse_overwriting(
 
     `named`: images and folders as given. `targets`: images, and the paths of their results without endings.
     """
-    from muntin.runtime.picture_results import result_files
+    from muntin.runtime.bulk.items import item_files
 
     folders = {path.resolve() for path in named if path.is_dir()}
     inputs = {path.resolve() for path in (*targets, *([] if truth is None else [truth]))}
@@ -229,6 +238,6 @@ def _refuse_overwriting(
                 f"--output {output}: {folder}, where results would be written, is the folder of the images, and they would be taken for "
                 "images next time: give another"
             )
-        for file in result_files(path, target, signature, scaled=scaled).values():
+        for file in item_files(path, target, signature, scaled=scaled).values():
             if file.resolve() in inputs:
                 raise DataError(f"{file}, a result of {path}, would replace a file that was given: give another folder by --output")

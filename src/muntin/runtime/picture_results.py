@@ -61,8 +61,10 @@ def predict_map(
     max_pixels: int,
     tiles: dict[str, Any],
     value_range: Range | None = None,
+    *,
+    painted: bool = True,
 ) -> Result:
-    """Segment or restore one image and write the result's files: `target` with the endings of `result_files`.
+    """Segment or restore one image and write the result's files: `target` with the endings of `result_files`. `painted`: with overlay.
 
     A raster is read and written by window. A difference, and an overlay of at most `WINDOWED_PIXELS` pixels, are made in memory.
     """
@@ -89,16 +91,16 @@ def predict_map(
             counting = _CountingSink(sink, signature.classes)
             predict(session, image, **tiles, into=counting)
         counts = counting.counts
-        if expected is not None or size[0] * size[1] <= WINDOWED_PIXELS:
+        if expected is not None or (painted and size[0] * size[1] <= WINDOWED_PIXELS):
             answer = mask_raster(files["mask"], OpenRasters(), None)[:, :]
     else:
         answer = predict(session, image, **tiles)
         counts = _class_counts(answer, len(signature.classes))
         colors = [entry.color for entry in signature.classes] if answer.dtype == np.uint8 else []
         write_whole(files["mask"], encode_png(answer, colors))
-    if note := _write_overlay(files["overlay"], image, answer, signature):
+    if painted and (note := _write_overlay(files["overlay"], image, answer, signature)):
         notes.append(f"{path}: {note}")
-    else:
+    elif painted:
         result["overlay"] = str(files["overlay"])
     if expected is not None and answer is not None:
         labels, number_names = expected

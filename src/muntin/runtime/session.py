@@ -6,9 +6,7 @@ Axis letters: B images, H and W rows and columns, C channels of an image, K chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,6 +18,7 @@ from muntin.artifact import AnyArtifact, Signature, Sizes
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.thread_pool import thread_pool
+from muntin.runtime.pipeline import ordered
 
 if TYPE_CHECKING:
     from muntin.runtime.options import SessionOptions
@@ -74,21 +73,7 @@ class AnySession(ABC, Generic[GivenT, AnswerT]):
         At most `streams` + 1 batches are in flight. Each is copied, so that the iterator may reuse its memory. An error of reading or
         computing a batch is raised in place of its result.
         """
-        with thread_pool(self.streams, "muntin-session") as pool:
-            pending: deque[Future[AnswerT]] = deque()
-            errors: list[Exception] = []
-            try:
-                for batch in _until_failure(batches, errors):
-                    pending.append(pool.submit(self, self._copy(batch)))
-                    if len(pending) > self.streams:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-                for error in errors:
-                    raise error
-            finally:
-                for future in pending:
-                    future.cancel()
+        return ordered(self, map(self._copy, batches), workers=self.streams, window=self.streams + 1)
 
     def _in_every_stream(self, call: Callable[[GivenT], object], batch: GivenT) -> None:
         """Computes a batch in all streams at the same time."""
@@ -180,14 +165,6 @@ class Session(AnySession[NDArray[np.uint8], NDArray[np.float32]]):
         """Labels of a checked, contiguous batch, in an array of their own."""
         labels: Labels = self.infer(images_BHWC).argmax(axis=1).astype(self.signature.label_type)
         return labels
-
-
-def _until_failure(batches: Iterable[GivenT], errors: list[Exception]) -> Iterator[GivenT]:
-    """The batches before the first one that cannot be read; its error is appended to `errors`."""
-    try:
-        yield from batches
-    except Exception as error:  # noqa: BLE001 - the caller raises it after the results of earlier batches
-        errors.append(error)
 
 
 def check_images(images: object, signature: Signature) -> None:

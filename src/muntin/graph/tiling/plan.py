@@ -20,8 +20,8 @@ from muntin.graph.tiling.levels import Levels, NoPlanError, data_tensors, whole_
 from muntin.graph.tiling.reach import halo
 from muntin.runtime.exact_tiles.parts import IMAGES, SCORES, GraphParts, reducible
 
-_PROBES: tuple[PictureSize, PictureSize] = ((353, 289), (481, 417))
-"""Sizes of the two pictures whose shapes are compared: sides that no stride divides."""
+_PROBES: tuple[PictureSize, PictureSize] = ((353, 289), (865, 737))
+"""Sizes of the two pictures whose shapes are compared: sides that no stride divides, with other numbers of windows up to 512 pixels."""
 
 
 def make_plan(model: onnx.ModelProto, signature: Signature) -> TilePlan:

@@ -1,0 +1,145 @@
+"""All files of a run: their sizes, and their computation with overlapping steps, on this machine or on Ray."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+from muntin.artifact import Signature
+from muntin.errors import DataError, DependencyError
+from muntin.images.sources import source_size
+from muntin.images.video import is_video, video_info
+from muntin.runtime.blending import tile_origins
+from muntin.runtime.bulk.items import ItemComputer, ItemOutcome, PredictOptions
+from muntin.runtime.bulk.on_ray import RayJob, compute_on_ray
+from muntin.runtime.bulk.smaller_tiles import Tiles
+from muntin.runtime.host.hardware import usable_cores
+from muntin.runtime.options import SessionOptions
+from muntin.runtime.pipeline import ordered
+from muntin.runtime.session import STATIC_SHAPES, Session, Shape
+from muntin.runtime.tiles import tile_side
+
+COMPILED = 128
+"""Minimum number of tiles of one size for which that size is compiled: half a second or more, to save some ms a tile."""
+PIXELS_IN_FLIGHT = 1 << 23
+"""Pixels of answers for each thread: of 8 million pixels, decoded, painted and encoded, up to 20 bytes each are in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemSize:
+    """Sides of a picture or of a video's frames. `frames`: 1 for a picture, 0 where a video does not say. `held`: frames in memory."""
+
+    height: int
+    width: int
+    frames: int = 1
+    held: int = 1
+
+
+def item_sizes(sources: Iterable[Path], *, max_pixels: int, streams: int) -> dict[Path, ItemSize]:
+    """Return the sizes of files by their headers. An unreadable one is left out, and reported when it is computed."""
+    sizes = {}
+    for source in sources:
+        with suppress(DataError, DependencyError):
+            if is_video(source):
+                info = video_info(source, max_pixels=max_pixels)
+                sizes[source] = ItemSize(height=info.height, width=info.width, frames=info.frames, held=streams + 5)
+            else:
+                height, width = source_size(source, max_pixels=max_pixels)
+                sizes[source] = ItemSize(height=height, width=width)
+    return sizes
+
+
+def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -> tuple[Shape, ...]:
+    """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size. Exact tiles are
+    compiled in parts, and not here."""
+    if tiles.exact:
+        return ()
+    if signature.side is not None:
+        return ((1, signature.side, signature.side),)
+    calls: Counter[Shape] = Counter()
+    for size in sizes:
+        if signature.task == "classify":
+            calls[1, *signature.sizes.at_least(size.height, size.width)] += 1
+            continue
+        sides = (size.height, signature.sizes.height), (size.width, signature.sizes.width)
+        h, w = (tile_side(side, tiles.tile, allowed) for side, allowed in sides)
+        rows, columns = (
+            len(tile_origins(side, part, part // 4 if tiles.overlap is None else tiles.overlap))
+            for side, part in ((size.height, h), (size.width, w))
+        )
+        calls[1, h, w] += rows * columns * max(1, size.frames)
+    return tuple(shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayTarget:
+    """Where workers of Ray run, and what they open. `address`: of a running cluster; empty: workers on this machine."""
+
+    address: str
+    artifact: Path
+    opening: SessionOptions
+
+
+class _Progress:
+    """Counts pictures and frames that are done. Thread-safe."""
+
+    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
+        self._done, self._total, self._report, self._lock = 0, total, report, Lock()
+
+    def add(self, number: int = 1) -> None:
+        with self._lock:
+            self._done += number
+            self._report(self._done, max(self._done, self._total))
+
+
+def compute_files(
+    session: Session,
+    options: PredictOptions,
+    targets: Mapping[Path, Path | None],
+    *,
+    record: Callable[[ItemOutcome], None],
+    progress: Callable[[int, int], None],
+    ray: RayTarget | None = None,
+) -> Iterator[ItemOutcome]:
+    """Yield the outcome of each file of `targets`: sources, and the paths of their results without endings. In their order; on Ray in that
+    in which they end.
+
+    `record` is called with each outcome when it ends, perhaps by several threads. `progress`: called with the number of pictures and frames
+    that are done, and of all.
+
+    On this machine one thread for each stream and each usable core decodes, waits for the engine, and encodes. The files in work have at
+    most `PIXELS_IN_FLIGHT` a thread, or there is one file.
+    """
+    sizes = item_sizes(targets, max_pixels=options.max_pixels, streams=session.streams)
+    units = _Progress(sum(sizes[source].frames if source in sizes else 1 for source in targets), progress)
+    shapes = common_shapes(sizes.values(), session.signature, options.tiles)
+    if ray is not None:
+        opening = replace(ray.opening, precision=session.precision)
+        for outcome in compute_on_ray(RayJob(artifact=ray.artifact, session=opening, shapes=shapes, options=options), targets, ray.address):
+            record(outcome)
+            units.add((outcome.result or {}).get("frames", 1))
+            yield outcome
+        return
+    session.warm_up(shapes, compute=False)
+    computer = ItemComputer(session=session, options=options)
+
+    def compute(source: Path) -> ItemOutcome:
+        outcome = computer(source, targets[source], units.add)
+        record(outcome)
+        if "frames" not in (outcome.result or {}):
+            units.add()
+        return outcome
+
+    def pixels(source: Path) -> int:
+        size = sizes.get(source)
+        return 0 if size is None else size.height * size.width * size.held * session.signature.scale**2
+
+    workers = session.streams + usable_cores()
+    with closing(
+        ordered(compute, targets, workers=workers, cost=pixels, capacity=workers * PIXELS_IN_FLIGHT, stop=computer.stop)
+    ) as outcomes:
+        yield from outcomes
