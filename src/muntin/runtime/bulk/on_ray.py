@@ -8,7 +8,9 @@ another worker, `ATTEMPTS` times at most; a worker that died is replaced.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,6 +116,7 @@ def _connected(address: str) -> Iterator[Any]:
         import ray
     except ModuleNotFoundError as error:
         raise DependencyError(f"--on ray needs the package ray: {install('ray')}") from error
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}  # Ray sets its own, and leaves them
     try:
         if address:
             _check_port(address)
@@ -131,6 +134,9 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _check_port(address: str) -> None:

@@ -9,7 +9,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_NO_MEMORY = ("bad_alloc", "out of memory", "failed to allocate", "cannot allocate", "can't allocate", "not enough memory")
+_NO_MEMORY = (
+    "bad_alloc",
+    "out of memory",
+    "failed to allocate",
+    "cannot allocate",
+    "can't allocate",
+    "not enough memory",
+    "resource temporarily unavailable",
+)
+"""The last one: a thread's stack was refused."""
 _KILLS = Path("/proc/vmstat")
 _RESET_PEAK = "5"  # proc(5), clear_refs: sets the peak to the present size
 
