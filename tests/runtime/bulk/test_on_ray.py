@@ -50,9 +50,11 @@ def address() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
+    handler = signal.getsignal(signal.SIGTERM)  # a node of Ray sets its own, and leaves it
     cluster = Cluster(initialize_head=True, head_node_args=node)
     yield cluster.address
     cluster.shutdown()
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
