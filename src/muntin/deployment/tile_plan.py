@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from muntin.artifact import open_artifact
 from muntin.artifact.plan import TilePlan
-from muntin.errors import MuntinError
 from muntin.graph.tiling.levels import NoPlanError
 from muntin.graph.tiling.plan import make_plan
 from muntin.runtime.engines.registry import open_session
@@ -31,7 +30,9 @@ def plan_of(content: dict[str, Any]) -> TilePlan | None:
         return make_plan(content["model"], content["signature"])
     except NoPlanError as error:
         content["measured"][NO_PLAN] = str(error)
-        return None
+    except Exception as error:  # noqa: BLE001 - a plan is an addition: a graph of an unforeseen kind must not cost the export
+        content["measured"][NO_PLAN] = f"the graph is of an unforeseen kind ({type(error).__name__}: {error})"
+    return None
 
 
 def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> str | None:
@@ -57,7 +58,7 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
             lambda top, left, bottom, right: picture[top:bottom, left:right], height, width
         ):
             tiled[:, scale * top : scale * bottom, scale * left : scale * right] = scores
-    except MuntinError as error:
+    except Exception as error:  # noqa: BLE001 - as above
         return f"tiles cannot be computed: {str(error).partition(': ')[2] or error}"
     rms = float(np.sqrt(np.mean((tiled - whole) ** 2)) / max(float(whole.std()), 1e-12))
     allowed = CLOSE_INTEGERS if artifact.manifest.integers else CLOSE

@@ -32,8 +32,8 @@ _JOINED = frozenset(
     {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Sum", "Mean", "Where", "And", "Or", "Less", "Greater", "Equal", "Mod"}
 )
 _REDUCED = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ReduceL1", "ReduceProd"})
-LARGEST = 8192
-"""Side in pixels beyond which a value is taken to depend on the whole picture."""
+LARGEST = 2048
+"""Side in pixels beyond which a value is taken to depend on the whole picture: the marks of a longer one take gigabytes and minutes."""
 
 
 class EndlessReachError(ExportError):
