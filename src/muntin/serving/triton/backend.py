@@ -23,7 +23,6 @@ from muntin.artifact.store import read_manifest
 from muntin.errors import MuntinError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.serving.batching.job import Job
-from muntin.serving.inference.groups import Group
 from muntin.serving.protocol.messages import InferInput, InferRequest, ProtocolError, RequestedOutput
 from muntin.serving.triton.configuration import requests_of
 from muntin.serving.triton.options import TritonOptions
@@ -64,14 +63,14 @@ class TritonModel:
         opened = open_version(path, options.session(physical_cores()), calls)
         self._session, self._signature = opened.session, opened.signature
         self._version = Version(name=arguments["model_version"], path=path)
-        self._requests: Any = requests_of(opened.signature, options.max_batch)
+        self._requests = requests_of(opened.signature, options.max_batch)
         self._inputs, self._outputs, _ = self._requests.specs(opened.signature)
         self._batched = bool(config["max_batch_size"])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return the response to each request, in order."""
         responses: list[Any] = [None] * len(requests)
-        groups: dict[Group, list[tuple[int, Any, Any]]] = {}
+        groups: dict[Any, list[tuple[int, Any, Any]]] = {}
         for place, request in enumerate(requests):
             try:
                 inputs, group, wanted = self._requests.read(self._read(request), self._version, self._signature)
@@ -102,7 +101,7 @@ class TritonModel:
         """Return the requested outputs in the model's order, so that requests of the same outputs share a batch."""
         return [spec.name for spec in self._outputs if spec.name in names]
 
-    def _compute(self, group: Group, members: list[tuple[int, Any, Any]]) -> list[Any]:
+    def _compute(self, group: Any, members: list[tuple[int, Any, Any]]) -> list[Any]:
         """Return the responses of a group's requests. If they fail together, each is computed alone."""
         parts = [inputs for _, inputs, _ in members]
         try:

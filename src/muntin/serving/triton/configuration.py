@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from muntin.artifact import AnyManifest, Signature, TensorSignature
+from muntin.artifact import AnyManifest, AnySignature, Signature
 from muntin.errors import DataError
 from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.tensor_requests import TensorRequests
@@ -27,20 +27,16 @@ MAX_PIXELS = 1 << 26
 UNTESTED = "This back end was not run against a real Triton: its configuration was checked for its form only."
 
 
-def requests_of(signature: Signature | TensorSignature, max_batch: int) -> ImageRequests | TensorRequests:
+def requests_of(signature: AnySignature, max_batch: int) -> Any:
     """Return the reader of requests to a model of this signature."""
     return ImageRequests(max_batch, MAX_PIXELS) if isinstance(signature, Signature) else TensorRequests(max_batch)
 
 
 def describe(manifest: AnyManifest, options: TritonOptions) -> ModelDescription:
     """Return the model as clients of its back end see it: an ONNX file of images gives scores only."""
-    signature = manifest.signature
-    if isinstance(signature, Signature):
-        inputs, outputs, max_batch = ImageRequests(options.max_batch, MAX_PIXELS).specs(signature)
-        if options.backend != "python":
-            outputs = tuple(spec for spec in outputs if spec.name == "scores")
-    else:
-        inputs, outputs, max_batch = TensorRequests(options.max_batch).specs(signature)
+    inputs, outputs, max_batch = requests_of(manifest.signature, options.max_batch).specs(manifest.signature)
+    if options.backend != "python" and isinstance(manifest.signature, Signature):
+        outputs = tuple(spec for spec in outputs if spec.name == "scores")
     return ModelDescription(name=options.name, versions=(str(options.version),), inputs=inputs, outputs=outputs, max_batch=max_batch)
 
 
