@@ -1,10 +1,11 @@
 """Start a real Triton without docker on a model repository that `muntin triton` wrote, with this environment's Python and packages.
 
     python benchmarks/start_triton.py REPOSITORY [--http-port 8000] [--grpc-port 8001] [--package .venv/triton] [--explicit]
+    python benchmarks/start_triton.py --install
 
 The server (2.51, Linux on x86-64, glibc 2.35 or newer) and its Python back end are files of the PyPI package `nvidia-pytriton`, which is
-installed into the folder --package where it is not there yet: 55 MB. It listens on 127.0.0.1 only, since this version has known holes.
-Ctrl-C ends it. --explicit: clients may load and unload models, and none is loaded at the start.
+installed into the folder --package where it is not there yet (--install: that, and no more): 55 MB. It listens on 127.0.0.1 only, since
+this version has known holes. Ctrl-C ends it. --explicit: clients may load and unload models, and none is loaded at the start.
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ def is_installed(package: Path) -> bool:
 
 
 def install(package: Path) -> None:
-    """Install the server into a folder, unless it is there. Raises CalledProcessError, with pip's output on standard error."""
+    """Install the server into a folder, unless it is there. Raises CalledProcessError, with pip's output on standard error, and SystemExit
+    for a Python that it has no back end for."""
     if is_installed(package):
         return
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade"]
     subprocess.run([*pip, "--target", str(package), REQUIREMENT], check=True)  # noqa: S603 - our own command
+    if not (_home(package) / _STUB).is_file():
+        sys.exit(f"{REQUIREMENT} has no back end for Python {_STUB.parent.name}: take one of 3.8 to 3.13")
     (_home(package) / "backends" / "python" / _STUB.name).hardlink_to(_home(package) / _STUB)
 
 
@@ -73,15 +77,18 @@ def _home(package: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("repository", type=Path)
+    parser.add_argument("repository", type=Path, nargs="?")
+    parser.add_argument("--install", action="store_true", help="install the server, and start none")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--package", type=Path, default=Path(sys.prefix) / "triton", help="folder of the server, filled where it is empty")
     parser.add_argument("--explicit", action="store_true", help="clients load and unload models")
     arguments = parser.parse_args()
-    if not arguments.repository.is_dir():
-        sys.exit(f"{arguments.repository} is no folder: write it by `muntin triton ARTIFACT {arguments.repository}`")
+    if not arguments.install and (arguments.repository is None or not arguments.repository.is_dir()):
+        parser.error("give a folder that `muntin triton ARTIFACT REPOSITORY` wrote, or --install")
     install(arguments.package)
+    if arguments.install:
+        return
     launch = triton_launch(
         arguments.package, arguments.repository, http_port=arguments.http_port, grpc_port=arguments.grpc_port, explicit=arguments.explicit
     )

@@ -100,7 +100,9 @@ _BackendOption = Annotated[
 ]
 _TritonObjectiveOption = Annotated[
     float | None,
-    typer.Option(help="Time limit of an answer, milliseconds. Batches are measured, and requests that waited too long are refused."),
+    typer.Option(
+        help="Time of an answer to batch for, milliseconds; batches are measured here. Not promised: Triton refuses none as late."
+    ),
 ]
 _InstancesOption = Annotated[int, typer.Option(min=1, max=1024, help="Copies of the model that compute at the same time.")]
 _InstanceThreadsOption = Annotated[
@@ -206,7 +208,8 @@ def triton_command(
     if batching is not None and batching.latency_ms:
         times = ", ".join(f"{rows}: {ms:.2f} ms" for rows, ms in batching.latency_ms.items())
         out.print(f"measured  {times} (rows of a batch: median)")
-        out.print(f"batching  requests wait {batching.delay_us} µs for others, and are refused after {batching.refuse_us} µs in the queue")
+        rows = "a full batch" if batching.preferred_rows is None else f"a batch of {batching.preferred_rows}"
+        out.print(f"batching  requests wait at most {batching.delay_us} µs for {rows}")
 
 
 def _run(artifact: Path, config: ServeConfig, json: bool) -> None:

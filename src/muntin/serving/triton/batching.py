@@ -4,7 +4,6 @@ Let t(n) be the median time of a batch of n rows and T the objective. A request 
 
     largest batch m           the largest measured n with 2 t(n) <= T; 1 if there is none
     delay for others to join  min(t(1) - t(m) / m, T - 2 t(m)), at least 0
-    refused after waiting     T - t(m), at least t(1)
 
 A row that waits gains at most t(1) - t(m) / m by being computed in a batch, so waiting longer costs more than it saves.
 """
@@ -33,15 +32,14 @@ ROUNDS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class TritonBatching:
-    """Triton's queue of a model. Times are microseconds.
+    """Triton's queue of a model. `_us`: microseconds.
 
     `delay_us`: time that a request waits for others. `preferred_rows`: rows that are computed without further waiting; None: as many as
-    fit. `refuse_us`: time in the queue after which a request is refused; None: never. `latency_ms`: measured time by rows.
+    fit. `latency_ms`: measured time by rows.
     """
 
     delay_us: int = 0
     preferred_rows: int | None = None
-    refuse_us: int | None = None
     latency_ms: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -54,7 +52,6 @@ def batching_for(objective_ms: float, latency_ms: Mapping[int, float]) -> Triton
     return TritonBatching(
         delay_us=int(1000 * delay),
         preferred_rows=rows if rows < max(latency_ms) else None,
-        refuse_us=int(1000 * max(objective_ms - batch, one)),
         latency_ms=dict(latency_ms),
     )
 
@@ -62,13 +59,20 @@ def batching_for(objective_ms: float, latency_ms: Mapping[int, float]) -> Triton
 def measured_batching(artifact: AnyArtifact, options: TritonOptions) -> TritonBatching:
     """Measure batches of the exported size on this machine, in sizes of powers of two, and return the batching for the objective.
 
-    Segmentations and classifiers are measured for labels. Raises DataError for an artefact without an exported size and without `sizes` or
-    `dims`, and the errors of `open_version`.
+    Without an objective nothing is measured, and requests wait for no others. Segmentations and classifiers are measured for labels. Raises
+    DataError for an artefact without an exported size and without `sizes` or `dims`, and for one whose requests are not joined; and the
+    errors of `open_version`.
     """
-    assert options.objective_ms is not None
     assert isinstance(artifact.manifest, Manifest | TensorManifest)
-    measured = dict(reversed([(call.order[0], call) for call in _first_size(artifact.manifest, options)]))  # of a size for labels
-    calls = {rows: call for rows, call in sorted(measured.items()) if rows & (rows - 1) == 0}
+    if options.objective_ms is None:
+        return TritonBatching()
+    if isinstance(artifact.manifest, TensorManifest) and artifact.manifest.signature.batch is None:
+        raise DataError(f"--objective-ms: {artifact.path} has no rows that could be joined, so nothing is batched: leave it out")
+    calls: dict[int, AnyCall] = {}
+    for call in _first_size(artifact.manifest, options):  # those for labels come first
+        rows = call.order[0]
+        if rows.bit_count() == 1:
+            calls.setdefault(rows, call)
     session = open_version(artifact.path, options.session(physical_cores()), calls.values()).session
     latency_ms = {}
     for rows, call in calls.items():

@@ -15,8 +15,8 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 class TritonOptions(BaseModel):
     """Options of `muntin triton`. Each field states its unit and range.
 
-    `backend`: "python" runs the artefact in muntin; the others run its ONNX file in Triton's own engines. `engine`, `precision`, `sizes`
-    and `dims` are those of "python".
+    `backend`: "python" runs the artefact in muntin; the others run its ONNX file in Triton's own engines. `engine`, `precision`, `sizes`,
+    `dims` and `objective_ms` are of "python": muntin's own session is measured for an objective.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -24,7 +24,7 @@ class TritonOptions(BaseModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="of the model")]
     version: Annotated[int, Field(ge=1, le=2**31 - 1, description="folder of the version")] = 1
     backend: Backend = "python"
-    objective_ms: Annotated[float | None, Field(gt=0, description="within which a request is answered or refused; None: no limit")] = None
+    objective_ms: Annotated[float | None, Field(gt=0, description="of batching; None: requests wait for no others")] = None
     max_batch: Annotated[int, Field(ge=1, le=1024, description="rows (images) of a batch")] = 8
     instances: Annotated[int, Field(ge=1, le=1024, description="copies of the model that compute at the same time")] = 1
     threads: Annotated[int | None, Field(ge=1, description="of each instance; None: the usable physical cores, divided")] = None
@@ -46,8 +46,8 @@ class TritonOptions(BaseModel):
 
     @model_validator(mode="after")
     def _fits_the_backend(self) -> Self:
-        own = ("engine", "precision", "sizes", "dims")
+        own = ("objective_ms", "engine", "precision", "sizes", "dims")
         given = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
         if self.backend != "python" and given:
-            raise ValueError(f"{given[0]} is for the back end python, and this is {self.backend}: leave it out")
+            raise ValueError(f"{given[0]} is of the back end python, and this is {self.backend}: leave it out")
         return self

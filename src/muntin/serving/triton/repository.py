@@ -71,9 +71,8 @@ def write_repository(
         batching = None
     else:
         if batching is None:
-            if options.objective_ms is not None:
-                stage("measuring batches")
-            batching = TritonBatching() if options.objective_ms is None else measured_batching(artifact, options)
+            stage("measuring batches")
+            batching = measured_batching(artifact, options)
         files = {CONFIG: configuration_text(artifact.manifest, options, batching), **_labels(artifact)}
     stage("writing")
     target = model if files else number
