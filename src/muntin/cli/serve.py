@@ -205,7 +205,9 @@ def triton_command(
         )
         return
     out.print(f"{written.version}: back end {backend}")
-    if batching is not None and batching.latency_ms:
+    if batching is None:
+        out.print(f"note      {written.model / 'config.pbtxt'} is unchanged: batching, instances, threads and engine are the model's")
+    elif batching.latency_ms:
         times = ", ".join(f"{rows}: {ms:.2f} ms" for rows, ms in batching.latency_ms.items())
         out.print(f"measured  {times} (rows of a batch: median)")
         rows = "a full batch" if batching.preferred_rows is None else f"a batch of {batching.preferred_rows}"

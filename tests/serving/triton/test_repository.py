@@ -93,9 +93,11 @@ def test_configuration_of_other_back_ends(write_pixels: Callable[..., Path], tmp
         assert {name: shape for name, (_, shape) in tensors(specs).items()} == dims
 
 
-def test_options_of_the_wrong_back_end() -> None:
+def test_options_that_do_not_fit() -> None:
     with pytest.raises(ValidationError, match="engine is of the back end python, and this is openvino: leave it out"):
         TritonOptions(name="m", backend="openvino", engine="onnxruntime")
+    with pytest.raises(DataError, match='engine="openvino2": give one of'):
+        TritonOptions(name="m", engine="openvino2")
 
 
 def test_further_versions(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
@@ -129,6 +131,8 @@ def test_nothing_is_left_of_a_failed_write(write_pixels: Callable[..., Path], tm
         patch.setattr("muntin.serving.triton.repository.shutil.copyfile", full)
         with pytest.raises(ArtifactError, match=re.escape(f"{models / 'm'}: cannot be written (No space left on device)")):
             write_repository(pixels, models, TritonOptions(name="m"))
+        with pytest.raises(DataError, match="--dims: the model takes images"):
+            write_repository(pixels, models, TritonOptions(name="m", dims=({"tokens": 8},)))
     assert files_of(models) == set()
     (pixels / MANIFEST).write_text("{}")
     with pytest.raises(ArtifactError):

@@ -13,7 +13,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 class TritonOptions(BaseModel):
-    """Options of `muntin triton`. Each field states its unit and range.
+    """Options of `muntin triton`. Each field states its unit and range. Raises DataError for an unknown engine or precision.
 
     `backend`: "python" runs the artefact in muntin; the others run its ONNX file in Triton's own engines. `engine`, `precision`, `sizes`,
     `dims` and `objective_ms` are of "python": muntin's own session is measured for an objective.
@@ -40,7 +40,7 @@ class TritonOptions(BaseModel):
     ] = ()
 
     def session(self, cores: int) -> SessionOptions:
-        """How each instance opens the artefact, on a machine with these physical cores. Raises DataError for an unknown engine."""
+        """How each instance opens the artefact, on a machine with these physical cores."""
         threads = self.threads or max(1, cores // self.instances)
         return SessionOptions(engine=self.engine, precision=self.precision, threads=threads, dynamic=True)
 
@@ -50,4 +50,5 @@ class TritonOptions(BaseModel):
         given = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
         if self.backend != "python" and given:
             raise ValueError(f"{given[0]} is of the back end python, and this is {self.backend}: leave it out")
+        self.session(cores=1)
         return self

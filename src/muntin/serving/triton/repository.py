@@ -18,6 +18,7 @@ from muntin.errors import ArtifactError, DataError
 from muntin.serving.triton.batching import TritonBatching, measured_batching
 from muntin.serving.triton.configuration import LABELS, ONNX_FILE, configuration_text, contract_lines, has_labels_file
 from muntin.serving.triton.options import TritonOptions
+from muntin.serving.worker.calls import starting_calls
 
 CONFIG, MODEL, COPY = "config.pbtxt", "model.py", "artifact"
 MODEL_TEXT = '''"""Model of Triton's Python back end, written by muntin {version}. The artefact beside it runs in muntin's base install."""
@@ -59,10 +60,11 @@ def write_repository(
     """Write `REPOSITORY/NAME`, or into an existing model of the same inputs and outputs only its folder of the version.
 
     `batching`: None to measure the artefact for `options.objective_ms` where that is given (seconds). `stage` is called with the name of
-    each step. Raises ArtifactError and DataError: the artefact is damaged, the version exists, the model has other inputs or outputs, or
-    nothing can be written. Then nothing changes.
+    each step. Raises ArtifactError and DataError: the artefact is damaged, the version exists, the model has other inputs or outputs,
+    the sizes are not the model's, or nothing can be written. Then nothing changes.
     """
     artifact = artifact if isinstance(artifact, AnyArtifact) else open_any_artifact(artifact)
+    starting_calls(artifact.manifest, options.max_batch, options.sizes, options.dims)  # raises for sizes that the model does not take
     model = Path(repository) / options.name
     number = model / str(options.version)
     files = {}
