@@ -86,7 +86,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.install and (arguments.repository is None or not arguments.repository.is_dir()):
         parser.error("give a folder that `muntin triton ARTIFACT REPOSITORY` wrote, or --install")
-    install(arguments.package)
+    try:
+        install(arguments.package)
+    except subprocess.CalledProcessError:
+        sys.exit(f"{REQUIREMENT} cannot be installed; pip's reason is above")
     if arguments.install:
         return
     launch = triton_launch(
