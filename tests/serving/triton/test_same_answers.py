@@ -193,7 +193,7 @@ def described(document: Any) -> Any:
     }
     for key in ("inputs", "outputs", "input", "output"):
         for tensor in document.get(key, ()):
-            shape = tensor.get("shape", tensor.get("dims"))
+            shape = [int(size) for size in tensor.get("shape", tensor.get("dims", ()))]
             named = {part: tensor[part] for part in ("name", "datatype", "data_type") if part in tensor}
             tensor.clear()
             tensor.update(named, shape=shape[:-1] if shape[-1:] == [1] else shape)
@@ -251,6 +251,24 @@ def test_grpc(servers: Any, name: str) -> None:
         inferred(ports.grpc.get(model, ports.grpc["means"]), model, arrays, **options) for ports in (servers.ours, servers.triton)
     )
     assert ours == theirs
+
+
+@pytest.mark.parametrize("model", ["means", "pixels", "named"])
+def test_grpc_descriptions(servers: Any, model: str) -> None:
+    answers = []
+    for ports in (servers.ours, servers.triton):
+        with triton_grpc.InferenceServerClient(f"127.0.0.1:{ports.grpc[model]}") as client:
+            config = client.get_model_config(model, as_json=True)["config"]
+            index = client.get_model_repository_index(as_json=True)["models"]
+            answers.append(
+                {
+                    "live, ready": (client.is_server_live(), client.is_server_ready(), client.is_model_ready(model)),
+                    "metadata": described(client.get_model_metadata(model, as_json=True)),
+                    "configuration": described(config),
+                    "index": [(entry["version"], entry["state"]) for entry in index if entry["name"] == model],
+                }
+            )
+    assert answers[0] == answers[1]
 
 
 def test_many_clients_and_sizes(servers: Any) -> None:
