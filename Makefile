@@ -40,9 +40,10 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml benchmarks/start_triton.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check 'perf-analyzer>=2.60' # no wheel for older Linux: its tests are skipped
+	-$(BIN)/python benchmarks/start_triton.py --install # as above: a real Triton, 55 MB
 	touch $@ $(VENV)/.demo
 
 clean:

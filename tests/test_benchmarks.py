@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-HEAVY = {"segmentation_models_pytorch", "nncf", "timm", "torchvision", "litserve", "ray", "triton_python_backend_utils"}
+HEAVY = {"segmentation_models_pytorch", "nncf", "timm", "torchvision", "litserve", "ray"}
 """What the extra `bench` brings, or the environment of another server: where it is not installed, what needs it cannot be asked."""
 MODULES = sorted(".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py") if path.stem != "__init__")
 

@@ -23,7 +23,7 @@ ROOMS = (
     *("errors", "text", "artifact", "images", "runtime", "graph", "layers", "models", "data", "training", "compression", "deployment"),
     *("reporting", "serving", "cli"),
 )
-SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc")
+SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc", "triton")
 """Folders of `serving` in import order."""
 LIGHT = ("errors", "text", "artifact", "images", "runtime", "graph", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}

@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, made with pip: their dependencies exclude each other (Triton's Python back end wants numpy 1)."""
+"""A virtual environment for each peer, made with pip: their dependencies exclude each other. Triton runs muntin's own environment."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import start_triton
 from kept import write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PEERS: dict[str, tuple[str, ...]] = {
     "litserve": ("litserve",),
     "ray": ("ray[serve]",),
-    # With numpy 2 this Triton's `pb_utils.Tensor` gives empty outputs, silently.
-    "triton": ("nvidia-pytriton==0.7.0", "numpy<2"),
+    "triton": (start_triton.REQUIREMENT,),
 }
 _VERSIONS = """
 import importlib.metadata as m, json, sys
@@ -32,6 +32,8 @@ def make_environment(name: str, folder: Path) -> str | None:
     if is_made(name, folder):
         return None
     ready.unlink(missing_ok=True)  # of another engine: what comes of a failure now is no environment
+    if name == "triton":
+        return _install_triton(root, ready)
     pins = [f"{engine}=={importlib.metadata.version(engine)}" for engine in ("openvino", "onnxruntime")]
     pip = [str(root / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     commands = [
@@ -43,12 +45,22 @@ def make_environment(name: str, folder: Path) -> str | None:
         if ran.returncode:
             lines = [line for line in (ran.stderr + ran.stdout).splitlines() if line.strip()]
             return f"{' '.join(command[1:6])} ... : {(lines or ['no message'])[-1][:200]}"
-    # For the package that this file is in. Triton's stub looks at no PYTHONPATH.
+    # For the package that this file is in.
     (site_packages(root) / "serving-benchmark.pth").write_text(f"{REPOSITORY / 'benchmarks'}\n", encoding="utf-8")
     main = PEERS[name][0].partition("[")[0].partition("=")[0]
     asked = [str(root / "bin" / "python"), "-c", _VERSIONS, main, "openvino", "numpy"]
     told = subprocess.run(asked, capture_output=True, text=True, check=True)  # noqa: S603
     write_whole(ready, json.loads(told.stdout))
+    return None
+
+
+def _install_triton(root: Path, ready: Path) -> str | None:
+    try:
+        start_triton.install(root)
+    except (subprocess.CalledProcessError, SystemExit) as error:
+        return str(error)
+    main, _, version = start_triton.REQUIREMENT.partition("==")
+    write_whole(ready, {main: version, **{package: importlib.metadata.version(package) for package in ("openvino", "numpy")}})
     return None
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
-import string
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
@@ -25,9 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving_peers.environments import site_packages
+from muntin.serving.triton.batching import TritonBatching
+from muntin.serving.triton.options import TritonOptions
+from muntin.serving.triton.repository import write_repository
 from serving_peers.load import HOST
 from serving_peers.models import Workload
+from start_triton import triton_launch
 
 HERE = Path(__file__).resolve().parent
 READY_S = 180.0
@@ -121,17 +123,23 @@ def ray(wanted: Wanted) -> Launch:
 
 
 def triton(wanted: Wanted) -> Launch:
-    """The dynamic batcher with a fixed delay."""
-    delay = None if wanted.wait_ms is None else f"max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f}"
-    return _triton(wanted, "" if delay is None else f"dynamic_batching {{ {delay} }}")
+    """The exported repository, with a fixed delay in its dynamic batcher, or without batches."""
+    if wanted.wait_ms is None:
+        return _triton(wanted, batcher="")
+    return _triton(wanted, batcher=f"dynamic_batching {{ max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f} }}")
+
+
+def triton_exported(wanted: Wanted) -> Launch:
+    """As `muntin triton --objective-ms` writes it, with a delay from measured batches; without an objective, none."""
+    return _triton(wanted)
 
 
 def triton_rejecting(wanted: Wanted) -> Launch:
-    """The same, and what has waited for half of the objective is rejected: the other half is for computing it."""
+    """A fixed delay, and what has waited for half of the objective is rejected: the other half is for computing it."""
     policy = ""
     if wanted.objective_ms is not None:
         policy = f"default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wanted.objective_ms * 500:.0f} }}"
-    return _triton(wanted, f"dynamic_batching {{ max_queue_delay_microseconds: {(wanted.wait_ms or 0) * 1e3:.0f} {policy} }}")
+    return _triton(wanted, batcher=f"dynamic_batching {{ max_queue_delay_microseconds: {(wanted.wait_ms or 0) * 1e3:.0f} {policy} }}")
 
 
 SERVERS: dict[str, Server] = {
@@ -141,6 +149,7 @@ SERVERS: dict[str, Server] = {
     "ray": Server(launch=ray, peer="ray"),
     "ray 2 ms": Server(launch=ray, peer="ray", wait_ms=2),
     "triton": Server(launch=triton, peer="triton", tensors=True),
+    "triton exported": Server(launch=triton_exported, peer="triton", tensors=True),
     "triton 0 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=0),
     "triton 1 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=1),
     "triton 5 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=5),
@@ -159,49 +168,16 @@ def _app(wanted: Wanted, file: str) -> list[str]:
     return [*command, "--batch-timeout", f"{(wanted.wait_ms or 0) / 1e3:g}"]
 
 
-def _triton(wanted: Wanted, batching: str) -> Launch:
-    packages = site_packages(wanted.environment)
-    home = packages / "pytriton" / "tritonserver"
-    backends = wanted.scratch / "backends" / "python"
-    backends.mkdir(parents=True)
-    stub = home / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / "triton_python_backend_stub"
-    for file in (*(home / "backends" / "python").iterdir(), stub):
-        (backends / file.name).symlink_to(file)
-    _write_repository(wanted, batching)
-    variables = {
-        "VIRTUAL_ENV": str(wanted.environment),
-        "PATH": f"{wanted.environment / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}",
-        "LD_LIBRARY_PATH": f"{packages / 'nvidia_pytriton.libs'}{os.pathsep}{sysconfig.get_config_var('LIBDIR')}",
-    }
-    options = {
-        "model-repository": wanted.scratch / "models",
-        "backend-directory": wanted.scratch / "backends",
-        "http-address": HOST,
-        "http-port": wanted.port,
-        "allow-grpc": "false",
-        "allow-metrics": "false",
-    }
-    command = [str(home / "bin" / "tritonserver"), *(f"--{name}={value}" for name, value in options.items())]
-    return Launch(command=command, ready="/v2/health/ready", variables=variables)
-
-
-def _write_repository(wanted: Wanted, batching: str) -> None:
-    folder, workload = wanted.scratch / "models" / wanted.workload.name, wanted.workload
-    (folder / "1").mkdir(parents=True)
-    shutil.copyfile(HERE / "triton" / "model.py", folder / "1" / "model.py")
-    template = string.Template((HERE / "triton" / "config.pbtxt").read_text(encoding="utf-8"))
-    text = template.substitute(
-        name=workload.name,
-        max_rows=workload.max_rows,
-        side=workload.side,
-        output=workload.output,
-        data_type={"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}[workload.dtype],
-        dims=", ".join(map(str, workload.answer_shape)),
-        artifact=wanted.artifact,
-        threads=wanted.threads,
-        batching=batching,
-    )
-    (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+def _triton(wanted: Wanted, *, batcher: str | None = None) -> Launch:
+    """The exported repository. `batcher`: replaces its line of dynamic batching."""
+    repository, workload = wanted.scratch / "models", wanted.workload
+    options = TritonOptions(name=workload.name, max_batch=workload.max_rows, threads=wanted.threads, objective_ms=wanted.objective_ms)
+    exported = write_repository(wanted.artifact, repository, options, batching=None if batcher is None else TritonBatching())
+    if batcher is not None:
+        file = exported.model / "config.pbtxt"
+        file.write_text(re.sub(r"(?m)^dynamic_batching .*$", batcher, file.read_text(encoding="utf-8")), encoding="utf-8")
+    launch = triton_launch(wanted.environment, repository, http_port=wanted.port)
+    return Launch(command=launch.command, ready="/v2/health/ready", variables=launch.variables)
 
 
 @contextmanager

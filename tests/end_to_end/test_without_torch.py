@@ -63,6 +63,7 @@ def test_runtime_without_torch(python: Path, artifact: Path, tmp_path: Path) -> 
     assert [row["shape"] for row in rows] == [[1, 64, 64]] * 2
     profile = run(python, "profile", artifact, "--rounds", 2, "-o", tmp_path / "profile")
     assert profile["kernels"] and (tmp_path / "profile" / "profile.html").is_file()
+    assert (Path(run(python, "triton", artifact, tmp_path / "models")["model"]) / "1" / "model.py").is_file()
     doctor = run(python, "doctor")
     assert {engine["name"] for engine in doctor["engines"] if engine["version"]} >= {"openvino", "onnxruntime"}
 

@@ -18,7 +18,7 @@ from muntin.cli.models import init_command, models_command
 from muntin.cli.predict import predict_command
 from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
-from muntin.cli.serve import serve_command
+from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
@@ -68,6 +68,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "profile": profile_command,
     "predict": predict_command,
     "serve": serve_command,
+    "triton": triton_command,
     "report": report_command,
     "models": models_command,
 }

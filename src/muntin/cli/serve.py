@@ -1,17 +1,18 @@
-"""`muntin serve`."""
+"""`muntin serve` and `muntin triton`: an artefact behind muntin's server, or in a repository that a Triton serves."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import print_json, say, status
-from muntin.cli.options import EngineOption, PrecisionOption, ThreadsOption
+from muntin.cli.console import out, print_json, say, status
+from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
 from muntin.cli.profile import parse_dims, parse_size
 from muntin.errors import DataError
 
@@ -88,6 +89,26 @@ _JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document with the addresses once it listens; lines of --access-log follow it.")
 ]
 
+_RepositoryArgument = Annotated[Path, typer.Argument(help="Triton's model repository; created where it does not exist.")]
+_VersionOption = Annotated[int, typer.Option(min=1, help="Version; a further one may be added to a model of the same inputs and outputs.")]
+_BackendOption = Annotated[
+    str,
+    typer.Option(
+        help="Triton's back end: python (the artefact in muntin), or onnxruntime, openvino, tensorrt, which run its ONNX file and "
+        "were not run against a real Triton."
+    ),
+]
+_TritonObjectiveOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Time of an answer to batch for, milliseconds; batches are measured here. Not promised: Triton refuses none as late."
+    ),
+]
+_InstancesOption = Annotated[int, typer.Option(min=1, max=1024, help="Copies of the model that compute at the same time.")]
+_InstanceThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of each instance; the serving machine's physical cores, divided, by default.")
+]
+
 
 def serve_command(
     artifact: _ArtifactArgument,
@@ -131,7 +152,7 @@ def serve_command(
         config = ServeConfig(
             host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
             threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
-            sizes=() if sizes is None else tuple(parse_size(size, "--sizes") for size in sizes.split(",")),
+            sizes=_sizes(sizes),
             dims=tuple(map(parse_dims, dims or ())),
             rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),
             bounds=Bounds(
@@ -142,6 +163,55 @@ def serve_command(
             drain_seconds=drain_seconds,
         )  # fmt: skip
     _run(artifact, config, json)
+
+
+def triton_command(
+    artifact: ArtifactArgument,
+    repository: _RepositoryArgument,
+    name: _NameOption = None,
+    version: _VersionOption = 1,
+    backend: _BackendOption = "python",
+    objective_ms: _TritonObjectiveOption = None,
+    max_batch: _MaxBatchOption = 8,
+    instances: _InstancesOption = 1,
+    threads: _InstanceThreadsOption = None,
+    sizes: _SizesOption = None,
+    dims: _DimsOption = None,
+    engine: EngineOption = "openvino",
+    precision: PrecisionOption = "recorded",
+    json: JsonOption = False,
+) -> None:
+    """Write an artefact into a model repository that a Triton Inference Server serves."""
+    from muntin.serving.triton.options import TritonOptions
+    from muntin.serving.triton.repository import write_repository
+
+    with _one_line_errors():
+        options = TritonOptions(
+            name=artifact.resolve().name if name is None else name, version=version, backend=backend,  # type: ignore[arg-type]
+            objective_ms=objective_ms, max_batch=max_batch, instances=instances, threads=threads, engine=engine, precision=precision,
+            sizes=_sizes(sizes), dims=tuple(map(parse_dims, dims or ())),
+        )  # fmt: skip
+    with status(f"writing {repository}") as stage:
+        written = write_repository(artifact, repository, options, stage=stage)
+    batching = written.batching
+    if json:
+        print_json(
+            {
+                "model": str(written.model),
+                "version": version,
+                "backend": backend,
+                "batching": None if batching is None else asdict(batching),
+            }
+        )
+        return
+    out.print(f"{written.version}: back end {backend}")
+    if batching is None:
+        out.print(f"note      {written.model / 'config.pbtxt'} is unchanged: batching, instances, threads and engine are the model's")
+    elif batching.latency_ms:
+        times = ", ".join(f"{rows}: {ms:.2f} ms" for rows, ms in batching.latency_ms.items())
+        out.print(f"measured  {times} (rows of a batch: median)")
+        rows = "a full batch" if batching.preferred_rows is None else f"a batch of {batching.preferred_rows}"
+        out.print(f"batching  requests wait at most {batching.delay_us} µs for {rows}")
 
 
 def _run(artifact: Path, config: ServeConfig, json: bool) -> None:
@@ -164,6 +234,10 @@ def _run(artifact: Path, config: ServeConfig, json: bool) -> None:
     if lines.lost:
         say(f"muntin: {lines.lost:,} lines were not read in time, and are lost")
     say(f"muntin: stopped; {_describe_end(server.cut_off, config.drain_seconds, hurried=server.hurried)}")
+
+
+def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    return () if text is None else tuple(parse_size(size, "--sizes") for size in text.split(","))
 
 
 @contextmanager

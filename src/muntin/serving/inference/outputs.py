@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.serving.protocol.json_codec import JSON_ELEMENTS
-from muntin.serving.protocol.messages import InferOutput, InferRequest, ProtocolError, RequestedOutput, shown
+from muntin.serving.protocol.messages import JSON_ELEMENTS, InferOutput, InferRequest, ProtocolError, RequestedOutput, shown
 
 CLASSES = 1 << 16
 """Largest number of best classes of an answer, all rows and outputs together. Each is a string."""

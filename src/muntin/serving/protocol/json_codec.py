@@ -23,6 +23,7 @@ import numpy as np
 import orjson
 
 from muntin.serving.protocol.messages import (
+    JSON_ELEMENTS,
     InferInput,
     InferRequest,
     InferResponse,
@@ -47,8 +48,6 @@ from muntin.serving.protocol.tensors import Buffer, check_datatype, datatype_of,
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """HTTP header field: number of bytes of the body that are JSON."""
-JSON_ELEMENTS = 1 << 23
-"""Maximum number of elements of an output in JSON, some ten bytes each."""
 _DIGITS = 12
 """Maximum number of digits in `HEADER_LENGTH`."""
 

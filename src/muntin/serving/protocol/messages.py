@@ -28,6 +28,8 @@ Parameter = bool | int | float | str
 Tensor = NDArray[Any]
 """C-contiguous array in one of `tensors.DATATYPES`; a tensor of BYTES holds `bytes` objects."""
 
+JSON_ELEMENTS = 1 << 23
+"""Maximum number of elements of an output in JSON, some ten bytes each."""
 GRPC_CODES: Mapping[int, str] = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
