@@ -65,6 +65,8 @@ def test_progress_of_long_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Non
     with progress_bar("predicting", "images/s") as advance:
         advance(3, 4)
         await_line(r"predicting: 3 of 4, \d+\.\d images/s, \d:\d\d:\d\d left")
+        advance(0.25, 1)
+        await_line(r"predicting: 0.2 of 1, \d+(\.\d+)? images/s, \d:\d\d:\d\d left")
     with status("thinking") as stage:
         stage("hard")
         await_line(r"thinking: hard, \d:\d\d:\d\d so far")

@@ -148,21 +148,23 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress_bar(description: str, rate: str = "") -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str, rate: str = "") -> Iterator[Callable[[float, float], None]]:
     """Yield `advance(done, total)`, which moves a bar on a terminal and sets the line that is printed elsewhere (`progress_lines`).
 
     `rate`: unit of the number done a second, such as "images/s"; empty: it is not shown. Threads may advance it.
     """
     started = monotonic()
 
-    def speed(done: int) -> str:
-        return f"{done / (monotonic() - started):.1f} {rate}" if rate else ""
+    def speed(done: float) -> str:
+        number = done / (monotonic() - started)
+        return f"{number:.1f} {rate}" if rate and number >= 1 else f"{number:.2g} {rate}" if rate else ""
 
     if not err.is_terminal:
         with progress_lines(description) as show:
 
-            def set_line(done: int, total: int) -> None:
-                text = ", ".join(filter(None, (f"{description}: {done} of {total}", speed(done))))
+            def set_line(done: float, total: float) -> None:
+                number = f"{done:.0f}" if abs(done - round(done)) < 0.01 else f"{done:.1f}"
+                text = ", ".join(filter(None, (f"{description}: {number} of {total:.0f}", speed(done))))
                 show(text, (monotonic() - started) / done * (total - done) if done else None)
 
             yield set_line

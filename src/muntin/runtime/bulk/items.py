@@ -59,17 +59,18 @@ class ItemComputer:
     options: PredictOptions
     stop: Event = field(default_factory=Event)
 
-    def __call__(self, source: Path, target: Path | None, frame_done: Callable[[], None] = lambda: None) -> ItemOutcome:
-        """Compute one file. `target`: path of its results without their endings. `frame_done` is called after each frame of a video.
+    def __call__(self, source: Path, target: Path | None, advance: Callable[[float], None] = lambda done: None) -> ItemOutcome:
+        """Compute one file. `target`: path of its results without their endings. `advance` is called with the part of a picture, or the
+        number of frames, that is done.
 
         Raises StoppedError after `stop`. Failures that concern this file alone are returned.
         """
         state = source_state(source)
         try:
             if is_video(source):
-                result, error = self._video(source, target, frame_done)
+                result, error = self._video(source, target, advance)
                 return ItemOutcome(source=source, state=state, result=result, error=error)
-            return ItemOutcome(source=source, state=state, result=self._picture(source, target))
+            return ItemOutcome(source=source, state=state, result=self._picture(source, target, advance))
         except (DataError, ArtifactError, DependencyError, MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not no_memory(error):
                 raise
@@ -77,7 +78,7 @@ class ItemComputer:
             text += ", or allow more by --max-pixels" if isinstance(error, TooManyPixelsError) else ""
             return ItemOutcome(source=source, state=state, error=text)
 
-    def _picture(self, source: Path, target: Path | None) -> Result:
+    def _picture(self, source: Path, target: Path | None, advance: Callable[[float], None]) -> Result:
         options, signature = self.options, self.session.signature
         self._check_stop()
         if signature.task == "classify":
@@ -86,7 +87,7 @@ class ItemComputer:
 
         def compute(tiles: Tiles) -> Result:
             return predict_map(
-                self.session, source, target, options.truth, options.max_pixels, self._arguments(tiles), options.value_range,
+                self.session, source, target, options.truth, options.max_pixels, self._arguments(tiles, advance), options.value_range,
                 painted=options.painted,
             )  # fmt: skip
 
@@ -96,7 +97,7 @@ class ItemComputer:
         result, used = in_smaller_tiles(compute, options.tiles, signature, longest)
         return self._noted(result, source, used)
 
-    def _video(self, source: Path, target: Path | None, frame_done: Callable[[], None]) -> tuple[Result, str]:
+    def _video(self, source: Path, target: Path | None, advance: Callable[[float], None]) -> tuple[Result, str]:
         if self.session.signature.task == "classify" or target is None:
             raise DataError(f"{source}: a classifier has no answer for a video: extract the frames that count, and name them")
         if self.options.truth is not None:
@@ -109,7 +110,7 @@ class ItemComputer:
             max_pixels=self.options.max_pixels,
             painted=self.options.painted,
             arguments=self._arguments,
-            done=frame_done,
+            advance=advance,
         )
         return self._noted(result, source, used), error
 
@@ -123,9 +124,14 @@ class ItemComputer:
         )
         return result | {"notes": [*result.get("notes", ()), note]}
 
-    def _arguments(self, tiles: Tiles) -> dict[str, Any]:
+    def _arguments(self, tiles: Tiles, advance: Callable[[float], None] = lambda done: None) -> dict[str, Any]:
         """The arguments of `predict` for these tiles."""
-        return {"tile": tiles.tile, "overlap": tiles.overlap, "exact": tiles.exact, "progress": lambda done, total: self._check_stop()}
+
+        def tile_done(done: int, total: int) -> None:
+            self._check_stop()
+            advance(done / total)
+
+        return {"tile": tiles.tile, "overlap": tiles.overlap, "exact": tiles.exact, "progress": tile_done}
 
     def _check_stop(self) -> None:
         if self.stop.is_set():

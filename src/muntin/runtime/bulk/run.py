@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -85,15 +86,20 @@ class RayTarget:
 
 
 class _Progress:
-    """Counts pictures and frames that are done. Thread-safe."""
+    """Pictures and frames that are done, with parts of pictures. Thread-safe."""
 
-    def __init__(self, total: int, report: Callable[[int, int], None]) -> None:
-        self._done, self._total, self._report, self._lock = 0, total, report, Lock()
+    def __init__(self, expected: Mapping[Path, int], report: Callable[[float, float], None]) -> None:
+        self._expected, self._report, self._lock = expected, report, Lock()
+        self._parts: dict[Path, float] = {}
+        self._done, self._total = 0.0, float(sum(expected.values()))
 
-    def add(self, number: int = 1) -> None:
+    def advance(self, source: Path, done: float) -> None:
+        """Set what is done of a file, and report the sums."""
         with self._lock:
-            self._done += number
-            self._report(self._done, max(self._done, self._total))
+            before, self._parts[source] = self._parts.get(source, 0.0), done
+            self._done += done - before
+            self._total += max(done, self._expected[source]) - max(before, self._expected[source])
+            self._report(self._done, self._total)
 
 
 def compute_files(
@@ -102,36 +108,35 @@ def compute_files(
     targets: Mapping[Path, Path | None],
     *,
     record: Callable[[ItemOutcome], None],
-    progress: Callable[[int, int], None],
+    progress: Callable[[float, float], None],
     ray: RayTarget | None = None,
 ) -> Iterator[ItemOutcome]:
     """Yield the outcome of each file of `targets`: sources, and the paths of their results without endings. In their order; on Ray in that
     in which they end.
 
     `record` is called with each outcome when it ends, perhaps by several threads. `progress`: called with the number of pictures and frames
-    that are done, and of all.
+    that are done, parts of pictures included, and of all.
 
     On this machine one thread for each stream and each usable core decodes, waits for the engine, and encodes. The files in work have at
     most `PIXELS_IN_FLIGHT` a thread, or there is one file.
     """
     sizes = item_sizes(targets, max_pixels=options.max_pixels, streams=session.streams)
-    units = _Progress(sum(sizes[source].frames if source in sizes else 1 for source in targets), progress)
+    units = _Progress({source: sizes[source].frames if source in sizes else 1 for source in targets}, progress)
     shapes = common_shapes(sizes.values(), session.signature, options.tiles)
     if ray is not None:
         opening = replace(ray.opening, precision=session.precision)
         for outcome in compute_on_ray(RayJob(artifact=ray.artifact, session=opening, shapes=shapes, options=options), targets, ray.address):
             record(outcome)
-            units.add((outcome.result or {}).get("frames", 1))
+            units.advance(outcome.source, (outcome.result or {}).get("frames", 1))
             yield outcome
         return
     session.warm_up(shapes, compute=False)
     computer = ItemComputer(session=session, options=options)
 
     def compute(source: Path) -> ItemOutcome:
-        outcome = computer(source, targets[source], units.add)
+        outcome = computer(source, targets[source], partial(units.advance, source))
         record(outcome)
-        if "frames" not in (outcome.result or {}):
-            units.add()
+        units.advance(source, (outcome.result or {}).get("frames", 1))
         return outcome
 
     def pixels(source: Path) -> int:

@@ -44,11 +44,12 @@ def predict_video(
     max_pixels: int,
     painted: bool,
     arguments: Callable[[Tiles], dict[str, Any]],
-    done: Callable[[], None],
+    advance: Callable[[float], None],
 ) -> tuple[Result, str, Tiles]:
     """Segment or restore the frames of a video and write the videos of `video_files`, with the timestamps of the source.
 
-    `painted`: with an overlay. `arguments`: of `predict` for tiles. `done` is called after each frame. Returns the result, the damage that
+    `painted`: with an overlay. `arguments`: of `predict` for tiles. `advance` is called with the number of
+    frames that are done. Returns the result, the damage that
     ended the video early ("" for none), and the tiles that were used last. Raises DataError where not a single frame can be read.
     """
     signature = session.signature
@@ -96,7 +97,7 @@ def predict_video(
             if signature.task == "segment":
                 pixels_of_class += counts
             count += 1
-            done()
+            advance(count)
         if not count:
             raise DataError(damage[0] or f"{source} has no frames: replace it or remove it")
     result: Result = {"source": str(source), **{kind: str(file) for kind, file in files.items()}, "frames": count}
