@@ -44,7 +44,7 @@ _JPEG_2000 = (b"\x00\x00\x00\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51")
 
 @dataclass(frozen=True, kw_only=True)
 class TiffHeader:
-    """What decides how a TIFF is read. `nodata`: the value of pixels that hold nothing, as GDAL stores it. `placed`: on the Earth."""
+    """Tags that decide how a TIFF is read. `nodata`: the value of pixels that hold nothing, as GDAL stores it. `placed`: on the Earth."""
 
     height: int
     width: int

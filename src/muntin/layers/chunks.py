@@ -222,8 +222,8 @@ def _tokens(perceptron: nn.Module, forward: ModuleCall, memory: int, t: Tensor) 
     tokens = t.numel() // max(1, t.shape[-1])
     rows = rows_within(memory, values * _item_bytes(t), tokens)
     if rows >= tokens:
-        whole: Tensor = forward(t)
-        return whole
+        output: Tensor = forward(t)
+        return output
     return in_chunks(forward, [t.reshape(tokens, -1)], tuple(perceptron.parameters()), rows=rows).reshape(*t.shape[:-1], -1)
 
 
@@ -233,8 +233,8 @@ def _windows(mixer: WindowMixer, forward: ModuleCall, memory: int, qkv_ST3C: Ten
     values = 3 * mixer.heads * tokens**2 + (14 if _has_gradient(mixer, qkv_ST3C) else 6) * tokens * mixer.dim
     rows = rows_within(memory, values * _item_bytes(qkv_ST3C), windows)
     if rows >= windows:
-        whole: Tensor = forward(qkv_ST3C, grid)
-        return whole
+        output: Tensor = forward(qkv_ST3C, grid)
+        return output
 
     def call(qkv_ST3C: Tensor, bias_S1T: Tensor | None = None) -> Tensor:
         answer: Tensor = forward(qkv_ST3C, replace(grid, bias_S1T=bias_S1T))
@@ -249,8 +249,8 @@ def _latents(mixer: LatentMixer, forward: ModuleCall, memory: int, projected_STI
     values = 4 * mixer.heads * mixer.latents + 3 * mixer.dim
     rows = rows_within(memory, images * values * _item_bytes(projected_STI), tokens)
     if rows >= tokens:
-        whole: Tensor = forward(projected_STI, grid)
-        return whole
+        output: Tensor = forward(projected_STI, grid)
+        return output
     p_BNI = projected_STI.reshape(images, tokens, -1)
     out: Tensor = _LatentsInChunks.apply(p_BNI, grid.bias_B1N, mixer, _slices(tokens, rows))  # type: ignore[no-untyped-call]
     return out.reshape(*projected_STI.shape[:2], -1)
@@ -333,8 +333,8 @@ def _queries(product: DenseProduct, forward: ModuleCall, memory: int, q_BEND: Te
     values = images * heads * k_BEND.shape[2] * (5 if _has_gradient(product, q_BEND) else 3)
     rows = rows_within(memory, values * _item_bytes(q_BEND), tokens)
     if rows >= tokens or _is_fused(q_BEND, k_BEND, v_BEND):
-        whole: Tensor = forward(q_BEND, k_BEND, v_BEND)
-        return whole
+        output: Tensor = forward(q_BEND, k_BEND, v_BEND)
+        return output
     if torch.is_grad_enabled():
         forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     return torch.cat([forward(part_BETD, k_BEND, v_BEND) for part_BETD in torch.split(q_BEND, rows, 2)], 2)

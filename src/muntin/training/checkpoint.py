@@ -80,7 +80,7 @@ class CheckpointState(BaseModel):
     guard: GuardState = GuardState()
     """State of the guard of the losses, with the number of batches that were left out."""
     memory: MemoryUse | None = None
-    """What the run shrank to for lack of memory."""
+    """The micro batch and checkpointing to which the run shrank for lack of memory."""
     sha256: dict[str, str]
 
     @property

@@ -1,4 +1,4 @@
-"""Where a graph is cut: the tensors of the fewest bytes from which some others follow, each cell from itself."""
+"""Cuts of a graph: the tensors of the fewest bytes from which some others follow, each cell from itself."""
 
 from __future__ import annotations
 

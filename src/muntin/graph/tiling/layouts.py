@@ -1,4 +1,4 @@
-"""How tensors of a graph lie over the picture, from their shapes for two pictures."""
+"""Layouts of the tensors of a graph over the picture, from their shapes for two pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph computes over the whole picture, and in which order tiles have to walk over it.
+"""Reductions of a graph over the whole picture, and the order in which tiles have to walk over it.
 
 A *reduction* makes a value of fixed shape from a tensor that covers the picture. Whatever reads it belongs to the next level: it needs a
 walk over the whole picture first. A level also ends between windows and a convolution, so that a pass needs the surroundings of a

@@ -1,4 +1,4 @@
-"""How far the values of a part of a graph reach: the graph is run on marks instead of values.
+"""The reach (receptive field) of a part of a graph: it is run on marks instead of values.
 
 Some cells of the inputs are marked (1), others not (0). Each operation is replaced by one that marks every answer which depends on a
 marked value: products by sums, means by sums, functions of one value by nothing. Operations that move values stay as they are. The answers
@@ -199,7 +199,7 @@ class _Marks:
         self._sign(total, output)
 
     def _kernel(self, node: onnx.NodeProto, output: str) -> None:
-        """What lies beyond a tile counts as marked: it is padding at the picture's edges only."""
+        """Add a kernel. Pixels beyond a tile count as marked: they are padding at the picture's edges only."""
         options = attributes(node)
         if options.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or options.pop("ceil_mode", 0):
             raise EndlessReachError(f"how far '{node.name or output}' ({node.op_type}) reaches is not known")

@@ -39,7 +39,7 @@ _STORE_BYTES = 80 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class RayJob:
-    """What every worker opens and how it computes. `shapes`: sizes to compile for."""
+    """Artefact and options of every worker. `shapes`: sizes to compile for."""
 
     artifact: Path
     session: SessionOptions

@@ -78,7 +78,7 @@ def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles)
 
 @dataclass(frozen=True, kw_only=True)
 class RayTarget:
-    """Where workers of Ray run, and what they open. `address`: of a running cluster; empty: workers on this machine."""
+    """Cluster, artefact and session options of a run on Ray. `address`: of a running cluster; empty: workers on this machine."""
 
     address: str
     artifact: Path

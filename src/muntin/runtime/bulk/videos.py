@@ -26,7 +26,7 @@ from muntin.runtime.session import Session
 from muntin.runtime.tiles import predict, size_note
 
 Answers = dict[str, NDArray[Any]]
-"""What is written of a frame, by kind of result."""
+"""Arrays to write for a frame, by kind of result."""
 
 
 def video_files(target: Path, signature: Signature) -> dict[str, Path]:

@@ -180,7 +180,7 @@ class ExactTiles:
 
 
 class _Merged:
-    """What the tiles of a pass contribute to values of the whole picture."""
+    """The sums, means and maxima over the tiles of a pass."""
 
     def __init__(self, merges: Mapping[str, str]) -> None:
         self._merges = merges
@@ -207,5 +207,5 @@ class _Merged:
 
 
 def no_plan_reason(artifact: Artifact) -> str:
-    """Why an artefact has no plan, as its export has found; else what to do."""
+    """Return the reason for which the export of an artefact made no plan, or the advice to export again."""
     return str(artifact.manifest.measured.get(NO_PLAN, "export it again with this version"))

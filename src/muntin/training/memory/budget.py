@@ -157,7 +157,7 @@ def keep_to_budget(
 
 
 def _summary(budget: int, use: MemoryUse, costs: Mapping[str, BlockCost], plan: BudgetPlan) -> str:
-    """What a plan keeps and what was measured, in words."""
+    """Return the plan and its measured figures in words."""
     whole = "more than there is" if plan.peaks[0] is None else size(plan.peaks[0])
     measured = f"measured peak {size(plan.peaks[-1] or 0)} with micro-batches of {use.micro_batch}"
     if not plan.recomputed:

@@ -78,7 +78,7 @@ class DryRun:
 
     @property
     def advice(self) -> str:
-        """What makes the recipe fit, in one line; empty if it fits."""
+        """Return the change that makes the recipe fit, in one line; empty if it fits."""
         if self.fits is not False:
             return ""
         needs = "needs more memory than there is" if self.peak is None else f"needs {size(self.peak)} at its peak"
