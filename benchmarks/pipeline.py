@@ -90,7 +90,7 @@ def measure(artifact: Artifact, paths: list[Path], folder: Path, painted: bool, 
     def encode(number: int) -> None:
         write_whole(folder / f"{number}.mask.png", encode_png(answers[number], [entry.color for entry in classes]))
         if painted:
-            write_image(folder / f"{number}.overlay.png", overlay(pictures[number], answers[number], classes))
+            write_image(folder / f"{number}.overlay.jpg", overlay(pictures[number], answers[number], classes))
 
     def pipeline() -> Iterable[object]:
         targets: dict[Path, Path | None] = {path: folder / path.stem for path in paths}

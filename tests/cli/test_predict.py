@@ -31,7 +31,7 @@ Tree = Callable[[Path], dict[str, bytes]]
 def test_predict_mask_overlay_and_difference(call: Call, exported: Any, tmp_path: Path) -> None:
     words = ("predict", exported.artifact, exported.image, "--truth", exported.mask, "-o", tmp_path / "out", "--json")
     (result,) = call(*words).document()["results"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test-0.difference.png", "test-0.mask.png", "test-0.overlay.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["test-0.difference.png", "test-0.mask.png", "test-0.overlay.jpg"]
     mask, truth = read_mask(result["mask"]), read_mask(exported.mask)
     assert (mask == predict(load(exported.artifact), read_image(exported.image))).mean() > 0.99
     counted = truth != 255
@@ -231,7 +231,7 @@ def test_predict_images_of_one_name(call: Call, tmp_path: Path, write_small: Wri
     session = load(artifact, precision="f32")
     for source, mask in names.items():
         assert np.array_equal(read_mask(mask), predict(session, read_image(tmp_path / source)))
-    assert len(list((tmp_path / "out").rglob("*.png"))) == 2 * len(expected)
+    assert len(list((tmp_path / "out").rglob("*.*g"))) == 2 * len(expected)
     text = call("predict", artifact, tmp_path / "x", tmp_path / "y" / "a.png", "-o", tmp_path).mistake()
     assert f"{tmp_path / 'x'}, where results would be written, is the folder of the images" in text
     (tmp_path / "in_the_way").mkdir()
@@ -463,7 +463,7 @@ def test_predict_geotiff(call: Call, exported: Any, tmp_path: Path, scene: Calla
     write_image(tmp_path / "truth.png", truth)
     words = ("predict", exported.artifact, path, "-o", tmp_path / "out", "--tile", "40", "--truth", tmp_path / "truth.png", "--json")
     (result,) = call(*words).document()["results"]
-    names = ["scene.difference.png", "scene.mask.tif", "scene.overlay.png"]
+    names = ["scene.difference.png", "scene.mask.tif", "scene.overlay.jpg"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
     session = load(exported.artifact)
     expected = predict(session, image, tile=40)
@@ -475,7 +475,7 @@ def test_predict_geotiff(call: Call, exported: Any, tmp_path: Path, scene: Calla
     assert result["agreement"] == np.mean(expected == 0)
     assert result["shares"]["sea"] == pytest.approx(np.mean(expected[expected != 255] == 0))
     shown = read_image(result["overlay"])
-    np.testing.assert_array_equal(shown[:40, :50], 0)  # not painted
+    assert shown[:32, :48].max() < 8  # not painted; JPEG has blocks of 16
 
 
 def test_predict_geotiff_of_16_bits(call: Call, tmp_path: Path, write_small: Write, scene: Callable[..., Path]) -> None:

@@ -68,7 +68,7 @@ def test_resume_computes_what_is_missing(call: Call, tmp_path: Path, write_small
     before, first = tree(out), json.loads(answer.out)["results"]
     (photos / "03.png").write_bytes(whole)
     write_image(photos / "01.png", np.zeros((8, 9, 3), np.uint8))
-    (out / "04.overlay.png").unlink()
+    (out / "04.overlay.jpg").unlink()
     computed.clear()
     results = call(*words, "--resume").document()["results"]
     assert sorted(computed) == ["01.png", "03.png", "04.png"]
@@ -76,7 +76,7 @@ def test_resume_computes_what_is_missing(call: Call, tmp_path: Path, write_small
     assert [result.pop("kept", False) for result in results] == [True, False, True, False, False]
     assert results[0] == first[0] and results[2] == first[2] and results[4] == first[3]
     after = tree(out)
-    assert {name for name in before if before[name] != after[name]} == {"01.mask.png", "01.overlay.png", JOURNAL}
+    assert {name for name in before if before[name] != after[name]} == {"01.mask.png", "01.overlay.jpg", JOURNAL}
     computed.clear()
     assert "(kept)" in call("predict", artifact, photos, "-o", out, "--resume").out and not computed
     for options in (["--tile", "16"], []):  # others, and then without --resume

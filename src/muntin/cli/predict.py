@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,9 +33,7 @@ def predict_command(
             help="A mask of class numbers (255: ignored) or of the classes' colours: also writes a difference picture. For one image."
         ),
     ] = None,
-    no_overlay: Annotated[
-        bool, typer.Option("--no-overlay", help="Masks alone: an overlay may take longer to write than the mask to compute.")
-    ] = False,
+    no_overlay: Annotated[bool, typer.Option("--no-overlay", help="Write no overlays, masks alone.")] = False,
     tile: Annotated[
         int | None,
         typer.Option(
@@ -64,8 +63,13 @@ def predict_command(
     precision: PrecisionOption = "recorded",
     threads: ThreadsOption = None,
     streams: Annotated[
-        int, typer.Option(min=1, help="Images that the engine computes at the same time, each on its share of the threads.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images or tiles that the engine computes at the same time, each on its share of the threads; by default as many as "
+            "threads, at most 4.",
+        ),
+    ] = None,
     on: Annotated[
         str | None, typer.Option(help="ray: by workers on this machine that Ray starts; ray:ADDRESS: by those of a running Ray cluster.")
     ] = None,
@@ -81,7 +85,7 @@ def predict_command(
     from muntin.images import MAX_PIXELS
     from muntin.runtime.bulk.items import PredictOptions
     from muntin.runtime.bulk.journal import open_journal
-    from muntin.runtime.bulk.run import RayTarget, compute_files
+    from muntin.runtime.bulk.run import RayTarget, compute_files, usual_streams
     from muntin.runtime.bulk.smaller_tiles import Tiles
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
@@ -90,9 +94,9 @@ def predict_command(
     images, address = _images(image, truth), _ray_address(on)
     if resume and truth:
         raise DataError("--resume goes with several images, and --truth with one: leave one of them out")
-    opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams, shapes=(), dynamic=True)
-    session, manifest = open_session(artifact, opening), open_artifact(artifact).manifest
-    signature, folder = session.signature, output or Path("predictions")
+    opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams or 1, shapes=(), dynamic=True)
+    manifest = open_artifact(artifact).manifest
+    signature, folder = manifest.signature, output or Path("predictions")
     chosen = {"--output": output, "--resume": resume or None, "--truth": truth, "--no-overlay": no_overlay or None}
     _refuse_unused(signature.task, chosen | {"--tile": tile, "--overlap": overlap, "--exact": exact or None})
     usual = None if exact else allowed_tile(signature, max((manifest.example or (1, TILE, TILE))[1:]))
@@ -100,6 +104,9 @@ def predict_command(
         tiles=(tiles := Tiles(tile=tile or usual, overlap=overlap, exact=exact)), max_pixels=max_pixels or MAX_PIXELS, truth=truth,
         painted=not no_overlay, value_range=value_range,
     )  # fmt: skip
+    if streams is None:
+        opening = replace(opening, streams=usual_streams(images, signature, options, opening.thread_count))
+    session = open_session(artifact, opening)
     targets: dict[Path, Path | None] = dict.fromkeys(images)
     journal = None
     if signature.task != "classify":

@@ -23,6 +23,8 @@ Result = dict[str, Any]
 """Paths and figures of one picture, as `muntin predict --json` prints them."""
 Range = tuple[float, float]
 """The values that are read as 0 and 255."""
+MOST_SIDE = 65_500
+"""Longest side of an overlay, a JPEG, in pixels (libjpeg)."""
 
 
 def result_files(path: Path, target: Path, signature: Signature, *, scaled: bool = False) -> dict[str, Path]:
@@ -37,7 +39,7 @@ def result_files(path: Path, target: Path, signature: Signature, *, scaled: bool
     if signature.task == "restore":
         plain = ".npy" if signature.channels not in (1, 3, 4) or (scaled and path.suffix.lower() == ".npy") else ".png"
         return {"image": target.with_name(f"{target.name}.restored{'.tif' if raster else plain}")}
-    kinds = {"mask": ".tif" if raster else ".png", "overlay": ".png", "difference": ".png"}
+    kinds = {"mask": ".tif" if raster else ".png", "overlay": ".jpg", "difference": ".png"}
     return {kind: target.with_name(f"{target.name}.{kind}{suffix}") for kind, suffix in kinds.items()}
 
 
@@ -123,7 +125,8 @@ def _write_overlay(file: Path, image: PictureSource, labels: Labels | None, sign
     raster = raster_of(image)
     if raster is not None and raster.masked and len(signature.classes) > IGNORED:
         return "pixels without data have no colour among so many classes: no overlay"
-    if labels is None or (raster is not None and height * width * scale**2 > WINDOWED_PIXELS):
+    in_memory = raster is None or height * width * scale**2 <= WINDOWED_PIXELS
+    if labels is None or not in_memory or scale * max(height, width) > MOST_SIDE:
         return f"{width * scale}×{height * scale} pixels are too many for an overlay: lay the mask, which has colours, over the raster"
     pixels = image[:, :]
     shown = pixels if scale == 1 else pixels.repeat(scale, 0).repeat(scale, 1)

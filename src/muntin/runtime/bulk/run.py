@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,10 @@ PIXELS_IN_FLIGHT = 1 << 23
 """Pixels of answers for each thread: of 8 million pixels, decoded, painted and encoded, up to 20 bytes each are in memory."""
 
 
+USUAL_STREAMS = 4
+"""Largest number of calls at the same time by default: each has its own memory for what a model computes on the way."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ItemSize:
     """Sides of a picture or of a video's frames. `frames`: 1 for a picture, 0 where a video does not say. `held`: frames in memory."""
@@ -54,17 +58,24 @@ def item_sizes(sources: Iterable[Path], *, max_pixels: int, streams: int) -> dic
     return sizes
 
 
-def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -> tuple[Shape, ...]:
-    """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size. Exact tiles are
-    compiled in parts, and not here."""
-    if tiles.exact:
-        return ()
-    if signature.side is not None:
-        return ((1, signature.side, signature.side),)
+def usual_streams(sources: Collection[Path], signature: Signature, options: PredictOptions, threads: int) -> int:
+    """Return the number of calls to compute at the same time: as many as threads and calls, at most `USUAL_STREAMS`. Exact tiles: one."""
+    if options.tiles.exact:
+        return 1
+    most = min(threads, USUAL_STREAMS)
+    if len(sources) < most:
+        sizes = item_sizes(sources, max_pixels=options.max_pixels, streams=most)
+        most = min(most, call_counts(sizes.values(), signature, options.tiles).total())
+    return max(1, most)
+
+
+def call_counts(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -> Counter[Shape]:
+    """Return the number of calls of each size (B, H, W)."""
     calls: Counter[Shape] = Counter()
     for size in sizes:
         if signature.task == "classify":
-            calls[1, *signature.sizes.at_least(size.height, size.width)] += 1
+            side = signature.side
+            calls[1, *(signature.sizes.at_least(size.height, size.width) if side is None else (side, side))] += 1
             continue
         sides = (size.height, signature.sizes.height), (size.width, signature.sizes.width)
         h, w = (tile_side(side, tiles.tile, allowed) for side, allowed in sides)
@@ -73,6 +84,17 @@ def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles)
             for side, part in ((size.height, h), (size.width, w))
         )
         calls[1, h, w] += rows * columns * max(1, size.frames)
+    return calls
+
+
+def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -> tuple[Shape, ...]:
+    """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size. Exact tiles are
+    compiled in parts, and not here."""
+    if tiles.exact:
+        return ()
+    if signature.side is not None:
+        return ((1, signature.side, signature.side),)
+    calls = call_counts(sizes, signature, tiles)
     return tuple(shape for shape, count in calls.most_common(STATIC_SHAPES) if count >= COMPILED or len(calls) == 1)
 
 
