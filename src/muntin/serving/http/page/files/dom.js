@@ -1,0 +1,20 @@
+// Elements and numbers as text. All text becomes text nodes: names of classes and files are never read as HTML.
+
+export const byId = (id) => document.getElementById(id);
+
+/** Makes an element. `properties` are set on it; `children`: elements or text. */
+export function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+export function percent(share) {
+  if (share === 0) return "0 %";
+  return share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
+}
+
+export function milliseconds(value) {
+  if (value === undefined || Number.isNaN(value)) return "–";
+  return value >= 9999.5 ? `${(value / 1000).toFixed(1)} s` : `${value >= 99.5 ? value.toFixed(0) : value.toPrecision(2)} ms`;
+}
