@@ -159,10 +159,16 @@ function draw(item, bitmap, [one, two], against) {
   listClasses(one, two, sides);
   byId("by").textContent = one === null ? "…" : `version ${one.version}`;
   const times = one?.times ?? {};
-  byId("server-time").textContent = milliseconds(times.total);
-  byId("server-parts").textContent = one ? `computed ${milliseconds(times.compute)}, waited ${milliseconds(times.wait)}` : "";
-  byId("round").textContent = milliseconds(times.round);
+  for (const part of ["total", "compute", "wait", "round"]) byId(`time-${part}`).textContent = milliseconds(times[part]);
   offerFile(item, one);
+  stage.pointed = (x, y) => (byId("readout").textContent = x === null ? "" : [one, two].map((answer) => classAt(answer, x, y)).filter(Boolean).join(" | "));
+}
+
+/** The name of the class at a place, both from 0 to 1, or "". */
+function classAt(answer, x, y) {
+  if (!answer?.labels) return "";
+  const [column, row] = [Math.floor(x * answer.width), Math.floor(y * answer.height)];
+  return answer.classes[answer.labels[row * answer.width + column]]?.name ?? "no class";
 }
 
 function layer(answer) {
@@ -193,11 +199,9 @@ function listClasses(one, two, sides) {
 function fail(message, bitmap, item) {
   byId("failure").textContent = message;
   byId("failure").hidden = false;
+  draw(item, bitmap, [null, null], NOTHING);
+  byId("by").textContent = "–";
   byId("shown").hidden = bitmap === null;
-  if (bitmap) {
-    draw(item, bitmap, [null, null], NOTHING);
-    byId("by").textContent = "–";
-  }
 }
 
 function summary(item, answer) {
@@ -281,7 +285,7 @@ async function changed(next) {
     byId("against").value = PICTURE;
   }
   byId("invitation").textContent = model.refusal ? `${model.refusal}. Its versions and load are below.` : "Drop a picture or a folder here, or paste one.";
-  document.querySelector(".pick").hidden = Boolean(model.refusal);
+  byId("pick").hidden = byId("formats").hidden = Boolean(model.refusal);
   forget();
   if (!first) say(`Version ${status.current} serves now.`);
   if (shown) show(shown);

@@ -16,5 +16,6 @@ export function percent(share) {
 
 export function milliseconds(value) {
   if (value === undefined || Number.isNaN(value)) return "–";
-  return value >= 9999.5 ? `${(value / 1000).toFixed(1)} s` : `${value >= 99.5 ? value.toFixed(0) : value.toPrecision(2)} ms`;
+  if (value >= 999.5) return `${(value / 1000).toFixed(2)} s`;
+  return `${value >= 99.5 ? value.toFixed(0) : value.toFixed(1)} ms`;
 }

@@ -8,6 +8,7 @@ export class Stage {
     this.picture = byId("picture");
     this.layers = [byId("one"), byId("two")];
     this.names = [byId("name-one"), byId("name-two")];
+    this.pointed = () => {}; // called with the pointer's place, both from 0 to 1, and with null when it leaves
     this.divider = byId("divider");
     this.moveTo(50);
     this.listen();
@@ -81,7 +82,11 @@ export class Stage {
     });
     this.frame.addEventListener("pointermove", (event) => {
       if (this.frame.hasPointerCapture(event.pointerId)) follow(event);
+      const box = this.frame.getBoundingClientRect();
+      const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+      if (x >= 0 && x < 1 && y >= 0 && y < 1) this.pointed(x, y);
     });
+    this.frame.addEventListener("pointerleave", () => this.pointed(null, null));
   }
 }
 

@@ -39,10 +39,10 @@ export class Board {
     this.charts = [
       new Chart({ title: "Images per second", series: ["rate"], floor: 1, text: (sample) => sample.rate.toFixed(1) }),
       new Chart({ title: "Queue", series: ["waiting"], floor: 1, text: (sample) => `${sample.waiting} waiting` }),
-      new Chart({ title: "Batch size", series: ["batch"], floor: 1, text: (sample) => (sample.batch === null ? "–" : sample.batch.toFixed(1)) }),
+      new Chart({ title: "Batch size", series: ["batch"], floor: 1, text: (sample) => sample.batch.toFixed(1) }),
       new Chart({
-        title: "Latency: compute, wait", series: ["compute", "wait"], floor: 1,
-        text: (sample) => (sample.compute === null ? "–" : milliseconds(sample.compute + sample.wait)),
+        title: "Latency", series: ["compute", "wait"], keys: ["compute", "+ wait"], floor: 1,
+        text: (sample) => milliseconds(sample.compute + sample.wait),
       }),
     ];
     charts.replaceChildren(...this.charts.map((chart) => chart.root));
