@@ -13,6 +13,7 @@ export class Item {
     this.name = file.webkitRelativePath || file.name || "pasted picture";
     this.state = "waiting";
     this.error = "";
+    this.passing = false; // the error may be gone when the picture is chosen again
     this.answers = new Map(); // version -> {blob, times, version, digest}
     this.served = ""; // the version that answered without being asked by name
     this.during = ""; // the artefact that served then

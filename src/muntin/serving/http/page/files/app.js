@@ -67,7 +67,10 @@ async function run() {
       await ask(item, { model, status, version: "", during: serving(), signal: work.signal });
       [item.state, item.error] = ["done", ""];
       if (item === shown && item.during !== serving()) item.state = "waiting"; // another version took over meanwhile
-      item.bitmap().then((bitmap) => bitmap && strip.draw(item, bitmap));
+      item.bitmap().then((bitmap) => {
+        if (bitmap) strip.draw(item, bitmap);
+        bitmap?.close();
+      });
     } catch (error) {
       if (work.signal.aborted) break;
       if (error.status === 401) {
@@ -75,7 +78,7 @@ async function run() {
         askToken();
         break;
       }
-      [item.state, item.error] = ["error", error.message];
+      [item.state, item.error, item.passing] = ["error", error.message, error.status === 0 || error.status >= 500];
     }
     strip.update(item);
     if (item === shown) await refresh(true);
@@ -100,7 +103,8 @@ function show(item) {
   shown = item;
   strip.mark(item);
   progress();
-  if (item.state === "done" && item.during !== serving()) item.state = "waiting"; // another version serves now
+  const old = item.state === "done" && item.during !== serving(); // another version serves now
+  if (old || (item.state === "error" && item.passing)) [item.state, item.error] = ["waiting", ""];
   byId("empty").hidden = true;
   byId("panel").hidden = false;
   refresh();
@@ -109,12 +113,16 @@ function show(item) {
 
 /** Draws the shown picture and its answers. `spoken`: the result is announced. */
 async function refresh(spoken = false) {
-  const item = shown;
-  if (!item || !model) return;
-  const view = (views += 1);
+  if (!shown || !model) return;
+  const [item, view] = [shown, (views += 1)];
   offerVersions();
   byId("file-name").textContent = item.name;
   const bitmap = await item.bitmap();
+  await drawAnswers(item, bitmap, view, spoken);
+  bitmap?.close();
+}
+
+async function drawAnswers(item, bitmap, view, spoken) {
   if (view !== views) return;
   if (item.error) {
     fail(item.error, bitmap, item);
@@ -154,7 +162,7 @@ function draw(item, bitmap, [one, two], against) {
   const sides = against === PICTURE ? [null, one] : [one, two]; // before on the left, after on the right
   sides.forEach((answer, side) => stage.paint(side, layer(answer)));
   stage.compare(divided ? sides.map((answer) => (answer === null ? "picture" : `version ${answer.version}`)) : null);
-  stage.opacity = model.task === "restore" ? 100 : byId("opacity").value;
+  stage.opacity = model.task === "restore" || !bitmap ? 100 : byId("opacity").value;
   byId("opacity-row").hidden = model.task !== "segment";
   listClasses(one, two, sides);
   byId("by").textContent = one === null ? "…" : `version ${one.version}`;

@@ -37,7 +37,7 @@ export class Board {
     this.table = table;
     this.samples = [];
     this.charts = [
-      new Chart({ title: "Images per second", series: ["rate"], floor: 1, text: (sample) => sample.rate.toFixed(1) }),
+      new Chart({ title: "Images a second", series: ["rate"], floor: 1, text: (sample) => sample.rate.toFixed(1) }),
       new Chart({ title: "Queue", series: ["waiting"], floor: 1, text: (sample) => `${sample.waiting} waiting` }),
       new Chart({ title: "Batch size", series: ["batch"], floor: 1, text: (sample) => sample.batch.toFixed(1) }),
       new Chart({
