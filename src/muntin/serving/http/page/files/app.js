@@ -34,7 +34,7 @@ function add(files, leftOut) {
   const added = files.map((file) => new Item(file));
   for (const item of added) strip.add(item);
   items = items.concat(added);
-  const words = [added.length === 1 ? added[0].name : `${added.length} pictures`, ...(leftOut ? [`${leftOut} other files left out`] : [])];
+  const words = [added.length === 1 ? added[0].name : `${added.length} pictures`, ...(leftOut ? [`${leftOut} other ${leftOut === 1 ? "file" : "files"} left out`] : [])];
   say(`Added: ${words.join(", ")}.`);
   if (added.length) show(added[0]);
   else progress();
