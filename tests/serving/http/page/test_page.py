@@ -200,7 +200,8 @@ def test_swap_and_comparison(open_page: Open, start_server: Serve, earth: Path, 
         np.testing.assert_allclose(seen(page)[low, :7], blended(0.6)[low, :7], atol=1.5)
 
 
-def test_folder_with_a_broken_file(open_page: Open, server: Server, tmp_path: Path, save_picture: Any) -> None:
+@pytest.mark.parametrize("way", ["picked", "dropped"])
+def test_folder_with_a_broken_file(open_page: Open, server: Server, tmp_path: Path, save_picture: Any, way: str) -> None:
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     (folder / "1.png").write_bytes(encode_png(PICTURE))
@@ -209,7 +210,13 @@ def test_folder_with_a_broken_file(open_page: Open, server: Server, tmp_path: Pa
     (folder / "notes.txt").write_text("no picture")
     page = open_page(server)
     page.locator("#versions tr").first.wait_for()
-    page.set_input_files("#pick-folder", folder)
+    if way == "picked":
+        page.set_input_files("#pick-folder", folder)
+    else:
+        data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+        session = page.context.new_cdp_session(page)
+        for kind in ("dragEnter", "dragOver", "drop"):
+            session.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
     text_of(page, "#progress", "^2 of 3 answered, 1 failed$")
     text_of(page, "#live", r"^3 pictures: 2 answered, 1 failed\.$")
     names = [button.get_attribute("aria-label") for button in page.locator("#strip button").all()]

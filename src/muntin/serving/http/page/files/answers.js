@@ -1,6 +1,7 @@
 // Answers of the versions to pictures. Files of answers are kept, so that a version can be compared with one that is gone.
 
 import * as api from "./api.js";
+import { pathOf } from "./files.js";
 import { countLabels } from "./legend.js";
 import { readLabels } from "./png.js";
 
@@ -10,7 +11,7 @@ const OUTPUTS = { segment: "labels", classify: "json", restore: "image" };
 export class Item {
   constructor(file) {
     this.file = file;
-    this.name = file.webkitRelativePath || file.name || "pasted picture";
+    this.name = pathOf(file) || "pasted picture";
     this.state = "waiting";
     this.error = "";
     this.passing = false; // the error may be gone when the picture is chosen again

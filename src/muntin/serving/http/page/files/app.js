@@ -27,6 +27,7 @@ let views = 0; // number of the latest drawing: an older one gives up
 
 collectFiles({ target: byId("stage"), filePicker: byId("pick-files"), folderPicker: byId("pick-folder"), add });
 byId("more").addEventListener("click", () => byId("pick-files").click());
+byId("more-folder").addEventListener("click", () => byId("pick-folder").click());
 byId("clear").addEventListener("click", clear);
 
 function add(files, leftOut) {

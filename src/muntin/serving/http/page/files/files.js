@@ -48,10 +48,17 @@ export function collectFiles({ target, filePicker, folderPicker, add }) {
   }
 }
 
-const pathOf = (file) => file.webkitRelativePath || file.name;
+const droppedPaths = new WeakMap(); // file of a dropped folder -> its path
+
+/** The path of a file in its folder, or its name. */
+export const pathOf = (file) => file.webkitRelativePath || droppedPaths.get(file) || file.name;
 
 async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  if (entry.isFile) {
+    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+    droppedPaths.set(file, entry.fullPath.slice(1));
+    return [file];
+  }
   const reader = entry.createReader();
   const files = [];
   for (;;) {
