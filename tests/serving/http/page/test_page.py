@@ -321,10 +321,10 @@ def test_classifier(open_page: Open, start_server: Serve, write_pixels: Write, t
         page = open_page(server)
         give(page)
         text_of(page, "#by", "version 1")
-        found = legend(page)
-        assert list(found) == [CLASSES[number].name for number in np.argsort(-weights)]
+        listed = legend(page)
+        assert list(listed) == [CLASSES[number].name for number in np.argsort(-weights)]
         for number, entry in enumerate(CLASSES):
-            assert float(found[entry.name][0].strip("< %")) == pytest.approx(100 * weights[number] / weights.sum(), abs=2)
+            assert float(listed[entry.name][0].strip("< %")) == pytest.approx(100 * weights[number] / weights.sum(), abs=2)
         np.testing.assert_allclose(seen(page), PICTURE, atol=1.5)
         assert page.locator("#opacity").is_hidden()
         save_picture(page, "classifier")

@@ -1,27 +1,25 @@
 // The page: which picture is shown, by which versions, and what the server says meanwhile.
 
-import { agreement, ask, decode, Item, Models } from "./answers.js";
+import { ask, decode, Item, Models } from "./answers.js";
 import * as api from "./api.js";
-import { byId, element, milliseconds, percent } from "./dom.js";
+import { byId, element } from "./dom.js";
 import { collectFiles } from "./files.js";
-import { listBest, listShares } from "./legend.js";
-import { Stage } from "./stage.js";
 import { Board, Poller } from "./status.js";
 import { Strip } from "./strip.js";
+import { summary, View } from "./view.js";
 
 const [PICTURE, NOTHING] = ["picture", ""]; // choices of `against` beside versions, which are numbers
-const stage = new Stage(byId);
+const view = new View();
 const board = new Board(byId("versions"), byId("charts"));
 const strip = new Strip(byId("strip"), (item) => show(item));
 const models = new Models();
-const hidden = new Set(); // class numbers that are not painted
 let status = null;
 let model = null; // the description of the current version
 let described = ""; // its name and digest
 let items = [];
 let shown = null;
 let running = null; // AbortController of the pictures in work
-let views = 0; // number of the latest drawing: an older one gives up
+let drawings = 0; // number of the latest drawing: an older one gives up
 
 // ---- pictures ----
 
@@ -46,7 +44,7 @@ function clear() {
   running?.abort();
   items = [];
   shown = null;
-  views += 1;
+  drawings += 1;
   strip.clear();
   for (const id of ["tray", "panel", "shown", "failure"]) byId(id).hidden = true;
   byId("empty").hidden = false;
@@ -115,16 +113,16 @@ function show(item) {
 /** Draws the shown picture and its answers. `spoken`: the result is announced. */
 async function refresh(spoken = false) {
   if (!shown || !model) return;
-  const [item, view] = [shown, (views += 1)];
+  const [item, drawing] = [shown, (drawings += 1)];
   offerVersions();
   byId("file-name").textContent = item.name;
   const bitmap = await item.bitmap();
-  await drawAnswers(item, bitmap, view, spoken);
+  await drawAnswers(item, bitmap, drawing, spoken);
   bitmap?.close();
 }
 
-async function drawAnswers(item, bitmap, view, spoken) {
-  if (view !== views) return;
+async function drawAnswers(item, bitmap, drawing, spoken) {
+  if (drawing !== drawings) return;
   if (item.error) {
     fail(item.error, bitmap, item);
     return;
@@ -134,104 +132,33 @@ async function drawAnswers(item, bitmap, view, spoken) {
   try {
     answers = await Promise.all([one || item.served, two].map((version) => answerOf(item, version)));
   } catch (error) {
-    if (view === views) fail(error.message, bitmap, item);
+    if (drawing === drawings) fail(error.message, bitmap, item);
     return;
   }
-  if (view !== views) return;
+  if (drawing !== drawings) return;
   byId("failure").hidden = true;
   byId("shown").hidden = false;
-  draw(item, bitmap, answers, two);
+  view.draw(item, { bitmap, model, one: answers[0], two: answers[1], besidePicture: two === PICTURE });
   if (spoken) say(summary(item, answers[0]));
 }
 
 /** The kept answer of a version, decoded; a version in service is asked for one. Null for no version, and while the server computes. */
 async function answerOf(item, version) {
   if (!version || version === PICTURE) return null;
-  const kept = item.answers.get(version) ?? (await ask(item, { model, status, version, signal: new AbortController().signal }));
   const entry = status.versions.find((one) => one.version === version && one.digest);
-  const described = entry ? await models.of(entry) : model;
-  return { ...kept, classes: described.classes, ...(await decode(kept, described)) };
-}
-
-function draw(item, bitmap, [one, two], against) {
-  const size = one?.width ? one : (bitmap ?? { width: 4, height: 3 });
-  stage.resize(size.width, size.height);
-  if (bitmap) stage.drawPicture(bitmap, item.name);
-  else stage.clearPicture();
-  byId("file-size").textContent = bitmap ? `${bitmap.width} × ${bitmap.height}` : "this browser cannot show such a file; its answer is shown alone";
-  const divided = model.task !== "classify" && against !== NOTHING && one !== null;
-  const sides = against === PICTURE ? [null, one] : [one, two]; // before on the left, after on the right
-  sides.forEach((answer, side) => stage.paint(side, layer(answer)));
-  stage.compare(divided ? sides.map((answer) => (answer === null ? "picture" : `version ${answer.version}`)) : null);
-  stage.opacity = model.task === "restore" || !bitmap ? 100 : byId("opacity").value;
-  byId("opacity-row").hidden = model.task !== "segment";
-  listClasses(one, two, sides);
-  byId("by").textContent = one === null ? "…" : `version ${one.version}`;
-  const times = one?.times ?? {};
-  for (const part of ["total", "compute", "wait", "round"]) byId(`time-${part}`).textContent = milliseconds(times[part]);
-  offerFile(item, one);
-  stage.pointed = (x, y) => (byId("readout").textContent = x === null ? "" : [one, two].map((answer) => classAt(answer, x, y)).filter(Boolean).join(" | "));
-}
-
-/** The name of the class at a place, both from 0 to 1, or "". */
-function classAt(answer, x, y) {
-  if (!answer?.labels) return "";
-  const [column, row] = [Math.floor(x * answer.width), Math.floor(y * answer.height)];
-  return answer.classes[answer.labels[row * answer.width + column]]?.name ?? "no class";
-}
-
-function layer(answer) {
-  if (answer === null || answer.best) return null;
-  if (answer.bitmap) return answer;
-  const colors = answer.classes.map(({ color }, index) => (hidden.has(index) ? null : color));
-  return { ...answer, colors };
-}
-
-function listClasses(one, two, sides) {
-  byId("classes").hidden = one === null || model.task === "restore";
-  const comparable = one?.labels && two?.labels && one.labels.length === two.labels.length;
-  byId("agreement").hidden = !comparable;
-  if (comparable) byId("agreement").textContent = `Same class on ${percent(agreement(one, two))} of the pixels`;
-  if (one === null) return;
-  const [list, note] = [byId("legend"), byId("absent")];
-  byId("classes-title").textContent = two?.version && model.task !== "restore" ? `Classes, version ${one.version} | ${two.version}` : "Classes";
-  if (one.best) listBest(list, note, { one: one.best, two: two?.best ?? null });
-  if (one.shares) listShares(list, note, { classes: one.classes, one: one.shares, two: two?.shares ?? null, hidden, toggle });
-
-  function toggle(index, visible) {
-    if (visible) hidden.delete(index);
-    else hidden.add(index);
-    sides.forEach((answer, side) => stage.paint(side, layer(answer)));
-  }
+  let answer = item.answers.get(version);
+  const old = answer && entry && answer.digest !== entry.digest; // the version was loaded again with other content
+  if (!answer || old) answer = await ask(item, { model, status, version, signal: new AbortController().signal });
+  const description = entry ? await models.of(entry) : model;
+  return { ...answer, classes: description.classes, ...(await decode(answer, description)) };
 }
 
 function fail(message, bitmap, item) {
   byId("failure").textContent = message;
   byId("failure").hidden = false;
-  draw(item, bitmap, [null, null], NOTHING);
+  view.draw(item, { bitmap, model });
   byId("by").textContent = "–";
   byId("shown").hidden = bitmap === null;
-}
-
-function summary(item, answer) {
-  if (answer === null) return "";
-  const best = answer.best ? [...answer.best] : (answer.shares ?? []).map((share, index) => [answer.classes[index].name, share]);
-  const classes = best.sort((a, b) => b[1] - a[1]).slice(0, 3).filter(([, share]) => share > 0).map(([name, share]) => `${name} ${percent(share)}`);
-  return [`${item.name}: version ${answer.version}, ${milliseconds(answer.times.total)}`, ...classes].join(", ");
-}
-
-let address = null;
-
-function offerFile(item, answer) {
-  const link = byId("save");
-  if (address) URL.revokeObjectURL(address);
-  address = null;
-  link.hidden = answer === null || model.task === "classify";
-  if (link.hidden) return;
-  address = link.href = URL.createObjectURL(answer.blob);
-  const what = model.task === "segment" ? "labels" : "restored";
-  link.download = `${item.file.name.replace(/\.[^.]*$/, "") || "picture"}-${what}.png`;
-  link.textContent = model.task === "segment" ? "Save class numbers (PNG)" : "Save picture (PNG)";
 }
 
 // ---- choices ----
@@ -240,7 +167,7 @@ byId("version").addEventListener("change", () => refresh(true));
 byId("against").addEventListener("change", () => refresh(true));
 byId("opacity").addEventListener("input", () => {
   const percentage = byId("opacity").value;
-  stage.opacity = percentage;
+  view.stage.opacity = percentage;
   byId("opacity-value").textContent = `${percentage} %`;
 });
 
@@ -295,20 +222,9 @@ async function changed(next) {
   }
   byId("invitation").textContent = model.refusal ? `${model.refusal}. Its versions and load are below.` : "Drop a picture or a folder here, or paste one.";
   byId("pick").hidden = byId("formats").hidden = Boolean(model.refusal);
-  forget();
   if (!first) say(`Version ${status.current} serves now.`);
   if (shown) show(shown);
   run();
-}
-
-/** Drops kept answers of a version that was loaded again with other content. */
-function forget() {
-  for (const { version, digest } of status.versions.filter((entry) => entry.digest)) {
-    for (const item of items) {
-      const kept = item.answers.get(version);
-      if (kept?.digest && kept.digest !== digest) item.answers.delete(version);
-    }
-  }
 }
 
 function trouble(message) {

@@ -4,9 +4,9 @@ export const byId = (id) => document.getElementById(id);
 
 /** Makes an element. `properties` are set on it; `children`: elements or text. */
 export function element(tag, properties, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
 }
 
 export function percent(share) {
