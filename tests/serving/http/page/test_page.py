@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from PIL import Image
 from muntin.artifact import ClassInfo
 from muntin.images import encode_png
 from muntin.serving.server import Server
+from muntin.serving.versions.rollout import Rollout
+from muntin.serving.worker.opening import NotReadyError
 from tensor_models import write_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -198,6 +202,34 @@ def test_swap_and_comparison(open_page: Open, start_server: Serve, earth: Path, 
         change(server, "unload", "1")
         text_of(page, "#version", r"1 \(kept answer\)")
         np.testing.assert_allclose(seen(page)[low, :7], blended(0.6)[low, :7], atol=1.5)
+
+
+def test_candidate_loaded_again(open_page: Open, start_server: Serve, write_version: Write, earth: Path, signature_of: Any) -> None:
+    signature = signature_of().model_copy(update={"classes": CLASSES})
+    rollout = Rollout(canary=0.001, for_seconds=600, for_requests=10_000)
+    with ExitStack() as trials, start_server(earth, rollout=rollout) as server:
+        page = open_page(server)
+        give(page)
+        text_of(page, "#by", "version 1")
+        page.select_option("#against", "")
+        for label, name in ((2, "roof"), (0, "sea")):
+            path = write_version(earth.parent / f"says-{name}" / "2", label, signature=signature)
+            trial = threading.Thread(target=on_trial, args=(server, path))
+            trial.start()
+            trials.callback(trial.join)
+            text_of(page, "#versions tr:first-child", "candidate: canary 0%")
+            page.select_option("#version", "2")
+            text_of(page, "#by", "version 2")
+            assert legend(page)[name] == ["100.0 %"]
+            page.select_option("#version", "1")
+            text_of(page, "#by", "version 1")
+            change(server, "unload", "2")
+            text_of(page, "#version", r"2 \(kept answer\)")
+
+
+def on_trial(server: Server, path: Path) -> None:
+    with suppress(NotReadyError):  # it is unloaded during its trial
+        server.slot.load(path, path.name)
 
 
 @pytest.mark.parametrize("way", ["picked", "dropped"])
