@@ -34,8 +34,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-cache",  # a browser asks each time and gets 304: a newer release replaces all modules at once
 }
-_SHARED = resources.files("muntin.reporting") / "templates" / "palette.css"
-"""The colours of the reports."""
+_SHARED = resources.files("muntin") / "reporting" / "templates" / "palette.css"
+"""The colours of the reports; the package of the reports is not imported."""
 
 
 class PageFile(NamedTuple):
