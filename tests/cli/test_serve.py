@@ -245,8 +245,8 @@ def test_serve_maps_every_option(call: Any, monkeypatch: pytest.MonkeyPatch, tmp
             engine="onnxruntime", precision="f32", threads=4, sizes=((5, 6),), dims=({"tokens": 7}, {"tokens": 8, "width": 9}),
         )
     ]  # fmt: skip
-    assert call("serve", "artefact", "--no-grpc").code == 0
-    assert told[-1] == ServeConfig(grpc_port=None)
+    assert call("serve", "artefact", "--no-grpc", "--no-page").code == 0
+    assert told[-1] == ServeConfig(grpc_port=None, page=False)
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1.5", "86401"])

@@ -241,10 +241,19 @@ def wait_until() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def write_pixels() -> Callable[..., Path]:
-    """`write_pixels(path, task=..., sizes=...)`: an artefact whose scores are the pixels' channels, or of a classifier their means."""
+    """`write_pixels(path, task=..., sizes=...)`: an artefact whose scores are the pixels' channels, or of a classifier their means.
 
-    def write_it(path: Path, *, task: str = "segment", sizes: Sizes = Sizes()) -> Path:  # noqa: B008 - immutable
-        signature = make_signature(classes=NAMES[:3], task=task, sizes=sizes)
+    `classes`: names and colours; none to restore."""
+
+    def write_it(
+        path: Path,
+        *,
+        task: str = "segment",
+        sizes: Sizes = Sizes(),  # noqa: B008 - immutable
+        classes: tuple[ClassInfo, ...] | None = None,
+    ) -> Path:
+        named = make_signature(classes=NAMES[:3]).classes if classes is None else classes
+        signature = Signature(task=task, channels=3, classes=named, sizes=sizes)
         nodes = [
             helper.make_node("Cast", ["images"], ["float"], name="cast", to=TensorProto.FLOAT),
             helper.make_node("Transpose", ["float"], ["nchw" if task == "classify" else "scores"], name="to_nchw", perm=[0, 3, 1, 2]),

@@ -28,6 +28,7 @@ _HostOption = Annotated[str, typer.Option(help="Address to listen on. The defaul
 _HttpPortOption = Annotated[int, typer.Option(min=0, max=65535, help="HTTP port; 0: any free port.")]
 _GrpcPortOption = Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0: any free port.")]
 _NoGrpcOption = Annotated[bool, typer.Option("--no-grpc", help="HTTP only.")]
+_NoPageOption = Annotated[bool, typer.Option("--no-page", help="No page at /.")]
 _NameOption = Annotated[str | None, typer.Option(help="Name of the model; the folder's by default.")]
 _ObjectiveMsOption = Annotated[
     float | None,
@@ -116,6 +117,7 @@ def serve_command(
     http_port: _HttpPortOption = 8000,
     grpc_port: _GrpcPortOption = 8001,
     no_grpc: _NoGrpcOption = False,
+    no_page: _NoPageOption = False,
     name: _NameOption = None,
     objective_ms: _ObjectiveMsOption = None,
     max_batch: _MaxBatchOption = 8,
@@ -150,8 +152,9 @@ def serve_command(
 
     with _one_line_errors():
         config = ServeConfig(
-            host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, name=name, engine=engine, precision=precision,
-            threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue, watch=watch,
+            host=host, http_port=http_port, grpc_port=None if no_grpc else grpc_port, page=not no_page, name=name, engine=engine,
+            precision=precision, threads=threads, streams=streams, objective_ms=objective_ms, max_batch=max_batch, queue_rows=queue,
+            watch=watch,
             sizes=_sizes(sizes),
             dims=tuple(map(parse_dims, dims or ())),
             rollout=Rollout(canary=canary, shadow=shadow, for_requests=trial),

@@ -41,6 +41,7 @@ class ServeConfig(_Settings):
     host: Annotated[str, Field(description="address to listen on; by default only this machine reaches it")] = "127.0.0.1"
     http_port: Annotated[int, Field(ge=0, le=65535, description="0: any that is free")] = 8000
     grpc_port: Annotated[int | None, Field(ge=0, le=65535, description="0: any that is free; None: no gRPC")] = 8001
+    page: Annotated[bool, Field(description="a page for people at /")] = True
     name: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="of the model; None: its folder's")] = None
     engine: str = "openvino"
     precision: str = "recorded"

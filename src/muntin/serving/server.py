@@ -30,6 +30,7 @@ from muntin.serving.grpc.server import GrpcServer
 from muntin.serving.http.app import HttpApp
 from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.http.listener import HttpListener
+from muntin.serving.http.page.routes import PageRoutes
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Service
@@ -167,7 +168,10 @@ class Server:
             body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes, elements=config.bounds.body_bytes
         )  # no element takes less than a byte
         local = not config.tokens and all(map(is_loopback, addresses))
-        app = HttpApp(service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local)
+        page = PageRoutes(service) if config.page else None
+        app = HttpApp(
+            service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local, page=page
+        )
         ending.push_async_callback(asyncio.to_thread, app.close)
         if self._watcher is not None:
             ending.push_async_callback(asyncio.to_thread, self._watcher.stop, WATCHER_ENDS_S)  # a network folder may hang

@@ -3,7 +3,8 @@
     POST /v2/models/NAME[/versions/V]/infer        tensors as JSON or as bytes
     GET  /v2, /v2/health/live, /v2/health/ready, /v2/models/NAME[/versions/V][/ready|/config|/stats]
     POST /v2/repository/index, /v2/repository/models/NAME/load|unload
-    POST /predict?output=mask|overlay|labels|json  a picture file in, alone or in a form; a picture or JSON out
+    POST /predict?output=mask|overlay|labels|json&version=V  a picture file in, alone or in a form; a picture or JSON out
+    GET  /, /page/...                              the page (`page.routes`)
     GET  /metrics, /openapi.json
 
 Every request passes the same steps: limit of requests in flight, token, headers, body, route, access log.
@@ -29,6 +30,7 @@ from muntin.serving.http.forms import form_file, is_form
 from muntin.serving.http.image_route import ImageRoute, PictureAnswer
 from muntin.serving.http.inference import INFER, PLAIN, InferenceRoute, headers_by_name, read_head
 from muntin.serving.http.loop_lag import LoopLag
+from muntin.serving.http.page.routes import PageRoutes
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.protocol.json_codec import decode_index_request, decode_repository_request, encode_json
@@ -58,7 +60,7 @@ _JSON = (b"content-type", b"application/json")
 
 
 class HttpApp:
-    """The application. `tokens`: as of `Tokens`. `local`: as in `check_origin`."""
+    """The application. `tokens`: as of `Tokens`. `local`: as in `check_origin`. `page`: None if there is none."""
 
     def __init__(
         self,
@@ -72,12 +74,15 @@ class HttpApp:
         log: AccessLog | None,
         tracing: Tracing | None = None,
         local: bool = False,
+        page: PageRoutes | None = None,
     ) -> None:
         self._service, self._control, self._pictures = service, control, pictures
         self._limits, self._budget, self._log, self._tracing, self._local = limits, budget, log, tracing, local
         self._tokens = Tokens(tokens)
         self._inference = InferenceRoute(service, limits=limits, tracing=tracing)
-        self._router = Router(self._routes(), redirect_slashes=False)  # a redirect would lead to the host that the request names
+        self._page = page
+        self._open_paths = {*_NO_TOKEN, *(() if page is None else page.files)}
+        self._router = Router(self._routes(page), redirect_slashes=False)  # a redirect would lead to the host that the request names
         self._in_flight: set[Exchange] = set()
         self._lag = LoopLag()
 
@@ -140,7 +145,7 @@ class HttpApp:
         scope = exchange.scope
         if len(self._in_flight) > self._budget.bounds.connections and scope["path"] not in _ALWAYS:
             raise RefusedRequestError(f"{self._budget.bounds.connections} requests are in flight already (--max-connections)")
-        if self._tokens and scope["path"] not in _NO_TOKEN:
+        if self._tokens and scope["path"] not in self._open_paths:
             self._tokens.check(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
         head = read_head(scope)
         await body.read(receive)
@@ -161,8 +166,9 @@ class HttpApp:
 
     # ---- routes ----
 
-    def _routes(self) -> list[Route]:
+    def _routes(self, page: PageRoutes | None) -> list[Route]:
         return [
+            *(() if page is None else page.routes()),
             Route("/v2", self._server),
             Route("/v2/", self._server, include_in_schema=False),  # as the protocol's own OpenAPI document spells it
             Route("/v2/health/live", self._live),
@@ -234,13 +240,13 @@ class HttpApp:
             answer = await self._picture(request)
             if span is not None:
                 span.set_attribute("muntin.version", answer.version)
-        return Response(answer.content, media_type=answer.media_type, headers={"x-model-version": answer.version})
+        return Response(answer.content, media_type=answer.media_type, headers=answer.headers)
 
     async def _picture(self, request: Request) -> PictureAnswer:
         try:
             fields = parse_qs(request.scope["query_string"].decode("latin-1"), max_num_fields=16)
         except ValueError as error:
-            raise ProtocolError(f"the query has more than 16 fields: it takes {shown('output')}") from error
+            raise ProtocolError('the query has more than 16 fields: it takes "output" and "version"') from error
         query = {name: values[-1] for name, values in fields.items()}
         content_type = request.headers.get("content-type", "")
         body = await _form_file(request, content_type) if is_form(content_type) else await _plain_body(request)
@@ -257,7 +263,7 @@ class HttpApp:
         return Response(self._service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _openapi(self, request: Request) -> Response:
-        return _json(openapi(self._service.name))
+        return _json(openapi(self._service.name, page=self._page is not None))
 
 
 async def _plain_body(request: Request) -> bytes:

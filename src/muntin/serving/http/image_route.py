@@ -11,10 +11,11 @@ when its pixels fit beside those of the pictures that are decoded and not answer
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -55,11 +56,25 @@ OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json"
 
 @dataclass(frozen=True, kw_only=True)
 class PictureAnswer:
-    """A file and its type. `version`: the version that computed it; several, separated by commas, if one failed between two tiles."""
+    """A file and its type. `version`: the version that computed it; several, separated by commas, if one failed between two tiles.
+
+    Seconds: `waited` for batches and `computed` in them, tiles summed; `total`: from the end of the file's receipt. Decoding and encoding
+    are the rest.
+    """
 
     content: bytes
     media_type: str
     version: str
+    waited: float
+    computed: float
+    total: float = 0.0
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """`x-model-version`, and the times in milliseconds as browsers' tools read them."""
+        durations = {"wait": self.waited, "compute": self.computed, "total": self.total}
+        timing = ", ".join(f"{name};dur={1e3 * seconds:.2f}" for name, seconds in durations.items())
+        return {"x-model-version": self.version, "server-timing": timing}
 
 
 class ImageRoute:
@@ -75,27 +90,30 @@ class ImageRoute:
         self._turn, self._released = asyncio.Lock(), asyncio.Event()
 
     async def answer(self, content: bytes, query: Mapping[str, str]) -> PictureAnswer:
-        """Answer a picture file. `query`: `output`, one of `OUTPUTS` for the task.
+        """Answer a picture file. `query`: `output`, one of `OUTPUTS` for the task; `version`, one in service, in place of the one that
+        would answer.
 
         mask: a PNG of class numbers with a colour palette; of more than 255 classes, labels. overlay: the classes' colours over the
         picture, as PNG. labels: class numbers as grey values, of 16 bits for more than 255 classes. json: for segment the share of each
         class, for classify every class with its probability. image: a PNG.
-        Raises ProtocolError: 400 for an unreadable picture, an unknown output, or a model of channels that are not in `CHANNELS`; 413 for
-        too many pixels; 503 as inference does.
+        Raises ProtocolError: 400 for an unreadable picture, an unknown output, or a model of channels that are not in `CHANNELS`; 404 for
+        an unknown version; 413 for too many pixels; 503 as inference does.
         Cancelled, it returns once its thread has ended, and computes no further tile.
         """
         for name in query:
-            if name != "output":
-                raise ProtocolError(f'query parameter {shown(name)}: there is "output"')
+            if name not in ("output", "version"):
+                raise ProtocolError(f'query parameter {shown(name)}: there are "output" and "version"')
         if self.in_work >= MAX_PICTURES:
             self._service.metrics.refused["pictures"] += 1
             raise RefusedRequestError(f"{MAX_PICTURES} pictures are in the works: try again")
         self.in_work += 1
+        began = time.monotonic()
         try:
-            with self._service.lease_to_compute(self._service.name, None) as lease:
+            with self._service.lease_to_compute(self._service.name, query.get("version")) as lease:
                 signature = self._check_pictures(lease.version.signature)
                 output = _check_output(query.get("output"), signature)
-                return await self._answer(content, output, lease.version)
+                answer = await self._answer(content, output, lease.version)
+                return replace(answer, total=time.monotonic() - began)
         except TooManyPixelsError as error:
             raise ProtocolError(f"{error} (--max-pixels)", status=413) from bare(error)
         except DataError as error:
@@ -119,18 +137,10 @@ class ImageRoute:
             return await _run(self._coders, partial(_encode, image, result, output, session))
 
     def _check_pictures(self, signature: AnySignature) -> Signature:
-        """Return the signature. Raises ProtocolError for a model that takes no images, and for one whose images no picture file holds."""
-        if not isinstance(signature, Signature):
-            raise ProtocolError(
-                f"the model takes named tensors ({signature.text}), and /predict is for pictures: "
-                f"send tensors (/v2/models/{self._service.name}/infer)"
-            )
-        allowed = CHANNELS[signature.task]
-        if signature.channels not in allowed:
-            raise ProtocolError(
-                f"the model has {signature.channels} channels, and /predict is for models of {', '.join(map(str, allowed[:-1]))} or "
-                f"{allowed[-1]}: send tensors (/v2/models/{self._service.name}/infer)"
-            )
+        """Return the signature. Raises ProtocolError for a model that `refusal` refuses."""
+        if reason := refusal(signature):
+            raise ProtocolError(f"{reason}: send tensors (/v2/models/{self._service.name}/infer)")
+        assert isinstance(signature, Signature)
         return signature
 
     def _check_whole(self, count: int, signature: Signature) -> None:
@@ -179,6 +189,17 @@ class ImageRoute:
         return predict(session, image)
 
 
+def refusal(signature: AnySignature) -> str:
+    """Return why picture files cannot be sent to a model, or "": it takes no images, or images that no picture file holds."""
+    if not isinstance(signature, Signature):
+        return f"the model takes named tensors ({signature.text}), and /predict is for pictures"
+    allowed = CHANNELS[signature.task]
+    if signature.channels in allowed:
+        return ""
+    listed = ", ".join(map(str, allowed[:-1]))
+    return f"the model has {signature.channels} channels, and /predict is for models of {listed} or {allowed[-1]}"
+
+
 class _OtherClassesError(Exception):
     """A version with other classes stepped in for the one that the picture was begun with."""
 
@@ -186,7 +207,8 @@ class _OtherClassesError(Exception):
 class _QueuedSession:
     """A session for `predict` whose images wait in the service's queue. Made on the event loop, called on another thread.
 
-    `versions`: names of the versions that computed, in order. `patient`: its calls have no objective and a lower priority.
+    `versions`: names of the versions that computed, in order. `waited`, `computed`: seconds, all calls together. `patient`: its calls have
+    no objective and a lower priority.
     """
 
     def __init__(self, service: Service, version: Version) -> None:
@@ -194,6 +216,7 @@ class _QueuedSession:
         self._version = version
         self.signature = _of_images(version)
         self.versions: dict[str, None] = {}
+        self.waited = self.computed = 0.0
         self.patient = False
         self._call: Future[NDArray[Any]] | None = None
         self._cancelled = False
@@ -226,6 +249,8 @@ class _QueuedSession:
         group = ImageGroup(self._version, images.shape[1], images.shape[2], labels)
         answer: NDArray[Any]
         answer, work = await self._service.compute(images, group, lease, priority=priority, patient=self.patient)
+        self.waited += max(work.started - work.admitted, 0.0)
+        self.computed += work.computed
         if work.by is not None and (signature := _of_images(work.by)).outputs != self.signature.outputs:
             self._version, self.signature = work.by, signature
             self.versions.clear()
@@ -265,10 +290,11 @@ def _check_output(output: str | None, signature: Signature) -> str:
 
 
 def _encode(image: NDArray[np.uint8], result: NDArray[Any], output: str, session: _QueuedSession) -> PictureAnswer:
-    signature, version = session.signature, ", ".join(session.versions)
+    signature = session.signature
+    answer = partial(PictureAnswer, version=", ".join(session.versions), waited=session.waited, computed=session.computed)
     if output == "json":
         document = _probabilities(result, signature) if signature.task == "classify" else _shares(result, signature)
-        return PictureAnswer(content=encode_json(document), media_type="application/json", version=version)
+        return answer(content=encode_json(document), media_type="application/json")
     if output == "overlay":
         scaled = image if image.shape[:2] == result.shape else np.repeat(np.repeat(image, signature.scale, 0), signature.scale, 1)
         png = encode_png(overlay(scaled, result, signature.classes))
@@ -276,7 +302,7 @@ def _encode(image: NDArray[np.uint8], result: NDArray[Any], output: str, session
         png = encode_png(result, [entry.color for entry in signature.classes])
     else:
         png = encode_png(result)
-    return PictureAnswer(content=png, media_type="image/png", version=version)
+    return answer(content=png, media_type="image/png")
 
 
 def _probabilities(scores: NDArray[Any], signature: Signature) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 Reading = Callable[[], Iterable[tuple[tuple[str, ...], float]]]
@@ -60,9 +61,18 @@ class Metrics:
         """Add a counter without labels."""
         self.read("counter", name, text, (), lambda: [((), value())])
 
+    def sums(self, *histograms: str) -> dict[str, tuple[int, float]]:
+        """Return (number, sum) of what these histograms, attributes of this object, have observed."""
+        samples = {name: {sample.name.rpartition("_")[2]: sample.value for sample in _samples(getattr(self, name))} for name in histograms}
+        return {name: (int(values["count"]), values["sum"]) for name, values in samples.items()}
+
     def render(self) -> bytes:
         """Return the metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
+
+
+def _samples(histogram: Histogram) -> list[Sample]:
+    return [sample for family in histogram.collect() for sample in family.samples]
 
 
 def row_bounds(most: int) -> tuple[int, ...]:

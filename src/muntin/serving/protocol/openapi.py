@@ -28,8 +28,8 @@ _LOAD_ERRORS = (400, 403, 404, 409, 415, 501)
 _JSON, _OCTETS = "application/json", "application/octet-stream"
 
 
-def openapi(model: str) -> dict[str, Any]:
-    """Return the document. `model`: name shown in examples."""
+def openapi(model: str, *, page: bool) -> dict[str, Any]:
+    """Return the document. `model`: name shown in examples. `page`: whether there is a page."""
     name = _parameter("model", "path", "the model's name", {"type": "string", "example": model})
     number = _parameter("version", "path", "one of the model's versions", {"type": "string", "example": "1"})
     paths: dict[str, Any] = {
@@ -43,6 +43,17 @@ def openapi(model: str) -> dict[str, Any]:
         "/metrics": {"get": _operation("What Prometheus scrapes.", answer=_content("text/plain"))},
         "/openapi.json": _get("This document."),
     }
+    if page:
+        file = _parameter("file", "path", "one of the files that the page loads", _STRING)
+        paths["/"] = {
+            "get": _operation("A page for people: pictures and their answers, versions, load.", answer=_content("text/html"), token=False)
+        }
+        paths["/page/{file}"] = {
+            "parameters": [file],
+            "get": _operation("A file of the page.", 404, answer=_content("text/css", "text/javascript"), token=False),
+        }
+        paths["/page/status"] = _get("Versions, queue and sums, for the page; it changes with the page.")
+        paths["/page/model/{version}"] = _get("Task and classes of a version, for the page.", 404) | {"parameters": [number]}
     for action, summary in (
         ("load", "Load the newest version, or that of `parameters.version`; answers when it serves."),
         ("unload", "Take all versions, or the one in `parameters.version`, out of service."),
@@ -78,11 +89,16 @@ def _predict() -> dict[str, Any]:
     schema = {"type": "string", "enum": ["mask", "overlay", "labels", "json", "image"]}
     operation = _operation(
         "A picture file in, alone or as the one file of a form; a mask, an overlay, an image or JSON out.",
-        *(400, 415),
+        *(400, 404, 415),
         body=_picture_body(),
         answer=_content("image/png", _JSON),
     )
-    return operation | {"parameters": [_parameter("output", "query", f"{text}classify: json; restore: image", schema)]}
+    return operation | {
+        "parameters": [
+            _parameter("output", "query", f"{text}classify: json; restore: image", schema),
+            _parameter("version", "query", "a version in service, in place of the one that would answer", _STRING),
+        ]
+    }
 
 
 def _picture_body() -> dict[str, Any]:

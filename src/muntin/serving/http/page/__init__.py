@@ -1,0 +1,1 @@
+"""The page at `/`: pictures and their answers, versions, load."""
