@@ -33,8 +33,8 @@ MARGIN_S, MARGIN_SHARE = 0.001, 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """The parts that a listener needs."""
+class Assembly:
+    """The assembled parts that a listener needs."""
 
     service: Service
     control: Control
@@ -64,7 +64,7 @@ def assemble(
     notify: Notify,
     local: bool,
     tracing: Tracing | None = None,
-) -> Parts:
+) -> Assembly:
     """Start the parts around a loaded slot. `ending` ends them in the opposite order, but not the slot.
 
     `left`: seconds left for requests in flight, asked when the parts end. `local`: as of `HttpApp`.
@@ -91,7 +91,7 @@ def assemble(
     )  # no element takes less than a byte
     app = HttpApp(service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local)
     ending.push_async_callback(asyncio.to_thread, app.close)
-    return Parts(service=service, control=control, app=app, limits=limits, budget=budget, log=log)
+    return Assembly(service=service, control=control, app=app, limits=limits, budget=budget, log=log)
 
 
 def _service(slot: Slot, config: ServeConfig, notify: Notify) -> Service:

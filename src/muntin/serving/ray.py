@@ -41,12 +41,14 @@ INGRESS_ONGOING = 512
 """Requests that an ingress holds at most."""
 END_S = 5.0
 """Seconds for the end of a replica's parts. Serve has waited for its requests before."""
+POLL_S = 0.5
+"""Interval at which a replica that ends checks whether its requests are answered, seconds."""
 _SHARED = ("method", "path", "query_string", "headers", "client")
 """Fields of an ASGI scope that a replica needs."""
 _OF_ONE_REPLICA = ("/metrics", "/v2/models/stats")
 
-Answer = tuple[int, list[tuple[bytes, bytes]], bytes]
-"""Status, headers, body."""
+PlainAnswer = tuple[int, list[tuple[bytes, bytes]], bytes]
+"""Status, headers and body of an answer."""
 
 
 class RayOptions(BaseModel):
@@ -62,7 +64,7 @@ class RayOptions(BaseModel):
     target_requests: Annotated[
         float | None, Field(gt=0, le=ONGOING, description="in flight in each replica, which autoscaling aims at; None: max_batch")
     ] = None
-    ingresses: Annotated[int, Field(ge=1, description="processes that read requests and repeat them")] = 1
+    ingresses: Annotated[int, Field(ge=1, description="processes that read requests and repeat them; 2: one serves while one starts")] = 2
     threads: Annotated[int, Field(ge=1, description="of a replica's engine, and the CPUs that Ray reserves for it")] = 1
     engine: str = "openvino"
     precision: str = "recorded"
@@ -111,7 +113,7 @@ class Model:
         self._ending.push_async_callback(asyncio.to_thread, slot.close)
         self._parts = assemble(slot, repository, config, ending=self._ending, left=lambda: END_S, notify=_log, local=False)
 
-    async def answer(self, scope: Scope, body: bytes) -> Answer:
+    async def answer(self, scope: Scope, body: bytes) -> PlainAnswer:
         """Return the answer of the routes of `muntin serve` to a request."""
         request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         status, headers, chunks = 0, [], []
@@ -164,7 +166,7 @@ class Ingress:
         response.raw_headers = headers
         return response
 
-    async def _answered(self, scope: Scope, body: Body, request: Request) -> Answer:
+    async def _answered(self, scope: Scope, body: Body, request: Request) -> PlainAnswer:
         path = scope["path"]
         if path == "/v2/health/live":
             return 200, [(b"content-type", b"application/json")], encode_json({"live": True})
@@ -179,10 +181,10 @@ class Ingress:
         except TimeoutError as error:
             raise RefusedRequestError(f"no replica answered within {READY_S:g} s") from error
 
-    async def _repeated(self, scope: Scope, body: bytes) -> Answer:
+    async def _repeated(self, scope: Scope, body: bytes) -> PlainAnswer:
         for _ in range(ATTEMPTS):
             try:
-                answer: Answer = await self._answer.remote(scope, body)
+                answer: PlainAnswer = await self._answer.remote(scope, body)
                 return answer
             except ray.exceptions.RayActorError:
                 continue
@@ -199,14 +201,13 @@ def app(args: RayOptions) -> Any:
     if version is None:
         raise ArtifactError(f"{args.artifact}: neither an artefact nor a directory of numbered ones: name one")
     make_loader(config).open(repository.find(version)).session.close()
+    ending = {"graceful_shutdown_timeout_s": config.drain_seconds, "graceful_shutdown_wait_loop_s": POLL_S}
     model = serve.deployment(Model).options(
-        **args.scaling(), max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": args.threads},
-        graceful_shutdown_timeout_s=config.drain_seconds,
-    )  # fmt: skip
+        **args.scaling(), **ending, max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": args.threads}
+    )
     ingress = serve.deployment(Ingress).options(
-        num_replicas=args.ingresses, max_ongoing_requests=INGRESS_ONGOING, ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=config.drain_seconds,
-    )  # fmt: skip
+        **ending, num_replicas=args.ingresses, max_ongoing_requests=INGRESS_ONGOING, ray_actor_options={"num_cpus": 0}
+    )
     return ingress.bind(model.bind(args, version))
 
 
