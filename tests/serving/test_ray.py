@@ -16,10 +16,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from pydantic import ValidationError
 
@@ -27,11 +29,13 @@ from muntin.errors import ArtifactError, DataError
 from muntin.serving.config import ServeConfig
 from muntin.serving.server import Server
 from muntin.serving.versions.version import UnknownVersionError
+from muntin.serving.worker.calls import Call
 from ray_cluster import ON_LINUX, processes, restored_signals
 
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed", exc_type=ImportError)
 import ray
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -214,13 +218,38 @@ def test_refused_before_deployment(models: Path, tmp_path: Path, arguments: dict
         app(RayOptions(**{"artifact": tmp_path / "roofs", **arguments, **paths}))
 
 
-def test_options() -> None:
-    fixed, scaled = RayOptions(artifact="a", replicas=3), RayOptions(artifact="a", max_replicas="4", target_requests="2.5")
-    assert fixed.scaling() == {"num_replicas": 3}
-    assert scaled.scaling()["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 2.5}
+def test_configuration_for_production() -> None:
+    document = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml").read_text(encoding="utf-8"))
+    config = ServeDeploySchema.model_validate(document)
+    (application,) = config.applications
+    assert config.http_options.host == "127.0.0.1" and application.import_path == f"{app.__module__}:{app.__name__}"
+    assert RayOptions.model_validate(application.args).server().objective_ms == 100
+
+
+def test_wrong_options() -> None:
     for wrong in ({"replicas": 2, "max_replicas": 1}, {"target_requests": 3}, {"batch": 3}):
         with pytest.raises(ValidationError):
             RayOptions(artifact="a", **wrong)
+
+
+def test_autoscaling_target() -> None:
+    """A quarter of the requests that the objective leaves time for, at the size that takes longest."""
+    calls = (Call((1, 8, 8)), Call((4, 8, 8)), Call((1, 16, 16)))
+    opened: Any = SimpleNamespace(session=Slow(), calls=calls)
+
+    def target(**options: Any) -> Any:
+        return RayOptions(artifact="a", max_replicas="4", **options).scaling(opened)["autoscaling_config"]["target_ongoing_requests"]
+
+    assert RayOptions(artifact="a", replicas=3).scaling(opened) == {"num_replicas": 3}
+    assert (target(max_batch=5), target(target_requests="2.5")) == (5, 2.5)
+    assert 0.1 < target(objective_ms=320) <= 320 / 20 / 4  # the pause may be longer
+
+
+class Slow:
+    """A session that takes 20 ms for 16 x 16 pixels, and no time for fewer."""
+
+    def warm_up(self, shapes: Any, **_: Any) -> None:
+        time.sleep(0.02 * (shapes[0][1] == 16))
 
 
 class Dying:

@@ -10,6 +10,7 @@ any replica is replaced.
 
 import asyncio
 import logging
+import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -30,6 +31,7 @@ from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.protocol.json_codec import encode_json
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 from muntin.serving.versions.repository import Repository
+from muntin.serving.worker.opening import Opened
 
 ATTEMPTS = 3
 """Replicas that a request is sent to while they die, before it fails: it may be what kills them."""
@@ -41,6 +43,10 @@ INGRESS_ONGOING = 512
 """Requests that an ingress holds at most."""
 END_S = 5.0
 """Seconds for the end of a replica's parts. Serve has waited for its requests before."""
+SHARE = 0.25
+"""Share of the requests that an objective leaves time for, at which replicas are added. On a busy machine each takes longer than timed."""
+TIMED = 5
+"""Calls of the model that are timed for autoscaling, of each size."""
 POLL_S = 0.5
 """Interval at which a replica that ends checks whether its requests are answered, seconds."""
 _SHARED = ("method", "path", "query_string", "headers", "client")
@@ -62,7 +68,7 @@ class RayOptions(BaseModel):
     replicas: Annotated[int, Field(ge=1, description="processes with an engine; the fewest, if max_replicas is larger")] = 1
     max_replicas: Annotated[int | None, Field(ge=1, description="autoscaling up to this number; None: no autoscaling")] = None
     target_requests: Annotated[
-        float | None, Field(gt=0, le=ONGOING, description="in flight in each replica, which autoscaling aims at; None: max_batch")
+        float | None, Field(gt=0, le=ONGOING, description="in flight in each replica, which autoscaling aims at; None: see `scaling`")
     ] = None
     ingresses: Annotated[int, Field(ge=1, description="processes that read requests and repeat them; 2: one serves while one starts")] = 2
     threads: Annotated[int, Field(ge=1, description="of a replica's engine, and the CPUs that Ray reserves for it")] = 1
@@ -90,11 +96,18 @@ class RayOptions(BaseModel):
             tokens=() if self.token_file is None else read_tokens(self.token_file),
         )  # fmt: skip
 
-    def scaling(self) -> dict[str, Any]:
-        """Return Serve's options for the number of replicas."""
+    def scaling(self, opened: Opened) -> dict[str, Any]:
+        """Return Serve's options for the number of replicas.
+
+        Autoscaling aims at `target_requests` in flight in each replica; by default at one batch, and with an objective at `SHARE` of those
+        that it leaves time for. A replica refuses requests that would be late, so that there are never many in flight. `opened`: the model,
+        which is timed.
+        """
         if self.max_replicas is None:
             return {"num_replicas": self.replicas}
         target = self.target_requests or min(self.max_batch, ONGOING)
+        if self.target_requests is None and self.objective_ms is not None:
+            target = min(ONGOING / 2, SHARE * self.objective_ms / 1e3 / _latency(opened))
         return {"autoscaling_config": {"min_replicas": self.replicas, "max_replicas": self.max_replicas, "target_ongoing_requests": target}}
 
 
@@ -200,15 +213,31 @@ def app(args: RayOptions) -> Any:
     version = args.version or next(reversed(repository.scan()), None)
     if version is None:
         raise ArtifactError(f"{args.artifact}: neither an artefact nor a directory of numbered ones: name one")
-    make_loader(config).open(repository.find(version)).session.close()
+    opened = make_loader(config).open(repository.find(version))
+    try:
+        scaling = args.scaling(opened)
+    finally:
+        opened.session.close()
     ending = {"graceful_shutdown_timeout_s": config.drain_seconds, "graceful_shutdown_wait_loop_s": POLL_S}
-    model = serve.deployment(Model).options(
-        **args.scaling(), **ending, max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": args.threads}
-    )
+    model = serve.deployment(Model).options(**scaling, **ending, max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": args.threads})
     ingress = serve.deployment(Ingress).options(
         **ending, num_replicas=args.ingresses, max_ongoing_requests=INGRESS_ONGOING, ray_actor_options={"num_cpus": 0}
     )
     return ingress.bind(model.bind(args, version))
+
+
+def _latency(opened: Opened) -> float:
+    """Return the seconds of one row of the slowest size that the model is compiled for, the best of some calls."""
+    sizes = {call.size: call for call in sorted(opened.calls, key=lambda call: call.order, reverse=True)}
+    latencies = []
+    for call in sizes.values():  # the smallest batch of each size
+        timed = []
+        for _ in range(TIMED):
+            began = time.perf_counter()
+            call.warm_up(opened.session)
+            timed.append(time.perf_counter() - began)
+        latencies.append(min(timed))
+    return max(latencies)
 
 
 def _path(scope: Scope) -> str:
