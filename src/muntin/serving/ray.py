@@ -88,6 +88,11 @@ class RayOptions(BaseModel):
             raise ValueError("target_requests is for autoscaling: give max_replicas, too")
         return self
 
+    def absolute(self) -> Self:
+        """Return the same options with absolute paths: replicas have another working directory."""
+        token_file = None if self.token_file is None else self.token_file.absolute()
+        return self.model_copy(update={"artifact": self.artifact.absolute(), "token_file": token_file})
+
     def server(self) -> ServeConfig:
         """Return the settings of a replica. Raises ValueError for one out of range, DataError for a token file that cannot be read."""
         return ServeConfig(
@@ -209,6 +214,7 @@ def app(args: RayOptions) -> Any:
 
     Raises ArtifactError where there is no version, UnknownVersionError for one that is not there, and what opening it raises.
     """
+    args = args.absolute()
     config, repository = args.server(), Repository(args.artifact)
     version = args.version or next(reversed(repository.scan()), None)
     if version is None:
