@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # read when Ray is imported
 ON_LINUX = Path("/proc/self/stat").exists()
 
 
@@ -24,7 +26,7 @@ def restored_signals() -> Iterator[None]:
 
 @contextmanager
 def cluster() -> Iterator[str]:
-    """The address of a cluster of one node with two cores, on loopback."""
+    """The address of a cluster of one node with two cores, on loopback, which needs a token: replicas of Serve listen on all interfaces."""
     from ray.cluster_utils import Cluster
 
     with restored_signals():

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 from pathlib import Path
 
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # replicas of Serve listen on all interfaces
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}  # read on import
 
 import ray

@@ -125,6 +125,7 @@ REQUESTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_answers_of_the_server(port: int, models: Path) -> None:
     config = ServeConfig(http_port=0, grpc_port=None, threads=1)
     with Server(models / "1", config.model_copy(update={"name": "roofs"})) as server:
@@ -138,6 +139,7 @@ def test_answers_of_the_server(port: int, models: Path) -> None:
         other.close()
 
 
+@pytest.mark.slow
 def test_routes_of_one_replica(port: int) -> None:
     client = Client(port)
     for method, path in (("GET", "/metrics"), ("GET", "/v2/models/roofs/stats"), ("POST", "/v2/repository/models/roofs/load")):
@@ -177,6 +179,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_replicas_killed_under_load(port: int) -> None:
     with load(port) as outcomes:
         wait_for(lambda: outcomes.total() > 5)
@@ -188,6 +191,7 @@ def test_replicas_killed_under_load(port: int) -> None:
     assert len(killed) == 2 and outcomes.keys() == {(200, "1")}
 
 
+@pytest.mark.slow
 def test_rolling_update_under_load(port: int, models: Path) -> None:
     with load(port) as outcomes:
         wait_for(lambda: outcomes.total() > 5)
