@@ -247,6 +247,8 @@ def test_autoscaling_target() -> None:
     assert RayOptions(artifact="a", replicas=3).scaling(opened) == {"num_replicas": 3}
     assert (target(max_batch=5), target(target_requests="2.5")) == (5, 2.5)
     assert 0.1 < target(objective_ms=320) <= 320 / 20 / 4  # the pause may be longer
+    opened.calls = ()  # of an artefact that names no size
+    assert target(max_batch=5, objective_ms=320) == 5
 
 
 class Slow:

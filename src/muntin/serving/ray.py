@@ -106,12 +106,12 @@ class RayOptions(BaseModel):
 
         Autoscaling aims at `target_requests` in flight in each replica; by default at one batch, and with an objective at `SHARE` of those
         that it leaves time for. A replica refuses requests that would be late, so that there are never many in flight. `opened`: the model,
-        which is timed.
+        which is timed for the sizes that it is compiled for, if there are any.
         """
         if self.max_replicas is None:
             return {"num_replicas": self.replicas}
         target = self.target_requests or min(self.max_batch, ONGOING)
-        if self.target_requests is None and self.objective_ms is not None:
+        if self.target_requests is None and self.objective_ms is not None and opened.calls:
             target = min(ONGOING / 2, SHARE * self.objective_ms / 1e3 / _latency(opened))
         return {"autoscaling_config": {"min_replicas": self.replicas, "max_replicas": self.max_replicas, "target_ongoing_requests": target}}
 
