@@ -14,6 +14,7 @@ import yaml
 from hypothesis import settings
 
 from muntin.images import write_image
+from ray_cluster import cluster
 
 CLASSES = ({"name": "sea", "color": [0, 0, 200]}, {"name": "field", "color": [0, 160, 0]}, {"name": "roof", "color": [200, 60, 0]})
 SMALL = {"stem": [8, 8, 16], "dims": [32, 32], "depths": [1, 1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
@@ -36,6 +37,13 @@ def no_progress_lines() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("muntin.cli.console.FIRST_S", 3600.0)
         yield
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """Of a Ray cluster of one node with two cores, which all tests share: its start takes seconds."""
+    with cluster() as address:
+        yield address
 
 
 class _Stack(ctypes.Structure):

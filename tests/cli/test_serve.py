@@ -20,9 +20,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
-from muntin.cli.serve import _tokens
 from muntin.errors import DataError
-from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.config import Bounds, ServeConfig, read_tokens
 from muntin.serving.open_files import raise_descriptors
 from muntin.serving.versions.rollout import Rollout
 
@@ -303,9 +302,9 @@ def test_serve_raises_the_limit_of_open_files(monkeypatch: pytest.MonkeyPatch, h
 def test_serve_token_file_encoding(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_bytes("\ufeffone\ntwo\n".encode())
-    assert _tokens(path) == ("one", "two")
+    assert read_tokens(path) == ("one", "two")
     path.write_bytes("one\ntwo\n".encode("utf-16"))
     with pytest.raises(DataError, match=r"tokens is no UTF-8 \(byte 0\)"):
-        _tokens(path)
+        read_tokens(path)
     with pytest.raises(DataError, match="No such file"):
-        _tokens(tmp_path / "nothing")
+        read_tokens(tmp_path / "nothing")

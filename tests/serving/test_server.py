@@ -803,7 +803,7 @@ def load_version(client: Client, version: str) -> None:
 def test_file_name_that_is_not_text(
     write_version: Callable[..., Path], tmp_path: Path, in_process: ArtifactLoader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("muntin.serving.server.ArtifactLoader", type(in_process))
+    monkeypatch.setattr("muntin.serving.assembly.ArtifactLoader", type(in_process))
     (tmp_path / "models").mkdir()
     for number in (1, 2):
         write_version(tmp_path / "models" / str(number), number)
@@ -1203,7 +1203,7 @@ def test_best_classes_of_labels(classes: Server, face: str) -> None:
 def test_replaced_version_without_requests(
     write_version: Callable[..., Path], tmp_path: Path, in_process: ArtifactLoader, monkeypatch: pytest.MonkeyPatch, wait_until: Any
 ) -> None:
-    monkeypatch.setattr("muntin.serving.server.ArtifactLoader", type(in_process))
+    monkeypatch.setattr("muntin.serving.assembly.ArtifactLoader", type(in_process))
     monkeypatch.setattr("muntin.serving.server.SETTLE_S", 0.02)
     models = tmp_path / "models"
     for number in (1, 2):

@@ -147,7 +147,7 @@ def serve_command(
 ) -> None:
     """Serve an artefact over HTTP and gRPC by the Open Inference Protocol; a model of images also as pictures over HTTP."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before grpc is imported: its C library writes to standard error
-    from muntin.serving.config import Bounds, ServeConfig
+    from muntin.serving.config import Bounds, ServeConfig, read_tokens
     from muntin.serving.versions.rollout import Rollout
 
     with _one_line_errors():
@@ -162,8 +162,8 @@ def serve_command(
                 body_bytes=max_body * _MEGABYTE, json_bytes=max_json * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE,
                 connections=max_connections, image_pixels=max_pixels, idle_seconds=idle_seconds,
             ),
-            tokens=_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key, access_log=access_log, trace=trace,
-            drain_seconds=drain_seconds,
+            tokens=() if token_file is None else read_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key,
+            access_log=access_log, trace=trace, drain_seconds=drain_seconds,
         )  # fmt: skip
     _run(artifact, config, json)
 
@@ -264,26 +264,6 @@ def _describe_end(cut_off: int, seconds: float, *, hurried: bool = False) -> str
     if hurried:
         return f"{calls} still busy and cut off, because of a second signal"
     return f"{calls} still busy after {seconds:g} s and cut off; --drain-seconds gives more time"
-
-
-def _tokens(path: Path | None) -> tuple[str, ...]:
-    from muntin.serving.config import is_token
-
-    if path is None:
-        return ()
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-    except OSError as error:
-        raise DataError(f"--token-file {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"--token-file {path} is no UTF-8 (byte {error.start:,}): write it as plain text, one token a line") from error
-    lines = [line.strip() for line in text.splitlines()]
-    for number, line in enumerate(lines, 1):
-        if line and not is_token(line):
-            raise DataError(f"--token-file {path}, line {number}: a bearer token is ASCII without spaces: write one such token a line")
-    if not any(lines):
-        raise DataError(f"{path} holds no token: write one a line, or leave --token-file out")
-    return tuple(filter(None, lines))
 
 
 def _print_addresses(server: Server, config: ServeConfig, json: bool) -> None:

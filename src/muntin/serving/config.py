@@ -7,6 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from muntin.errors import DataError
 from muntin.runtime.options import SessionOptions
 from muntin.serving.versions.rollout import Rollout
 
@@ -33,6 +34,23 @@ class Bounds(_Settings):
 def is_token(text: str) -> bool:
     """Return True if the text can be a bearer token in a header."""
     return bool(text) and text.isascii() and not any(c.isspace() for c in text)
+
+
+def read_tokens(path: Path) -> tuple[str, ...]:
+    """Return the bearer tokens of a file, one a line. Raises DataError if it cannot be read, holds none, or one that `is_token` refuses."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    except OSError as error:
+        raise DataError(f"--token-file {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"--token-file {path} is no UTF-8 (byte {error.start:,}): write it as plain text, one token a line") from error
+    lines = [line.strip() for line in text.splitlines()]
+    for number, line in enumerate(lines, 1):
+        if line and not is_token(line):
+            raise DataError(f"--token-file {path}, line {number}: a bearer token is ASCII without spaces: write one such token a line")
+    if not any(lines):
+        raise DataError(f"{path} holds no token: write one a line, or leave --token-file out")
+    return tuple(filter(None, lines))
 
 
 class ServeConfig(_Settings):

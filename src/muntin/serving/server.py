@@ -22,33 +22,20 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from muntin.errors import ArtifactError, DataError, MuntinError
-from muntin.serving.batching.batcher import Batcher
-from muntin.serving.batching.latency_model import LatencyModel
-from muntin.serving.batching.workers import Runner
+from muntin.serving.assembly import assemble, make_slot
 from muntin.serving.config import ServeConfig
 from muntin.serving.grpc.server import GrpcServer
 from muntin.serving.http.app import HttpApp
-from muntin.serving.http.image_route import ImageRoute
 from muntin.serving.http.listener import HttpListener
-from muntin.serving.http.page.routes import PageRoutes
-from muntin.serving.inference.executor import Executor
-from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Service
-from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.open_files import raise_descriptors
 from muntin.serving.ports import check_ports
-from muntin.serving.protocol.messages import Limits
 from muntin.serving.security.same_origin import is_loopback
 from muntin.serving.security.tls import Certificate
 from muntin.serving.shutdown import Shutdown, on_signals
-from muntin.serving.telemetry.access_log import AccessLog
-from muntin.serving.telemetry.exposure import expose
 from muntin.serving.telemetry.notify import Notify, tell_nobody, told_safely
 from muntin.serving.telemetry.tracing import Tracing
-from muntin.serving.versions.control import Control
-from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.repository import Repository, Watcher
-from muntin.serving.versions.slot import Slot
 
 RENEW_S = 10.0
 """Interval at which the files of a certificate are checked, seconds."""
@@ -56,8 +43,6 @@ WATCHER_ENDS_S = 5.0
 """Seconds for the end of the thread that watches the directory."""
 SETTLE_S = 5.0
 """Interval at which versions whose time is over are unloaded, seconds. Requests do so, too."""
-MARGIN_S, MARGIN_SHARE = 0.001, 0.05
-"""Seconds, or share of an objective, for reading a request and writing its answer: 0.6 to 0.9 ms at 512 x 512."""
 
 
 class Server:
@@ -79,8 +64,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self.cut_off = 0
         """Number of requests and calls that were cut off after `drain_seconds`; valid when the server has ended."""
-        loader = ArtifactLoader(options=config.session_options, max_batch=config.max_batch, sizes=config.sizes, dims=config.dims)
-        self.slot = Slot(config.name or _name_of(Path(path)), loader, rollout=config.rollout, notify=self._notify)
+        self.slot = make_slot(path, config, notify=self._notify)
         self._watcher: Watcher | None = None
         if config.watch:
             self._watcher = Watcher(self._repository, self.slot, notify=self._notify, interval_s=config.watch_seconds)
@@ -154,32 +138,25 @@ class Server:
     ) -> None:
         config, shutdown = self.config, self._shutdown
         addresses, http_port = ports
-        service = self._service()
-        budget = MemoryBudget(config.bounds)
-        log = AccessLog() if config.access_log else None
-        if log is not None:
-            ending.push_async_callback(asyncio.to_thread, log.close)
-        expose(service.metrics, service, service.runner, budget, log)
-        control = Control(self.slot, self._repository)
-        ending.push_async_callback(asyncio.to_thread, control.close)
-        pictures = ImageRoute(service, body_bytes=config.bounds.body_bytes)
-        ending.push_async_callback(asyncio.to_thread, self._end_computing, pictures, service)
-        limits = Limits(
-            body_bytes=config.bounds.body_bytes, json_bytes=config.bounds.json_bytes, elements=config.bounds.body_bytes
-        )  # no element takes less than a byte
         local = not config.tokens and all(map(is_loopback, addresses))
-        page = PageRoutes(service) if config.page else None
-        app = HttpApp(
-            service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local, page=page
+        parts = assemble(
+            self.slot,
+            self._repository,
+            config,
+            ending=ending,
+            left=lambda: shutdown.left,
+            notify=self._notify,
+            tracing=tracing,
+            local=local,
         )
-        ending.push_async_callback(asyncio.to_thread, app.close)
+        service, app = parts.service, parts.app
         if self._watcher is not None:
             ending.push_async_callback(asyncio.to_thread, self._watcher.stop, WATCHER_ENDS_S)  # a network folder may hang
         grpc_face: GrpcServer | None = None
         if config.grpc_port is not None:
             grpc_face = GrpcServer(
-                service, control, limits=limits, tokens=config.tokens, log=log, ledger=budget, tls=tls, tracing=tracing,
-                notify=self._notify,
+                service, parts.control, limits=parts.limits, tokens=config.tokens, log=parts.log, ledger=parts.budget, tls=tls,
+                tracing=tracing, notify=self._notify,
             )  # fmt: skip
             ending.push_async_callback(self._end_grpc, grpc_face)
             await self._listen_grpc(grpc_face, addresses)
@@ -201,30 +178,6 @@ class Server:
         if not shutdown.requested:
             up()
         await shutdown.wait()
-
-    def _service(self) -> Service:
-        """The service with its batcher and runner."""
-        config, streams = self.config, self.config.streams
-        if (current := self.slot.current) is not None and current.session.streams < streams:
-            streams = current.session.streams
-            self._notify(f"--streams {config.streams}, and there are threads for {streams}: so many batches are computed at once")
-        metrics = Metrics(max_rows=config.max_batch)
-        executor = Executor(self.slot)
-        objective = None if config.objective_ms is None else config.objective_ms / 1e3
-        batcher = Batcher(
-            LatencyModel(),
-            objective=objective,
-            max_rows=config.max_batch,
-            queue_rows=config.queue_rows,
-            queue_bytes=config.bounds.held_bytes,
-            workers=streams,
-            margin=MARGIN_S if objective is None else min(MARGIN_S, MARGIN_SHARE * objective),
-        )
-        runner = Runner(batcher, executor, interrupt=self.slot.interrupt)
-        return Service(
-            self.slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch,
-            max_pixels=config.bounds.image_pixels,
-        )  # fmt: skip
 
     def _load_first(self) -> None:
         """Load the newest version; with `watch` an older one if that fails. Returns without one if the server is to end."""
@@ -266,12 +219,6 @@ class Server:
 
     async def _end_grpc(self, face: GrpcServer) -> None:
         self.cut_off += await face.stop(lambda: self._shutdown.left)
-
-    def _end_computing(self, pictures: ImageRoute, service: Service) -> None:
-        pictures.close(self._shutdown.left)
-        if not service.runner.close(self._shutdown.left):
-            self.slot.end_calls()  # else a hanging engine outlives the server
-        service.close()
 
     # ---- beside the requests ----
 
@@ -317,13 +264,6 @@ def serve(path: str | Path, *, notify: Notify = tell_nobody, **settings: Any) ->
     server = Server(path, config, notify=notify)
     server.run()
     return server.cut_off
-
-
-def _name_of(path: Path) -> str:
-    """Return the name of a model: that of its folder or link, with characters not allowed in a URL replaced."""
-    folder = path.resolve().name if path.name in ("", "..") else path.name
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder).lstrip("._-")
-    return name[:100] or "model"
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

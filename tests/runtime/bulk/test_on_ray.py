@@ -18,43 +18,18 @@ from muntin.runtime.bulk.items import PredictOptions
 from muntin.runtime.bulk.on_ray import ATTEMPTS, RayJob, compute_on_ray
 from muntin.runtime.bulk.smaller_tiles import Tiles
 from muntin.runtime.options import SessionOptions
+from ray_cluster import ON_LINUX, processes
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = [
-    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are listed on Linux only"),
+    pytest.mark.skipif(not ON_LINUX, reason="processes are listed on Linux only"),
     pytest.mark.filterwarnings("ignore"),  # of Ray itself
 ]
 
 
-def parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
 def workers() -> Iterator[int]:
-    """The actors' processes that descend from this one."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::RayWorker"):
-                ancestor = int(folder.name)
-                while ancestor > 1:
-                    ancestor = parent(ancestor)
-                    if ancestor == os.getpid():
-                        yield int(folder.name)
-        except OSError:  # it has ended
-            continue
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """Of a cluster of one node with two cores."""
-    from ray.cluster_utils import Cluster
-
-    node = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
-    handler = signal.getsignal(signal.SIGTERM)  # a node of Ray sets its own, and leaves it
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    yield cluster.address
-    cluster.shutdown()
-    signal.signal(signal.SIGTERM, handler)
+    """The actors' processes."""
+    return processes("ray::RayWorker")
 
 
 @pytest.fixture
@@ -63,11 +38,11 @@ def job(convolutions: Any) -> RayJob:
     return RayJob(artifact=convolutions.path, session=SessionOptions(threads=1, shapes=(), dynamic=True), shapes=(), options=options)
 
 
-def test_files_of_a_killed_worker(job: RayJob, address: str, tmp_path: Path) -> None:
+def test_files_of_a_killed_worker(job: RayJob, ray_address: str, tmp_path: Path) -> None:
     for number in range(8):
         write_image(tmp_path / f"{number}.png", np.full((200, 300, 3), number, np.uint8))
     targets: dict[Path, Path | None] = {path: tmp_path / "out" / path.stem for path in sorted(tmp_path.glob("*.png"))}
-    outcomes = compute_on_ray(job, targets, address)
+    outcomes = compute_on_ray(job, targets, ray_address)
     ended = [next(outcomes)]
     killed = list(workers())
     for process in killed:
@@ -80,7 +55,7 @@ def test_files_of_a_killed_worker(job: RayJob, address: str, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_file_that_kills_its_workers(job: RayJob, address: str, tmp_path: Path) -> None:
+def test_file_that_kills_its_workers(job: RayJob, ray_address: str, tmp_path: Path) -> None:
     """Of a machine whose kernel ends every worker: after some attempts that is the file's failure."""
     write_image(tmp_path / "large.png", np.zeros((4000, 4000, 3), np.uint8))
     ended, killed = Event(), set()
@@ -95,7 +70,7 @@ def test_file_that_kills_its_workers(job: RayJob, address: str, tmp_path: Path) 
     thread = Thread(target=kill)
     thread.start()
     try:
-        (outcome,) = compute_on_ray(job, {tmp_path / "large.png": tmp_path / "out"}, address)
+        (outcome,) = compute_on_ray(job, {tmp_path / "large.png": tmp_path / "out"}, ray_address)
     finally:
         ended.set()
         thread.join()
@@ -103,11 +78,11 @@ def test_file_that_kills_its_workers(job: RayJob, address: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("problem", ["artefact", "threads", "address"])
-def test_errors_of_the_whole_run(job: RayJob, address: str, tmp_path: Path, problem: str) -> None:
+def test_errors_of_the_whole_run(job: RayJob, ray_address: str, tmp_path: Path, problem: str) -> None:
     write_image(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
     broken, error, says, place = {
-        "artefact": (replace(job, artifact=tmp_path / "none"), ArtifactError, "none", address),
-        "threads": (replace(job, session=SessionOptions(threads=4000)), DataError, "--threads 4000: the largest machine", address),
+        "artefact": (replace(job, artifact=tmp_path / "none"), ArtifactError, "none", ray_address),
+        "threads": (replace(job, session=SessionOptions(threads=4000)), DataError, "--threads 4000: the largest machine", ray_address),
         "address": (job, DataError, "--on ray:127.0.0.1:1: no connection", "127.0.0.1:1"),
     }[problem]
     with pytest.raises(error, match=says):

@@ -131,12 +131,12 @@ class HttpApp:
             return "cancelled"
         except asyncio.CancelledError:
             if not exchange.client_left and not exchange.status:
-                await self._refuse(exchange, *_refusal(RefusedRequestError("the server is shutting down"), exchange.scope))
+                await self._refuse(exchange, *refusal_of(RefusedRequestError("the server is shutting down"), exchange.scope))
                 return "refused"
             exchange.status = exchange.status or LEFT
             return "cancelled"
         except Exception as error:  # noqa: BLE001 - answered, and reported to the loop's handler if unforeseen
-            refusal, headers = _refusal(error, exchange.scope)
+            refusal, headers = refusal_of(error, exchange.scope)
             if not exchange.status:
                 await self._refuse(exchange, refusal, headers if body.complete else headers | {"connection": "close"})
             return refusal.outcome
@@ -287,7 +287,7 @@ def _refuse_packed(request: Request) -> None:
         )
 
 
-def _refusal(error: Exception, scope: Scope) -> tuple[ProtocolError, dict[str, str]]:
+def refusal_of(error: Exception, scope: Scope) -> tuple[ProtocolError, dict[str, str]]:
     """Return (error for the client, header fields). An unforeseen one is named by its type; the loop's exception handler gets it."""
     if isinstance(error, RefusedRequestError):
         return error, {"retry-after": str(max(1, math.ceil(error.retry_after)))}

@@ -1,0 +1,314 @@
+"""The application of Ray Serve: the answers of `muntin serve`, and none lost while replicas die or are replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from pydantic import ValidationError
+
+from muntin.errors import ArtifactError, DataError
+from muntin.serving.config import ServeConfig
+from muntin.serving.server import Server
+from muntin.serving.versions.version import UnknownVersionError
+from muntin.serving.worker.calls import Call
+from ray_cluster import ON_LINUX, processes, restored_signals
+
+pytest.importorskip("ray.serve", reason="the extra `ray` is not installed", exc_type=ImportError)
+import ray
+from ray import serve
+from ray.serve.schema import ServeDeploySchema
+from starlette.requests import Request
+from starlette.responses import Response
+
+from muntin.serving.ray import ATTEMPTS, Ingress, Model, RayOptions, app
+
+pytestmark = [
+    pytest.mark.skipif(not ON_LINUX, reason="processes are listed on Linux only"),
+    pytest.mark.filterwarnings("ignore"),  # of Ray itself
+]
+TITLE = "ray::ServeReplica:roofs:Model"
+
+
+def bitmap(side: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(side).integers(0, 256, (side, side, 3)).astype(np.uint8)).save(file, "BMP")
+    return file.getvalue()
+
+
+def binary_request(side: int) -> tuple[bytes, dict[str, str]]:
+    """The body and headers of an inference request with binary tensors."""
+    pixels = np.random.default_rng(side).integers(0, 256, (1, side, side, 3)).astype(np.uint8).tobytes()
+    inputs = [{"name": "images", "shape": [1, side, side, 3], "datatype": "UINT8", "parameters": {"binary_data_size": len(pixels)}}]
+    head = json.dumps({"inputs": inputs, "parameters": {"binary_data_output": True}}).encode()
+    return head + pixels, {"inference-header-content-length": str(len(head))}
+
+
+class Client:
+    """One connection to a server on this machine."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+
+    def ask(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
+        self._connection.request(method, path, body, headers or {})
+        answer = self._connection.getresponse()
+        content = answer.read()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, content
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@pytest.fixture(scope="module")
+def models(write_version: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two versions: 1 answers the label 1 everywhere, 2 the label 2."""
+    folder = tmp_path_factory.mktemp("serve") / "roofs"
+    for label in (1, 2):
+        write_version(folder / str(label), label)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def port(ray_address: str, models: Path) -> Iterator[int]:
+    """Of Ray Serve, with two replicas of version 1."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        free = int(listener.getsockname()[1])
+    with restored_signals():
+        ray.init(address=ray_address, log_to_driver=False, logging_level="ERROR")
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": free})
+            deploy(models, "1")
+            yield free
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+def deploy(models: Path, version: str) -> None:
+    serve.run(app(RayOptions(artifact=models, version=version, replicas=2)), name="roofs")
+
+
+REQUESTS = {
+    "binary": ("POST", "/v2/models/roofs/infer", *binary_request(40)),
+    "JSON": (
+        "POST", "/v2/models/roofs/infer",
+        json.dumps({"inputs": [{"name": "images", "shape": [1, 2, 2, 3], "datatype": "UINT8", "data": [7] * 12}]}).encode(), {},
+    ),
+    "large": ("POST", "/v2/models/roofs/infer", *binary_request(900)),  # its scores are sent in pieces
+    "labels": ("POST", "/predict?output=labels", bitmap(50), {}),
+    "shares": ("POST", "/predict?output=json", bitmap(50), {}),
+    "metadata": ("GET", "/v2/models/roofs", b"", {}),
+    "ready": ("GET", "/v2/health/ready", b"", {}),
+    "live": ("GET", "/v2/health/live", b"", {}),
+    "no picture": ("POST", "/predict", b"no picture", {}),
+    "another model": ("POST", "/v2/models/barns/infer", *binary_request(4)),
+    "no route": ("GET", "/nothing", b"", {}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_answers_of_the_server(port: int, models: Path) -> None:
+    config = ServeConfig(http_port=0, grpc_port=None, threads=1)
+    with Server(models / "1", config.model_copy(update={"name": "roofs"})) as server:
+        ours, other = Client(server.http_port), Client(port)
+        for name, request in REQUESTS.items():
+            due, answer = ours.ask(*request), other.ask(*request)
+            assert answer[::2] == due[::2], name
+            for header in ("content-type", "inference-header-content-length", "x-model-version"):
+                assert answer[1].get(header) == due[1].get(header), (name, header)
+        ours.close()
+        other.close()
+
+
+@pytest.mark.slow
+def test_routes_of_one_replica(port: int) -> None:
+    client = Client(port)
+    for method, path in (("GET", "/metrics"), ("GET", "/v2/models/roofs/stats"), ("POST", "/v2/repository/models/roofs/load")):
+        status, _, content = client.ask(method, path)
+        assert status == 501 and path in json.loads(content)["error"]
+    client.close()
+
+
+@contextmanager
+def load(port: int) -> Iterator[Counter[tuple[int, str]]]:
+    """Requests of three clients, without repetition: (status, version) and their number."""
+    outcomes: Counter[tuple[int, str]] = Counter()
+    stop, body = threading.Event(), bitmap(900)
+
+    def ask() -> None:
+        client = Client(port)
+        while not stop.is_set():
+            status, headers, _ = client.ask("POST", "/predict?output=json", body)
+            outcomes[status, headers.get("x-model-version", "")] += 1
+        client.close()
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield outcomes
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_replicas_killed_under_load(port: int) -> None:
+    with load(port) as outcomes:
+        wait_for(lambda: outcomes.total() > 5)
+        killed = set(processes(TITLE))
+        for process in killed:
+            os.kill(process, signal.SIGKILL)
+        before = outcomes.total()
+        wait_for(lambda: outcomes.total() > before + 20)
+    assert len(killed) == 2 and outcomes.keys() == {(200, "1")}
+
+
+@pytest.mark.slow
+def test_rolling_update_under_load(port: int, models: Path) -> None:
+    with load(port) as outcomes:
+        wait_for(lambda: outcomes.total() > 5)
+        deploy(models, "2")
+        before = outcomes[200, "2"]
+        wait_for(lambda: outcomes[200, "2"] > before + 5)
+    assert outcomes.keys() == {(200, "1"), (200, "2")}
+    client = Client(port)
+    assert json.loads(client.ask("GET", "/v2/models/roofs")[2])["versions"] == ["2"]
+    client.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"version": "3"}, UnknownVersionError, "no version '3'"),
+        ({"version": "1"}, ArtifactError, "weights"),
+        ({"artifact": "nothing"}, ArtifactError, "no such directory"),
+        ({"token_file": "nothing"}, DataError, "No such file"),
+    ],
+)
+def test_refused_before_deployment(models: Path, tmp_path: Path, arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+    shutil.copytree(models, tmp_path / "roofs")
+    weights = tmp_path / "roofs" / "1" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    paths = {name: tmp_path / arguments[name] for name in ("artifact", "token_file") if name in arguments}
+    with pytest.raises(error, match=says):
+        app(RayOptions(**{"artifact": tmp_path / "roofs", **arguments, **paths}))
+
+
+def test_configuration_for_production() -> None:
+    document = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "ray" / "serve.yaml").read_text(encoding="utf-8"))
+    config = ServeDeploySchema.model_validate(document)
+    (application,) = config.applications
+    assert config.http_options.host == "127.0.0.1" and application.import_path == f"{app.__module__}:{app.__name__}"
+    assert RayOptions.model_validate(application.args).server().objective_ms == 100
+
+
+def test_wrong_options() -> None:
+    for wrong in ({"replicas": 2, "max_replicas": 1}, {"target_requests": 3}, {"batch": 3}):
+        with pytest.raises(ValidationError):
+            RayOptions(artifact="a", **wrong)
+
+
+def test_autoscaling_target() -> None:
+    """A quarter of the requests that the objective leaves time for, at the size that takes longest."""
+    calls = (Call((1, 8, 8)), Call((4, 8, 8)), Call((1, 16, 16)))
+    opened: Any = SimpleNamespace(session=Slow(), calls=calls)
+
+    def target(**options: Any) -> Any:
+        return RayOptions(artifact="a", max_replicas="4", **options).scaling(opened)["autoscaling_config"]["target_ongoing_requests"]
+
+    assert RayOptions(artifact="a", replicas=3).scaling(opened) == {"num_replicas": 3}
+    assert (target(max_batch=5), target(target_requests="2.5")) == (5, 2.5)
+    assert 0.1 < target(objective_ms=320) <= 320 / 20 / 4  # the pause may be longer
+    opened.calls = ()  # of an artefact that names no size
+    assert target(max_batch=5, objective_ms=320) == 5
+
+
+class Slow:
+    """A session that takes 20 ms for 16 x 16 pixels, and no time for fewer."""
+
+    def warm_up(self, shapes: Any, **_: Any) -> None:
+        time.sleep(0.02 * (shapes[0][1] == 16))
+
+
+class Dying:
+    """A handle of replicas: each of the first `deaths` calls ends with its replica."""
+
+    def __init__(self, deaths: int) -> None:
+        self.calls, self.deaths = 0, deaths
+        self.answer = self
+
+    async def remote(self, scope: Any, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        self.calls += 1
+        if self.calls <= self.deaths:
+            raise ray.exceptions.ActorDiedError
+        return 200, [(b"x-path", scope["path"].encode())], body
+
+
+def through_ingress(handle: Dying, path: str, body: bytes = b"pixels", root: str = "") -> Response:
+    headers = [(b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "query_string": b"", "headers": headers, "client": None}
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return asyncio.run(Ingress(handle)(Request(scope, receive)))
+
+
+def test_request_that_kills_replicas() -> None:
+    answer = through_ingress(last := Dying(ATTEMPTS - 1), "/v2/models/roofs/infer")
+    assert (answer.status_code, answer.body, last.calls) == (200, b"pixels", ATTEMPTS)
+    answer = through_ingress(all_ := Dying(ATTEMPTS), "/predict")
+    assert (answer.status_code, all_.calls) == (500, ATTEMPTS)
+    assert f"{ATTEMPTS} replicas ended" in json.loads(answer.body)["error"]
+
+
+def test_route_prefix() -> None:
+    assert through_ingress(Dying(0), "/eu/predict", root="/eu").headers["x-path"] == "/predict"
+    assert through_ingress(Dying(0), "/europe", root="/eu").headers["x-path"] == "/europe"
+
+
+def test_body_beyond_the_limit() -> None:
+    answer = through_ingress(handle := Dying(0), "/predict", bytes((64 << 20) + 1))
+    assert (answer.status_code, handle.calls) == (413, 0)
+
+
+def test_health_of_a_replica(models: Path) -> None:
+    """A replica whose version is gone asks Serve to replace it."""
+
+    async def check() -> None:
+        model = Model(RayOptions(artifact=models), "1")
+        model.check_health()
+        model._parts.service.draining = True
+        with pytest.raises(RuntimeError, match="no version is loaded"):
+            model.check_health()
+        await model.__del__()
+
+    asyncio.run(check())
