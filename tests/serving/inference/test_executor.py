@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import Liveness
-from muntin.serving.worker.opening import OutOfMemoryError
+from muntin.serving.worker.opening import EngineDiedError, OutOfMemoryError
 
 CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
 
@@ -274,3 +275,24 @@ def test_image_without_tiles_is_always_tried(serving: Any) -> None:
     session.most = 10**9
     executor(batch)
     assert batch.jobs[0].payload.recovered == ""
+
+
+def test_each_request_survives_one_death(serving: Any) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    executor, batch = Executor(slot), batch_of(slot, [images_of(1, 1)], labels=True)
+    session.error = EngineDiedError("the process of its engine has ended")
+    with pytest.raises(AgainError, match="has ended"):
+        executor(batch)
+    with pytest.raises(EngineDiedError):
+        executor(batch)
+    session.error = None
+    assert answered(executor, batch) == ""
+
+
+def test_request_that_an_engine_was_ended_for(serving: Any) -> None:
+    session = Pixels()
+    slot, _ = serving(session)
+    session.error = EngineDiedError("ended, because it hung")
+    with pytest.raises(EngineDiedError):
+        Executor(slot)(replace(batch_of(slot, [images_of(1, 1)], labels=True), within=0.0))

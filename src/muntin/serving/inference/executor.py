@@ -3,7 +3,8 @@
     batch of jobs -> joined inputs (the request's own bytes if it is alone) -> session -> each job's rows of the answer
 
 If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one computes the batch (`fallback`).
-If the kernel ended the engine's process for lack of memory, each request is computed once more, in smaller parts after each death.
+If the engine's process dies, each request is computed once more, and if the kernel ended it for lack of memory, in smaller parts after
+each death.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from muntin.serving.inference.groups import Group, WorkAnswer, WorkInputs, taken
 from muntin.serving.inference.recovery import Parts, Recovery
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
-from muntin.serving.worker.opening import OutOfMemoryError
+from muntin.serving.worker.opening import EngineDiedError, OutOfMemoryError
 
 REVIVE_S = 5.0
 """Seconds that a try waits for the restart of an engine: less than a call may take before it counts as one that hangs."""
@@ -35,6 +36,7 @@ class Work:
     `admitted`: when it joined the queue. `started`: when its batch began; `computed`: seconds that took. `by`: the version that computed
     it. `recovered`: how it was computed for lack of memory, or empty. `parts`: in which it is to be computed. `whole`: inputs and answers
     of its batch, for a candidate; one request of a batch has it. `within`: seconds after which its batch counts as one that hangs.
+    `died`: an engine died while it computed this, perhaps because of another request.
     """
 
     inputs: WorkInputs
@@ -48,6 +50,7 @@ class Work:
     within: float = inf
     parts: Parts = Parts.WHOLE
     recovered: str = ""
+    died: bool = False
 
     @property
     def version(self) -> str:
@@ -90,6 +93,12 @@ class Executor:
                 raise
             for work in works:
                 work.parts = Parts.TILES if one_row or parts == Parts.ROWS else Parts.ROWS
+            raise AgainError(str(error)) from error
+        except EngineDiedError as error:
+            if all(work.died for work in works) or self._clock() - started >= batch.within:  # it was ended because this batch hung
+                raise
+            for work in works:
+                work.died = True
             raise AgainError(str(error)) from error
         seconds = self._clock() - started
         for work, recovered in zip(works, taken_apart(computed.recovered, batch.jobs), strict=True):
