@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Tests and checks run small things on many threads badly: one thread each, and a process for each core in place of it, four at the most. The
 # tests of a file stay together, since they share what it makes once.
 ONE_THREAD := OMP_NUM_THREADS=1
-TEST := $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+TEST := $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint check soak fix wheel clean
 

@@ -17,7 +17,7 @@ from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DataError
 
 SMALL: dict[str, Any] = {
-    "stem": [8, 8, 16], "dims": [32, 32], "depths": [2, 1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1],
+    "stem": [8, 8, 16], "dims": [32, 32], "depths": [1, 1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1],
 }  # fmt: skip
 
 
@@ -70,10 +70,9 @@ class Convolutions(nn.Module):
 
 MODELS: dict[str, Any] = {
     "hybrid": hybrid,
-    "local": lambda: hybrid(attention="local"),
-    "global": lambda: hybrid(attention="global"),
-    "serial blocks": lambda: hybrid(block="serial"),
-    "restore": lambda: lively(muntin.create_model("hybrid-xs", task="restore", scale=2, options=SMALL)),
+    "restoring serial blocks": lambda: lively(
+        muntin.create_model("hybrid-xs", task="restore", scale=2, options={**SMALL, "block": "serial"})
+    ),
     "convolutions": lambda: lively(Convolutions(excite=False)),
     "excitation": lambda: lively(Convolutions(excite=True)),
 }
@@ -104,7 +103,7 @@ def test_answer_of_one_call(exported: Artifact, height: int, width: int, tile: i
 
 
 def test_openvino(tmp_path: Path) -> None:
-    artifact = muntin.export(hybrid(depths=[1, 1]), smooth(96, 96), tmp_path / "artifact")
+    artifact = muntin.export(hybrid(attention="global"), smooth(96, 96), tmp_path / "artifact")
     session = muntin.load(artifact.path, precision="f32", shapes=(), cache=False)
     steps: list[tuple[int, int]] = []
     tiled = muntin.predict(session, pixels(150, 170), output="scores", exact=True, tile=64, progress=lambda *done: steps.append(done))
@@ -114,10 +113,19 @@ def test_openvino(tmp_path: Path) -> None:
     assert len(steps) == steps[-1][1]
 
 
+class PairsOfTokens(nn.Module):
+    """Attention of every token with every other one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        t_BNC = F.avg_pool2d(x, 4).flatten(2).transpose(1, 2) / 255
+        y_BNC = (t_BNC @ t_BNC.transpose(1, 2)).softmax(-1) @ t_BNC
+        return y_BNC.transpose(1, 2).reshape(x.shape[0], 3, x.shape[2] // 4, -1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: hybrid(attention="dense"), "is attention between all pairs of tokens"),
+        (PairsOfTokens, "is attention between all pairs of tokens"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)), "whole picture"),
     ],
 )

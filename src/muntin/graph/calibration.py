@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import onnx
 from onnx import helper
 
 from muntin.errors import ExportError
@@ -52,11 +53,20 @@ def observe(graph: Graph, tensors: Iterable[str], batches: Sequence[Inputs]) -> 
 
 
 def output_shapes(graph: Graph, tensors: Iterable[str], inputs: Inputs) -> Shapes:
-    """Return the shapes of tensors for these inputs."""
+    """Return the shapes of tensors for these inputs.
+
+    The graph's inputs get fixed sizes: ONNX Runtime then folds most shapes into constants and computes none of the tensors behind them.
+    """
     shaped = Graph(graph.proto())
     names = {name: f"{name}~shape" for name in dict.fromkeys(tensors)}
     shaped.nodes += [helper.make_node("Shape", [name], [output]) for name, output in names.items()]
-    values = FloatRun(shaped.proto(names.values()))(inputs, list(names.values()))
+    model = shaped.proto(names.values())
+    del model.graph.output[: -len(names)]
+    for entry in model.graph.input:
+        entry.type.tensor_type.shape.CopyFrom(
+            onnx.TensorShapeProto(dim=[onnx.TensorShapeProto.Dimension(dim_value=side) for side in inputs[entry.name].shape])
+        )
+    values = FloatRun(model)(inputs, list(names.values()))
     return {name: tuple(int(side) for side in values[output]) for name, output in names.items()}
 
 
