@@ -114,18 +114,24 @@ def test_openvino(tmp_path: Path) -> None:
 
 
 class PairsOfTokens(nn.Module):
-    """Attention of every token with every other one."""
+    """Attention of every token with every other one, or a product without a softmax."""
+
+    def __init__(self, softmax: bool) -> None:
+        super().__init__()
+        self.softmax = softmax
 
     def forward(self, x: Tensor) -> Tensor:
-        t_BNC = F.avg_pool2d(x, 4).flatten(2).transpose(1, 2) / 255
-        y_BNC = (t_BNC @ t_BNC.transpose(1, 2)).softmax(-1) @ t_BNC
-        return y_BNC.transpose(1, 2).reshape(x.shape[0], 3, x.shape[2] // 4, -1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        t_BNC = F.avg_pool2d(x, 2).flatten(2).transpose(1, 2) / 255
+        weights_BNN = t_BNC @ t_BNC.transpose(1, 2)
+        y_BNC = (weights_BNN.softmax(-1) if self.softmax else weights_BNN.relu() / 100) @ t_BNC
+        return y_BNC.transpose(1, 2).reshape(x.shape[0], 3, x.shape[2] // 2, -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (PairsOfTokens, "is attention between all pairs of tokens"),
+        (lambda: PairsOfTokens(softmax=True), "is attention between all pairs of tokens"),
+        (lambda: PairsOfTokens(softmax=False), "too much for a plan"),
         (lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)), "whole picture"),
     ],
 )

@@ -7,6 +7,7 @@ that are not marked depend on the unmarked cells alone, whatever the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -15,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact.plan import MapTensor
 from muntin.errors import ExportError
+from muntin.graph.calibration import output_shapes
 from muntin.graph.float_run import FloatRun
-from muntin.graph.onnx_graph import Array, attributes
+from muntin.graph.onnx_graph import Array, Graph, attributes
 from muntin.runtime.exact_tiles.grid import PixelSpan
 
 _MOVES = frozenset({
@@ -34,6 +36,10 @@ _JOINED = frozenset(
 _REDUCED = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ReduceL1", "ReduceProd"})
 LARGEST = 2048
 """Side in pixels beyond which a value is taken to depend on the whole picture: the marks of a longer one take gigabytes and minutes."""
+
+
+MOST_BYTES = 1 << 30
+"""Largest marks of a tensor: pairs of all tokens of a tile are more."""
 
 
 class EndlessReachError(ExportError):
@@ -73,6 +79,10 @@ def _clean(part: onnx.ModelProto, maps: list[MapTensor], outputs: list[MapTensor
         own = slice(*(pixels * tensor.scale // tensor.stride for pixels in block))
         plane[own, own] = 0
         inputs[tensor.name] = _in_layout(plane, tensor)
+    shapes = output_shapes(Graph(marked), [name for node in marked.graph.node for name in node.output], inputs)
+    largest = max(shapes, key=lambda name: math.prod(shapes[name]))
+    if 4 * math.prod(shapes[largest]) > MOST_BYTES:
+        raise EndlessReachError(f"'{largest}' has the shape {shapes[largest]} for a tile of {side} pixels, too much for a plan")
     answers = FloatRun(marked, exact=True)(inputs)
     spans = []
     for tensor in outputs:
