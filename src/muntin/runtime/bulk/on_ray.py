@@ -123,7 +123,7 @@ def _connected(address: str) -> Iterator[Any]:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
-                num_cpus=usable_cores(), include_dashboard=False, object_store_memory=_STORE_BYTES,
+                address="local", num_cpus=usable_cores(), include_dashboard=False, object_store_memory=_STORE_BYTES,
                 log_to_driver=False, logging_level="ERROR",
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
