@@ -99,10 +99,11 @@ def test_slow_first_item() -> None:
 
 
 INTERRUPTED = """
-import threading
+import signal, threading
 from contextlib import closing
 from threading import Event
 from muntin.runtime.pipeline import StoppedError, ordered, prefetched
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a job of the background
 stop = Event()
 def compute(number):
     if number == 1:

@@ -36,8 +36,6 @@ _JOINED = frozenset(
 _REDUCED = frozenset({"ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceSumSquare", "ReduceL1", "ReduceProd"})
 LARGEST = 2048
 """Side in pixels beyond which a value is taken to depend on the whole picture: the marks of a longer one take gigabytes and minutes."""
-
-
 MOST_BYTES = 1 << 30
 """Largest marks of a tensor: pairs of all tokens of a tile are more."""
 

@@ -65,7 +65,8 @@ def usual_streams(sources: Collection[Path], signature: Signature, options: Pred
     most = min(threads, USUAL_STREAMS)
     if len(sources) < most:
         sizes = item_sizes(sources, max_pixels=options.max_pixels, streams=most)
-        most = min(most, call_counts(sizes.values(), signature, options.tiles).total())
+        if all(size.frames for size in sizes.values()):  # some videos do not say how many they have
+            most = min(most, call_counts(sizes.values(), signature, options.tiles).total())
     return max(1, most)
 
 

@@ -40,7 +40,7 @@ class TritonOptions(BaseModel):
     ] = ()
 
     def session(self, cores: int) -> SessionOptions:
-        """How each instance opens the artefact, on a machine with these physical cores."""
+        """Return the options with which each instance opens the artefact on a machine of so many physical cores."""
         threads = self.threads or max(1, cores // self.instances)
         return SessionOptions(engine=self.engine, precision=self.precision, threads=threads, dynamic=True)
 

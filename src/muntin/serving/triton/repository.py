@@ -42,7 +42,7 @@ class TritonPythonModel:
 
 @dataclass(frozen=True, kw_only=True)
 class TritonExport:
-    """What was written. `batching`: of the written configuration; None for a version of an existing model."""
+    """Paths and batching of a written model. `batching`: of the written configuration; None for a version of an existing model."""
 
     model: Path
     version: Path

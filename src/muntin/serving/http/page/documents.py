@@ -1,4 +1,4 @@
-"""What the page shows of a model and of the server, as JSON documents."""
+"""JSON documents of a model and of the server, for the page."""
 
 from __future__ import annotations
 
