@@ -51,8 +51,9 @@ def test_signals_are_passed_on_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
                 time.sleep(0.01)
             os.kill(os.getpid(), number)
 
+    before = signal.getsignal(signal.SIGTERM)
     sender = threading.Thread(target=send)
     sender.start()
     assert run_muntin(()) == ProcessEnd(code=3, signal=None, for_memory=False)
     sender.join()
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
