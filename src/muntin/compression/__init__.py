@@ -8,10 +8,9 @@ from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import freeze, prepare_qat, set_bits
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
-from muntin.compression.rewrite import Pass
 from muntin.models.compression_record import Change
 
 __all__ = [
-    "Change", "Pass", "QuantizedConv2d", "QuantizedLinear", "QuantizedProduct", "QuantizedSoftmaxProduct", "fold", "fold_batch_norms",
+    "Change", "QuantizedConv2d", "QuantizedLinear", "QuantizedProduct", "QuantizedSoftmaxProduct", "fold", "fold_batch_norms",
     "freeze", "load_model", "low_rank", "prepare_qat", "quantize", "remove_closed_channels", "set_bits",
 ]  # fmt: skip

@@ -288,9 +288,9 @@ class _Compression:
             assert config is not None
             layers = dict(named(model, nn.Linear, nn.Conv2d))
             kept = (entry for entry in self.config.keep if any(is_kept(name, (entry,)) for name in layers))  # not names of products
-            return low_rank(self.calibration, config.model_copy(update={"keep": (*config.keep, *kept)}))(model)
+            return low_rank(model, self.calibration, **config.model_copy(update={"keep": (*config.keep, *kept)}).model_dump())
         if stage == "w4a8":
-            return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.keep)(model)
+            return prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
         assert previous is not None
         return self._mix(model, previous.sensitivity)
 
