@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from muntin.compression.history import remember
 from muntin.compression.replaceability import all_same
 from muntin.compression.rewrite import computed_weight, failing, named, parameter_users, replace
 from muntin.errors import MuntinError
@@ -52,10 +53,11 @@ def fold_batch_norms(model: nn.Module, batch: Inputs) -> list[Change]:
             reason += ", or rounding in 16 bits differs"
     reasons = {pair[2]: "its convolution shares its weights with another one: folding would separate them" for pair in shared}
     reasons |= {pair[2]: reason for pair in kept}
-    return [
+    changes = (
         Change(layer=name, pass_="fold", done="kept" if name in reasons else FOLDED, reason=reasons.get(name, ""))
         for _, _, name, _ in (*shared, *pairs)
-    ]
+    )
+    return remember(model, changes)
 
 
 def apply_folds(model: nn.Module, norms: Iterable[str], tensors: Container[str]) -> None:

@@ -14,7 +14,7 @@ from muntin.models.eager import Inputs, tensors_of, watch_inputs
 
 def calibration_list(calibration: Iterable[Inputs]) -> list[Inputs]:
     """The batches as a list, without empty ones unless all are empty. Raises `MuntinError` if there is no batch, or one holds no tensor."""
-    if isinstance(calibration, Tensor | Mapping):
+    if isinstance(calibration, Tensor | Mapping) or not isinstance(calibration, Iterable):
         raise MuntinError(f"calibration is a {type(calibration).__name__}: give an iterable of batches, such as a list with it")
     batches: list[Inputs] = [dict(batch) if isinstance(batch, Mapping) else batch for batch in calibration]
     if not batches:

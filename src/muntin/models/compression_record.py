@@ -101,6 +101,11 @@ class Structure(BaseModel):
     changes: tuple[Change, ...]
     """Changes of all passes."""
 
+    @property
+    def folded(self) -> bool:
+        """True if norms and gates were folded."""
+        return any(change.pass_ == "fold" for change in self.changes)
+
 
 class CompressionRecord(Structure):
     """The structure of a checkpoint's model, made of a recipe's by the stages of compression."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
 from muntin.compression.quantization.observer import ActivationGrid, Observer
-from muntin.compression.rewrite import computed_weight, named, other_padding
+from muntin.compression.rewrite import computed_weight, keepable, named, other_padding, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
@@ -196,16 +196,23 @@ def integer_structure(model: nn.Module) -> dict[str, OperationRecord]:
     return structure
 
 
-def empty_form(operation: nn.Module, record: OperationRecord) -> nn.Module:
-    """The quantised form of an operation as its record says, for weights and scales to be loaded into.
+def apply_integers(model: nn.Module, structure: Mapping[str, OperationRecord]) -> None:
+    """Put quantised forms where `structure` says, in place; load the weights and scales next.
 
-    Raises `ValueError` if the operation has another number of activation grids.
+    Raises `MuntinError` for a name that is no such operation of the model, before anything is changed.
     """
+    operations = keepable(model)
+    for name, record in structure.items():
+        grids = 2 if isinstance(operations.get(name), Product | SoftmaxProduct) else 1
+        if name not in operations or len(record.unsigned) != grids:
+            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
+            raise MuntinError(f"integers: '{name}' {what}: build the model that was saved")
+    for name, record in structure.items():
+        replace(model, name, _empty_form(operations[name], record))
+
+
+def _empty_form(operation: nn.Module, record: OperationRecord) -> nn.Module:
     grids = [ActivationGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
-    products = {Product: 2, SoftmaxProduct: 2}
-    count = products.get(type(operation), 1)
-    if len(grids) != count:
-        raise ValueError(f"has {count} activation grids, not {len(grids)}")
     if isinstance(operation, Product):
         return QuantizedProduct(*grids)
     if isinstance(operation, SoftmaxProduct):
