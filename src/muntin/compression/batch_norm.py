@@ -37,7 +37,7 @@ def fold_batch_norms(model: nn.Module, batch: Inputs) -> list[Change]:
     """
     if model.training:
         raise ValueError("folding needs the statistics of a trained model: call model.eval() first")
-    image = _varied(as_input(model, batch[:1])) if isinstance(batch, Tensor) else first_row(batch)
+    image = varied(as_input(model, batch[:1])) if isinstance(batch, Tensor) else first_row(batch)
     candidates, before = _find_pairs(model, image)
     users = parameter_users(model)
     shared = [pair for pair in candidates if any(len(users[id(parameter)]) > 1 for parameter in pair[1].parameters())]
@@ -76,7 +76,7 @@ def apply_folds(model: nn.Module, norms: Iterable[str], tensors: Container[str])
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
 
 
-def _varied(image: Tensor) -> Tensor:
+def varied(image: Tensor) -> Tensor:
     """The image, or noise if all of its values are equal."""
     if not image.numel() or image.min() < image.max():
         return image

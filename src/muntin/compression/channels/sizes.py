@@ -7,14 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from muntin.compression.quantization.qat import QATConv2d, QATLinear
+from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
 from muntin.errors import MuntinError
 
 SIZED = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm2d,
-    nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.PReLU,
+    nn.BatchNorm3d, nn.LayerNorm, nn.PReLU,
 )  # fmt: skip
 """Kinds that can be resized; subclasses too."""
+_FORMS = (QuantizedLinear, QuantizedConv2d, QATLinear, QATConv2d)
+"""Forms that have the sizes of the layer that they replace."""
 _NAMES = ("in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels", "num_parameters")
+
+
+def prunable(kind: type[nn.Module]) -> bool:
+    """Return True for a kind of layer whose outputs and inputs are different channels, unlike a norm's."""
+    return issubclass(kind, nn.Linear | nn.modules.conv._ConvNd)
 
 
 def sizes_of(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -26,7 +35,9 @@ def sizes_of(model: nn.Module) -> dict[str, dict[str, int]]:
 def _sizes(module: nn.Module) -> dict[str, int]:
     if isinstance(module, nn.LayerNorm):
         return {"normalized_shape": module.normalized_shape[0]} if len(module.normalized_shape) == 1 else {}
-    attributes = vars(module)  # not the properties of a factored layer
+    if not isinstance(module, (*SIZED, *_FORMS)):
+        return {}
+    attributes = vars(module)
     return {name: attributes[name] for name in _NAMES if isinstance(attributes.get(name), int)}
 
 
