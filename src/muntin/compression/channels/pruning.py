@@ -25,11 +25,21 @@ from muntin.compression.channels.groups import Costs, channel_groups, costs, cou
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.history import pruned_from, remember, remember_pruning
-from muntin.compression.low_rank.factored_layers import FactoredConv2d, factored_layers
+from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.quantization.quantized_layers import check_float
 from muntin.compression.replaceability import all_same
-from muntin.compression.rewrite import EVERY, call_every_layer, computed_weight, failing, left_out, named, out_of_reach, parameter_users
+from muntin.compression.rewrite import (
+    EVERY,
+    PARTS,
+    call_every_layer,
+    computed_weight,
+    failing,
+    left_out,
+    named,
+    out_of_reach,
+    parameter_users,
+)
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.compression_record import Change, PruningRecord
@@ -131,13 +141,14 @@ class _Pruning:
         cut(model, self.groups, cuts)
         if cuts:
             remember_pruning(model, record)
+        for layer in factored_layers(model).values():
+            update_ranks(layer)
         return self._changes(layers, cuts, reasons)
 
     def _obstacles(self, unnamed: Mapping[str, str]) -> dict[str, str]:
         """Reasons to keep groups, known without a trial."""
-        users, ranks = parameter_users(self.model), set[str]()
-        for name, layer in factored_layers(self.model).items():
-            ranks |= {f"{name}.reduce", *([f"{name}.core"] if isinstance(layer, FactoredConv2d) and len(layer.ranks) == 2 else [])}
+        users = parameter_users(self.model)
+        since = {f"{name}.{part}" for name in factored_layers(self.model) for part in PARTS[:-1]}.difference(self.record.channels)
         reasons = {}
         for name, group in self.groups.items():
             tensors = {member.layer: self.model.get_submodule(member.layer) for member in group.members}
@@ -146,7 +157,7 @@ class _Pruning:
             reason = (
                 group.obstacle or computed or (f"{shared} shares its weights" if shared else "")
                 or next((unnamed[giver] for giver in group.givers if giver in unnamed), "")
-                or ("its channels are the rank of a factored layer" if ranks.intersection(group.givers) else "")
+                or ("factored after the first pruning: low_rank chose its rank" if since.intersection(group.givers) else "")
                 or ("" if any(member.side == "in" for member in group.members) else "no layer reads its channels: they are the answer's")
             )  # fmt: skip
             if reason:

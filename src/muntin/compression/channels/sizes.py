@@ -38,7 +38,8 @@ def _sizes(module: nn.Module) -> dict[str, int]:
     if not isinstance(module, (*SIZED, *_FORMS)):
         return {}
     attributes = vars(module)
-    return {name: attributes[name] for name in _NAMES if isinstance(attributes.get(name), int)}
+    names = _NAMES[:2] if "in_features" in attributes else _NAMES
+    return {name: attributes[name] for name in names if isinstance(attributes.get(name), int)}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,6 +136,12 @@ AnyForm = nn.Linear | nn.Conv2d | FactoredLinear | FactoredConv2d
 def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
     """The factored layers of a model, by dotted name."""
     return dict(named(model, FactoredLinear, FactoredConv2d))
+
+
+def update_ranks(layer: FactoredLayer) -> None:
+    """Set the ranks of a factored layer to the sizes of its parts, which another pass has changed."""
+    parts = list(layer.children())[:-1]  # without `expand`
+    layer.ranks = tuple(len(cast(Tensor, part.weight)) for part in parts)
 
 
 L = TypeVar("L", bound=nn.Module)
