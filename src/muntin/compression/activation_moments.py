@@ -19,7 +19,7 @@ from torch.utils import _pytree
 
 from muntin.compression.calibration import not_finite
 from muntin.errors import MuntinError
-from muntin.models.eager import Inputs, batch_rows, call, run, tensors_of
+from muntin.models.eager import ModelInputs, batch_rows, call, run, tensors_of
 
 POSITIONS = 65_536
 """Maximum number of rows of one call that enter a moment; of more, every n-th is taken."""
@@ -103,7 +103,7 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def input_moments(model: nn.Module, batches: Sequence[Inputs], layers: Mapping[str, nn.Module]) -> dict[str, Moment]:
+def input_moments(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, nn.Module]) -> dict[str, Moment]:
     """The moments of the inputs of `layers` (Linear and ungrouped Conv2d, by dotted name).
 
     Costs one forward pass and I² multiply-adds a row, at most `POSITIONS` rows a call, summed in float64. A convolution's moment is over
@@ -131,7 +131,7 @@ def input_moments(model: nn.Module, batches: Sequence[Inputs], layers: Mapping[s
     return {name: total.moment(images) for name, total in sums.items()}
 
 
-def answer_sensitivity(model: nn.Module, batches: Sequence[Inputs], layers: Mapping[str, nn.Module]) -> dict[str, float]:
+def answer_sensitivity(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, nn.Module]) -> dict[str, float]:
     """Sensitivity of the model's answer to an error in the output of each of `layers`. Needs no labels, so it works for any task.
 
     The value is the mean over output elements y of (∂⟨s, ε⟩/∂y)², with scores s and ε ~ N(0, 1) (Hutchinson's estimate of the squared
@@ -205,8 +205,8 @@ def _checked_answer(answer: Any) -> Tensor:
     return smooth[0] if len(smooth) == 1 else torch.cat([tensor.flatten() for tensor in smooth])
 
 
-def _copied(batch: Inputs) -> Inputs:
-    copied: Inputs = _pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+def _copied(batch: ModelInputs) -> ModelInputs:
+    copied: ModelInputs = _pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
     return copied
 
 

@@ -19,7 +19,7 @@ from muntin.compression.replaceability import all_same
 from muntin.compression.rewrite import computed_weight, failing, named, parameter_users, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
-from muntin.models.eager import Inputs, as_input, call, first_row, tensors_of
+from muntin.models.eager import ModelInputs, as_input, call, first_row, tensors_of
 
 FOLDED = "batch norm folded into the convolution before it"
 """`Change.done` of a folded norm. `load_model` compares it with the records of checkpoints, so it must not change."""
@@ -28,7 +28,7 @@ Pair = tuple[str, nn.Conv2d, str, nn.BatchNorm2d]
 """A convolution and the norm after it, each with its name."""
 
 
-def fold_batch_norms(model: nn.Module, batch: Inputs) -> list[Change]:
+def fold_batch_norms(model: nn.Module, batch: ModelInputs) -> list[Change]:
     """Fold every `BatchNorm2d` (timm's with an activation too) that directly follows a `Conv2d`, in place. Idempotent.
 
     `batch`: inputs, of images raw pixels. The model, in `eval` mode, runs on the first image twice, and about 2·log2(norms) times more for
@@ -83,7 +83,7 @@ def varied(image: Tensor) -> Tensor:
     return torch.randint(0, 256, image.shape, generator=torch.Generator().manual_seed(0)).to(image)
 
 
-def _find_pairs(model: nn.Module, image: Inputs) -> tuple[list[Pair], list[Tensor]]:
+def _find_pairs(model: nn.Module, image: ModelInputs) -> tuple[list[Pair], list[Tensor]]:
     """The pairs, and the tensors of the model's answer."""
     outputs: dict[int, tuple[str, nn.Conv2d, int]] = {}  # by identity, with the version: a ReLU in place changes the same tensor
     alive: list[Tensor] = []  # keeps identities unique during the run
@@ -124,7 +124,7 @@ def _version(x: Tensor) -> int:
 
 
 @torch.no_grad()
-def _fold_if_same(model: nn.Module, pairs: Sequence[Pair], image: Inputs, before: Sequence[Tensor]) -> bool:
+def _fold_if_same(model: nn.Module, pairs: Sequence[Pair], image: ModelInputs, before: Sequence[Tensor]) -> bool:
     """Fold the pairs. Returns False, and restores the model, if the answer changes."""
     weights = [(conv.weight, conv.bias) for _, conv, _, _ in pairs]
     unchanged = False

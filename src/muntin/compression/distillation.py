@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.errors import MuntinError
-from muntin.models.eager import Inputs, call, check_module, tensors_of
+from muntin.models.eager import ModelInputs, call, check_module, tensors_of
 from muntin.training.config import TrainingConfig
 from muntin.training.gradients import kept_buffers, restore_buffers
 from muntin.training.loss import at_least_float32, distillation_loss
@@ -54,7 +54,7 @@ class Distillation:
 def distil(
     student: nn.Module,
     teacher: nn.Module,
-    inputs: Iterable[Inputs],
+    inputs: Iterable[ModelInputs],
     *,
     steps: int | None = None,
     minutes: float | None = None,
@@ -116,7 +116,7 @@ class _Loop:
         self.scaler = self.precision.scaler()
         self.guard = LossGuard(config.spike)
 
-    def run(self, batches: Iterator[Inputs], report: Callable[[int, float], None]) -> Distillation:
+    def run(self, batches: Iterator[ModelInputs], report: Callable[[int, float], None]) -> Distillation:
         started, step = perf_counter(), 0
         self.student.train()
         while (done := self.config.share_done(step, perf_counter() - started)) < 1:
@@ -129,7 +129,7 @@ class _Loop:
             loss=sum(recent) / len(recent) if recent else float("nan"),
         )  # fmt: skip
 
-    def _step(self, batch: Inputs, done: float) -> float | None:
+    def _step(self, batch: ModelInputs, done: float) -> float | None:
         """Take a step and return the loss; None if the batch was left out."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate_at(done)
@@ -208,7 +208,7 @@ def _tensor(answer: Any, who: str) -> Tensor:
     )
 
 
-def _endless(inputs: Iterable[Inputs], seed: int) -> Iterator[Inputs]:
+def _endless(inputs: Iterable[ModelInputs], seed: int) -> Iterator[ModelInputs]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         count = 0
@@ -221,7 +221,7 @@ def _endless(inputs: Iterable[Inputs], seed: int) -> Iterator[Inputs]:
             )
 
 
-def _shuffled(inputs: Sequence[Inputs], generator: torch.Generator) -> Iterator[Inputs]:
+def _shuffled(inputs: Sequence[ModelInputs], generator: torch.Generator) -> Iterator[ModelInputs]:
     return (inputs[index] for index in torch.randperm(len(inputs), generator=generator).tolist())
 
 

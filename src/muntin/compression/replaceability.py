@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.quantized_layers import GEOMETRY
 from muntin.compression.rewrite import computed_weight, failing
-from muntin.models.eager import Inputs, call, tensors_of
+from muntin.models.eager import ModelInputs, call, tensors_of
 from muntin.runtime.host.memory import no_memory
 
 NOTICED = "the model uses more of it than the result of its kind (it tests the kind, or its forward was replaced)"
@@ -24,7 +24,7 @@ TOLERANCE, ROUNDING = 1e-3, 1e-4
 """Maximum change of an answer by rounding, as a share of the largest distance of its values from their mean, and of the largest value."""
 
 
-def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Inputs) -> dict[str, str]:
+def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: ModelInputs) -> dict[str, str]:
     """Reasons to keep the layers, by dotted name, that no other form can replace; the model is restored.
 
     `image`: one row of inputs. Costs three forward passes, and about 2·log2(layers) more for each such layer. Returns only layers with
@@ -44,7 +44,7 @@ def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Inpu
             disguise.off()
 
 
-def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Inputs, before: Sequence[Tensor]) -> bool:
+def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: ModelInputs, before: Sequence[Tensor]) -> bool:
     """Disguise layers. Returns False, and undoes it, if the answer changes; otherwise they stay disguised."""
     for _, disguise in layers:
         disguise.on()
@@ -104,7 +104,7 @@ class _Disguise:
             self.on()
 
 
-def _answer(model: nn.Module, image: Inputs) -> list[Tensor] | None:
+def _answer(model: nn.Module, image: ModelInputs) -> list[Tensor] | None:
     """The tensors in a model's answer of any structure; None if it fails."""
     try:
         with torch.no_grad():

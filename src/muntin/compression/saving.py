@@ -7,6 +7,7 @@ FOLDER/model.safetensors    the tensors, each once
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,13 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
             for name, value in values.items():
                 stored = tensors.get(f"{prefix}.{name}" if prefix else name)
                 if value is not None and stored is not None and stored.dtype != value.dtype:
-                    values[name] = _like(value, stored.dtype)
+                    value.data = value.data.to(stored.dtype)  # the same object, which another layer may share
     own: dict[str, Any] = model.state_dict()
     if unsound := not_finite(tensors, own):
         raise CheckpointError(f"{what}: {unsound}")
+    weights: Any = OrderedDict(tensors | shared_tensors(own, tensors))
+    weights._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # some modules do not load without their versions
     try:
-        model.load_state_dict(tensors | shared_tensors(own, tensors))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise MuntinError(f"{what}: the tensors differ: {' '.join(str(error).split())[:200]}: build the model that was saved") from error
-
-
-def _like(value: Tensor, dtype: torch.dtype) -> Any:
-    cast = value.detach().to(dtype)
-    return nn.Parameter(cast, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else cast

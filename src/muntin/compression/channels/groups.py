@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from muntin.compression.channels.sizes import SIZED, prunable
 from muntin.errors import DependencyError, MuntinError, install
-from muntin.models.eager import Inputs, call, tensors_of
+from muntin.models.eager import ModelInputs, call, tensors_of
 
-Side = Literal["out", "in", "both"]
+ChannelSide = Literal["out", "in", "both"]
 """Which channels of a layer are in a group; both: of a norm, or of a depthwise convolution, whose outputs are its inputs."""
-Cuts = Mapping[str, Sequence[int]]
+ChannelCuts = Mapping[str, Sequence[int]]
 """By the name of a group: the channels to remove, in the numbering of its first layer's outputs."""
 NORM_EPS = 1e-12
 
@@ -36,7 +36,7 @@ class Member:
     """A layer or norm of a group."""
 
     layer: str
-    side: Side
+    side: ChannelSide
     positions: tuple[int, ...]
     """Positions along the layer's axis that belong to the group."""
     channels: tuple[int, ...]
@@ -59,7 +59,7 @@ class ChannelGroup:
         return tuple(dict.fromkeys(member.layer for member in self.members if member.side == "out"))
 
 
-def channel_groups(model: nn.Module, example: Inputs) -> dict[str, ChannelGroup]:
+def channel_groups(model: nn.Module, example: ModelInputs) -> dict[str, ChannelGroup]:
     """The groups of a model's channels, by name. `example`: one row of inputs.
 
     Costs a copy of the model and a forward pass with its graph. Raises `MuntinError` if the model cannot be traced.
@@ -87,7 +87,7 @@ def channel_groups(model: nn.Module, example: Inputs) -> dict[str, ChannelGroup]
 
 
 def _as_group(items: Any, names: Mapping[int, str]) -> ChannelGroup:
-    members, obstacle = [], ""
+    members, obstacle, count = [], "", len(items[0].idxs)
     for item in items:
         module, handler = item.dep.target.module, item.dep.handler
         if id(module) not in names:
@@ -98,15 +98,26 @@ def _as_group(items: Any, names: Mapping[int, str]) -> ChannelGroup:
         if not isinstance(module, SIZED) or any(key not in ("weight", "bias") for key in module._parameters):
             obstacle = obstacle or f"{name} ({type(module).__name__}) cannot be cut"
             continue
+        if isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            continue
         if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1 and not _is_depthwise(module):
             obstacle = obstacle or f"{name} is a grouped convolution"
-        root = [index for index in item.root_idxs if index is not None]
-        if len(root) != len(item.idxs):
+        member = Member(layer=name, side=_side(module, handler), positions=tuple(item.idxs), channels=tuple(item.root_idxs))
+        if not _fits(module, member, count):
             obstacle = obstacle or f"the channels of {name} cannot be followed"
             continue
-        members.append(Member(layer=name, side=_side(module, handler), positions=tuple(item.idxs), channels=tuple(root)))
-    first = members[0] if members else Member(layer=names[id(items[0].dep.target.module)], side="out", positions=(), channels=())
-    return ChannelGroup(name=first.layer, channels=len(first.positions), members=tuple(members), obstacle=obstacle)
+        members.append(member)
+    return ChannelGroup(name=names[id(items[0].dep.target.module)], channels=count, members=tuple(members), obstacle=obstacle)
+
+
+def _fits(module: nn.Module, member: Member, count: int) -> bool:
+    """Return False for positions that the layer does not have: the graph maps no concatenation that is flattened, for instance."""
+    tensors = [tensor for _, tensor in _tensors(module) if tensor.ndim]
+    sizes = [
+        tensor.shape[_axis(module, member.side) if tensor.ndim > 1 else 0] for tensor in tensors if tensor.ndim > 1 or member.side != "in"
+    ]
+    known = all(channel is not None and channel < count for channel in member.channels)
+    return known and len(member.channels) == len(member.positions) and all(max(member.positions, default=0) < size for size in sizes)
 
 
 def _reason_of(module: object) -> str:
@@ -115,7 +126,7 @@ def _reason_of(module: object) -> str:
     return "the answer has its channels" if type(module).__name__ == "_OutputOp" else ""
 
 
-def _side(module: nn.Module, handler: Callable[..., Any]) -> Side:
+def _side(module: nn.Module, handler: Callable[..., Any]) -> ChannelSide:
     if not prunable(type(module)) or (isinstance(module, nn.modules.conv._ConvNd) and _is_depthwise(module)):
         return "both"
     return "out" if "out" in handler.__name__ else "in"
@@ -145,15 +156,15 @@ def importance(model: nn.Module, group: ChannelGroup) -> Tensor:
     return total_C
 
 
-def _axis(layer: nn.Module, side: Side) -> int:
+def _axis(layer: nn.Module, side: ChannelSide) -> int:
     """The axis of a weight that has the channels of one side."""
     transposed = isinstance(layer, nn.modules.conv._ConvNd) and layer.transposed
     return int((side == "in") != transposed) if prunable(type(layer)) and side != "both" else 0
 
 
-def removed(groups: Mapping[str, ChannelGroup], cuts: Cuts) -> dict[tuple[str, Side], set[int]]:
+def removed(groups: Mapping[str, ChannelGroup], cuts: ChannelCuts) -> dict[tuple[str, ChannelSide], set[int]]:
     """The positions that leave each layer and side."""
-    gone: dict[tuple[str, Side], set[int]] = {}
+    gone: dict[tuple[str, ChannelSide], set[int]] = {}
     for name, channels in cuts.items():
         leaving = set(channels)
         for member in groups[name].members:
@@ -163,7 +174,7 @@ def removed(groups: Mapping[str, ChannelGroup], cuts: Cuts) -> dict[tuple[str, S
 
 
 @torch.no_grad()
-def cut(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: Cuts) -> None:
+def cut(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts) -> None:
     """Remove channels of groups, in place. Parameters are new, with the flags of the old ones and without gradients."""
     for (name, side), gone in removed(groups, cuts).items():
         layer = model.get_submodule(name)
@@ -186,7 +197,7 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, tensor
 
 
-def _shrink(layer: Any, side: Side, count: int) -> None:
+def _shrink(layer: Any, side: ChannelSide, count: int) -> None:
     """Lower the attributes that hold a layer's sizes."""
     if isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = (layer.normalized_shape[0] - count,)
@@ -199,7 +210,7 @@ def _shrink(layer: Any, side: Side, count: int) -> None:
 
 
 @torch.no_grad()
-def mask(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: Cuts) -> None:
+def mask(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts) -> None:
     """Set to zero, in place, the weights that read the channels: what a model without them must compute."""
     for (name, side), gone in removed(groups, cuts).items():
         layer = model.get_submodule(name)
@@ -238,9 +249,9 @@ class Costs:
     macs: int
 
 
-def costs(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: Cuts, positions: Mapping[str, float]) -> Costs:
+def costs(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts, positions: Mapping[str, float]) -> Costs:
     """The costs of a model once channels are removed, without removing them. `positions`: of `counted_macs`."""
-    gone: dict[str, dict[Side, int]] = {}
+    gone: dict[str, dict[ChannelSide, int]] = {}
     for (name, side), places in removed(groups, cuts).items():
         gone.setdefault(name, {})[side] = len(places)
     parameters, macs = 0, 0.0

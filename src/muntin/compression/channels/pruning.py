@@ -18,17 +18,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from muntin.compression.batch_norm import varied
 from muntin.compression.channels.groups import Costs, channel_groups, costs, counted_macs, cut, importance, mask
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
-from muntin.compression.history import pruned_from, remember, remember_pruning
+from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.quantization.quantized_layers import check_float
-from muntin.compression.replaceability import all_same
 from muntin.compression.rewrite import (
     EVERY,
     PARTS,
@@ -43,15 +42,19 @@ from muntin.compression.rewrite import (
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.compression_record import Change, PruningRecord
-from muntin.models.eager import Inputs, call, check_eager, first_row, tensors_of
+from muntin.models.eager import ModelInputs, call, check_eager, first_row, tensors_of
 
 USED = "the model uses its channels in another way too (heads of an attention, a norm over channels): the answer without them differs"
 """Reason to keep a group that a trial has refused."""
+FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""Errors of a model whose layers do not fit together."""
+TOLERANCE = 1e-5
+"""Difference of two answers by rounding alone, as a share of the largest distance of the values from their mean."""
 
 
 def prune(
     model: nn.Module,
-    example: Inputs | None = None,
+    example: ModelInputs | None = None,
     *,
     ratio: float | None = None,
     parameters: float | None = None,
@@ -66,7 +69,7 @@ def prune(
     or of its layers' multiply-adds to keep, for which the least such ratio is taken. `example`: a batch of inputs in the form that
     `low_rank` takes; one row is used. Widths become multiples of `multiple`. `only`, `keep`: names or patterns of the layers whose outputs
     may be cut, and that keep them. Channels leave by their importance (`groups`). Shares count from the model before its first pruning, so
-    a second run changes nothing.
+    a second run changes nothing; for `macs` with an example of the same size.
 
     Costs a forward pass with its graph, and two copies and passes for each of about 2·log2(groups) trials a group that is kept. Parameters
     are new objects: make the optimiser afterwards. The model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach,
@@ -109,7 +112,7 @@ class _Pruning:
     """One run of `prune` on a model without gates."""
 
     model: nn.Module
-    example: Inputs
+    example: ModelInputs
     multiple: int
 
     def run(self, kind: str, share: float, only: Sequence[str], keep: Sequence[str]) -> list[Change]:
@@ -118,7 +121,7 @@ class _Pruning:
         layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
         unnamed = left_out({**layers, **factored_layers(model)}, only, keep)
         row = first_row(self.example)
-        self.row: Inputs = varied(row) if isinstance(row, torch.Tensor) else row
+        self.row: ModelInputs = varied(row) if isinstance(row, Tensor) else row
         self.groups = channel_groups(model, self.row)
         with torch.no_grad(), counted_macs(model) as positions:
             call(model, self.row)
@@ -134,7 +137,10 @@ class _Pruning:
         if self._met(kind, share, now):
             reasons |= dict.fromkeys(free, f"the model keeps {self._share(kind, now):.1%} of its {kind}, within the budget")
             return self._changes(layers, {}, reasons)
-        refused = self._refused([name for name in free if kind != "ratio" or name in self._cuts([name], share)])
+        earlier = last_changes(model, "prune")
+        refused = [name for name in free if name in earlier and earlier[name].reason == USED]
+        free = [name for name in free if name not in refused]
+        refused += self._refused([name for name in free if kind != "ratio" or name in self._cuts([name], share)])
         free = [name for name in free if name not in refused]
         reasons |= dict.fromkeys(refused, USED)
         cuts = self._cuts(free, share) if kind == "ratio" else self._within(free, kind, share)
@@ -172,15 +178,15 @@ class _Pruning:
         def works(some: Sequence[str]) -> bool:
             cuts = accepted | {name: self.order[name][: max(1, self.groups[name].channels // 2)] for name in some}
             small, masked = copy.deepcopy(trial), copy.deepcopy(trial)
-            cut(small, self.groups, cuts)
             mask(masked, self.groups, cuts)
             with torch.no_grad():
                 expected = tensors_of(call(masked, self.row))
                 try:
+                    cut(small, self.groups, cuts)
                     answer = tensors_of(call(small, self.row))
-                except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):  # sizes that no longer fit
+                except FAULTS:  # sizes that no longer fit
                     return False
-            if not all_same(expected, answer):
+            if len(expected) != len(answer) or not all(map(_equal, expected, answer)):
                 return False
             accepted.update(cuts)
             return True
@@ -191,8 +197,23 @@ class _Pruning:
 
     @torch.no_grad()
     def _randomised(self) -> nn.Module:
-        """A copy with random weights, in which every channel has an effect: trained ones may be hidden by a scale or a gate near 0."""
-        trial, generator = copy.deepcopy(self.model), torch.Generator().manual_seed(0)
+        """A copy with random weights, in which every channel has an effect: trained ones may be hidden by a scale or a gate near 0.
+
+        In float64, unless the model does not run in it or its answer is then not finite.
+        """
+        for double in (True, False):
+            trial = copy.deepcopy(self.model)
+            self._fill(trial.double() if double else trial)
+            try:
+                answer = tensors_of(call(trial, self.row))
+            except FAULTS:
+                continue
+            if all(torch.isfinite(part).all() for part in answer):
+                return trial
+        return copy.deepcopy(self.model)
+
+    def _fill(self, trial: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
         for module in trial.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_floating_point():
@@ -203,16 +224,14 @@ class _Pruning:
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.running_var is not None:
                 module.running_mean.zero_()
                 module.running_var.fill_(1)
-        answer = tensors_of(call(trial, self.row))
-        return trial if all(torch.isfinite(part).all() for part in answer) else copy.deepcopy(self.model)
 
     def _cuts(self, names: Sequence[str], ratio: float) -> dict[str, list[int]]:
         """The channels that leave the groups at a ratio; groups that lose none are absent."""
         cuts = {}
         for name in names:
             channels = self.groups[name].channels
-            width = math.ceil((1 - ratio) * self._original(name) / self.multiple - 1e-9) * self.multiple
-            if 0 < width < channels:
+            width = max(1, math.ceil((1 - ratio) * self._original(name) / self.multiple - 1e-9)) * self.multiple
+            if width < channels:
                 cuts[name] = sorted(self.order[name][: channels - width])
         return cuts
 
@@ -262,7 +281,16 @@ class _Pruning:
                 before = f" of {original}" if original > whole else ""
                 reason = reason or f"{whole}{before} channels: the share in multiples of {self.multiple} is no less"
             changes.append(Change(layer=layer, pass_="prune", done="kept", reason=reason))
-        return changes + out_of_reach(self.model, "prune", "narrower form here")
+        others = out_of_reach(self.model, "prune", "narrower form here")
+        return changes + [change for change in others if change.layer not in layers]  # transposed convolutions and others are in both
+
+
+def _equal(expected: Tensor, answer: Tensor) -> bool:
+    if expected.shape != answer.shape:
+        return False
+    expected, answer = expected.double(), answer.double()
+    spread = float((expected - expected.mean()).abs().max()) if expected.numel() > 1 else float(expected.abs().max())
+    return float((expected - answer).abs().max()) <= TOLERANCE * spread
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLayer, factored_layers, factored_macs, factored_parameters
-from muntin.models.eager import Inputs, batch_rows, run
+from muntin.models.eager import ModelInputs, batch_rows, run
 from muntin.training.config import LowRankConfig
 
 
@@ -30,7 +30,7 @@ class FactoredCosts:
     """The same of dense layers in their place."""
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Inputs], *, with_macs: bool) -> Self:
+    def of(cls, model: nn.Module, batches: Sequence[ModelInputs], *, with_macs: bool) -> Self:
         """Count; the multiply-adds cost one run of the model, if there are factored layers."""
         layers = factored_layers(model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -61,7 +61,7 @@ class FactoredCosts:
         return f"{self.layers} layers are factored already: {self.parameters:,} parameters are within the budget of {self.budget(config):,}"
 
 
-def _positions(model: nn.Module, batches: Sequence[Inputs], layers: Mapping[str, FactoredLayer]) -> dict[str, float]:
+def _positions(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, FactoredLayer]) -> dict[str, float]:
     """Rows of each layer's output (tokens, positions of a map) for one row of inputs."""
     counts = dict.fromkeys(layers, 0)
 

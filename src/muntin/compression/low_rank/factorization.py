@@ -59,7 +59,7 @@ from muntin.compression.rewrite import (
 )
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
-from muntin.models.eager import Inputs, check_eager, first_row
+from muntin.models.eager import ModelInputs, check_eager, first_row
 from muntin.training.config import LowRankConfig
 
 DAMPING = 1e-2
@@ -73,7 +73,7 @@ Dense = nn.Linear | nn.Conv2d
 
 def low_rank(
     model: nn.Module,
-    calibration: Iterable[Inputs],
+    calibration: Iterable[ModelInputs],
     *,
     parameters: float = 0.35,
     macs: float | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
 from muntin.compression.rewrite import named
-from muntin.models.eager import Inputs, watch_inputs
+from muntin.models.eager import ModelInputs, watch_inputs
 
 NEAR = 0.02
 """Maximum relative difference of a layer's scale from the pixels' step, to be set to it."""
@@ -26,7 +26,7 @@ _COARSER = 127.5 / 127
 
 
 @torch.no_grad()
-def align_with_pixels(model: nn.Module, images: Inputs) -> list[str]:
+def align_with_pixels(model: nn.Module, images: ModelInputs) -> list[str]:
     """Set the scale of each layer that reads the image to the pixels' step, if it is within `NEAR`; return the names of these layers.
 
     If the pixels are beside the grid, a scale within `NEAR_OFF_GRID` is set to a coarser one. `images`: raw pixels `(B, C, H, W)`, for

@@ -20,12 +20,17 @@ from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.quantization.quantized_layers import QuantizedLayer, already_quantized, quantized_form, quantized_operations
 from muntin.compression.rewrite import EVERY, others, out_of_reach, replace
 from muntin.models.compression_record import Change
-from muntin.models.eager import Inputs, check_eager, watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, watch_inputs
 from muntin.training.config import QuantizationConfig
 
 
 def quantize(
-    model: nn.Module, calibration: Iterable[Inputs], *, min_sqnr_db: float = 15.0, only: Sequence[str] = EVERY, keep: Sequence[str] = ()
+    model: nn.Module,
+    calibration: Iterable[ModelInputs],
+    *,
+    min_sqnr_db: float = 15.0,
+    only: Sequence[str] = EVERY,
+    keep: Sequence[str] = (),
 ) -> list[Change]:
     """Quantise Linear and Conv2d to static INT8 (W8A8), in place; see the head of this file.
 
@@ -66,7 +71,7 @@ def quantize(
 
 
 def _measure(
-    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[Inputs]
+    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[ModelInputs]
 ) -> dict[str, float]:
     """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it."""
     measured: dict[str, float] = {}

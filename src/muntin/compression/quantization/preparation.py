@@ -25,14 +25,14 @@ from muntin.compression.rewrite import (
     number_paddings,
 )
 from muntin.models.compression_record import Change
-from muntin.models.eager import Inputs, check_eager, first_row, watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, first_row, watch_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """The operations of a folded model, by dotted name, with the ranges of their inputs."""
 
-    batches: list[Inputs]
+    batches: list[ModelInputs]
     changes: list[Change]
     operations: dict[str, nn.Module]
     observed: dict[str, tuple[Observer, Observer]]
@@ -43,7 +43,7 @@ class Prepared:
 
 def prepare(
     model: nn.Module,
-    calibration: Iterable[Inputs],
+    calibration: Iterable[ModelInputs],
     *,
     only: Sequence[str],
     keep: Sequence[str],
@@ -81,7 +81,7 @@ def prepare(
     )
 
 
-def _unusual(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Inputs]) -> dict[str, str]:
+def _unusual(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[ModelInputs]) -> dict[str, str]:
     """Subclasses of Linear and Conv2d, by name, that do not compute what their kind does, with a reason."""
     kinds = (nn.Linear, nn.Conv2d)
     subclasses = {name: layer for name, layer in operations.items() if isinstance(layer, kinds) and type(layer) not in kinds}

@@ -41,7 +41,7 @@ from muntin.compression.rewrite import EVERY, is_kept, keepable, named, others, 
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
-from muntin.models.eager import Inputs, check_eager, watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, watch_inputs
 
 
 class LearnedGrid(nn.Module):
@@ -168,7 +168,7 @@ FLOAT = 32
 
 def prepare_qat(
     model: nn.Module,
-    calibration: Iterable[Inputs],
+    calibration: Iterable[ModelInputs],
     *,
     bits: int = 4,
     only: Sequence[str] = EVERY,
@@ -292,7 +292,7 @@ def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> Non
         replace(model, name, _qat_form(operations[name], grids_of, record.bits))
 
 
-def freeze(model: nn.Module, calibration: Iterable[Inputs] = ()) -> list[Change]:
+def freeze(model: nn.Module, calibration: Iterable[ModelInputs] = ()) -> list[Change]:
     """Turn every operation in quantisation-aware training into its integer form, in place.
 
     Float layers are rounded to the FP16 in which they are stored. `calibration`: on its first batch, if there is one, the signal over noise
