@@ -12,6 +12,7 @@ Axes: C channels of a group, O output and I input channels of a layer.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ def channel_groups(model: nn.Module, example: ModelInputs) -> dict[str, ChannelG
     traced = copy.deepcopy(model).eval().requires_grad_(True)
     names = {id(module): name for name, module in traced.named_modules()}
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+            # of a graph that is too deep for it (shifted windows), torch-pruning would follow the channels without end
+            warnings.filterwarnings("error", "Maximum recursive depth reached", UserWarning)
             graph = torch_pruning.DependencyGraph().build_dependency(
                 traced,
                 example_inputs=example,
@@ -80,9 +83,11 @@ def channel_groups(model: nn.Module, example: ModelInputs) -> dict[str, ChannelG
                 verbose=False,
             )
             groups = list(graph.get_all_groups(root_module_types=[kind for kind in SIZED if prunable(kind)]))
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
+    except (UserWarning, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise MuntinError(f"the channels of this model cannot be followed ({reason}): does it run on the example?") from error
+        raise MuntinError(
+            f"the channels of this model cannot be followed ({reason}): check that it runs on the example, or use low_rank"
+        ) from error
     return {group.name: group for group in (_as_group(items, names) for items in groups)}
 
 
