@@ -65,7 +65,7 @@ def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, Any]
     """Name -> checkpoint, artefact, the PyTorch model that it should agree with."""
     plain, compressed = read_checkpoint(run), read_checkpoint(run / "compressed" / "3-mixed")
     trained = load_model(compressed)
-    freeze(calibration_of(plain, source_of(plain)))(trained)
+    freeze(trained, calibration_of(plain, source_of(plain)))
     return {
         "fp32": (plain, export_checkpoint(plain, output / "fp32", integer=False).path, load_model(plain)),
         "int8": (plain, export_checkpoint(plain, output / "int8").path, load_model(plain)),

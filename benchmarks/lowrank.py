@@ -71,7 +71,7 @@ def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder
     assert config is not None
     model = load_model(checkpoint)
     before = parameter_count(model)
-    low_rank(calibration_of(checkpoint, source_of(checkpoint)), config)(model)
+    low_rank(model, calibration_of(checkpoint, source_of(checkpoint)), **config.model_dump())
     at_once = score(checkpoint, model)
     run = compressed(checkpoint, folder, stages, until="low-rank")
     after = score(checkpoint, load_model(read_checkpoint(run.stages[0].checkpoint)))

@@ -37,7 +37,6 @@ from muntin.layers import Grid, HybridAttention
 from muntin.models import PRESETS, TorchSession, create_model
 from muntin.runtime import describe_hardware
 from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.training.config import QuantizationConfig
 from options import at_least
 from resumed import network_of
 
@@ -114,7 +113,7 @@ def session(model: nn.Module, way: str, side: int, folder: Path, threads: int) -
         signature = Signature(task=task, channels=3, scale=1, classes=classes)
         return TorchSession(model, signature, compile=kind == "compiled")
     example = torch.randint(0, 256, (2, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float()
-    changes = quantize([example], QuantizationConfig(min_sqnr_db=0))(model) if precision == "int8" else []
+    changes = quantize(model, [example], min_sqnr_db=0) if precision == "int8" else []
     muntin.export(model, example, folder, changes=changes)
     return muntin.load(folder, precision="recorded" if precision == "int8" else precision, threads=threads, shapes=[(1, side, side)])
 

@@ -113,7 +113,7 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
     calibration = calibration_of(checkpoint, source_of(checkpoint))
     if way == "direct":
         model = load_model(checkpoint)
-        prepare_qat(calibration, percentile=PERCENTILE)(model)
+        prepare_qat(model, calibration, percentile=PERCENTILE)
     else:
         mixed = SHARES[task] * MIXED if way == "three stages" else 0.0
         config = CompressionConfig(
@@ -125,7 +125,7 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
         place = folder / way.replace(" ", "-")
         run = compressed(checkpoint, place, config)
         model = load_model(read_checkpoint(run.checkpoint))
-    freeze(calibration)(model)
+    freeze(model, calibration)
     return model
 
 

@@ -80,7 +80,7 @@ def integer_artifact(checkpoint: Checkpoint, path: Path) -> Artifact:
         checkpoint,
         path,
         f"W4A8, {PERCENTILE:g}",
-        lambda model, calibration: prepare_qat(calibration, percentile=PERCENTILE)(model) + freeze(calibration)(model),
+        lambda model, calibration: prepare_qat(model, calibration, percentile=PERCENTILE) + freeze(model, calibration),
     )
 
 

@@ -99,7 +99,7 @@ def _curve(ranks: Ranks, *, steps: int, quantized: bool = False, hybrid: bool = 
     torch.manual_seed(0)
     model = create_model("hybrid-xs", task="segment", classes=CLASSES, options=SMALL) if hybrid else Plain()
     if quantized:
-        prepare_qat([rows(99)[0].float()], bits=8)(model.eval())
+        prepare_qat(model.eval(), [rows(99)[0].float()], bits=8)
     config = TrainingConfig.model_validate({"steps": steps, "batch_size": BATCH, "average": 0.9} | options)
     trainer = Trainer(model, config, task="segment", precision=FP32, ranks=ranks)
     losses = []

@@ -13,7 +13,7 @@ from muntin.errors import DependencyError, install
 if TYPE_CHECKING:
     from muntin import layers
     from muntin.artifact import write_standalone
-    from muntin.compression import quantize
+    from muntin.compression import distil, freeze, load_compressed, low_rank, prepare_qat, prune, quantize, save
     from muntin.deployment import TorchSession, export, open_model
     from muntin.graph import export_onnx, quantize_onnx
     from muntin.models import create_model
@@ -25,16 +25,23 @@ __all__ = [
     "SessionOptions",
     "TorchSession",
     "create_model",
+    "distil",
     "evaluate",
     "export",
     "export_onnx",
     "fit",
+    "freeze",
     "layers",
     "load",
+    "load_compressed",
+    "low_rank",
     "open_model",
     "predict",
+    "prepare_qat",
+    "prune",
     "quantize",
     "quantize_onnx",
+    "save",
     "serve",
     "verify",
     "write_standalone",
@@ -44,15 +51,22 @@ _ROOMS = {
     "SessionOptions": "runtime",
     "TorchSession": "deployment",
     "create_model": "models",
+    "distil": "compression",
     "evaluate": "training",
     "export": "deployment",
     "export_onnx": "graph",
     "fit": "training",
+    "freeze": "compression",
     "load": "runtime",
+    "load_compressed": "compression",
+    "low_rank": "compression",
     "open_model": "deployment",
     "predict": "runtime",
+    "prepare_qat": "compression",
+    "prune": "compression",
     "quantize": "compression",
     "quantize_onnx": "graph",
+    "save": "compression",
     "serve": "serving.server",  # `muntin.serving` itself is imported by engine processes, which need neither HTTP nor gRPC
     "verify": "runtime",
     "write_standalone": "artifact",

@@ -192,8 +192,12 @@ def test_answers_without_information() -> None:
 
     x = torch.randn(2, 4)
     with pytest.raises(MuntinError, match="answers with a dict: wrap it"):
-        model: nn.Module = Answers(lambda out: {"out": out})
+        model: nn.Module = Answers(lambda out: {"out": out.tolist()})
         answer_sensitivity(model, [x], linears(model))
+    by_name = Answers(lambda out: {"out": out, "label": out.argmax(1)})
+    plain = Answers(lambda out: out)
+    plain.load_state_dict(by_name.state_dict())
+    assert answer_sensitivity(by_name, [x], linears(by_name)) == answer_sensitivity(plain, [x], linears(plain))
     with pytest.raises(MuntinError, match="depends smoothly on none"):
         model = Answers(lambda out: out.argmax(1))
         answer_sensitivity(model, [x], linears(model))

@@ -13,30 +13,29 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from model_helpers import answer, pixels
 from muntin import create_model
-from muntin.compression import Change, Pass, QuantizedConv2d, freeze, prepare_qat, quantize
+from muntin.compression import Change, QuantizedConv2d, freeze, prepare_qat, quantize
 from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.fake_quantization import sqnr_db
 from muntin.compression.quantization.qat import QATConv2d
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
-from muntin.training.config import LowRankConfig, QuantizationConfig
 
 INTEGER = ["quantize", "qat"]
 ALL = [*INTEGER, "low_rank"]
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
 
 
-def make_pass(name: str, batches: Iterable[Tensor], *, keep: tuple[str, ...] = (), parameters: float = 0.8) -> Pass:
+def run_pass(name: str, model: nn.Module, batches: Iterable[Tensor], *, parameters: float = 0.8, **names: tuple[str, ...]) -> list[Change]:
     if name == "quantize":
-        return quantize(batches, QuantizationConfig(keep=keep))
+        return quantize(model, batches, **names)  # type: ignore[arg-type]
     if name == "qat":
-        return prepare_qat(batches, bits=8, keep=keep)
-    return low_rank(batches, LowRankConfig(parameters=parameters, multiple=1, keep=keep))
+        return prepare_qat(model, batches, bits=8, **names)  # type: ignore[arg-type]
+    return low_rank(model, batches, parameters=parameters, multiple=1, **names)  # type: ignore[arg-type]
 
 
 def apply(name: str, model: nn.Module, batches: Iterable[Tensor], **options: Any) -> dict[str, Change]:
     """Apply a pass; return its own changes by layer."""
-    changes = [change for change in make_pass(name, batches, **options)(model) if change.pass_ == name]
+    changes = [change for change in run_pass(name, model, batches, **options) if change.pass_ == name]
     assert len({change.layer for change in changes}) == len(changes)
     return {change.layer: change for change in changes}
 
@@ -68,7 +67,7 @@ def test_no_batch(name: str) -> None:
     nothings: list[Iterable[Tensor]] = [[], iter(())]
     for nothing in nothings:
         with pytest.raises(MuntinError, match="there is no batch"):
-            make_pass(name, nothing)(Perceptron())
+            run_pass(name, Perceptron(), nothing)
 
 
 @pytest.mark.parametrize("name", INTEGER)
@@ -83,7 +82,7 @@ def test_weight_not_finite(name: str, bad: float) -> None:
     with torch.no_grad():
         model.second.weight[3, 2] = bad
     with pytest.raises(MuntinError, match=r"layer 'second': the weight holds NaN or infinity") as caught:
-        make_pass(name, [pixels(1, 3, 8, 8)])(model)
+        run_pass(name, model, [pixels(1, 3, 8, 8)])
     assert "\n" not in str(caught.value) and type(model.second) is nn.Linear
 
 
@@ -93,7 +92,7 @@ def test_image_not_finite(name: str, bad: float) -> None:
     model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
     x[1, 0, 3, 3] = bad
     with pytest.raises(MuntinError, match=r"NaN or infinity at the input of layer 'first'") as caught:
-        make_pass(name, [x])(model)
+        run_pass(name, model, [x])
     assert "\n" not in str(caught.value) and all(type(layer) is nn.Linear for layer in model.children())
 
 
@@ -105,7 +104,7 @@ def test_one_pixel(name: str) -> None:
     before = answer(model, x)
     assert torch.isfinite(before).all()
     if name == "qat":
-        freeze([pixels(1, 3, 1, 1)])(model)
+        freeze(model, [pixels(1, 3, 1, 1)])
         torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-4)
 
 
@@ -122,7 +121,7 @@ def test_constant_activations(name: str) -> None:
         model(x).square().mean().backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
         trained = answer(model, x)
-        freeze([x])(model)
+        freeze(model, [x])
         torch.testing.assert_close(answer(model, x), trained, rtol=1e-4, atol=1e-5)
 
 
@@ -144,7 +143,7 @@ def test_unknown_name_in_keep(name: str) -> None:
     model = create_model("hybrid-xs", options=SMALL).eval()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(MuntinError, match=r"keep names no layer: nosuch; the model has stem\.0\.conv") as caught:
-        make_pass(name, [pixels(1, 3, 32, 32)], keep=("stem.0.conv", "nosuch"))(model)
+        run_pass(name, model, [pixels(1, 3, 32, 32)], keep=("stem.0.conv", "nosuch"))
     assert "\n" not in str(caught.value)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -246,7 +245,7 @@ def test_kind_that_no_pass_rewrites(name: str) -> None:
     assert kept(apply(name, model, [images], parameters=1.0))["2"].startswith("ConvTranspose2d: no ")
     assert model[2] is up
     if name == "qat":
-        freeze([images])(model)
+        freeze(model, [images])
     assert name == "low_rank" or torch.equal(up.weight, up.weight.half().float())
 
 
@@ -261,7 +260,7 @@ def test_shared_layer(name: str) -> None:
     assert list(apply(name, model, [x])) == ["0", "1"]
     assert isinstance(model[1], QATConv2d if name == "qat" else QuantizedConv2d) and model[3] is model[1]
     if name == "qat":
-        freeze([x])(model)
+        freeze(model, [x])
         assert isinstance(model[1], QuantizedConv2d) and model[3] is model[1]
 
 
@@ -313,6 +312,6 @@ def test_layer_in_a_plain_attribute(name: str) -> None:
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_padding_given_as_a_word(name: str, padding: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=padding), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=padding)).eval()
-    changes = [change for change in make_pass(name, [pixels(4, 3, 16, 16)])(model) if change.layer == "2"]
+    changes = [change for change in run_pass(name, model, [pixels(4, 3, 16, 16)]) if change.layer == "2"]
     assert [(change.pass_, change.kept) for change in changes] == [("pad", False), (name, False)]
     assert type(model[2]) is not nn.Conv2d

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.compression import Pass, prepare_qat, quantize
+from muntin.compression import Change, prepare_qat, quantize
 from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d
 from muntin.compression.replaceability import NOTICED, irreplaceable, same
 from muntin.models import create_model
-from muntin.training.config import LowRankConfig
 
 
 class Asks(nn.Module):
@@ -79,10 +78,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
     "by name": (lambda: Called(by_name=True), {"stem"}),
     "by place": (lambda: Called(by_name=False), {"stem"}),
 }
-PASSES: dict[str, Callable[[list[Tensor]], Pass]] = {
+PASSES: dict[str, Callable[[nn.Module, list[Tensor]], list[Change]]] = {
     "quantize": quantize,
-    "qat": lambda images: prepare_qat(images, bits=8),
-    "low rank": lambda images: low_rank(images, LowRankConfig(parameters=1.0)),
+    "qat": lambda model, images: prepare_qat(model, images, bits=8),
+    "low rank": lambda model, images: low_rank(model, images, parameters=1.0),
 }
 
 
@@ -98,7 +97,7 @@ def test_layers_that_are_more_than_their_kind(name: str, pass_: str) -> None:
     model = make().eval()
     with torch.no_grad():
         before = model(images())
-        changes = PASSES[pass_]([images()])(model)
+        changes = PASSES[pass_](model, [images()])
         after = model(images())
     reasons = {change.layer: change.reason for change in changes if change.done == "kept"}
     if "line" in reasons:
@@ -202,7 +201,7 @@ def test_packed_answers_and_plain_lists() -> None:
             return {"scores": last(F.relu(first(x / 255))), "sizes": [x.shape[2]]}
 
     model = Packed().eval()
-    changes = quantize([images()])(model)
+    changes = quantize(model, [images()])
     assert [change.done for change in changes if change.layer in ("stem", "last")] == ["W8A8", "W8A8"]
     assert all(isinstance(layer, QuantizedConv2d) for layer in model.order)
 

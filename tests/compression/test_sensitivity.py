@@ -48,7 +48,7 @@ def fragile() -> tuple[nn.Module, nn.Module, Tensor]:
     """A network in W4A8 with a fragile layer, the same in float, and pictures."""
     teacher, x = Fragile().eval(), pixels(4, 3, 12, 12)
     model = copy.deepcopy(teacher)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     return model, teacher, x
 
 
@@ -86,10 +86,10 @@ def test_gain_against_reference(fragile: Net) -> None:
     for width in WIDER:
         assert abs(measured["second"].gains[width]) > 1e-3
         other = copy.deepcopy(teacher)
-        prepare_qat([x], keep=("second",) if width == FLOAT else ())(other)
+        prepare_qat(other, [x], keep=("second",) if width == FLOAT else ())
         if width != FLOAT:
             wide = copy.deepcopy(teacher)
-            prepare_qat([x], bits=width)(wide)
+            prepare_qat(wide, [x], bits=width)
             other.second = wide.second
         assert measured["second"].gains[width] == pytest.approx(1 - distance(other, teacher, x) / before, rel=1e-3, abs=1e-5)
 
@@ -100,7 +100,7 @@ def test_model_is_unchanged(name: str, fragile: Net) -> None:
     if name == "hybrid":
         teacher = create_model("hybrid-xs", options=SMALL).eval()
         model, x = copy.deepcopy(teacher), pixels(2, 3, 32, 32)
-        prepare_qat([x])(model)
+        prepare_qat(model, [x])
     modules, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
     scores, bits, trained = answer(model, x).clone(), bits_of(model), copy.deepcopy(teacher.state_dict())
     measure_sensitivity(model, teacher, [x], task="segment")

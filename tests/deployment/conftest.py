@@ -21,7 +21,6 @@ from muntin.artifact import Artifact
 from muntin.compression import quantize
 from muntin.errors import ExportError, MuntinError
 from muntin.layers import ChannelGate, MapNorm, TokenNorm
-from muntin.training.config import QuantizationConfig
 
 HYBRID = {"depths": (1,), "dims": (128,)}
 """A hybrid of one attention stage, in a width that integer kernels are for: each further stage adds seconds to an export."""
@@ -139,7 +138,7 @@ def export_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
 
     def run(model: nn.Module, *, quantized: bool, example: Tensor | None = None, keep: tuple[str, ...] = ()) -> Exported:
         example = make_pixels(2, 3, 64, 64) if example is None else example
-        changes = quantize([example], QuantizationConfig(keep=keep, min_sqnr_db=0))(model) if quantized else []
+        changes = quantize(model, [example], keep=keep, min_sqnr_db=0) if quantized else []
         path = tmp_path_factory.mktemp("export") / "artifact"
         return Exported(model, muntin.export(model, example, path, changes=changes, sizes="widest"))
 

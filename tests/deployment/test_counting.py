@@ -14,7 +14,6 @@ from muntin.compression import quantize
 from muntin.deployment import image_macs, parameter_count
 from muntin.deployment.counting import stored_bytes
 from muntin.layers import DenseAttention
-from muntin.training.config import QuantizationConfig
 
 
 @pytest.fixture
@@ -58,7 +57,7 @@ def test_parameter_count(mixed: nn.Module) -> None:
 @pytest.mark.parametrize("keep", [(), ("linear", "depthwise")])
 def test_counts_after_quantisation(mixed: nn.Module, keep: tuple[str, ...], pixels: Callable[..., Tensor]) -> None:
     x = pixels(2, 3, 20, 25)
-    changes = quantize([x], QuantizationConfig(keep=keep, min_sqnr_db=0))(mixed)
+    changes = quantize(mixed, [x], keep=keep, min_sqnr_db=0)
     assert sum(not change.kept for change in changes) == 5 - len(keep)
     assert image_macs(mixed, x) == sum(MACS.values()) + PRODUCT
     assert parameter_count(mixed) == PARAMETERS
@@ -67,7 +66,7 @@ def test_counts_after_quantisation(mixed: nn.Module, keep: tuple[str, ...], pixe
 def test_macs_of_a_quantised_hybrid(pixels: Callable[..., Tensor]) -> None:
     model, x = create_model("hybrid-xs", options={"depths": (1,), "dims": (128,)}), pixels(1, 3, 40, 56)
     before = image_macs(model, x)
-    quantize([x])(model)
+    quantize(model, [x])
     assert image_macs(model, x) == before
 
 
@@ -106,7 +105,7 @@ def test_macs_of_pytorch_attention() -> None:
 def test_macs_without_memory() -> None:
     dense = DenseAttention(8, heads=2)
     assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8  # its logits alone would be 512 GiB
-    quantize([torch.rand(1, 4, 4, 8)])(dense)
+    quantize(dense, [torch.rand(1, 4, 4, 8)])
     assert image_macs(dense, torch.zeros(1, 512, 512, 8)) == 2**18 * 8 * 32 + 2 * 2**36 * 8
 
 

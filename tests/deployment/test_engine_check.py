@@ -193,7 +193,7 @@ def test_int8_accuracy_at_64_times_the_calibrated_area(tmp_path: Path) -> None:
     source = source_of(checkpoint)
     calibration, model = calibration_of(checkpoint, source), load_model(checkpoint)
     assert all(batch.shape[2:] == (64, 64) for batch in calibration)
-    done = prepare_qat(calibration, bits=8)(model) + freeze(calibration)(model)  # products of attention over all tokens, too
+    done = prepare_qat(model, calibration, bits=8) + freeze(model, calibration)  # products of attention over all tokens, too
     signature = recipe.signature(source.classes)
     artifact = muntin.export(model, calibration[0], tmp_path / "artifact", signature=signature, changes=done)
     test = source.split("test")
@@ -288,7 +288,7 @@ def test_signed_concat(joined: Callable[..., Tensor], build: type[nn.Module], pi
     model = build(run, **parts, norm=norm, head=nn.Conv2d(11, 4, 1)).eval()
     example = pixels(2, 3, 64, 64)
     integers = copy.deepcopy(model)
-    quantize([example])(integers)
+    quantize(integers, [example])
     artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example])
     assert all(record.activation_bits == 8 for record in artifact.manifest.layers if record.name in ("stem", "body", "head"))
     images = pictures(1, 48, 40, 3)

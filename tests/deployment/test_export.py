@@ -113,7 +113,7 @@ def test_classify_and_restore(trained: Any, pixels: Any, pictures: Any, plain_sc
     scores = muntin.load(artifact.path, precision="f32", threads=1)(images)
     assert scores.shape == (1, 3, 66, 100)
     quantised = copy.deepcopy(restorer)
-    quantize([example])(quantised)
+    quantize(quantised, [example])
     expected = muntin.TorchSession(quantised, artifact.manifest.signature)(images)
     assert np.abs(scores - expected).max() <= 0.1 * expected.std()
     assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed

@@ -50,9 +50,9 @@ class Deployed:
     """A network in integers of so many bits, and its artefact."""
 
     def __init__(self, model: nn.Module, example: Tensor, path: Path, *, bits: int, widths: dict[str, int] | None = None) -> None:
-        changes = prepare_qat([example], bits=bits)(model)
+        changes = prepare_qat(model, [example], bits=bits)
         set_bits(model, widths or {})
-        changes += freeze([example])(model)
+        changes += freeze(model, [example])
         self.model = model
         self.artifact: Artifact = muntin.export(model, example, path, changes=changes)
 

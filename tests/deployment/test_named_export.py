@@ -119,7 +119,7 @@ def test_refusals(encoder: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="axes are of named tensors"):
         muntin.export(small, torch.zeros(1, 3, 8, 8), tmp_path / "a", axes=AXES)  # type: ignore[call-overload]
     quantized = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
-    quantize([torch.zeros(1, 3, 8, 8)])(quantized)
+    quantize(quantized, [torch.zeros(1, 3, 8, 8)])
     with pytest.raises(ExportError, match="quantised in PyTorch: give the float model"):
         muntin.export(quantized, {"input": torch.zeros(1, 3, 8, 8)}, tmp_path / "a")
     assert not list(tmp_path.iterdir())

@@ -76,7 +76,7 @@ def test_unsupported_models(build: Callable[[], Any], said: str, pass_: Callable
     model = build()
     before = [type(part) for part in model.modules()] if isinstance(model, nn.Module) else []
     with pytest.raises(MuntinError) as error:
-        pass_([images()])(model)
+        pass_(model, [images()])
     assert said in str(error.value)
     assert before == ([type(part) for part in model.modules()] if isinstance(model, nn.Module) else [])
 
@@ -167,7 +167,7 @@ class Grid(nn.Module):
 @pytest.mark.parametrize("pass_", PASSES)
 def test_kept_activations_are_trainable(pass_: Callable[..., Any]) -> None:
     model = Grid()
-    pass_([images()])(model)
+    pass_(model, [images()])
     assert not model.grid.is_inference()
     if pass_ is not quantize:
         model(images()).sum().backward()

@@ -83,7 +83,7 @@ def test_quantised_weights_are_matrices() -> None:
     model = create_model("hybrid-xs", task="classify", classes=3)
     expected = _matrices(make_optimizer(model, TrainingConfig()), model)
     model.eval()
-    prepare_qat([torch.rand(2, 3, 64, 64) * 255], bits=4)(model)
+    prepare_qat(model, [torch.rand(2, 3, 64, 64) * 255], bits=4)
     matrices = _matrices(make_optimizer(model, TrainingConfig()), model)
     assert expected == matrices and "head.weight" in matrices
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from muntin.compression.calibration import not_finite
 from muntin.errors import MuntinError
-from muntin.models.eager import as_input, run
+from muntin.models.eager import ModelInputs, batch_rows, call, run, tensors_of
 
 POSITIONS = 65_536
 """Maximum number of rows of one call that enter a moment; of more, every n-th is taken."""
@@ -102,7 +103,7 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Moment]:
+def input_moments(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, nn.Module]) -> dict[str, Moment]:
     """The moments of the inputs of `layers` (Linear and ungrouped Conv2d, by dotted name).
 
     Costs one forward pass and I² multiply-adds a row, at most `POSITIONS` rows a call, summed in float64. A convolution's moment is over
@@ -126,11 +127,11 @@ def input_moments(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[s
         return watch
 
     run(model, batches, [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in layers.items()])
-    images = sum(len(batch) for batch in batches)
+    images = sum(map(batch_rows, batches))
     return {name: total.moment(images) for name, total in sums.items()}
 
 
-def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapping[str, nn.Module]) -> dict[str, float]:
+def answer_sensitivity(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, nn.Module]) -> dict[str, float]:
     """Sensitivity of the model's answer to an error in the output of each of `layers`. Needs no labels, so it works for any task.
 
     The value is the mean over output elements y of (∂⟨s, ε⟩/∂y)², with scores s and ε ~ N(0, 1) (Hutchinson's estimate of the squared
@@ -138,7 +139,8 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
     output element and the number of elements an image, it is about the noise over signal of the answer. 0 for a layer without calls.
 
     Costs one forward and one backward pass. The model runs in `eval` mode; modes, `requires_grad` flags, `.grad` and the global random
-    state are restored. Raises `MuntinError` if the answer is no tensor, is not finite or depends on none of the layers.
+    state are restored. Of an answer of any structure, the tensors of floats with a gradient count. Raises `MuntinError` if there is none,
+    or one is not finite.
     """
     if not layers:
         return {}
@@ -160,7 +162,7 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
         with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
             for batch in batches:
                 probes.clear()
-                answer = _checked_answer(model(as_input(model, batch.clone())))
+                answer = _checked_answer(call(model, _copied(batch)))
                 wide = answer.detach().double()
                 sums += wide.numel(), float(wide.sum()), float(wide.square().sum())
                 direction = torch.randn(answer.shape, generator=generator).to(answer.device, answer.dtype)
@@ -172,7 +174,7 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[Tensor], layers: Mapp
     finally:
         for handle in handles:
             handle.remove()
-    images = sum(len(batch) for batch in batches)
+    images = sum(map(batch_rows, batches))
     sensitivity = {name: squares[name] / max(counts[name], 1) / _variance(*sums) / (sums[0] / images) for name in layers}
     for name, value in sensitivity.items():
         if not value < float("inf"):  # also catches NaN
@@ -190,15 +192,22 @@ def _variance(count: float, total: float, squares: float) -> float:
 
 
 def _checked_answer(answer: Any) -> Tensor:
-    if not isinstance(answer, Tensor):
+    tensors = tensors_of(answer)
+    if not tensors:
         raise MuntinError(f"the model answers with a {type(answer).__name__}: wrap it in a module that returns the tensor of its scores")
-    if not torch.isfinite(answer).all():
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise MuntinError("calibration: the model's answer holds NaN or infinity: check the weights and the images")
-    if not answer.requires_grad:
+    smooth = [tensor for tensor in tensors if tensor.requires_grad]
+    if not smooth:
         raise MuntinError(
             "the model's answer depends smoothly on none of its Linear and Conv2d layers (labels, detached?): make it return scores"
         )
-    return answer
+    return smooth[0] if len(smooth) == 1 else torch.cat([tensor.flatten() for tensor in smooth])
+
+
+def _copied(batch: ModelInputs) -> ModelInputs:
+    copied: ModelInputs = _pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+    return copied
 
 
 @contextmanager

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.replaceability import same
+from muntin.compression.history import remember
+from muntin.compression.replaceability import all_same
 from muntin.compression.rewrite import computed_weight, failing, named, parameter_users, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
-from muntin.models.eager import as_input
+from muntin.models.eager import ModelInputs, as_input, call, first_row, tensors_of
 
 FOLDED = "batch norm folded into the convolution before it"
 """`Change.done` of a folded norm. `load_model` compares it with the records of checkpoints, so it must not change."""
@@ -27,23 +28,23 @@ Pair = tuple[str, nn.Conv2d, str, nn.BatchNorm2d]
 """A convolution and the norm after it, each with its name."""
 
 
-def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
+def fold_batch_norms(model: nn.Module, batch: ModelInputs) -> list[Change]:
     """Fold every `BatchNorm2d` (timm's with an activation too) that directly follows a `Conv2d`, in place. Idempotent.
 
-    `batch`: `(B, C, H, W)` raw pixels. The model, in `eval` mode, runs on the first image twice, and about 2·log2(norms) times more for
+    `batch`: inputs, of images raw pixels. The model, in `eval` mode, runs on the first image twice, and about 2·log2(norms) times more for
     each norm whose folding would change the answer; such a norm is kept. An image of one value, to which a model may answer NaN, is
     replaced by noise.
     """
     if model.training:
         raise ValueError("folding needs the statistics of a trained model: call model.eval() first")
-    image = _varied(as_input(model, batch[:1]))
+    image = varied(as_input(model, batch[:1])) if isinstance(batch, Tensor) else first_row(batch)
     candidates, before = _find_pairs(model, image)
     users = parameter_users(model)
     shared = [pair for pair in candidates if any(len(users[id(parameter)]) > 1 for parameter in pair[1].parameters())]
     pairs = [pair for pair in candidates if pair not in shared]
-    if not isinstance(before, Tensor):
-        kept, reason = pairs, f"the model answers with a {type(before).__name__}: wrap it to return a tensor"
-    elif not torch.isfinite(before).any():
+    if not before:
+        kept, reason = pairs, "the model's answer holds no tensor: wrap it to return one"
+    elif not any(torch.isfinite(part).any() for part in before):
         kept, reason = pairs, "the model's answer is NaN or infinite: check the weights and the images"
     else:
         kept = failing(pairs, lambda some: _fold_if_same(model, some, image, before))
@@ -52,10 +53,11 @@ def fold_batch_norms(model: nn.Module, batch: Tensor) -> list[Change]:
             reason += ", or rounding in 16 bits differs"
     reasons = {pair[2]: "its convolution shares its weights with another one: folding would separate them" for pair in shared}
     reasons |= {pair[2]: reason for pair in kept}
-    return [
+    changes = (
         Change(layer=name, pass_="fold", done="kept" if name in reasons else FOLDED, reason=reasons.get(name, ""))
         for _, _, name, _ in (*shared, *pairs)
-    ]
+    )
+    return remember(model, changes)
 
 
 def apply_folds(model: nn.Module, norms: Iterable[str], tensors: Container[str]) -> None:
@@ -74,15 +76,15 @@ def apply_folds(model: nn.Module, norms: Iterable[str], tensors: Container[str])
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
 
 
-def _varied(image: Tensor) -> Tensor:
+def varied(image: Tensor) -> Tensor:
     """The image, or noise if all of its values are equal."""
     if not image.numel() or image.min() < image.max():
         return image
     return torch.randint(0, 256, image.shape, generator=torch.Generator().manual_seed(0)).to(image)
 
 
-def _find_pairs(model: nn.Module, image: Tensor) -> tuple[list[Pair], Any]:
-    """The pairs, and the model's answer."""
+def _find_pairs(model: nn.Module, image: ModelInputs) -> tuple[list[Pair], list[Tensor]]:
+    """The pairs, and the tensors of the model's answer."""
     outputs: dict[int, tuple[str, nn.Conv2d, int]] = {}  # by identity, with the version: a ReLU in place changes the same tensor
     alive: list[Tensor] = []  # keeps identities unique during the run
     calls: dict[str, int] = {}
@@ -110,12 +112,10 @@ def _find_pairs(model: nn.Module, image: Tensor) -> tuple[list[Pair], Any]:
     handles += [norm.register_forward_pre_hook(norm_hook(name), with_kwargs=True) for name, norm in named(model, nn.BatchNorm2d)]
     try:
         with torch.no_grad():  # tensors of inference mode have no versions
-            answer = model(image)
+            answer = [part.clone() for part in tensors_of(call(model, image))]  # a model may write every answer into the same tensor
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(answer, Tensor):
-        answer = answer.clone()  # a model may write every answer into the same tensor
     return [p for p in pairs if calls[p[0]] == 1 and calls[p[2]] == 1], answer
 
 
@@ -124,7 +124,7 @@ def _version(x: Tensor) -> int:
 
 
 @torch.no_grad()
-def _fold_if_same(model: nn.Module, pairs: Sequence[Pair], image: Tensor, before: Tensor) -> bool:
+def _fold_if_same(model: nn.Module, pairs: Sequence[Pair], image: ModelInputs, before: Sequence[Tensor]) -> bool:
     """Fold the pairs. Returns False, and restores the model, if the answer changes."""
     weights = [(conv.weight, conv.bias) for _, conv, _, _ in pairs]
     unchanged = False
@@ -132,7 +132,7 @@ def _fold_if_same(model: nn.Module, pairs: Sequence[Pair], image: Tensor, before
         for _, conv, name, norm in pairs:
             _fold(conv, norm)
             replace(model, name, _remainder(norm))
-        unchanged = same(before, model(image))
+        unchanged = all_same(before, tensors_of(call(model, image)))
     finally:  # restore also if the model raises
         if not unchanged:
             for (weight, bias), (_, conv, name, norm) in zip(weights, pairs, strict=True):

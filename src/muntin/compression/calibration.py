@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.observer import Observer
 from muntin.errors import MuntinError
-from muntin.models.eager import watch_inputs
+from muntin.models.eager import ModelInputs, tensors_of, watch_inputs
 
 
-def calibration_list(calibration: Iterable[Tensor]) -> list[Tensor]:
-    """The batches as a list, without empty ones unless all are empty. Raises `MuntinError` if there is no batch."""
-    batches = list(calibration)
+def calibration_list(calibration: Iterable[ModelInputs]) -> list[ModelInputs]:
+    """The batches as a list, without empty ones unless all are empty. Raises `MuntinError` if there is no batch, or one holds no tensor."""
+    if isinstance(calibration, Tensor | Mapping) or not isinstance(calibration, Iterable):
+        raise MuntinError(f"calibration is a {type(calibration).__name__}: give an iterable of batches, such as a list with it")
+    batches: list[ModelInputs] = [dict(batch) if isinstance(batch, Mapping) else batch for batch in calibration]
     if not batches:
         raise MuntinError("calibration: there is no batch; give at least one batch of training images")
-    return [batch for batch in batches if batch.numel()] or batches
+    for batch in batches:
+        if not tensors_of(batch):
+            raise MuntinError(f"calibration: a batch ({type(batch).__name__}) holds no tensor: give tensors, tuples or dictionaries")
+    return [batch for batch in batches if all(tensor.numel() for tensor in tensors_of(batch))] or batches
 
 
 def not_finite(name: str, error: ValueError) -> MuntinError:
@@ -25,7 +30,7 @@ def not_finite(name: str, error: ValueError) -> MuntinError:
     return MuntinError(f"calibration: {error} at the input of layer '{name}': check the weights and the images")
 
 
-def observe(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, tuple[Observer, Observer]]:
+def observe(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[ModelInputs]) -> dict[str, tuple[Observer, Observer]]:
     """Observe the first and, if there is one, the second input of each operation, in two passes over the batches.
 
     Raises `MuntinError`, naming the operation, on NaN or infinity.

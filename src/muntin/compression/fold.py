@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from muntin.compression.history import remember
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
 from muntin.compression.rewrite import named, tied
 from muntin.layers import ChannelGate, ConvUnit, Gain, MapNorm, PixelHead, ResidualPair, TokenNorm
@@ -160,4 +161,4 @@ def fold(model: nn.Module) -> list[Change]:
                 changes.append(Change(layer=name, pass_="fold", done="kept", reason=reasons[name]))
         elif (done := RULES[type(unit)](unit)) is not None:
             changes.append(Change(layer=name, pass_="fold", done=done))
-    return changes
+    return remember(model, changes)

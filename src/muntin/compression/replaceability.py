@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
 
 from muntin.compression.quantization.quantized_layers import GEOMETRY
 from muntin.compression.rewrite import computed_weight, failing
-from muntin.models.eager import as_input
+from muntin.models.eager import ModelInputs, call, tensors_of
 from muntin.runtime.host.memory import no_memory
 
 NOTICED = "the model uses more of it than the result of its kind (it tests the kind, or its forward was replaced)"
@@ -25,10 +24,10 @@ TOLERANCE, ROUNDING = 1e-3, 1e-4
 """Maximum change of an answer by rounding, as a share of the largest distance of its values from their mean, and of the largest value."""
 
 
-def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tensor) -> dict[str, str]:
+def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: ModelInputs) -> dict[str, str]:
     """Reasons to keep the layers, by dotted name, that no other form can replace; the model is restored.
 
-    `image`: `(1, C, H, W)`. Costs three forward passes, and about 2·log2(layers) more for each such layer. Returns only layers with
+    `image`: one row of inputs. Costs three forward passes, and about 2·log2(layers) more for each such layer. Returns only layers with
     submodules if two answers of the model to the image differ, or if it fails.
     """
     possible = {name: layer for name, layer in layers.items() if name and computed_weight(layer) is None}
@@ -45,7 +44,7 @@ def irreplaceable(model: nn.Module, layers: Mapping[str, nn.Module], image: Tens
             disguise.off()
 
 
-def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: Tensor, before: Sequence[Tensor]) -> bool:
+def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image: ModelInputs, before: Sequence[Tensor]) -> bool:
     """Disguise layers. Returns False, and undoes it, if the answer changes; otherwise they stay disguised."""
     for _, disguise in layers:
         disguise.on()
@@ -105,16 +104,16 @@ class _Disguise:
             self.on()
 
 
-def _answer(model: nn.Module, image: Tensor) -> list[Tensor] | None:
+def _answer(model: nn.Module, image: ModelInputs) -> list[Tensor] | None:
     """The tensors in a model's answer of any structure; None if it fails."""
     try:
         with torch.no_grad():
-            answer = model(as_input(model, image))
+            answer = call(model, image)
     except Exception as error:
         if no_memory(error):
             raise
         return None
-    return [part.clone() for part in _pytree.tree_leaves(answer) if isinstance(part, Tensor)]  # a model may reuse its output tensor
+    return [part.clone() for part in tensors_of(answer)]  # a model may reuse its output tensor
 
 
 def all_same(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -18,8 +19,6 @@ from muntin.models.compression_record import Change
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
-Pass = Callable[[nn.Module], list[Change]]
-"""A compression pass: rewrites the model it is given and returns what it changed and what it kept."""
 PARTS = ("reduce", "core", "expand")
 """Names of the layers inside a factored one."""
 WHOLE_MODEL = "it is the whole model: put it into an nn.Sequential"
@@ -93,11 +92,28 @@ def number_paddings(model: nn.Module) -> list[Change]:
     return changes
 
 
-def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module]) -> None:
-    """Raise `MuntinError` for a name in `keep` that no layer has."""
+EVERY = ("*",)
+"""The names of all layers."""
+
+
+def check_kept(keep: Sequence[str], layers: Mapping[str, nn.Module], *, argument: str = "keep") -> None:
+    """Raise `MuntinError` for a name or pattern in `keep` that no layer has, or a string in the place of a sequence."""
+    if isinstance(keep, str):
+        raise MuntinError(f"{argument}={keep!r}: give a sequence of names, such as ({keep!r},)")
     unknown = [entry for entry in keep if not any(is_kept(name, (entry,)) for name in layers)]
-    if unknown:
-        raise MuntinError(f"keep names no layer: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
+    if unknown and (layers or tuple(keep) != EVERY):
+        raise MuntinError(f"{argument} names no layer: {', '.join(unknown)}; the model has {', '.join(list(layers)[:6])}, ...")
+
+
+def left_out(layers: Mapping[str, nn.Module], only: Sequence[str], keep: Sequence[str]) -> dict[str, str]:
+    """Reasons to keep the layers that `keep` names or `only` does not, by name.
+
+    Raises `MuntinError` for an entry that names no layer.
+    """
+    check_kept(only, layers, argument="only")
+    check_kept(keep, layers)
+    reasons = {name: "not named in only" for name in layers if not is_kept(name, only)}
+    return reasons | {name: "named in keep" for name in layers if is_kept(name, keep)}
 
 
 def keepable(model: nn.Module) -> dict[str, nn.Module]:
@@ -106,8 +122,13 @@ def keepable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_kept(name: str, keep: Sequence[str]) -> bool:
-    """Return True if `keep` names a layer, a module around it, or a part that it would be factored into."""
-    return any(f"{name}.".startswith(f"{entry}.") or (name and entry in (f"{name}.{part}" for part in PARTS)) for entry in keep)
+    """Return True if `keep` names a layer, a module around it, or a part that it would be factored into.
+
+    An entry is a dotted name or a pattern of `fnmatch`, in which `*` also matches dots: `blocks.*.mlp`.
+    """
+    around = list(itertools.accumulate(name.split("."), lambda outer, inner: f"{outer}.{inner}"))
+    parts = [f"{name}.{part}" for part in PARTS] if name else []
+    return any(entry in around or entry in parts or any(fnmatchcase(outer, entry) for outer in around) for entry in keep)
 
 
 OTHERS = (

@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from muntin.compression.channels.slimming import remove_closed_channels, widths_of
+from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.loading import load_model
-from muntin.compression.low_rank.factorization import low_rank, structure_of
-from muntin.compression.quantization.qat import FLOAT, bits_of, float_weights, prepare_qat, qat_structure, set_bits
+from muntin.compression.low_rank.factorization import low_rank
+from muntin.compression.quantization.qat import FLOAT, bits_of, float_weights, prepare_qat, set_bits
 from muntin.compression.rewrite import check_kept, is_kept, keepable, named
 from muntin.compression.sensitivity import assign_bits, measure_sensitivity
+from muntin.compression.structure import structure_fields
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models.compression_record import STAGES, Change, CompressionRecord, Sensitivity, Stage
 from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, read_checkpoint, source_of
@@ -272,14 +273,13 @@ class _Compression:
         """The model that a stage starts from, and its record."""
         model, previous = load_model(before), before.state.compression
         cut = remove_closed_channels(model) if previous is None else []
-        widths = widths_of(model) if previous is None else previous.widths
         rewritten = self._rewrite(stage, previous, model)
         notes = [*(() if previous is None else previous.notes), *self._uncertain(rewritten)]
         if stage == "mixed":
             notes += self._overspent(model)
         return model, CompressionRecord(
-            stage=stage, origin=self.origin, widths=widths, ranks=structure_of(model), qat=qat_structure(model) or None,
-            changes=(*before.changes, *cut, *rewritten), notes=tuple(notes), sensitivity=self._measure(model) if stage == "w4a8" else {},
+            stage=stage, origin=self.origin, **structure_fields(model) | {"changes": (*before.changes, *cut, *rewritten)},
+            notes=tuple(notes), sensitivity=self._measure(model) if stage == "w4a8" else {},
         )  # fmt: skip
 
     def _rewrite(self, stage: Stage, previous: CompressionRecord | None, model: nn.Module) -> list[Change]:
@@ -288,9 +288,9 @@ class _Compression:
             assert config is not None
             layers = dict(named(model, nn.Linear, nn.Conv2d))
             kept = (entry for entry in self.config.keep if any(is_kept(name, (entry,)) for name in layers))  # not names of products
-            return low_rank(self.calibration, config.model_copy(update={"keep": (*config.keep, *kept)}))(model)
+            return low_rank(model, self.calibration, **config.model_copy(update={"keep": (*config.keep, *kept)}).model_dump())
         if stage == "w4a8":
-            return prepare_qat(self.calibration, bits=self.config.weight_bits, keep=self.keep)(model)
+            return prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
         assert previous is not None
         return self._mix(model, previous.sensitivity)
 

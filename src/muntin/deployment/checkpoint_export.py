@@ -72,7 +72,7 @@ def export_checkpoint(
     model, changes, side = load_model(checkpoint), list(checkpoint.changes), export_side(checkpoint.recipe)
     calibrated = integer and not checkpoint.quantized
     if not calibrated and checkpoint.state.compression is not None:
-        changes += freeze(calibration)(model)
+        changes += freeze(model, calibration)
     return export(
         model, calibration[0], path, signature=checkpoint.signature, changes=changes,
         calibration=calibration if calibrated else None, quantization=checkpoint.recipe.quantization if calibrated else None,

@@ -150,7 +150,7 @@ class _Comparison:
         model = load_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
-        freeze(calibration)(model)
+        freeze(model, calibration)
         return self._step(name, "PyTorch FP32, simulated integers", model, bytes=None)
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:

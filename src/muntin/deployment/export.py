@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, TensorArtifact, check_target
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
+from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
@@ -131,7 +132,7 @@ def export(
         signature=signature,
         calibration=None if calibration is None else _calibration(calibration, model, example),
         quantization=quantization,
-        changes=tuple(changes),
+        changes=tuple(changes) or history(model),
         measured=dict(measured or {}),
         opened_for=opened_for,
         probe=Probe(model, example, signature),

@@ -1,4 +1,4 @@
-"""The record of the changes that compression made to a checkpoint's model: written by `compression`, stored by `training`."""
+"""The record of the changes that compression made to a model: written by `compression`, stored in checkpoints and by `muntin.save`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Sensitivity:
 
 
 class OperationRecord(BaseModel):
-    """One operation in quantisation-aware training. In JSON: a list of the bits and a 0 or 1 for each grid."""
+    """One operation that is quantised, or in quantisation-aware training. In JSON: a list of the bits and a 0 or 1 for each grid."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,23 +69,51 @@ class OperationRecord(BaseModel):
         return [self.bits, *map(int, self.unsigned)]
 
 
-class CompressionRecord(BaseModel):
-    """The structure that compression gave to a recipe's model, and how. Names of layers are dotted names in the model."""
+class PruningRecord(BaseModel):
+    """A model before its first pruning: shares and budgets of later runs of `prune` count from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: Annotated[int, Field(ge=0)]
+    macs: Annotated[int, Field(ge=0)]
+    """Multiply-adds of its layers for one row of the example."""
+    channels: dict[str, PositiveInt]
+    """Output channels of the first layer of each group of layers."""
+
+
+class Structure(BaseModel):
+    """The structure that compression gave to a model, and how. Names of layers are dotted names in the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    widths: dict[str, PositiveInt] = {}
+    """Hidden channels of each gated unit, after closed channels were cut. Empty in checkpoints of versions that cut none."""
+    sizes: dict[str, dict[str, PositiveInt]] = {}
+    """Sizes of each layer and norm of a pruned model, by the names of their attributes (`out_features`, `groups`, ...)."""
+    pruning: PruningRecord | None = None
+    """The model before its first pruning; None if it is not pruned."""
+    ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
+    """Ranks of each factored layer."""
+    qat: dict[str, OperationRecord] | None = None
+    """Operations in quantisation-aware training; None where there are none."""
+    integers: dict[str, OperationRecord] = {}
+    """Quantised operations."""
+    changes: tuple[Change, ...]
+    """Changes of all passes."""
+
+    @property
+    def folded(self) -> bool:
+        """True if norms and gates were folded."""
+        return any(change.pass_ == "fold" for change in self.changes)
+
+
+class CompressionRecord(Structure):
+    """The structure of a checkpoint's model, made of a recipe's by the stages of compression."""
 
     stage: Stage
     """The stage that trained the checkpoint."""
     origin: str
     """sha256 of the averaged weights that compression started from."""
-    widths: dict[str, PositiveInt] = {}
-    """Hidden channels of each gated unit, after closed channels were cut. Empty in checkpoints of versions that cut none."""
-    ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
-    """Ranks of each factored layer."""
-    qat: dict[str, OperationRecord] | None = None
-    """Operations in quantisation-aware training; None where there are none."""
-    changes: tuple[Change, ...]
-    """Changes of all stages up to this one."""
     notes: tuple[str, ...] = ()
     """Notes for the user: reasons why the result is less certain."""
     sensitivity: dict[str, Sensitivity] = {}
@@ -95,3 +123,13 @@ class CompressionRecord(BaseModel):
     def quantized(self) -> bool:
         """True from the stage `w4a8` on, even if `keep` names all layers."""
         return self.stage != "low-rank"
+
+
+class SavedRecord(Structure):
+    """The structure of a model that `muntin.save` wrote."""
+
+    format: Literal[1] = 1
+    model: str
+    """Class of the model, for error messages."""
+    weights: str
+    """sha256 of the file of weights."""

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from muntin.errors import MuntinError
 
+ModelInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+"""One batch of a model's inputs: pixels, or the arguments of its forward by position (a tuple or list) or by name (a mapping)."""
 Watch = Callable[[str, nn.Module, tuple[Tensor, ...]], None]
 """Called with an operation's name, the operation and its inputs, before the operation runs."""
 
@@ -72,8 +75,53 @@ def as_input(model: nn.Module, batch: Tensor) -> Tensor:
     return batch.to(torch.float32)
 
 
-def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Tensor], watch: Watch) -> None:
-    """Run the batches `(B, C, H, W)`, raw pixels, through the model without gradients; call `watch` before each operation."""
+def call(model: nn.Module, batch: ModelInputs) -> Any:
+    """The model's answer to a batch.
+
+    A tensor alone is pixels, cast to the type of the model's weights. Of several inputs only floats are cast, so that token ids stay
+    integers.
+    """
+    if isinstance(batch, Tensor):
+        return model(as_input(model, batch))
+    placed = _pytree.tree_map(lambda part: _placed(model, part), dict(batch) if isinstance(batch, Mapping) else tuple(batch))
+    return model(**placed) if isinstance(placed, dict) else model(*placed)
+
+
+def _placed(model: nn.Module, part: Any) -> Any:
+    if not isinstance(part, Tensor):
+        return part
+    like = next((tensor for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_floating_point()), None)
+    if like is None:
+        return part
+    return part.to(like.device, like.dtype) if part.is_floating_point() else part.to(like.device)
+
+
+def tensors_of(batch: ModelInputs) -> list[Tensor]:
+    """The tensors of a batch or an answer of any structure."""
+    if isinstance(batch, Mapping):  # also of a kind that PyTorch's trees do not know
+        batch = dict(batch)
+    return [part for part in _pytree.tree_leaves(batch) if isinstance(part, Tensor)]
+
+
+def batch_rows(batch: ModelInputs) -> int:
+    """The rows of a batch: the length of its first tensor that has one."""
+    return next((len(tensor) for tensor in tensors_of(batch) if tensor.ndim), 0)
+
+
+def first_row(batch: ModelInputs) -> ModelInputs:
+    """The first row of a batch. Tensors of another length than the batch's are kept."""
+    if isinstance(batch, Tensor):
+        return batch[:1]
+    rows = batch_rows(batch)
+    parts = dict(batch) if isinstance(batch, Mapping) else tuple(batch)
+    cut: ModelInputs = _pytree.tree_map(
+        lambda part: part[:1] if isinstance(part, Tensor) and part.ndim and len(part) == rows else part, parts
+    )
+    return cut
+
+
+def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[ModelInputs], watch: Watch) -> None:
+    """Run the batches through the model without gradients; call `watch` before each operation."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda operation, inputs, by_name: watch(name, operation, (*inputs, *by_name.values()))
@@ -82,12 +130,12 @@ def watch_inputs(model: nn.Module, operations: Mapping[str, nn.Module], batches:
     run(model, batches, handles)
 
 
-def run(model: nn.Module, batches: Sequence[Tensor], handles: Sequence[Any]) -> None:
+def run(model: nn.Module, batches: Sequence[ModelInputs], handles: Sequence[Any]) -> None:
     """Run the batches through the model without gradients, then remove the hooks `handles`."""
     try:
         with torch.no_grad():  # tensors of inference mode that the model keeps could not be trained
             for batch in batches:
-                model(as_input(model, batch))
+                call(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -144,11 +144,12 @@ def _is_table(model: nn.Module, key: str) -> bool:
 
 def shared_tensors(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the model that the file stores under another name of the same memory: safetensors writes a shared weight once."""
-    places = {_place(tensor): named[key] for key, tensor in own.items() if key in named and tensor.numel()}
-    return {key: places[_place(tensor)] for key, tensor in own.items() if key not in named and _place(tensor) in places}
+    places = {place(tensor): named[key] for key, tensor in own.items() if key in named and tensor.numel()}
+    return {key: places[place(tensor)] for key, tensor in own.items() if key not in named and place(tensor) in places}
 
 
-def _place(tensor: Tensor) -> tuple[object, ...]:
+def place(tensor: Tensor) -> tuple[object, ...]:
+    """What two names of one tensor have in common: memory, shape, strides and type."""
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 

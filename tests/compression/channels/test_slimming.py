@@ -19,7 +19,6 @@ from muntin.deployment import image_macs
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, MapNorm, ResidualPair
 from muntin.layers.gate import BLOCK
-from muntin.training.config import LowRankConfig
 
 OPTIONS = {
     "stem": (16, 48, 48),
@@ -76,7 +75,7 @@ def test_answer_and_work_after_cutting(block: str) -> None:
 
 def test_factored_model() -> None:
     model, x = closed(0.5), pixels(2, 3, 37, 50)
-    low_rank([pixels(4, 3, 64, 64)], LowRankConfig(parameters=0.6, multiple=4))(model)
+    low_rank(model, [pixels(4, 3, 64, 64)], parameters=0.6, multiple=4)
     before = answer(model, x)
     remove_closed_channels(model)
     assert any(structure_of(model)) and widths_of(model)["stages.0.blocks.0.mlp"] == 64
@@ -151,7 +150,7 @@ def test_exported_model(tmp_path: Path) -> None:
 def test_quantize_cuts_first() -> None:
     model, x = closed(0.5), pixels(4, 3, 64, 64)
     before = answer(model, x)
-    changes = quantize([x])(model)
+    changes = quantize(model, [x])
     assert [change.layer for change in changes if change.pass_ == "slim"] == list(GATED)
     assert model.get_submodule("stages.0.blocks.0.mlp.expand").weight.shape[0] == 64
     after = answer(model, x)

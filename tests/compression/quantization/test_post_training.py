@@ -16,7 +16,6 @@ from muntin.compression import QuantizedConv2d, QuantizedLinear, quantize
 from muntin.compression.quantization.fake_quantization import sqnr_db
 from muntin.errors import MuntinError
 from muntin.layers import Perceptron
-from muntin.training.config import QuantizationConfig
 
 SMALL = {"depths": (1, 1), "dims": (32, 32), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
 
@@ -60,7 +59,7 @@ def test_hybrid_changes_and_answer() -> None:
     model, x = create_model("hybrid-xs", options=SMALL), pixels(4, 3, 64, 64)
     settled(model, x)
     layers, before = names(model, nn.Linear, nn.Conv2d), answer(model, x)
-    changes = quantize([x])(model)
+    changes = quantize(model, [x])
     by_name = by_layer(changes, "quantize")
     assert sorted(by_name) == sorted(layers)
     assert {change.pass_ for change in changes} == {"fold", "quantize"}
@@ -79,7 +78,7 @@ def test_foreign_networks(name: str, task: str) -> None:
     model, x = create_model(name, task=task, classes=4), pixels(4, 3, 64, 64)  # type: ignore[arg-type]
     settled(model, x)
     layers, before = names(model, nn.Linear, nn.Conv2d), answer(model, x)
-    changes = by_layer(quantize([x])(model), "quantize")
+    changes = by_layer(quantize(model, [x]), "quantize")
     assert sorted(changes) == sorted(layers)
     depthwise = [module for module in model.modules() if isinstance(module, QuantizedConv2d) and module.groups > 1]
     assert depthwise
@@ -89,7 +88,7 @@ def test_foreign_networks(name: str, task: str) -> None:
 def test_encoder_layer_fused_path() -> None:
     model, x = encoder(), pixels(2, 3, 64, 64)
     before = answer(model, x)
-    changes = by_layer(quantize([x])(model), "quantize")
+    changes = by_layer(quantize(model, [x]), "quantize")
     quantised = [name for name, change in changes.items() if not change.kept]
     assert quantised == ["patch", *(f"encoder.layers.{i}.linear{k}" for i in (0, 1) for k in (1, 2)), "head"]
     for i in (0, 1):  # PyTorch hands this layer's weight to a function
@@ -102,7 +101,7 @@ def test_layer_below_the_threshold() -> None:
     with torch.no_grad():  # feature 0 is large and does not count: the grid that covers it has no levels left for the others
         model.get_parameter("first.bias")[0] = 1000
         model.get_parameter("second.weight")[:, 0] = 0
-    changes = by_layer(quantize([pixels(1, 3, 16, 16)])(model), "quantize")
+    changes = by_layer(quantize(model, [pixels(1, 3, 16, 16)]), "quantize")
     assert [name for name, change in changes.items() if change.kept] == ["second"]
     assert changes["second"].sqnr_db is not None and changes["second"].sqnr_db < 15
     assert f"{changes['second'].sqnr_db:.1f} dB" in changes["second"].reason
@@ -110,8 +109,8 @@ def test_layer_below_the_threshold() -> None:
 
 def test_threshold_setting() -> None:
     x = pixels(1, 3, 16, 16)
-    assert all(change.kept for change in by_layer(quantize([x], QuantizationConfig(min_sqnr_db=60))(perceptron()), "quantize").values())
-    assert not any(change.kept for change in by_layer(quantize([x], QuantizationConfig(min_sqnr_db=0))(perceptron()), "quantize").values())
+    assert all(change.kept for change in by_layer(quantize(perceptron(), [x], min_sqnr_db=60), "quantize").values())
+    assert not any(change.kept for change in by_layer(quantize(perceptron(), [x], min_sqnr_db=0), "quantize").values())
 
 
 def test_weight_outside_half_precision() -> None:
@@ -120,7 +119,7 @@ def test_weight_outside_half_precision() -> None:
         model.get_parameter("second.weight").mul_(1e-7)
         model.get_parameter("third.weight")[0, 0] = 1e5
     before = copy.deepcopy(model.state_dict())
-    quantize([pixels(1, 3, 16, 16)], QuantizationConfig(keep=("second", "third")))(model)
+    quantize(model, [pixels(1, 3, 16, 16)], keep=("second", "third"))
     assert torch.equal(model.get_parameter("second.weight"), before["second.weight"])
     assert torch.equal(model.get_parameter("third.weight"), before["third.weight"])
 
@@ -131,7 +130,7 @@ def test_unknown_keep_with_closed_channels() -> None:
         model[0].gate.logit[:40] = -100.0
     before = {key: value.shape for key, value in model.state_dict().items()}
     with pytest.raises(MuntinError, match="keep names no layer: nosuch"):
-        quantize([pixels(1, 4, 4, 8)], QuantizationConfig(keep=("nosuch",)))(model)
+        quantize(model, [pixels(1, 4, 4, 8)], keep=("nosuch",))
     assert model.training and {key: value.shape for key, value in model.state_dict().items()} == before
 
 
@@ -148,7 +147,7 @@ def test_empty_first_batch() -> None:
             return out * 3 if isinstance(self.conv, nn.Conv2d) else out
 
     for batches in ([pixels(2, 3, 16, 16)], [torch.zeros(0, 3, 16, 16), pixels(2, 3, 16, 16)]):
-        (change,) = quantize(batches)(Asks().eval())
+        (change,) = quantize(Asks().eval(), batches)
         assert change.kept and "tests the kind" in change.reason
 
 
@@ -157,7 +156,7 @@ def test_layer_reached_by_some_batches() -> None:
         return m.large(x / 255) if x.shape[2] > 20 else m.small(x / 255)
 
     model = Built(run, small=nn.Conv2d(3, 4, 1), large=nn.Conv2d(3, 4, 1))
-    changes = by_layer(quantize([pixels(1, 3, 16, 16), pixels(1, 3, 32, 32)])(model), "quantize")
+    changes = by_layer(quantize(model, [pixels(1, 3, 16, 16), pixels(1, 3, 32, 32)]), "quantize")
     assert [change.done for change in changes.values()] == ["W8A8", "W8A8"]
 
 
@@ -165,8 +164,8 @@ def test_split_batches() -> None:
     x = pixels(4, 3, 16, 16)
     one, other = perceptron(), perceptron()
     other.load_state_dict(one.state_dict())
-    quantize([x])(one)
-    quantize([x[:1], x[1:]])(other)
+    quantize(one, [x])
+    quantize(other, [x[:1], x[1:]])
     for name in ("first", "second", "third"):
         scale = one.get_buffer(f"{name}.input.scale")
         torch.testing.assert_close(other.get_buffer(f"{name}.input.scale"), scale, rtol=1e-6, atol=0)
@@ -176,7 +175,7 @@ def test_call_by_keyword() -> None:
     model = Built(lambda m, x: m.conv(input=x / 255), conv=nn.Conv2d(3, 4, 3))
     x = pixels(1, 3, 16, 16)
     before = answer(model, x)
-    quantize([x])(model)
+    quantize(model, [x])
     assert isinstance(model.conv, QuantizedConv2d)
     assert sqnr_db(before, answer(model, x)) > 30
 
@@ -187,16 +186,16 @@ def test_grid_of_a_shared_layer() -> None:
         return torch.cat([small, m.conv(x / 255)], 1)
 
     model = Built(run, conv=nn.Conv2d(3, 4, 1))
-    quantize([pixels(1, 3, 16, 16)])(model)
+    quantize(model, [pixels(1, 3, 16, 16)])
     assert float(model.get_buffer("conv.input.scale")) == pytest.approx(1 / 255, rel=0.05)
 
 
 def test_second_application() -> None:
     model, x = perceptron(), pixels(1, 3, 16, 16)
-    quantize([x], QuantizationConfig(keep=("second",)))(model)
+    quantize(model, [x], keep=("second",))
     before = copy.deepcopy(model.state_dict())
-    changes = by_layer(quantize([x])(model), "quantize")
-    assert list(changes) == ["second"] and changes["second"].done == "W8A8"
+    changes = by_layer(quantize(model, [x]), "quantize")
+    assert changes["second"].done == "W8A8" and {changes[name].reason for name in ("first", "third")} == {"already W8A8"}
     after = model.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items() if key.startswith("first."))
 
@@ -205,6 +204,6 @@ def test_model_in_training_mode() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.9), nn.BatchNorm2d(4)), pixels(1, 3, 16, 16)
     settled(model, x)
     before = answer(model, x)
-    quantize([x])(model.train())
+    quantize(model.train(), [x])
     assert not any(module.training for module in model.modules())
     assert sqnr_db(before, answer(model, x)) > 20

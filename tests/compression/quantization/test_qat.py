@@ -99,7 +99,7 @@ def test_all_operations_are_prepared(name: str) -> None:
     model, x = MODELS[name](), pixels(4, 3, 32, 32)
     settled(model, x)
     layers, products = names(model, *WEIGHTED), names(model, Product, SoftmaxProduct)
-    changes = by_layer(prepare_qat([x], bits=4)(model), "qat")
+    changes = by_layer(prepare_qat(model, [x], bits=4), "qat")
     assert sorted(changes) == sorted([*layers, *products])
     assert sorted(qat_operations(model)) == sorted(changes) == sorted(names(model, *QAT))
     assert {changes[layer].done for layer in layers} == {"W4A8"} and {changes[product].done for product in products} <= {"A8"}
@@ -115,10 +115,10 @@ def test_frozen_model_against_trained(name: str, bits: int) -> None:
     model, x = MODELS[name](), pixels(2, 3, 32, 32)
     settled(model, x)
     exact = answer(model, x)
-    prepare_qat([x], bits=bits)(model)
+    prepare_qat(model, [x], bits=bits)
     trained = answer(model, x)
     structure = qat_structure(model)
-    changes = by_layer(freeze([x])(model), "quantize")
+    changes = by_layer(freeze(model, [x]), "quantize")
     deployed = answer(model, x)
     assert sorted(names(model, *FROZEN)) == sorted(structure) == sorted(changes)
     assert not names(model, *QAT)
@@ -145,7 +145,7 @@ def test_error_by_bits() -> None:
     kept = []
     for bits in (2, 4, 8):
         trained = copy.deepcopy(model)
-        prepare_qat([x], bits=bits)(trained)
+        prepare_qat(trained, [x], bits=bits)
         kept.append(sqnr_db(exact, answer(trained, x)))
     assert kept[0] < kept[1] < kept[2] and kept[2] > 25
 
@@ -153,7 +153,7 @@ def test_error_by_bits() -> None:
 def test_gradients_of_weights_and_scales() -> None:
     model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
     settled(model, x)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     model.train()
     model(x).square().mean().backward()
     for name, parameter in model.named_parameters():
@@ -171,21 +171,21 @@ def test_gradients_of_weights_and_scales() -> None:
 def test_training_recovers_two_bits() -> None:
     model, x = Perceptron().eval(), pixels(4, 3, 8, 8)
     exact = answer(model, x).clone()
-    prepare_qat([x], bits=2)(model)
+    prepare_qat(model, [x], bits=2)
     before = (answer(model, x) - exact).square().mean()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(60):
         optimizer.zero_grad()
         (model(x) - exact).square().mean().backward()
         optimizer.step()
-    freeze([x])(model)
+    freeze(model, [x])
     assert (answer(model, x) - exact).square().mean() < before / 2
 
 
 def test_autocast() -> None:
     model, x = MODELS["hybrid"](), pixels(2, 3, 32, 32)
     settled(model, x)
-    prepare_qat([x], bits=8)(model)
+    prepare_qat(model, [x], bits=8)
     single = answer(model, x)
     with torch.autocast("cpu", torch.bfloat16):
         scores = model(x)
@@ -201,7 +201,7 @@ def test_percentile_grid() -> None:
     whole, half = Perceptron().eval(), Perceptron().eval()
     half.load_state_dict(whole.state_dict())
     for model, percentile in ((whole, 100.0), (half, 50.0)):
-        prepare_qat([x], percentile=percentile)(model)
+        prepare_qat(model, [x], percentile=percentile)
     scales = [float(model.get_parameter("first.input.log_scale").detach().exp()) for model in (whole, half)]
     assert scales[0] == pytest.approx(2 / 127, rel=0.01)  # x / 64 - 2 of uniform bytes: -2..1.98
     assert scales[1] == pytest.approx(1 / 127, rel=0.05)
@@ -379,7 +379,7 @@ def test_softmax_bias() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_wider_layer_continues(bits: int) -> None:
     model, x = Perceptron().eval(), pixels(2, 3, 8, 8)
-    prepare_qat([x], bits=bits)(model)
+    prepare_qat(model, [x], bits=bits)
     second = model.second
     assert isinstance(second, QATLinear)
     with torch.no_grad():
@@ -392,13 +392,13 @@ def test_wider_layer_continues(bits: int) -> None:
     step_O1 = second.log_scale.detach().exp()[:, None]  # of 8 bits
     assert ((second.rounded() - rounded).detach().abs() <= step_O1 / 2 * (1 + 1e-4)).all()
     assert sqnr_db(before, answer(model, x)) > 35
-    assert by_layer(freeze([x])(model), "quantize")["second"].done == "W8A8"
+    assert by_layer(freeze(model, [x]), "quantize")["second"].done == "W8A8"
 
 
 def test_float_layer_from_rounded_weight() -> None:
     model, x = create_model("hybrid-xs", options=SMALL), pixels(2, 3, 32, 32)
     settled(model, x)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     name = "stages.0.position.conv"  # depthwise
     layer = model.get_submodule(name)
     assert isinstance(layer, QATConv2d)
@@ -411,7 +411,7 @@ def test_float_layer_from_rounded_weight() -> None:
     assert isinstance(like, nn.Conv2d)
     assert (plain.stride, plain.padding, plain.groups) == (like.stride, like.padding, like.groups)
     assert name not in bits_of(model) and torch.isfinite(answer(model, x)).all()
-    changes = by_layer(freeze([x])(model), "quantize")
+    changes = by_layer(freeze(model, [x]), "quantize")
     assert (changes[name].done, changes[name].reason) == ("kept", "16 bits, as assigned")
     assert torch.equal(plain.weight, plain.weight.half().float())
 
@@ -422,8 +422,8 @@ def test_freeze_measures_sqnr() -> None:
     model = Perceptron().eval()
     for bits in (2, 4, 8):
         trained = copy.deepcopy(model)
-        prepare_qat([x], bits=bits)(trained)
-        changes = by_layer(freeze([x])(trained), "quantize")
+        prepare_qat(trained, [x], bits=bits)
+        changes = by_layer(freeze(trained, [x]), "quantize")
         assert {change.done for change in changes.values()} == {f"W{bits}A8"}
         kept[bits] = [change.sqnr_db or 0 for change in changes.values()]
     assert all(two < four < eight for two, four, eight in zip(kept[2], kept[4], kept[8], strict=True))
@@ -437,7 +437,7 @@ def test_structure_round_trip() -> None:
     torch.manual_seed(3)
     model, x = create_model("hybrid-xs", options=SMALL), pixels(2, 3, 32, 32)
     settled(model, x)
-    prepare_qat([x], keep=("head.conv",))(model)
+    prepare_qat(model, [x], keep=("head.conv",))
     set_bits(model, {"stem.0.conv": 8, "stem.1.conv": FLOAT, "stages.0.blocks.0.mlp.expand": 2})
     structure = qat_structure(model)
     again = create_model("hybrid-xs", options=SMALL).eval()
@@ -462,7 +462,7 @@ def test_structure_round_trip() -> None:
 def test_kept_module_with_products(kept: str) -> None:
     model = create_model("hybrid-xs", options=SMALL).eval()
     before = names(model, Product, SoftmaxProduct)
-    prepare_qat([pixels(1, 3, 32, 32)], keep=(kept,))(model)
+    prepare_qat(model, [pixels(1, 3, 32, 32)], keep=(kept,))
     assert names(model, Product, SoftmaxProduct) == [name for name in before if f"{name}.".startswith(f"{kept}.")] != []
     assert not any(name.startswith(kept) for name in qat_operations(model))
     assert any("attention" not in name for name in qat_operations(model))
@@ -483,14 +483,14 @@ class Equalised(nn.Module):
 def test_bare_weights() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 8, 3))
     model, x = nn.Sequential(Equalised(), nn.ReLU(), normed, nn.Conv2d(8, 4, 1)).eval(), pixels(2, 3, 8, 8)
-    changes = by_layer(prepare_qat([x])(model), "qat")
+    changes = by_layer(prepare_qat(model, [x]), "qat")
     assert {name: change.reason for name, change in changes.items() if change.kept} == {
         "0": "Equalised: no integer form",
         "2": "its weight is computed (weight norm, spectral norm): remove that first",
     }
     of_the_norm = sum(parameter.numel() for parameter in normed.parametrizations["weight"].parameters())
     assert float_weights(model) == 16 * 3 + 16 + of_the_norm
-    freeze([x])(model)
+    freeze(model, [x])
     matrix = model[0].matrix
     assert torch.equal(matrix, matrix.half().float())
 
@@ -500,7 +500,7 @@ def test_encoder_layer_is_called() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)).eval()
     model[1] = type("Tokens", (nn.Module,), {"forward": lambda self, x: x.flatten(2).transpose(1, 2)})()
     x = pixels(2, 3, 32, 32) / 64
-    changes = by_layer(prepare_qat([x], bits=2)(model), "qat")
+    changes = by_layer(prepare_qat(model, [x], bits=2), "qat")
     assert [name for name, change in changes.items() if not change.kept] == ["0", "2.layers.0.linear1", "2.layers.0.linear2"]
     before = answer(model, x)
     with torch.no_grad():
@@ -514,13 +514,13 @@ def test_dead_channels() -> None:
         model.second.weight[3:6] = 0
         model.third.weight.zero_()
     before = answer(model, x)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     assert torch.equal(answer(model, x), before)  # the bias of the third alone
     model(x).sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     second = model.second
     assert isinstance(second, QATLinear) and not second.rounded()[3:6].any() and second.rounded()[:3].any()
-    freeze([x])(model)
+    freeze(model, [x])
     assert not model.get_buffer("second.integers")[:, 3:6].any()
     assert torch.equal(answer(model, x), before)
 
@@ -529,7 +529,7 @@ def test_dead_channels() -> None:
 def test_other_types(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).to(dtype), pixels(2, 3, 16, 16)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     trained = model(x.to(dtype))
     trained.float().sum().backward()
     assert trained.dtype == dtype and all(parameter.grad is not None for parameter in model.parameters())
@@ -540,16 +540,16 @@ def test_other_types(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("pass_", [quantize, low_rank])
-def test_other_passes_refuse(pass_: Callable[[list[Tensor]], Any]) -> None:
+def test_other_passes_refuse(pass_: Callable[[nn.Module, list[Tensor]], Any]) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), pixels(2, 3, 16, 16)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     with pytest.raises(MuntinError, match=r"0 is in quantisation-aware training \(2 operations are\): call freeze\(model\)"):
-        pass_([x])(model)
+        pass_(model, [x])
 
 
 def test_export_refuses(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), pixels(2, 3, 16, 16)
-    prepare_qat([x])(model)
+    prepare_qat(model, [x])
     with pytest.raises(MuntinError, match="call freeze"):
         export(model, x, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()

@@ -91,7 +91,7 @@ def test_nodes_of_quantised_layers(build: type[nn.Module], pixels: Callable[...,
         return m.linear(torch.relu(m.conv(x / 255)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     model = build(run, conv=nn.Conv2d(3, 8, 3, groups=1), linear=nn.Linear(8, 4))
-    quantize([pixels(1, 3, 32, 32)])(model)
+    quantize(model, [pixels(1, 3, 32, 32)])
     model.run = lambda m, x: F.pad(run(m, x), (1, 1, 1, 1))  # type: ignore[assignment]  # back to the size of the input
     plan = take_plan(model)
     captured = to_onnx(model, pixels(1, 3, 32, 32), signature(4))

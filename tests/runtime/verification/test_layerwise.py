@@ -76,9 +76,9 @@ def export(model: nn.Module, path: Path, *, bits: int, widths: dict[str, int] | 
     """A model in integers of so many bits, and its artefact."""
     example = smooth(2, 40, 56, seed=0)
     model.eval()
-    changes = prepare_qat([example], bits=bits)(model)
+    changes = prepare_qat(model, [example], bits=bits)
     set_bits(model, widths or {})
-    changes += freeze([example])(model)
+    changes += freeze(model, [example])
     return muntin.export(model, example, path, changes=changes), model
 
 

@@ -84,8 +84,9 @@ def _kept(gate: ChannelGate) -> Tensor:
 
 
 def _width(unit: Gated) -> int:
-    before, _ = _ends(unit)
-    return before.weight.shape[0]
+    weight = last_part(unit.ends[0]).weight  # also of a quantised form
+    assert isinstance(weight, Tensor)
+    return len(weight)
 
 
 def _ends(unit: Gated) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:

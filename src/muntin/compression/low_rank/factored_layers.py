@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from muntin.compression.rewrite import named
 
 SPATIAL_FROM = 5
 """Kernel side from which a convolution is split into a vertical and a horizontal one."""
@@ -128,6 +130,20 @@ class FactoredConv2d(nn.Module):
 
 
 FactoredLayer = FactoredLinear | FactoredConv2d
+AnyForm = nn.Linear | nn.Conv2d | FactoredLinear | FactoredConv2d
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
+    """The factored layers of a model, by dotted name."""
+    return dict(named(model, FactoredLinear, FactoredConv2d))
+
+
+def update_ranks(layer: FactoredLayer) -> None:
+    """Set the ranks of a factored layer to the sizes of its parts, which another pass has changed."""
+    parts = list(layer.children())[:-1]  # without `expand`
+    layer.ranks = tuple(len(cast(Tensor, part.weight)) for part in parts)
+
+
 L = TypeVar("L", bound=nn.Module)
 
 
@@ -140,11 +156,11 @@ def _zeros(kind: type[L], like: nn.Linear | nn.Conv2d, *sizes: Any, bias: bool) 
     return layer
 
 
-def _is_tucker(layer: nn.Conv2d) -> bool:
+def _is_tucker(layer: nn.Conv2d | FactoredConv2d) -> bool:
     return 1 < max(layer.kernel_size) < SPATIAL_FROM
 
 
-def _is_spatial(layer: nn.Conv2d) -> bool:
+def _is_spatial(layer: nn.Conv2d | FactoredConv2d) -> bool:
     return max(layer.kernel_size) >= SPATIAL_FROM
 
 
@@ -158,20 +174,20 @@ def full_ranks(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
     return (min(inputs * layer.kernel_size[0], outputs * layer.kernel_size[1]),)
 
 
-def factored_parameters(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> int:
+def factored_parameters(layer: AnyForm, ranks: tuple[int, ...]) -> int:
     """Parameters of the factored form of `layer` at `ranks`, bias included."""
     return sum(weights for weights, _ in _parts(layer, ranks)) + (0 if layer.bias is None else layer.bias.numel())
 
 
-def factored_macs(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...], positions: float) -> float:
+def factored_macs(layer: AnyForm, ranks: tuple[int, ...], positions: float) -> float:
     """Multiply-adds an image of the factored form of `layer` at `ranks`, with `positions` rows of output an image, without padding."""
     return sum(weights * share for weights, share in _parts(layer, ranks)) * positions
 
 
-def _parts(layer: nn.Linear | nn.Conv2d, ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+def _parts(layer: AnyForm, ranks: tuple[int, ...]) -> list[tuple[int, int]]:
     """Weights of each part of the factored form, and its positions for each output position: more before a stride."""
     outputs, inputs = layer.weight.shape[:2]
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | FactoredLinear):
         return [(ranks[0] * inputs, 1), (ranks[0] * outputs, 1)]
     (height, width), (down, across) = layer.kernel_size, layer.stride
     if _is_tucker(layer):

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -29,25 +29,27 @@ from torch import Tensor, nn
 from muntin.compression.activation_moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.allocation import Choice, Values, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.calibration import calibration_list, check_weights
+from muntin.compression.history import checked, remember
+from muntin.compression.low_rank.costs import FactoredCosts
 from muntin.compression.low_rank.factored_layers import (
     FactoredConv2d,
     FactoredLayer,
     FactoredLinear,
+    factored_layers,
     factored_macs,
     factored_parameters,
     full_ranks,
     shell,
 )
 from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
+from muntin.compression.quantization.quantized_layers import check_float
 from muntin.compression.replaceability import irreplaceable
 from muntin.compression.rewrite import (
+    EVERY,
     WHOLE_MODEL,
-    Pass,
     call_every_layer,
-    check_kept,
     computed_weight,
-    is_kept,
+    left_out,
     named,
     number_paddings,
     other_padding,
@@ -57,7 +59,7 @@ from muntin.compression.rewrite import (
 )
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
-from muntin.models.eager import check_eager
+from muntin.models.eager import ModelInputs, check_eager, first_row
 from muntin.training.config import LowRankConfig
 
 DAMPING = 1e-2
@@ -69,55 +71,72 @@ _BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, ar
 Dense = nn.Linear | nn.Conv2d
 
 
-def low_rank(calibration: Iterable[Tensor], config: LowRankConfig | None = None) -> Pass:
-    """A pass that replaces Linear and Conv2d by factored layers, in place; see the head of this file.
+def low_rank(
+    model: nn.Module,
+    calibration: Iterable[ModelInputs],
+    *,
+    parameters: float = 0.35,
+    macs: float | None = None,
+    criterion: Literal["activation", "energy", "cumulative"] = "activation",
+    threshold: float | None = None,
+    multiple: int = 16,
+    only: Sequence[str] = EVERY,
+    keep: Sequence[str] = (),
+) -> list[Change]:
+    """Replace Linear and Conv2d by factored layers, in place; see the head of this file.
 
-    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. A layer with
-    fewer than `FEW_ROWS` rows (tokens, positions of its map) a channel gets a note. Criteria: `activation` minimises the estimated harm to
-    the answer, noise over signal, under `config.parameters` and `config.macs`; `energy` and `cumulative` give every layer the least rank
-    whose share of Σσ², of Σσ, of its weight reaches one threshold, given or the largest that meets the budget.
+    `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, or several inputs as a
+    tuple or dictionary. A layer with fewer than `FEW_ROWS` rows (tokens, positions of its map) a channel gets a note. Criteria:
+    `activation` minimises the estimated harm to the answer, noise over signal, under `parameters` and `macs`, shares of the parameters of
+    the model and of the multiply-adds of its factorable layers; `energy` and `cumulative` give every layer the least rank whose share of
+    Σσ², of Σσ, of its weight reaches one `threshold`, given or the largest that meets the budget. `multiple`: of which ranks are multiples.
+    `only`, `keep`: names or patterns of the layers to factor, and to leave dense.
+
+    Budgets count from the model without factored layers, so a second run with the same budget changes nothing.
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
     `cumulative` need training afterwards. Raises `MuntinError` if there is no calibration batch, for NaN or infinity, if `keep` names no
     layer, or if the budget is out of reach.
     """
-    config = config or LowRankConfig()
-
-    def pass_(model: nn.Module) -> list[Change]:
-        check_eager(model)
-        check_frozen(model)
-        batches = calibration_list(calibration)
-        layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
-        check_kept(config.keep, layers)
-        check_weights(layers, done="factored")  # raises before the model is changed
-        paddings = number_paddings(model.eval())
-        call_every_layer(model)
-        reasons = _reasons_to_keep(model, layers, config)
-        reasons |= irreplaceable(model, {name: layer for name, layer in layers.items() if name not in reasons}, batches[0][:1])
-        free = {name: layer for name, layer in layers.items() if name not in reasons}
-        moments = input_moments(model, batches, free)
-        reasons |= {name: reason for name in free if (reason := _unused(moments.get(name))) is not None}
+    config = checked(
+        LowRankConfig, parameters=parameters, macs=macs, criterion=criterion, threshold=threshold, multiple=multiple, keep=tuple(keep)
+    )
+    check_eager(model)
+    check_frozen(model)
+    check_float(model, "low_rank")
+    batches = calibration_list(calibration)
+    layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
+    unnamed = left_out({**layers, **factored_layers(model)}, only, keep)
+    check_weights(layers, done="factored")  # raises before the model is changed
+    paddings = number_paddings(model.eval())
+    call_every_layer(model)
+    reasons = _reasons_to_keep(model, layers, unnamed)
+    factored = FactoredCosts.of(model, batches, with_macs=config.macs is not None)
+    if (within := factored.reason(config)) is not None:
+        reasons |= {name: within for name in layers if name not in reasons}
+    reasons |= irreplaceable(model, {name: layer for name, layer in layers.items() if name not in reasons}, first_row(batches[0]))
+    free = {name: layer for name, layer in layers.items() if name not in reasons}
+    moments = input_moments(model, batches, free)
+    reasons |= {name: reason for name in free if (reason := _unused(moments.get(name))) is not None}
+    free = {name: layer for name, layer in free.items() if name not in reasons}
+    picked: dict[str, Choice] = {}
+    if free and config.criterion == "activation":
+        sensitivity = answer_sensitivity(model, batches, free)
+        reasons |= {name: _BLIND for name in free if not sensitivity[name]}
         free = {name: layer for name, layer in free.items() if name not in reasons}
-        picked: dict[str, Choice] = {}
-        if free and config.criterion == "activation":
-            sensitivity = answer_sensitivity(model, batches, free)
-            reasons |= {name: _BLIND for name in free if not sensitivity[name]}
-            free = {name: layer for name, layer in free.items() if name not in reasons}
-            picked = _pick_by_answer(model, free, moments, sensitivity, config)
-        elif free:
-            picked = _pick_by_threshold(model, free, config)
-        for name, layer in free.items():
-            choice = picked[name]
-            if choice.ranks and choice.parameters < _dense_parameters(layer):
-                root = square_root(moments[name].shrunk()) if config.criterion == "activation" else None
-                replace(model, name, factorize(layer, choice.ranks, root))
-            else:
-                reasons[name] = _why_dense(layer, choice.ranks, config)
-        changes = [_change(name, layer, reasons.get(name), picked, _uncertain(moments.get(name), config)) for name, layer in layers.items()]
-        return paddings + changes + out_of_reach(model, "low_rank", "factored form")
-
-    return pass_
+        picked = _pick_by_answer(free, moments, sensitivity, config, factored)
+    elif free:
+        picked = _pick_by_threshold(free, config, factored)
+    for name, layer in free.items():
+        choice = picked[name]
+        if choice.ranks and choice.parameters < _dense_parameters(layer):
+            root = square_root(moments[name].shrunk()) if config.criterion == "activation" else None
+            replace(model, name, factorize(layer, choice.ranks, root))
+        else:
+            reasons[name] = _why_dense(layer, choice.ranks, config)
+    changes = [_change(name, layer, reasons.get(name), picked, _uncertain(moments.get(name), config)) for name, layer in layers.items()]
+    return remember(model, paddings + changes + out_of_reach(model, "low_rank", "factored form"))
 
 
 def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Choice], note: str) -> Change:
@@ -137,19 +156,16 @@ def _ranks_text(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
 
 
-def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], config: LowRankConfig) -> dict[str, str]:
+def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], unnamed: Mapping[str, str]) -> dict[str, str]:
     """Reasons to keep layers dense for any budget, by name."""
-    factored = {id(part) for _, layer in named(model, FactoredLinear, FactoredConv2d) for part in layer.children()}
-    quantized = any(True for _ in named(model, QuantizedLinear, QuantizedConv2d))
+    factored = {id(part) for layer in factored_layers(model).values() for part in layer.children()}
     users = parameter_users(model)
     reasons = {}
     for name, layer in layers.items():
         if id(layer) in factored:
             reasons[name] = "already factored"
-        elif is_kept(name, config.keep):
-            reasons[name] = "named in keep"
-        elif quantized:
-            reasons[name] = "the model is quantised already: factor it before"
+        elif name in unnamed:
+            reasons[name] = unnamed[name]
         elif layer is model:
             reasons[name] = WHOLE_MODEL
         elif (reason := _no_form(layer) or _tied(layer, users)) is not None:
@@ -193,14 +209,12 @@ def _dense_parameters(layer: Dense) -> int:
     return sum(parameter.numel() for parameter in layer.parameters())
 
 
-def _budget(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> tuple[int, int]:
-    """The allowed parameters of the model, and the number of its parameters that no rank changes."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return int(config.parameters * total), total - sum(_dense_parameters(layer) for layer in free.values())
-
-
 def _pick_by_answer(
-    model: nn.Module, free: Mapping[str, Dense], moments: Mapping[str, Moment], sensitivity: Mapping[str, float], config: LowRankConfig
+    free: Mapping[str, Dense],
+    moments: Mapping[str, Moment],
+    sensitivity: Mapping[str, float],
+    config: LowRankConfig,
+    factored: FactoredCosts,
 ) -> dict[str, Choice]:
     menus = {}
     for name, layer in free.items():
@@ -212,14 +226,14 @@ def _pick_by_answer(
             multiple=config.multiple,
             scale=sensitivity[name] * positions,
         )
-    budget, fixed = _budget(model, free, config)
+    budget, fixed = factored.budget(config), factored.fixed(free)
     if config.macs is None:
         return allocate(menus, budget, fixed=fixed)
-    whole = sum(menu[-1].macs for menu in menus.values())  # dense
-    return allocate_within(menus, budget, config.macs * whole, fixed=fixed)
+    whole = factored.dense_macs + sum(menu[-1].macs for menu in menus.values())  # dense
+    return allocate_within(menus, budget, config.macs * whole * (1 + 1e-9) - factored.macs, fixed=fixed)
 
 
-def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowRankConfig) -> dict[str, Choice]:
+def _pick_by_threshold(free: Mapping[str, Dense], config: LowRankConfig, factored: FactoredCosts) -> dict[str, Choice]:
     power = 1.0 if config.criterion == "energy" else 0.5
     values = {name: [carried**power for carried in spectra(layer)] for name, layer in free.items()}
 
@@ -230,7 +244,7 @@ def _pick_by_threshold(model: nn.Module, free: Mapping[str, Dense], config: LowR
             picked[name] = Choice(ranks=ranks, parameters=factored_parameters(layer, ranks))
         return picked
 
-    budget, fixed = _budget(model, free, config)
+    budget, fixed = factored.budget(config), factored.fixed(free)
 
     def total(threshold: float) -> int:
         return fixed + sum(min(choice.parameters, _dense_parameters(free[name])) for name, choice in pick(threshold).items())
@@ -345,7 +359,7 @@ def _mode(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The ranks of each factored layer, by dotted name."""
-    return {name: cast(FactoredLayer, layer).ranks for name, layer in named(model, FactoredLinear, FactoredConv2d)}
+    return {name: layer.ranks for name, layer in factored_layers(model).items()}
 
 
 def apply_structure(model: nn.Module, structure: Mapping[str, Sequence[int]]) -> None:

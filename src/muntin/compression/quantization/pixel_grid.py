@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
 from muntin.compression.rewrite import named
-from muntin.models.eager import watch_inputs
+from muntin.models.eager import ModelInputs, watch_inputs
 
 NEAR = 0.02
 """Maximum relative difference of a layer's scale from the pixels' step, to be set to it."""
@@ -26,13 +26,16 @@ _COARSER = 127.5 / 127
 
 
 @torch.no_grad()
-def align_with_pixels(model: nn.Module, images: Tensor) -> list[str]:
+def align_with_pixels(model: nn.Module, images: ModelInputs) -> list[str]:
     """Set the scale of each layer that reads the image to the pixels' step, if it is within `NEAR`; return the names of these layers.
 
     If the pixels are beside the grid, a scale within `NEAR_OFF_GRID` is set to a coarser one. `images`: raw pixels `(B, C, H, W)`, for
-    their shape. Three images of one value each, 0, 1 and 255, identify the layers by their inputs. Signed grids only: an unsigned one
-    without offset is removed by OpenVINO. Costs six forward passes; the first three compare means, so that few inputs have to be held.
+    their shape; inputs of another form are no pixels, and nothing is set. Three images of one value each, 0, 1 and 255, identify the
+    layers by their inputs. Signed grids only: an unsigned one without offset is removed by OpenVINO. Costs six forward passes; the first
+    three compare means, so that few inputs have to be held.
     """
+    if not isinstance(images, Tensor):
+        return []
     layers: dict[str, nn.Module] = dict(named(model, QuantizedConv2d, QuantizedLinear))
     plain = [torch.full_like(images[:1], value, dtype=torch.float32) for value in (0.0, 1.0, 255.0)]
     means = [_inputs(model, layers, image, mean=True) for image in plain]

@@ -12,53 +12,66 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from muntin.compression.history import checked, last_changes, remember
 from muntin.compression.quantization.fake_quantization import round_to_half, sqnr_db
 from muntin.compression.quantization.pixel_grid import align_with_pixels
 from muntin.compression.quantization.preparation import prepare
 from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.quantization.quantized_layers import QuantizedLayer, quantized_form
-from muntin.compression.rewrite import Pass, others, out_of_reach, replace
+from muntin.compression.quantization.quantized_layers import QuantizedLayer, already_quantized, quantized_form, quantized_operations
+from muntin.compression.rewrite import EVERY, others, out_of_reach, replace
 from muntin.models.compression_record import Change
-from muntin.models.eager import check_eager, watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, watch_inputs
 from muntin.training.config import QuantizationConfig
 
 
-def quantize(calibration: Iterable[Tensor], config: QuantizationConfig | None = None) -> Pass:
-    """A pass that quantises Linear and Conv2d to static INT8 (W8A8) in place; see the head of this file.
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[ModelInputs],
+    *,
+    min_sqnr_db: float = 15.0,
+    only: Sequence[str] = EVERY,
+    keep: Sequence[str] = (),
+) -> list[Change]:
+    """Quantise Linear and Conv2d to static INT8 (W8A8), in place; see the head of this file.
 
-    `calibration`: input batches `(B, C, H, W)` of raw pixels, any integer or float type; images of training, never of a test. Costs three
-    forward passes over them, and three of one image. Closed channels are cut, norms and gates folded. Weights of layers that stay are
-    rounded to the FP16 in which they are stored. Raises `MuntinError` like `prepare`.
+    `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, or several inputs as a
+    tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits. Costs three forward passes
+    over the batches, and three of one row. Closed channels are cut, norms and gates folded. Weights of layers that stay are rounded to the
+    FP16 in which they are stored. A second run changes nothing: a layer keeps its form, and its measured signal over noise. Raises
+    `MuntinError` like `prepare`, and for a model in quantisation-aware training.
     """
-    config = config or QuantizationConfig()
-
-    def pass_(model: nn.Module) -> list[Change]:
-        check_eager(model)
-        check_frozen(model)
-        ready = prepare(model, calibration, config.keep, cut=True)
-        free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
-        forms = {name: quantized_form(layer, ready.observed[name][0].grid()) for name, layer in free.items()}
-        sqnr = _measure(model, free, forms, ready.batches)
-        changes = ready.changes
-        for name, layer in ready.operations.items():
-            reason = ready.reasons.get(name, "")
-            if name in sqnr and sqnr[name] < config.min_sqnr_db:
-                reason = f"INT8 leaves {sqnr[name]:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
-            if reason:
-                round_to_half(layer)
-            else:
-                replace(model, name, forms[name])
-            changes.append(Change(layer=name, pass_="quantize", done="kept" if reason else "W8A8", reason=reason, sqnr_db=sqnr.get(name)))
-        for other in others(model).values():
-            round_to_half(other)
+    config = checked(QuantizationConfig, min_sqnr_db=min_sqnr_db)
+    check_eager(model)
+    check_frozen(model)
+    before = quantized_operations(model)
+    ready = prepare(model, calibration, only=only, keep=keep, done=before, cut=True)
+    free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
+    forms = {name: quantized_form(layer, ready.observed[name][0].grid()) for name, layer in free.items()}
+    earlier = {
+        name: change.sqnr_db for name, change in last_changes(model, "quantize").items() if name in free and change.sqnr_db is not None
+    }
+    sqnr = _measure(model, {name: layer for name, layer in free.items() if name not in earlier}, forms, ready.batches) | earlier
+    changes = [*ready.changes, *already_quantized(before)]
+    replaced = False
+    for name, layer in ready.operations.items():
+        reason = ready.reasons.get(name, "")
+        if name in sqnr and sqnr[name] < config.min_sqnr_db:
+            reason = f"INT8 leaves {sqnr[name]:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
+        if reason:
+            round_to_half(layer)
+        else:
+            replace(model, name, forms[name])
+            replaced = True
+        changes.append(Change(layer=name, pass_="quantize", done="kept" if reason else "W8A8", reason=reason, sqnr_db=sqnr.get(name)))
+    for other in others(model).values():
+        round_to_half(other)
+    if replaced:
         align_with_pixels(model, ready.batches[0])
-        return changes + out_of_reach(model, "quantize", "integer form")
-
-    return pass_
+    return remember(model, changes + out_of_reach(model, "quantize", "integer form"))
 
 
 def _measure(
-    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[Tensor]
+    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[ModelInputs]
 ) -> dict[str, float]:
     """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it."""
     measured: dict[str, float] = {}
@@ -68,6 +81,6 @@ def _measure(
             measured[name] = sqnr_db(type(layer).forward(layer, inputs[0]), forms[name](inputs[0]))
 
     for batch in batches:
-        if measured.keys() != forms.keys():
+        if measured.keys() != layers.keys():
             watch_inputs(model, layers, [batch], watch)
     return measured

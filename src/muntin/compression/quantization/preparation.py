@@ -18,22 +18,21 @@ from muntin.compression.rewrite import (
     UNUSUAL,
     WHOLE_MODEL,
     call_every_layer,
-    check_kept,
     computes_as_usual,
-    is_kept,
     keepable,
+    left_out,
     named,
     number_paddings,
 )
 from muntin.models.compression_record import Change
-from muntin.models.eager import check_eager, watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, first_row, watch_inputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """The operations of a folded model, by dotted name, with the ranges of their inputs."""
 
-    batches: list[Tensor]
+    batches: list[ModelInputs]
     changes: list[Change]
     operations: dict[str, nn.Module]
     observed: dict[str, tuple[Observer, Observer]]
@@ -43,15 +42,23 @@ class Prepared:
 
 
 def prepare(
-    model: nn.Module, calibration: Iterable[Tensor], keep: Sequence[str], *, products: tuple[type[nn.Module], ...] = (), cut: bool = False
+    model: nn.Module,
+    calibration: Iterable[ModelInputs],
+    *,
+    only: Sequence[str],
+    keep: Sequence[str],
+    done: Mapping[str, nn.Module],
+    products: tuple[type[nn.Module], ...] = (),
+    cut: bool = False,
 ) -> Prepared:
     """Check a model, fold its norms and gates in place, and observe the inputs of its layers and `products`.
 
-    `cut`: remove closed channels first. Raises `MuntinError` if there is no batch, for NaN and infinity, and if `keep` names no layer.
+    `cut`: remove closed channels first. `done`: operations that have another form already, which `only` and `keep` may name. Raises
+    `MuntinError` if there is no batch, for NaN and infinity, and if `only` or `keep` name no layer.
     """
     check_eager(model)
     batches = calibration_list(calibration)
-    check_kept(keep, keepable(model))
+    unnamed = left_out({**keepable(model), **done}, only, keep)
     check_weights(dict(named(model, nn.Linear, nn.Conv2d)))  # raises before the model is changed
     changes = [*(remove_closed_channels(model.eval()) if cut else ()), *number_paddings(model.eval())]
     layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
@@ -59,12 +66,12 @@ def prepare(
     check_weights(layers)
     operations = {**layers, **(dict(named(model, *products)) if products else {})}
     call_every_layer(model)
-    fixed = irreplaceable(model, layers, batches[0][:1])
+    fixed = irreplaceable(model, layers, first_row(batches[0]))
     replaceable = {name: operation for name, operation in operations.items() if name not in fixed}
     unusual = _unusual(model, replaceable, batches)
     observed = observe(model, replaceable, batches)
     reasons = {name: reason for name, (first, _) in observed.items() if (reason := no_integer_form(operations[name], first)) is not None}
-    kept = {name: "named in keep" for name in operations if is_kept(name, keep)}
+    kept = {name: unnamed[name] for name in operations if name in unnamed}
     return Prepared(
         batches=batches,
         changes=changes,
@@ -74,7 +81,7 @@ def prepare(
     )
 
 
-def _unusual(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, str]:
+def _unusual(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[ModelInputs]) -> dict[str, str]:
     """Subclasses of Linear and Conv2d, by name, that do not compute what their kind does, with a reason."""
     kinds = (nn.Linear, nn.Conv2d)
     subclasses = {name: layer for name, layer in operations.items() if isinstance(layer, kinds) and type(layer) not in kinds}

@@ -11,6 +11,7 @@ Axes: O output and I input channels of a weight.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from muntin.compression.history import remember
 from muntin.compression.quantization.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
 from muntin.compression.quantization.observer import ActivationGrid, usable
 from muntin.compression.quantization.pixel_grid import align_with_pixels
@@ -28,15 +30,18 @@ from muntin.compression.quantization.quantized_layers import (
     QuantizedLayer,
     QuantizedProduct,
     QuantizedSoftmaxProduct,
+    already_quantized,
+    check_float,
     exponentials,
     keep_geometry,
     quantized_form,
+    quantized_operations,
 )
-from muntin.compression.rewrite import Pass, keepable, named, others, out_of_reach, replace
+from muntin.compression.rewrite import EVERY, is_kept, keepable, named, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
-from muntin.models.eager import watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, watch_inputs
 
 
 class LearnedGrid(nn.Module):
@@ -161,29 +166,54 @@ FLOAT = 32
 """Bits of a layer that is not quantised."""
 
 
-def prepare_qat(calibration: Iterable[Tensor], *, bits: int = 4, keep: Sequence[str] = (), percentile: float | None = None) -> Pass:
-    """A pass that puts a model into W`bits`A8 quantisation-aware training, in place.
+def prepare_qat(
+    model: nn.Module,
+    calibration: Iterable[ModelInputs],
+    *,
+    bits: int = 4,
+    only: Sequence[str] = EVERY,
+    keep: Sequence[str] = (),
+    percentile: float | None = None,
+) -> list[Change]:
+    """Put a model into W`bits`A8 quantisation-aware training, in place.
 
-    Linear, Conv2d and depthwise convolutions get weights of `bits` bits per output channel and 8-bit inputs; the products of muntin's
-    attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches `(B, C, H, W)` of raw pixels, training
-    images; activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `keep`: names of
-    layers and products, or of modules around them, that stay in float. Costs two forward passes over the batches and three of one image.
+    Linear, Conv2d and depthwise convolutions get weights of `bits` bits (2-8) per output channel and 8-bit inputs; the products of muntin's
+    attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches of training inputs, as in `quantize`;
+    activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `only`, `keep`: names or
+    patterns of the layers and products to take, and to leave in float. Costs two forward passes over the batches and three of one row.
+
+    A second run with the same bits changes nothing, and one of other layers may have other bits. Raises `MuntinError` like `prepare`, for
+    layers that are prepared with other bits, and for a quantised model.
     """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise MuntinError(f"bits={bits!r}: give a whole number from 2 to 8")
+    check_eager(model)
+    check_float(model, "prepare_qat")
+    before = qat_operations(model)
+    taken = {name: one for name, one in before.items() if is_kept(name, only) and not is_kept(name, keep)}
+    other = {name: one.bits for name, one in taken.items() if isinstance(one, QATLinear | QATConv2d) and one.bits != bits}
+    if other:
+        name, width = next(iter(other.items()))
+        raise MuntinError(
+            f"bits={bits}: '{name}' is in quantisation-aware training with {width} bits ({len(other)} layers are): "
+            f"muntin.compression.set_bits(model, {{'{name}': {bits}}}) goes on from its rounded weights; or begin with the float model"
+        )
+    ready = prepare(model, calibration, only=only, keep=keep, done=before, products=(Product, SoftmaxProduct))
+    already = [Change(layer=name, pass_="qat", done="kept", reason=f"already {_form(one)}") for name, one in before.items()]
+    changes = [*ready.changes, *already]
+    for name, operation in ready.operations.items():
+        if name in ready.reasons:
+            changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
+            continue
+        grids = [observer.grid(percentile) if observer.seen else SHARES for observer in ready.observed[name]]
+        form = _qat_form(operation, grids, bits)
+        replace(model, name, form)
+        changes.append(Change(layer=name, pass_="qat", done=_form(form)))
+    return remember(model, changes + out_of_reach(model, "qat", "integer form"))
 
-    def pass_(model: nn.Module) -> list[Change]:
-        ready = prepare(model, calibration, keep, products=(Product, SoftmaxProduct))
-        changes = ready.changes
-        for name, operation in ready.operations.items():
-            if name in ready.reasons:
-                changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
-                continue
-            grids = [observer.grid(percentile) if observer.seen else SHARES for observer in ready.observed[name]]
-            replace(model, name, _qat_form(operation, grids, bits))
-            done = "A8" if isinstance(operation, Product | SoftmaxProduct) else f"W{bits}A8"
-            changes.append(Change(layer=name, pass_="qat", done=done))
-        return changes + out_of_reach(model, "qat", "integer form")
 
-    return pass_
+def _form(operation: QATOperation) -> str:
+    return f"W{operation.bits}A8" if isinstance(operation, QATLinear | QATConv2d) else "A8"
 
 
 def _qat_form(operation: nn.Module, grids: Sequence[ActivationGrid], bits: int) -> QATOperation:
@@ -262,34 +292,33 @@ def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> Non
         replace(model, name, _qat_form(operations[name], grids_of, record.bits))
 
 
-def freeze(batches: Sequence[Tensor]) -> Pass:
-    """A pass that turns every QAT operation into its integer form, in place; float layers are rounded to the FP16 in which they are stored.
+def freeze(model: nn.Module, calibration: Iterable[ModelInputs] = ()) -> list[Change]:
+    """Turn every operation in quantisation-aware training into its integer form, in place.
 
-    `batches`: calibration images; on the first batch each layer's signal over noise is measured against its float form.
+    Float layers are rounded to the FP16 in which they are stored. `calibration`: on its first batch, if there is one, the signal over noise
+    of each layer is measured against its float form, and grids of pixels are aligned with the levels of the image. A second run changes
+    nothing.
     """
+    batches = list(itertools.islice(calibration, 1))
+    before = already_quantized(quantized_operations(model))
+    model.eval()
+    layers = dict(named(model, *_WEIGHTED))
+    sqnr: dict[str, float] = {}
 
-    def pass_(model: nn.Module) -> list[Change]:
-        model.eval()
-        layers = dict(named(model, *_WEIGHTED))
-        sqnr: dict[str, float] = {}
+    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, QATLinear | QATConv2d)
+        sqnr.setdefault(name, sqnr_db(layer.plain()(inputs[0]), layer.forward(inputs[0])))
 
-        def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(layer, QATLinear | QATConv2d)
-            sqnr.setdefault(name, sqnr_db(layer.plain()(inputs[0]), layer.forward(inputs[0])))
-
-        watch_inputs(model, layers, batches[:1], watch)
-        changes = []
-        for name, operation in qat_operations(model).items():
-            replace(model, name, operation.frozen())
-            bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else None
-            done = "A8" if bits is None else f"W{bits}A8"
-            changes.append(Change(layer=name, pass_="quantize", done=done, sqnr_db=sqnr.get(name)))
-        for name, layer in named(model, nn.Linear, nn.Conv2d):
-            round_to_half(layer)
-            changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
-        for other in others(model).values():
-            round_to_half(other)
+    watch_inputs(model, layers, batches, watch)
+    changes = before
+    for name, operation in qat_operations(model).items():
+        replace(model, name, operation.frozen())
+        changes.append(Change(layer=name, pass_="quantize", done=_form(operation), sqnr_db=sqnr.get(name)))
+    for name, layer in named(model, nn.Linear, nn.Conv2d):
+        round_to_half(layer)
+        changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
+    for other in others(model).values():
+        round_to_half(other)
+    if batches and any(not change.kept for change in changes):
         align_with_pixels(model, batches[0])
-        return changes
-
-    return pass_
+    return remember(model, changes)

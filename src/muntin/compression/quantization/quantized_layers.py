@@ -5,6 +5,7 @@ Axes: B batch, O output and I input channels, H W map.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -13,7 +14,10 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
 from muntin.compression.quantization.observer import ActivationGrid, Observer
-from muntin.compression.rewrite import computed_weight, other_padding
+from muntin.compression.rewrite import computed_weight, keepable, named, other_padding, replace
+from muntin.errors import MuntinError
+from muntin.layers import Product, SoftmaxProduct
+from muntin.models.compression_record import Change, OperationRecord
 
 
 class InputGrid(nn.Module):
@@ -151,6 +155,28 @@ def exponentials(logits: Tensor, bias: Tensor | None) -> Tensor:
 
 
 QuantizedLayer = QuantizedLinear | QuantizedConv2d
+QuantizedOperation = QuantizedLinear | QuantizedConv2d | QuantizedProduct | QuantizedSoftmaxProduct
+_OPERATIONS = (QuantizedLinear, QuantizedConv2d, QuantizedProduct, QuantizedSoftmaxProduct)
+
+
+def quantized_operations(model: nn.Module) -> dict[str, QuantizedOperation]:
+    """The quantised operations, by dotted name."""
+    return dict(named(model, *_OPERATIONS))
+
+
+def already_quantized(operations: Mapping[str, QuantizedOperation]) -> list[Change]:
+    """A kept `Change` for each of the operations."""
+    widths = {name: f"W{one.bits}A8" if isinstance(one, _QuantizedWeight) else "A8" for name, one in operations.items()}
+    return [Change(layer=name, pass_="quantize", done="kept", reason=f"already {width}") for name, width in widths.items()]
+
+
+def check_float(model: nn.Module, pass_: str) -> None:
+    """Raise `MuntinError` for a model that is quantised, whose layers `pass_` cannot change."""
+    if operations := quantized_operations(model):
+        raise MuntinError(
+            f"{next(iter(operations)) or 'the model'} is quantised ({len(operations)} operations are), and {pass_} changes float layers: "
+            f"call {pass_} before quantize or freeze, on the model as it was"
+        )
 
 
 def quantized_form(layer: nn.Module, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> QuantizedLayer:
@@ -158,6 +184,41 @@ def quantized_form(layer: nn.Module, grid: ActivationGrid, *, bits: int = 8, sca
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(layer, grid, bits=bits, scale=scale)
     return QuantizedLinear(cast(nn.Linear, layer), grid, bits=bits, scale=scale)
+
+
+def integer_structure(model: nn.Module) -> dict[str, OperationRecord]:
+    """The quantised operations, by dotted name, for a record."""
+    structure = {}
+    for name, operation in quantized_operations(model).items():
+        grids = [module for module in operation.modules() if isinstance(module, InputGrid)]
+        bits = operation.bits if isinstance(operation, _QuantizedWeight) else 0
+        structure[name] = OperationRecord(bits=bits, unsigned=tuple(grid.zero_point.dtype == torch.uint8 for grid in grids))
+    return structure
+
+
+def apply_integers(model: nn.Module, structure: Mapping[str, OperationRecord]) -> None:
+    """Put quantised forms where `structure` says, in place; load the weights and scales next.
+
+    Raises `MuntinError` for a name that is no such operation of the model, before anything is changed.
+    """
+    operations = keepable(model)
+    for name, record in structure.items():
+        grids = 2 if isinstance(operations.get(name), Product | SoftmaxProduct) else 1
+        if name not in operations or len(record.unsigned) != grids:
+            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
+            raise MuntinError(f"integers: '{name}' {what}: build the model that was saved")
+    for name, record in structure.items():
+        replace(model, name, _empty_form(operations[name], record))
+
+
+def _empty_form(operation: nn.Module, record: OperationRecord) -> nn.Module:
+    grids = [ActivationGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
+    if isinstance(operation, Product):
+        return QuantizedProduct(*grids)
+    if isinstance(operation, SoftmaxProduct):
+        return QuantizedSoftmaxProduct(grids[-1])
+    weight = cast(Tensor, operation.weight)
+    return quantized_form(operation, grids[0], bits=record.bits, scale=torch.ones(len(weight), device=weight.device))
 
 
 def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:

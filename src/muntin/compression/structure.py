@@ -1,0 +1,55 @@
+"""The structure that passes gave to a model: read from it for a record, and given to a new model of the same architecture.
+
+Checkpoints of `muntin compress` and folders of `muntin.save` are read by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from torch import nn
+
+from muntin.compression.batch_norm import FOLDED, apply_folds
+from muntin.compression.channels.sizes import apply_sizes, sizes_of
+from muntin.compression.channels.slimming import apply_widths, widths_of
+from muntin.compression.fold import fold
+from muntin.compression.history import history, pruned_from, remember, remember_pruning
+from muntin.compression.low_rank.factorization import apply_structure, structure_of
+from muntin.compression.quantization.qat import apply_qat, qat_structure
+from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure
+from muntin.compression.rewrite import number_paddings
+from muntin.models.compression_record import Structure
+
+
+def structure_fields(model: nn.Module) -> dict[str, Any]:
+    """The fields of `Structure` for a model."""
+    pruning = pruned_from(model)
+    return {
+        "widths": widths_of(model),
+        "sizes": {} if pruning is None else sizes_of(model),
+        "pruning": pruning,
+        "ranks": structure_of(model),
+        "qat": qat_structure(model) or None,
+        "integers": integer_structure(model),
+        "changes": history(model),
+    }
+
+
+def restore_structure(model: nn.Module, record: Structure, tensors: Container[str]) -> None:
+    """Give a new model, in `eval` mode, the structure of a record, in place; load the weights next. `tensors`: the names of these weights.
+
+    Channels are cut, layers factored, norms folded and operations quantised, or put into quantisation-aware training, as the record says.
+    Raises `MuntinError` if the record is of another model.
+    """
+    apply_widths(model, record.widths)
+    number_paddings(model)
+    apply_structure(model, record.ranks)
+    apply_sizes(model, record.sizes)
+    if record.folded:
+        fold(model)
+        apply_folds(model, [change.layer for change in record.changes if change.pass_ == "fold" and change.done == FOLDED], tensors)
+    apply_qat(model, record.qat or {})
+    apply_integers(model, record.integers)
+    remember(model, record.changes)
+    remember_pruning(model, record.pruning)
