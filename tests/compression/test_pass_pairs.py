@@ -24,7 +24,7 @@ from muntin.errors import MuntinError
 PAGE = Path(__file__).parents[2] / "docs" / "passes.md"
 BATCHES = [pixels(4, 3, 12, 12), pixels(2, 3, 12, 12)]
 PASSES: dict[str, Callable[[nn.Module], list[Change]]] = {
-    "prune": lambda model: muntin.prune(model, BATCHES[0], ratio=0.5, multiple=4),
+    "prune": lambda model: muntin.prune(model, BATCHES, ratio=0.5, multiple=4),
     "low_rank": lambda model: muntin.low_rank(model, BATCHES, parameters=0.97, multiple=2),
     "quantize": lambda model: muntin.quantize(model, BATCHES),
     "prepare_qat": lambda model: muntin.prepare_qat(model, BATCHES, bits=4),

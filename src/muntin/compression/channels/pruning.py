@@ -14,16 +14,21 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from muntin.compression.batch_norm import varied
-from muntin.compression.channels.groups import Costs, channel_groups, costs, counted_macs, cut, importance, mask
+from muntin.compression.activation_moments import answer_sensitivity, input_moments
+from muntin.compression.calibration import calibration_list
+from muntin.compression.channels.groups import ChannelGroup, Costs, channel_groups, costs, counted_macs, cut, mask
+from muntin.compression.channels.heads import head_groups
+from muntin.compression.channels.ranking import Ranking, magnitudes, rank, readers, refit
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
+from muntin.compression.channels.split_attention import FIRST, split_attentions
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
@@ -38,6 +43,7 @@ from muntin.compression.rewrite import (
     named,
     out_of_reach,
     parameter_users,
+    replace,
 )
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
@@ -46,6 +52,7 @@ from muntin.models.eager import ModelInputs, call, check_eager, first_row, tenso
 
 USED = "the model uses its channels in another way too (heads of an attention, a norm over channels): the answer without them differs"
 """Reason to keep a group that a trial has refused."""
+MODE = "global"
 FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """Errors of a model whose layers do not fit together."""
 TOLERANCE = 1e-5
@@ -54,7 +61,7 @@ TOLERANCE = 1e-5
 
 def prune(
     model: nn.Module,
-    example: ModelInputs | None = None,
+    calibration: Iterable[ModelInputs] | None = None,
     *,
     ratio: float | None = None,
     parameters: float | None = None,
@@ -82,15 +89,16 @@ def prune(
     gates = dict(named(model, ChannelGate))
     if gates:
         return _slim(model, gates, shares)
-    if len(shares) != 1 or example is None:
+    if len(shares) != 1 or calibration is None:
         raise MuntinError(
-            f"prune got {', '.join(shares) or 'no share'} and {'no' if example is None else 'an'} example: give an example of the inputs, "
+            f"prune got {', '.join(shares) or 'no share'} and {'no' if calibration is None else 'a'} calibration: give batches of inputs, "
             "and one of ratio, parameters and macs"
         )
     ((kind, share),) = shares.items()
     if not 0 < share < 1 or multiple < 1:
         raise MuntinError(f"{kind}={share!r}, multiple={multiple!r}: give a share between 0 and 1, and a multiple from 1")
-    return remember(model, _Pruning(model, example, multiple).run(kind, share, only, keep))
+    batches = calibration_list([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+    return remember(model, _Pruning(model, batches, multiple).run(kind, share, only, keep))
 
 
 def _slim(model: nn.Module, gates: Mapping[str, nn.Module], shares: Mapping[str, float]) -> list[Change]:
@@ -112,44 +120,72 @@ class _Pruning:
     """One run of `prune` on a model without gates."""
 
     model: nn.Module
-    example: ModelInputs
+    batches: list[ModelInputs]
     multiple: int
 
     def run(self, kind: str, share: float, only: Sequence[str], keep: Sequence[str]) -> list[Change]:
-        model = self.model.eval()
-        call_every_layer(model)
-        layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
-        unnamed = left_out({**layers, **factored_layers(model)}, only, keep)
-        row = first_row(self.example)
+        call_every_layer(self.model.eval())
+        whole = split_attentions(self.model)
+        cuts: dict[str, list[int]] = {}
+        try:
+            reasons = self._examine(only, keep)
+            now = costs(self.model, self.groups, {}, self.positions)
+            if self._met(kind, share, now):
+                within = f"the model keeps {self._share(kind, now):.1%} of its {kind}, within the budget"
+                reasons = dict.fromkeys(self.groups, within) | reasons
+            else:
+                reasons |= self._untouchable([name for name in self.groups if name not in reasons], kind, share)
+                cuts = self._cut(kind, share, [name for name in self.groups if name not in reasons])
+        finally:
+            cut_layers = {member.layer for name in cuts for member in self.groups[name].members}
+            split = [name for name in whole if f"{name}.{FIRST}" in cut_layers]
+            for name in whole:
+                if name not in split:
+                    replace(self.model, name, whole[name])
+        if cuts:
+            heads: dict[str, dict[str, int]] = {}
+            for attribute in (one for name in cuts for one in self.groups[name].attributes):
+                value = vars(self.model.get_submodule(attribute.module))[attribute.name]
+                heads.setdefault(attribute.module, {})[attribute.name] = value
+            remember_pruning(self.model, self.record.with_heads(heads, split))
+        for layer in factored_layers(self.model).values():
+            update_ranks(layer)
+        self.whole = [name for name in whole if name not in split]
+        return self._changes(self.layers, cuts, reasons)
+
+    def _examine(self, only: Sequence[str], keep: Sequence[str]) -> dict[str, str]:
+        """Read the groups and the costs; return reasons to keep groups that are known without a trial."""
+        model = self.model
+        self.layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
+        unnamed = left_out({**self.layers, **factored_layers(model)}, only, keep)
+        row = first_row(self.batches[0])
         self.row: ModelInputs = varied(row) if isinstance(row, Tensor) else row
         self.groups = channel_groups(model, self.row)
         with torch.no_grad(), counted_macs(model) as positions:
             call(model, self.row)
         self.positions = positions
         now = costs(model, self.groups, {}, positions)
-        record = pruned_from(model) or PruningRecord(
-            parameters=now.parameters, macs=now.macs, channels={name: _outputs(layer) for name, layer in layers.items()}
+        self.record = pruned_from(model) or PruningRecord(
+            parameters=now.parameters, macs=now.macs, channels={name: _outputs(layer) for name, layer in self.layers.items()}
         )
-        self.record = record
-        reasons = self._obstacles(unnamed)
-        free = [name for name in self.groups if name not in reasons]
-        self.order = {name: importance(model, self.groups[name]).argsort(stable=True).tolist() for name in free}
-        if self._met(kind, share, now):
-            reasons |= dict.fromkeys(free, f"the model keeps {self._share(kind, now):.1%} of its {kind}, within the budget")
-            return self._changes(layers, {}, reasons)
-        earlier = last_changes(model, "prune")
+        return self._obstacles(unnamed)
+
+    def _untouchable(self, free: Sequence[str], kind: str, share: float) -> dict[str, str]:
+        """The groups that trials refuse, now or in an earlier run, with the reason."""
+        earlier = last_changes(self.model, "prune")
         refused = [name for name in free if name in earlier and earlier[name].reason == USED]
-        free = [name for name in free if name not in refused]
-        refused += self._refused([name for name in free if kind != "ratio" or name in self._cuts([name], share)])
-        free = [name for name in free if name not in refused]
-        reasons |= dict.fromkeys(refused, USED)
+        tried = [name for name in free if name not in refused and (kind != "ratio" or self._width(name, share) < self.groups[name].channels)]
+        return dict.fromkeys([*refused, *self._refused(tried)], USED)
+
+    def _cut(self, kind: str, share: float, free: Sequence[str]) -> dict[str, list[int]]:
+        readable = {name: layer for group in free for name, layer in readers(self.model, self.groups[group]).items()}
+        moments = input_moments(self.model, self.batches, readable)
+        sensitivity = answer_sensitivity(self.model, self.batches, readable)
+        self.rankings = {name: rank(self.model, self.groups[name], moments, sensitivity) for name in free}
         cuts = self._cuts(free, share) if kind == "ratio" else self._within(free, kind, share)
-        cut(model, self.groups, cuts)
-        if cuts:
-            remember_pruning(model, record)
-        for layer in factored_layers(model).values():
-            update_ranks(layer)
-        return self._changes(layers, cuts, reasons)
+        refit(self.model, self.groups, cuts, moments)
+        cut(self.model, self.groups, cuts)
+        return cuts
 
     def _obstacles(self, unnamed: Mapping[str, str]) -> dict[str, str]:
         """Reasons to keep groups, known without a trial."""
@@ -171,12 +207,29 @@ class _Pruning:
         return reasons
 
     def _refused(self, names: Sequence[str]) -> list[str]:
-        """The groups without half of whose channels a copy of the model answers otherwise than one that does not read them."""
+        """The groups without half of whose channels a copy of the model answers otherwise than one that does not read them.
+
+        Groups of channels that are refused become groups of heads, where heads work.
+        """
         accepted: dict[str, list[int]] = {}
         trial = self._randomised()
+        refused = self._tried(names, trial, accepted)
+        plain = {name: self.groups[name] for name in refused}
+        forms = head_groups(copy.deepcopy(trial), self.row, plain) if plain else {}
+        for attempt in range(max(map(len, forms.values()), default=0)):
+            some = [name for name in refused if attempt < len(forms.get(name, ()))]
+            self.groups |= {name: forms[name][attempt] for name in some}
+            failed = self._tried(some, trial, accepted)
+            self.groups |= {name: plain[name] for name in failed}
+            refused = [name for name in refused if name not in some or name in failed]
+        return refused
+
+    def _tried(self, names: Sequence[str], trial: nn.Module, accepted: dict[str, list[int]]) -> list[str]:
+        """The groups that fail; the cuts of the others are added to the accepted ones."""
+        orders = {name: magnitudes(self.model, self.groups[name]).argsort(stable=True).tolist() for name in names}
 
         def works(some: Sequence[str]) -> bool:
-            cuts = accepted | {name: self.order[name][: max(1, self.groups[name].channels // 2)] for name in some}
+            cuts = accepted | {name: orders[name][: max(1, self.groups[name].channels // 2)] for name in some}
             small, masked = copy.deepcopy(trial), copy.deepcopy(trial)
             mask(masked, self.groups, cuts)
             with torch.no_grad():
@@ -227,19 +280,49 @@ class _Pruning:
 
     def _cuts(self, names: Sequence[str], ratio: float) -> dict[str, list[int]]:
         """The channels that leave the groups at a ratio; groups that lose none are absent."""
-        cuts = {}
-        for name in names:
-            channels = self.groups[name].channels
-            width = max(1, math.ceil((1 - ratio) * self._original(name) / self.multiple - 1e-9)) * self.multiple
-            if width < channels:
-                cuts[name] = sorted(self.order[name][: channels - width])
-        return cuts
+        return self._leaving({name: self._width(name, ratio) for name in names})
+
+    def _leaving(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
+        """The channels that leave groups of these widths; groups that lose none are absent."""
+        counts = {name: self.groups[name].channels - width for name, width in widths.items()}
+        return {name: sorted(self.rankings[name].order[:count]) for name, count in counts.items() if count > 0}
+
+    def _width(self, name: str, ratio: float) -> int:
+        """The width of a group at a ratio, in multiples; it may be above what the group has."""
+        step = self._step(name)
+        return max(1, math.ceil((1 - ratio) * self._original(name) / step - 1e-9)) * step
+
+    def _step(self, name: str) -> int:
+        """The least change of a group's width: of heads, what makes their channels multiples."""
+        group = self.groups[name]
+        return self.multiple if group.unit == "channels" else self.multiple // math.gcd(self.multiple, group.places_each)
 
     def _within(self, names: Sequence[str], kind: str, share: float) -> dict[str, list[int]]:
-        """The cuts of the least ratio that meets a budget, to within 1e-6."""
+        """The cuts that meet a budget with the least estimated harm, or of the least ratio where the harm is not known."""
+        if MODE == "global" and all(self.rankings[name].harm for name in names):
+            saving = {name: self._saving(name, kind) for name in names}
+            return self._least(lambda price: self._cuts_at(10 ** (40 * price - 30), saving), kind, share)
+        return self._least(lambda ratio: self._cuts(names, ratio), kind, share)
 
-        def left(ratio: float) -> Costs:
-            return costs(self.model, self.groups, self._cuts(names, ratio), self.positions)
+    def _saving(self, name: str, kind: str) -> float:
+        """What the removal of a channel saves, as a share of the model's costs."""
+        whole, less = (costs(self.model, self.groups, cuts, self.positions) for cuts in ({}, {name: [0]}))
+        return self._share(kind, whole) - self._share(kind, less)
+
+    def _cuts_at(self, price: float, saving: Mapping[str, float]) -> dict[str, list[int]]:
+        """The cuts with the least harm less the price of what they save."""
+        widths = {}
+        for name, each in saving.items():
+            channels, step, harm = self.groups[name].channels, self._step(name), self.rankings[name].harm
+            options = [channels, *(width for width in range(step, channels, step))]
+            widths[name] = min(options, key=lambda width: harm[channels - width] + price * each * width)
+        return self._leaving(widths)
+
+    def _least(self, cuts_at: Callable[[float], dict[str, list[int]]], kind: str, share: float) -> dict[str, list[int]]:
+        """The cuts of the least level, from 0 to 1, that meet a budget, to within 1e-6."""
+
+        def left(level: float) -> Costs:
+            return costs(self.model, self.groups, cuts_at(level), self.positions)
 
         low, high = 0.0, 1 - 1e-9
         if not self._met(kind, share, left(high)):
@@ -250,7 +333,7 @@ class _Pruning:
         while high - low > 1e-6:
             middle = (low + high) / 2
             low, high = (low, middle) if self._met(kind, share, left(middle)) else (middle, high)
-        return self._cuts(names, high)
+        return cuts_at(high)
 
     def _share(self, kind: str, now: Costs) -> float:
         return now.macs / max(1, self.record.macs) if kind == "macs" else now.parameters / max(1, self.record.parameters)
@@ -260,8 +343,10 @@ class _Pruning:
 
     def _original(self, name: str) -> int:
         """Channels of a group before the first pruning; its layer may have been factored since."""
-        whole, channels = self.groups[name].channels, self.record.channels
-        return max(whole, channels.get(name, channels.get(name.rpartition(".")[0], whole)))
+        group, channels = self.groups[name], self.record.channels
+        layer = name if name in channels else name.rpartition(".")[0]
+        each = next((len(one.positions) // group.channels for one in group.members if one.layer == name and one.side == "out"), 1)
+        return max(group.channels, channels.get(layer, 0) // each)
 
     def _changes(self, layers: Mapping[str, nn.Module], cuts: Mapping[str, Sequence[int]], reasons: Mapping[str, str]) -> list[Change]:
         of_layer = {giver: name for name, group in self.groups.items() for giver in (group.name, *group.givers)}
@@ -276,13 +361,18 @@ class _Pruning:
                 reason = reasons.get(group, "")
                 if group in cuts:
                     width = whole - len(cuts[group])
-                    changes.append(Change(layer=layer, pass_="prune", done=f"{width} of {original} channels"))
+                    changes.append(Change(layer=layer, pass_="prune", done=f"{width} of {original} {self.groups[group].unit}"))
                     continue
                 before = f" of {original}" if original > whole else ""
-                reason = reason or f"{whole}{before} channels: the share in multiples of {self.multiple} is no less"
+                reason = reason or f"{whole}{before} {self.groups[group].unit}: the share in multiples of {self._step(group)} is no less"
+            if (name := layer.rpartition(".")[0]) in self.whole:  # a layer of an attention that is whole again
+                if layer != f"{name}.{FIRST}":
+                    continue
+                layer = name
             changes.append(Change(layer=layer, pass_="prune", done="kept", reason=reason))
-        others = out_of_reach(self.model, "prune", "narrower form here")
-        return changes + [change for change in others if change.layer not in layers]  # transposed convolutions and others are in both
+        done = {change.layer for change in changes}
+        others = [change for change in out_of_reach(self.model, "prune", "narrower form here") if change.layer not in done]
+        return changes + others
 
 
 def _equal(expected: Tensor, answer: Tensor) -> bool:
