@@ -48,7 +48,10 @@ def head_groups(model: nn.Module, row: ModelInputs, groups: Mapping[str, Channel
                 continue
             owners = _heads_of(layers, written, read, count)
             if owners is not None:
-                members = [Member(layer=giver, side="out", positions=tuple(range(len(heads))), channels=tuple(heads)) for giver, heads in owners.items()]
+                members = [
+                    Member(layer=giver, side="out", positions=tuple(range(len(heads))), channels=tuple(heads))
+                    for giver, heads in owners.items()
+                ]
                 for reader, tensor in read.items():
                     size = tensor.shape[-1]
                     heads = tuple(place // (size // count) for place in range(size))
@@ -71,9 +74,7 @@ def _run_in_pieces(
     handles = []
     for name, layer in layers.items():
 
-        def hook(
-            layer: nn.Module, given: tuple[Any, ...], by_name: dict[str, Any], output: Tensor, *, name: str = name
-        ) -> Tensor:
+        def hook(layer: nn.Module, given: tuple[Any, ...], by_name: dict[str, Any], output: Tensor, *, name: str = name) -> Tensor:
             leaf = output.detach().requires_grad_()
             outputs.setdefault(name, []).append(leaf)
             inputs.setdefault(name, []).append(given[0] if given else by_name["input"])
@@ -102,7 +103,7 @@ def _heads_of(
     generator = torch.Generator().manual_seed(0)
     owners = {name: [-1] * _channels_last(layers[name], tensor).shape[-1] for name, tensor in written.items()}
     for head in range(count):
-        parts = [tensor.unflatten(-1, (count, -1))[..., head, :] for tensor in read.values()]
+        parts = [tensor.chunk(count, -1)[head] for tensor in read.values()]
         directions = [torch.randn(part.shape, generator=generator).to(part.device, part.dtype) for part in parts]
         gradients = torch.autograd.grad(parts, list(written.values()), directions, retain_graph=True, allow_unused=True)
         for (name, owner), gradient in zip(owners.items(), gradients, strict=True):

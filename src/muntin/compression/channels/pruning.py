@@ -11,24 +11,22 @@ A model with channel gates has chosen its channels in training: those that the g
 
 from __future__ import annotations
 
-import copy
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.batch_norm import varied
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
+from muntin.compression.batch_norm import varied
 from muntin.compression.calibration import calibration_list
-from muntin.compression.channels.groups import ChannelGroup, Costs, channel_groups, costs, counted_macs, cut, mask
-from muntin.compression.channels.heads import head_groups
-from muntin.compression.channels.ranking import Ranking, magnitudes, rank, readers, refit
+from muntin.compression.channels.groups import Costs, channel_groups, costs, counted_macs, cut
+from muntin.compression.channels.ranking import rank, readers, refit
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.channels.split_attention import FIRST, split_attentions
+from muntin.compression.channels.trials import refused_groups
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
@@ -38,7 +36,6 @@ from muntin.compression.rewrite import (
     PARTS,
     call_every_layer,
     computed_weight,
-    failing,
     left_out,
     named,
     out_of_reach,
@@ -48,15 +45,10 @@ from muntin.compression.rewrite import (
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.compression_record import Change, PruningRecord
-from muntin.models.eager import ModelInputs, call, check_eager, first_row, tensors_of
+from muntin.models.eager import ModelInputs, call, check_eager, first_row
 
 USED = "the model uses its channels in another way too (heads of an attention, a norm over channels): the answer without them differs"
 """Reason to keep a group that a trial has refused."""
-MODE = "global"
-FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""Errors of a model whose layers do not fit together."""
-TOLERANCE = 1e-5
-"""Difference of two answers by rounding alone, as a share of the largest distance of the values from their mean."""
 
 
 def prune(
@@ -174,8 +166,11 @@ class _Pruning:
         """The groups that trials refuse, now or in an earlier run, with the reason."""
         earlier = last_changes(self.model, "prune")
         refused = [name for name in free if name in earlier and earlier[name].reason == USED]
-        tried = [name for name in free if name not in refused and (kind != "ratio" or self._width(name, share) < self.groups[name].channels)]
-        return dict.fromkeys([*refused, *self._refused(tried)], USED)
+        tried = [
+            name for name in free if name not in refused and (kind != "ratio" or self._width(name, share) < self.groups[name].channels)
+        ]
+        failed = refused_groups(self.model, self.groups, tried, self.row)
+        return dict.fromkeys([*refused, *failed], USED)
 
     def _cut(self, kind: str, share: float, free: Sequence[str]) -> dict[str, list[int]]:
         readable = {name: layer for group in free for name, layer in readers(self.model, self.groups[group]).items()}
@@ -206,78 +201,6 @@ class _Pruning:
                 reasons[name] = reason
         return reasons
 
-    def _refused(self, names: Sequence[str]) -> list[str]:
-        """The groups without half of whose channels a copy of the model answers otherwise than one that does not read them.
-
-        Groups of channels that are refused become groups of heads, where heads work.
-        """
-        accepted: dict[str, list[int]] = {}
-        trial = self._randomised()
-        refused = self._tried(names, trial, accepted)
-        plain = {name: self.groups[name] for name in refused}
-        forms = head_groups(copy.deepcopy(trial), self.row, plain) if plain else {}
-        for attempt in range(max(map(len, forms.values()), default=0)):
-            some = [name for name in refused if attempt < len(forms.get(name, ()))]
-            self.groups |= {name: forms[name][attempt] for name in some}
-            failed = self._tried(some, trial, accepted)
-            self.groups |= {name: plain[name] for name in failed}
-            refused = [name for name in refused if name not in some or name in failed]
-        return refused
-
-    def _tried(self, names: Sequence[str], trial: nn.Module, accepted: dict[str, list[int]]) -> list[str]:
-        """The groups that fail; the cuts of the others are added to the accepted ones."""
-        orders = {name: magnitudes(self.model, self.groups[name]).argsort(stable=True).tolist() for name in names}
-
-        def works(some: Sequence[str]) -> bool:
-            cuts = accepted | {name: orders[name][: max(1, self.groups[name].channels // 2)] for name in some}
-            small, masked = copy.deepcopy(trial), copy.deepcopy(trial)
-            mask(masked, self.groups, cuts)
-            with torch.no_grad():
-                expected = tensors_of(call(masked, self.row))
-                try:
-                    cut(small, self.groups, cuts)
-                    answer = tensors_of(call(small, self.row))
-                except FAULTS:  # sizes that no longer fit
-                    return False
-            if len(expected) != len(answer) or not all(map(_equal, expected, answer)):
-                return False
-            accepted.update(cuts)
-            return True
-
-        cuttable = [name for name in names if self.groups[name].channels > 1]
-        alike = sorted(cuttable, key=lambda name: re.sub(r"\d+", "", name))  # layers of one role fail together
-        return failing(alike, works)
-
-    @torch.no_grad()
-    def _randomised(self) -> nn.Module:
-        """A copy with random weights, in which every channel has an effect: trained ones may be hidden by a scale or a gate near 0.
-
-        In float64, unless the model does not run in it or its answer is then not finite.
-        """
-        for double in (True, False):
-            trial = copy.deepcopy(self.model)
-            self._fill(trial.double() if double else trial)
-            try:
-                answer = tensors_of(call(trial, self.row))
-            except FAULTS:
-                continue
-            if all(torch.isfinite(part).all() for part in answer):
-                return trial
-        return copy.deepcopy(self.model)
-
-    def _fill(self, trial: nn.Module) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for module in trial.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    matrix = parameter.ndim > 1
-                    noise = noise / parameter[0].numel() ** 0.5 if matrix else 1 + 0.3 * noise if name == "weight" else 0.3 * noise
-                    parameter.copy_(noise)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.running_var is not None:
-                module.running_mean.zero_()
-                module.running_var.fill_(1)
-
     def _cuts(self, names: Sequence[str], ratio: float) -> dict[str, list[int]]:
         """The channels that leave the groups at a ratio; groups that lose none are absent."""
         return self._leaving({name: self._width(name, ratio) for name in names})
@@ -299,7 +222,7 @@ class _Pruning:
 
     def _within(self, names: Sequence[str], kind: str, share: float) -> dict[str, list[int]]:
         """The cuts that meet a budget with the least estimated harm, or of the least ratio where the harm is not known."""
-        if MODE == "global" and all(self.rankings[name].harm for name in names):
+        if all(self.rankings[name].harm for name in names):
             saving = {name: self._saving(name, kind) for name in names}
             return self._least(lambda price: self._cuts_at(10 ** (40 * price - 30), saving), kind, share)
         return self._least(lambda ratio: self._cuts(names, ratio), kind, share)
@@ -373,14 +296,6 @@ class _Pruning:
         done = {change.layer for change in changes}
         others = [change for change in out_of_reach(self.model, "prune", "narrower form here") if change.layer not in done]
         return changes + others
-
-
-def _equal(expected: Tensor, answer: Tensor) -> bool:
-    if expected.shape != answer.shape:
-        return False
-    expected, answer = expected.double(), answer.double()
-    spread = float((expected - expected.mean()).abs().max()) if expected.numel() > 1 else float(expected.abs().max())
-    return float((expected - answer).abs().max()) <= TOLERANCE * spread
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -11,7 +11,7 @@ Axes: C channels of a group, P positions of a channel in a layer's input, O outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from muntin.compression.channels.groups import ChannelCuts, ChannelGroup, axis_o
 
 DAMPING = 1e-3
 """Added to the diagonal of a moment, relative to its mean."""
-STEPS = 128
+STEPS = 64
 """Steps of the elimination in a group: of more channels several leave at a time."""
 EPS = 1e-12
 
@@ -95,10 +95,11 @@ def rank(model: nn.Module, group: ChannelGroup, moments: Mapping[str, Moment], s
 
 
 class _Elimination:
-    """The inverse moment of one layer's input, and its weight, while channels leave."""
+    """The inverse moment of one layer's input, and the Gram matrix of its weight, while channels leave."""
 
     def __init__(self, group: ChannelGroup, name: str, layer: nn.Linear | nn.Conv2d, moment: Moment, sensitivity: float) -> None:
-        self.weight_OI = _matrix(layer)
+        weight = layer.weight.detach().to("cpu", torch.float64).movedim(1, -1).flatten(0, -2)
+        self.gram_II = weight.T @ weight
         self.inverse_II = torch.linalg.inv(_spread(layer, moment))
         self.places_CP = torch.tensor(_places(group, name))
         self.scale = sensitivity * moment.positions
@@ -106,22 +107,21 @@ class _Elimination:
     def scores(self, channels: Tensor) -> Tensor:
         """The error that each channel would add if it left next."""
         places_CP = self.places_CP[channels]
-        inverse_CPP = self.inverse_II[places_CP[:, :, None], places_CP[:, None, :]]
-        weight_CPO = self.weight_OI.T[places_CP]
-        return self.scale * (weight_CPO * torch.linalg.solve(inverse_CPP, weight_CPO)).sum((1, 2))
+        inverse_CPP, gram_CPP = (matrix[places_CP[:, :, None], places_CP[:, None, :]] for matrix in (self.inverse_II, self.gram_II))
+        error_CP: Tensor = torch.linalg.solve(inverse_CPP, gram_CPP).diagonal(dim1=1, dim2=2)
+        return self.scale * error_CP.sum(1)
 
     def remove(self, channels: Tensor) -> float:
         """Let channels leave together; return the error that this adds."""
         places = self.places_CP[channels].flatten()
-        rows_SI = self.inverse_II[places]
-        solved_SI = torch.linalg.solve(rows_SI[:, places], rows_SI)
-        weight_OS = self.weight_OI[:, places]
-        error = float((weight_OS @ torch.linalg.solve(rows_SI[:, places], weight_OS.T)).trace())
-        self.weight_OI -= weight_OS @ solved_SI
-        self.inverse_II -= rows_SI.T @ solved_SI
-        self.weight_OI[:, places] = 0
-        self.inverse_II[places] = 0
-        self.inverse_II[:, places] = 0
+        inverse_SI, gram_SI = self.inverse_II[places], self.gram_II[places]
+        share_SI = torch.linalg.solve(inverse_SI[:, places], inverse_SI)
+        error = float(torch.linalg.solve(inverse_SI[:, places], gram_SI[:, places]).trace())
+        moved_II = gram_SI.T @ share_SI
+        self.gram_II += share_SI.T @ gram_SI[:, places] @ share_SI - moved_II - moved_II.T
+        self.inverse_II -= inverse_SI.T @ share_SI
+        for matrix in (self.gram_II, self.inverse_II):
+            matrix[places], matrix[:, places] = 0, 0
         return self.scale * error
 
 
@@ -156,12 +156,6 @@ def _spread(layer: nn.Linear | nn.Conv2d, moment: Moment) -> Tensor:
     if layer.bias is not None:
         matrix = matrix - torch.outer(moment.mean, moment.mean)
     return matrix + (DAMPING * float(matrix.diagonal().mean()) + EPS) * torch.eye(len(matrix), dtype=matrix.dtype)
-
-
-def _matrix(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """The weight with all taps as outputs: `(O·T, I)`."""
-    weight = layer.weight.detach().to("cpu", torch.float64)
-    return weight.movedim(1, -1).reshape(-1, weight.shape[1]).clone()
 
 
 def _places(group: ChannelGroup, layer: str) -> list[list[int]]:

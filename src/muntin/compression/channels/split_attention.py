@@ -28,7 +28,9 @@ class SplitAttention(nn.Module):
         self.batch_first, self.dropout = whole.batch_first, whole.dropout
         self.in_proj_bias, self._qkv_same_embed_dim = None, False  # PyTorch's encoder layers ask for these before their fused path
         weights = (
-            (whole.q_proj_weight, whole.k_proj_weight, whole.v_proj_weight) if whole.in_proj_weight is None else whole.in_proj_weight.chunk(3)
+            (whole.q_proj_weight, whole.k_proj_weight, whole.v_proj_weight)
+            if whole.in_proj_weight is None
+            else whole.in_proj_weight.chunk(3)
         )
         biases = (None,) * 3 if whole.in_proj_bias is None else whole.in_proj_bias.chunk(3)
         flags = whole.q_proj_weight if whole.in_proj_weight is None else whole.in_proj_weight
@@ -82,7 +84,7 @@ class SplitAttention(nn.Module):
         """Both masks as one sum to the scores."""
         if attn_mask is not None:
             attn_mask = _added(attn_mask, like_BHND)
-            attn_mask = attn_mask.unflatten(0, (-1, self.num_heads)) if attn_mask.ndim == 3 else attn_mask
+            attn_mask = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.ndim == 3 else attn_mask
         if padding is None:
             return attn_mask
         padding = _added(padding, like_BHND)
