@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.channels.groups import Attribute, ChannelGroup, Member
+from muntin.compression.channels.groups import Attribute, ChannelGroup, ChannelSide, Member
 from muntin.compression.channels.sizes import SIZED, prunable
 from muntin.models.eager import ModelInputs, call
 
@@ -25,44 +25,64 @@ _SIZE_WORDS = ("dim", "size", "width", "channels", "features")
 """Parts of the names of attributes that hold a width, even where it equals the number of heads."""
 
 
-def head_groups(model: nn.Module, row: ModelInputs, groups: Mapping[str, ChannelGroup]) -> dict[str, list[ChannelGroup]]:
-    """The groups of heads in the place of `groups`, by name; those without heads are absent.
+def head_groups(model: nn.Module, row: ModelInputs, pending: Sequence[str]) -> dict[str, list[ChannelGroup]]:
+    """Groups of heads among the outputs of the layers `pending`, by the first of these layers in each.
 
     Of each there is one form for each guess which attributes must be lowered: a trial chooses. `model`: a copy with random weights. Costs
-    a forward pass, and for each number of heads that is tried one small backward pass a head.
+    a forward pass, and small backward passes: one a layer, and for each number of heads that is tried one a head.
     """
     layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
     outputs, inputs = _run_in_pieces(model, row, layers)
     forms = {}
-    for name, group in groups.items():
-        readers = list(dict.fromkeys(member.layer for member in group.members if member.side == "in"))
-        once = all(len(outputs.get(layer, ())) == 1 for layer in (*group.givers, *readers))
-        if not readers or not once or any(member.side == "both" for member in group.members):
-            continue
-        read = {reader: _channels_last(layers[reader], inputs[reader][0]) for reader in readers}
-        written = {giver: outputs[giver][0] for giver in group.givers}
+    for writers, readers in _components(outputs, inputs, pending):
+        read = {name: _channels_last(layers[name], inputs[name][0]) for name in readers}
+        written = {name: outputs[name][0] for name in writers}
         widths = {tensor.shape[-1] for tensor in read.values()}
-        places = _places(model, (*written, *readers))
+        places = _places(model, (*writers, *readers))
         for count in sorted({value for _, _, value in places if 1 < value < min(widths)}, reverse=True):
-            if any(width % count for width in widths):
+            owners = None if any(width % count for width in widths) else _heads_of(layers, written, read, count)
+            if owners is None:
                 continue
-            owners = _heads_of(layers, written, read, count)
-            if owners is not None:
-                members = [
-                    Member(layer=giver, side="out", positions=tuple(range(len(heads))), channels=tuple(heads))
-                    for giver, heads in owners.items()
-                ]
-                for reader, tensor in read.items():
-                    size = tensor.shape[-1]
-                    heads = tuple(place // (size // count) for place in range(size))
-                    members.append(Member(layer=reader, side="in", positions=tuple(range(size)), channels=heads))
-                all_widths = widths | {len(heads) for heads in owners.values()}
-                forms[name] = [
-                    ChannelGroup(name=name, channels=count, members=tuple(members), obstacle="", unit="heads", attributes=attributes)
-                    for attributes in _guesses(places, count, all_widths)
-                ]
-                break
+            members = [_member(name, "out", heads) for name, heads in owners.items()]
+            for name, tensor in read.items():
+                size = tensor.shape[-1]
+                members.append(_member(name, "in", [place // (size // count) for place in range(size)]))
+            all_widths = widths | {len(heads) for heads in owners.values()}
+            forms[writers[0]] = [
+                ChannelGroup(name=writers[0], channels=count, members=tuple(members), obstacle="", unit="heads", attributes=attributes)
+                for attributes in _guesses(places, count, all_widths)
+            ]
+            break
     return forms
+
+
+def _member(layer: str, side: ChannelSide, heads: Sequence[int]) -> Member:
+    return Member(layer=layer, side=side, positions=tuple(range(len(heads))), channels=tuple(heads))
+
+
+def _components(
+    outputs: Mapping[str, Sequence[Tensor]], inputs: Mapping[str, Sequence[Tensor]], pending: Sequence[str]
+) -> list[tuple[list[str], list[str]]]:
+    """Layers of `pending`, and the layers that read them directly and nothing else; each called once."""
+    leaves = [(name, tensor) for name, tensors in outputs.items() for tensor in tensors]
+    components: list[tuple[set[str], list[str]]] = []
+    for reader, tensors in inputs.items():
+        writers: set[str] = set()
+        for tensor in tensors:
+            if tensor.requires_grad:
+                ones = torch.ones_like(tensor)
+                gradients = torch.autograd.grad(tensor, [leaf for _, leaf in leaves], ones, retain_graph=True, allow_unused=True)
+                writers.update(name for (name, _), gradient in zip(leaves, gradients, strict=True) if gradient is not None)
+        joined = [component for component in components if component[0] & writers]
+        components = [component for component in components if component not in joined]
+        readers = [name for _, names in joined for name in names]
+        components.append((writers.union(*(names for names, _ in joined)), [*readers, reader]))
+    once = {name for name in outputs if len(outputs[name]) == 1}
+    return [
+        ([name for name in outputs if name in writers], readers)
+        for writers, readers in components
+        if writers and writers <= once.intersection(pending) and once.issuperset(readers)
+    ]
 
 
 def _run_in_pieces(

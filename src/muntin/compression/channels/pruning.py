@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
 from muntin.compression.batch_norm import varied
 from muntin.compression.calibration import calibration_list
-from muntin.compression.channels.groups import Costs, channel_groups, costs, counted_macs, cut
+from muntin.compression.channels.groups import ChannelGroup, Costs, channel_groups, costs, counted_macs, cut
 from muntin.compression.channels.ranking import rank, readers, refit
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.channels.split_attention import FIRST, split_attentions
-from muntin.compression.channels.trials import refused_groups
+from muntin.compression.channels.trials import Trials
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
@@ -126,7 +126,7 @@ class _Pruning:
                 within = f"the model keeps {self._share(kind, now):.1%} of its {kind}, within the budget"
                 reasons = dict.fromkeys(self.groups, within) | reasons
             else:
-                reasons |= self._untouchable([name for name in self.groups if name not in reasons], kind, share)
+                reasons = self._try(reasons, kind, share)
                 cuts = self._cut(kind, share, [name for name in self.groups if name not in reasons])
         finally:
             cut_layers = {member.layer for name in cuts for member in self.groups[name].members}
@@ -149,7 +149,7 @@ class _Pruning:
         """Read the groups and the costs; return reasons to keep groups that are known without a trial."""
         model = self.model
         self.layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
-        unnamed = left_out({**self.layers, **factored_layers(model)}, only, keep)
+        self.unnamed = left_out({**self.layers, **factored_layers(model)}, only, keep)
         row = first_row(self.batches[0])
         self.row: ModelInputs = varied(row) if isinstance(row, Tensor) else row
         self.groups = channel_groups(model, self.row)
@@ -160,17 +160,22 @@ class _Pruning:
         self.record = pruned_from(model) or PruningRecord(
             parameters=now.parameters, macs=now.macs, channels={name: _outputs(layer) for name, layer in self.layers.items()}
         )
-        return self._obstacles(unnamed)
+        self.users = parameter_users(model)
+        self.factored_since = {f"{name}.{part}" for name in factored_layers(model) for part in PARTS[:-1]}.difference(self.record.channels)
+        return {name: reason for name, group in self.groups.items() if (reason := self._obstacle(group))}
 
-    def _untouchable(self, free: Sequence[str], kind: str, share: float) -> dict[str, str]:
-        """The groups that trials refuse, now or in an earlier run, with the reason."""
+    def _try(self, reasons: Mapping[str, str], kind: str, share: float) -> dict[str, str]:
+        """Try the groups without a reason to be kept, and heads in the place of all others; return the reasons to keep groups."""
         earlier = last_changes(self.model, "prune")
+        free = [name for name in self.groups if name not in reasons]
         refused = [name for name in free if name in earlier and earlier[name].reason == USED]
-        tried = [
-            name for name in free if name not in refused and (kind != "ratio" or self._width(name, share) < self.groups[name].channels)
-        ]
-        failed = refused_groups(self.model, self.groups, tried, self.row)
-        return dict.fromkeys([*refused, *failed], USED)
+        narrower = [name for name in free if kind != "ratio" or self._width(name, share) < self.groups[name].channels]
+        trials = Trials(self.model, self.groups, self.row)
+        failed = trials.refused([name for name in narrower if name not in refused])
+        settled = {giver for name in free if name not in failed for giver in self.groups[name].givers}
+        trials.heads([layer for layer in self.layers if layer not in settled], self._obstacle)
+        kept = {**reasons, **dict.fromkeys((*refused, *failed), USED)}
+        return {name: reason for name, reason in kept.items() if name in self.groups and self.groups[name].unit == "channels"}
 
     def _cut(self, kind: str, share: float, free: Sequence[str]) -> dict[str, list[int]]:
         readable = {name: layer for group in free for name, layer in readers(self.model, self.groups[group]).items()}
@@ -182,24 +187,17 @@ class _Pruning:
         cut(self.model, self.groups, cuts)
         return cuts
 
-    def _obstacles(self, unnamed: Mapping[str, str]) -> dict[str, str]:
-        """Reasons to keep groups, known without a trial."""
-        users = parameter_users(self.model)
-        since = {f"{name}.{part}" for name in factored_layers(self.model) for part in PARTS[:-1]}.difference(self.record.channels)
-        reasons = {}
-        for name, group in self.groups.items():
-            tensors = {member.layer: self.model.get_submodule(member.layer) for member in group.members}
-            computed = next((f"{one}: {why}" for one, layer in tensors.items() if (why := _computed(layer)) is not None), "")
-            shared = next((one for one, layer in tensors.items() if any(len(users[id(p)]) > 1 for p in layer.parameters())), "")
-            reason = (
-                group.obstacle or computed or (f"{shared} shares its weights" if shared else "")
-                or next((unnamed[giver] for giver in group.givers if giver in unnamed), "")
-                or ("factored after the first pruning: low_rank chose its rank" if since.intersection(group.givers) else "")
-                or ("" if any(member.side == "in" for member in group.members) else "no layer reads its channels: they are the answer's")
-            )  # fmt: skip
-            if reason:
-                reasons[name] = reason
-        return reasons
+    def _obstacle(self, group: ChannelGroup) -> str:
+        """Why a group is kept without a trial; empty if it need not be."""
+        layers = {member.layer: self.model.get_submodule(member.layer) for member in group.members}
+        computed = next((f"{name}: {why}" for name, layer in layers.items() if (why := _computed(layer)) is not None), "")
+        shared = next((name for name, layer in layers.items() if any(len(self.users[id(p)]) > 1 for p in layer.parameters())), "")
+        return (
+            group.obstacle or computed or (f"{shared} shares its weights" if shared else "")
+            or next((self.unnamed[giver] for giver in group.givers if giver in self.unnamed), "")
+            or ("factored after the first pruning: low_rank chose its rank" if self.factored_since.intersection(group.givers) else "")
+            or ("" if any(member.side == "in" for member in group.members) else "no layer reads its channels: they are the answer's")
+        )  # fmt: skip
 
     def _cuts(self, names: Sequence[str], ratio: float) -> dict[str, list[int]]:
         """The channels that leave the groups at a ratio; groups that lose none are absent."""

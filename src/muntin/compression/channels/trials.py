@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,36 +21,43 @@ TOLERANCE = 1e-5
 """Difference of two answers by rounding alone, as a share of the largest distance of the values from their mean."""
 
 
-def refused_groups(model: nn.Module, groups: dict[str, ChannelGroup], names: Sequence[str], row: ModelInputs) -> list[str]:
-    """The groups, of `names`, without half of whose channels a copy of the model answers otherwise than one that does not read them.
+class Trials:
+    """Trials of the groups of a model; each builds on the groups that earlier ones have accepted."""
 
-    A group of channels that is refused becomes, in `groups`, one of whole heads, if that is accepted.
-    """
-    return _Trials(model, groups, row).refused(names)
-
-
-class _Trials:
     def __init__(self, model: nn.Module, groups: dict[str, ChannelGroup], row: ModelInputs) -> None:
         self.groups, self.row = groups, row
         self.trial = _randomised(model, row)
         self.accepted: dict[str, list[int]] = {}
 
     def refused(self, names: Sequence[str]) -> list[str]:
-        refused = self._failing(names)
-        plain = {name: self.groups[name] for name in refused}
-        forms = head_groups(copy.deepcopy(self.trial), self.row, plain) if plain else {}
-        for attempt in range(max(map(len, forms.values()), default=0)):
-            some = [name for name in refused if attempt < len(forms.get(name, ()))]
-            self.groups |= {name: forms[name][attempt] for name in some}
-            failed = self._failing(some)
-            self.groups |= {name: plain[name] for name in failed}
-            refused = [name for name in refused if name not in some or name in failed]
-        return refused
-
-    def _failing(self, names: Sequence[str]) -> list[str]:
+        """The groups without half of whose channels a copy of the model answers otherwise than one that does not read them."""
         cuttable = [name for name in names if self.groups[name].channels > 1]
         alike = sorted(cuttable, key=lambda name: re.sub(r"\d+", "", name))  # layers of one role fail together
         return failing(alike, self._works)
+
+    def heads(self, pending: Sequence[str], obstacle: Callable[[ChannelGroup], str]) -> None:
+        """Add groups of heads among the outputs of the layers `pending` that are accepted, in the place of the groups of these layers.
+
+        `obstacle`: returns a reason against a group.
+        """
+        forms = head_groups(copy.deepcopy(self.trial), self.row, pending)
+        left = {name: some for name, some in forms.items() if not obstacle(some[0])}
+        while left:
+            before = dict(self.groups)
+            self.groups |= {name: some[0] for name, some in left.items()}
+            failed = self.refused(list(left))
+            for name in left:
+                if name in failed:
+                    self.groups.pop(name)
+                    self.groups |= {name: before[name]} if name in before else {}
+                else:
+                    self._replace(self.groups[name])
+            left = {name: left[name][1:] for name in failed if left[name][1:]}
+
+    def _replace(self, heads: ChannelGroup) -> None:
+        """Remove the other groups that have an output of this one."""
+        for name in [name for name, group in self.groups.items() if name != heads.name and set(group.givers) & set(heads.givers)]:
+            del self.groups[name]
 
     def _works(self, names: Sequence[str]) -> bool:
         """Cut groups beside those that are accepted. Returns True, and accepts them, if the answer is as expected."""
