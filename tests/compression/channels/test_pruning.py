@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,6 +232,31 @@ def test_channel_gates() -> None:
     assert not all(change.kept for change in prune(model))
     torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-4)
     assert count(model) < parameters and all(change.kept for change in prune(model))
+
+
+SWIN = """
+import resource, torch, torchvision
+from pathlib import Path
+from muntin import prune
+from muntin.errors import MuntinError
+
+model = torchvision.models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5).eval()
+import torch_pruning
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+try:
+    prune(model, [torch.rand(1, 3, 64, 64)], ratio=0.5)
+except MuntinError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
+def test_endless_graph() -> None:
+    """torch-pruning follows the shifted windows of torchvision's Swin without end, until the memory is full."""
+    pytest.importorskip("torchvision")
+    done = subprocess.run([sys.executable, "-c", SWIN], capture_output=True, text=True, timeout=120, check=True)
+    assert "cannot be followed (Maximum recursive depth reached!)" in done.stdout
 
 
 def test_inputs_by_name() -> None:

@@ -1,10 +1,11 @@
-"""The pruning pass: the least important channels leave, and the model becomes one of narrower dense layers.
+"""The pruning pass: the least useful channels and heads leave, and the model becomes one of narrower dense layers.
 
-    model -> groups of channels -> try each group on copies -> choose the channels -> cut
+    model -> groups of channels -> try each group on copies, and heads where channels fail -> rank by the harm to the answer
+          -> choose widths -> refit the layers that read the channels -> cut
 
-A group is cut only if a model without some of its channels answers as one in which nothing reads them. So attention heads, norms over
-channels and everything else that uses a channel in a way of its own stay as they are, by measurement and not by a list of names. The layers
-need training afterwards (`distil`).
+A group is cut only if a model without some of its channels answers as one in which nothing reads them. So norms over channels and all else
+that uses a channel in a way of its own stay as they are, by measurement and not by a list of names. Training (`distil`) improves the result
+further.
 
 A model with channel gates has chosen its channels in training: those that the gates have closed are cut, and nothing else.
 """
@@ -62,17 +63,20 @@ def prune(
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
 ) -> list[Change]:
-    """Remove channels of Linears and convolutions, in place; see the head of this file.
+    """Remove channels of Linears and convolutions, and heads of attention, in place; see the head of this file.
 
     Give one of `ratio`, the share of its channels that each group loses, and `parameters` or `macs`, the share of the model's parameters
-    or of its layers' multiply-adds to keep, for which the least such ratio is taken. `example`: a batch of inputs in the form that
-    `low_rank` takes; one row is used. Widths become multiples of `multiple`. `only`, `keep`: names or patterns of the layers whose outputs
-    may be cut, and that keep them. Channels leave by their importance (`groups`). Shares count from the model before its first pruning, so
-    a second run changes nothing; for `macs` with an example of the same size.
+    or of its layers' multiply-adds to keep. Under a budget the groups lose different shares: those for which the estimated harm to the
+    answer is least (`ranking`); of a model with layers for which it cannot be estimated, the least ratio. `calibration`: batches of inputs
+    as `low_rank` takes them, or one batch, a tensor or a dictionary. Widths become multiples of `multiple`. `only`, `keep`: names or
+    patterns of the layers whose outputs may be cut, and that keep them. Shares count from the model before its first pruning, so a second
+    run changes nothing; for `macs` with inputs of the same size.
 
-    Costs a forward pass with its graph, and two copies and passes for each of about 2·log2(groups) trials a group that is kept. Parameters
-    are new objects: make the optimiser afterwards. The model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach,
-    for a quantised model, and for shares of a model with channel gates, for which `prune(model)` is the whole call.
+    Costs two forward passes and a backward pass over the batches, O(I³) for each layer that reads pruned channels, and two copies and
+    passes of one row for each of about 2·log2(groups) trials a group that is kept. Parameters are new objects: make the optimiser
+    afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. The model is left in `eval` mode. Raises
+    `MuntinError` if the budget is out of reach, for a quantised model, and for shares of a model with channel gates, for which
+    `prune(model)` is the whole call.
     """
     check_eager(model)
     check_frozen(model)

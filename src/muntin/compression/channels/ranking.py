@@ -24,6 +24,8 @@ DAMPING = 1e-3
 """Added to the diagonal of a moment, relative to its mean."""
 STEPS = 64
 """Steps of the elimination in a group: of more channels several leave at a time."""
+MAX_INPUTS = 6144
+"""Maximum number of input channels of a layer for which the harm is estimated: its moment has their square."""
 EPS = 1e-12
 
 
@@ -46,14 +48,17 @@ def magnitudes(model: nn.Module, group: ChannelGroup) -> Tensor:
 
 
 def readers(model: nn.Module, group: ChannelGroup) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The layers that read a group, if all have moments and read each channel equally often; empty otherwise."""
+    """The layers that read a group, if all have moments and read each channel equally often; empty otherwise.
+
+    Without moments are kinds other than Linear and ungrouped Conv2d, and layers with more than `MAX_INPUTS` inputs.
+    """
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     for name in dict.fromkeys(member.layer for member in group.members if member.side == "in"):
         layer = model.get_submodule(name)
-        usual = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
-        if not usual or len({len(places) for places in _places(group, name)}) != 1:
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or (isinstance(layer, nn.Conv2d) and layer.groups > 1):
             return {}
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        if layer.weight.shape[1] > MAX_INPUTS or len({len(places) for places in _places(group, name)}) != 1:
+            return {}
         layers[name] = layer
     return layers
 
