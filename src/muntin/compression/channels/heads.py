@@ -25,8 +25,8 @@ _SIZE_WORDS = ("dim", "size", "width", "channels", "features")
 """Parts of the names of attributes that hold a width, even where it equals the number of heads."""
 
 
-def head_groups(model: nn.Module, row: ModelInputs, pending: Sequence[str]) -> dict[str, list[ChannelGroup]]:
-    """Groups of heads among the outputs of the layers `pending`, by the first of these layers in each.
+def head_groups(model: nn.Module, row: ModelInputs, pending: Sequence[str], *, single: bool = False) -> dict[str, list[ChannelGroup]]:
+    """Groups of heads among the outputs of the layers `pending`, by the first of these layers in each; if `single`, of channels first.
 
     Of each there is one form for each guess which attributes must be lowered: a trial chooses. `model`: a copy with random weights. Costs
     a forward pass, and small backward passes: one a layer, and for each number of heads that is tried one a head.
@@ -39,6 +39,10 @@ def head_groups(model: nn.Module, row: ModelInputs, pending: Sequence[str]) -> d
         written = {name: outputs[name][0] for name in writers}
         widths = {tensor.shape[-1] for tensor in read.values()}
         places = _places(model, (*writers, *readers))
+        every = widths.union(_channels_last(layers[name], tensor).shape[-1] for name, tensor in written.items())
+        if single and len(every) == 1:
+            members = [_member(name, "out", range(*every)) for name in writers] + [_member(name, "in", range(*every)) for name in readers]
+            forms[writers[0]] = [ChannelGroup(name=writers[0], channels=max(every), members=tuple(members), obstacle="")]
         for count in sorted({value for _, _, value in places if 1 < value < min(widths)}, reverse=True):
             owners = None if any(width % count for width in widths) else _heads_of(layers, written, read, count)
             if owners is None:
@@ -47,10 +51,9 @@ def head_groups(model: nn.Module, row: ModelInputs, pending: Sequence[str]) -> d
             for name, tensor in read.items():
                 size = tensor.shape[-1]
                 members.append(_member(name, "in", [place // (size // count) for place in range(size)]))
-            all_widths = widths | {len(heads) for heads in owners.values()}
-            forms[writers[0]] = [
+            forms[writers[0]] = forms.get(writers[0], []) + [
                 ChannelGroup(name=writers[0], channels=count, members=tuple(members), obstacle="", unit="heads", attributes=attributes)
-                for attributes in _guesses(places, count, all_widths)
+                for attributes in _guesses(places, count, every)
             ]
             break
     return forms

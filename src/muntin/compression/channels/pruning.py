@@ -27,7 +27,7 @@ from muntin.compression.channels.ranking import rank, readers, refit
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.channels.split_attention import FIRST, split_attentions
-from muntin.compression.channels.trials import Trials
+from muntin.compression.channels.trials import FAULTS, Trials
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
@@ -156,9 +156,16 @@ class _Pruning:
         self.unnamed = left_out({**self.layers, **factored_layers(model)}, only, keep)
         row = first_row(self.batches[0])
         self.row: ModelInputs = varied(row) if isinstance(row, Tensor) else row
-        self.groups = channel_groups(model, self.row)
-        with torch.no_grad(), counted_macs(model) as positions:
-            call(model, self.row)
+        self.groups, self.fault = {}, None
+        try:
+            self.groups = channel_groups(model, self.row)
+        except MuntinError as error:
+            self.fault = error
+        try:
+            with torch.no_grad(), counted_macs(model) as positions:
+                call(model, self.row)
+        except FAULTS as error:
+            raise self.fault or error from error
         self.positions = positions
         now = costs(model, self.groups, {}, positions)
         self.record = pruned_from(model) or PruningRecord(
@@ -177,7 +184,9 @@ class _Pruning:
         trials = Trials(self.model, self.groups, self.row)
         failed = trials.refused([name for name in narrower if name not in refused])
         settled = {giver for name in free if name not in failed for giver in self.groups[name].givers}
-        trials.heads([layer for layer in self.layers if layer not in settled], self._obstacle)
+        trials.heads([layer for layer in self.layers if layer not in settled], self._obstacle, single=self.fault is not None)
+        if self.fault is not None and not self.groups:
+            raise self.fault
         kept = {**reasons, **dict.fromkeys((*refused, *failed), USED)}
         return {name: reason for name, reason in kept.items() if name in self.groups and self.groups[name].unit == "channels"}
 
@@ -280,7 +289,8 @@ class _Pruning:
             group = of_layer.get(layer)
             if group is None:
                 depthwise = any(member.layer == layer and member.side == "both" for one in self.groups.values() for member in one.members)
-                reason = "its channels are those of its input" if depthwise else "no output that depends on it was reached"
+                reason = str(self.fault or "no output that depends on it was reached")
+                reason = "its channels are those of its input" if depthwise else reason
             else:
                 whole, original = self.groups[group].channels, self._original(group)
                 reason = reasons.get(group, "")

@@ -35,12 +35,12 @@ class Trials:
         alike = sorted(cuttable, key=lambda name: re.sub(r"\d+", "", name))  # layers of one role fail together
         return failing(alike, self._works)
 
-    def heads(self, pending: Sequence[str], obstacle: Callable[[ChannelGroup], str]) -> None:
+    def heads(self, pending: Sequence[str], obstacle: Callable[[ChannelGroup], str], *, single: bool) -> None:
         """Add groups of heads among the outputs of the layers `pending` that are accepted, in the place of the groups of these layers.
 
-        `obstacle`: returns a reason against a group.
+        `obstacle`: returns a reason against a group. `single`: try groups of channels first.
         """
-        forms = head_groups(copy.deepcopy(self.trial), self.row, pending)
+        forms = head_groups(copy.deepcopy(self.trial), self.row, pending, single=single)
         left = {name: some for name, some in forms.items() if not obstacle(some[0])}
         while left:
             before = dict(self.groups)
