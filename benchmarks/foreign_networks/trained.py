@@ -34,6 +34,7 @@ BACKGROUNDS = 512
 """Parts of photographs for each half of the data."""
 DIM = 0.4
 """Brightness of the photographs; digits have 1."""
+DISTIL_RATE = 3e-4
 CALIBRATION = 8
 """Batches of training for what a pass measures."""
 WEIGHT_DECAY, SMOOTHING = 0.05, 0.05
@@ -104,6 +105,8 @@ def convolutional(seed: int = 0) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {"vision transformer": vision_transformer, "convolutional": convolutional}
+TRAINING = {"vision transformer": {"steps": 1800, "rate": 1e-3}, "convolutional": {"steps": 300, "rate": 3e-3}}
+"""Arguments of `train` for each network."""
 
 
 def _with_pixels(model: nn.Module) -> nn.Module:
@@ -111,10 +114,10 @@ def _with_pixels(model: nn.Module) -> nn.Module:
 
 
 def train(
-    model: nn.Module, part: Part, *, steps: int = 700, rate: float = 1e-3, seed: int = 0,
+    model: nn.Module, part: Part, *, steps: int, rate: float, seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> nn.Module:  # fmt: skip
-    """Train by AdamW with a warm-up and a cosine; return the model in `eval` mode. About two minutes on two cores."""
+    """Train by AdamW with a warm-up and a cosine; return the model in `eval` mode."""
     images, labels = torch.from_numpy(part.images), torch.from_numpy(part.labels)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
@@ -156,7 +159,7 @@ def pruned_by_muntin(model: nn.Module, data: Data, *, macs: float, steps: int, s
     """A copy pruned to a share of the multiply-adds, then distilled from the model."""
     small, batches = copy.deepcopy(model), data["train"].batches()
     muntin.prune(small, batches[:CALIBRATION], macs=macs)
-    muntin.distil(small, model, batches, steps=steps, seed=seed)
+    muntin.distil(small, model, batches, steps=steps, learning_rate=DISTIL_RATE, seed=seed)
     return small
 
 
@@ -179,7 +182,7 @@ def pruned_by_torch_pruning(
             low = middle
     if small is None:
         raise SystemExit(f"torch-pruning does not leave {macs} of the multiply-adds at any ratio")
-    muntin.distil(small, model, data["train"].batches(), steps=steps, seed=seed)
+    muntin.distil(small, model, data["train"].batches(), steps=steps, learning_rate=DISTIL_RATE, seed=seed)
     return small
 
 
