@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from muntin.compression.batch_norm import FOLDED, apply_folds
-from muntin.compression.channels.sizes import apply_sizes, sizes_of
+from muntin.compression.channels.sizes import apply_heads, apply_sizes, sizes_of
 from muntin.compression.channels.slimming import apply_widths, widths_of
+from muntin.compression.channels.split_attention import split_attentions
 from muntin.compression.fold import fold
 from muntin.compression.history import history, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factorization import apply_structure, structure_of
@@ -45,8 +46,12 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     """
     apply_widths(model, record.widths)
     apply_plain(model, record.convolutions)
+    if record.pruning is not None:
+        split_attentions(model, record.pruning.split)
     apply_structure(model, record.ranks)
     apply_sizes(model, record.sizes)
+    if record.pruning is not None:
+        apply_heads(model, record.pruning.heads)
     if record.folded:
         fold(model)
         apply_folds(model, [change.layer for change in record.changes if change.pass_ == "fold" and change.done == FOLDED], tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -80,6 +81,15 @@ class PruningRecord(BaseModel):
     """Multiply-adds of its layers for one row of the example."""
     channels: dict[str, PositiveInt]
     """Output channels of the first layer of each group of layers."""
+    heads: dict[str, dict[str, PositiveInt]] = {}
+    """Attributes that were lowered with heads of attention: by module and name, their values."""
+    split: tuple[str, ...] = ()
+    """The attentions of PyTorch that were written with a layer for each product, by name."""
+
+    def with_heads(self, heads: Mapping[str, Mapping[str, int]], split: Sequence[str]) -> PruningRecord:
+        """The record with more lowered attributes and split attentions."""
+        lowered = {name: {**self.heads.get(name, {}), **heads.get(name, {})} for name in {**self.heads, **heads}}
+        return self.model_copy(update={"heads": lowered, "split": (*self.split, *split)})
 
 
 class ConvolutionRecord(BaseModel):
