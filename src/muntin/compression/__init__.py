@@ -7,6 +7,7 @@ from muntin.compression.distillation import Distillation, distil
 from muntin.compression.fold import fold
 from muntin.compression.loading import load_model
 from muntin.compression.low_rank.factorization import low_rank
+from muntin.compression.quantization.embeddings import QuantizedEmbedding
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import freeze, prepare_qat, set_bits
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
@@ -17,6 +18,7 @@ __all__ = [
     "Change",
     "Distillation",
     "QuantizedConv2d",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedProduct",
     "QuantizedSoftmaxProduct",

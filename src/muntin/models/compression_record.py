@@ -71,6 +71,16 @@ class OperationRecord(BaseModel):
         return [self.bits, *map(int, self.unsigned)]
 
 
+class TableRecord(BaseModel):
+    """One embedding of integers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    columns: PositiveInt
+    """Columns that share a scale."""
+
+
 class PruningRecord(BaseModel):
     """A model before its first pruning: shares and budgets of later runs of `prune` count from it."""
 
@@ -124,6 +134,8 @@ class Structure(BaseModel):
     """Operations in quantisation-aware training; None where there are none."""
     integers: dict[str, OperationRecord] = {}
     """Quantised operations."""
+    tables: dict[str, TableRecord] = {}
+    """Embeddings of integers."""
     changes: tuple[Change, ...]
     """Changes of all passes."""
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from muntin.compression.history import checked, last_changes, remember
+from muntin.compression.quantization.embeddings import check_tables, quantize_tables, tables
 from muntin.compression.quantization.fake_quantization import round_to_half, sqnr_db
 from muntin.compression.quantization.pixel_grid import align_with_pixels
 from muntin.compression.quantization.preparation import prepare
@@ -31,6 +32,7 @@ def quantize(
     min_sqnr_db: float = 15.0,
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
+    embedding_bits: int | None = None,
 ) -> list[Change]:
     """Quantise Linear and Conv2d to static INT8 (W8A8), in place; see the head of this file.
 
@@ -38,13 +40,17 @@ def quantize(
     tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits. Costs three forward passes
     over the batches, and three of one row. Closed channels are cut, norms and gates folded. Weights of layers that stay are rounded to the
     FP16 in which they are stored. A second run changes nothing: a layer keeps its form, and its measured signal over noise. Raises
-    `MuntinError` like `prepare`, and for a model in quantisation-aware training.
+    `MuntinError` like `prepare`, and for a model in quantisation-aware training. `embedding_bits`: 2 to 8 for the tables of embeddings
+    (`embeddings.quantize_tables`), None to leave them as they are.
     """
     config = checked(QuantizationConfig, min_sqnr_db=min_sqnr_db)
     check_eager(model)
     check_frozen(model)
     before = quantized_operations(model)
-    ready = prepare(model, calibration, only=only, keep=keep, done=before, cut=True)
+    if embedding_bits is not None:
+        check_tables(model, embedding_bits)
+    named_too = before if embedding_bits is None else {**before, **tables(model)}
+    ready = prepare(model, calibration, only=only, keep=keep, done=named_too, cut=True)
     free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
     forms = {name: quantized_form(layer, ready.observed[name][0].grid()) for name, layer in free.items()}
     earlier = {
@@ -65,6 +71,8 @@ def quantize(
         changes.append(Change(layer=name, pass_="quantize", done="kept" if reason else "W8A8", reason=reason, sqnr_db=sqnr.get(name)))
     for other in others(model).values():
         round_to_half(other)
+    if embedding_bits is not None:
+        changes += quantize_tables(model, ready.batches[0], embedding_bits, min_sqnr_db=config.min_sqnr_db, only=only, keep=keep)
     if replaced:
         align_with_pixels(model, ready.batches[0])
     return remember(model, changes + out_of_reach(model, "quantize", "integer form"))

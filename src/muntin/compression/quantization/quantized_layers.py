@@ -44,6 +44,7 @@ class InputGrid(nn.Module):
 
 GEOMETRY = (
     "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "num_embeddings", "embedding_dim", "padding_idx",
 )  # fmt: skip
 
 
