@@ -78,9 +78,22 @@ def _close(output: Tensor, expected: Tensor) -> bool:
 
 
 def number_paddings(model: nn.Module) -> list[Change]:
-    """Replace the paddings 'same' and 'valid' of convolutions by equal numbers, in place; an odd 'same' is kept. Idempotent."""
+    """Write the paddings of convolutions as numbers, in place. Idempotent.
+
+    The paddings 'same' and 'valid' become equal numbers; an odd 'same' is kept. A subclass that pads by a module of its own
+    (EfficientNet's static padding) becomes a plain Conv2d, after a ZeroPad2d in an nn.Sequential where its sides differ.
+    """
     changes = []
-    for name, conv in named(model, nn.Conv2d):
+    for name, conv in list(named(model, nn.Conv2d)):
+        if name and (pads := _own_padding(conv)) is not None:
+            left, right, top, bottom = pads
+            even = left == right and top == bottom
+            plain = _plain_convolution(conv, (top, left) if even else (0, 0))
+            replace(model, name, plain if even else nn.Sequential(nn.ZeroPad2d(pads), plain))
+            changes.append(
+                Change(layer=name, pass_="pad", done="padding module written as numbers" if even else "padding module before it")
+            )
+            continue
         if type(conv) is not nn.Conv2d or not isinstance(conv.padding, str) or conv.padding_mode != "zeros":
             continue
         both = [d * (k - 1) if conv.padding == "same" else 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
@@ -90,6 +103,34 @@ def number_paddings(model: nn.Module) -> list[Change]:
         changes.append(Change(layer=name, pass_="pad", done=f"padding '{conv.padding}' written as {' x '.join(map(str, sides))}"))
         conv.padding = sides
     return changes
+
+
+@torch.no_grad()
+def _own_padding(conv: nn.Conv2d) -> tuple[int, int, int, int] | None:
+    """The zeros (left, right, top, bottom) of a subclass that does nothing but pad by its only submodule; None for other layers."""
+    children = list(conv.children())
+    if type(conv) is nn.Conv2d or len(children) != 1 or computed_weight(conv) is not None or conv.padding_mode != "zeros":
+        return None
+    if isinstance(conv.padding, str) or any(conv.padding) or any(True for _ in children[0].parameters()):
+        return None
+    pads = tuple(getattr(children[0], "padding", (0,) * 4)) if isinstance(children[0], nn.ZeroPad2d) else (0,) * 4
+    sides = [3 * (k - 1) * d + 8 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    noise = torch.rand(2, conv.in_channels, *sides, generator=torch.Generator().manual_seed(0)).to(conv.weight)
+    with suppress(RuntimeError, ValueError, TypeError, AssertionError):  # another signature, or sizes that it refuses
+        for x in (noise, noise[..., 1:, 1:]):
+            expected = F.conv2d(F.pad(x, pads), conv.weight, conv.bias, tuple(conv.stride), 0, conv.dilation, conv.groups)
+            if not _close(type(conv).forward(conv, x), expected):
+                return None
+        return pads
+    return None
+
+
+def _plain_convolution(conv: nn.Conv2d, padding: tuple[int, int]) -> nn.Conv2d:
+    """A Conv2d with the parameters of `conv`, the same objects."""
+    sizes: dict[str, Any] = {name: tuple(getattr(conv, name)) for name in ("kernel_size", "stride", "dilation")}
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, **sizes, padding=padding, groups=conv.groups, bias=False, device="meta")
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return plain
 
 
 EVERY = ("*",)
