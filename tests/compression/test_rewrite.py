@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+import muntin
 from muntin.compression.rewrite import is_kept, named, number_paddings, replace
 
 
@@ -131,3 +134,35 @@ def test_replace_keeps_hooks() -> None:
         model[0][0].bias.zero_()
     assert torch.equal(model(x), torch.ones(2, 4)) and expected.shape == (2, 4)
     assert seen == ["Linear", "Sequential"]
+
+
+class PaddedConv(nn.Conv2d):
+    """A convolution that pads by a module of its own, as EfficientNet's."""
+
+    def __init__(self, *sizes: int, pads: tuple[int, int, int, int] | None, factor: float = 1, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.static_padding = nn.Identity() if pads is None else nn.ZeroPad2d(pads)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.factor * self.weight
+        return F.conv2d(self.static_padding(x), weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def test_padding_modules() -> None:
+    model = nn.Sequential(
+        PaddedConv(3, 4, 3, pads=(1, 1, 1, 1)),
+        PaddedConv(4, 4, 3, pads=(0, 1, 0, 1), stride=2, groups=4, bias=False),
+        PaddedConv(4, 4, 1, pads=None),
+        PaddedConv(4, 4, 1, pads=None, factor=2),
+    )
+    other, x = copy.deepcopy(model), torch.rand(2, 3, 9, 10)
+    before = model(x)
+    assert [change.layer for change in number_paddings(model)] == ["0", "1", "2"]
+    assert torch.equal(model(x), before)
+    assert [type(part) for part in model] == [nn.Conv2d, nn.Sequential, nn.Conv2d, PaddedConv]
+    assert number_paddings(model) == []
+    batches = [x]
+    changes = {change.layer: change for change in muntin.quantize(other.eval(), batches, keep=("1",)) if change.pass_ == "quantize"}
+    assert [change.done for change in changes.values()] == ["W8A8", "kept", "W8A8", "kept"]
+    assert changes["1.1"].reason == "named in keep"

@@ -151,7 +151,8 @@ def test_changes_of_every_layer(compressed: Compressed) -> None:
     assert sorted(qat) == sorted(names(factored, nn.Linear, nn.Conv2d, Product, SoftmaxProduct))
     in_training = qat_operations(load_model(second))
     assert sorted(name for name, change in qat.items() if not change.kept) == sorted(in_training)
-    assert {change.pass_ for change in second.changes} == {"low_rank", "fold", "qat"}
+    assert {change.pass_ for change in second.changes} == {"low_rank", "fold", "qat", "reconstruct"}
+    assert sorted(by_layer(second.changes, "reconstruct")) == sorted(bits_of(load_model(second)))
 
     assert third.changes[: len(second.changes)] == second.changes
     mix, bits = by_layer(third.changes, "mix"), bits_of(load_model(third))

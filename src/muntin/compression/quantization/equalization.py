@@ -98,7 +98,7 @@ def equalize(
         factor_C = _factors(second, peak_C, pair.limit)
         old = _rounding_error(second, torch.ones_like(peak_C), peak_C, squares[pair.second], bits_of(pair.second))
         new = _rounding_error(second, factor_C, peak_C, squares[pair.second], bits_of(pair.second))
-        if new < 0.98 * old:
+        if new < 0.999 * old:
             factors[pair] = factor_C
     with torch.no_grad():
         before = [part.clone() for part in tensors_of(call(model, batches[0]))]

@@ -87,7 +87,7 @@ def quantize(
     ready = prepare(model, calibration, only=only, keep=keep, done=before, cut=True, equalized=equalized)
     free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
     grids = {name: _grid(ready.observed[name][0], scales) for name in free}
-    chosen, sqnr, reasons = _choose(model, free, grids, width_of, scales, ready.batches, config.min_sqnr_db)
+    chosen, sqnr, reasons = _choose(model, free, grids, width_of, scales, ready.batches, config.min_sqnr_db, centred=correct_bias)
     changes = [*ready.changes, *already_quantized(before)]
     for name, layer in ready.operations.items():
         reason = ready.reasons.get(name, reasons.get(name, ""))
@@ -156,6 +156,8 @@ def _choose(
     scales: Scales,
     batches: Sequence[ModelInputs],
     min_sqnr_db: float,
+    *,
+    centred: bool,
 ) -> tuple[dict[str, QuantizedLayer], dict[str, float], dict[str, str]]:
     """Integer forms, rounded to nearest, of layers that lose little enough in their bits or in 8; measurements; reasons for more bits."""
     earlier = last_changes(model, "quantize")
@@ -166,7 +168,7 @@ def _choose(
     for wide in (False, True):
         tried = {name: 8 if wide else width_of(name) for name in layers if name not in forms and (not wide or width_of(name) < 8)}
         made = {name: _form(layers[name], grids[name], width, scales) for name, width in tried.items()}
-        sqnr |= _measure(model, {name: layers[name] for name in made if name not in measured}, made, batches)
+        sqnr |= _measure(model, {name: layers[name] for name in made if name not in measured}, made, batches, centred=centred)
         sqnr |= {name: measured[name] for name in made if name in measured}
         for name, form in made.items():
             if sqnr.get(name, float("inf")) >= min_sqnr_db:
@@ -208,14 +210,23 @@ def _reconstruct(
 
 
 def _measure(
-    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[ModelInputs]
+    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[ModelInputs], *, centred: bool
 ) -> dict[str, float]:
-    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it."""
+    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it.
+
+    `centred`: without the mean of each channel's error, which a bias will take over.
+    """
     measured: dict[str, float] = {}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if name not in measured:
-            measured[name] = sqnr_db(type(layer).forward(layer, inputs[0]), forms[name](inputs[0]))
+        if name in measured:
+            return
+        exact, rounded = type(layer).forward(layer, inputs[0]), forms[name](inputs[0])
+        if centred and forms[name].bias is not None:
+            channels = exact.ndim - 1 if isinstance(layer, nn.Linear) else 1
+            error = rounded - exact
+            rounded = rounded - error.mean([axis for axis in range(exact.ndim) if axis != channels], keepdim=True)
+        measured[name] = sqnr_db(exact, rounded)
 
     for batch in batches:
         if measured.keys() != layers.keys():

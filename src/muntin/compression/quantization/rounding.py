@@ -25,7 +25,7 @@ ROWS, VALUES = 8192, 2**22
 DAMPING = 0.01
 """Added to the diagonal of a second moment, a share of its mean: inputs that hardly vary do not take over others' errors."""
 SPARSE = 0.1
-"""Added to `DAMPING` in the least squares weight, times inputs over rows: few rows do not determine it."""
+"""Added to `DAMPING`, times inputs over rows: few rows do not determine a moment."""
 MAX_INPUTS = 8192
 """Maximum number of inputs of an output: of more, the moment takes too much memory."""
 COLUMNS = 64
@@ -104,13 +104,15 @@ def round_layer(layer: Layer, moments: Moments, *, columns: bool, correct_bias: 
     limit = weight_limit(layer.bits)
     mean = correct_bias and layer.bias is not None
     xx_GII, yx_GII = moments.centred(mean=mean)
+    damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count)
     weight_GOI = layer.weight.detach().double().reshape(groups, -1, inputs_of_an_output(layer))
     scale_GO1 = layer.log_scale.detach().exp().double().reshape(groups, -1, 1)
     rounded_GOI = (weight_GOI / scale_GO1).round().clamp_(-limit, limit) * scale_GO1
     share = 1.0
     if columns:
-        target_GOI = weight_GOI + _shift(weight_GOI, xx_GII, yx_GII, moments.count)
-        moved_GOI = rounded_columns(target_GOI, scale_GO1, xx_GII, limit)
+        shift_GIO = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
+        target_GOI = weight_GOI + shift_GIO.transpose(1, 2)
+        moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit)
         levels_GOI = (moved_GOI / scale_GO1).round().clamp_(-limit, limit)
         before, after = (_error(form_GOI - target_GOI, xx_GII) for form_GOI in (rounded_GOI, levels_GOI * scale_GO1))
         if after < before:
@@ -134,22 +136,14 @@ def _damped(moment_GII: Tensor, share: float) -> Tensor:
     return moment_GII + share * spread_G[:, None, None] * eye_II
 
 
-def _shift(weight_GOI: Tensor, xx_GII: Tensor, yx_GII: Tensor, count: int) -> Tensor:
-    """The change of the weight by which its outputs for rounded inputs are nearest to those for the float model's."""
-    damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / count)
-    shift_GIO: Tensor = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
-    return shift_GIO.transpose(1, 2)
-
-
 def rounded_columns(weight_GOI: Tensor, scale_GO1: Tensor, moment_GII: Tensor, limit: int) -> Tensor:
-    """Values whose nearest rounding to scale · q, |q| ≤ limit, gives outputs near those of `weight` for inputs of a second moment.
+    """Values whose nearest rounding to scale · q, |q| ≤ limit, gives outputs near those of `weight` for inputs of a (damped) second moment.
 
     Inputs with the largest moment come first; the error of each column is made up for by those that follow. Costs I steps of G·O·I
     multiply-adds, and a Cholesky decomposition of I³.
     """
     order_GI = moment_GII.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
-    damped_GII = _damped(moment_GII, DAMPING)
-    damped_GII = damped_GII.gather(1, order_GI[:, :, None].expand_as(damped_GII)).gather(2, order_GI[:, None, :].expand_as(damped_GII))
+    damped_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII)).gather(2, order_GI[:, None, :].expand_as(moment_GII))
     upper_GII = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_GII)), upper=True)
     left_GOI = weight_GOI.gather(2, order_GI[:, None, :].expand_as(weight_GOI)).clone()
     width = left_GOI.shape[2]
