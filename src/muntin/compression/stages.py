@@ -293,8 +293,8 @@ class _Compression:
             return low_rank(model, self.calibration, **config.model_copy(update={"keep": (*config.keep, *kept)}).model_dump())
         if stage == "w4a8":
             prepared = prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
-            layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
-            return prepared + remember(model, reconstruct(model, layers, self.calibration))
+            weighted: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
+            return prepared + remember(model, reconstruct(model, weighted, self.calibration))
         assert previous is not None
         return self._mix(model, previous.sensitivity)
 

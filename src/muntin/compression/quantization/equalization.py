@@ -2,8 +2,8 @@
 
     convolution -> ReLU -> convolution:   rows of the first weight / s, columns of the second one · s, for each channel s > 0
 
-A run of the model finds the pairs: a layer whose output goes through ReLU, leaky ReLU, ReLU6, zero padding or nothing to one other layer.
-ReLU6 is scaled only for channels that stay below half of its limit, so that the limit is not met before or after.
+A run of the model finds the pairs: a layer whose output goes through ReLU, leaky ReLU, zero padding or nothing to one other layer. ReLU6 is
+left out: channels that rest on calibration images may reach its limit on others.
 
 Source: Nagel et al., 1906.04721, section 4.1. Deviation: a row of the first weight has a scale of its own, so the range of its outputs,
 which share one grid, is balanced against the columns of the second weight (as in SmoothQuant, 2211.10438); for a depthwise second layer all
@@ -34,7 +34,6 @@ MOST = 32.0
 """Maximum factor of a channel, and its inverse the minimum."""
 _ATEN = torch.ops.aten
 _RELUS = {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.leaky_relu.default, _ATEN.leaky_relu_.default}
-_LIMITED = {_ATEN.hardtanh.default, _ATEN.hardtanh_.default, _ATEN.clamp.default, _ATEN.clamp_.default}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,11 @@ class _Use:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two layers of which the second reads the first one's output. `limit`: of a ReLU6 between them; infinite without one."""
+class ScaledPair:
+    """Two layers of which the second reads the first one's output."""
 
     first: str
     second: str
-    limit: float
 
 
 class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -92,10 +90,10 @@ def equalize(
     done = last_changes(model, "equalize")
     pairs = [pair for pair in find_pairs(model, layers, batches[0]) if pair.second not in done]
     peaks, squares = _channel_ranges(model, {pair.second: layers[pair.second] for pair in pairs}, batches)
-    factors: dict[Pair, Tensor] = {}
+    factors: dict[ScaledPair, Tensor] = {}
     for pair in pairs:
         second, peak_C = layers[pair.second], peaks[pair.second]
-        factor_C = _factors(second, peak_C, pair.limit)
+        factor_C = _factors(second, peak_C)
         old = _rounding_error(second, torch.ones_like(peak_C), peak_C, squares[pair.second], bits_of(pair.second))
         new = _rounding_error(second, factor_C, peak_C, squares[pair.second], bits_of(pair.second))
         if new < 0.999 * old:
@@ -113,7 +111,7 @@ def equalize(
     )
 
 
-def find_pairs(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], batch: ModelInputs) -> list[Pair]:
+def find_pairs(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], batch: ModelInputs) -> list[ScaledPair]:
     """The pairs of `layers` in one run. Layers that run more than once, or share a parameter, are in none."""
     flow, outputs, calls = _Flow(), {}, dict.fromkeys(layers, 0)
 
@@ -152,33 +150,26 @@ def find_pairs(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], ba
     return [pair for pair in pairs if pair is not None and pair.second in alone and type(layers[pair.first]) is type(layers[pair.second])]
 
 
-def _followed(flow: _Flow, first: str, tensor: int) -> Pair | None:
-    position, limit = 0, float("inf")
+def _followed(flow: _Flow, first: str, tensor: int) -> ScaledPair | None:
+    position = 0
     while True:
         rest = flow.uses.get(tensor, [])[position:]
         if not rest:
             return None
         if rest[0].layer:
-            return Pair(first=first, second=rest[0].layer, limit=limit) if len(rest) == 1 else None
-        bound = _scalable(rest[0])
+            return ScaledPair(first=first, second=rest[0].layer) if len(rest) == 1 else None
         in_place = rest[0].result == tensor
-        if bound is None or (len(rest) != 1 and not in_place):
+        if not _scalable(rest[0]) or (len(rest) != 1 and not in_place):
             return None
-        limit = min(limit, bound)
         tensor, position = (tensor, position + 1) if in_place else (rest[0].result, 0)
 
 
-def _scalable(use: _Use) -> float | None:
-    """The limit up to which an operation commutes with positive factors of channels; None if it does not."""
-    if use.function in _RELUS:
-        return float("inf")
-    if use.function in _LIMITED:
-        _, low, high = (*use.arguments, None, None)[:3]
-        return (float("inf") if high is None else float(high)) if low == 0 else None
+def _scalable(use: _Use) -> bool:
+    """Return True if an operation commutes with positive factors of channels."""
     if use.function is _ATEN.constant_pad_nd.default:
         sides, value = use.arguments[1], (*use.arguments, 0)[2]
-        return float("inf") if value == 0 and len(sides) <= 4 else None
-    return None
+        return value == 0 and len(sides) <= 4
+    return use.function in _RELUS
 
 
 def _channel_ranges(
@@ -206,7 +197,7 @@ def _columns(layer: nn.Linear | nn.Conv2d, factor_C: Tensor) -> Tensor:
     return rows.reshape(*rows.shape, *(1,) * (layer.weight.ndim - 2))
 
 
-def _factors(second: nn.Linear | nn.Conv2d, peak_C: Tensor, limit: float) -> Tensor:
+def _factors(second: nn.Linear | nn.Conv2d, peak_C: Tensor) -> Tensor:
     """The factor of each channel: the first layer's outputs are divided by it."""
     weight = second.weight.detach().float().abs()
     groups = getattr(second, "groups", 1)
@@ -216,8 +207,6 @@ def _factors(second: nn.Linear | nn.Conv2d, peak_C: Tensor, limit: float) -> Ten
     even_C = torch.where(used_C, peak_C if depthwise else (peak_C / columns_C).sqrt(), torch.ones_like(peak_C))
     after_C = torch.where(used_C, peak_C / even_C, torch.zeros_like(peak_C))
     factor_C = (even_C * after_C.amax() / peak_C.amax().clamp_min(torch.finfo(torch.float32).tiny)).clamp(1 / MOST, MOST)
-    if limit < float("inf"):
-        factor_C = torch.where(peak_C <= limit / 2, torch.maximum(factor_C, 2 * peak_C / limit), torch.ones_like(factor_C))
     return torch.where(used_C, factor_C, torch.ones_like(factor_C))
 
 
@@ -233,9 +222,9 @@ def _rounding_error(second: nn.Linear | nn.Conv2d, factor_C: Tensor, peak_C: Ten
 @torch.no_grad()
 def _scaled_if_same(
     model: nn.Module,
-    pairs: Sequence[Pair],
+    pairs: Sequence[ScaledPair],
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    factors: Mapping[Pair, Tensor],
+    factors: Mapping[ScaledPair, Tensor],
     batch: ModelInputs,
     before: Sequence[Tensor],
 ) -> bool:

@@ -97,18 +97,15 @@ def quantize(
         changes.append(Change(layer=name, pass_="quantize", done=done, reason=reason, sqnr_db=sqnr.get(name)))
     for other in others(model).values():
         round_to_half(other)
-    if rounding == "reconstruction" or correct_bias:
-        columns = rounding == "reconstruction"
-        steps = (STEPS if narrow else 0) if steps is None else steps
-        changes += _reconstruct(
-            model, free, grids, chosen, ready.batches, columns=columns, correct_bias=correct_bias,
-            steps=steps if columns else 0,
-        )  # fmt: skip
-    else:
-        for name, form in chosen.items():
-            replace(model, name, form)
+    for name, form in chosen.items():
+        replace(model, name, form)
     if chosen:
         align_with_pixels(model, ready.batches[0])
+    if chosen and (rounding == "reconstruction" or correct_bias):
+        columns = rounding == "reconstruction"
+        steps = (STEPS if narrow else 0) if steps is None else steps
+        weights = {name: free[name] for name in chosen}
+        changes += _reconstruct(model, weights, chosen, ready.batches, columns=columns, correct_bias=correct_bias, steps=steps * columns)
     return remember(model, changes + out_of_reach(model, "quantize", "integer form"))
 
 
@@ -187,21 +184,20 @@ def _form(layer: nn.Module, grid: ActivationGrid, bits: int, scales: Scales) -> 
 def _reconstruct(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    grids: Mapping[str, ActivationGrid],
-    chosen: Mapping[str, QuantizedLayer],
+    forms: Mapping[str, QuantizedLayer],
     batches: Sequence[ModelInputs],
     *,
     columns: bool,
     correct_bias: bool,
     steps: int,
 ) -> list[Change]:
-    """Put integer forms in the place of layers, their weights rounded by reconstruction."""
+    """Replace integer forms that are rounded to nearest by those that reconstruction of the float layers gives."""
     training: dict[str, QATLinear | QATConv2d] = {}
-    for name, form in chosen.items():
+    for name, form in forms.items():
         layer = layers[name]
-        kind = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
         assert isinstance(layer, nn.Linear | nn.Conv2d)
-        training[name] = kind(layer, grids[name], form.bits, form.weight_scale)
+        kind = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
+        training[name] = kind(layer, form.input.grid(), form.bits, form.weight_scale)
         replace(model, name, training[name])
     changes = reconstruct(model, training, batches, columns=columns, correct_bias=correct_bias, steps=steps)
     for name, one in training.items():

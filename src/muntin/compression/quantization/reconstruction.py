@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, QATProduct, QATSoftmaxProduct
 from muntin.compression.quantization.rounding import MAX_INPUTS, Layer, Moments, add_rows, inputs_of_an_output, round_layer
 from muntin.compression.quantization.unit_tuning import first_tensor, output_weights, tune_unit
-from muntin.compression.quantization.units import Arguments, Unit, arguments_of, input_of, run_unit, units_of
+from muntin.compression.quantization.units import Arguments, Unit, arguments_of, following_arguments, input_of, run_unit, units_of
 from muntin.compression.rewrite import named, replace
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change
@@ -76,9 +76,9 @@ class _Reconstruction:
                 rounded, exact = (arguments_of(form, unit, batches) for form in (self.model, self.reference))
             for name in unit.layers:
                 done[name] = self._round(name, unit, rounded, exact, columns=columns, correct_bias=correct_bias)
-            following = index + 1 < len(self.units) and self.units[index + 1].follows
+            following = next((one for one in self.units[index + 1 : index + 2] if one.follows), None)
             module = self.model.get_submodule(unit.name)
-            if following or steps:
+            if following is not None or steps:
                 with torch.no_grad():
                     outputs = [run_unit(self.reference.get_submodule(unit.name), given) for given in exact]
             if steps:
@@ -86,10 +86,10 @@ class _Reconstruction:
                 before, after = tune_unit(module, own, rounded, [first_tensor(one) for one in outputs], weights[unit.name], steps=steps)
                 for name in unit.layers:
                     done[name] += f", unit's error {after / before if before else 1:.0%} after training"
-            if following:
+            if following is not None:
                 with torch.no_grad():
-                    rounded = [((run_unit(module, given),), {}) for given in rounded]
-                exact = [((one,), {}) for one in outputs]
+                    rounded = [following_arguments(following, run_unit(module, given)) for given in rounded]
+                exact = [following_arguments(following, one) for one in outputs]
             else:
                 rounded, exact = [], []
         return done
@@ -117,7 +117,7 @@ class _Reconstruction:
         with torch.no_grad():
             for given, float_given in zip(rounded, exact, strict=True):
                 x: Tensor = input_of(layer, own, given)
-                moments = add_rows(moments, layer, x, input_of(float_layer, float_unit, float_given))
+                moments = add_rows(moments, layer, x, input_of(float_layer, float_unit, float_given), second=columns)
         assert moments is not None
         share = round_layer(layer, moments, columns=columns, correct_bias=correct_bias)
         return f"error {share:.0%} of nearest rounding's" if columns else "bias corrected"

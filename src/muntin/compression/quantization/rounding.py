@@ -56,20 +56,20 @@ class Moments:
         return xx_GII, yx_GII
 
 
-def add_rows(moments: Moments | None, layer: Layer, x: Tensor, y: Tensor) -> Moments:
-    """Add a batch: a layer's input, which is rounded here, and the float model's."""
+def add_rows(moments: Moments | None, layer: Layer, x: Tensor, y: Tensor, *, second: bool) -> Moments:
+    """Add a batch: a layer's input, which is rounded here, and the float model's. `second`: False leaves the second moments at 0."""
     x_GNI, y_GNI = _rows(layer, layer.input(x).float()), _rows(layer, y.float())
-    xx_GII = (x_GNI.transpose(1, 2) @ x_GNI).double()
-    difference_GNI = y_GNI - x_GNI
-    yx_GII = (difference_GNI.transpose(1, 2) @ x_GNI).double()
-    x_GI, y_GI = x_GNI.sum(1, dtype=torch.float64), y_GNI.sum(1, dtype=torch.float64)
+    count, width = x_GNI.shape[1:]
     if moments is None:
-        return Moments(x_GNI.shape[1], x_GI, y_GI, xx_GII, yx_GII)
-    moments.count += x_GNI.shape[1]
-    moments.x += x_GI
-    moments.y += y_GI
-    moments.xx += xx_GII
-    moments.yx += yx_GII
+        zeros = torch.zeros(layer.groups, width, dtype=torch.float64, device=x.device)
+        squares = torch.zeros(layer.groups, width, width if second else 0, dtype=torch.float64, device=x.device)
+        moments = Moments(0, zeros, zeros.clone(), squares, squares.clone())
+    moments.count += count
+    moments.x += x_GNI.sum(1, dtype=torch.float64)
+    moments.y += y_GNI.sum(1, dtype=torch.float64)
+    if second:
+        moments.xx += (x_GNI.transpose(1, 2) @ x_GNI).double()
+        moments.yx += ((y_GNI - x_GNI).transpose(1, 2) @ x_GNI).double()
     return moments
 
 
@@ -103,13 +103,13 @@ def round_layer(layer: Layer, moments: Moments, *, columns: bool, correct_bias: 
     groups = layer.groups
     limit = weight_limit(layer.bits)
     mean = correct_bias and layer.bias is not None
-    xx_GII, yx_GII = moments.centred(mean=mean)
-    damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count)
     weight_GOI = layer.weight.detach().double().reshape(groups, -1, inputs_of_an_output(layer))
     scale_GO1 = layer.log_scale.detach().exp().double().reshape(groups, -1, 1)
     rounded_GOI = (weight_GOI / scale_GO1).round().clamp_(-limit, limit) * scale_GO1
     share = 1.0
     if columns:
+        xx_GII, yx_GII = moments.centred(mean=mean)
+        damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count)
         shift_GIO = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
         target_GOI = weight_GOI + shift_GIO.transpose(1, 2)
         moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit)

@@ -31,7 +31,9 @@ class Unit:
     name: str
     layers: tuple[str, ...]
     follows: bool
-    """True if its only input is the output of the unit before it."""
+    """True if its only tensor is the output of the unit before it."""
+    template: Arguments
+    """What it is called with, with empty tensors."""
     nbytes: int
     """Size of its inputs."""
 
@@ -48,7 +50,8 @@ class _Calls:
     around: dict[str, tuple[str, ...]]
     """For each layer: the modules that were running, from the outermost to the layer itself."""
     inputs: dict[str, tuple[Tensor, int] | None]
-    """The only input of each module, with its version; None for several inputs."""
+    """The only tensor that each module is called with, with its version; None for several."""
+    templates: dict[str, Arguments]
     sizes: dict[str, int]
     """Bytes of the inputs of each module."""
     outputs: dict[str, tuple[Tensor, int] | None]
@@ -70,22 +73,22 @@ def units_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: ModelInpu
     for name, inside in members.items():
         given, before = calls.inputs[name], calls.outputs[units[-1].name] if units else None
         follows = given is not None and before is not None and given[0] is before[0] and given[1] == before[1]
-        units.append(Unit(name=name, layers=tuple(inside), follows=follows, nbytes=calls.sizes[name]))
+        units.append(Unit(name=name, layers=tuple(inside), follows=follows, template=calls.templates[name], nbytes=calls.sizes[name]))
     return units
 
 
 def _record(model: nn.Module, layers: Mapping[str, nn.Module], batch: ModelInputs) -> _Calls:
-    calls = _Calls(counts={}, around={}, inputs={}, sizes={}, outputs={})
+    calls = _Calls(counts={}, around={}, inputs={}, templates={}, sizes={}, outputs={})
     running: list[str] = []
 
     def before(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], by_name: dict[str, Any]) -> None:
             calls.counts[name] = calls.counts.get(name, 0) + 1
             running.append(name)
-            given = _pytree.tree_leaves((inputs, by_name))
-            alone = len(given) == 1 and isinstance(given[0], Tensor)
-            calls.sizes[name] = sum(part.nbytes for part in given if isinstance(part, Tensor))
-            calls.inputs[name] = (given[0], given[0]._version) if alone else None
+            given = [part for part in _pytree.tree_leaves((inputs, by_name)) if isinstance(part, Tensor)]
+            calls.templates[name] = _with_tensor((inputs, by_name), torch.empty(0))
+            calls.sizes[name] = sum(part.nbytes for part in given)
+            calls.inputs[name] = (given[0], given[0]._version) if len(given) == 1 else None
             if name in layers:
                 calls.around.setdefault(name, tuple(running))
 
@@ -120,6 +123,17 @@ def arguments_of(model: nn.Module, unit: Unit, batches: Sequence[ModelInputs]) -
     """What a unit is called with on each batch. Costs a run of the model up to the unit for each."""
     module = model.get_submodule(unit.name)
     return [_reached(module, partial(call, model, batch)) for batch in batches]
+
+
+def following_arguments(unit: Unit, output: Tensor) -> Arguments:
+    """What a unit that follows is called with, given the output of the unit before it."""
+    return _with_tensor(unit.template, output)
+
+
+def _with_tensor(arguments: Arguments, tensor: Tensor) -> Arguments:
+    """The arguments with `tensor` in the place of each tensor."""
+    changed: Arguments = _pytree.tree_map(lambda part: tensor if isinstance(part, Tensor) else part, arguments)
+    return changed
 
 
 def input_of(layer: nn.Module, unit: nn.Module, arguments: Arguments) -> Tensor:
