@@ -22,7 +22,7 @@ from muntin.compression.quantization.qat import QATConv2d, QATLinear
 
 ROWS, VALUES = 8192, 2**22
 """Approximate maximum number of rows of one batch that enter a moment, and of their values; of more rows, every n-th is taken."""
-DAMPING = 0.01
+DAMPING = 0.1
 """Added to the diagonal of a second moment, a share of its mean: inputs that hardly vary do not take over others' errors."""
 SPARSE = 0.1
 """Added to `DAMPING`, times inputs over rows: few rows do not determine a moment."""
