@@ -38,8 +38,6 @@ from muntin.training.config import QuantizationConfig
 Rounding = Literal["nearest", "reconstruction"]
 PERCENTILE = 99.99
 """Percentile of the magnitudes at which activation grids end with `scales="percentile"`."""
-STEPS = 40
-"""Training steps of each unit below 8 bits, by default."""
 
 
 def quantize(
@@ -51,7 +49,7 @@ def quantize(
     rounding: Rounding | None = None,
     equalize: bool | None = None,
     correct_bias: bool | None = None,
-    steps: int | None = None,
+    steps: int = 0,
     min_sqnr_db: float = 15.0,
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
@@ -62,9 +60,9 @@ def quantize(
     tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits.
 
     `bits`: of the weights, or of layers by name or pattern, of which the last that fits counts; layers that none names get 8. `scales`:
-    least squared error (at 8 bits weights go to their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`, `steps`:
-    by default, a model whose layers all get 8 bits is rounded to nearest, and another one is equalised (`equalization`), rounded by
-    `reconstruct` with its `steps`, and biases take over the mean error.
+    least squared error (at 8 bits weights go to their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`: by
+    default, a model whose layers all get 8 bits is rounded to nearest, and another one is equalised (`equalization`), rounded by
+    `reconstruct`, and biases take over the mean error. `steps`: of training of each block after reconstruction.
 
     Costs three forward passes over the batches, and three of one row, and those of `reconstruct`. Closed channels are cut, norms and gates
     folded. Weights of layers that stay are rounded to the FP16 in which they are stored. A second run changes nothing: a layer keeps its
@@ -103,7 +101,6 @@ def quantize(
         align_with_pixels(model, ready.batches[0])
     if chosen and (rounding == "reconstruction" or correct_bias):
         columns = rounding == "reconstruction"
-        steps = (STEPS if narrow else 0) if steps is None else steps
         weights = {name: free[name] for name in chosen}
         changes += _reconstruct(model, weights, chosen, ready.batches, columns=columns, correct_bias=correct_bias, steps=steps * columns)
     return remember(model, changes + out_of_reach(model, "quantize", "integer form"))
