@@ -1,10 +1,10 @@
 """Compression: passes that rewrite a model and return what they changed, and the stages that train it in between."""
 
-from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.channels.pruning import prune
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.distillation import Distillation, distil
-from muntin.compression.fold import fold
+from muntin.compression.equivalent.batch_norm import fold_batch_norms
+from muntin.compression.equivalent.fold import fold
 from muntin.compression.loading import load_model
 from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.embeddings import QuantizedEmbedding

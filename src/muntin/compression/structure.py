@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from muntin.compression.batch_norm import FOLDED, apply_folds
 from muntin.compression.channels.sizes import apply_heads, apply_sizes, sizes_of
 from muntin.compression.channels.slimming import apply_widths, widths_of
 from muntin.compression.channels.split_attention import split_attentions
-from muntin.compression.fold import fold
+from muntin.compression.equivalent.batch_norm import FOLDED, apply_folds
+from muntin.compression.equivalent.fold import fold
+from muntin.compression.equivalent.plain_convolutions import apply_plain, plain_records
 from muntin.compression.history import history, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factorization import apply_structure, structure_of
-from muntin.compression.plain_convolutions import apply_plain, plain_records
 from muntin.compression.quantization.embeddings import apply_tables, table_structure
 from muntin.compression.quantization.qat import apply_qat, qat_structure
 from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure

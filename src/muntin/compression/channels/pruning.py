@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
-from muntin.compression.batch_norm import varied
 from muntin.compression.calibration import calibration_list
 from muntin.compression.channels.groups import ChannelGroup, Costs, channel_groups, costs, counted_macs, cut
 from muntin.compression.channels.ranking import rank, readers, refit
@@ -28,6 +27,7 @@ from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.channels.split_attention import FIRST, split_attentions
 from muntin.compression.channels.trials import FAULTS, Trials
+from muntin.compression.equivalent.batch_norm import varied
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen

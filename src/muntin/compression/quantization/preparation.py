@@ -8,12 +8,12 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe
 from muntin.compression.channels.slimming import remove_closed_channels
-from muntin.compression.fold import fold
-from muntin.compression.plain_convolutions import plain_convolutions
-from muntin.compression.quantization.equalization import equalize
+from muntin.compression.equivalent.batch_norm import fold_batch_norms
+from muntin.compression.equivalent.equalization import equalize
+from muntin.compression.equivalent.fold import fold
+from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.quantization.observer import Observer
 from muntin.compression.quantization.quantized_layers import no_integer_form
 from muntin.compression.replaceability import irreplaceable

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from model_helpers import answer, pixels
-from muntin.compression.quantization.equalization import ScaledPair, equalize, find_pairs
+from muntin.compression.equivalent.equalization import ScaledPair, equalize, find_pairs
 from muntin.compression.rewrite import named
 
 
