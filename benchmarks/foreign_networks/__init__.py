@@ -1,0 +1,1 @@
+"""The networks of `foreign.py`, and the forms in which it compares them."""

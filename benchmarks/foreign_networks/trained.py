@@ -1,0 +1,3 @@
+"""Placeholder until merged."""
+
+TRAINED = ()
