@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.rewrite import is_kept, named, number_paddings, replace
+from muntin.compression.rewrite import is_kept, named, replace
 
 
 class Shared(nn.Module):
@@ -87,29 +86,6 @@ def test_replace_one_layer() -> None:
     kept = model[0]
     replace(model, "1", nn.Identity())
     assert model[0] is kept and isinstance(model[1], nn.Identity)
-
-
-@pytest.mark.filterwarnings("ignore:Using padding='same'")
-def test_number_paddings() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, (3, 5), padding="same", dilation=(2, 1)),
-        nn.Conv2d(4, 4, 2, padding="same"),
-        nn.Conv2d(4, 4, 3, 2, padding="valid"),
-        nn.Conv2d(4, 4, 3, padding="same", padding_mode="reflect"),
-        nn.Conv2d(4, 4, 2, padding="same", dilation=2),
-        nn.Conv2d(4, 4, 3, padding=1),
-    )
-    x = torch.rand(2, 3, 16, 17)
-    before = model(x)
-    changes = number_paddings(model)
-    assert torch.equal(model(x), before)
-    assert {change.layer: change.done for change in changes} == {
-        "0": "padding 'same' written as 2 x 2",
-        "2": "padding 'valid' written as 0 x 0",
-        "4": "padding 'same' written as 1 x 1",
-    }
-    assert [layer.padding for layer in model] == [(2, 2), "same", (0, 0), "same", (1, 1), (1, 1)]
-    assert number_paddings(model) == []
 
 
 def test_is_kept_entries() -> None:

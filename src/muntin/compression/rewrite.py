@@ -77,21 +77,6 @@ def _close(output: Tensor, expected: Tensor) -> bool:
     return expected.shape == output.shape and torch.allclose(expected, output, rtol=1e-4, atol=1e-5 * float(output.abs().max()))
 
 
-def number_paddings(model: nn.Module) -> list[Change]:
-    """Replace the paddings 'same' and 'valid' of convolutions by equal numbers, in place; an odd 'same' is kept. Idempotent."""
-    changes = []
-    for name, conv in named(model, nn.Conv2d):
-        if type(conv) is not nn.Conv2d or not isinstance(conv.padding, str) or conv.padding_mode != "zeros":
-            continue
-        both = [d * (k - 1) if conv.padding == "same" else 0 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-        if any(pixels % 2 for pixels in both):
-            continue
-        sides = tuple(pixels // 2 for pixels in both)
-        changes.append(Change(layer=name, pass_="pad", done=f"padding '{conv.padding}' written as {' x '.join(map(str, sides))}"))
-        conv.padding = sides
-    return changes
-
-
 EVERY = ("*",)
 """The names of all layers."""
 

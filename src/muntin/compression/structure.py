@@ -16,9 +16,9 @@ from muntin.compression.channels.slimming import apply_widths, widths_of
 from muntin.compression.fold import fold
 from muntin.compression.history import history, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factorization import apply_structure, structure_of
+from muntin.compression.plain_convolutions import apply_plain, plain_records
 from muntin.compression.quantization.qat import apply_qat, qat_structure
 from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure
-from muntin.compression.rewrite import number_paddings
 from muntin.models.compression_record import Structure
 
 
@@ -29,6 +29,7 @@ def structure_fields(model: nn.Module) -> dict[str, Any]:
         "widths": widths_of(model),
         "sizes": {} if pruning is None else sizes_of(model),
         "pruning": pruning,
+        "convolutions": plain_records(model),
         "ranks": structure_of(model),
         "qat": qat_structure(model) or None,
         "integers": integer_structure(model),
@@ -43,7 +44,7 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     Raises `MuntinError` if the record is of another model.
     """
     apply_widths(model, record.widths)
-    number_paddings(model)
+    apply_plain(model, record.convolutions)
     apply_structure(model, record.ranks)
     apply_sizes(model, record.sizes)
     if record.folded:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer
 Stage = Literal["low-rank", "w4a8", "mixed"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 """The stages of compression, in order."""
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,19 @@ class PruningRecord(BaseModel):
     """Output channels of the first layer of each group of layers."""
 
 
+class ConvolutionRecord(BaseModel):
+    """A convolution with a padding or weights of its own, written as a padding and a plain one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stride: tuple[PositiveInt, PositiveInt]
+    padding: tuple[int, int]
+    dilation: tuple[PositiveInt, PositiveInt]
+    pads: tuple[int, ...] | None = None
+    """Padding before the convolution: left, right, top, bottom; empty: as much as TensorFlow's "SAME" has; None: none."""
+    mode: PaddingMode = "zeros"
+
+
 class Structure(BaseModel):
     """The structure that compression gave to a model, and how. Names of layers are dotted names in the model."""
 
@@ -92,6 +106,8 @@ class Structure(BaseModel):
     """Sizes of each layer and norm of a pruned model, by the names of their attributes (`out_features`, `groups`, ...)."""
     pruning: PruningRecord | None = None
     """The model before its first pruning; None if it is not pruned."""
+    convolutions: dict[str, ConvolutionRecord] = {}
+    """Convolutions that were written as a padding and a plain one."""
     ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
     """Ranks of each factored layer."""
     qat: dict[str, OperationRecord] | None = None

@@ -41,6 +41,7 @@ from muntin.compression.low_rank.factored_layers import (
     full_ranks,
     shell,
 )
+from muntin.compression.plain_convolutions import plain_convolutions
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.quantization.quantized_layers import check_float
 from muntin.compression.replaceability import irreplaceable
@@ -51,7 +52,6 @@ from muntin.compression.rewrite import (
     computed_weight,
     left_out,
     named,
-    number_paddings,
     other_padding,
     out_of_reach,
     parameter_users,
@@ -107,9 +107,11 @@ def low_rank(
     check_float(model, "low_rank")
     batches = calibration_list(calibration)
     layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
-    unnamed = left_out({**layers, **factored_layers(model)}, only, keep)
+    left_out({**layers, **factored_layers(model)}, only, keep)
     check_weights(layers, done="factored")  # raises before the model is changed
-    paddings = number_paddings(model.eval())
+    paddings = plain_convolutions(model.eval(), first_row(batches[0]))
+    layers = dict(named(model, nn.Linear, nn.Conv2d))
+    unnamed = left_out({**layers, **factored_layers(model)}, only, keep)  # layers inside padded ones
     call_every_layer(model)
     reasons = _reasons_to_keep(model, layers, unnamed)
     factored = FactoredCosts.of(model, batches, with_macs=config.macs is not None)

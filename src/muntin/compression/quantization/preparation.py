@@ -11,6 +11,7 @@ from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.fold import fold
+from muntin.compression.plain_convolutions import plain_convolutions
 from muntin.compression.quantization.observer import Observer
 from muntin.compression.quantization.quantized_layers import no_integer_form
 from muntin.compression.replaceability import irreplaceable
@@ -22,7 +23,6 @@ from muntin.compression.rewrite import (
     keepable,
     left_out,
     named,
-    number_paddings,
 )
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, first_row, watch_inputs
@@ -58,9 +58,11 @@ def prepare(
     """
     check_eager(model)
     batches = calibration_list(calibration)
-    unnamed = left_out({**keepable(model), **done}, only, keep)
+    left_out({**keepable(model), **done}, only, keep)
     check_weights(dict(named(model, nn.Linear, nn.Conv2d)))  # raises before the model is changed
-    changes = [*(remove_closed_channels(model.eval()) if cut else ()), *number_paddings(model.eval())]
+    changes = [*(remove_closed_channels(model.eval()) if cut else ())]
+    changes += plain_convolutions(model.eval(), first_row(batches[0]))
+    unnamed = left_out({**keepable(model), **done}, only, keep)  # layers inside padded ones
     layers: dict[str, nn.Module] = dict(named(model, nn.Linear, nn.Conv2d))
     changes += fold(model) + fold_batch_norms(model, batches[0])
     check_weights(layers)
