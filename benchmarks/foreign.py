@@ -78,7 +78,7 @@ class Judge:
                 subject=self.subject, batches=batches(self.train()), calibration=batches(self.calibration),
                 steps=self.settings["steps"], seed=self.seed,
             )  # fmt: skip
-            FORMS[form](model, material)
+            model = FORMS[form](model, material)
         seconds = time.perf_counter() - started
         path = self.folder / form.replace(" ", "-")
         muntin.export(model, batches(self.calibration)[0], path)

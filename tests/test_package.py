@@ -99,7 +99,7 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("fit", ("recipe",)),
         ("evaluate", ("session", "samples")),
         ("low_rank", ("model", "calibration", "parameters", "macs", "only", "keep")),
-        ("prune", ("model", "example", "ratio", "parameters", "macs", "only", "keep")),
+        ("prune", ("model", "calibration", "ratio", "parameters", "macs", "only", "keep")),
         ("quantize", ("model", "calibration", "only", "keep")),
         ("prepare_qat", ("model", "calibration", "bits", "only", "keep")),
         ("freeze", ("model", "calibration")),

@@ -1,1 +1,1 @@
-"""The networks of `foreign.py`, and the forms in which it compares them."""
+"""Parts of foreign.py: networks of other packages, their data, and how other tools make them smaller."""

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 import muntin
+from foreign_networks.peers import low_rank_by_energy, pruned_by_torch_pruning
 from foreign_networks.subjects import Batch, Subject
 
 MULTIPLE = 8
 """Widths and ranks are multiples of it."""
+RATE = 3e-4
+"""Learning rate of distillation, for every form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,68 +35,67 @@ class Material:
     steps: int
     seed: int
 
-    def distil(self, student: nn.Module, teacher: nn.Module, *, rate: float = 5e-4) -> None:
-        muntin.distil(student, teacher, self.batches, steps=self.steps, loss=self.subject.distance, learning_rate=rate, seed=self.seed)
+    def distil(self, student: nn.Module, teacher: nn.Module) -> nn.Module:
+        muntin.distil(student, teacher, self.batches, steps=self.steps, loss=self.subject.distance, learning_rate=RATE, seed=self.seed)
+        return student
 
 
-Form = Callable[[nn.Module, Material], None]
-"""Changes a module in place."""
+Form = Callable[[nn.Module, Material], nn.Module]
+"""From a module, which it may change, to the compressed one."""
 
 
-def _int8(model: nn.Module, material: Material) -> None:
+def _int8(model: nn.Module, material: Material) -> nn.Module:
     muntin.quantize(model, material.calibration)
+    return model
 
 
-def _w4a8(model: nn.Module, material: Material) -> None:
+def _w4a8(model: nn.Module, material: Material) -> nn.Module:
     muntin.quantize(model, material.calibration, bits=4, **_embeddings(model))
+    return model
 
 
-def _w4a8_nearest(model: nn.Module, material: Material) -> None:
+def _w4a8_nearest(model: nn.Module, material: Material) -> nn.Module:
     """Scales of least squared error for each output channel, nearest rounding, and nothing else."""
-    muntin.prepare_qat(model, material.calibration, bits=4)
-    muntin.freeze(model)
+    parts: dict[str, Any] = {"rounding": "nearest", "equalize": False, "correct_bias": False, "min_sqnr_db": -100}
+    muntin.quantize(model, material.calibration, bits=4, **parts, **_embeddings(model))
+    return model
 
 
 def _embeddings(model: nn.Module) -> dict[str, Any]:
     return {"embedding_bits": 4} if any(isinstance(layer, nn.Embedding) for layer in model.modules()) else {}
 
 
-def _low_rank(model: nn.Module, material: Material) -> None:
+def _low_rank(model: nn.Module, material: Material) -> nn.Module:
     subject = material.subject
-    muntin.low_rank(model, material.calibration, parameters=subject.left, multiple=MULTIPLE, keep=subject.keep)
-    _int8(model, material)
+    muntin.low_rank(model, material.calibration, parameters=subject.parameters, multiple=MULTIPLE, keep=subject.keep)
+    return _int8(model, material)
 
 
-def _svd_by_energy(model: nn.Module, material: Material) -> None:
-    """The same share of each weight's energy, by plain singular values."""
-    subject = material.subject
-    muntin.low_rank(model, material.calibration, criterion="energy", parameters=subject.left, multiple=MULTIPLE, keep=subject.keep)
-    _int8(model, material)
+def _svd_by_energy(model: nn.Module, material: Material) -> nn.Module:
+    return _int8(low_rank_by_energy(model, parameters=material.subject.parameters, keep=material.subject.keep), material)
 
 
-def _prune(model: nn.Module, material: Material) -> None:
+def _pruned(model: nn.Module, material: Material) -> nn.Module:
+    muntin.prune(model, material.calibration, macs=material.subject.macs, multiple=MULTIPLE, keep=material.subject.keep)
+    return model
+
+
+def _prune(model: nn.Module, material: Material) -> nn.Module:
     teacher = copy.deepcopy(model)
-    muntin.prune(model, material.calibration, parameters=material.subject.left, multiple=MULTIPLE, keep=material.subject.keep)
-    material.distil(model, teacher)
-    _int8(model, material)
+    return _int8(material.distil(_pruned(model, material), teacher), material)
 
 
-def _torch_pruning(model: nn.Module, material: Material) -> None:
-    from foreign_networks.peers import prune_by_torch_pruning
-
-    teacher = copy.deepcopy(model)
-    prune_by_torch_pruning(model, material.batches[0], parameters=material.subject.left, multiple=MULTIPLE, keep=material.subject.keep)
-    material.distil(model, teacher)
-    _int8(model, material)
+def _torch_pruning(model: nn.Module, material: Material) -> nn.Module:
+    images = [batch for batch in material.calibration if isinstance(batch, Tensor)]
+    return _int8(material.distil(pruned_by_torch_pruning(model, images, macs=material.subject.macs), model), material)
 
 
-def _together(model: nn.Module, material: Material) -> None:
+def _together(model: nn.Module, material: Material) -> nn.Module:
     """Channels, ranks, distillation, four bits."""
     teacher, subject = copy.deepcopy(model), material.subject
-    muntin.prune(model, material.calibration, parameters=subject.left, multiple=MULTIPLE, keep=subject.keep)
-    muntin.low_rank(model, material.calibration, parameters=subject.left**2, multiple=MULTIPLE, keep=subject.keep)
-    material.distil(model, teacher)
-    muntin.quantize(model, material.calibration, bits=4, **_embeddings(model))
+    _pruned(model, material)
+    muntin.low_rank(model, material.calibration, parameters=subject.parameters, multiple=MULTIPLE, keep=subject.keep)
+    return _w4a8(material.distil(model, teacher), material)
 
 
 FORMS: dict[str, Form] = {
@@ -107,7 +108,6 @@ FORMS: dict[str, Form] = {
     "torch-pruning": _torch_pruning,
     "together": _together,
 }
-TRAINED = ("prune", "torch-pruning", "together")
 
 
 def parameters_of(model: nn.Module) -> int:

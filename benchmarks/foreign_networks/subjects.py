@@ -30,24 +30,24 @@ class Subject:
     """A network, and what it is judged on.
 
     `build`: the FP32 module, from the folder of the packages, the folder of this subject's own files, and a seed; it takes raw pixels
-    (B, 3, H, W), or tensors by name. `trained`: the network is trained here, once for each seed. `inputs`: named inputs of the engine
+    (B, 3, H, W), or tensors by name. `inputs`: named inputs of the engine
     (`images`, uint8 (B, H, W, 3), or the module's own), of the part for calibration and distillation ("train") or for judging ("test"):
     as many as the number says; another seed draws others. `labels`: true classes of the test inputs. `judged_by`: classes are compared by
     the share of equal ones, vectors by their cosine. `distance`: loss of distillation. `keep`: layers that pruning and low rank leave.
-    `forms`: of `forms.FORMS`. `left`: share of the parameters that low rank and pruning leave. `schemes`: options of nncf.quantize.
+    `forms`: of `forms.FORMS`. `macs`, `parameters`: shares that pruning and low rank leave. `schemes`: options of nncf.quantize.
     """
 
     name: str
     description: str
     build: Callable[[Path, Path, int], nn.Module]
-    trained: bool = False
     inputs: Callable[[Path, Literal["train", "test"], int, int], Named]
     labels: Callable[[Path, int], NDArray[np.int64]] | None = None
     judged_by: Literal["classes", "vectors"]
     distance: Any = "scores"
     keep: tuple[str, ...] = ()
     forms: tuple[str, ...]
-    left: float
+    macs: float
+    parameters: float
     schemes: Mapping[str, Mapping[str, str]]
 
 
@@ -84,7 +84,8 @@ PRETRAINED = (
             judged_by="classes",
             keep=("model._fc",),
             forms=(*QUANTISED, *(NARROWED if level == 0 else ()), "together"),
-            left=0.85,
+            macs=0.8,
+            parameters=0.85,
             schemes=CONVOLUTIONS,
         )
         for level, side in LITE_SIDES.items()
@@ -96,8 +97,9 @@ PRETRAINED = (
         inputs=_text,
         judged_by="vectors",
         distance=cosine_distance,
-        forms=(*QUANTISED, *NARROWED, "together"),
-        left=0.85,
+        forms=(*QUANTISED, *(form for form in NARROWED if form != "torch-pruning"), "together"),
+        macs=0.8,
+        parameters=0.85,
         schemes=ATTENTION,
     ),
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,14 +25,16 @@ from muntin.errors import MuntinError
 PAGE = Path(__file__).parents[2] / "docs" / "passes.md"
 BATCHES = [pixels(4, 3, 12, 12), pixels(2, 3, 12, 12)]
 PASSES: dict[str, Callable[[nn.Module], list[Change]]] = {
-    "prune": lambda model: muntin.prune(model, BATCHES[0], ratio=0.5, multiple=4),
+    "prune": lambda model: muntin.prune(model, BATCHES, ratio=0.5, multiple=4),
     "low_rank": lambda model: muntin.low_rank(model, BATCHES, parameters=0.97, multiple=2),
     "quantize": lambda model: muntin.quantize(model, BATCHES),
+    "quantize_w4": lambda model: muntin.quantize(model, BATCHES, bits=4, steps=2),
     "prepare_qat": lambda model: muntin.prepare_qat(model, BATCHES, bits=4),
     "freeze": lambda model: muntin.freeze(model, BATCHES),
 }
 REFUSED = {
-    *product(("quantize", "prepare_qat"), ("prune", "low_rank")), ("quantize", "prepare_qat"), ("prepare_qat", "quantize"),
+    *product(("quantize", "quantize_w4", "prepare_qat"), ("prune", "low_rank")), *product(("quantize", "quantize_w4"), ("prepare_qat",)),
+    *product(("prepare_qat",), ("quantize", "quantize_w4")), ("quantize", "quantize_w4"), ("quantize_w4", "quantize"),
 }  # fmt: skip
 """Pairs that are an error, which names the order."""
 
@@ -107,7 +110,7 @@ def test_order_saved_and_repeated(order: tuple[str, ...], made_of: tuple[tuple[s
     model, x = network(*made_of), BATCHES[0]
     PASSES[order[0]](model)
     if order in REFUSED:
-        with pytest.raises(MuntinError, match=r"is quantised|is in quantisation-aware training"):
+        with pytest.raises(MuntinError, match=r"is quantised|is in quantisation-aware training|bits already"):
             PASSES[order[1]](model)
         return
     if len(order) == 2:
@@ -140,7 +143,7 @@ def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [("prune", "low_rank", "quantize"), ("prune", "prepare_qat", "freeze")])
+@pytest.mark.parametrize("order", [("prune", "low_rank", "quantize"), ("prune", "prepare_qat", "freeze"), ("prune", "quantize_w4")])
 def test_export_after_passes(order: tuple[str, ...], tmp_path: Path) -> None:
     model = network(("plain", "depthwise", "attention"), 16)
     for name in order:
@@ -151,6 +154,36 @@ def test_export_after_passes(order: tuple[str, ...], tmp_path: Path) -> None:
     assert {"prune", "quantize"} <= {entry["pass"] for entry in artifact.manifest.passes}
     images = BATCHES[1].permute(0, 2, 3, 1).numpy().astype("uint8")
     assert abs(muntin.load(artifact.path)(images) - scores.numpy()).max() < 0.1 * float(scores.std())
+
+
+def small_transformer() -> nn.Module:
+    return timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=5)
+
+
+def small_convolutional() -> nn.Module:
+    return timm.models.ResNet(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(16, 16, 16, 32), stem_width=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [small_transformer, small_convolutional])
+def test_pruned_factored_and_deployed(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Prune, distil, factor, distil, quantise, export and verify; each step takes what the one before leaves."""
+    torch.manual_seed(0)
+    teacher, batches = build().eval(), [pixels(8, 3, 16, 16) / 64 for _ in range(4)]
+    model = copy.deepcopy(teacher)
+    sizes = [sum(parameter.numel() for parameter in model.parameters())]
+    for compress in (
+        lambda: muntin.prune(model, batches, parameters=0.7, multiple=4),
+        lambda: muntin.low_rank(model, batches, parameters=0.8, multiple=4),
+    ):
+        assert any(not change.kept for change in compress())
+        assert muntin.distil(model, teacher, batches, steps=20, learning_rate=3e-4).loss < 0.05
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert sizes[0] > sizes[1] > sizes[2]
+    muntin.quantize(model, batches)
+    artifact = muntin.export(model, batches[0], tmp_path / "artifact")
+    assert muntin.verify(artifact.path).passed
+    assert {"prune", "low_rank", "quantize"} <= {entry["pass"] for entry in artifact.manifest.passes}
 
 
 def test_copies_are_independent() -> None:

@@ -151,7 +151,8 @@ def test_changes_of_every_layer(compressed: Compressed) -> None:
     assert sorted(qat) == sorted(names(factored, nn.Linear, nn.Conv2d, Product, SoftmaxProduct))
     in_training = qat_operations(load_model(second))
     assert sorted(name for name, change in qat.items() if not change.kept) == sorted(in_training)
-    assert {change.pass_ for change in second.changes} == {"low_rank", "fold", "qat"}
+    assert {change.pass_ for change in second.changes} == {"low_rank", "fold", "qat", "reconstruct"}
+    assert sorted(by_layer(second.changes, "reconstruct")) == sorted(bits_of(load_model(second)))
 
     assert third.changes[: len(second.changes)] == second.changes
     mix, bits = by_layer(third.changes, "mix"), bits_of(load_model(third))
@@ -349,7 +350,7 @@ def test_without_low_rank(compressed: Compressed, tmp_path: Path) -> None:
     assert list(stage_checkpoints(tmp_path / "dense")) == ["w4a8", "mixed"]
     last = read_checkpoint(run.checkpoint)
     assert not names(load_model(last), FactoredLinear, FactoredConv2d)
-    assert {change.pass_ for change in last.changes} == {"fold", "qat", "mix"}
+    assert {change.pass_ for change in last.changes} == {"fold", "qat", "reconstruct", "mix"}
     with pytest.raises(RecipeError, match=r"compression\.low_rank is null, so there is no stage before 'w4a8'") as error:
         compress_checkpoint(compressed.origin, tmp_path / "none", config=config, until="low-rank")
     one_line(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import muntin
 from muntin.artifact import TensorArtifact, TensorInfo
 from muntin.compression import quantize
 from muntin.errors import ExportError
+from muntin.training.config import QuantizationConfig
 
 
 class Encoder(nn.Module):
@@ -120,6 +122,33 @@ def test_refusals(encoder: nn.Module, tmp_path: Path) -> None:
         muntin.export(small, torch.zeros(1, 3, 8, 8), tmp_path / "a", axes=AXES)  # type: ignore[call-overload]
     quantized = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
     quantize(quantized, [torch.zeros(1, 3, 8, 8)])
-    with pytest.raises(ExportError, match="quantised in PyTorch: give the float model"):
-        muntin.export(quantized, {"input": torch.zeros(1, 3, 8, 8)}, tmp_path / "a")
+    given = {"input": torch.zeros(1, 3, 8, 8)}
+    for arguments in ({"calibration": [given]}, {"quantization": QuantizationConfig()}):
+        with pytest.raises(ExportError, match="quantised in PyTorch already: leave calibration and quantization out"):
+            muntin.export(quantized, given, tmp_path / "a", **arguments)  # type: ignore[call-overload]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_quantized_in_pytorch(encoder: nn.Module, trained: bool, tmp_path: Path) -> None:
+    model, batches = copy.deepcopy(encoder), [tokens(8, 12, seed) for seed in range(4)]
+    if trained:
+        muntin.low_rank(model, batches, parameters=0.8, multiple=2)
+        muntin.prepare_qat(model, batches, bits=4, keep=("classes",))
+        muntin.freeze(model, batches)
+    else:
+        quantize(model, batches, keep=("classes",))
+    artifact = muntin.export(model, tokens(3, 12), tmp_path / "a", axes=AXES)
+    layers = {record.name: (record.weight_bits, record.activation_bits) for record in artifact.manifest.layers}
+    assert layers["layer.linear1.reduce" if trained else "layer.linear1"] == (4 if trained else 8, 8)
+    assert layers["classes"] == (16, None)
+    assert "named in keep" in [entry["reason"] for entry in artifact.manifest.passes if entry["layer"] == "classes"]
+    assert muntin.verify(artifact.path).passed
+    for engine in ("openvino", "onnxruntime"):
+        session = muntin.load(artifact.path, engine=engine)  # type: ignore[arg-type]
+        for batch, length in ((1, 7), (5, 30)):
+            inputs = tokens(batch, length, seed=9)
+            with torch.no_grad():
+                due = model(**inputs)["embedding"].numpy()
+            output = session({name: tensor.numpy() for name, tensor in inputs.items()})["embedding"]
+            assert np.abs(output - due).max() < 0.05 * due.std()

@@ -1,12 +1,13 @@
 """Compression: passes that rewrite a model and return what they changed, and the stages that train it in between."""
 
-from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.channels.pruning import prune
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.distillation import Distillation, distil
-from muntin.compression.fold import fold
+from muntin.compression.equivalent.batch_norm import fold_batch_norms
+from muntin.compression.equivalent.fold import fold
 from muntin.compression.loading import load_model
 from muntin.compression.low_rank.factorization import low_rank
+from muntin.compression.quantization.embeddings import QuantizedEmbedding
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import freeze, prepare_qat, set_bits
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
@@ -17,6 +18,7 @@ __all__ = [
     "Change",
     "Distillation",
     "QuantizedConv2d",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedProduct",
     "QuantizedSoftmaxProduct",

@@ -18,7 +18,9 @@ from muntin.compression.rewrite import computed_weight, failing
 from muntin.models.eager import ModelInputs, call, tensors_of
 from muntin.runtime.host.memory import no_memory
 
-NOTICED = "the model uses more of it than the result of its kind (it tests the kind, or its forward was replaced)"
+NOTICED = (
+    "the model uses more of it than the result of its kind (it tests the kind, reads an embedding's weight, or its forward was replaced)"
+)
 """Reason to keep a layer."""
 TOLERANCE, ROUNDING = 1e-3, 1e-4
 """Maximum change of an answer by rounding, as a share of the largest distance of its values from their mean, and of the largest value."""
@@ -57,7 +59,7 @@ def _unnoticed(model: nn.Module, layers: Sequence[tuple[str, _Disguise]], image:
 
 
 class StandIn(nn.Module):
-    """The class of a disguised layer: neither a Linear nor a Conv2d, with the same result."""
+    """The class of a disguised layer: neither a Linear, a Conv2d nor an Embedding, with the same result."""
 
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = vars(self)[_KEY].compute(input)
@@ -75,6 +77,7 @@ class _Disguise:
     def __init__(self, layer: nn.Module) -> None:
         self._layer, self._kind = layer, type(layer)
         self._hidden: dict[str, Any] = {}
+        self._table = layer._parameters.get("weight") if isinstance(layer, nn.Embedding) else None
 
     def on(self) -> None:
         attributes = vars(self._layer)
@@ -83,6 +86,8 @@ class _Disguise:
         object.__setattr__(self._layer, "__class__", StandIn)
         for key in self._hidden:
             del attributes[key]
+        if self._table is not None:
+            del self._layer._parameters["weight"]
 
     def off(self) -> None:
         attributes = vars(self._layer)
@@ -90,6 +95,8 @@ class _Disguise:
             return
         attributes.update(self._hidden)
         object.__setattr__(self._layer, "__class__", self._kind)
+        if self._table is not None:
+            self._layer._parameters["weight"] = self._table
 
     def compute(self, x: Tensor) -> Tensor:
         """The result of the layer's class, without a forward that was set on the instance."""

@@ -36,7 +36,7 @@ def named(model: nn.Module, *kinds: type[M]) -> Iterator[tuple[str, M]]:
 
 def computed_weight(layer: nn.Module) -> str | None:
     """Why a layer cannot be rewritten whose weight or bias is computed from other parameters at each call; None if it owns them."""
-    computed = next((name for name in ("weight", "bias") if name not in layer._parameters), None)
+    computed = next((name for name in ("weight", "bias") if hasattr(layer, name) and name not in layer._parameters), None)
     return None if computed is None else f"its {computed} is computed (weight norm, spectral norm): remove that first"
 
 

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from muntin.compression.channels.slimming import remove_closed_channels
+from muntin.compression.history import remember
 from muntin.compression.loading import load_model
 from muntin.compression.low_rank.factorization import low_rank
-from muntin.compression.quantization.qat import FLOAT, bits_of, float_weights, prepare_qat, set_bits
+from muntin.compression.quantization.qat import FLOAT, QATConv2d, QATLinear, bits_of, float_weights, prepare_qat, set_bits
+from muntin.compression.quantization.reconstruction import reconstruct
 from muntin.compression.rewrite import check_kept, is_kept, keepable, named
 from muntin.compression.sensitivity import assign_bits, measure_sensitivity
 from muntin.compression.structure import structure_fields
@@ -290,7 +292,9 @@ class _Compression:
             kept = (entry for entry in self.config.keep if any(is_kept(name, (entry,)) for name in layers))  # not names of products
             return low_rank(model, self.calibration, **config.model_copy(update={"keep": (*config.keep, *kept)}).model_dump())
         if stage == "w4a8":
-            return prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
+            prepared = prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
+            weighted: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
+            return prepared + remember(model, reconstruct(model, weighted, self.calibration))
         assert previous is not None
         return self._mix(model, previous.sensitivity)
 

@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from muntin.compression.batch_norm import FOLDED, apply_folds
-from muntin.compression.channels.sizes import apply_sizes, sizes_of
+from muntin.compression.channels.sizes import apply_heads, apply_sizes, sizes_of
 from muntin.compression.channels.slimming import apply_widths, widths_of
-from muntin.compression.fold import fold
+from muntin.compression.channels.split_attention import split_attentions
+from muntin.compression.equivalent.batch_norm import FOLDED, apply_folds
+from muntin.compression.equivalent.fold import fold
+from muntin.compression.equivalent.plain_convolutions import apply_plain, plain_records
 from muntin.compression.history import history, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factorization import apply_structure, structure_of
-from muntin.compression.plain_convolutions import apply_plain, plain_records
+from muntin.compression.quantization.embeddings import apply_tables, table_structure
 from muntin.compression.quantization.qat import apply_qat, qat_structure
 from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure
 from muntin.models.compression_record import Structure
@@ -33,6 +35,7 @@ def structure_fields(model: nn.Module) -> dict[str, Any]:
         "ranks": structure_of(model),
         "qat": qat_structure(model) or None,
         "integers": integer_structure(model),
+        "tables": table_structure(model),
         "changes": history(model),
     }
 
@@ -45,12 +48,17 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     """
     apply_widths(model, record.widths)
     apply_plain(model, record.convolutions)
+    if record.pruning is not None:
+        split_attentions(model, record.pruning.split)
     apply_structure(model, record.ranks)
     apply_sizes(model, record.sizes)
+    if record.pruning is not None:
+        apply_heads(model, record.pruning.heads)
     if record.folded:
         fold(model)
         apply_folds(model, [change.layer for change in record.changes if change.pass_ == "fold" and change.done == FOLDED], tensors)
     apply_qat(model, record.qat or {})
     apply_integers(model, record.integers)
+    apply_tables(model, record.tables)
     remember(model, record.changes)
     remember_pruning(model, record.pruning)

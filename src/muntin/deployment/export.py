@@ -10,7 +10,6 @@ Axes: B images, H W map, C channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +41,7 @@ from muntin.deployment.capture.onnx_export import to_onnx
 from muntin.deployment.capture.trained_plan import take_plan
 from muntin.deployment.engine_check import write_checked
 from muntin.deployment.named_export import export_named
-from muntin.deployment.quantization_changes import quantization_changes, reasons_of
+from muntin.deployment.quantization_changes import pass_entry, quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
 from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes, usual_sizes
 from muntin.errors import ExportError, MuntinError
@@ -229,7 +228,7 @@ class _Draft:
                 "packing": packing_of(result.model),
                 "golden": pairs[: len(golden_sides)],
                 "layers": layer_records(result.products, kinds),
-                "passes": [_pass_entry(change) for change in done],
+                "passes": [pass_entry(change) for change in done],
                 "measured": {"hardware": describe_hardware(), **self.measured, **self._figures(result, errors)},
                 "example": opened_for,
             }
@@ -274,11 +273,6 @@ class _Draft:
             return Signature.model_validate(self.signature.model_dump() | {"sizes": sizes})
         except ValidationError as error:
             raise SizeError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
-
-
-def _pass_entry(change: Change) -> dict[str, Any]:
-    sqnr_db = change.sqnr_db if change.sqnr_db is not None and math.isfinite(change.sqnr_db) else None
-    return {"pass": change.pass_, "layer": change.layer, "done": change.done, "reason": change.reason, "sqnr_db": sqnr_db}
 
 
 def _copied(model: nn.Module) -> nn.Module:

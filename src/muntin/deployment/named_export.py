@@ -6,15 +6,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
 from torch import Tensor, nn
 
 from muntin.artifact import GoldenTolerance, TensorArtifact, check_target
 from muntin.compression import fold, remove_closed_channels
-from muntin.deployment.capture.named_graph import Axes, NamedModel, NamedTensors, answer, as_arrays, to_named_onnx, usual_axes
+from muntin.compression.history import history
+from muntin.compression.quantization.qat import check_frozen
+from muntin.deployment.capture.named_graph import Axes, NamedModel, NamedTensors, answer, as_arrays, check_call, to_named_onnx, usual_axes
 from muntin.deployment.capture.trained_plan import take_plan
+from muntin.deployment.quantization_changes import pass_entry, reasons_of
 from muntin.errors import ExportError
 from muntin.graph import export_onnx
+from muntin.graph.artifacts.export import export_planned
 from muntin.graph.float_run import FloatRun
+from muntin.graph.quantize import planned
 from muntin.runtime.verification.tensors import compare_outputs
 from muntin.training.config import QuantizationConfig
 
@@ -37,22 +43,45 @@ def export_named(
     for name, tensor in example.items():
         if not isinstance(tensor, Tensor):
             raise ExportError(f"example '{name}' is of type {type(tensor).__name__}: give a torch.Tensor")
-    batches = None if calibration is None else [dict(batch) for batch in calibration]
+    check_frozen(model)
     remove_closed_channels(model)
     fold(model)
-    if take_plan(model):
-        raise ExportError("the model is quantised in PyTorch: give the float model, and calibration to quantise it")
+    axes = usual_axes(example) if axes is None else axes
+    check_call(model, example, axes)
+    wrapped, changes = NamedModel(model, tuple(example)).eval(), history(model)
     example = {name: tensor.cpu() for name, tensor in example.items()}
-    proto = to_named_onnx(model, example, usual_axes(example) if axes is None else axes)
-    due = answer(NamedModel(model, tuple(example)).eval(), example)
-    for result in compare_outputs(FloatRun(proto)(as_arrays(example)), due, SAME):
+    arrays = as_arrays(example)
+    deployed = answer(wrapped, example)
+    trained = take_plan(model)
+    if trained and (calibration is not None or quantization is not None):
+        raise ExportError("the model is quantised in PyTorch already: leave calibration and quantization out, or give the float model")
+    proto = onnx.shape_inference.infer_shapes(to_named_onnx(model, example, axes))
+    for result in compare_outputs(FloatRun(proto)(arrays), answer(wrapped, example) if trained else deployed, SAME):
         if not result.passed:
             raise ExportError(
                 f"what was traced does not compute what PyTorch does: {result.problem}; it holds one branch of each condition and no "
                 "random numbers: leave them out, or write all branches in one (torch.where); nothing was written"
             )
+    passes = [pass_entry(change) for change in changes]
+    if trained:
+        reasons = reasons_of(changes)
+        return export_planned(
+            proto,
+            path,
+            lambda rows: planned(proto, trained, reasons, example=rows, half=True),
+            [arrays],
+            {"measured": measured or {}, "passes": passes},
+            integers=True,
+            due=(arrays, deployed),
+        )
     config = quantization or QuantizationConfig()
-    arrays = None if batches is None else [as_arrays(batch) for batch in batches]
     return export_onnx(
-        proto, path, calibration=arrays, example=as_arrays(example), keep=config.keep, min_sqnr_db=config.min_sqnr_db, measured=measured
+        proto,
+        path,
+        calibration=None if calibration is None else [as_arrays(batch) for batch in calibration],
+        example=arrays,
+        keep=config.keep,
+        min_sqnr_db=config.min_sqnr_db,
+        measured=measured,
+        passes=passes,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from muntin.compression import Change
 from muntin.graph.records import ProductRecord
@@ -29,3 +31,9 @@ def reasons_of(changes: Iterable[Change]) -> Mapping[str, str]:
         if change.pass_ in ("qat", "mix", "quantize") and change.reason:
             reasons.setdefault(change.layer, change.reason)
     return reasons
+
+
+def pass_entry(change: Change) -> dict[str, Any]:
+    """Return the manifest's entry of a change."""
+    sqnr_db = change.sqnr_db if change.sqnr_db is not None and math.isfinite(change.sqnr_db) else None
+    return {"pass": change.pass_, "layer": change.layer, "done": change.done, "reason": change.reason, "sqnr_db": sqnr_db}

@@ -29,6 +29,8 @@ OPSET = 20
 """Opset of the written graph; an older model is converted."""
 MIN_SQNR_DB = 15.0
 """Signal over noise that a product's own rounding has to leave."""
+NOT_PREPARED = "it is not quantised in the model that was exported"
+"""Reason of products in floats beside those whose scales were trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,8 @@ def planned(model: onnx.ModelProto, plan: Plan, reasons: Mapping[str, str], *, e
     layers = {product.name: product.name.rpartition("/")[0] for product in products if product.weight is not None}
     grids = {product.name: plan.get(product.name) or plan.get(layers.get(product.name, "")) for product in products}
     used = {name: value for name, value in grids.items() if value is not None}
-    return QuantizationPlan(graph=graph, plan=used, reasons=reasons, sqnr={}, example=example, half=half)
+    others = {product.name: NOT_PREPARED for product in products if used and product.name not in used}
+    return QuantizationPlan(graph=graph, plan=used, reasons={**others, **reasons}, sqnr={}, example=example, half=half)
 
 
 def is_kept(name: str, keep: Collection[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -70,6 +71,16 @@ class OperationRecord(BaseModel):
         return [self.bits, *map(int, self.unsigned)]
 
 
+class TableRecord(BaseModel):
+    """One embedding of integers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: Annotated[int, Field(ge=2, le=8)]
+    columns: PositiveInt
+    """Columns that share a scale."""
+
+
 class PruningRecord(BaseModel):
     """A model before its first pruning: shares and budgets of later runs of `prune` count from it."""
 
@@ -80,6 +91,15 @@ class PruningRecord(BaseModel):
     """Multiply-adds of its layers for one row of the example."""
     channels: dict[str, PositiveInt]
     """Output channels of the first layer of each group of layers."""
+    heads: dict[str, dict[str, PositiveInt]] = {}
+    """Attributes that were lowered with heads of attention: by module and name, their values."""
+    split: tuple[str, ...] = ()
+    """The attentions of PyTorch that were written with a layer for each product, by name."""
+
+    def with_heads(self, heads: Mapping[str, Mapping[str, int]], split: Sequence[str]) -> PruningRecord:
+        """The record with more lowered attributes and split attentions."""
+        lowered = {name: {**self.heads.get(name, {}), **heads.get(name, {})} for name in {**self.heads, **heads}}
+        return self.model_copy(update={"heads": lowered, "split": (*self.split, *split)})
 
 
 class ConvolutionRecord(BaseModel):
@@ -114,6 +134,8 @@ class Structure(BaseModel):
     """Operations in quantisation-aware training; None where there are none."""
     integers: dict[str, OperationRecord] = {}
     """Quantised operations."""
+    tables: dict[str, TableRecord] = {}
+    """Embeddings of integers."""
     changes: tuple[Change, ...]
     """Changes of all passes."""
 

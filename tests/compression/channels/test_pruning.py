@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,11 +157,53 @@ def test_flattened_concatenation() -> None:
 
 
 def test_transformer() -> None:
-    """Of a transformer the perceptrons are cut, whatever its weights hide: here the scales of its branches are near 0."""
+    """Of a transformer the perceptrons and heads are cut, whatever its weights hide: here the scales of its branches are near 0."""
     model, x = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5, init_values=1e-6).eval(), pixels(1, 3, 32, 32)
     changes = by_layer(prune(model, x, ratio=0.5))
-    assert {name for name, change in changes.items() if not change.kept} == {"blocks.0.mlp.fc1", "blocks.1.mlp.fc1"}
-    assert changes["blocks.0.attn.qkv"].reason == USED
+    assert {name for name, change in changes.items() if not change.kept} == {
+        f"blocks.{index}.{layer}" for index in (0, 1) for layer in ("attn.qkv", "mlp.fc1")
+    }
+    assert changes["blocks.0.attn.qkv"].done == "2 of 3 heads"
+
+
+class Twins(nn.Module):
+    """Each channel of `first` twice, read with different weights; `last` gets a bias or none."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.head = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 12, 3, bias=bias), nn.Linear(12, 5)
+        with torch.no_grad():
+            for tensor in (self.first.weight, self.first.bias):
+                tensor[16:] = tensor[:16]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.relu(self.last(torch.relu(self.first(x)))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_other_channels_take_over(bias: bool) -> None:
+    """Of channels that are equal, one stays with the weights of both, so that the answer changes by the damping alone."""
+    torch.manual_seed(0)
+    model, batches = settled(Twins(bias=bias), pixels(8, 3, 12, 12)), [pixels(8, 3, 12, 12), pixels(4, 3, 12, 12)]
+    before = answer(model, batches[1])
+    prune(model, batches, ratio=0.5, only=("first",))
+    assert model.first.out_channels == 16
+    distance = (answer(model, batches[1]) - before).square().mean() / before.var()
+    assert distance < 1e-3
+
+
+def test_budget_goes_to_useful_layers() -> None:
+    """Under a budget a layer whose channels hardly change the answer loses more of them than one whose channels matter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    with torch.no_grad():
+        model[4].weight[:, 16:] *= 1e-3
+    x = torch.randn(256, 16)
+    before = answer(model, x)
+    changes = by_layer(prune(model, [x], parameters=0.6))
+    assert changes["0"].kept and changes["2"].done == "32 of 64 channels"
+    assert (answer(model, x) - before).square().mean() < 0.01 * before.var()
 
 
 def test_factored_model() -> None:
@@ -189,6 +234,28 @@ def test_channel_gates() -> None:
     assert count(model) < parameters and all(change.kept for change in prune(model))
 
 
+SWIN = """
+import resource, torch, torchvision
+from pathlib import Path
+from muntin import prune
+
+model = torchvision.models.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=5).eval()
+import torch_pruning
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+print(*[(change.layer, change.done) for change in prune(model, [torch.rand(1, 3, 64, 64)], ratio=0.5) if not change.kept])
+assert model(torch.rand(1, 3, 64, 64)).shape == (1, 5)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
+def test_endless_graph() -> None:
+    """torch-pruning follows the shifted windows of torchvision's Swin without end, until the memory is full; MLPs are pruned without it."""
+    pytest.importorskip("torchvision")
+    done = subprocess.run([sys.executable, "-c", SWIN], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split("\n")[0].count("'32 of 64 channels'") == 2 and "attn" not in done.stdout
+
+
 def test_inputs_by_name() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -208,7 +275,7 @@ def test_inputs_by_name() -> None:
 def test_wrong_arguments() -> None:
     model, x = Branches().eval(), pixels(1, 3, 8, 8)
     for arguments, message in (
-        ({}, "no share and an example"),
+        ({}, "no share and a calibration"),
         ({"ratio": 0.5, "macs": 0.5}, "prune got ratio, macs"),
         ({"ratio": 1.0}, "ratio=1.0"),
         ({"ratio": 0.5, "only": ("nosuch",)}, "only names no layer: nosuch"),
@@ -217,7 +284,7 @@ def test_wrong_arguments() -> None:
         with pytest.raises(MuntinError, match=message) as error:
             prune(model, x, **arguments)  # type: ignore[arg-type]
         one_line(error)
-    with pytest.raises(MuntinError, match="no example"):
+    with pytest.raises(MuntinError, match="no calibration"):
         prune(model, ratio=0.5)
     with pytest.raises(MuntinError, match="cannot be followed"):
         prune(model, pixels(1, 4, 8, 8), ratio=0.5)

@@ -1,1 +1,1 @@
-"""Cutting channels that gates have closed."""
+"""Pruning: channels, closed gates and heads of attention that leave a model."""

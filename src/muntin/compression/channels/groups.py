@@ -29,7 +29,6 @@ ChannelSide = Literal["out", "in", "both"]
 """Which channels of a layer are in a group; both: of a norm, or of a depthwise convolution, whose outputs are its inputs."""
 ChannelCuts = Mapping[str, Sequence[int]]
 """By the name of a group: the channels to remove, in the numbering of its first layer's outputs."""
-NORM_EPS = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,16 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attribute:
+    """An integer attribute of a module that is lowered with the channels of a group."""
+
+    module: str
+    name: str
+    each: int
+    """What a channel lowers it by."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChannelGroup:
     """Channels that leave together, named by the first layer that gives them."""
 
@@ -53,6 +62,14 @@ class ChannelGroup:
     members: tuple[Member, ...]
     obstacle: str
     """Why the group cannot be cut; empty if nothing is known against it."""
+    unit: Literal["channels", "heads"] = "channels"
+    """heads: a channel of the group is a head of an attention, several channels of each layer."""
+    attributes: tuple[Attribute, ...] = ()
+
+    @property
+    def places_each(self) -> int:
+        """The least number of positions that a channel has in a layer that reads it."""
+        return min((len(member.positions) // self.channels for member in self.members if member.side == "in"), default=1)
 
     @property
     def givers(self) -> tuple[str, ...]:
@@ -119,7 +136,7 @@ def _fits(module: nn.Module, member: Member, count: int) -> bool:
     """Return False for positions that the layer does not have: the graph maps no concatenation that is flattened, for instance."""
     tensors = [tensor for _, tensor in _tensors(module) if tensor.ndim]
     sizes = [
-        tensor.shape[_axis(module, member.side) if tensor.ndim > 1 else 0] for tensor in tensors if tensor.ndim > 1 or member.side != "in"
+        tensor.shape[axis_of(module, member.side) if tensor.ndim > 1 else 0] for tensor in tensors if tensor.ndim > 1 or member.side != "in"
     ]
     known = all(channel is not None and channel < count for channel in member.channels)
     return known and len(member.channels) == len(member.positions) and all(max(member.positions, default=0) < size for size in sizes)
@@ -141,27 +158,7 @@ def _is_depthwise(conv: nn.modules.conv._ConvNd) -> bool:
     return conv.groups == conv.out_channels == conv.in_channels and conv.groups > 1
 
 
-def importance(model: nn.Module, group: ChannelGroup) -> Tensor:
-    """The importance of each channel of a group, float64 `(C,)`: its share of the squares of each weight and norm, summed.
-
-    Source: DepGraph (Fang et al., 2301.12900, section 3.3), without its training.
-    """
-    total_C = torch.zeros(group.channels, dtype=torch.float64)
-    for member in group.members:
-        layer = model.get_submodule(member.layer)
-        weight = layer._parameters.get("weight")
-        if weight is None:
-            continue
-        axis = _axis(layer, member.side)
-        squares = weight.detach().to("cpu", torch.float64).movedim(axis, 0).flatten(1).square().sum(1) if weight.ndim > 1 else (
-            weight.detach().to("cpu", torch.float64).square()
-        )  # fmt: skip
-        squares = squares[list(member.positions)]
-        total_C.index_add_(0, torch.tensor(member.channels), squares / squares.sum().clamp_min(NORM_EPS))
-    return total_C
-
-
-def _axis(layer: nn.Module, side: ChannelSide) -> int:
+def axis_of(layer: nn.Module, side: ChannelSide) -> int:
     """The axis of a weight that has the channels of one side."""
     transposed = isinstance(layer, nn.modules.conv._ConvNd) and layer.transposed
     return int((side == "in") != transposed) if prunable(type(layer)) and side != "both" else 0
@@ -184,7 +181,7 @@ def cut(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts)
     for (name, side), gone in removed(groups, cuts).items():
         layer = model.get_submodule(name)
         for key, tensor in _tensors(layer):
-            axis = _axis(layer, side) if tensor.ndim > 1 else 0
+            axis = axis_of(layer, side) if tensor.ndim > 1 else 0
             if tensor.ndim == 0 or (tensor.ndim == 1 and side == "in"):  # a counter, a bias
                 continue
             kept = torch.tensor([place for place in range(tensor.shape[axis]) if place not in gone], device=tensor.device)
@@ -194,6 +191,10 @@ def cut(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts)
             else:
                 layer._buffers[key] = part
         _shrink(layer, side, len(gone))
+    for name, channels in cuts.items():
+        for attribute in groups[name].attributes:
+            module: Any = model.get_submodule(attribute.module)
+            setattr(module, attribute.name, getattr(module, attribute.name) - attribute.each * len(set(channels)))
 
 
 def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -221,7 +222,7 @@ def mask(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts
         layer = model.get_submodule(name)
         weight = layer._parameters.get("weight")
         if side == "in" and weight is not None and gone:
-            weight.index_fill_(_axis(layer, side), torch.tensor(sorted(gone), device=weight.device), 0.0)
+            weight.index_fill_(axis_of(layer, side), torch.tensor(sorted(gone), device=weight.device), 0.0)
 
 
 @contextmanager
@@ -268,7 +269,7 @@ def costs(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCut
             shape = list(parameter.shape)
             for side, count in gone.get(name, {}).items():
                 if parameter.ndim > 1 or side != "in":
-                    shape[_axis(layer, side) if parameter.ndim > 1 else 0] -= count
+                    shape[axis_of(layer, side) if parameter.ndim > 1 else 0] -= count
             size = torch.Size(shape).numel()
             parameters += 0 if id(parameter) in seen else size
             seen.add(id(parameter))

@@ -1,29 +1,33 @@
-"""The pruning pass: the least important channels leave, and the model becomes one of narrower dense layers.
+"""The pruning pass: the least useful channels and heads leave, and the model becomes one of narrower dense layers.
 
-    model -> groups of channels -> try each group on copies -> choose the channels -> cut
+    model -> groups of channels -> try each group on copies, and heads where channels fail -> rank by the harm to the answer
+          -> choose widths -> refit the layers that read the channels -> cut
 
-A group is cut only if a model without some of its channels answers as one in which nothing reads them. So attention heads, norms over
-channels and everything else that uses a channel in a way of its own stay as they are, by measurement and not by a list of names. The layers
-need training afterwards (`distil`).
+A group is cut only if a model without some of its channels answers as one in which nothing reads them. So norms over channels and all else
+that uses a channel in a way of its own stay as they are, by measurement and not by a list of names. Training (`distil`) improves the result
+further.
 
 A model with channel gates has chosen its channels in training: those that the gates have closed are cut, and nothing else.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.batch_norm import varied
-from muntin.compression.channels.groups import Costs, channel_groups, costs, counted_macs, cut, importance, mask
+from muntin.compression.activation_moments import answer_sensitivity, input_moments
+from muntin.compression.calibration import calibration_list
+from muntin.compression.channels.groups import ChannelGroup, Costs, channel_groups, costs, counted_macs, cut
+from muntin.compression.channels.ranking import rank, readers, refit
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.channels.slimming import remove_closed_channels
+from muntin.compression.channels.split_attention import FIRST, split_attentions
+from muntin.compression.channels.trials import FAULTS, Trials
+from muntin.compression.equivalent.batch_norm import varied
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
 from muntin.compression.quantization.qat import check_frozen
@@ -33,28 +37,24 @@ from muntin.compression.rewrite import (
     PARTS,
     call_every_layer,
     computed_weight,
-    failing,
     left_out,
     named,
     out_of_reach,
     parameter_users,
+    replace,
 )
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.compression_record import Change, PruningRecord
-from muntin.models.eager import ModelInputs, call, check_eager, first_row, tensors_of
+from muntin.models.eager import ModelInputs, call, check_eager, first_row
 
 USED = "the model uses its channels in another way too (heads of an attention, a norm over channels): the answer without them differs"
 """Reason to keep a group that a trial has refused."""
-FAULTS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
-"""Errors of a model whose layers do not fit together."""
-TOLERANCE = 1e-5
-"""Difference of two answers by rounding alone, as a share of the largest distance of the values from their mean."""
 
 
 def prune(
     model: nn.Module,
-    example: ModelInputs | None = None,
+    calibration: Iterable[ModelInputs] | None = None,
     *,
     ratio: float | None = None,
     parameters: float | None = None,
@@ -63,17 +63,20 @@ def prune(
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
 ) -> list[Change]:
-    """Remove channels of Linears and convolutions, in place; see the head of this file.
+    """Remove channels of Linears and convolutions, and heads of attention, in place; see the head of this file.
 
     Give one of `ratio`, the share of its channels that each group loses, and `parameters` or `macs`, the share of the model's parameters
-    or of its layers' multiply-adds to keep, for which the least such ratio is taken. `example`: a batch of inputs in the form that
-    `low_rank` takes; one row is used. Widths become multiples of `multiple`. `only`, `keep`: names or patterns of the layers whose outputs
-    may be cut, and that keep them. Channels leave by their importance (`groups`). Shares count from the model before its first pruning, so
-    a second run changes nothing; for `macs` with an example of the same size.
+    or of its layers' multiply-adds to keep. Under a budget the groups lose different shares: those for which the estimated harm to the
+    answer is least (`ranking`); of a model with layers for which it cannot be estimated, the least ratio. `calibration`: batches of inputs
+    as `low_rank` takes them, or one batch, a tensor or a dictionary. Widths become multiples of `multiple`. `only`, `keep`: names or
+    patterns of the layers whose outputs may be cut, and that keep them. Shares count from the model before its first pruning, so a second
+    run changes nothing; for `macs` with inputs of the same size.
 
-    Costs a forward pass with its graph, and two copies and passes for each of about 2·log2(groups) trials a group that is kept. Parameters
-    are new objects: make the optimiser afterwards. The model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach,
-    for a quantised model, and for shares of a model with channel gates, for which `prune(model)` is the whole call.
+    Costs two forward passes and a backward pass over the batches, O(I³) for each layer that reads pruned channels, and two copies and
+    passes of one row for each of about 2·log2(groups) trials a group that is kept. Parameters are new objects: make the optimiser
+    afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. The model is left in `eval` mode. Raises
+    `MuntinError` if the budget is out of reach, for a quantised model, and for shares of a model with channel gates, for which
+    `prune(model)` is the whole call.
     """
     check_eager(model)
     check_frozen(model)
@@ -82,15 +85,16 @@ def prune(
     gates = dict(named(model, ChannelGate))
     if gates:
         return _slim(model, gates, shares)
-    if len(shares) != 1 or example is None:
+    if len(shares) != 1 or calibration is None:
         raise MuntinError(
-            f"prune got {', '.join(shares) or 'no share'} and {'no' if example is None else 'an'} example: give an example of the inputs, "
+            f"prune got {', '.join(shares) or 'no share'} and {'no' if calibration is None else 'a'} calibration: give batches of inputs, "
             "and one of ratio, parameters and macs"
         )
     ((kind, share),) = shares.items()
     if not 0 < share < 1 or multiple < 1:
         raise MuntinError(f"{kind}={share!r}, multiple={multiple!r}: give a share between 0 and 1, and a multiple from 1")
-    return remember(model, _Pruning(model, example, multiple).run(kind, share, only, keep))
+    batches = calibration_list([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+    return remember(model, _Pruning(model, batches, multiple).run(kind, share, only, keep))
 
 
 def _slim(model: nn.Module, gates: Mapping[str, nn.Module], shares: Mapping[str, float]) -> list[Change]:
@@ -112,134 +116,147 @@ class _Pruning:
     """One run of `prune` on a model without gates."""
 
     model: nn.Module
-    example: ModelInputs
+    batches: list[ModelInputs]
     multiple: int
 
     def run(self, kind: str, share: float, only: Sequence[str], keep: Sequence[str]) -> list[Change]:
-        model = self.model.eval()
-        call_every_layer(model)
-        layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
-        unnamed = left_out({**layers, **factored_layers(model)}, only, keep)
-        row = first_row(self.example)
+        call_every_layer(self.model.eval())
+        whole = split_attentions(self.model)
+        cuts: dict[str, list[int]] = {}
+        try:
+            reasons = self._examine(only, keep)
+            now = costs(self.model, self.groups, {}, self.positions)
+            if self._met(kind, share, now):
+                within = f"the model keeps {self._share(kind, now):.1%} of its {kind}, within the budget"
+                reasons = dict.fromkeys(self.groups, within) | reasons
+            else:
+                reasons = self._try(reasons, kind, share)
+                cuts = self._cut(kind, share, [name for name in self.groups if name not in reasons])
+        finally:
+            cut_layers = {member.layer for name in cuts for member in self.groups[name].members}
+            split = [name for name in whole if f"{name}.{FIRST}" in cut_layers]
+            for name in whole:
+                if name not in split:
+                    replace(self.model, name, whole[name])
+        if cuts:
+            heads: dict[str, dict[str, int]] = {}
+            for attribute in (one for name in cuts for one in self.groups[name].attributes):
+                value = vars(self.model.get_submodule(attribute.module))[attribute.name]
+                heads.setdefault(attribute.module, {})[attribute.name] = value
+            remember_pruning(self.model, self.record.with_heads(heads, split))
+        for layer in factored_layers(self.model).values():
+            update_ranks(layer)
+        self.whole = [name for name in whole if name not in split]
+        return self._changes(self.layers, cuts, reasons)
+
+    def _examine(self, only: Sequence[str], keep: Sequence[str]) -> dict[str, str]:
+        """Read the groups and the costs; return reasons to keep groups that are known without a trial."""
+        model = self.model
+        self.layers = {name: layer for name, layer in model.named_modules() if prunable(type(layer))}
+        self.unnamed = left_out({**self.layers, **factored_layers(model)}, only, keep)
+        row = first_row(self.batches[0])
         self.row: ModelInputs = varied(row) if isinstance(row, Tensor) else row
-        self.groups = channel_groups(model, self.row)
-        with torch.no_grad(), counted_macs(model) as positions:
-            call(model, self.row)
+        self.groups, self.fault = {}, None
+        try:
+            self.groups = channel_groups(model, self.row)
+        except MuntinError as error:
+            self.fault = error
+        try:
+            with torch.no_grad(), counted_macs(model) as positions:
+                call(model, self.row)
+        except FAULTS as error:
+            raise self.fault or error from error
         self.positions = positions
         now = costs(model, self.groups, {}, positions)
-        record = pruned_from(model) or PruningRecord(
-            parameters=now.parameters, macs=now.macs, channels={name: _outputs(layer) for name, layer in layers.items()}
+        self.record = pruned_from(model) or PruningRecord(
+            parameters=now.parameters, macs=now.macs, channels={name: _outputs(layer) for name, layer in self.layers.items()}
         )
-        self.record = record
-        reasons = self._obstacles(unnamed)
+        self.users = parameter_users(model)
+        self.factored_since = {f"{name}.{part}" for name in factored_layers(model) for part in PARTS[:-1]}.difference(self.record.channels)
+        return {name: reason for name, group in self.groups.items() if (reason := self._obstacle(group))}
+
+    def _try(self, reasons: Mapping[str, str], kind: str, share: float) -> dict[str, str]:
+        """Try the groups without a reason to be kept, and heads in the place of all others; return the reasons to keep groups."""
+        earlier = last_changes(self.model, "prune")
         free = [name for name in self.groups if name not in reasons]
-        self.order = {name: importance(model, self.groups[name]).argsort(stable=True).tolist() for name in free}
-        if self._met(kind, share, now):
-            reasons |= dict.fromkeys(free, f"the model keeps {self._share(kind, now):.1%} of its {kind}, within the budget")
-            return self._changes(layers, {}, reasons)
-        earlier = last_changes(model, "prune")
         refused = [name for name in free if name in earlier and earlier[name].reason == USED]
-        free = [name for name in free if name not in refused]
-        refused += self._refused([name for name in free if kind != "ratio" or name in self._cuts([name], share)])
-        free = [name for name in free if name not in refused]
-        reasons |= dict.fromkeys(refused, USED)
+        narrower = [name for name in free if kind != "ratio" or self._width(name, share) < self.groups[name].channels]
+        trials = Trials(self.model, self.groups, self.row)
+        failed = trials.refused([name for name in narrower if name not in refused])
+        settled = {giver for name in free if name not in failed for giver in self.groups[name].givers}
+        trials.heads([layer for layer in self.layers if layer not in settled], self._obstacle, single=self.fault is not None)
+        if self.fault is not None and not self.groups:
+            raise self.fault
+        kept = {**reasons, **dict.fromkeys((*refused, *failed), USED)}
+        return {name: reason for name, reason in kept.items() if name in self.groups and self.groups[name].unit == "channels"}
+
+    def _cut(self, kind: str, share: float, free: Sequence[str]) -> dict[str, list[int]]:
+        readable = {name: layer for group in free for name, layer in readers(self.model, self.groups[group]).items()}
+        moments = input_moments(self.model, self.batches, readable)
+        sensitivity = answer_sensitivity(self.model, self.batches, readable)
+        self.rankings = {name: rank(self.model, self.groups[name], moments, sensitivity) for name in free}
         cuts = self._cuts(free, share) if kind == "ratio" else self._within(free, kind, share)
-        cut(model, self.groups, cuts)
-        if cuts:
-            remember_pruning(model, record)
-        for layer in factored_layers(model).values():
-            update_ranks(layer)
-        return self._changes(layers, cuts, reasons)
+        refit(self.model, self.groups, cuts, moments)
+        cut(self.model, self.groups, cuts)
+        return cuts
 
-    def _obstacles(self, unnamed: Mapping[str, str]) -> dict[str, str]:
-        """Reasons to keep groups, known without a trial."""
-        users = parameter_users(self.model)
-        since = {f"{name}.{part}" for name in factored_layers(self.model) for part in PARTS[:-1]}.difference(self.record.channels)
-        reasons = {}
-        for name, group in self.groups.items():
-            tensors = {member.layer: self.model.get_submodule(member.layer) for member in group.members}
-            computed = next((f"{one}: {why}" for one, layer in tensors.items() if (why := _computed(layer)) is not None), "")
-            shared = next((one for one, layer in tensors.items() if any(len(users[id(p)]) > 1 for p in layer.parameters())), "")
-            reason = (
-                group.obstacle or computed or (f"{shared} shares its weights" if shared else "")
-                or next((unnamed[giver] for giver in group.givers if giver in unnamed), "")
-                or ("factored after the first pruning: low_rank chose its rank" if since.intersection(group.givers) else "")
-                or ("" if any(member.side == "in" for member in group.members) else "no layer reads its channels: they are the answer's")
-            )  # fmt: skip
-            if reason:
-                reasons[name] = reason
-        return reasons
-
-    def _refused(self, names: Sequence[str]) -> list[str]:
-        """The groups without half of whose channels a copy of the model answers otherwise than one that does not read them."""
-        accepted: dict[str, list[int]] = {}
-        trial = self._randomised()
-
-        def works(some: Sequence[str]) -> bool:
-            cuts = accepted | {name: self.order[name][: max(1, self.groups[name].channels // 2)] for name in some}
-            small, masked = copy.deepcopy(trial), copy.deepcopy(trial)
-            mask(masked, self.groups, cuts)
-            with torch.no_grad():
-                expected = tensors_of(call(masked, self.row))
-                try:
-                    cut(small, self.groups, cuts)
-                    answer = tensors_of(call(small, self.row))
-                except FAULTS:  # sizes that no longer fit
-                    return False
-            if len(expected) != len(answer) or not all(map(_equal, expected, answer)):
-                return False
-            accepted.update(cuts)
-            return True
-
-        cuttable = [name for name in names if self.groups[name].channels > 1]
-        alike = sorted(cuttable, key=lambda name: re.sub(r"\d+", "", name))  # layers of one role fail together
-        return failing(alike, works)
-
-    @torch.no_grad()
-    def _randomised(self) -> nn.Module:
-        """A copy with random weights, in which every channel has an effect: trained ones may be hidden by a scale or a gate near 0.
-
-        In float64, unless the model does not run in it or its answer is then not finite.
-        """
-        for double in (True, False):
-            trial = copy.deepcopy(self.model)
-            self._fill(trial.double() if double else trial)
-            try:
-                answer = tensors_of(call(trial, self.row))
-            except FAULTS:
-                continue
-            if all(torch.isfinite(part).all() for part in answer):
-                return trial
-        return copy.deepcopy(self.model)
-
-    def _fill(self, trial: nn.Module) -> None:
-        generator = torch.Generator().manual_seed(0)
-        for module in trial.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point():
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    matrix = parameter.ndim > 1
-                    noise = noise / parameter[0].numel() ** 0.5 if matrix else 1 + 0.3 * noise if name == "weight" else 0.3 * noise
-                    parameter.copy_(noise)
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and module.running_var is not None:
-                module.running_mean.zero_()
-                module.running_var.fill_(1)
+    def _obstacle(self, group: ChannelGroup) -> str:
+        """Why a group is kept without a trial; empty if it need not be."""
+        layers = {member.layer: self.model.get_submodule(member.layer) for member in group.members}
+        computed = next((f"{name}: {why}" for name, layer in layers.items() if (why := _computed(layer)) is not None), "")
+        shared = next((name for name, layer in layers.items() if any(len(self.users[id(p)]) > 1 for p in layer.parameters())), "")
+        return (
+            group.obstacle or computed or (f"{shared} shares its weights" if shared else "")
+            or next((self.unnamed[giver] for giver in group.givers if giver in self.unnamed), "")
+            or ("factored after the first pruning: low_rank chose its rank" if self.factored_since.intersection(group.givers) else "")
+            or ("" if any(member.side == "in" for member in group.members) else "no layer reads its channels: they are the answer's")
+        )  # fmt: skip
 
     def _cuts(self, names: Sequence[str], ratio: float) -> dict[str, list[int]]:
         """The channels that leave the groups at a ratio; groups that lose none are absent."""
-        cuts = {}
-        for name in names:
-            channels = self.groups[name].channels
-            width = max(1, math.ceil((1 - ratio) * self._original(name) / self.multiple - 1e-9)) * self.multiple
-            if width < channels:
-                cuts[name] = sorted(self.order[name][: channels - width])
-        return cuts
+        return self._leaving({name: self._width(name, ratio) for name in names})
+
+    def _leaving(self, widths: Mapping[str, int]) -> dict[str, list[int]]:
+        """The channels that leave groups of these widths; groups that lose none are absent."""
+        counts = {name: self.groups[name].channels - width for name, width in widths.items()}
+        return {name: sorted(self.rankings[name].order[:count]) for name, count in counts.items() if count > 0}
+
+    def _width(self, name: str, ratio: float) -> int:
+        """The width of a group at a ratio, in multiples; it may be above what the group has."""
+        step = self._step(name)
+        return max(1, math.ceil((1 - ratio) * self._original(name) / step - 1e-9)) * step
+
+    def _step(self, name: str) -> int:
+        """The least change of a group's width: of heads, what makes their channels multiples."""
+        group = self.groups[name]
+        return self.multiple if group.unit == "channels" else self.multiple // math.gcd(self.multiple, group.places_each)
 
     def _within(self, names: Sequence[str], kind: str, share: float) -> dict[str, list[int]]:
-        """The cuts of the least ratio that meets a budget, to within 1e-6."""
+        """The cuts that meet a budget with the least estimated harm, or of the least ratio where the harm is not known."""
+        if all(self.rankings[name].harm for name in names):
+            saving = {name: self._saving(name, kind) for name in names}
+            return self._least(lambda price: self._cuts_at(10 ** (40 * price - 30), saving), kind, share)
+        return self._least(lambda ratio: self._cuts(names, ratio), kind, share)
 
-        def left(ratio: float) -> Costs:
-            return costs(self.model, self.groups, self._cuts(names, ratio), self.positions)
+    def _saving(self, name: str, kind: str) -> float:
+        """What the removal of a channel saves, as a share of the model's costs."""
+        whole, less = (costs(self.model, self.groups, cuts, self.positions) for cuts in ({}, {name: [0]}))
+        return self._share(kind, whole) - self._share(kind, less)
+
+    def _cuts_at(self, price: float, saving: Mapping[str, float]) -> dict[str, list[int]]:
+        """The cuts with the least harm less the price of what they save."""
+        widths = {}
+        for name, each in saving.items():
+            channels, step, harm = self.groups[name].channels, self._step(name), self.rankings[name].harm
+            options = [channels, *(width for width in range(step, channels, step))]
+            widths[name] = min(options, key=lambda width: harm[channels - width] + price * each * width)
+        return self._leaving(widths)
+
+    def _least(self, cuts_at: Callable[[float], dict[str, list[int]]], kind: str, share: float) -> dict[str, list[int]]:
+        """The cuts of the least level, from 0 to 1, that meet a budget, to within 1e-6."""
+
+        def left(level: float) -> Costs:
+            return costs(self.model, self.groups, cuts_at(level), self.positions)
 
         low, high = 0.0, 1 - 1e-9
         if not self._met(kind, share, left(high)):
@@ -250,7 +267,7 @@ class _Pruning:
         while high - low > 1e-6:
             middle = (low + high) / 2
             low, high = (low, middle) if self._met(kind, share, left(middle)) else (middle, high)
-        return self._cuts(names, high)
+        return cuts_at(high)
 
     def _share(self, kind: str, now: Costs) -> float:
         return now.macs / max(1, self.record.macs) if kind == "macs" else now.parameters / max(1, self.record.parameters)
@@ -260,8 +277,10 @@ class _Pruning:
 
     def _original(self, name: str) -> int:
         """Channels of a group before the first pruning; its layer may have been factored since."""
-        whole, channels = self.groups[name].channels, self.record.channels
-        return max(whole, channels.get(name, channels.get(name.rpartition(".")[0], whole)))
+        group, channels = self.groups[name], self.record.channels
+        layer = name if name in channels else name.rpartition(".")[0]
+        each = next((len(one.positions) // group.channels for one in group.members if one.layer == name and one.side == "out"), 1)
+        return max(group.channels, channels.get(layer, 0) // each)
 
     def _changes(self, layers: Mapping[str, nn.Module], cuts: Mapping[str, Sequence[int]], reasons: Mapping[str, str]) -> list[Change]:
         of_layer = {giver: name for name, group in self.groups.items() for giver in (group.name, *group.givers)}
@@ -270,27 +289,25 @@ class _Pruning:
             group = of_layer.get(layer)
             if group is None:
                 depthwise = any(member.layer == layer and member.side == "both" for one in self.groups.values() for member in one.members)
-                reason = "its channels are those of its input" if depthwise else "no output that depends on it was reached"
+                reason = str(self.fault or "no output that depends on it was reached")
+                reason = "its channels are those of its input" if depthwise else reason
             else:
                 whole, original = self.groups[group].channels, self._original(group)
                 reason = reasons.get(group, "")
                 if group in cuts:
                     width = whole - len(cuts[group])
-                    changes.append(Change(layer=layer, pass_="prune", done=f"{width} of {original} channels"))
+                    changes.append(Change(layer=layer, pass_="prune", done=f"{width} of {original} {self.groups[group].unit}"))
                     continue
                 before = f" of {original}" if original > whole else ""
-                reason = reason or f"{whole}{before} channels: the share in multiples of {self.multiple} is no less"
+                reason = reason or f"{whole}{before} {self.groups[group].unit}: the share in multiples of {self._step(group)} is no less"
+            if (name := layer.rpartition(".")[0]) in self.whole:  # a layer of an attention that is whole again
+                if layer != f"{name}.{FIRST}":
+                    continue
+                layer = name
             changes.append(Change(layer=layer, pass_="prune", done="kept", reason=reason))
-        others = out_of_reach(self.model, "prune", "narrower form here")
-        return changes + [change for change in others if change.layer not in layers]  # transposed convolutions and others are in both
-
-
-def _equal(expected: Tensor, answer: Tensor) -> bool:
-    if expected.shape != answer.shape:
-        return False
-    expected, answer = expected.double(), answer.double()
-    spread = float((expected - expected.mean()).abs().max()) if expected.numel() > 1 else float(expected.abs().max())
-    return float((expected - answer).abs().max()) <= TOLERANCE * spread
+        done = {change.layer for change in changes}
+        others = [change for change in out_of_reach(self.model, "prune", "narrower form here") if change.layer not in done]
+        return changes + others
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -60,6 +60,16 @@ def apply_sizes(model: nn.Module, sizes: Mapping[str, Mapping[str, int]]) -> Non
             _resize(module, values)
 
 
+def apply_heads(model: nn.Module, heads: Mapping[str, Mapping[str, int]]) -> None:
+    """Give modules the numbers of heads of a record, in place. Raises `MuntinError` for attributes that are no integers of the model."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, values in heads.items():
+        for key, value in values.items():
+            if name not in modules or type(vars(modules[name]).get(key)) is not int:
+                raise MuntinError(f"heads: '{name}' has no integer '{key}': build the model that was saved")
+            setattr(modules[name], key, value)
+
+
 def _resize(module: nn.Module, values: Mapping[str, int]) -> None:
     for name, value in values.items():
         setattr(module, name, (value,) if name == "normalized_shape" else value)

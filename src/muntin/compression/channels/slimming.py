@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.fold import first_part, last_part
+from muntin.compression.equivalent.fold import first_part, last_part
 from muntin.compression.rewrite import named, tied
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Gated, MapNorm, Perceptron, ResidualPair

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from muntin.compression.activation_moments import Moment, answer_sensitivity, input_moments
 from muntin.compression.allocation import Choice, Values, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.calibration import calibration_list, check_weights
+from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.history import checked, remember
 from muntin.compression.low_rank.costs import FactoredCosts
 from muntin.compression.low_rank.factored_layers import (
@@ -41,7 +42,6 @@ from muntin.compression.low_rank.factored_layers import (
     full_ranks,
     shell,
 )
-from muntin.compression.plain_convolutions import plain_convolutions
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.quantization.quantized_layers import check_float
 from muntin.compression.replaceability import irreplaceable

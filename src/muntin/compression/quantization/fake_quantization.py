@@ -5,13 +5,18 @@ Axes: O output channels; the scale of a weight has one entry for each.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 SHRINKS = 60
 """Candidate clipping ranges, between a fifth of the observed range and all of it."""
+Scales = Literal["mse", "minmax", "percentile"]
+"""How the scales of a grid are chosen: by least squared error, the extremes, or a percentile of the magnitudes."""
+WEIGHT_PERCENTILE = 0.999
+"""Share of the magnitudes of an output's weights below the end of its grid with "percentile"."""
 HALF_DB = 60.0
 """Signal over noise below which a weight stays in FP32. FP16 gives 73 dB unless values are out of its range."""
 
@@ -67,19 +72,23 @@ def round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     return rounded
 
 
-def weight_scale(weight: Tensor, axis: int, bits: int) -> Tensor:
-    """The scale `(O,)` of each channel along `axis`: at 8 bits by its peak, below by least squared error among 60 clipping ranges.
+def weight_scale(weight: Tensor, axis: int, bits: int, scales: Scales = "mse") -> Tensor:
+    """The scale `(O,)` of each channel along `axis`.
 
+    "mse": at 8 bits by its peak, below by least squared error among 60 clipping ranges; "minmax": by its peak; "percentile": by
+    `WEIGHT_PERCENTILE` of its magnitudes.
     A channel of zeros gets scale 1. Raises `ValueError` for a weight that is not finite.
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity")
     limit = weight_limit(bits)
     rows_ON = weight.detach().to(torch.float32).movedim(axis, 0).flatten(1)
-    peak_O = rows_ON.abs().amax(1)
+    magnitudes_ON = rows_ON.abs()
+    nth = math.ceil(WEIGHT_PERCENTILE * rows_ON.shape[1])
+    peak_O = magnitudes_ON.kthvalue(nth, 1).values if scales == "percentile" else magnitudes_ON.amax(1)
     peak_O = torch.where(peak_O > 0, peak_O, torch.full_like(peak_O, limit)).clamp_min(limit * torch.finfo(torch.float32).tiny)
     best_O = peak_O / limit
-    if bits >= 8:
+    if bits >= 8 or scales != "mse":
         return best_O
     least_O = torch.full_like(peak_O, float("inf"))
     for k in range(SHRINKS):

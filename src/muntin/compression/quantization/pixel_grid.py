@@ -70,7 +70,11 @@ def _step(black: Tensor, one: Tensor, white: Tensor) -> tuple[float, bool]:
     """The pixels' step in a layer's input, 0 if the input is not linear in the image, and whether the pixels are on a grid with a 0."""
     if black.shape != white.shape:
         return 0.0, False
-    step = float((white - black).mean()) / 255
+    varies = white != black
+    if black[~varies].any():  # zeros around the image are on every grid
+        return 0.0, False
+    black, one, white = black[varies], one[varies], white[varies]
+    step = float((white - black).mean()) / 255 if white.numel() else 0.0
     near = 1e-3 * step
     if step <= 0 or (one - black - step).abs().max() > near or (white - black - 255 * step).abs().max() > near:
         return 0.0, False

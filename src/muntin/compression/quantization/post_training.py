@@ -1,84 +1,233 @@
-"""Static INT8 quantisation by calibration: the pass that replaces Linear and Conv2d by their quantised forms.
+"""Static quantisation by calibration, without labels: the pass that replaces Linear and Conv2d by their quantised forms.
 
-    model -> fold -> run calibration images twice (ranges, then histograms) -> choose grids -> measure each layer -> replace
+    model -> fold -> equalise -> ranges and histograms of the inputs -> grids -> measure each layer -> round the weights -> replace
 
-A layer stays in 16 bits if its own quantisation, measured on calibration images, leaves less signal over noise than `min_sqnr_db`, or if
-it has no integer form; its name or position does not matter.
+A layer gets 8 bits, then stays in 16, if its own nearest rounding, measured on calibration images, leaves less signal over noise than
+`min_sqnr_db`, or if it has no integer form; its name or position does not matter. Weights are rounded to nearest, or by reconstruction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
 from muntin.compression.history import checked, last_changes, remember
-from muntin.compression.quantization.fake_quantization import round_to_half, sqnr_db
+from muntin.compression.quantization.embeddings import check_tables, quantize_tables, tables
+from muntin.compression.quantization.fake_quantization import Scales, round_to_half, sqnr_db, weight_scale
+from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.pixel_grid import align_with_pixels
 from muntin.compression.quantization.preparation import prepare
-from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.quantization.quantized_layers import QuantizedLayer, already_quantized, quantized_form, quantized_operations
-from muntin.compression.rewrite import EVERY, others, out_of_reach, replace
+from muntin.compression.quantization.qat import QATConv2d, QATLinear, check_bits, check_frozen
+from muntin.compression.quantization.quantized_layers import (
+    QuantizedConv2d,
+    QuantizedLayer,
+    QuantizedLinear,
+    QuantizedOperation,
+    already_quantized,
+    quantized_form,
+    quantized_operations,
+)
+from muntin.compression.quantization.reconstruction import reconstruct
+from muntin.compression.rewrite import EVERY, check_kept, is_kept, keepable, others, out_of_reach, replace
+from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, watch_inputs
 from muntin.training.config import QuantizationConfig
+
+Rounding = Literal["nearest", "reconstruction"]
+PERCENTILE = 99.99
+"""Percentile of the magnitudes at which activation grids end with `scales="percentile"`."""
 
 
 def quantize(
     model: nn.Module,
     calibration: Iterable[ModelInputs],
     *,
+    bits: int | Mapping[str, int] = 8,
+    scales: Scales = "mse",
+    rounding: Rounding | None = None,
+    equalize: bool | None = None,
+    correct_bias: bool | None = None,
+    steps: int = 0,
     min_sqnr_db: float = 15.0,
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
+    embedding_bits: int | None = None,
 ) -> list[Change]:
-    """Quantise Linear and Conv2d to static INT8 (W8A8), in place; see the head of this file.
+    """Quantise Linear and Conv2d to integers, in place: weights of 2 to 8 bits, 8-bit inputs; see the head of this file.
 
     `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, or several inputs as a
-    tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits. Costs three forward passes
-    over the batches, and three of one row. Closed channels are cut, norms and gates folded. Weights of layers that stay are rounded to the
-    FP16 in which they are stored. A second run changes nothing: a layer keeps its form, and its measured signal over noise. Raises
-    `MuntinError` like `prepare`, and for a model in quantisation-aware training.
+    tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits.
+
+    `bits`: of the weights, or of layers by name or pattern, of which the last that fits counts; layers that none names get 8. `scales`:
+    least squared error (at 8 bits weights go to their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`: by
+    default, a model whose layers all get 8 bits is rounded to nearest, and another one is equalised (`equalization`), rounded by
+    `reconstruct`, and biases take over the mean error. `steps`: of training of each block after reconstruction.
+    `embedding_bits`: 2 to 8 for the tables of embeddings (`embeddings.quantize_tables`), None to leave them as they are.
+
+    Costs three forward passes over the batches, and three of one row, and those of `reconstruct`. Closed channels are cut, norms and gates
+    folded. Weights of layers that stay are rounded to the FP16 in which they are stored. A second run changes nothing: a layer keeps its
+    form, and its measured signal over noise. Raises `MuntinError` like `prepare`, for a model in quantisation-aware training, and for
+    quantised layers of other `bits`.
     """
     config = checked(QuantizationConfig, min_sqnr_db=min_sqnr_db)
+    _check_choice("scales", scales, get_args(Scales))
+    _check_choice("rounding", rounding, (None, *get_args(Rounding)))
     check_eager(model)
     check_frozen(model)
     before = quantized_operations(model)
-    ready = prepare(model, calibration, only=only, keep=keep, done=before, cut=True)
+    layers = {**keepable(model), **before}
+    width_of = _widths(bits, layers)
+    _check_same(before, width_of, last_changes(model, "quantize"), only, keep)
+    narrow = any(width_of(name) < 8 for name in layers)
+    rounding = rounding or ("reconstruction" if narrow else "nearest")
+    correct_bias = narrow if correct_bias is None else correct_bias
+    equalized = width_of if not before and (narrow if equalize is None else equalize) else None
+    if embedding_bits is not None:
+        check_tables(model, embedding_bits)
+    named_too = before if embedding_bits is None else {**before, **tables(model)}
+    ready = prepare(model, calibration, only=only, keep=keep, done=named_too, cut=True, equalized=equalized)
     free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
-    forms = {name: quantized_form(layer, ready.observed[name][0].grid()) for name, layer in free.items()}
-    earlier = {
-        name: change.sqnr_db for name, change in last_changes(model, "quantize").items() if name in free and change.sqnr_db is not None
-    }
-    sqnr = _measure(model, {name: layer for name, layer in free.items() if name not in earlier}, forms, ready.batches) | earlier
+    grids = {name: _grid(ready.observed[name][0], scales) for name in free}
+    chosen, sqnr, reasons = _choose(model, free, grids, width_of, scales, ready.batches, config.min_sqnr_db, centred=correct_bias)
     changes = [*ready.changes, *already_quantized(before)]
-    replaced = False
     for name, layer in ready.operations.items():
-        reason = ready.reasons.get(name, "")
-        if name in sqnr and sqnr[name] < config.min_sqnr_db:
-            reason = f"INT8 leaves {sqnr[name]:.1f} dB of signal over noise, less than {config.min_sqnr_db:g}: 16 bits"
-        if reason:
+        reason = ready.reasons.get(name, reasons.get(name, ""))
+        if name not in chosen:
             round_to_half(layer)
-        else:
-            replace(model, name, forms[name])
-            replaced = True
-        changes.append(Change(layer=name, pass_="quantize", done="kept" if reason else "W8A8", reason=reason, sqnr_db=sqnr.get(name)))
+        done = f"W{chosen[name].bits}A8" if name in chosen else "kept"
+        changes.append(Change(layer=name, pass_="quantize", done=done, reason=reason, sqnr_db=sqnr.get(name)))
     for other in others(model).values():
         round_to_half(other)
-    if replaced:
+    if embedding_bits is not None:
+        changes += quantize_tables(model, ready.batches[0], embedding_bits, min_sqnr_db=config.min_sqnr_db, only=only, keep=keep)
+    for name, form in chosen.items():
+        replace(model, name, form)
+    if chosen:
         align_with_pixels(model, ready.batches[0])
+    if chosen and (rounding == "reconstruction" or correct_bias):
+        columns = rounding == "reconstruction"
+        weights = {name: free[name] for name in chosen}
+        changes += _reconstruct(model, weights, chosen, ready.batches, columns=columns, correct_bias=correct_bias, steps=steps * columns)
     return remember(model, changes + out_of_reach(model, "quantize", "integer form"))
 
 
+def _check_choice(argument: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise MuntinError(f"{argument}={value!r}: give {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
+
+
+def _widths(bits: int | Mapping[str, int], layers: Mapping[str, nn.Module]) -> Callable[[str], int]:
+    """A function of a layer's name that gives the requested bits of its weight."""
+    by_pattern: Mapping[str, int] = bits if isinstance(bits, Mapping) else {EVERY[0]: bits}
+    for width in by_pattern.values():
+        check_bits(width)
+    check_kept(tuple(by_pattern), layers, argument="bits")
+    return lambda name: next((by_pattern[entry] for entry in reversed(list(by_pattern)) if is_kept(name, (entry,))), 8)
+
+
+def _check_same(
+    before: Mapping[str, QuantizedOperation],
+    width_of: Callable[[str], int],
+    changes: Mapping[str, Change],
+    only: Sequence[str],
+    keep: Sequence[str],
+) -> None:
+    """Raise `MuntinError` for quantised layers of other bits than requested. A layer that was raised to 8 has a reason for it."""
+    for name, form in before.items():
+        if not isinstance(form, QuantizedLinear | QuantizedConv2d) or form.bits == width_of(name):
+            continue
+        raised = form.bits == 8 > width_of(name) and name in changes and changes[name].reason
+        if not raised and is_kept(name, only) and not is_kept(name, keep):
+            raise MuntinError(
+                f"bits={width_of(name)}: '{name}' has {form.bits} bits already: begin with the float model, or leave the layer out (keep)"
+            )
+
+
+def _grid(observer: Observer, scales: Scales) -> ActivationGrid:
+    return observer.grid({"mse": None, "minmax": 100.0, "percentile": PERCENTILE}[scales])
+
+
+def _choose(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    grids: Mapping[str, ActivationGrid],
+    width_of: Callable[[str], int],
+    scales: Scales,
+    batches: Sequence[ModelInputs],
+    min_sqnr_db: float,
+    *,
+    centred: bool,
+) -> tuple[dict[str, QuantizedLayer], dict[str, float], dict[str, str]]:
+    """Integer forms, rounded to nearest, of layers that lose little enough in their bits or in 8; measurements; reasons for more bits."""
+    earlier = last_changes(model, "quantize")
+    measured = {name: change.sqnr_db for name in layers if (change := earlier.get(name)) is not None and change.sqnr_db is not None}
+    forms: dict[str, QuantizedLayer] = {}
+    sqnr: dict[str, float] = {}
+    reasons: dict[str, str] = {}
+    for wide in (False, True):
+        tried = {name: 8 if wide else width_of(name) for name in layers if name not in forms and (not wide or width_of(name) < 8)}
+        made = {name: _form(layers[name], grids[name], width, scales) for name, width in tried.items()}
+        sqnr |= _measure(model, {name: layers[name] for name in made if name not in measured}, made, batches, centred=centred)
+        sqnr |= {name: measured[name] for name in made if name in measured}
+        for name, form in made.items():
+            if sqnr.get(name, float("inf")) >= min_sqnr_db:
+                forms[name] = form
+            else:
+                lost = f"{tried[name]} bits leave {sqnr[name]:.1f} dB of signal over noise, less than {min_sqnr_db:g}"
+                reasons[name] = f"{lost}: {'16 bits' if tried[name] == 8 else '8 bits'}"
+    return forms, sqnr, reasons
+
+
+def _form(layer: nn.Module, grid: ActivationGrid, bits: int, scales: Scales) -> QuantizedLayer:
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return quantized_form(layer, grid, bits=bits, scale=weight_scale(layer.weight, 0, bits, scales))
+
+
+def _reconstruct(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    forms: Mapping[str, QuantizedLayer],
+    batches: Sequence[ModelInputs],
+    *,
+    columns: bool,
+    correct_bias: bool,
+    steps: int,
+) -> list[Change]:
+    """Replace integer forms that are rounded to nearest by those that reconstruction of the float layers gives."""
+    training: dict[str, QATLinear | QATConv2d] = {}
+    for name, form in forms.items():
+        layer = layers[name]
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        kind = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
+        training[name] = kind(layer, form.input.grid(), form.bits, form.weight_scale)
+        replace(model, name, training[name])
+    changes = reconstruct(model, training, batches, columns=columns, correct_bias=correct_bias, steps=steps)
+    for name, one in training.items():
+        replace(model, name, one.frozen())
+    return changes
+
+
 def _measure(
-    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[ModelInputs]
+    model: nn.Module, layers: Mapping[str, nn.Module], forms: Mapping[str, QuantizedLayer], batches: Sequence[ModelInputs], *, centred: bool
 ) -> dict[str, float]:
-    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it."""
+    """Signal over noise of each layer's output when it alone is quantised, on the first calibration batch that reaches it.
+
+    `centred`: without the mean of each channel's error, which a bias will take over.
+    """
     measured: dict[str, float] = {}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if name not in measured:
-            measured[name] = sqnr_db(type(layer).forward(layer, inputs[0]), forms[name](inputs[0]))
+        if name in measured:
+            return
+        exact, rounded = type(layer).forward(layer, inputs[0]), forms[name](inputs[0])
+        if centred and forms[name].bias is not None:
+            channels = exact.ndim - 1 if isinstance(layer, nn.Linear) else 1
+            error = rounded - exact
+            rounded = rounded - error.mean([axis for axis in range(exact.ndim) if axis != channels], keepdim=True)
+        measured[name] = sqnr_db(exact, rounded)
 
     for batch in batches:
         if measured.keys() != layers.keys():

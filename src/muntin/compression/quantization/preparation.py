@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
-from muntin.compression.batch_norm import fold_batch_norms
 from muntin.compression.calibration import calibration_list, check_weights, observe
 from muntin.compression.channels.slimming import remove_closed_channels
-from muntin.compression.fold import fold
-from muntin.compression.plain_convolutions import plain_convolutions
+from muntin.compression.equivalent.batch_norm import fold_batch_norms
+from muntin.compression.equivalent.equalization import equalize
+from muntin.compression.equivalent.fold import fold
+from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.quantization.observer import Observer
 from muntin.compression.quantization.quantized_layers import no_integer_form
 from muntin.compression.replaceability import irreplaceable
@@ -50,11 +52,13 @@ def prepare(
     done: Mapping[str, nn.Module],
     products: tuple[type[nn.Module], ...] = (),
     cut: bool = False,
+    equalized: Callable[[str], int] | None = None,
 ) -> Prepared:
     """Check a model, fold its norms and gates in place, and observe the inputs of its layers and `products`.
 
-    `cut`: remove closed channels first. `done`: operations that have another form already, which `only` and `keep` may name. Raises
-    `MuntinError` if there is no batch, for NaN and infinity, and if `only` or `keep` name no layer.
+    `cut`: remove closed channels first. `equalized`: gives the weight bits of a layer, if channels are to be equalised (`equalization`).
+    `done`: operations that have another form already, which `only` and `keep` may name. Raises `MuntinError` if there is no batch, for NaN
+    and infinity, and if `only` or `keep` name no layer.
     """
     check_eager(model)
     batches = calibration_list(calibration)
@@ -71,6 +75,9 @@ def prepare(
     fixed = irreplaceable(model, layers, first_row(batches[0]))
     replaceable = {name: operation for name, operation in operations.items() if name not in fixed}
     unusual = _unusual(model, replaceable, batches)
+    if equalized is not None:
+        plain = {name: layer for name, layer in layers.items() if name not in fixed and name not in unusual and name not in unnamed}
+        changes += equalize(model, batches, cast(dict[str, nn.Linear | nn.Conv2d], plain), equalized)
     observed = observe(model, replaceable, batches)
     reasons = {name: reason for name, (first, _) in observed.items() if (reason := no_integer_form(operations[name], first)) is not None}
     kept = {name: unnamed[name] for name in operations if name in unnamed}

@@ -69,14 +69,14 @@ class _LearnedWeight(nn.Module):
 
     layer: nn.Linear | nn.Conv2d
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, bits: int) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, bits: int, scale: Tensor | None = None) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.input = LearnedGrid(grid)
         self.bits = bits
         self.groups = getattr(layer, "groups", 1)
         keep_geometry(self, layer)
-        self.log_scale = nn.Parameter(weight_scale(layer.weight, 0, bits).log())
+        self.log_scale = nn.Parameter((weight_scale(layer.weight, 0, bits) if scale is None else scale).log())
         self.shape_of = [copy.deepcopy(layer).to("meta")]  # in a list, so that it is no submodule
 
     def set_bits(self, bits: int) -> None:
@@ -185,8 +185,7 @@ def prepare_qat(
     A second run with the same bits changes nothing, and one of other layers may have other bits. Raises `MuntinError` like `prepare`, for
     layers that are prepared with other bits, and for a quantised model.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise MuntinError(f"bits={bits!r}: give a whole number from 2 to 8")
+    check_bits(bits)
     check_eager(model)
     check_float(model, "prepare_qat")
     before = qat_operations(model)
@@ -210,6 +209,12 @@ def prepare_qat(
         replace(model, name, form)
         changes.append(Change(layer=name, pass_="qat", done=_form(form)))
     return remember(model, changes + out_of_reach(model, "qat", "integer form"))
+
+
+def check_bits(bits: object) -> None:
+    """Raise `MuntinError` for weight bits that no integer form has."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise MuntinError(f"bits={bits!r}: give a whole number from 2 to 8")
 
 
 def _form(operation: QATOperation) -> str:

@@ -32,6 +32,10 @@ class InputGrid(nn.Module):
         kind = torch.uint8 if grid.unsigned else torch.int8
         self.register_buffer("zero_point", torch.tensor(0, dtype=kind))
 
+    def grid(self) -> ActivationGrid:
+        """The grid as a value."""
+        return ActivationGrid(scale=float(self.scale), unsigned=self.zero_point.dtype == torch.uint8)
+
     def ends(self) -> tuple[float, float]:
         """The least and the greatest value of the grid."""
         info = torch.iinfo(self.zero_point.dtype)
@@ -44,6 +48,7 @@ class InputGrid(nn.Module):
 
 GEOMETRY = (
     "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    "num_embeddings", "embedding_dim", "padding_idx",
 )  # fmt: skip
 
 

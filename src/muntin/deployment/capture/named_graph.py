@@ -66,7 +66,7 @@ def to_named_onnx(model: nn.Module, example: NamedTensors, axes: Axes) -> onnx.M
 
     Raises `ExportError` for a model that fails on the example, or cannot be traced for the axes.
     """
-    _check(model, example, axes)
+    check_call(model, example, axes)
     wrapped = NamedModel(model, tuple(example)).eval()
     answer(wrapped, example)  # its outputs get their names
     traced = {name: _varied(tensor, axes[name]) for name, tensor in example.items()}
@@ -112,7 +112,8 @@ def answer(model: NamedModel, inputs: NamedTensors) -> dict[str, NDArray[Any]]:
     return {name: tensor.detach().numpy() for name, tensor in zip(model.outputs, outputs, strict=True)}
 
 
-def _check(model: nn.Module, example: NamedTensors, axes: Axes) -> None:
+def check_call(model: nn.Module, example: NamedTensors, axes: Axes) -> None:
+    """Raise `ExportError` for inputs that the model's `forward` does not take, and axes of other inputs or dimensions."""
     parameters = inspect.signature(model.forward).parameters
     anything = any(entry.kind is inspect.Parameter.VAR_KEYWORD for entry in parameters.values())
     if unknown := [name for name in example if name not in parameters and not anything]:

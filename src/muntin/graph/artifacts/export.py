@@ -5,7 +5,7 @@ float ONNX -> (quantise) -> golden pairs of the deployed graph -> OpenVINO, ONNX
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from muntin.graph.artifacts.signature import declared_inputs, golden_pairs, sign
 from muntin.graph.calibration import Inputs
 from muntin.graph.float_run import FloatRun
 from muntin.graph.onnx_file import NamedArrays, named_inputs, read_float_model
-from muntin.graph.quantize import MIN_SQNR_DB, calibrate, first_row, planned
+from muntin.graph.onnx_graph import Array
+from muntin.graph.quantize import MIN_SQNR_DB, QuantizationPlan, calibrate, first_row, planned
 from muntin.graph.records import QuantizedOnnx
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification.tensors import compare_outputs
 
 FAR_OFF = 0.25
-"""Root mean square error of integers, in standard deviations of an output, from which on a note says so."""
+"""Root mean square error of integers, in standard deviations of an output, from which on a note says so; and the limit of
+the difference from a model that was quantised in PyTorch."""
 
 
 def export_onnx(
@@ -39,13 +41,14 @@ def export_onnx(
     min_sqnr_db: float = MIN_SQNR_DB,
     dims: Mapping[str, int] | None = None,
     measured: Mapping[str, Any] | None = None,
+    passes: Iterable[Mapping[str, Any]] = (),
 ) -> TensorArtifact:
     """Write a float ONNX model as an artefact: any named inputs and outputs of any shape. An existing artefact is replaced as a whole.
 
     `calibration`: batches of typical inputs (arrays by name, or of the only input), with which it is quantised as by `quantize_onnx`, that
     takes `keep` and `min_sqnr_db`, too; None: it stays in floats. `example`: inputs to make the golden pairs of, by default those of
     `calibration`; one of the two is needed. `dims`: sizes of free dimensions that `load` compiles for, by default one row of the example's.
-    `measured`: plain figures for the manifest.
+    `measured`, `passes`: plain figures, and entries of earlier changes of layers, for the manifest.
 
     Free dimensions keep their names. Quantised products that OpenVINO would run in floats stay floats. The manifest's `measured` has
     `integer_coverage` (share of multiply-adds in integers), `rounding` (what integers change in the golden outputs) and `notes`.
@@ -62,6 +65,33 @@ def export_onnx(
         raise ExportError(f"keep names {', '.join(sorted(keep))}, and without calibration everything stays in floats: give it, or no keep")
     if not given:
         raise ExportError("no inputs: give calibration (batches of typical inputs), or example (one batch) to stay in floats")
+
+    def plan(rows: Inputs) -> QuantizationPlan:
+        if calibration is None:
+            return planned(proto, {}, {}, example=rows, half=False)
+        return calibrate(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep, example=rows, half=True)
+
+    content = {"measured": measured or {}, "passes": passes}
+    return export_planned(proto, path, plan, given, content, dims=dims, integers=calibration is not None)
+
+
+def export_planned(
+    proto: onnx.ModelProto,
+    path: Path | str,
+    make_plan: Callable[[Inputs], QuantizationPlan],
+    given: Sequence[Inputs],
+    content: Mapping[str, Any],
+    *,
+    integers: bool,
+    dims: Mapping[str, int] | None = None,
+    due: TensorPair | None = None,
+) -> TensorArtifact:
+    """Write a float graph, quantised by a plan, as an artefact; see `export_onnx`.
+
+    `make_plan`: returns the plan of the graph; gets the inputs for which multiply-adds are counted. `given`: batches of inputs, of which
+    the golden pairs are made. `content`: `measured` and `passes` for the manifest. `integers`: True if products are to be quantised. `due`:
+    inputs and the outputs that the quantised graph is to give for them.
+    """
     floats = FloatRun(proto)
     inputs = declared_inputs(proto, given[0])
     pairs, notes = golden_pairs(inputs, given, floats)
@@ -69,18 +99,13 @@ def export_onnx(
     sizes = {dim: 1 if dim == signature.batch else size for dim, size in _free(signature.inputs, given[0]).items()}
     if dims is not None and (problem := signature.dims_problem(dims)) is not None:
         raise ExportError(f"dims with {problem}")
-    content = {"signature": signature, "example": dict(sizes if dims is None else dims)}
-    rows = first_row(given[-1])
-    plan = (
-        planned(proto, {}, {}, example=rows, half=False)
-        if calibration is None
-        else calibrate(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep, example=rows, half=True)
-    )
+    content = {**content, "signature": signature, "example": dict(sizes if dims is None else dims)}
+    plan = make_plan(first_row(given[-1]))
     while True:
         deployed = plan.quantized()
-        lacking = deployed.notes if calibration is not None else ()
+        lacking = deployed.notes if integers else ()
         try:
-            return _write(path, deployed, pairs, content, measured or {}, [*notes, *lacking])
+            return _write(path, deployed, pairs, content, due, [*notes, *lacking])
         except FallbackError as error:
             if not set(plan.plan).intersection(error.reasons):
                 raise
@@ -96,12 +121,14 @@ def _write(
     deployed: QuantizedOnnx,
     pairs: Sequence[TensorPair],
     content: Mapping[str, Any],
-    measured: Mapping[str, Any],
+    due: TensorPair | None,
     notes: Sequence[str],
 ) -> TensorArtifact:
-    """Write the artefact of a deployed graph. `pairs`: inputs, and the outputs of the float graph."""
+    """Write the artefact of a deployed graph. `pairs`: inputs, and the outputs of the float graph. `due`: see `export_planned`."""
     quantised = any(record.bits for record in deployed.products)
     run = FloatRun(deployed.model, exact=True)
+    if due is not None:
+        _check_integers(run, *due)
     golden = [(inputs, run(inputs)) for inputs, _ in pairs]
     for _, outputs in golden:
         if wrong := [name for name, tensor in outputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()]:
@@ -125,11 +152,21 @@ def _write(
             "packing": packing_of(deployed.model),
             "golden": golden,
             "layers": layer_records(deployed.products),
-            "measured": {**figures, **measured},
             **content,
+            "measured": {**figures, **content["measured"]},
         },
         [*notes, *moved],
     )
+
+
+def _check_integers(run: FloatRun, inputs: Inputs, due: dict[str, Array]) -> None:
+    """Raise ExportError where a quantised graph computes otherwise than the quantised model that it was made of."""
+    for result in compare_outputs(run(inputs), due, None):
+        if result.rms_error is not None and not result.rms_error <= FAR_OFF:
+            raise ExportError(
+                f"the graph does not compute what the quantised model does: {result.name} {result.shape}: {result.errors} (allowed: "
+                f"{FAR_OFF:g} in the mean); nothing was written"
+            )
 
 
 def rounding(golden: Sequence[TensorPair], floats: Sequence[TensorPair]) -> dict[str, dict[str, float | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+import onnx
 from onnx import helper
 
 from muntin.graph.grids import quantize_weight, weight_scale
@@ -21,12 +22,17 @@ TABLE_DB = 35.0
 
 
 def quantize_tables(graph: Graph) -> None:
-    """Store each lookup table, a matrix whose rows Gather takes, in 8 bits with a scale for each row, if `TABLE_DB` remains."""
+    """Store each lookup table, a matrix whose rows Gather takes, in 8 bits with a scale for each row, if `TABLE_DB` remains.
+
+    The scales of a table that is of integers already stay as they are.
+    """
     for gather in [node for node in graph.nodes if node.op_type == "Gather" and attributes(node).get("axis", 0) == 0]:
         name = gather.input[0]
         table = graph.constants.get(name)
         readers = graph.readers.get(name, [])
         if table is None or table.dtype != np.float32 or table.ndim != 2 or table.size < LARGE_TABLE or len(readers) > 1:
+            continue
+        if _are_scales(graph, gather, table):
             continue
         scale_O = weight_scale(table, 0)
         integers = quantize_weight(table, 0, scale_O, 8)
@@ -36,6 +42,12 @@ def quantize_tables(graph: Graph) -> None:
             graph.nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}/table"], name=f"{name}/table", axis=0))
             gather.input[0] = f"{name}/table"
     graph.reindex()
+
+
+def _are_scales(graph: Graph, gather: onnx.NodeProto, table: Array) -> bool:
+    """Return True if the same indices read rows of a wider table of integers."""
+    others = [graph.constants.get(node.input[0]) for node in graph.readers[gather.input[1]] if node.op_type == "Gather"]
+    return any(other is not None and other.dtype == np.int8 and len(other) == len(table) and other.size > table.size for other in others)
 
 
 def round_to_half(graph: Graph, *, spared: Collection[str] = ()) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.compression import Change, fold_batch_norms
-from muntin.compression.batch_norm import _fold, apply_folds
+from muntin.compression.equivalent.batch_norm import _fold, apply_folds
 from muntin.errors import MuntinError
 
 

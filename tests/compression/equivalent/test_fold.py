@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model_helpers import answer
 from muntin import create_model
 from muntin.compression import fold
-from muntin.compression.fold import fold_after, fold_before, fold_gate
+from muntin.compression.equivalent.fold import fold_after, fold_before, fold_gate
 from muntin.layers import ChannelGate, ConvUnit, Gain, LocalAttention, MapNorm, TokenNorm
 from muntin.layers.block import ParallelBlock, Perceptron
 from muntin.layers.windows import Grid

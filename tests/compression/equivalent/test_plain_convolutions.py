@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import muntin
-from muntin.compression.plain_convolutions import PaddedConv2d, plain_convolutions
+from muntin.compression.equivalent.plain_convolutions import PaddedConv2d, plain_convolutions
 
 
 class StaticPadding(nn.Conv2d):
