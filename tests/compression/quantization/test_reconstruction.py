@@ -128,6 +128,22 @@ def test_bits_by_pattern() -> None:
         muntin.quantize(network(), [x], bits={"nosuch": 4})
 
 
+def test_average_bits() -> None:
+    torch.manual_seed(1)
+    model, x = network(), smooth(32)
+    quantized = copy.deepcopy(model)
+    changes = by_layer(muntin.quantize(quantized, x.split(8), bits=4.3, min_sqnr_db=0), "quantize")
+    sizes = {name: layer.weight.numel() for name, layer in named(model, nn.Conv2d, nn.Linear)}
+    bits = {name: int(changes[name].done[1]) for name in sizes}
+    assert min(bits.values()) == 4 < max(bits.values())
+    assert 4 < sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values()) <= 4.3
+    narrow, wide = (error_of(model, x, bits=width, min_sqnr_db=0) for width in (4, 4.3))
+    assert wide < 0.8 * narrow
+    assert all(change.kept for change in muntin.quantize(quantized, x.split(8), bits=4.3, min_sqnr_db=0))
+    with pytest.raises(MuntinError, match="or an average between"):
+        muntin.quantize(model, x.split(8), bits=8.5)
+
+
 def test_layers_below_the_threshold_get_more_bits() -> None:
     model, x = network(), smooth(4)
     changes = by_layer(muntin.quantize(model, [x], bits=2, min_sqnr_db=30, steps=0), "quantize")
@@ -147,7 +163,7 @@ def test_other_bits_of_a_quantised_model() -> None:
     assert all(change.kept for change in muntin.quantize(model, [x], keep=("*",)))
 
 
-@pytest.mark.parametrize("options", [{"bits": 9}, {"bits": 4.0}, {"scales": "max"}, {"rounding": "up"}])
+@pytest.mark.parametrize("options", [{"bits": 9}, {"bits": 1.5}, {"scales": "max"}, {"rounding": "up"}])
 def test_unknown_options(options: dict[str, Any]) -> None:
     with pytest.raises(MuntinError, match=f"{next(iter(options))}=.*: give "):
         muntin.quantize(network(), [pixels(1, 3, 24, 24)], **options)

@@ -8,7 +8,7 @@ A layer gets 8 bits, then stays in 16, if its own nearest rounding, measured on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -19,18 +19,16 @@ from muntin.compression.quantization.fake_quantization import Scales, round_to_h
 from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.pixel_grid import align_with_pixels
 from muntin.compression.quantization.preparation import prepare
-from muntin.compression.quantization.qat import QATConv2d, QATLinear, check_bits, check_frozen
+from muntin.compression.quantization.qat import QATConv2d, QATLinear, check_frozen
 from muntin.compression.quantization.quantized_layers import (
-    QuantizedConv2d,
     QuantizedLayer,
-    QuantizedLinear,
-    QuantizedOperation,
     already_quantized,
     quantized_form,
     quantized_operations,
 )
 from muntin.compression.quantization.reconstruction import reconstruct
-from muntin.compression.rewrite import EVERY, check_kept, is_kept, keepable, others, out_of_reach, replace
+from muntin.compression.quantization.widths import Bits, WidthOf, average_of, check_same, chosen_widths, requested_widths
+from muntin.compression.rewrite import EVERY, keepable, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, watch_inputs
@@ -45,7 +43,7 @@ def quantize(
     model: nn.Module,
     calibration: Iterable[ModelInputs],
     *,
-    bits: int | Mapping[str, int] = 8,
+    bits: Bits = 8,
     scales: Scales = "mse",
     rounding: Rounding | None = None,
     equalize: bool | None = None,
@@ -61,10 +59,11 @@ def quantize(
     `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, or several inputs as a
     tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits.
 
-    `bits`: of the weights, or of layers by name or pattern, of which the last that fits counts; layers that none names get 8. `scales`:
-    least squared error (at 8 bits weights go to their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`: by
-    default, a model whose layers all get 8 bits is rounded to nearest, and another one is equalised (`equalization`), rounded by
-    `reconstruct`, and biases take over the mean error. `steps`: of training of each block after reconstruction.
+    `bits`: of the weights; or their average, such as 4.3, for which layers get whole bits so that the answer changes least; or bits by name
+    or pattern, of which the last that fits counts, and layers that none names get 8. `scales`: least squared error (at 8 bits weights go to
+    their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`: by default, a model whose layers all get 8 bits is
+    rounded to nearest, and another one is equalised (`equalization`), rounded by `reconstruct`, and biases take over the mean error.
+    `steps`: of training of each block after reconstruction.
     `embedding_bits`: 2 to 8 for the tables of embeddings (`embeddings.quantize_tables`), None to leave them as they are.
 
     Costs three forward passes over the batches, and three of one row, and those of `reconstruct`. Closed channels are cut, norms and gates
@@ -79,8 +78,9 @@ def quantize(
     check_frozen(model)
     before = quantized_operations(model)
     layers = {**keepable(model), **before}
-    width_of = _widths(bits, layers)
-    _check_same(before, width_of, last_changes(model, "quantize"), only, keep)
+    average, width_of = average_of(bits), requested_widths(bits, layers)
+    if average is None:
+        check_same(before, width_of, last_changes(model, "quantize"), only, keep)
     narrow = any(width_of(name) < 8 for name in layers)
     rounding = rounding or ("reconstruction" if narrow else "nearest")
     correct_bias = narrow if correct_bias is None else correct_bias
@@ -91,6 +91,9 @@ def quantize(
     ready = prepare(model, calibration, only=only, keep=keep, done=named_too, cut=True, equalized=equalized)
     free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
     grids = {name: _grid(ready.observed[name][0], scales) for name in free}
+    if average is not None:
+        widths = chosen_widths(model, free, lambda name, width: _form(free[name], grids[name], width, scales), average, ready.batches)
+        width_of = widths.__getitem__
     chosen, sqnr, reasons = _choose(model, free, grids, width_of, scales, ready.batches, config.min_sqnr_db, centred=correct_bias)
     changes = [*ready.changes, *already_quantized(before)]
     for name, layer in ready.operations.items():
@@ -119,33 +122,6 @@ def _check_choice(argument: str, value: object, allowed: Sequence[object]) -> No
         raise MuntinError(f"{argument}={value!r}: give {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
 
 
-def _widths(bits: int | Mapping[str, int], layers: Mapping[str, nn.Module]) -> Callable[[str], int]:
-    """A function of a layer's name that gives the requested bits of its weight."""
-    by_pattern: Mapping[str, int] = bits if isinstance(bits, Mapping) else {EVERY[0]: bits}
-    for width in by_pattern.values():
-        check_bits(width)
-    check_kept(tuple(by_pattern), layers, argument="bits")
-    return lambda name: next((by_pattern[entry] for entry in reversed(list(by_pattern)) if is_kept(name, (entry,))), 8)
-
-
-def _check_same(
-    before: Mapping[str, QuantizedOperation],
-    width_of: Callable[[str], int],
-    changes: Mapping[str, Change],
-    only: Sequence[str],
-    keep: Sequence[str],
-) -> None:
-    """Raise `MuntinError` for quantised layers of other bits than requested. A layer that was raised to 8 has a reason for it."""
-    for name, form in before.items():
-        if not isinstance(form, QuantizedLinear | QuantizedConv2d) or form.bits == width_of(name):
-            continue
-        raised = form.bits == 8 > width_of(name) and name in changes and changes[name].reason
-        if not raised and is_kept(name, only) and not is_kept(name, keep):
-            raise MuntinError(
-                f"bits={width_of(name)}: '{name}' has {form.bits} bits already: begin with the float model, or leave the layer out (keep)"
-            )
-
-
 def _grid(observer: Observer, scales: Scales) -> ActivationGrid:
     return observer.grid({"mse": None, "minmax": 100.0, "percentile": PERCENTILE}[scales])
 
@@ -154,7 +130,7 @@ def _choose(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     grids: Mapping[str, ActivationGrid],
-    width_of: Callable[[str], int],
+    width_of: WidthOf,
     scales: Scales,
     batches: Sequence[ModelInputs],
     min_sqnr_db: float,

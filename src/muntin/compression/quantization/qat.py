@@ -37,6 +37,7 @@ from muntin.compression.quantization.quantized_layers import (
     quantized_form,
     quantized_operations,
 )
+from muntin.compression.quantization.widths import check_bits
 from muntin.compression.rewrite import EVERY, is_kept, keepable, named, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
@@ -209,12 +210,6 @@ def prepare_qat(
         replace(model, name, form)
         changes.append(Change(layer=name, pass_="qat", done=_form(form)))
     return remember(model, changes + out_of_reach(model, "qat", "integer form"))
-
-
-def check_bits(bits: object) -> None:
-    """Raise `MuntinError` for weight bits that no integer form has."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise MuntinError(f"bits={bits!r}: give a whole number from 2 to 8")
 
 
 def _form(operation: QATOperation) -> str:

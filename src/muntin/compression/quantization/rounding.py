@@ -26,6 +26,8 @@ DAMPING = 0.1
 """Added to the diagonal of a second moment, a share of its mean: inputs that hardly vary do not take over others' errors."""
 SPARSE = 0.1
 """Added to `DAMPING`, times inputs over rows: few rows do not determine a moment."""
+CANCELLED = 1e-4
+"""Least spread of the inputs of a group, a share of their second moment: less is rounding of the sums, as of inputs that hardly vary."""
 MAX_INPUTS = 8192
 """Maximum number of inputs of an output: of more, the moment takes too much memory."""
 COLUMNS = 64
@@ -109,7 +111,8 @@ def round_layer(layer: Layer, moments: Moments, *, columns: bool, correct_bias: 
     share = 1.0
     if columns:
         xx_GII, yx_GII = moments.centred(mean=mean)
-        damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count)
+        least_G = CANCELLED * moments.xx.diagonal(dim1=1, dim2=2).mean(1) / moments.count
+        damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count, least_G)
         shift_GIO = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
         target_GOI = weight_GOI + shift_GIO.transpose(1, 2)
         moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit)
@@ -129,8 +132,8 @@ def _error(difference_GOI: Tensor, moment_GII: Tensor) -> float:
     return float(((difference_GOI @ moment_GII) * difference_GOI).sum(2).mean())
 
 
-def _damped(moment_GII: Tensor, share: float) -> Tensor:
-    spread_G = moment_GII.diagonal(dim1=1, dim2=2).mean(1)
+def _damped(moment_GII: Tensor, share: float, least_G: Tensor) -> Tensor:
+    spread_G = moment_GII.diagonal(dim1=1, dim2=2).mean(1).maximum(least_G)
     spread_G = torch.where(spread_G > 0, spread_G, torch.ones_like(spread_G))
     eye_II = torch.eye(moment_GII.shape[1], dtype=moment_GII.dtype, device=moment_GII.device)
     return moment_GII + share * spread_G[:, None, None] * eye_II
