@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from foreign_networks.subjects import Batch, Subject
 
 MULTIPLE = 8
 """Widths and ranks are multiples of it."""
+AVERAGE = 4.5
+"""Average bits of a weight where widths are mixed."""
 RATE = 3e-4
 """Learning rate of distillation, for every form."""
 
@@ -50,8 +53,8 @@ def _int8(model: nn.Module, material: Material) -> nn.Module:
     return model
 
 
-def _w4a8(model: nn.Module, material: Material) -> nn.Module:
-    muntin.quantize(model, material.calibration, bits=4, **_embeddings(model))
+def _narrow(model: nn.Module, material: Material, *, bits: float) -> nn.Module:
+    muntin.quantize(model, material.calibration, bits=bits, **_embeddings(model))
     return model
 
 
@@ -92,17 +95,18 @@ def _torch_pruning(model: nn.Module, material: Material) -> nn.Module:
 
 
 def _together(model: nn.Module, material: Material) -> nn.Module:
-    """Channels, ranks, distillation, four bits."""
+    """Channels, ranks, distillation, mixed bits."""
     teacher, subject = copy.deepcopy(model), material.subject
     _pruned(model, material)
     muntin.low_rank(model, material.calibration, parameters=subject.parameters, multiple=MULTIPLE, keep=subject.keep)
-    return _w4a8(material.distil(model, teacher), material)
+    return _narrow(material.distil(model, teacher), material, bits=AVERAGE)
 
 
 FORMS: dict[str, Form] = {
     "int8": _int8,
     "w4a8 nearest": _w4a8_nearest,
-    "w4a8": _w4a8,
+    "w4a8": partial(_narrow, bits=4),
+    "w4.5a8": partial(_narrow, bits=AVERAGE),
     "low rank": _low_rank,
     "svd by energy": _svd_by_energy,
     "prune": _prune,
