@@ -276,12 +276,17 @@ class _Compression:
         model, previous = load_model(before), before.state.compression
         cut = remove_closed_channels(model) if previous is None else []
         rewritten = self._rewrite(stage, previous, model)
+        sensitivity: dict[str, Sensitivity] = {}
+        if stage == "w4a8":
+            sensitivity = self._measure(model)  # before weights move: more bits are to bring back those of the float model
+            weighted: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
+            rewritten += remember(model, reconstruct(model, weighted, self.calibration))
         notes = [*(() if previous is None else previous.notes), *self._uncertain(rewritten)]
         if stage == "mixed":
             notes += self._overspent(model)
         return model, CompressionRecord(
             stage=stage, origin=self.origin, **structure_fields(model) | {"changes": (*before.changes, *cut, *rewritten)},
-            notes=tuple(notes), sensitivity=self._measure(model) if stage == "w4a8" else {},
+            notes=tuple(notes), sensitivity=sensitivity,
         )  # fmt: skip
 
     def _rewrite(self, stage: Stage, previous: CompressionRecord | None, model: nn.Module) -> list[Change]:
@@ -292,9 +297,7 @@ class _Compression:
             kept = (entry for entry in self.config.keep if any(is_kept(name, (entry,)) for name in layers))  # not names of products
             return low_rank(model, self.calibration, **config.model_copy(update={"keep": (*config.keep, *kept)}).model_dump())
         if stage == "w4a8":
-            prepared = prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
-            weighted: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
-            return prepared + remember(model, reconstruct(model, weighted, self.calibration))
+            return prepare_qat(model, self.calibration, bits=self.config.weight_bits, keep=self.keep)
         assert previous is not None
         return self._mix(model, previous.sensitivity)
 
