@@ -60,7 +60,7 @@ def _narrow(model: nn.Module, material: Material, *, bits: float) -> nn.Module:
 
 def _w4a8_nearest(model: nn.Module, material: Material) -> nn.Module:
     """Scales of least squared error for each output channel, nearest rounding, and nothing else."""
-    parts: dict[str, Any] = {"rounding": "nearest", "equalize": False, "correct_bias": False, "min_sqnr_db": -100}
+    parts: dict[str, Any] = {"rounding": "nearest", "equalize": False, "correct_bias": False, "min_sqnr_db": 0}
     muntin.quantize(model, material.calibration, bits=4, **parts, **_embeddings(model))
     return model
 
