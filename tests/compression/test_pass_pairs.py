@@ -33,8 +33,7 @@ PASSES: dict[str, Callable[[nn.Module], list[Change]]] = {
     "freeze": lambda model: muntin.freeze(model, BATCHES),
 }
 REFUSED = {
-    *product(("quantize", "quantize_w4", "prepare_qat"), ("prune", "low_rank")), *product(("quantize", "quantize_w4"), ("prepare_qat",)),
-    *product(("prepare_qat",), ("quantize", "quantize_w4")), ("quantize", "quantize_w4"), ("quantize_w4", "quantize"),
+    *product(("prepare_qat",), ("prune", "low_rank", "quantize", "quantize_w4")), ("quantize", "quantize_w4"), ("quantize_w4", "quantize"),
 }  # fmt: skip
 """Pairs that are an error, which names the order."""
 
@@ -110,7 +109,7 @@ def test_order_saved_and_repeated(order: tuple[str, ...], made_of: tuple[tuple[s
     model, x = network(*made_of), BATCHES[0]
     PASSES[order[0]](model)
     if order in REFUSED:
-        with pytest.raises(MuntinError, match=r"is quantised|is in quantisation-aware training|bits already"):
+        with pytest.raises(MuntinError, match=r"is in quantisation-aware training|bits already"):
             PASSES[order[1]](model)
         return
     if len(order) == 2:
@@ -143,7 +142,10 @@ def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [("prune", "low_rank", "quantize"), ("prune", "prepare_qat", "freeze"), ("prune", "quantize_w4")])
+@pytest.mark.parametrize(
+    "order",
+    [("prune", "low_rank", "quantize"), ("prune", "prepare_qat", "freeze"), ("prune", "quantize_w4"), ("quantize", "low_rank", "prune")],
+)
 def test_export_after_passes(order: tuple[str, ...], tmp_path: Path) -> None:
     model = network(("plain", "depthwise", "attention"), 16)
     for name in order:

@@ -30,8 +30,8 @@ from muntin.compression.channels.trials import FAULTS, Trials
 from muntin.compression.equivalent.batch_norm import varied
 from muntin.compression.history import last_changes, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factored_layers import factored_layers, update_ranks
+from muntin.compression.quantization.dequantization import quantized_layers, through_floats
 from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.quantization.quantized_layers import check_float
 from muntin.compression.rewrite import (
     EVERY,
     PARTS,
@@ -74,13 +74,12 @@ def prune(
 
     Costs two forward passes and a backward pass over the batches, O(I³) for each layer that reads pruned channels, and two copies and
     passes of one row for each of about 2·log2(groups) trials a group that is kept. Parameters are new objects: make the optimiser
-    afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. The model is left in `eval` mode. Raises
-    `MuntinError` if the budget is out of reach, for a quantised model, and for shares of a model with channel gates, for which
-    `prune(model)` is the whole call.
+    afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. Quantised layers that are cut keep their bits. The
+    model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach, and for shares of a model with channel gates, for
+    which `prune(model)` is the whole call.
     """
     check_eager(model)
     check_frozen(model)
-    check_float(model, "prune")
     shares = {name: share for name, share in (("ratio", ratio), ("parameters", parameters), ("macs", macs)) if share is not None}
     gates = dict(named(model, ChannelGate))
     if gates:
@@ -94,7 +93,11 @@ def prune(
     if not 0 < share < 1 or multiple < 1:
         raise MuntinError(f"{kind}={share!r}, multiple={multiple!r}: give a share between 0 and 1, and a multiple from 1")
     batches = calibration_list([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
-    return remember(model, _Pruning(model, batches, multiple).run(kind, share, only, keep))
+
+    def run() -> list[Change]:
+        return remember(model, _Pruning(model, batches, multiple).run(kind, share, only, keep))
+
+    return through_floats(model, batches, run) if quantized_layers(model) else run()
 
 
 def _slim(model: nn.Module, gates: Mapping[str, nn.Module], shares: Mapping[str, float]) -> list[Change]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ from muntin.compression.low_rank.factored_layers import (
     full_ranks,
     shell,
 )
+from muntin.compression.quantization.dequantization import quantized_layers, through_floats
 from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.quantization.quantized_layers import check_float
 from muntin.compression.replaceability import irreplaceable
 from muntin.compression.rewrite import (
     EVERY,
@@ -92,7 +92,8 @@ def low_rank(
     Σσ², of Σσ, of its weight reaches one `threshold`, given or the largest that meets the budget. `multiple`: of which ranks are multiples.
     `only`, `keep`: names or patterns of the layers to factor, and to leave dense.
 
-    Budgets count from the model without factored layers, so a second run with the same budget changes nothing.
+    Budgets count from the model without factored layers, so a second run with the same budget changes nothing. Quantised layers that are
+    factored keep their bits (`dequantization.through_floats`).
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
@@ -104,8 +105,10 @@ def low_rank(
     )
     check_eager(model)
     check_frozen(model)
-    check_float(model, "low_rank")
     batches = calibration_list(calibration)
+    if quantized_layers(model):
+        options: dict[str, Any] = {"criterion": criterion, "threshold": threshold, "multiple": multiple, "only": only, "keep": keep}
+        return through_floats(model, batches, lambda: low_rank(model, batches, parameters=parameters, macs=macs, **options))
     layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
     left_out({**layers, **factored_layers(model)}, only, keep)
     check_weights(layers, done="factored")  # raises before the model is changed

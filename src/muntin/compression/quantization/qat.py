@@ -28,17 +28,18 @@ from muntin.compression.quantization.preparation import prepare
 from muntin.compression.quantization.quantized_layers import (
     SHARES,
     QuantizedLayer,
+    QuantizedOperation,
     QuantizedProduct,
     QuantizedSoftmaxProduct,
     already_quantized,
-    check_float,
     exponentials,
     keep_geometry,
+    plain_layer,
     quantized_form,
     quantized_operations,
 )
 from muntin.compression.quantization.widths import check_bits
-from muntin.compression.rewrite import EVERY, is_kept, keepable, named, others, out_of_reach, replace
+from muntin.compression.rewrite import EVERY, is_kept, keepable, left_out, named, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
@@ -184,11 +185,11 @@ def prepare_qat(
     patterns of the layers and products to take, and to leave in float. Costs two forward passes over the batches and three of one row.
 
     A second run with the same bits changes nothing, and one of other layers may have other bits. Raises `MuntinError` like `prepare`, for
-    layers that are prepared with other bits, and for a quantised model.
+    layers that are prepared with other bits. Quantised layers go on from their values, on their grids if `bits` are theirs.
     """
     check_bits(bits)
     check_eager(model)
-    check_float(model, "prepare_qat")
+    thawed = _thaw(model, bits, only, keep)
     before = qat_operations(model)
     taken = {name: one for name, one in before.items() if is_kept(name, only) and not is_kept(name, keep)}
     other = {name: one.bits for name, one in taken.items() if isinstance(one, QATLinear | QATConv2d) and one.bits != bits}
@@ -199,8 +200,10 @@ def prepare_qat(
             f"muntin.compression.set_bits(model, {{'{name}': {bits}}}) goes on from its rounded weights; or begin with the float model"
         )
     ready = prepare(model, calibration, only=only, keep=keep, done=before, products=(Product, SoftmaxProduct))
-    already = [Change(layer=name, pass_="qat", done="kept", reason=f"already {_form(one)}") for name, one in before.items()]
-    changes = [*ready.changes, *already]
+    already = [
+        Change(layer=name, pass_="qat", done="kept", reason=f"already {_form(one)}") for name, one in before.items() if name not in thawed
+    ]
+    changes = [*ready.changes, *already, *(Change(layer=name, pass_="qat", done=_form(before[name])) for name in thawed)]
     for name, operation in ready.operations.items():
         if name in ready.reasons:
             changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
@@ -210,6 +213,26 @@ def prepare_qat(
         replace(model, name, form)
         changes.append(Change(layer=name, pass_="qat", done=_form(form)))
     return remember(model, changes + out_of_reach(model, "qat", "integer form"))
+
+
+def _thaw(model: nn.Module, bits: int, only: Sequence[str], keep: Sequence[str]) -> list[str]:
+    """Put quantised operations into quantisation-aware training with their values and grids, in place; return their names."""
+    operations = quantized_operations(model)
+    unnamed = left_out({**keepable(model), **operations, **qat_operations(model)}, only, keep)
+    names = [name for name in operations if name not in unnamed]
+    for name in names:
+        replace(model, name, _thawed(operations[name], bits))
+    return names
+
+
+def _thawed(form: QuantizedOperation, bits: int) -> QATOperation:
+    if isinstance(form, QuantizedProduct):
+        return QATProduct(form.left.grid(), form.right.grid())
+    if isinstance(form, QuantizedSoftmaxProduct):
+        return QATSoftmaxProduct(form.values.grid())
+    layer, scale = plain_layer(form), form.weight_scale if form.bits == bits else None
+    kind = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
+    return kind(layer, form.input.grid(), bits, scale)
 
 
 def _form(operation: QATOperation) -> str:

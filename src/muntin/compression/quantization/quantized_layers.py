@@ -6,7 +6,7 @@ Axes: B batch, O output and I input channels, H W map.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,13 +175,19 @@ def already_quantized(operations: Mapping[str, QuantizedOperation]) -> list[Chan
     return [Change(layer=name, pass_="quantize", done="kept", reason=f"already {width}") for name, width in widths.items()]
 
 
-def check_float(model: nn.Module, pass_: str) -> None:
-    """Raise `MuntinError` for a model that is quantised, whose layers `pass_` cannot change."""
-    if operations := quantized_operations(model):
-        raise MuntinError(
-            f"{next(iter(operations)) or 'the model'} is quantised ({len(operations)} operations are), and {pass_} changes float layers: "
-            f"call {pass_} before quantize or freeze, on the model as it was"
-        )
+def plain_layer(form: QuantizedLayer) -> nn.Linear | nn.Conv2d:
+    """The float layer with the values of an integer form."""
+    like: Any = form
+    options: dict[str, Any] = {"bias": form.bias is not None, "device": "meta"}
+    layer: nn.Linear | nn.Conv2d
+    if isinstance(form, QuantizedLinear):
+        layer = nn.Linear(like.in_features, like.out_features, **options)
+    else:
+        sizes = (like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding, like.dilation, like.groups)
+        layer = nn.Conv2d(*sizes, **options)
+    layer.weight = nn.Parameter(form.weight.detach().clone(memory_format=torch.contiguous_format))
+    layer.bias = None if form.bias is None else nn.Parameter(form.bias.detach().clone())
+    return layer
 
 
 def quantized_form(layer: nn.Module, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> QuantizedLayer:
