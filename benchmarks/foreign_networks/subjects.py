@@ -72,7 +72,7 @@ def cosine_distance(answer: Tensor, expected: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(answer, expected).mean()
 
 
-QUANTISED = ("int8", "w4a8 nearest", "w4a8", "w4.5a8")
+QUANTISED = ("int8", "w4a8 nearest", "w4a8", "w4.4a8")
 NARROWED = ("low rank", "svd by energy", "prune", "torch-pruning")
 PRETRAINED = (
     *(
