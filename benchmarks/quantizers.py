@@ -36,11 +36,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,18 +56,6 @@ from segmentation_peers.deployment import precisions
 PROTOCOL = 1
 """Version of the rows."""
 HELD_OUT = 256
-NNCF_JOB = Path(__file__).parent / "quantizer_peers" / "nncf_job.py"
-WAITING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
-"""How PyTorch's threads wait, as in muntin's commands."""
-
-
-def ask(command: Sequence[str]) -> dict[str, Any]:
-    """Run a child process that writes its answer, JSON, into the file that is its last argument. Its messages go to stderr."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "answer.json"
-        subprocess.run([*command, str(file)], check=True, stdout=sys.stderr, env=os.environ | WAITING)  # noqa: S603 - our own command
-        answer: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return answer
 
 
 def measure(network: Network, packages: Path, folder: Path, nncf_python: str | None, settings: dict[str, Any]) -> Row:
@@ -83,16 +67,14 @@ def measure(network: Network, packages: Path, folder: Path, nncf_python: str | N
     forms: dict[str, dict[str, Any]] = {}
     for kind in jobs.JOBS:
         job = {"kind": kind, "network": network.name, "packages": str(packages), "folder": str(folder)}
-        answer = ask([sys.executable, __file__, "--job", json.dumps(job), "--into"])
+        answer = jobs.ask([sys.executable, __file__, "--job", json.dumps(job), "--into"])
         if kind == "convert":
             forms["openvino"] = {**answer, "path": folder / "converted" / "model.xml"}
         else:
             forms[f"muntin {kind}"] = {**answer, "path": folder / kind}
     for scheme, options in network.schemes.items() if nncf_python else ():
         path = folder / scheme.replace(" ", "-") / "model.xml"
-        path.parent.mkdir(exist_ok=True)
-        job = {"model": str(forms["openvino"]["path"]), "inputs": str(folder / jobs.CALIBRATION), "output": str(path)}
-        answer = ask([str(nncf_python), str(NNCF_JOB), json.dumps({**job, "options": dict(options)})])
+        answer = jobs.nncf_job(str(nncf_python), forms["openvino"]["path"], folder / jobs.CALIBRATION, path, dict(options))
         forms[scheme] = {**answer, "seconds": answer.get("seconds", 0.0) + forms["openvino"]["seconds"], "path": path}
     return {
         "description": network.description,
@@ -179,7 +161,7 @@ def main() -> None:
         parser.error("--packages: give the folder of the packages; the head of this file says how to make it")
     machine = describe_hardware()
     settings: dict[str, Any] = {key: getattr(arguments, key) for key in ("calibration", "threads", "rounds")} | {"protocol": PROTOCOL}
-    settings["nncf"] = ask([arguments.nncf_python, str(NNCF_JOB), "{}"]) if arguments.nncf_python else None
+    settings["nncf"] = jobs.ask([arguments.nncf_python, str(jobs.NNCF_JOB), "{}"]) if arguments.nncf_python else None
     rows: dict[str, Row] = {}
     for network in NETWORKS:
         if arguments.only is None or network.name in arguments.only:

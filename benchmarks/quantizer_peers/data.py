@@ -32,15 +32,18 @@ def one_file(packages: Path, pattern: str, package: str) -> Path:
     return path
 
 
-def photographs(packages: Path, count: int, height: int, width: int, *, part: int) -> Pixels:
-    """Return crops (B, H, W, 3), half of photographs, half of the Earth. `part`: 0 or 1; these have no photograph in common."""
+def photographs(packages: Path, count: int, height: int, width: int, *, part: int, seed: int = 0) -> Pixels:
+    """Return crops (B, H, W, 3), half of photographs, half of the Earth. `part`: 0 or 1; these have no photograph in common.
+
+    Another seed gives other crops.
+    """
     files = sorted(path for pattern in PHOTOGRAPHS for path in packages.glob(pattern))
     pictures = [_read(path) for path in files[part::2]]
     if not pictures:
         raise SystemExit(f"{packages} has no photographs: pip install --no-deps --target {packages} scikit-image foolbox")
-    random = np.random.default_rng(part)
+    random = np.random.default_rng([seed, part] if seed else part)
     crops = [_crop(pictures[index % len(pictures)], height, width, random) for index in range(count - count // 2)]
-    mixed = np.concatenate([np.stack(crops), real_pictures(count // 2, height, width, seed=10 + part)])
+    mixed = np.concatenate([np.stack(crops), real_pictures(count // 2, height, width, seed=10 + part + 100 * seed)])
     return np.ascontiguousarray(mixed[random.permutation(count)])
 
 

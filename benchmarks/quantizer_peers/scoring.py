@@ -84,8 +84,11 @@ def reference(module: nn.Module | None, file: Path, inputs: Named) -> NDArray[np
     """Answers in FP32: of PyTorch, or of ONNX Runtime for a file."""
     if module is not None:
         with torch.inference_mode():
-            batches = torch.from_numpy(inputs["images"]).split(16)
-            return np.concatenate([module(batch.permute(0, 3, 1, 2).float()).numpy() for batch in batches])
+            if "images" in inputs:
+                batches = torch.from_numpy(inputs["images"]).split(16)
+                return np.concatenate([module(batch.permute(0, 3, 1, 2).float()).numpy() for batch in batches])
+            rows = [{name: torch.from_numpy(value) for name, value in row.items()} for row in each(inputs)]
+            return np.concatenate([module(**row).numpy() for row in rows])
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return np.concatenate([session.run(None, dict(row))[0] for row in each(inputs)])
 
