@@ -147,31 +147,22 @@ def _labels(packages: Path, count: int) -> NDArray[np.int64]:
     return digits_before_photographs(packages, 0)["test"].labels[:count]
 
 
-TRAINED = (
+TRAINED = tuple(
     Subject(
-        name="vision-transformer",
-        description=f"timm's VisionTransformer, 6 blocks of 192 channels, digits before photographs at {SIDE} x {SIDE}",
-        build=partial(_build, vision_transformer, 1800, 1e-3),
+        name=name,
+        description=f"timm's {what}, digits before photographs at {SIDE} x {SIDE}",
+        build=partial(_build, make, steps, rate),
         inputs=_images,
         labels=_labels,
         judged_by="classes",
-        keep=("model.head",),
+        keep=(classifier,),
         forms=(*QUANTISED, *NARROWED, "together"),
         macs=0.5,
         parameters=0.6,
-        schemes=ATTENTION,
-    ),
-    Subject(
-        name="resnet",
-        description=f"timm's ResNet, a block in each of four stages, digits before photographs at {SIDE} x {SIDE}",
-        build=partial(_build, convolutional, 300, 3e-3),
-        inputs=_images,
-        labels=_labels,
-        judged_by="classes",
-        keep=("model.fc",),
-        forms=(*QUANTISED, *NARROWED, "together"),
-        macs=0.5,
-        parameters=0.6,
-        schemes=CONVOLUTIONS,
-    ),
+        schemes=schemes,
+    )
+    for name, what, make, steps, rate, classifier, schemes in (
+        ("vision-transformer", "VisionTransformer, 6 blocks of 192 channels", vision_transformer, 1800, 1e-3, "model.head", ATTENTION),
+        ("resnet", "ResNet, a block in each of four stages", convolutional, 300, 3e-3, "model.fc", CONVOLUTIONS),
+    )
 )

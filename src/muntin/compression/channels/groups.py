@@ -26,7 +26,7 @@ from muntin.errors import DependencyError, MuntinError, install
 from muntin.models.eager import ModelInputs, call, tensors_of
 
 ChannelSide = Literal["out", "in", "both"]
-"""Which channels of a layer are in a group; both: of a norm, or of a depthwise convolution, whose outputs are its inputs."""
+"""Side of a layer whose channels are in a group; both: of a norm, or of a depthwise convolution, whose outputs are its inputs."""
 ChannelCuts = Mapping[str, Sequence[int]]
 """By the name of a group: the channels to remove, in the numbering of its first layer's outputs."""
 
@@ -166,31 +166,31 @@ def axis_of(layer: nn.Module, side: ChannelSide) -> int:
 
 def removed(groups: Mapping[str, ChannelGroup], cuts: ChannelCuts) -> dict[tuple[str, ChannelSide], set[int]]:
     """The positions that leave each layer and side."""
-    gone: dict[tuple[str, ChannelSide], set[int]] = {}
+    leaving_at: dict[tuple[str, ChannelSide], set[int]] = {}
     for name, channels in cuts.items():
         leaving = set(channels)
         for member in groups[name].members:
             positions = {place for place, channel in zip(member.positions, member.channels, strict=True) if channel in leaving}
-            gone.setdefault((member.layer, member.side), set()).update(positions)
-    return gone
+            leaving_at.setdefault((member.layer, member.side), set()).update(positions)
+    return leaving_at
 
 
 @torch.no_grad()
 def cut(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts) -> None:
     """Remove channels of groups, in place. Parameters are new, with the flags of the old ones and without gradients."""
-    for (name, side), gone in removed(groups, cuts).items():
+    for (name, side), leaving_at in removed(groups, cuts).items():
         layer = model.get_submodule(name)
         for key, tensor in _tensors(layer):
             axis = axis_of(layer, side) if tensor.ndim > 1 else 0
             if tensor.ndim == 0 or (tensor.ndim == 1 and side == "in"):  # a counter, a bias
                 continue
-            kept = torch.tensor([place for place in range(tensor.shape[axis]) if place not in gone], device=tensor.device)
+            kept = torch.tensor([place for place in range(tensor.shape[axis]) if place not in leaving_at], device=tensor.device)
             part = tensor.detach().index_select(axis, kept)
             if isinstance(tensor, nn.Parameter):
                 layer._parameters[key] = nn.Parameter(part, requires_grad=tensor.requires_grad)
             else:
                 layer._buffers[key] = part
-        _shrink(layer, side, len(gone))
+        _shrink(layer, side, len(leaving_at))
     for name, channels in cuts.items():
         for attribute in groups[name].attributes:
             module: Any = model.get_submodule(attribute.module)
@@ -218,11 +218,11 @@ def _shrink(layer: Any, side: ChannelSide, count: int) -> None:
 @torch.no_grad()
 def mask(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts) -> None:
     """Set to zero, in place, the weights that read the channels: what a model without them must compute."""
-    for (name, side), gone in removed(groups, cuts).items():
+    for (name, side), leaving_at in removed(groups, cuts).items():
         layer = model.get_submodule(name)
         weight = layer._parameters.get("weight")
-        if side == "in" and weight is not None and gone:
-            weight.index_fill_(axis_of(layer, side), torch.tensor(sorted(gone), device=weight.device), 0.0)
+        if side == "in" and weight is not None and leaving_at:
+            weight.index_fill_(axis_of(layer, side), torch.tensor(sorted(leaving_at), device=weight.device), 0.0)
 
 
 @contextmanager
@@ -257,9 +257,9 @@ class Costs:
 
 def costs(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCuts, positions: Mapping[str, float]) -> Costs:
     """The costs of a model once channels are removed, without removing them. `positions`: of `counted_macs`."""
-    gone: dict[str, dict[ChannelSide, int]] = {}
+    leaving_at: dict[str, dict[ChannelSide, int]] = {}
     for (name, side), places in removed(groups, cuts).items():
-        gone.setdefault(name, {})[side] = len(places)
+        leaving_at.setdefault(name, {})[side] = len(places)
     parameters, macs = 0, 0.0
     seen: set[int] = set()
     for name, layer in model.named_modules():
@@ -267,7 +267,7 @@ def costs(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCut
             if parameter is None:
                 continue
             shape = list(parameter.shape)
-            for side, count in gone.get(name, {}).items():
+            for side, count in leaving_at.get(name, {}).items():
                 if parameter.ndim > 1 or side != "in":
                     shape[axis_of(layer, side) if parameter.ndim > 1 else 0] -= count
             size = torch.Size(shape).numel()

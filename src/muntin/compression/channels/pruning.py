@@ -242,7 +242,7 @@ class _Pruning:
         return self._least(lambda ratio: self._cuts(names, ratio), kind, share)
 
     def _saving(self, name: str, kind: str) -> float:
-        """What the removal of a channel saves, as a share of the model's costs."""
+        """The saving of the removal of a channel, as a share of the model's costs."""
         whole, less = (costs(self.model, self.groups, cuts, self.positions) for cuts in ({}, {name: [0]}))
         return self._share(kind, whole) - self._share(kind, less)
 

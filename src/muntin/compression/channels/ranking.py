@@ -136,13 +136,13 @@ def refit(model: nn.Module, groups: Mapping[str, ChannelGroup], cuts: ChannelCut
 
     The channels that leave are predicted from those that stay by least squares; the weights that read them are moved to the others.
     """
-    for (name, side), gone in removed(groups, cuts).items():
+    for (name, side), leaving_at in removed(groups, cuts).items():
         layer = model.get_submodule(name)
-        if side != "in" or name not in moments or not gone or not isinstance(layer, nn.Linear | nn.Conv2d):
+        if side != "in" or name not in moments or not leaving_at or not isinstance(layer, nn.Linear | nn.Conv2d):
             continue
         spread_II = _spread(layer, moments[name])
-        leaving = torch.tensor(sorted(gone))
-        kept = torch.tensor([place for place in range(len(spread_II)) if place not in gone])
+        leaving = torch.tensor(sorted(leaving_at))
+        kept = torch.tensor([place for place in range(len(spread_II)) if place not in leaving_at])
         if not len(kept):
             continue
         share_SK = torch.linalg.solve(spread_II[kept][:, kept], spread_II[kept][:, leaving]).T

@@ -58,7 +58,7 @@ class PaddedConv2d(nn.Sequential):
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer did with an input of one size. `pads`: left, right, top, bottom, without the convolution's own padding."""
+    """A layer's convolution of an input of one size. `pads`: left, right, top, bottom, without the convolution's own padding."""
 
     mode: PaddingMode
     pads: tuple[int, int, int, int]

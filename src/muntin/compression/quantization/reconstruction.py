@@ -65,7 +65,7 @@ class _Reconstruction:
         self.units = units_of(model, layers, batches[0])
 
     def run(self, *, columns: bool, correct_bias: bool, steps: int) -> dict[str, str]:
-        """What was done, by layer."""
+        """Round all layers; return what was done, by layer."""
         done: dict[str, str] = {}
         batches = self._within_memory()
         weights = output_weights(self.reference, self.units, batches) if steps else {}

@@ -21,7 +21,7 @@ from muntin.models.eager import ModelInputs, call
 UNIT_LAYERS = 8
 """Maximum number of layers of a unit."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a unit is called with, by position and by name."""
+"""Arguments of a call, by position and by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Unit:
     follows: bool
     """True if its only tensor is the output of the unit before it."""
     template: Arguments
-    """What it is called with, with empty tensors."""
+    """Its arguments in the first batch, with empty tensors."""
     nbytes: int
     """Size of its inputs."""
 
@@ -48,7 +48,7 @@ class _Calls:
 
     counts: dict[str, int]
     around: dict[str, tuple[str, ...]]
-    """For each layer: the modules that were running, from the outermost to the layer itself."""
+    """By layer: the modules that were running, from the outermost to the layer itself."""
     inputs: dict[str, tuple[Tensor, int] | None]
     """The only tensor that each module is called with, with its version; None for several."""
     templates: dict[str, Arguments]
@@ -120,13 +120,13 @@ def _removed(handles: Sequence[Any]) -> Iterator[None]:
 
 
 def arguments_of(model: nn.Module, unit: Unit, batches: Sequence[ModelInputs]) -> list[Arguments]:
-    """What a unit is called with on each batch. Costs a run of the model up to the unit for each."""
+    """The arguments of a unit on each batch. Costs a run of the model up to the unit for each."""
     module = model.get_submodule(unit.name)
     return [_reached(module, partial(call, model, batch)) for batch in batches]
 
 
 def following_arguments(unit: Unit, output: Tensor) -> Arguments:
-    """What a unit that follows is called with, given the output of the unit before it."""
+    """The arguments of a unit that follows, made of the output of the unit before it."""
     return _with_tensor(unit.template, output)
 
 
@@ -149,7 +149,7 @@ def run_unit(unit: nn.Module, arguments: Arguments) -> Any:
 
 
 def _reached(module: nn.Module, run: Callable[[], Any]) -> Arguments:
-    """What a module is called with in a run, which ends there."""
+    """The arguments of a module in a run, which ends there."""
     given: list[Arguments] = []
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], by_name: dict[str, Any]) -> None:
