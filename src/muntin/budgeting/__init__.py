@@ -1,0 +1,1 @@
+"""One accuracy budget for ranks, channels and bits together, kept by the deployed artefact."""

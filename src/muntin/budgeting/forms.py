@@ -1,0 +1,27 @@
+"""What a layer may become, and what all layers of a model become together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """A form of a Linear or Conv2d: its rank, None if it is not factored, and the bits of its weight, 16 if it stays in 16-bit floats."""
+
+    rank: int | None
+    bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The forms of all layers by dotted name, after `prune` has left `width` of the parameters (1: not pruned).
+
+    `harm`: predicted rise of the loss on the calibration data. `cost`: predicted bytes, or milliseconds.
+    """
+
+    width: float = 1.0
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    harm: float = 0.0
+    cost: float = 0.0
