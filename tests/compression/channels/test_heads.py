@@ -164,3 +164,16 @@ def test_split_attention(options: dict[str, Any]) -> None:
         torch.testing.assert_close(answered[1], expected[1])
     alone = (query[0], key[0], value[0]) if options.get("batch_first") else (query[:, 0], key[:, 0], value[:, 0])
     torch.testing.assert_close(split["attention"](*alone), whole["attention"](*alone))
+
+
+def test_language_model_with_shared_keys() -> None:
+    """torch-pruning follows repeated keys without end: it is stopped, and the MLPs are pruned."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2)  # fmt: skip
+    model = transformers.LlamaModel(config).eval()
+    changes = prune(model, {"input_ids": torch.randint(0, 50, (2, 6))}, ratio=0.5)
+    cut = {change.layer for change in changes if not change.kept}
+    assert {"layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.1.mlp.gate_proj", "layers.1.mlp.up_proj"} <= cut
+    assert any("share their keys" in change.reason for change in changes) and model.layers[0].mlp.down_proj.in_features == 32

@@ -29,6 +29,9 @@ ChannelSide = Literal["out", "in", "both"]
 """Side of a layer whose channels are in a group; both: of a norm, or of a depthwise convolution, whose outputs are its inputs."""
 ChannelCuts = Mapping[str, Sequence[int]]
 """By the name of a group: the channels to remove, in the numbering of its first layer's outputs."""
+MOST_VISITS = 30
+"""Mean number of times that a group may reach a node. Where channels are repeated (keys shared by heads), torch-pruning would follow new
+copies of them without end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +102,44 @@ def channel_groups(model: nn.Module, example: ModelInputs) -> dict[str, ChannelG
                 output_transform=lambda answer: [part for part in tensors_of(answer) if part.grad_fn is not None],
                 verbose=False,
             )
-            groups = list(graph.get_all_groups(root_module_types=[kind for kind in SIZED if prunable(kind)]))
+            steps = _Steps(MOST_VISITS * len(graph.module2node))
+            for node in graph.module2node.values():
+                node.dependencies = _Counted(node.dependencies, steps)
+            groups = []
+            for group in graph.get_all_groups(root_module_types=[kind for kind in SIZED if prunable(kind)]):
+                groups.append(group)
+                steps.taken = 0
     except (UserWarning, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MuntinError(
             f"the channels of this model cannot be followed ({reason}): check that it runs on the example, or use low_rank"
         ) from error
     return {group.name: group for group in (_as_group(items, names) for items in groups)}
+
+
+@dataclass
+class _Steps:
+    """Visits of nodes while one group is followed."""
+
+    limit: int
+    taken: int = 0
+
+    def take(self) -> None:
+        self.taken += 1
+        if self.taken > self.limit:
+            raise RuntimeError(f"a group has more than {self.limit} parts, as where heads share their keys and values")
+
+
+class _Counted(list[Any]):
+    """The dependencies of a node; counts how often they are read."""
+
+    def __init__(self, dependencies: Sequence[Any], steps: _Steps) -> None:
+        super().__init__(dependencies)
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Any]:
+        self.steps.take()
+        return super().__iter__()
 
 
 def _as_group(items: Any, names: Mapping[int, str]) -> ChannelGroup:
