@@ -27,28 +27,22 @@ def draw_digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     pictures = []
     for label in labels:
         picture = Image.new("L", (SIDE, SIDE))
-        font = ImageFont.load_default(size=float(generator.uniform(9, 15)))
-        place = (float(generator.uniform(2, 7)), float(generator.uniform(-2, 3)))
+        font = ImageFont.load_default(size=float(generator.uniform(13, 17)))
+        place = (float(generator.uniform(2, 6)), float(generator.uniform(-4, 0)))
         ImageDraw.Draw(picture).text(place, str(label), fill=int(generator.integers(120, 256)), font=font)
-        turned = np.asarray(picture.rotate(float(generator.uniform(-20, 20)), resample=Image.Resampling.BILINEAR), np.float32)
-        pictures.append(np.clip(turned + generator.normal(0, 25, turned.shape), 0, 255).round())
+        turned = np.asarray(picture.rotate(float(generator.uniform(-15, 15)), resample=Image.Resampling.BILINEAR), np.float32)
+        pictures.append(np.clip(turned + generator.normal(0, 20, turned.shape), 0, 255).round())
     return torch.tensor(np.stack(pictures)[:, None], dtype=torch.float32), torch.tensor(labels)
 
 
-class Network(nn.Module):
-    """Two convolutions with norms, and two Linears: pixels 0-255 to ten scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm1 = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
-        self.second, self.norm2 = nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.BatchNorm2d(32)
-        self.hidden, self.out = nn.Linear(32 * 16, 64), nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm1(self.first(x / 128 - 1)))
-        x = torch.max_pool2d(torch.relu(self.norm2(self.second(x))), 2)
-        scores: Tensor = self.out(torch.relu(self.hidden(x.flatten(1))))
-        return scores
+def network() -> nn.Sequential:
+    """Two convolutions and two Linears: pixels 0-255 to ten scores."""
+    parts: list[nn.Module] = [
+        *(nn.BatchNorm2d(1), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)),
+    ]
+    return nn.Sequential(*parts)
 
 
 @dataclass(frozen=True)
@@ -82,9 +76,9 @@ def digits() -> Digits:
     torch.set_num_threads(1)
     images, labels = draw_digits(1536, 1)
     train = list(zip(images.split(64), labels.split(64), strict=True))
-    model = Network()
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(4):
+    for _ in range(6):
         for x, y in train:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
@@ -94,10 +88,11 @@ def digits() -> Digits:
 
 
 class Uniform:
-    """Plans in which all layers have the same bits, and the Linear `hidden` a rank: the harm is the greater the fewer they are."""
+    """Plans in which all layers have the same bits, and the first Linear a rank: the harm is the greater the fewer they are."""
 
     FORMS = ((16, None), (8, None), (6, None), (5, None), (4, None), (4, 32), (3, 32), (2, 16), (2, 4))
-    LAYERS = ("first", "second", "hidden", "out")
+    LAYERS = ("1", "4", "8", "10")
+    HIDDEN = "8"
 
     def __init__(self, width: float = 1.0) -> None:
         self.width = width
@@ -107,7 +102,7 @@ class Uniform:
         if not fitting:
             return None
         bits, rank = self.FORMS[fitting[-1]]
-        forms = {name: Form(rank if name == "hidden" else None, bits) for name in self.LAYERS}
+        forms = {name: Form(rank if name == self.HIDDEN else None, bits) for name in self.LAYERS}
         return Plan(width=self.width, forms=forms, harm=10.0 ** (fitting[-1] - 8), cost=self.width * bits * (rank or 64))
 
 
@@ -115,5 +110,3 @@ class Uniform:
 def uniform() -> Callable[[float, nn.Module, Sequence[Any], Path], Uniform]:
     """`uniform(width, model, batches, folder)`: opens plans of uniform forms."""
     return lambda width, model, batches, folder: Uniform(width)
-
-

@@ -71,11 +71,12 @@ def interface_of(model: nn.Module, batches: Sequence[ModelInputs], signature: Si
     """
     if signature is not None:
         return Interface(signature=signature)
-    if all(isinstance(batch, Tensor) for batch in batches):
+    pixels = [batch for batch in batches if isinstance(batch, Tensor)]
+    if len(pixels) == len(batches):
         try:
-            for batch in batches:
-                check_pixels(batch, "calibration batch")
-            return Interface(signature=infer_signature(model, batches[0][:1]))  # type: ignore[index]
+            for images in pixels:
+                check_pixels(images, "calibration batch")
+            return Interface(signature=infer_signature(model, pixels[0][:1]))
         except ExportError:  # numbers of another kind, or another answer
             pass
     first = batches[0]
@@ -97,7 +98,7 @@ def _positional(model: nn.Module, count: int) -> tuple[str, ...]:
         if entry.kind in (entry.POSITIONAL_ONLY, entry.POSITIONAL_OR_KEYWORD)
     ]  # fmt: skip
     if len(names) < count:
-        raise MuntinError(f"calibration: a batch holds {count} tensors, and the model's forward names {len(names)}: give dictionaries by name")
+        raise MuntinError(f"calibration: a batch holds {count} tensors, the model's forward names {len(names)}: give dictionaries")
     return tuple(names[:count])
 
 
@@ -129,7 +130,8 @@ def deploy(model: nn.Module, interface: Interface, example: ModelInputs, path: P
 class Deployed(nn.Module):
     """An artefact that is called as the model that it was made of: tensors in and out; `eval()` and `to()` change nothing.
 
-    `session`: of the engine. The tensors of an answer lie where the first input lies. Images are rounded to the bytes that the artefact takes.
+    `session`: of the engine. The tensors of an answer are on the device of the first input. Images are rounded to bytes, as the artefact
+    takes them.
     """
 
     def __init__(self, path: Path | str, interface: Interface, *, precision: str = "recorded", threads: int | None = None) -> None:

@@ -5,6 +5,7 @@ Axes: N samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -42,8 +43,8 @@ def score_of(function: Evaluate, model: nn.Module, *, called: str, what: str) ->
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise MuntinError(
-            f"{called} raised {type(error).__name__} on {what}: {reason or 'no message'}; it is called with a callable that takes the model's "
-            "inputs. What was measured before is kept: a second run with the same folder goes on"
+            f"{called} raised {type(error).__name__} on {what}: {reason or 'no message'}; it is called with a callable that takes the "
+            "model's inputs. What was measured before is kept: a second run with the same folder goes on"
         ) from error
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
@@ -66,7 +67,7 @@ def drop_bound(reference: Score, score: Score, confidence: float | None) -> floa
         return drop
     difference_N = _paired(reference, score, "evaluate", "confidence needs")
     spread = float(difference_N.std(ddof=1)) if len(difference_N) > 1 else 0.0
-    return drop + NormalDist().inv_cdf(confidence) * spread / len(difference_N) ** 0.5
+    return drop + NormalDist().inv_cdf(confidence) * spread / math.sqrt(len(difference_N))
 
 
 def drop_interval(reference: Score, score: Score, *, seed: int) -> tuple[float, float] | None:
@@ -85,7 +86,7 @@ def _paired(reference: Score, score: Score, called: str, why: str) -> NDArray[np
     counts = [0 if one.samples is None else len(one.samples) for one in (reference, score)]
     if reference.samples is None or score.samples is None or counts[0] != counts[1]:
         raise MuntinError(
-            f"{called} returned {counts[0] or 'no'} scores of samples for the FP32 model and {counts[1] or 'no'} for the compressed one: {why} "
-            "one for each sample, in the same order"
+            f"{called} returned {counts[0] or 'no'} scores of samples for the FP32 model and {counts[1] or 'no'} for the compressed one: "
+            f"{why} one for each sample, in the same order"
         )
     return reference.samples - score.samples

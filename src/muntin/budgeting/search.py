@@ -114,9 +114,11 @@ class Search:
 
     def _least_harm(self, bracket: _Bracket) -> None:
         """Try the least harmful plan: if it breaks the budget, all do."""
-        plan = bracket.base.propose(bracket.low)
+        limit, plan = 0.0, bracket.base.propose(0.0)
+        if plan is None:
+            limit, plan = bracket.least, bracket.base.propose(bracket.least)
         if plan is not None and not bracket.was_tried(plan):
-            self._try(bracket, bracket.low, plan)
+            self._try(bracket, limit, plan)
         self.unreachable = self._none_kept()
 
     def _probe(self, bracket: _Bracket) -> None:
@@ -149,11 +151,19 @@ class _Bracket:
         if most is None:
             raise MuntinError("the model has no Linear or Conv2d with a smaller form: there is nothing to choose")
         self.high = max(most.harm, 1e-12)
-        self.low = self.high * 10.0**-DECADES
-        while self.low < self.high and base.propose(self.low) is None:
-            self.low = min(self.high, self.low * 10)
+        self.low = self.least = self._least_limit()
         self._tried: dict[object, bool] = {}
         self._last = (self.high, most)
+
+    def _least_limit(self) -> float:
+        """About the least limit at which there is a plan, of those that are searched."""
+        none, some = self.high * 10.0**-DECADES, self.high
+        if self.base.propose(none) is not None:
+            return none
+        for _ in range(PROPOSALS):
+            middle = math.sqrt(none * some)
+            none, some = (middle, some) if self.base.propose(middle) is None else (none, middle)
+        return some
 
     def following(self) -> tuple[float, Plan] | None:
         """The next limit to try and its plan; None when the limits are narrow. Plans that were tried are not tried again."""

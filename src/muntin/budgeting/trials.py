@@ -1,12 +1,12 @@
 """What a search has measured, on disk: each trial is a folder that is written whole or not at all.
 
-    FOLDER/settings.json             what the search was started with; another search is refused
-    FOLDER/reference/                the FP32 model's artefact and its scores
-    FOLDER/trials/001/artifact/      an artefact, ready to run
-    FOLDER/trials/001/model/         the same model for PyTorch (`muntin.load_compressed`)
-    FOLDER/trials/001/trial.json     its forms, predictions and measurements
-    FOLDER/tables/1/                 harm and cost of the forms of each layer, for each width
-    FOLDER/holdout.json              the scores that are reported
+FOLDER/settings.json             what the search was started with; another search is refused
+FOLDER/reference/                the FP32 model's artefact and its scores
+FOLDER/trials/001/artifact/      an artefact, ready to run
+FOLDER/trials/001/model/         the same model for PyTorch (`muntin.load_compressed`)
+FOLDER/trials/001/trial.json     its forms, predictions and measurements
+FOLDER/tables/1/                 harm and cost of the forms of each layer, for each width
+FOLDER/holdout.json              the scores that are reported
 """
 
 from __future__ import annotations
@@ -170,7 +170,8 @@ def _read(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise MuntinError(f"{file} cannot be read ({' '.join(str(error).split())[:120]}): remove its folder, and it is measured again") from error
+        reason = " ".join(str(error).split())[:120]
+        raise MuntinError(f"{file} cannot be read ({reason}): remove its folder, and it is measured again") from error
     if not isinstance(content, dict):
         raise MuntinError(f"{file} holds no record: remove its folder, and it is measured again")
     return content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,7 @@ from muntin.cli.train import training_bar
 if TYPE_CHECKING:
     from muntin.compression.stages import CompressionRun
     from muntin.models.compression_record import Stage
-    from muntin.training import Checkpoint, FitProgress
+    from muntin.training import Checkpoint, FitProgress, Recipe
 
 QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
 """Keys of a recipe's `quantization` that compression uses."""
@@ -26,16 +26,49 @@ QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
 
 def compress_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the stages; RUN/compressed by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the stages, RUN/compressed by default, or of the trials, RUN/budget.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the stages in the folder.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.average_bits=5; repeatable.")
     ] = None,
     until: Annotated[str, typer.Option(help="The last stage to run: low-rank, w4a8 or mixed.")] = "mixed",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Instead of the stages, search for the smallest model that loses at most this much of the validation metric, e.g. 0.01; "
+            "a search that was interrupted goes on.",
+        ),
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="With --max-drop: what to make least, size or latency.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="With --max-drop: no trial begins that would end later.")] = None,
+    trials: Annotated[int | None, typer.Option(min=0, help="With --max-drop: most models to try; 12 by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the recipe's stages together.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
+    """Make a trained model small: within a budget of accuracy (--max-drop), or in three stages of the recipe.
+
+    The stages are low rank, 4-bit training and mixed precision. With --max-drop, ranks, channels and bits are chosen together, and each
+    candidate is trained, exported and scored as an artefact; exit code 1 if none keeps the budget.
+    """
     refuse_without_gradients(checkpoint)
+    own = {"--objective": objective, "--minutes": minutes, "--trials": trials, "--steps": steps}
+    if max_drop is not None:
+        if resume or until != "mixed":
+            raise typer.BadParameter("--resume and --until are of the stages: leave them out with --max-drop, which goes on by itself")
+        from muntin.cli.budget import compress_within
+
+        compress_within(
+            checkpoint, output, max_drop=max_drop, objective=objective or "size", minutes=minutes, trials=trials, steps=steps,
+            overrides=set_ or (), json=json,
+        )  # fmt: skip
+        return
+    if given := [name for name, value in own.items() if value is not None]:
+        raise typer.BadParameter(f"{', '.join(given)}: give --max-drop too, such as --max-drop 0.01")
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import FOLDER
     from muntin.errors import RecipeError
@@ -70,21 +103,13 @@ def compress_with_progress(
     *,
     until: Stage = "mixed",
     resume: bool,
-    overrides: list[str] | tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
     begin: Callable[[], None],
 ) -> CompressionRun:
     """Run `compress_checkpoint` and show its progress. `begin` is called when work begins, after the checks that may refuse it."""
     from muntin.compression.stages import compress_checkpoint
-    from muntin.errors import RecipeError
-    from muntin.training.recipe import override_recipe
 
-    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
-    other = next((override for override in overrides if not override.startswith(allowed)), None)
-    if other is not None:
-        raise RecipeError(
-            f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
-        )
-    recipe = override_recipe(checkpoint.recipe, overrides)
+    recipe = compression_recipe(checkpoint, overrides)
     with training_bar(recipe.task) as report:
 
         def show(stage: str, progress: FitProgress) -> None:
@@ -94,6 +119,20 @@ def compress_with_progress(
         return compress_checkpoint(
             checkpoint, directory, config=recipe.compression, quantization=recipe.quantization, until=until, resume=resume, report=show
         )
+
+
+def compression_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a checkpoint with values of its compression replaced. Raises RecipeError for other values."""
+    from muntin.errors import RecipeError
+    from muntin.training.recipe import override_recipe
+
+    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
+    other = next((override for override in overrides if not override.startswith(allowed)), None)
+    if other is not None:
+        raise RecipeError(
+            f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
+        )
+    return override_recipe(checkpoint.recipe, overrides)
 
 
 def describe_compression(run: CompressionRun) -> None:

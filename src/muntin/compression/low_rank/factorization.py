@@ -149,8 +149,8 @@ def factor(model: nn.Module, calibration: Iterable[ModelInputs], ranks: Mapping[
     """Replace the Linears and Conv2ds that `ranks` names by factored layers of these ranks, in place.
 
     `ranks`: by dotted name, one for each mode of `full_ranks`, from 1 to it. `calibration`: as in `low_rank`; weights are whitened by its
-    inputs. A layer that no other form can replace is kept, with the reason. Costs a forward pass, three of one row, and the decomposition of
-    each layer. Raises `MuntinError` for an unknown layer and for ranks that do not fit, before a layer is factored.
+    inputs. A layer that no other form can replace is kept, with the reason. Costs a forward pass, three of one row, and the decomposition
+    of each layer. Raises `MuntinError` for an unknown layer and for ranks that do not fit, before a layer is factored.
     """
     check_eager(model)
     check_frozen(model)

@@ -180,9 +180,10 @@ def prepare_qat(
     """Put a model into W`bits`A8 quantisation-aware training, in place.
 
     Linear, Conv2d and depthwise convolutions get weights of `bits` bits (2-8) per output channel and 8-bit inputs; the products of muntin's
-    attention get two 8-bit operands. `bits` by name or pattern are as in `quantize`: the last that fits counts, other layers get 8. Norms and gates are folded first. `calibration`: batches of training inputs, as in `quantize`;
-    activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `only`, `keep`: names or
-    patterns of the layers and products to take, and to leave in float. Costs two forward passes over the batches and three of one row.
+    attention get two 8-bit operands. `bits` by name or pattern are as in `quantize`: the last that fits counts, other layers get 8. Norms
+    and gates are folded first. `calibration`: batches of training inputs, as in `quantize`; activation grids start at the least squared
+    error over them, or at `percentile` (of 100) of their values. `only`, `keep`: names or patterns of the layers and products to take, and
+    to leave in float. Costs two forward passes over the batches and three of one row.
 
     A second run with the same bits changes nothing, and one of other layers may have other bits. Raises `MuntinError` like `prepare`, for
     layers that are prepared with other bits. Quantised layers go on from their values, on their grids if `bits` are theirs.

@@ -1,13 +1,13 @@
 """`muntin.compress`: the smallest or fastest form of a model whose deployed artefact keeps an accuracy budget.
 
-    reference artefact (FP32) -> tables of harm and cost -> search { plan -> apply -> train -> export -> evaluate the artefact } -> holdout
+reference artefact (FP32) -> tables of harm and cost -> search { plan -> apply -> train -> export -> evaluate the artefact } -> holdout
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,10 +70,9 @@ class Holdout:
 class CompressionResult:
     """The result of `muntin.compress`.
 
-    `model`: for PyTorch, in integers; a copy of the FP32 model if nothing was tried. `artifact`: the chosen one, or the reference's. `kept`:
-    True if the budget is kept by `evaluate` on it. `best`: the chosen trial. `rows`: plain values of the reference and each trial. `front`:
-    the trials that no other one beats. `changes`: what the passes did to the model. `noise`: by how much `evaluate` differs when it is
-    called twice.
+    `model`: for PyTorch, in integers; a copy of the FP32 model if nothing was tried. `artifact`: the chosen one, or the reference's.
+    `kept`: True if the budget is kept by `evaluate` on it. `best`: the chosen trial. `rows`: plain values of the reference and each trial.
+    `changes`: what the passes did to the model. `noise`: by how much two calls of `evaluate` differ.
     """
 
     model: nn.Module
@@ -125,13 +124,14 @@ def compress(
     `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers for `steps` steps (by default one pass), or of
     (inputs, targets) with `loss(answer, targets)`. Without it nothing is trained.
 
-    `minutes`, `trials`: the search ends at the nearer limit; a trial that has begun is finished. `widths`: shares of the parameters to prune
-    to, the first is 1. `signature`: of an image model, by default inferred. `folder`: of all trials, each with its artefact; by default a
-    new temporary one. A search that was interrupted goes on if it is called again with the same arguments and folder, and the result is the
-    same; a search of other settings in the folder is an error.
+    `minutes`, `trials`: the search ends at the nearer limit; no trial begins that would end later, if it takes as long as the longest one.
+    `widths`: shares of the parameters to prune to, the first is 1. `signature`: of an image model, by default inferred. `folder`: of all
+    trials, each with its artefact; by default a new temporary one. A search that was interrupted goes on if it is called again with the
+    same arguments and folder, and the result is the same; a search of other settings in the folder is an error.
 
-    Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for what cannot be
-    compressed or measured. A budget out of reach is no error: `kept` is then False, and the result has the trial with the least drop.
+    Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
+    cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
+    drop.
     """
     from muntin.budgeting.tables import open_tables
 
@@ -198,10 +198,10 @@ def _check_limits(budget: object, trials: object, minutes: object, widths: Seque
 def _training(finetune: Iterable[Any] | None, loss: Loss | None, steps: int | None, learning_rate: float) -> Training | None:
     if finetune is None:
         if loss is not None or steps is not None:
-            raise MuntinError(f"{'loss' if loss is not None else 'steps'} is for training, and finetune has no data: give batches, or leave it out")
+            raise MuntinError(f"{'loss' if loss is not None else 'steps'} is for training, and finetune has no data: give batches")
         return None
     if steps is None:
-        if not hasattr(finetune, "__len__"):
+        if not isinstance(finetune, Sized):
             raise MuntinError("finetune has no length: give steps, the number of batches to train a candidate on")
         steps = len(finetune)
     return Training(data=finetune, steps=steps, loss=loss, learning_rate=learning_rate)
@@ -335,7 +335,7 @@ class _Compression:
             return []
         note = f"evaluate is noisy: two calls on the FP32 model differ by {noise:.4g}"
         if noise > self.budget.max_drop / 2:
-            note += f", more than half of max_drop {self.budget.max_drop:g}: whether the budget is kept is uncertain; evaluate on more samples"
+            note += f", more than half of max_drop {self.budget.max_drop:g}: whether the budget is kept is uncertain; use more samples"
         return [note]
 
     def _held_out(self, holdout: Evaluate, best: Trial) -> Holdout:
@@ -369,8 +369,9 @@ def _rows(reference: dict[str, Any], trials: Iterable[Trial]) -> tuple[dict[str,
     first = {"trial": 0, "width": 1.0, "score": reference["score"], "drop": 0.0, "bytes": reference["bytes"], "ms": reference["ms"]}
     rest = [
         {
-            "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bytes": trial.bytes, "ms": trial.ms,
-            "kept": trial.kept, "limit": trial.limit, "harm": trial.plan.harm, "cost": trial.plan.cost, "artifact": str(trial.artifact),
+            "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bytes": trial.bytes,
+            "ms": trial.ms, "kept": trial.kept, "limit": trial.limit, "harm": trial.plan.harm, "cost": trial.plan.cost,
+            "artifact": str(trial.artifact),
         }
         for trial in trials
     ]  # fmt: skip
