@@ -196,10 +196,7 @@ def cut_factors(factored: FactoredLayer, ranks: Sequence[int]) -> list[Tensor]:
 
 def _part(x_NIHW: Tensor, weight_OIHW: Tensor) -> Tensor:
     """One part of a chain on patches: an axis on which its kernel has one tap stays, the other ones are summed over."""
-    x_HW = x_NIHW.shape[2:]
-    over = [k if k > 1 else 1 for k in weight_OIHW.shape[2:]]
-    whole = [over[axis] == x_HW[axis] for axis in range(2)]
-    rows, columns = (1 if whole[0] else x_HW[0]), (1 if whole[1] else x_HW[1])
+    rows, columns = (1 if taps == side else side for taps, side in zip(weight_OIHW.shape[2:], x_NIHW.shape[2:], strict=True))
     x = x_NIHW.permute(0, 2, 3, 1)  # (N, H, W, I)
     N, H, W, C = x.shape
     x = x.reshape(N, rows, H // rows, columns, W // columns, C).permute(0, 1, 3, 5, 2, 4).reshape(N * rows * columns, -1)

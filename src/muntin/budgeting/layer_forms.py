@@ -17,8 +17,10 @@ from muntin.compression.allocation import ladder
 from muntin.compression.low_rank.factored_layers import factored_macs, factored_parameters, full_ranks, shell
 from muntin.compression.low_rank.factorization import Dense, reasons_to_stay_dense
 from muntin.compression.quantization.observer import ActivationGrid
-from muntin.compression.quantization.preparation import prepare
-from muntin.compression.rewrite import EVERY
+from muntin.compression.quantization.pixel_grid import align_with_pixels
+from muntin.compression.quantization.preparation import Prepared, prepare
+from muntin.compression.quantization.quantized_layers import quantized_form
+from muntin.compression.rewrite import EVERY, replace
 from muntin.models.eager import ModelInputs, batch_rows, eager_copy, run
 
 KEPT = 16
@@ -49,7 +51,7 @@ class FormLayer:
     """A layer of the folded copy and its forms with their costs. Its present form in 16 bits, `Form(None, 16)`, is always one.
 
     `grid`: of its input; `moment`: of its input, None for grouped convolutions; None for a layer that has one form only. `positions`: rows
-    of its output for one row of inputs. `shape`: of its input for one row of inputs, without the batch. `reasons`: for the lack of forms:
+    of its output for one row of inputs. `shape`: of its input without the batch; `calls`: in a run of the model. `reasons`: for the lack of forms:
     of integers, of factors.
     """
 
@@ -59,6 +61,7 @@ class FormLayer:
     moment: Moment | None
     positions: float
     shape: tuple[int, ...]
+    calls: float
     reasons: tuple[str, ...]
 
 
@@ -126,10 +129,11 @@ def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: S
     dense = reasons_to_stay_dense(model, layers, {})
     free = {name: layer for name, layer in layers.items() if name in sizes and name not in ready.reasons}
     moments = input_moments(model, ready.batches, {name: layer for name, layer in free.items() if name not in dense})
+    grids = _grids(model, ready, free)
     offered = {}
     for name, layer in layers.items():
         reasons = tuple(dict.fromkeys(reason for by_name in (ready.reasons, dense) if (reason := by_name.get(name)) is not None))
-        shape, positions = sizes.get(name, ((), 0.0))
+        shape, positions, calls = sizes.get(name, ((), 0.0, 0.0))
         ranks: list[int | None] = [None]
         if name in moments and moments[name].matrix.any():
             ranks += offered_ranks(layer)
@@ -138,28 +142,40 @@ def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: S
         offered[name] = FormLayer(
             layer=layer,
             forms={form: form_cost(layer, form, positions) for form in forms},
-            grid=ready.observed[name][0].grid() if name in free else None,
+            grid=grids.get(name),
             moment=moments.get(name),
             positions=positions,
             shape=shape,
+            calls=calls,
             reasons=reasons,
         )
     return FormLayers(model=model, batches=ready.batches, layers=offered)
 
 
-def _sizes(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, Dense]) -> dict[str, tuple[tuple[int, ...], float]]:
-    """The shape of each layer's input in its first call, without the batch, and the rows of its output for one row of inputs."""
+def _grids(model: nn.Module, ready: Prepared, layers: Mapping[str, Dense]) -> dict[str, ActivationGrid]:
+    """The grids of the layers' inputs, those of pixels aligned (`align_with_pixels`)."""
+    integers = {name: quantized_form(layer, ready.observed[name][0].grid()) for name, layer in layers.items()}
+    copied = eager_copy(model)
+    for name, form in integers.items():
+        replace(copied, name, form)
+    align_with_pixels(copied, ready.batches[0])
+    return {name: form.input.grid() for name, form in integers.items()}
+
+
+def _sizes(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, Dense]) -> dict[str, tuple[tuple[int, ...], float, float]]:
+    """The shape of each layer's input in its first call, without the batch, the rows of its output for one row of inputs, and its calls."""
     shapes: dict[str, tuple[int, ...]] = {}
-    counts = dict.fromkeys(layers, 0)
+    counts, calls = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
 
     def hook(name: str, layer: Dense) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]:
         def count(_: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], output: Tensor) -> None:
             x = inputs[0] if inputs else by_name["input"]
             shapes.setdefault(name, tuple(x.shape[1:]))
+            calls[name] += 1
             counts[name] += output.numel() // (output.shape[-3] if isinstance(layer, nn.Conv2d) else output.shape[-1])
 
         return count
 
     run(model, batches, [layer.register_forward_hook(hook(name, layer), with_kwargs=True) for name, layer in layers.items()])
     rows = sum(map(batch_rows, batches))
-    return {name: (shape, counts[name] / rows) for name, shape in shapes.items()}
+    return {name: (shape, counts[name] / rows, calls[name] / len(batches)) for name, shape in shapes.items()}
