@@ -11,7 +11,6 @@ Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -43,7 +42,7 @@ def measure_harm(
 ) -> dict[str, dict[Form, float]]:
     """The harm of each form by layer: the noise that it adds to the answer over the signal of the answer, >= 0, additive over layers.
 
-    A layer that the answer does not depend on smoothly has the harm infinity for all forms but the present one (`BLIND`).
+    Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
 
     Costs a forward and backward pass over two batches, a forward pass over all, a decomposition of each layer, and for each form products
     of at most `ROWS` rows with its weights. Memory: `VALUES` numbers a layer. `sensitivity`: by default measured here.
@@ -58,9 +57,9 @@ def measure_harm(
         if name not in varied:
             harms[name] = dict.fromkeys(one.forms, 0.0)
         elif not sensitivity[name]:
-            harms[name] = {form: 0.0 if form == Form(None, KEPT) else math.inf for form in one.forms}
+            harms[name] = {Form(None, KEPT): 0.0}
         else:
-            scale = sensitivity[name] * one.positions * len(one.layer.weight)
+            scale = float(sensitivity[name]) * one.positions * len(one.layer.weight)
             harms[name] = {form: scale * error for form, error in form_errors(one, rows.pop(name)).items()}
     progress(len(layers.layers), len(layers.layers))
     return harms
@@ -153,8 +152,9 @@ def _kept_by_reconstruction(rows_GNI: Tensor) -> Tensor:
     order_GI = variance_GI.argsort(1)  # the last ones of this order are rounded first
     ordered_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII)).gather(2, order_GI[:, None, :].expand_as(moment_GII))
     ordered_GII.diagonal(dim1=1, dim2=2).add_(damping_G1)
-    conditional_GI = torch.linalg.cholesky(ordered_GII).diagonal(dim1=1, dim2=2).square()
-    return (conditional_GI.mean(1) / (variance_GI + damping_G1).mean(1)).float()
+    conditional_GI: Tensor = torch.linalg.cholesky(ordered_GII).diagonal(dim1=1, dim2=2).square()
+    kept_G: Tensor = conditional_GI.mean(1) / (variance_GI + damping_G1).mean(1)
+    return kept_G.float()
 
 
 class _Chain:
@@ -187,7 +187,9 @@ class _Chain:
 
 def cut_factors(factored: FactoredLayer, ranks: Sequence[int]) -> list[Tensor]:
     """The weights of the parts at lower ranks, each `(O, I, H, W)`: equal to those of `factorize` at these ranks."""
-    weights = [part.weight.detach().float() for part in (factored.reduce, getattr(factored, "core", None), factored.expand) if part is not None]
+    weights = [
+        part.weight.detach().float() for part in (factored.reduce, getattr(factored, "core", None), factored.expand) if part is not None
+    ]
     weights = [weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1))) for weight in weights]
     outputs = (*ranks, len(weights[-1]))
     inputs = (weights[0].shape[1], *ranks)

@@ -2,7 +2,7 @@
 
     shape of a layer -> a model with one branch for each form -> export -> profile in OpenVINO -> milliseconds of each branch's kernels
 
-    CACHE/latency/<engine>-<version>-<digest of CPU and threads>.json      {"engine", "version", "cpu", "threads", "ms": {shape: {form: ms}}}
+    CACHE/latency/<engine>-<version>-<digest of CPU and threads>.json   {"engine", "version", "cpu", "threads", "ms": {shape: {form: ms}}}
 
 A branch is narrow layer, form, narrow layer, all in integers or all in floats, so that the form reads and writes the type that it does
 inside a network. Every inference runs all branches, so they are measured interleaved, and weights come from memory as in a network.
@@ -77,6 +77,13 @@ def measured_latencies(
     }
 
 
+def latency_settings(threads: int | None) -> dict[str, Any]:
+    """What the times depend on besides layers: engine, version, CPU and threads, None for the usable physical cores."""
+    version = importlib.metadata.version("openvino")
+    used = SessionOptions(threads=threads).thread_count
+    return {"engine": "openvino", "version": version, "cpu": describe_hardware()["cpu"], "threads": used}
+
+
 def shape_text(one: FormLayer) -> str:
     """What the time of a layer depends on, in words: "conv 3x3, stride 2x2, 32 to 64 channels, 56x56"."""
     layer = one.layer
@@ -102,11 +109,10 @@ class _Cache:
     """Measured times in a file of the user's cache; without a cache folder they last as long as this object."""
 
     def __init__(self, threads: int) -> None:
-        version = importlib.metadata.version("openvino")
+        self._head = latency_settings(threads)
         digest = hashlib.sha256(f"{cpu_identity()}\n{threads}".encode()).hexdigest()[:16]
         folder = cache_folder()
-        self._file = None if folder is None else folder / "latency" / f"openvino-{version}-{digest}.json"
-        self._head = {"engine": "openvino", "version": version, "cpu": describe_hardware()["cpu"], "threads": threads}
+        self._file = None if folder is None else folder / "latency" / f"{self._head['engine']}-{self._head['version']}-{digest}.json"
         self.ms: Milliseconds = self._read()
 
     def _read(self) -> Milliseconds:

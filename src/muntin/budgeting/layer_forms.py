@@ -1,6 +1,6 @@
 """The forms that each layer of a model may take, and what they cost in an artefact.
 
-    model -> copy, folded as `quantize` folds -> Linear and Conv2d with their inputs' grids and moments -> ranks x bits
+model -> copy, folded as `quantize` folds -> Linear and Conv2d with their inputs' grids and moments -> ranks x bits
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class FormLayer:
     """A layer of the folded copy and its forms with their costs. Its present form in 16 bits, `Form(None, 16)`, is always one.
 
     `grid`: of its input; `moment`: of its input, None for grouped convolutions; None for a layer that has one form only. `positions`: rows
-    of its output for one row of inputs. `shape`: of its input without the batch; `calls`: in a run of the model. `reasons`: for the lack of forms:
-    of integers, of factors.
+    of its output for one row of inputs. `shape`: of its input without the batch; `calls`: in a run of the model. `reasons`: why it has no
+    integer form, or no factored one.
     """
 
     layer: Dense
@@ -90,7 +90,9 @@ def ranks_of(layer: Dense, rank: int, multiple: int = MULTIPLE) -> tuple[int, ..
 def offered_ranks(layer: Dense, multiple: int = MULTIPLE) -> list[int]:
     """At most `RANKS` ranks, descending in equal ratios from the greatest at which the factored form has fewer parameters."""
     dense = sum(parameter.numel() for parameter in layer.parameters())
-    smaller = [rank for rank in ladder(max(full_ranks(layer)), multiple) if factored_parameters(layer, ranks_of(layer, rank, multiple)) < dense]
+    smaller = [
+        rank for rank in ladder(max(full_ranks(layer)), multiple) if factored_parameters(layer, ranks_of(layer, rank, multiple)) < dense
+    ]
     if not smaller:
         return []
     targets = [smaller[-1] * LEAST_SHARE ** (step / (RANKS - 1)) for step in range(RANKS)]
@@ -162,7 +164,9 @@ def _grids(model: nn.Module, ready: Prepared, layers: Mapping[str, Dense]) -> di
     return {name: form.input.grid() for name, form in integers.items()}
 
 
-def _sizes(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, Dense]) -> dict[str, tuple[tuple[int, ...], float, float]]:
+def _sizes(
+    model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, Dense]
+) -> dict[str, tuple[tuple[int, ...], float, float]]:
     """The shape of each layer's input in its first call, without the batch, the rows of its output for one row of inputs, and its calls."""
     shapes: dict[str, tuple[int, ...]] = {}
     counts, calls = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
