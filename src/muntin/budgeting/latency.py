@@ -173,7 +173,7 @@ def _measure(one: FormLayer, forms: Mapping[str, Form], options: SessionOptions,
         parts = (kernel.layer or "").split(".")
         if parts[0] == "forms" and parts[2:3] == ["1"]:
             times[texts[int(parts[1])]] += kernel.ms
-    return times
+    return {text: round(ms, 4) for text, ms in times.items()}
 
 
 def _floats(layer: Dense, form: Form) -> nn.Module:

@@ -33,13 +33,15 @@ MULTIPLE = 16
 """Ranks are multiples of it, as those of `low_rank` are."""
 LEAST_SHARE = 1 / 12
 """The least rank to choose from, relative to the greatest that saves parameters."""
-SCALE_BYTES, BIAS_BYTES, GRID_BYTES = 4, 4, 5
-"""Bytes of an output's weight scale and of its bias, and of the scale and zero point of an input's grid."""
+SCALE_BYTES, BIAS_BYTES = 4, 4
+"""Bytes of an output's weight scale and of its bias."""
+NODE_BYTES = 600
+"""Approximate bytes of graph and manifest for a layer, or a part of a factored one, and again for its integers and grid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FormCost:
-    """Parameters, weights and biases; bytes as the artefact stores them; multiply-adds for one row of inputs."""
+    """Parameters, weights and biases; their bytes in the artefact, with graph and manifest; multiply-adds for one row of inputs."""
 
     parameters: int
     bytes: int
@@ -108,9 +110,9 @@ def form_cost(layer: Dense, form: Form, positions: float) -> FormCost:
         ranks = ranks_of(layer, form.rank)
         parts = [part.weight.shape for part in shell(layer, ranks).children() if isinstance(part, nn.Linear | nn.Conv2d)]
     if form.bits == KEPT:
-        stored = sum(2 * shape.numel() for shape in parts)
+        stored = sum(2 * shape.numel() + NODE_BYTES for shape in parts)
     else:
-        stored = sum(packed_size(shape.numel(), form.bits) + SCALE_BYTES * shape[0] + GRID_BYTES for shape in parts)
+        stored = sum(packed_size(shape.numel(), form.bits) + SCALE_BYTES * shape[0] + 2 * NODE_BYTES for shape in parts)
     return FormCost(
         parameters=sum(shape.numel() for shape in parts) + bias,
         bytes=stored + BIAS_BYTES * bias,

@@ -192,7 +192,7 @@ def assign_forms(tables: Tables, limit_of_harm: float, objective: Objective) -> 
     """The forms of least total bytes, or milliseconds, whose total harm is within the limit. Raises the errors of `assign`."""
     found = assign(tables.options(objective), limit_of_harm)
     forms = {name: tables.layers[name][index].form for name, index in found.picked.items()}
-    return Plan(forms=forms, harm=found.harm, cost=found.cost)
+    return Plan(forms=forms, harm=found.harm, cost=found.cost, gap=found.gap)
 
 
 def model_digest(model: nn.Module) -> str:
