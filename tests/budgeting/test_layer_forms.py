@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_helpers import pixels
 from torch import Tensor, nn
 
+from model_helpers import pixels
 from muntin.budgeting.forms import Form
 from muntin.budgeting.layer_forms import BITS, KEPT, RANKS, FormLayers, form_cost, layer_forms, offered_ranks, ranks_of
 from muntin.compression import quantize

@@ -2,9 +2,11 @@
 
     rows of each layer's input (patches of a convolution) -> output in the form's arithmetic -> squared error x sensitivity of the answer
 
+Factors and rounding are fitted to one part of the calibration batches and judged on the other.
+
 A layer is decomposed once; its lower ranks are parts of that. Factors and integers are computed on rows, as products of matrices, so a form
-costs milliseconds. Weights are rounded to nearest with the error made as small as reconstruction (`quantization.rounding`) would make it:
-rounding column by column leaves the sum of the inputs' conditional variances in the place of the sum of their variances, whatever the bits.
+costs milliseconds. Weights are rounded to nearest with the error made as small as reconstruction (`quantization.rounding`) would make it,
+a share that does not depend on the bits (`kept_by_reconstruction`).
 
 Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel, R and P ranks.
 """
@@ -27,7 +29,7 @@ from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.quantization.rounding import DAMPING, MAX_INPUTS, SPARSE
 from muntin.compression.quantization.widths import BATCHES
-from muntin.models.eager import watch_inputs
+from muntin.models.eager import ModelInputs, watch_inputs
 
 ROWS, VALUES = 1024, 2**21
 """Maximum number of rows of a layer, and of their values."""
@@ -49,8 +51,8 @@ def measure_harm(
     """
     varied = {name: one for name, one in layers.layers.items() if len(one.forms) > 1}
     if sensitivity is None:
-        sensitivity = answer_sensitivity(layers.model, layers.batches[:BATCHES], {name: one.layer for name, one in varied.items()})
-    rows = _rows_of(layers, varied)
+        sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], {name: one.layer for name, one in varied.items()})
+    fitted, judged = (_rows_of(layers.model, batches, varied) for batches in (layers.fitted, layers.judged))
     harms: dict[str, dict[Form, float]] = {}
     for done, (name, one) in enumerate(layers.layers.items()):
         progress(done, len(layers.layers))
@@ -60,22 +62,22 @@ def measure_harm(
             harms[name] = {Form(None, KEPT): 0.0}
         else:
             scale = float(sensitivity[name]) * one.positions * len(one.layer.weight)
-            harms[name] = {form: scale * error for form, error in form_errors(one, rows.pop(name)).items()}
+            harms[name] = {form: scale * error for form, error in form_errors(one, fitted.pop(name), judged.pop(name)).items()}
     progress(len(layers.layers), len(layers.layers))
     return harms
 
 
-def _rows_of(layers: FormLayers, varied: Mapping[str, FormLayer]) -> dict[str, Tensor]:
+def _rows_of(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, FormLayer]) -> dict[str, Tensor]:
     """Rows of each layer's input, (G, N, I), evenly from all batches."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in varied}
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         width = layer.weight[0].numel() * getattr(layer, "groups", 1)
-        most = min(ROWS, VALUES // width) // len(layers.batches)
+        most = min(ROWS, VALUES // width) // len(batches)
         parts[name].append(input_rows(layer, inputs[0].float(), max(1, most)))
 
-    watch_inputs(layers.model, {name: one.layer for name, one in varied.items()}, layers.batches, watch)
+    watch_inputs(model, {name: one.layer for name, one in layers.items()}, batches, watch)
     return {name: torch.cat(some, 1) for name, some in parts.items()}
 
 
@@ -96,14 +98,14 @@ def input_rows(layer: Dense, x: Tensor, most: int) -> Tensor:
 
 
 @torch.no_grad()
-def form_errors(one: FormLayer, rows_GNI: Tensor) -> dict[Form, float]:
-    """The mean squared error of an output element in each form, on rows of the layer's input."""
+def form_errors(one: FormLayer, fitted_GNI: Tensor, rows_GNI: Tensor) -> dict[Form, float]:
+    """The mean squared error of an output element in each form, on rows of the layer's input. `fitted_GNI`: those that it is fitted to."""
     layer = one.layer
     assert one.grid is not None
     weight_GOI = layer.weight.detach().float().reshape(len(rows_GNI), -1, rows_GNI.shape[2])
     exact_GNO = rows_GNI @ weight_GOI.transpose(1, 2)
     rounded_GNI = _on_grid(rows_GNI, one.grid)
-    kept_G = _kept_by_reconstruction(rows_GNI)
+    kept_G = kept_by_reconstruction(fitted_GNI, rows_GNI)
     chain = _Chain(one, rows_GNI[0], float(kept_G[0])) if any(form.rank is not None for form in one.forms) else None
     errors = {}
     for form in one.forms:
@@ -135,26 +137,39 @@ def _rounded(weight: Tensor, bits: int, kept_O: Tensor) -> Tensor:
     return exact + (dequantize_weight(q, scale_O, 0) - exact) * kept_O.sqrt().reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _kept_by_reconstruction(rows_GNI: Tensor) -> Tensor:
-    """The share of the squared error of nearest rounding that stays after rounding column by column, by group `(G,)`.
+def kept_by_reconstruction(fitted_GNI: Tensor, rows_GNI: Tensor) -> Tensor:
+    """The share of the squared error of nearest rounding that stays after rounding column by column, by group `(G,)`; above 1 where few
+    fitted rows mislead it.
 
-    Errors of a column are independent of those before, so that the output's error is their square times the variance of the input given the
-    inputs that follow (GPTQ, 2210.17323, section 3.1: the diagonal of the Cholesky factor of the inverse), with the damping of `rounding`.
+    With the (damped) moment of the fitted rows as L·D·Lᵀ, L unit triangular, the weight's error is E·L⁻¹ for independent rounding errors E
+    of the columns (GPTQ, 2210.17323, section 3.3, and `rounding.rounded_columns`), so that the share is tr(L⁻¹·M·L⁻ᵀ) / tr(M) on rows of
+    moment M. Costs a Cholesky decomposition, I³, and a triangular one to solve.
     """
-    count, width = rows_GNI.shape[1:]
+    count, width = fitted_GNI.shape[1:]
     if width > MAX_INPUTS:
-        return torch.ones(len(rows_GNI))
-    centred_GNI = (rows_GNI - rows_GNI.mean(1, keepdim=True)).double()
-    moment_GII = centred_GNI.transpose(1, 2) @ centred_GNI / count
-    variance_GI = moment_GII.diagonal(dim1=1, dim2=2)
+        return torch.ones(len(fitted_GNI))
+    fitted_GII, moment_GII = _covariance(fitted_GNI), _covariance(rows_GNI)
+    variance_GI = fitted_GII.diagonal(dim1=1, dim2=2)
     mean_G1 = variance_GI.mean(1, keepdim=True)
-    damping_G1 = torch.where(mean_G1 > 0, mean_G1, 1.0) * (DAMPING + SPARSE * width / count)
-    order_GI = variance_GI.argsort(1)  # the last ones of this order are rounded first
-    ordered_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII)).gather(2, order_GI[:, None, :].expand_as(moment_GII))
-    ordered_GII.diagonal(dim1=1, dim2=2).add_(damping_G1)
-    conditional_GI: Tensor = torch.linalg.cholesky(ordered_GII).diagonal(dim1=1, dim2=2).square()
-    kept_G: Tensor = conditional_GI.mean(1) / (variance_GI + damping_G1).mean(1)
-    return kept_G.float()
+    order_GI = variance_GI.argsort(1)  # those with the largest variance are rounded first: the last ones of the decomposition
+    fitted_GII, moment_GII = (_ordered(one, order_GI) for one in (fitted_GII, moment_GII))
+    fitted_GII.diagonal(dim1=1, dim2=2).add_(torch.where(mean_G1 > 0, mean_G1, 1.0) * (DAMPING + SPARSE * width / count))
+    lower_GII = torch.linalg.cholesky(fitted_GII)
+    unit_GII = lower_GII / lower_GII.diagonal(dim1=1, dim2=2)[:, None, :]
+    half_GII = torch.linalg.solve_triangular(unit_GII, moment_GII, upper=False, unitriangular=True)
+    left_GII = torch.linalg.solve_triangular(unit_GII, half_GII.transpose(1, 2), upper=False, unitriangular=True)
+    before_G, after_G = (one.diagonal(dim1=1, dim2=2).sum(1) for one in (moment_GII, left_GII))
+    return torch.where(before_G > 0, after_G / before_G, 1.0).clamp_min(0).float()
+
+
+def _covariance(rows_GNI: Tensor) -> Tensor:
+    centred_GNI = (rows_GNI - rows_GNI.mean(1, keepdim=True)).double()
+    return centred_GNI.transpose(1, 2) @ centred_GNI / rows_GNI.shape[1]
+
+
+def _ordered(moment_GII: Tensor, order_GI: Tensor) -> Tensor:
+    rows_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII))
+    return rows_GII.gather(2, order_GI[:, None, :].expand_as(moment_GII))
 
 
 class _Chain:

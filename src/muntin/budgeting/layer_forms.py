@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from muntin.artifact.packing import packed_size
 from muntin.budgeting.forms import Form
@@ -35,7 +36,7 @@ LEAST_SHARE = 1 / 12
 """The least rank to choose from, relative to the greatest that saves parameters."""
 SCALE_BYTES, BIAS_BYTES = 4, 4
 """Bytes of an output's weight scale and of its bias."""
-NODE_BYTES = 600
+NODE_BYTES = 700
 """Approximate bytes of graph and manifest for a layer, or a part of a factored one, and again for its integers and grid."""
 
 
@@ -52,9 +53,9 @@ class FormCost:
 class FormLayer:
     """A layer of the folded copy and its forms with their costs. Its present form in 16 bits, `Form(None, 16)`, is always one.
 
-    `grid`: of its input; `moment`: of its input, None for grouped convolutions; None for a layer that has one form only. `positions`: rows
-    of its output for one row of inputs. `shape`: of its input without the batch; `calls`: in a run of the model. `reasons`: why it has no
-    integer form, or no factored one.
+    `grid`: of its input; None for a layer that has one form only. `moment`: of its input on the batches `fitted`, None where there are no
+    ranks. `positions`: rows of its output for one row of inputs. `shape`: of its input without the batch; `calls`: in a run of the model.
+    `reasons`: why it has no integer form, or no factored one.
     """
 
     layer: Dense
@@ -69,10 +70,15 @@ class FormLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class FormLayers:
-    """The folded copy of a model, calibration batches, and its layers by dotted name."""
+    """The folded copy of a model, and its layers by dotted name.
+
+    `fitted`, `judged`: two parts of the calibration batches. A form is fitted to the first, and its harm is measured on the second: a layer
+    with few rows of calibration, as behind a pooling, loses nothing on those that its factors were made of, at any rank.
+    """
 
     model: nn.Module
-    batches: Sequence[ModelInputs]
+    fitted: Sequence[ModelInputs]
+    judged: Sequence[ModelInputs]
     layers: Mapping[str, FormLayer]
 
 
@@ -132,7 +138,8 @@ def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: S
     sizes = _sizes(model, ready.batches, layers)
     dense = reasons_to_stay_dense(model, layers, {})
     free = {name: layer for name, layer in layers.items() if name in sizes and name not in ready.reasons}
-    moments = input_moments(model, ready.batches, {name: layer for name, layer in free.items() if name not in dense})
+    fitted, judged = halves(ready.batches)
+    moments = input_moments(model, fitted, {name: layer for name, layer in free.items() if name not in dense})
     grids = _grids(model, ready, free)
     offered = {}
     for name, layer in layers.items():
@@ -153,7 +160,26 @@ def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: S
             calls=calls,
             reasons=reasons,
         )
-    return FormLayers(model=model, batches=ready.batches, layers=offered)
+    return FormLayers(model=model, fitted=fitted, judged=judged, layers=offered)
+
+
+def halves(batches: Sequence[ModelInputs]) -> tuple[list[ModelInputs], list[ModelInputs]]:
+    """Every second batch, and the others. A single batch is cut in two; with a single row it is both."""
+    if len(batches) > 1:
+        return list(batches[::2]), list(batches[1::2])
+    (batch,) = batches
+    rows = batch_rows(batch)
+    if rows < 2:
+        return [batch], [batch]
+
+    def part(first: int, last: int) -> ModelInputs:
+        cut: ModelInputs = _pytree.tree_map(
+            lambda one: one[first:last] if isinstance(one, Tensor) and one.ndim and len(one) == rows else one,
+            dict(batch) if isinstance(batch, Mapping) else batch,
+        )
+        return cut
+
+    return [part(0, (rows + 1) // 2)], [part((rows + 1) // 2, rows)]
 
 
 def _grids(model: nn.Module, ready: Prepared, layers: Mapping[str, Dense]) -> dict[str, ActivationGrid]:
