@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from budgeting_plans import Uniform
+from drawn_digits import Uniform
 from model_helpers import answer, one_line
 from muntin import Budget, load
 from muntin.budgeting.pipeline import CompressionResult, SearchProgress, compress_with
@@ -146,9 +146,7 @@ def test_impossible_budget(digits: Any, begun: Path) -> None:
         FORMS = Uniform.FORMS[:2]
 
     scores, seen = iter([0.4, 0.6]), list[SearchProgress]()
-    result = run(
-        digits, lambda *given: Two(), begun, evaluate=lambda model: next(scores), holdout=lambda model: 0.5, progress=seen.append
-    )
+    result = run(digits, lambda *given: Two(), begun, evaluate=lambda model: next(scores), holdout=lambda model: 0.5, progress=seen.append)
     assert not result.kept and result.outcome == "not reachable" and result.best is not None
     assert result.best.score == 0.6 and result.artifact.path == result.best.artifact and len(result.trials) == 2
     assert "the least harmful plan loses more, too" in result.notes[0]

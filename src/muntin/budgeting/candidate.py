@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from muntin.budgeting.forms import Plan
+from muntin.budgeting.layer_forms import KEPT, ranks_of
 from muntin.compression.channels.pruning import prune
 from muntin.compression.distillation import distil
 from muntin.compression.equivalent.batch_norm import fold_batch_norms
 from muntin.compression.equivalent.fold import fold
 from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.history import remember
-from muntin.compression.low_rank.factored_layers import full_ranks
 from muntin.compression.low_rank.factorization import factor
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
@@ -31,8 +31,6 @@ from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.eager import ModelInputs, call, eager_copy, first_row
 
-KEPT_BITS = 16
-"""Bits of a form that is not quantised."""
 Loss = Callable[[Any, Any], Tensor]
 """From the model's answer and the targets to a scalar."""
 
@@ -92,8 +90,8 @@ def apply_plan(
     ranks = {name: _ranks(model, name, form.rank) for name, form in plan.forms.items() if form.rank is not None}
     if ranks:
         factor(model, calibration, ranks)
-    bits = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT_BITS}
-    keep = [name for name, form in plan.forms.items() if form.bits >= KEPT_BITS]
+    bits = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
+    keep = [name for name, form in plan.forms.items() if form.bits >= KEPT]
     if training is None:
         quantize(model, calibration, bits=bits, keep=keep, min_sqnr_db=0.0)
         return model
@@ -111,9 +109,10 @@ def _ranks(model: nn.Module, name: str, rank: int) -> tuple[int, ...]:
     layer = modules.get(name)
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise MuntinError(f"plan: '{name}' is no Linear or Conv2d of the model: it was made for another model")
-    full = full_ranks(layer)
-    most = max(full)
-    return tuple(rank if mode == most else min(mode, max(1, round(rank * mode / most / 16)) * 16) for mode in full)
+    try:
+        return ranks_of(layer, rank)
+    except ValueError as error:
+        raise MuntinError(f"plan: '{name}': {error}: it was made for another model") from error
 
 
 class _WithTargets(nn.Module):

@@ -17,13 +17,14 @@ from torch import nn
 
 from muntin.artifact import AnyArtifact, Signature, open_any_artifact
 from muntin.artifact.file_lock import folder_in_use
-from muntin.budgeting.budget import Budget
+from muntin.budgeting.budget import Budget, Objective
 from muntin.budgeting.candidate import Loss, Training, apply_plan, narrowed
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
 from muntin.budgeting.forms import Plan
 from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, score_of
 from muntin.budgeting.search import Base, Search, front
-from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest, model_digest
+from muntin.budgeting.tables import assign_forms, build_tables, model_digest
+from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
@@ -36,8 +37,24 @@ WIDTHS = (1.0, 0.8, 0.6)
 TRIALS = 12
 """Most trials by default."""
 Outcome = Literal["kept", "not reachable", "not tried"]
-OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path], Base]
-"""Makes the plans of a width from the narrowed model, calibration batches, and a folder for tables."""
+OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective], Base]
+"""Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
+
+
+class TablePlans:
+    """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none."""
+
+    def __init__(self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective) -> None:
+        self.width, self.objective = width, objective
+        self.tables = build_tables(model, batches, folder, objective=objective)
+        rows = self.tables.layers.values()
+        self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
+
+    def propose(self, limit: float) -> Plan | None:
+        limit = min(limit, self._most)
+        if limit < self._least:
+            return None
+        return replace(assign_forms(self.tables, limit, self.objective), width=self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +150,8 @@ def compress(
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
     drop.
     """
-    from muntin.budgeting.tables import open_tables
-
     return compress_with(
-        open_tables, model, calibration=calibration, evaluate=evaluate, budget=budget, finetune=finetune, loss=loss, steps=steps,
+        TablePlans, model, calibration=calibration, evaluate=evaluate, budget=budget, finetune=finetune, loss=loss, steps=steps,
         learning_rate=learning_rate, holdout=holdout, folder=folder, minutes=minutes, trials=trials, widths=widths, signature=signature,
         seed=seed, progress=progress,
     )  # fmt: skip
@@ -263,12 +278,12 @@ class _Compression:
 
         def make(part: Path) -> dict[str, Any]:
             started = time.perf_counter()
-            self.make_base(width, self._narrowed(width), self.batches, part)
+            self.make_base(width, self._narrowed(width), self.batches, part, self.budget.objective)
             return {"width": width, "seconds": time.perf_counter() - started}
 
         place, record = self.folder.base(width, make)
         self.seconds += record["seconds"]
-        return self.make_base(width, self._narrowed(width), self.batches, place)
+        return self.make_base(width, self._narrowed(width), self.batches, place, self.budget.objective)
 
     def _narrowed(self, width: float) -> nn.Module:
         if width not in self.narrowed:

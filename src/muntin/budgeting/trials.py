@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from muntin.artifact.atomic_files import sync_directory, write_files
 from muntin.budgeting.forms import Form, Plan
@@ -128,16 +128,6 @@ class TrialFolder:
         part.rename(folder)
         sync_directory(folder.parent)
         return record
-
-
-def model_digest(model: nn.Module) -> str:
-    """sha256 over the names, types and values of a model's tensors."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(name.encode())
-            _add(digest, tensor)
-    return digest.hexdigest()[:16]
 
 
 def batches_digest(batches: Iterable[ModelInputs]) -> str:

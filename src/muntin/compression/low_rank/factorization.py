@@ -117,7 +117,7 @@ def low_rank(
     layers = dict(named(model, nn.Linear, nn.Conv2d))
     unnamed = left_out({**layers, **factored_layers(model)}, only, keep)  # layers inside padded ones
     call_every_layer(model)
-    reasons = _reasons_to_keep(model, layers, unnamed)
+    reasons = reasons_to_stay_dense(model, layers, unnamed)
     factored = FactoredCosts.of(model, batches, with_macs=config.macs is not None)
     if (within := factored.reason(config)) is not None:
         reasons |= {name: within for name in layers if name not in reasons}
@@ -164,7 +164,7 @@ def factor(model: nn.Module, calibration: Iterable[ModelInputs], ranks: Mapping[
     check_weights(layers, done="factored")
     picked = {name: _given(name, layer, tuple(ranks[name])) for name, layer in layers.items()}
     call_every_layer(model)
-    reasons = _reasons_to_keep(model, layers, {})
+    reasons = reasons_to_stay_dense(model, layers, {})
     reasons |= irreplaceable(model, {name: layer for name, layer in layers.items() if name not in reasons}, first_row(batches[0]))
     free = {name: layer for name, layer in layers.items() if name not in reasons}
     moments = input_moments(model, batches, free)
@@ -200,8 +200,8 @@ def _ranks_text(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
 
 
-def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], unnamed: Mapping[str, str]) -> dict[str, str]:
-    """Reasons to keep layers dense for any budget, by name."""
+def reasons_to_stay_dense(model: nn.Module, layers: Mapping[str, Dense], unnamed: Mapping[str, str]) -> dict[str, str]:
+    """Reasons to keep layers dense for any budget, by name. `unnamed`: those of layers that the caller leaves out."""
     factored = {id(part) for layer in factored_layers(model).values() for part in layer.children()}
     users = parameter_users(model)
     reasons = {}
