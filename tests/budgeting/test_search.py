@@ -54,15 +54,16 @@ def searched(drop: Callable[[int, Plan], float], bases: Sequence[Base] = (Smooth
 def test_limit_is_found(exponent: float) -> None:
     search = searched(lambda number, plan: BUDGET.max_drop * plan.harm / 10**exponent)
     best = search.best
-    assert best is not None and best.kept and len(search.trials) <= 12
-    assert best.plan.harm >= 10**exponent / (NARROW * 10 ** (8 / STEPS)) * 0.999
+    assert best is not None and best.kept and len(search.trials) <= 9
+    optimum = Smooth().propose(10**exponent * (1 + 1e-9))
+    assert optimum is not None and best.plan.cost <= optimum.cost / (1 - NARROW) + 2
     keys = [trial.plan.forms["layer"] for trial in search.trials]
     assert len(set(keys)) == len(keys)
 
 
 def test_everything_keeps_the_budget() -> None:
     search = searched(lambda number, plan: 0.0)
-    assert search.best is not None and search.best.plan.harm == pytest.approx(10)
+    assert search.best is not None and search.best.plan.cost <= 200 / (1 - NARROW)
 
 
 def test_nothing_keeps_the_budget() -> None:
@@ -90,11 +91,11 @@ def test_more_trials_go_on() -> None:
 
 def test_narrower_model_that_wins() -> None:
     search = searched(lambda number, plan: plan.harm, (Smooth(), Smooth(0.8, 0.8), Smooth(0.6, 0.6)))
-    assert search.best is not None and search.best.plan.width == 0.6 and search.best.plan.harm > 0.01 / 1.3
+    assert search.best is not None and search.best.plan.width == 0.6 and search.best.plan.harm > 0.005
 
 
 def test_narrower_model_that_loses() -> None:
-    search = searched(lambda number, plan: plan.harm + (plan.width < 1), (Smooth(), Smooth(0.8, 0.8), Smooth(0.6, 2.5)))
+    search = searched(lambda number, plan: plan.harm + (plan.width < 1), (Smooth(), Smooth(0.8, 0.8), Smooth(0.6, 10)))
     assert search.best is not None and search.best.plan.width == 1
     assert sum(trial.plan.width < 1 for trial in search.trials) == 1
     assert search.notes[0].startswith("width 0.8 was left: it breaks the budget where it would begin to cost less (trial ")

@@ -341,8 +341,8 @@ class _Compression:
             model = load_compressed(best.folder / MODEL, model)
         return CompressionResult(
             model=model, artifact=open_any_artifact(path), kept=kept, outcome=outcome, budget=self.budget, reference=self.reference.value,
-            noise=record["noise"], best=best, trials=tuple(search.trials), rows=_rows(record, search.trials), holdout=figures,
-            changes=history(model), notes=tuple(notes), folder=self.folder.folder,
+            noise=record["noise"], best=best, trials=tuple(search.trials), rows=_rows(record, self.folder.reference_artifact, search.trials),
+            holdout=figures, changes=history(model), notes=tuple(notes), folder=self.folder.folder,
         )  # fmt: skip
 
     def _noise(self, noise: float) -> list[str]:
@@ -380,8 +380,9 @@ class _Compression:
         return notes
 
 
-def _rows(reference: dict[str, Any], trials: Iterable[Trial]) -> tuple[dict[str, Any], ...]:
-    first = {"trial": 0, "width": 1.0, "score": reference["score"], "drop": 0.0, "bytes": reference["bytes"], "ms": reference["ms"]}
+def _rows(reference: dict[str, Any], artifact: Path, trials: Iterable[Trial]) -> tuple[dict[str, Any], ...]:
+    measured = {key: reference[key] for key in ("score", "bytes", "ms")}
+    first = {"trial": 0, "width": 1.0, "drop": 0.0, **measured, "kept": True, "artifact": str(artifact)}
     rest = [
         {
             "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bytes": trial.bytes,
@@ -390,4 +391,4 @@ def _rows(reference: dict[str, Any], trials: Iterable[Trial]) -> tuple[dict[str,
         }
         for trial in trials
     ]  # fmt: skip
-    return ({**first, "kept": True}, *rest)
+    return (first, *rest)

@@ -2,6 +2,7 @@
 
     limit of harm -> plan of least cost -> trial -> tighter if it breaks the budget, wider if it keeps it -> ...
 
+The next limit is the one whose plan costs the geometric mean of the plans at the limits known: harm spans many decades, cost a few octaves.
 Predicted harm orders plans well but is no accuracy, so only trials decide. The budget may be kept at one limit and broken at a lower one
 (training is noisy), so the best trial that keeps it wins, not the last. Decisions depend on the measurements alone: a search that is
 resumed takes the same ones, and one with more trials goes on where it ended.
@@ -18,15 +19,15 @@ from muntin.budgeting.forms import Plan
 from muntin.budgeting.trials import Trial
 from muntin.errors import MuntinError
 
-NARROW = 1.2
-"""Ratio of the limits of harm that break and that keep the budget at which bisection ends."""
+NARROW = 0.02
+"""Share of the cost that is left to gain, by prediction, at which bisection ends."""
 FIRST = 3
 """Trials of the first width before the least harmful plan (if all broke the budget), or the other widths, are tried."""
 LEAST_GAIN = 0.95
 """Share of the best trial's predicted cost that the plan of another width must cost at most."""
-DECADES = 6
+DECADES = 9
 """Decades of harm below that of the most harmful plan in which limits are searched."""
-PROPOSALS = 12
+PROPOSALS = 14
 """Plans that are looked at to find one of a certain cost; none of them is applied."""
 
 
@@ -114,11 +115,10 @@ class Search:
 
     def _least_harm(self, bracket: _Bracket) -> None:
         """Try the least harmful plan: if it breaks the budget, all do."""
-        limit, plan = 0.0, bracket.base.propose(0.0)
-        if plan is None:
-            limit, plan = bracket.least, bracket.base.propose(bracket.least)
-        if plan is not None and not bracket.was_tried(plan):
-            self._try(bracket, limit, plan)
+        plan = bracket.base.propose(0.0)
+        proposal = bracket.least if plan is None else (0.0, plan)
+        if not bracket.was_tried(proposal[1]):
+            self._try(bracket, *proposal)
         self.unreachable = self._none_kept()
 
     def _probe(self, bracket: _Bracket) -> None:
@@ -143,43 +143,45 @@ class Search:
 
 
 class _Bracket:
-    """Limits of harm of one base between which the one sought lies: `low` keeps the budget, as far as is known, and `high` breaks it."""
+    """Limits of harm of one base, and their plans, between which the one sought lies.
+
+    `low` keeps the budget, as far as is known, and `high` breaks it.
+    """
 
     def __init__(self, base: Base) -> None:
         self.base = base
         most = base.propose(math.inf)
         if most is None:
-            raise MuntinError("the model has no Linear or Conv2d with a smaller form: there is nothing to choose")
-        self.high = max(most.harm, 1e-12)
-        self.low = self.least = self._least_limit()
+            raise MuntinError("there is no plan: the model has no Linear or Conv2d")
+        self.high = (max(most.harm, 1e-12), most)
+        self.low = self.least = self._least()
         self._tried: dict[object, bool] = {}
-        self._last = (self.high, most)
 
-    def _least_limit(self) -> float:
+    def _least(self) -> tuple[float, Plan]:
         """About the least limit at which there is a plan, of those that are searched."""
-        none, some = self.high * 10.0**-DECADES, self.high
-        if self.base.propose(none) is not None:
-            return none
+        none, (some, plan) = self.high[0] * 10.0**-DECADES, self.high
+        if (proposed := self.base.propose(none)) is not None:
+            return none, proposed
         for _ in range(PROPOSALS):
             middle = math.sqrt(none * some)
-            none, some = (middle, some) if self.base.propose(middle) is None else (none, middle)
-        return some
+            if (proposed := self.base.propose(middle)) is None:
+                none = middle
+            else:
+                some, plan = middle, proposed
+        return some, plan
 
     def following(self) -> tuple[float, Plan] | None:
-        """The next limit to try and its plan; None when the limits are narrow. Plans that were tried are not tried again."""
-        if not self._tried and self.high <= self.low * NARROW:  # one plan
-            return self._last
-        while self.high > self.low * NARROW:
-            limit = math.sqrt(self.low * self.high)
-            plan = self.base.propose(limit)
-            if plan is None:
-                self.low = limit
-            elif (kept := self._tried.get(_key(plan))) is not None:
-                self.settle(limit, plan, kept)
-            else:
+        """The next limit to try and its plan; None when little is left to gain. Plans that were tried are not tried again."""
+        while self.high[1].cost < (1 - NARROW) * self.low[1].cost:
+            limit, plan = self._at_cost(math.sqrt(self.low[1].cost * self.high[1].cost))
+            kept = self._tried.get(_key(plan))
+            if kept is None:
                 return limit, plan
-        limit, plan = self._last  # the most harmful plan: untried while every other one keeps the budget
-        return None if self.was_tried(plan) or self.high < limit else self._last
+            if limit in (self.low[0], self.high[0]):  # no plan lies between
+                break
+            self.settle(limit, plan, kept)
+        untried = not self._tried or (self.high[1].cost < (1 - NARROW) * self.low[1].cost and not self.was_tried(self.high[1]))
+        return self.high if untried else None
 
     def was_tried(self, plan: Plan) -> bool:
         return _key(plan) in self._tried
@@ -187,25 +189,25 @@ class _Bracket:
     def settle(self, limit: float, plan: Plan, kept: bool) -> None:
         """Take the outcome of a plan into account. Limits down to its harm would give the same plan."""
         self._tried[_key(plan)] = kept
-        if kept:
-            self.low = max(self.low, limit)
-        else:
-            self.high = max(self.low, min(self.high, plan.harm, limit))
+        if kept and limit >= self.low[0]:
+            self.low = (limit, plan)
+        elif not kept and limit <= self.high[0]:
+            self.high = (max(self.low[0], min(plan.harm, limit)), plan)
 
     def cheaper_than(self, cost: float) -> tuple[float, Plan] | None:
-        """About the least limit whose plan costs at most `cost`, by bisection of predictions."""
-        limit, plan = self._last
-        if plan.cost > cost:
-            return None
-        low, high = self.low, limit
+        """About the least limit whose plan costs at most `cost`, and the plan; None if there is none."""
+        return None if self.high[1].cost > cost else self._at_cost(cost)
+
+    def _at_cost(self, cost: float) -> tuple[float, Plan]:
+        low, (high, plan) = self.low[0], self.high
         for _ in range(PROPOSALS):
             middle = math.sqrt(low * high)
             proposed = self.base.propose(middle)
             if proposed is None or proposed.cost > cost:
                 low = middle
             else:
-                limit, plan, high = middle, proposed, middle
-        return limit, plan
+                high, plan = middle, proposed
+        return high, plan
 
 
 def _key(plan: Plan) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from muntin.cli.console import notes_once, out, print_json, print_notes, print_t
 from muntin.cli.start import first_process, prepare_torch
 
 if TYPE_CHECKING:
-    from muntin.budgeting.pipeline import CompressionResult, Progress, SearchProgress
+    from muntin.budgeting.pipeline import CompressionResult, Holdout, Progress, SearchProgress
     from muntin.budgeting.trials import Trial
+    from muntin.reporting.front import FrontRecord
 
 
 def compress_within(
@@ -38,6 +40,7 @@ def compress_within(
     from muntin.budgeting.run import FOLDER, compress_run
     from muntin.cli.compress import compression_recipe
     from muntin.errors import RecipeError
+    from muntin.reporting.front import write_front
     from muntin.training import find_checkpoint, read_checkpoint
 
     if objective not in ("size", "latency"):
@@ -54,10 +57,13 @@ def compress_within(
             checkpoint, Budget(max_drop=max_drop, objective=objective), folder, steps=steps, minutes=minutes,  # type: ignore[arg-type]
             trials=TRIALS if trials is None else trials, progress=progress,
         )  # fmt: skip
+    metric = "mIoU" if recipe.task == "segment" else "accuracy"
+    page = write_front(folder, front_record(result, title=recipe.name, metric=metric))
     if json:
-        print_json({**_document(result), "notes": [*notes, *result.notes]})
+        print_json({**_document(result), "page": page, "notes": [*notes, *result.notes]})
     else:
-        describe_search(result, "mIoU" if recipe.task == "segment" else "accuracy")
+        describe_search(result, metric)
+        out.print(f"page      {page}")
     if not result.kept:
         raise typer.Exit(1)
 
@@ -80,8 +86,8 @@ def _shown(begin: Callable[[], None], *, quiet: bool) -> Iterator[Progress]:
 
 
 def _stage(progress: SearchProgress) -> str:
-    kept = [trial for trial in progress.trials if trial.kept]
-    best = f"; best so far: trial {min(kept, key=lambda trial: trial.bytes).number}" if kept else ""
+    kept = [trial.bytes for trial in progress.trials if trial.kept]
+    best = f"; smallest so far {min(kept) / 1e6:.3f} MB" if kept else ""
     if progress.stage == "train":
         return f"trial {progress.number}, step {progress.step} of {progress.steps}{best}"
     return {
@@ -114,11 +120,41 @@ def describe_search(result: CompressionResult, metric: str) -> None:
         first = result.rows[0]
         ratio = first["bytes"] / best.bytes
         out.print(f"chosen    trial {best.number}: {ratio:.1f} times fewer bytes, {first['ms'] / best.ms:.2f} times the speed of FP32")
-    if (held := result.holdout) is not None:
-        within = "" if held.interval is None else f", 95 % interval of the change {-held.interval[1]:+.4f} to {-held.interval[0]:+.4f}"
-        out.print(f"held out  {metric} {held.score:.4f}, FP32 {held.reference:.4f} ({-held.drop:+.4f}){within}")
+    if result.holdout is not None:
+        out.print(f"held out  {_figures(result.holdout, metric)}")
     print_notes(result.notes)
     out.print(f"wrote     {result.artifact.path}")
+
+
+def _figures(held: Holdout, metric: str) -> str:
+    within = "" if held.interval is None else f", 95 % interval of the change {-held.interval[1]:+.4f} to {-held.interval[0]:+.4f}"
+    return f"{metric} {held.score:.4f}, FP32 {held.reference:.4f} ({-held.drop:+.4f}){within}"
+
+
+def front_record(result: CompressionResult, *, title: str, metric: str) -> FrontRecord:
+    """The values of the page of a search."""
+    from importlib.metadata import version
+
+    from muntin.reporting.front import FrontRecord
+    from muntin.runtime import describe_hardware
+
+    points = [
+        {
+            "number": row["trial"], "name": f"trial {row['trial']}" if row["trial"] else "FP32", "width": row["width"],
+            "score": row["score"], "drop": row["drop"], "bytes": row["bytes"], "ms": row["ms"], "kept": row["kept"],
+            "artifact": Path(row["artifact"]).relative_to(result.folder).as_posix(),
+        }
+        for row in result.rows
+    ]  # fmt: skip
+    held = "" if result.holdout is None else f"On held-out data: {_figures(result.holdout, metric)}."
+    return FrontRecord.model_validate(
+        {
+            "muntin": version("muntin"), "created": datetime.now(UTC).isoformat(timespec="seconds"), "title": title, "metric": metric,
+            "objective": result.budget.objective, "max_drop": result.budget.max_drop,
+            "chosen": None if result.best is None else result.best.number, "held_out": held, "notes": result.notes,
+            "hardware": describe_hardware(), "points": points,
+        }
+    )  # fmt: skip
 
 
 def _document(result: CompressionResult) -> dict[str, Any]:
