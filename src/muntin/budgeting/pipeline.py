@@ -340,9 +340,10 @@ class _Compression:
         if best is not None:
             model = load_compressed(best.folder / MODEL, model)
         return CompressionResult(
-            model=model, artifact=open_any_artifact(path), kept=kept, outcome=outcome, budget=self.budget, reference=self.reference.value,
-            noise=record["noise"], best=best, trials=tuple(search.trials), rows=_rows(record, self.folder.reference_artifact, search.trials),
-            holdout=figures, changes=history(model), notes=tuple(notes), folder=self.folder.folder,
+            model=model, artifact=open_any_artifact(path), kept=kept, outcome=outcome, budget=self.budget,
+            reference=self.reference.value, noise=record["noise"], best=best, trials=tuple(search.trials),
+            rows=_rows(record, self.folder.reference_artifact, search.trials), holdout=figures, changes=history(model),
+            notes=tuple(notes), folder=self.folder.folder,
         )  # fmt: skip
 
     def _noise(self, noise: float) -> list[str]:

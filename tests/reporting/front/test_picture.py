@@ -45,7 +45,7 @@ def test_points_in_both_panels() -> None:
             assert (dot.y <= picture.budget) == (dot.style != "broken")
     sizes = picture.panels[0].dots
     assert sizes[2].x < sizes[3].x < sizes[1].x < sizes[4].x < sizes[0].x
-    assert picture.summary.endswith("trial 1 was chosen: accuracy 0.895, 90.0 kB, 3.00 ms.")
+    assert picture.summary.endswith("trial 1 was chosen: accuracy 0.895, 90.0 kB, 3.0 ms.")
 
 
 def test_points_on_the_front() -> None:
