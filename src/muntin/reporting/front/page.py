@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 
 from muntin.reporting import text
@@ -25,9 +26,8 @@ def write_front(directory: Path, record: FrontRecord) -> Path:
 def render_front(record: FrontRecord) -> str:
     """Return the page as text."""
     first, chosen = record.reference, next((point for point in record.points if point.number == record.chosen), None)
-    best = {
-        point.number for which in ("bytes", "ms") for point in on_front(record.points, lambda point, which=which: getattr(point, which))
-    }  # type: ignore[misc]
+    fronts = on_front(record.points, attrgetter("bytes")), on_front(record.points, attrgetter("ms"))
+    best = {point.number for points in fronts for point in points}
     parts = headline_parts(record, first, chosen)
     return template("front.html.j2").render(
         record=record,

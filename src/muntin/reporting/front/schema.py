@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from muntin.reporting.records import Amount, Count, Hardware, IsoTime, Record, Text, check_unique
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 
 class FrontPoint(Record):
