@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muntin.budgeting.assignment import Option, assign
+from muntin.budgeting.assignment import Option, assign, standard_output_to_error
 from muntin.compression.allocation import Choice, allocate
 from muntin.errors import MuntinError
 
@@ -96,3 +98,14 @@ def test_no_layers() -> None:
 def test_wrong_values(table: Table, limit: float) -> None:
     with pytest.raises(ValueError, match="give"):
         assign(table, limit)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the C library has another name")
+def test_prints_of_libraries_are_no_output(capfd: pytest.CaptureFixture[str]) -> None:
+    """C holds lines back until they are flushed, also beyond the block."""
+    print("before")
+    with standard_output_to_error():
+        ctypes.CDLL(None).puts(b"debugging")
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr() == ("before\nafter\n", "debugging\n")

@@ -6,8 +6,12 @@ The Lagrangian relaxation of `compression.allocation` gives a first solution, wh
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,13 +143,14 @@ def _programme(
     one_each = csr_array((np.ones(len(pairs)), ([rows[name] for name, _ in pairs], range(len(pairs)))), shape=(len(rows), len(pairs)))
     bound = math.nan
     for tightened in (0.0, 2e-6, 1e-5):
-        result = milp(
-            cost_N,
-            integrality=np.ones(len(pairs)),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(harm_N[None], -np.inf, 1.0 - tightened)],
-            options={"time_limit": seconds, "mip_rel_gap": 0.0},
-        )
+        with standard_output_to_error():
+            result = milp(
+                cost_N,
+                integrality=np.ones(len(pairs)),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(harm_N[None], -np.inf, 1.0 - tightened)],
+                options={"time_limit": seconds, "mip_rel_gap": 0.0},
+            )
         if not tightened and result.mip_dual_bound is not None:
             bound = float(result.mip_dual_bound) * unit + math.fsum(cheapest.values())
         if result.x is None:
@@ -154,3 +159,22 @@ def _programme(
         if math.fsum(choices[name][index].harm - least[name] for name, index in picked.items()) <= room:
             return picked, bound
     return None, bound
+
+
+@contextmanager
+def standard_output_to_error() -> Iterator[None]:
+    """Standard output goes to standard error during the block: HiGHS 1.12 prints lines of its debugging there (ERGO-Code/HiGHS#2783), which
+    would follow a command's JSON where C holds them back until the process ends."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be printed
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        ctypes.CDLL(None if os.name == "posix" else "msvcrt").fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

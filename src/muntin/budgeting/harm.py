@@ -75,7 +75,7 @@ def _rows_of(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[s
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         width = layer.weight[0].numel() * getattr(layer, "groups", 1)
         most = min(ROWS, VALUES // width) // len(batches)
-        parts[name].append(input_rows(layer, inputs[0].float(), max(1, most)))
+        parts[name].append(input_rows(layer, inputs[0].float(), max(1, most)).cpu())
 
     watch_inputs(model, {name: one.layer for name, one in layers.items()}, batches, watch)
     return {name: torch.cat(some, 1) for name, some in parts.items()}
@@ -102,7 +102,8 @@ def form_errors(one: FormLayer, fitted_GNI: Tensor, rows_GNI: Tensor) -> dict[Fo
     """The mean squared error of an output element in each form, on rows of the layer's input. `fitted_GNI`: those that it is fitted to."""
     layer = one.layer
     assert one.grid is not None
-    weight_GOI = layer.weight.detach().float().reshape(len(rows_GNI), -1, rows_GNI.shape[2])
+    exact = layer.weight.detach().cpu().float()
+    weight_GOI = exact.reshape(len(rows_GNI), -1, rows_GNI.shape[2])
     exact_GNO = rows_GNI @ weight_GOI.transpose(1, 2)
     rounded_GNI = _on_grid(rows_GNI, one.grid)
     kept_G = kept_by_reconstruction(fitted_GNI, rows_GNI)
@@ -113,7 +114,7 @@ def form_errors(one: FormLayer, fitted_GNI: Tensor, rows_GNI: Tensor) -> dict[Fo
             errors[form] = 0.0
             continue
         if form.rank is None:
-            weight = _rounded(layer.weight, form.bits, kept_G.repeat_interleave(weight_GOI.shape[1])).reshape(weight_GOI.shape)
+            weight = _rounded(exact, form.bits, kept_G.repeat_interleave(weight_GOI.shape[1])).reshape(weight_GOI.shape)
             output_GNO = rounded_GNI @ weight.transpose(1, 2)
         else:
             assert chain is not None
@@ -133,8 +134,7 @@ def _on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
 def _rounded(weight: Tensor, bits: int, kept_O: Tensor) -> Tensor:
     """A weight with the rounding error of its bits, of which the share `kept_O` of the squared error stays; float32."""
     q, scale_O = quantize_weight(weight, 0, bits)
-    exact = weight.detach().float()
-    return exact + (dequantize_weight(q, scale_O, 0) - exact) * kept_O.sqrt().reshape(-1, *[1] * (weight.ndim - 1))
+    return weight + (dequantize_weight(q, scale_O, 0) - weight) * kept_O.sqrt().reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def kept_by_reconstruction(fitted_GNI: Tensor, rows_GNI: Tensor) -> Tensor:
@@ -203,7 +203,9 @@ class _Chain:
 def cut_factors(factored: FactoredLayer, ranks: Sequence[int]) -> list[Tensor]:
     """The weights of the parts at lower ranks, each `(O, I, H, W)`: equal to those of `factorize` at these ranks."""
     weights = [
-        part.weight.detach().float() for part in (factored.reduce, getattr(factored, "core", None), factored.expand) if part is not None
+        part.weight.detach().cpu().float()
+        for part in (factored.reduce, getattr(factored, "core", None), factored.expand)
+        if part is not None
     ]
     weights = [weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1))) for weight in weights]
     outputs = (*ranks, len(weights[-1]))

@@ -57,22 +57,22 @@ def measured_latencies(
 ) -> dict[str, dict[Form, float]]:
     """Milliseconds of each form of each layer for one row of the model's inputs: the median of `rounds`, times the calls of the layer.
 
-    Costs a few seconds for each shape of layer that the cache does not hold, and some milliseconds for the others; of a layer with one form
-    too. A layer without calls costs 0. `threads`: None for the usable physical cores.
+    A layer with a single form costs 0, since no choice depends on it. Costs 4 to 20 seconds for each shape of layer that the cache does not
+    hold, the more ranks the longer, most of it the export. `threads`: None for the usable physical cores.
     """
     options = SessionOptions(threads=threads, cache=False)
     cache = _Cache(options.thread_count)
     wanted: dict[str, tuple[FormLayer, dict[str, Form]]] = {}
-    for one in layers.values():
-        if one.calls:
-            wanted.setdefault(shape_text(one), (one, {}))[1].update({_form_text(form): form for form in one.forms})
+    timed = {name: one for name, one in layers.items() if len(one.forms) > 1}
+    for one in timed.values():
+        wanted.setdefault(shape_text(one), (one, {}))[1].update({_form_text(form): form for form in one.forms})
     missing = {key: given for key, given in wanted.items() if not given[1].keys() <= cache.ms.get(key, {}).keys()}
     for done, (key, (one, forms)) in enumerate(missing.items()):
         progress(done, len(missing))
         cache.add(key, _measure(one, forms, options, rounds))
     progress(len(missing), len(missing))
     return {
-        name: {form: one.calls * cache.ms[shape_text(one)][_form_text(form)] if one.calls else 0.0 for form in one.forms}
+        name: {form: one.calls * cache.ms[shape_text(one)][_form_text(form)] if name in timed else 0.0 for form in one.forms}
         for name, one in layers.items()
     }
 
@@ -152,7 +152,7 @@ class _Branches(nn.Module):
 def _measure(one: FormLayer, forms: Mapping[str, Form], options: SessionOptions, rounds: int) -> dict[str, float]:
     """Milliseconds of one call of a layer in each form, by the form's text."""
     generator = torch.Generator().manual_seed(SEED)
-    layer = copy.deepcopy(one.layer)
+    layer = copy.deepcopy(one.layer).cpu().float()
     model = _Branches(layer, {text: _floats(layer, form) for text, form in forms.items()})
     with torch.no_grad():
         for parameter in model.parameters():
