@@ -23,14 +23,17 @@ from muntin.compression.equivalent.fold import fold
 from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.history import remember
 from muntin.compression.low_rank.factorization import factor
+from muntin.compression.quantization.embeddings import quantize_tables, tables
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
 from muntin.compression.quantization.reconstruction import reconstruct
-from muntin.compression.rewrite import named
+from muntin.compression.rewrite import EVERY, named
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.eager import ModelInputs, call, eager_copy, first_row
 
+TABLE_BITS = 8
+"""Bits of embeddings, which have no forms to choose from."""
 Loss = Callable[[Any, Any], Tensor]
 """From the model's answer and the targets to a scalar."""
 
@@ -83,6 +86,8 @@ def apply_plan(
 ) -> nn.Module:
     """The model that a plan describes: a copy of `base`, which `narrowed` has given the plan's width, in integers.
 
+    Embeddings get `TABLE_BITS`.
+
     `teacher`: the FP32 model. `report`: called with the number and the loss of each step of training. Its changes are in its history
     (`compression.history`). The same arguments give the same model on one machine. Raises `MuntinError` for a plan of another model.
     """
@@ -93,13 +98,16 @@ def apply_plan(
     bits = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
     keep = [name for name, form in plan.forms.items() if form.bits >= KEPT]
     if training is None:
-        quantize(model, calibration, bits=bits, keep=keep, min_sqnr_db=0.0)
+        embeddings = TABLE_BITS if tables(model) else None
+        quantize(model, calibration, bits=bits, keep=keep, min_sqnr_db=0.0, embedding_bits=embeddings)
         return model
     prepare_qat(model, calibration, bits=bits, keep=keep)
     layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
     remember(model, reconstruct(model, layers, calibration))
     _train(model, teacher, training, seed, report)
     freeze(model, calibration)
+    if tables(model):
+        remember(model, quantize_tables(model, calibration[0], TABLE_BITS, min_sqnr_db=0.0, only=EVERY, keep=()))
     return model
 
 

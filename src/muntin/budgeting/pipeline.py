@@ -20,7 +20,8 @@ from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
 from muntin.budgeting.candidate import Loss, Training, apply_plan, narrowed
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
-from muntin.budgeting.forms import Plan
+from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.layer_forms import KEPT
 from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, score_of
 from muntin.budgeting.search import Base, Search, front
 from muntin.budgeting.tables import assign_forms, build_tables, model_digest
@@ -42,19 +43,26 @@ OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective], 
 
 
 class TablePlans:
-    """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none."""
+    """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none.
+
+    Bytes include those of the other parameters, in 16 bits: widths differ in them, too.
+    """
 
     def __init__(self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective) -> None:
         self.width, self.objective = width, objective
         self.tables = build_tables(model, batches, folder, objective=objective)
         rows = self.tables.layers.values()
         self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
+        chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
+        others = sum(parameter.numel() for parameter in model.parameters()) - chosen
+        self._fixed = 2 * others if objective == "size" else 0
 
     def propose(self, limit: float) -> Plan | None:
         limit = min(limit, self._most)
         if limit < self._least:
             return None
-        return replace(assign_forms(self.tables, limit, self.objective), width=self.width)
+        plan = assign_forms(self.tables, limit, self.objective)
+        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
 
 
 @dataclass(frozen=True, kw_only=True)
