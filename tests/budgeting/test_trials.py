@@ -57,6 +57,8 @@ def test_other_settings(tmp_path: Path) -> None:
 def test_other_plan(tmp_path: Path) -> None:
     folder = TrialFolder(tmp_path, SETTINGS)
     folder.trial(1, PLAN, 0.7, make)
+    other = Plan(width=0.8, forms={"a": Form(None, 8), "b": Form(None, 16)})
+    assert folder.trial(1, other, 0.9, never).plan == PLAN  # the one that was measured
     with pytest.raises(MuntinError, match="of another plan"):
         folder.trial(1, Plan(width=1.0, forms=PLAN.forms), 0.7, never)
 

@@ -338,6 +338,9 @@ class _Compression:
         elif not kept:
             what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
             notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
+        elif search.stopped:
+            better = "a smaller" if self.budget.objective == "size" else "a faster"
+            notes.append(f"stopped at the limit of trials or minutes: with more, {better} model may be found")
         figures = None
         if holdout is not None and best is not None:
             self.progress(SearchProgress(stage="holdout", trials=self.trials))

@@ -63,6 +63,8 @@ class Search:
         self.widths, self.open_base, self.attempt, self.budget, self.may_go_on = widths, open_base, attempt, budget, may_go_on
         self.trials: list[Trial] = []
         self.notes: list[str] = []
+        self.stopped = False
+        """True if `may_go_on` ended the search."""
         self.unreachable = False
         """True if the least harmful plan breaks the budget, too."""
 
@@ -102,14 +104,15 @@ class Search:
             self._bisect(brackets[best.plan.width])
 
     def _goes_on(self) -> bool:
-        return self.may_go_on(self.trials)
+        self.stopped = not self.may_go_on(self.trials)
+        return not self.stopped
 
     def _none_kept(self) -> bool:
         return not any(trial.kept for trial in self.trials)
 
     def _bisect(self, bracket: _Bracket, most: int | None = None) -> None:
         count = 0
-        while (most is None or count < most) and self._goes_on() and (proposal := bracket.following()) is not None:
+        while count != most and (proposal := bracket.following()) is not None and self._goes_on():
             self._try(bracket, *proposal)
             count += 1
 
@@ -138,7 +141,7 @@ class Search:
     def _try(self, bracket: _Bracket, limit: float, plan: Plan) -> Trial:
         trial = self.attempt(len(self.trials) + 1, plan, limit)
         self.trials.append(trial)
-        bracket.settle(limit, plan, trial.kept)
+        bracket.settle(trial.limit, trial.plan, trial.kept)
         return trial
 
 

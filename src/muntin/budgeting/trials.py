@@ -86,14 +86,17 @@ class TrialFolder:
         return self.folder / REFERENCE / ARTIFACT
 
     def trial(self, number: int, plan: Plan, limit: float, make: Callable[[Path], dict[str, Any]]) -> Trial:
-        """The trial of a plan; `make` writes artefact and model into a folder and returns the measurements if there is none yet."""
+        """The trial of a plan; `make` writes artefact and model into a folder and returns the measurements if there is none yet.
+
+        A trial that is there keeps its own plan: an integer programme that its time limit ends may find another one.
+        """
         folder = self.folder / TRIALS / f"{number:03d}"
         own = {"number": number, "limit": limit, "width": plan.width, "harm": plan.harm, "cost": plan.cost, "forms": _forms(plan)}
         record = self._once(folder, TRIAL, lambda part: own | make(part))
-        if record["forms"] != own["forms"] or record["width"] != plan.width:
+        if record["width"] != plan.width:
             raise MuntinError(f"{folder} is of another plan than this search proposes (another version or machine?): give another folder")
-        measured = {key: record[key] for key in ("score", "drop", "bound", "bytes", "ms", "kept", "seconds")}
-        return Trial(number=number, plan=plan, limit=limit, folder=folder, **measured)
+        measured = {key: record[key] for key in ("limit", "score", "drop", "bound", "bytes", "ms", "kept", "seconds")}
+        return Trial(number=number, plan=plan_of(record), folder=folder, **measured)
 
     def base(self, width: float, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The folder of the tables of a width, and its record; `make` fills a folder if there is none."""
