@@ -1,6 +1,6 @@
 """The harm of each form of each layer: how much the model's answer changes if this layer alone takes the form. Needs no labels.
 
-    rows of each layer's input (patches of a convolution) -> output in the form's arithmetic -> squared error x sensitivity of the answer
+    rows of each layer's input (patches of a convolution) -> output in the form's arithmetic -> squared error x response of the answer
 
 Factors and rounding are fitted to one part of the calibration batches and judged on the other.
 
@@ -14,14 +14,15 @@ Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.budgeting.forms import Form
-from muntin.budgeting.layer_forms import KEPT, FormLayer, FormLayers, ranks_of
-from muntin.compression.activation_moments import answer_sensitivity
+from muntin.budgeting.layer_forms import KEPT, FormLayer, FormLayers, ranks_of, some_rows
+from muntin.compression.activation_moments import answer_sensitivity, copied
 from muntin.compression.low_rank.factored_layers import FactoredLayer
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
@@ -29,29 +30,30 @@ from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.quantization.rounding import DAMPING, MAX_INPUTS, SPARSE
 from muntin.compression.quantization.widths import BATCHES
-from muntin.models.eager import ModelInputs, watch_inputs
+from muntin.models.eager import ModelInputs, call, tensors_of, watch_inputs
 
 ROWS, VALUES = 1024, 2**21
 """Maximum number of rows of a layer, and of their values."""
+PROBED, PROBE_BITS = 16, 5
+"""Rows of inputs on which the answer's response to each layer's rounding is measured, and the bits of that rounding."""
 BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): the harm of its forms cannot be estimated"
 """Reason to keep a layer."""
 Progress = Callable[[int, int], None]
 """Called with the layers done and their number."""
 
 
-def measure_harm(
-    layers: FormLayers, *, progress: Progress = lambda done, total: None, sensitivity: Mapping[str, float] | None = None
-) -> dict[str, dict[Form, float]]:
+def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total: None) -> dict[str, dict[Form, float]]:
     """The harm of each form by layer: the noise that it adds to the answer over the signal of the answer, >= 0, additive over layers.
 
     Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
 
-    Costs a forward and backward pass over two batches, a forward pass over all, a decomposition of each layer, and for each form products
-    of at most `ROWS` rows with its weights. Memory: `VALUES` numbers a layer. `sensitivity`: by default measured here.
+    Costs a forward and backward pass over two batches, two forward passes over all, one of `PROBED` rows for each layer, a decomposition of
+    each layer, and for each form products of at most `ROWS` rows with its weights. Memory: twice `VALUES` numbers a layer.
     """
     varied = {name: one for name, one in layers.layers.items() if len(one.forms) > 1}
-    if sensitivity is None:
-        sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], {name: one.layer for name, one in varied.items()})
+    weighted = {name: one.layer for name, one in varied.items()}
+    sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], weighted)
+    responses = answer_responses(layers.model, some_rows(layers.judged[0], 0, PROBED), weighted)
     fitted, judged = (_rows_of(layers.model, batches, varied) for batches in (layers.fitted, layers.judged))
     harms: dict[str, dict[Form, float]] = {}
     for done, (name, one) in enumerate(layers.layers.items()):
@@ -61,10 +63,58 @@ def measure_harm(
         elif not sensitivity[name]:
             harms[name] = {Form(None, KEPT): 0.0}
         else:
-            scale = float(sensitivity[name]) * one.positions * len(one.layer.weight)
+            scale = responses.get(name, float(sensitivity[name]) * one.positions * len(one.layer.weight))
             harms[name] = {form: scale * error for form, error in form_errors(one, fitted.pop(name), judged.pop(name)).items()}
     progress(len(layers.layers), len(layers.layers))
     return harms
+
+
+@torch.no_grad()
+def answer_responses(model: nn.Module, batch: ModelInputs, layers: Mapping[str, Dense]) -> dict[str, float]:
+    """Noise over signal of the answer for a mean squared error of 1 in the output of each layer, measured with its weight rounded.
+
+    `answer_sensitivity` assumes errors that are independent of each other. Those of rounding are smooth where the input is, and networks
+    hardly respond to smooth errors of their first layers. Layers whose rounding has no effect, or no finite one, are absent. Costs a
+    forward pass for each layer.
+    """
+    exact = _scores(call(model, copied(batch)))
+    spread = float(exact.var(correction=0)) or 1.0
+    responses = {}
+    for name, layer in layers.items():
+        probe = _Probe(layer)
+        handle = layer.register_forward_hook(probe, with_kwargs=True)
+        try:
+            noise = float((_scores(call(model, copied(batch))) - exact).square().mean()) / spread
+        finally:
+            handle.remove()
+        if probe.square > 0 and 0 < noise < float("inf"):
+            responses[name] = noise / (probe.square / probe.count)
+    return responses
+
+
+def _scores(answer: Any) -> Tensor:
+    return torch.cat([part.double().flatten() for part in tensors_of(answer) if part.is_floating_point()])
+
+
+class _Probe:
+    """A hook that adds the rounding error of the layer's weight, without its mean, which a bias takes over."""
+
+    def __init__(self, layer: Dense) -> None:
+        weight = layer.weight.detach()
+        self.change = (dequantize_weight(*quantize_weight(weight, 0, PROBE_BITS), 0) - weight.float()).to(weight.dtype)
+        self.square, self.count = 0.0, 0
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], output: Tensor) -> Tensor:
+        x = inputs[0] if inputs else by_name["input"]
+        if isinstance(layer, nn.Conv2d):
+            error = F.conv2d(x, self.change, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        else:
+            error = F.linear(x, self.change)
+        channels = error.ndim - (3 if isinstance(layer, nn.Conv2d) else 1)
+        error -= error.mean([axis for axis in range(error.ndim) if axis != channels], keepdim=True)
+        self.square += float(error.double().square().sum())
+        self.count += error.numel()
+        return output + error
 
 
 def _rows_of(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, FormLayer]) -> dict[str, Tensor]:

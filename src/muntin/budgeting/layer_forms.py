@@ -171,15 +171,17 @@ def halves(batches: Sequence[ModelInputs]) -> tuple[list[ModelInputs], list[Mode
     rows = batch_rows(batch)
     if rows < 2:
         return [batch], [batch]
+    return [some_rows(batch, 0, (rows + 1) // 2)], [some_rows(batch, (rows + 1) // 2, rows)]
 
-    def part(first: int, last: int) -> ModelInputs:
-        cut: ModelInputs = _pytree.tree_map(
-            lambda one: one[first:last] if isinstance(one, Tensor) and one.ndim and len(one) == rows else one,
-            dict(batch) if isinstance(batch, Mapping) else batch,
-        )
-        return cut
 
-    return [part(0, (rows + 1) // 2)], [part((rows + 1) // 2, rows)]
+def some_rows(batch: ModelInputs, first: int, last: int) -> ModelInputs:
+    """The rows of a batch from `first` to before `last`. Tensors of another length than the batch's are kept."""
+    rows = batch_rows(batch)
+    cut: ModelInputs = _pytree.tree_map(
+        lambda one: one[first:last] if isinstance(one, Tensor) and one.ndim and len(one) == rows else one,
+        dict(batch) if isinstance(batch, Mapping) else batch,
+    )
+    return cut
 
 
 def _grids(model: nn.Module, ready: Prepared, layers: Mapping[str, Dense]) -> dict[str, ActivationGrid]:
