@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from model_helpers import answer, count, one_line
 from muntin import load_compressed, save
-from muntin.budgeting.candidate import Training, apply_plan, narrowed
+from muntin.budgeting.candidate import CandidateTraining, apply_plan, narrowed
 from muntin.budgeting.forms import Form, Plan
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
@@ -55,7 +55,7 @@ def test_plan_with_training(digits: Any, labels: bool) -> None:
     data: Any = digits.train if labels else [x for x, _ in digits.train]
     loss: Any = F.cross_entropy if labels else None
     seen: list[float] = []
-    training = Training(data=data, steps=40, loss=loss, learning_rate=2e-3)
+    training = CandidateTraining(data=data, steps=40, loss=loss, learning_rate=2e-3)
     model = applied(digits, training=training, report=lambda step, value: seen.append(value))
     check_forms(model)
     assert len(seen) == 40 and not model.training
@@ -65,7 +65,7 @@ def test_plan_with_training(digits: Any, labels: bool) -> None:
 
 
 def test_same_seed_same_model(digits: Any) -> None:
-    training = Training(data=digits.train, steps=4, loss=F.cross_entropy)
+    training = CandidateTraining(data=digits.train, steps=4, loss=F.cross_entropy)
     states = [torch.cat([value.flatten().float() for value in applied(digits, training=training, seed=seed).state_dict().values()])
               for seed in (1, 1, 2)]  # fmt: skip
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
@@ -74,7 +74,7 @@ def test_same_seed_same_model(digits: Any) -> None:
 def test_model_without_gradients_is_trained(digits: Any) -> None:
     frozen = eager_copy(digits.model).requires_grad_(False)
     base = narrowed(frozen, 1.0, digits.calibration)
-    training = Training(data=[x for x, _ in digits.train], steps=2)
+    training = CandidateTraining(data=[x for x, _ in digits.train], steps=2)
     assert forms_of(apply_plan(base, PLAN, digits.calibration, teacher=frozen, training=training)) == BITS
 
 
@@ -102,5 +102,5 @@ def test_plan_of_another_model(digits: Any) -> None:
 )
 def test_training_that_is_refused(values: Any, words: str) -> None:
     with pytest.raises(MuntinError) as error:
-        Training(**values)
+        CandidateTraining(**values)
     assert words in one_line(error)

@@ -34,20 +34,20 @@ from muntin.models.eager import ModelInputs, call, eager_copy, first_row
 
 TABLE_BITS = 8
 """Bits of embeddings, which have no forms to choose from."""
-Loss = Callable[[Any, Any], Tensor]
+TargetLoss = Callable[[Any, Any], Tensor]
 """From the model's answer and the targets to a scalar."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """Training of a candidate: `steps` on `data`, batches of inputs, or of (inputs, targets) if there is a `loss`.
+class CandidateTraining:
+    """CandidateTraining of a candidate: `steps` on `data`, batches of inputs, or of (inputs, targets) if there is a `loss`.
 
     Without a loss the candidate learns the FP32 model's answers. The learning rate rises to `learning_rate`, then falls to 0.
     """
 
     data: Iterable[Any]
     steps: int
-    loss: Loss | None = None
+    loss: TargetLoss | None = None
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ def apply_plan(
     calibration: Sequence[ModelInputs],
     *,
     teacher: nn.Module,
-    training: Training | None = None,
+    training: CandidateTraining | None = None,
     seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> nn.Module:
@@ -134,7 +134,7 @@ class _WithTargets(nn.Module):
         return call(self.model, inputs), targets
 
 
-def _train(model: nn.Module, teacher: nn.Module, training: Training, seed: int, report: Callable[[int, float], None]) -> None:
+def _train(model: nn.Module, teacher: nn.Module, training: CandidateTraining, seed: int, report: Callable[[int, float], None]) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):  # a model that was made ready for inference
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())

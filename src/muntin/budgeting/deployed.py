@@ -32,7 +32,7 @@ TIMED_S, LEAST_ROUNDS, MOST_ROUNDS = 1.0, 10, 100
 """About the seconds that a measurement of latency takes, and its number of rounds."""
 
 
-class Answers(dict[str, Tensor]):
+class NamedAnswers(dict[str, Tensor]):
     """Tensors by name, which are also attributes: `answer["logits"]` is `answer.logits`."""
 
     def __getattr__(self, name: str) -> Tensor:
@@ -163,7 +163,7 @@ class Deployed(nn.Module):
         answers = {name: torch.from_numpy(array).to(device) for name, array in self.session(as_arrays(given)).items()}
         if interface.answer == "tensor":
             return next(iter(answers.values()))
-        return tuple(answers.values()) if interface.answer == "tuple" else Answers(answers)
+        return tuple(answers.values()) if interface.answer == "tuple" else NamedAnswers(answers)
 
     def _as_taken(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor in the artefact's type: floats of any width, and pixels, as `call` casts them."""

@@ -18,7 +18,7 @@ from torch import nn
 from muntin.artifact import AnyArtifact, Signature, open_any_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
-from muntin.budgeting.candidate import Loss, Training, apply_plan, narrowed
+from muntin.budgeting.candidate import CandidateTraining, TargetLoss, apply_plan, narrowed
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
 from muntin.budgeting.forms import Form, Plan
 from muntin.budgeting.layer_forms import KEPT
@@ -37,7 +37,7 @@ WIDTHS = (1.0, 0.8, 0.6)
 """Shares of the parameters that pruning leaves, to choose from."""
 TRIALS = 12
 """Most trials by default."""
-Outcome = Literal["kept", "not reachable", "not tried"]
+SearchOutcome = Literal["kept", "not reachable", "not tried"]
 OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
 
@@ -77,7 +77,7 @@ class SearchProgress:
     loss: float | None = None
 
 
-Progress = Callable[[SearchProgress], None]
+SearchReport = Callable[[SearchProgress], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class CompressionResult:
     model: nn.Module
     artifact: AnyArtifact
     kept: bool
-    outcome: Outcome
+    outcome: SearchOutcome
     budget: Budget
     reference: float
     noise: float
@@ -127,7 +127,7 @@ def compress(
     evaluate: Evaluate,
     budget: Budget,
     finetune: Iterable[Any] | None = None,
-    loss: Loss | None = None,
+    loss: TargetLoss | None = None,
     steps: int | None = None,
     learning_rate: float = 1e-3,
     holdout: Evaluate | None = None,
@@ -137,7 +137,7 @@ def compress(
     widths: Sequence[float] = WIDTHS,
     signature: Signature | None = None,
     seed: int = 0,
-    progress: Progress = lambda progress: None,
+    progress: SearchReport = lambda progress: None,
 ) -> CompressionResult:
     """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
 
@@ -173,7 +173,7 @@ def compress_with(
     evaluate: Evaluate,
     budget: Budget,
     finetune: Iterable[Any] | None = None,
-    loss: Loss | None = None,
+    loss: TargetLoss | None = None,
     steps: int | None = None,
     learning_rate: float = 1e-3,
     holdout: Evaluate | None = None,
@@ -183,7 +183,7 @@ def compress_with(
     widths: Sequence[float] = WIDTHS,
     signature: Signature | None = None,
     seed: int = 0,
-    progress: Progress = lambda progress: None,
+    progress: SearchReport = lambda progress: None,
 ) -> CompressionResult:
     """`compress` with plans from `open_base`."""
     check_eager(model)
@@ -198,7 +198,7 @@ def compress_with(
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     with folder_in_use(place, "muntin.compress") as notes:
-        work = _Compression(
+        work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, settings), budget,
             evaluate=evaluate, training=training, open_base=open_base, seed=seed, progress=progress,
         )  # fmt: skip
@@ -218,7 +218,7 @@ def _check_limits(budget: object, trials: object, minutes: object, widths: Seque
         raise MuntinError(f"widths={tuple(widths)!r}: give different shares above 0, the first of them 1")
 
 
-def _training(finetune: Iterable[Any] | None, loss: Loss | None, steps: int | None, learning_rate: float) -> Training | None:
+def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, steps: int | None, learning_rate: float) -> CandidateTraining | None:
     if finetune is None:
         if loss is not None or steps is not None:
             raise MuntinError(f"{'loss' if loss is not None else 'steps'} is for training, and finetune has no data: give batches")
@@ -227,10 +227,10 @@ def _training(finetune: Iterable[Any] | None, loss: Loss | None, steps: int | No
         if not isinstance(finetune, Sized):
             raise MuntinError("finetune has no length: give steps, the number of batches to train a candidate on")
         steps = len(finetune)
-    return Training(data=finetune, steps=steps, loss=loss, learning_rate=learning_rate)
+    return CandidateTraining(data=finetune, steps=steps, loss=loss, learning_rate=learning_rate)
 
 
-class _Compression:
+class _BudgetedCompression:
     def __init__(
         self,
         teacher: nn.Module,
@@ -240,10 +240,10 @@ class _Compression:
         budget: Budget,
         *,
         evaluate: Evaluate,
-        training: Training | None,
+        training: CandidateTraining | None,
         open_base: OpenBase,
         seed: int,
-        progress: Progress,
+        progress: SearchReport,
     ) -> None:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
         self.evaluate, self.training, self.make_base, self.seed, self.progress = evaluate, training, open_base, seed, progress
@@ -331,7 +331,7 @@ class _Compression:
     def _result(self, search: Search, record: dict[str, Any], holdout: Evaluate | None, *, minutes: float | None) -> CompressionResult:
         best = search.best
         kept = best is not None and best.kept
-        outcome: Outcome = "not tried" if best is None else "kept" if kept else "not reachable"
+        outcome: SearchOutcome = "not tried" if best is None else "kept" if kept else "not reachable"
         notes = [*self._noise(record["noise"]), *search.notes]
         if best is None:
             notes.append("nothing was tried: " + ("minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"))

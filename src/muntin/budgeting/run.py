@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.pipeline import TRIALS, CompressionResult, Progress, compress
+from muntin.budgeting.pipeline import TRIALS, CompressionResult, SearchReport, compress
 from muntin.compression.loading import load_model
 from muntin.data import Crops
 from muntin.data.batch_feed import prefetch, worker_count
@@ -43,7 +43,7 @@ def compress_run(
     learning_rate: float | None = None,
     minutes: float | None = None,
     trials: int = TRIALS,
-    progress: Progress = lambda progress: None,
+    progress: SearchReport = lambda progress: None,
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`).
 

@@ -40,7 +40,7 @@ class Base(Protocol):
         """The plan of least cost whose harm is at most `limit`; None if even the least harm is more."""
 
 
-Attempt = Callable[[int, Plan, float], Trial]
+TryPlan = Callable[[int, Plan, float], Trial]
 """Applies and measures a plan: number from 1, plan, limit of harm."""
 
 
@@ -55,7 +55,7 @@ class Search:
         self,
         widths: Sequence[float],
         open_base: Callable[[float], Base],
-        attempt: Attempt,
+        attempt: TryPlan,
         budget: Budget,
         *,
         may_go_on: Callable[[Sequence[Trial]], bool],

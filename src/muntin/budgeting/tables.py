@@ -15,13 +15,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from muntin.artifact.atomic_files import write_files
 from muntin.budgeting.assignment import Option, assign
+from muntin.budgeting.budget import Objective
 from muntin.budgeting.forms import Form, Plan
 from muntin.budgeting.harm import BLIND, measure_harm
 from muntin.budgeting.latency import latency_settings, measured_latencies
@@ -32,7 +33,6 @@ from muntin.models.eager import ModelInputs, check_eager, tensors_of
 
 FILE = "tables.csv"
 FORMAT = 1
-Objective = Literal["size", "latency"]
 Progress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and their number."""
 COLUMNS = ("layer", "rank", "bits", "parameters", "bytes", "macs", "harm", "ms")
