@@ -98,6 +98,8 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("create_model", ("name", "task", "classes", "channels", "scale")),
         ("fit", ("recipe",)),
         ("evaluate", ("session", "samples")),
+        ("compress", ("model", "calibration", "evaluate", "budget", "finetune", "loss", "holdout")),
+        ("Budget", ("max_drop", "objective")),
         ("low_rank", ("model", "calibration", "parameters", "macs", "only", "keep")),
         ("prune", ("model", "calibration", "ratio", "parameters", "macs", "only", "keep")),
         ("quantize", ("model", "calibration", "only", "keep")),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,9 @@ WIDTHS = (1.0, 0.8, 0.6)
 TRIALS = 12
 """Most trials by default."""
 SearchOutcome = Literal["kept", "not reachable", "not tried"]
-OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective], Base]
+TablesReport = Callable[[str, int, int], None]
+"""Called with what is being measured, the steps done and their number."""
+OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TablesReport], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
 
 
@@ -48,9 +50,11 @@ class TablePlans:
     Bytes include those of the other parameters, in 16 bits: widths differ in them, too.
     """
 
-    def __init__(self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective) -> None:
+    def __init__(
+        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TablesReport
+    ) -> None:
         self.width, self.objective = width, objective
-        self.tables = build_tables(model, batches, folder, objective=objective)
+        self.tables = build_tables(model, batches, folder, objective=objective, progress=report)
         rows = self.tables.layers.values()
         self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
         chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
@@ -67,11 +71,12 @@ class TablePlans:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchProgress:
-    """What a search does. `stage`: "reference", "tables", "trial", "train" or "holdout". `trials`: those so far; `number`: of the trial."""
+    """What a search does. `trials`: those so far; `number`: of the trial; `what`: of the tables is measured; `loss`: of the step."""
 
     stage: Literal["reference", "tables", "trial", "train", "holdout"]
     trials: tuple[Trial, ...] = ()
     number: int = 0
+    what: str = ""
     step: int = 0
     steps: int = 0
     loss: float | None = None
@@ -136,6 +141,7 @@ def compress(
     trials: int = TRIALS,
     widths: Sequence[float] = WIDTHS,
     signature: Signature | None = None,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: SearchReport = lambda progress: None,
 ) -> CompressionResult:
@@ -152,7 +158,8 @@ def compress(
     `minutes`, `trials`: the search ends at the nearer limit; no trial begins that would end later, if it takes as long as the longest one.
     `widths`: shares of the parameters to prune to, the first is 1. `signature`: of an image model, by default inferred. `folder`: of all
     trials, each with its artefact; by default a new temporary one. A search that was interrupted goes on if it is called again with the
-    same arguments and folder, and the result is the same; a search of other settings in the folder is an error.
+    same arguments and folder, and the result is the same; a search of other settings in the folder is an error. `settings`: plain values
+    that count among these, such as what `finetune` and `evaluate` depend on.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
@@ -161,7 +168,7 @@ def compress(
     return compress_with(
         TablePlans, model, calibration=calibration, evaluate=evaluate, budget=budget, finetune=finetune, loss=loss, steps=steps,
         learning_rate=learning_rate, holdout=holdout, folder=folder, minutes=minutes, trials=trials, widths=widths, signature=signature,
-        seed=seed, progress=progress,
+        settings=settings, seed=seed, progress=progress,
     )  # fmt: skip
 
 
@@ -182,6 +189,7 @@ def compress_with(
     trials: int = TRIALS,
     widths: Sequence[float] = WIDTHS,
     signature: Signature | None = None,
+    settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: SearchReport = lambda progress: None,
 ) -> CompressionResult:
@@ -191,7 +199,8 @@ def compress_with(
     training = _training(finetune, loss, steps, learning_rate)
     batches = calibration_list(calibration)
     teacher = eager_copy(model).eval()
-    settings = {
+    agreed = {
+        **(settings or {}),
         "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
         "confidence": budget.confidence, "steps": None if training is None else training.steps, "loss": loss is not None,
         "learning_rate": None if training is None else learning_rate, "widths": list(widths), "seed": seed,
@@ -199,7 +208,7 @@ def compress_with(
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     with folder_in_use(place, "muntin.compress") as notes:
         work = _BudgetedCompression(
-            teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, settings), budget,
+            teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
             evaluate=evaluate, training=training, open_base=open_base, seed=seed, progress=progress,
         )  # fmt: skip
         result = work.run(list(widths), trials=trials, minutes=minutes, holdout=holdout)
@@ -282,16 +291,21 @@ class _BudgetedCompression:
             }  # fmt: skip
 
     def _open_base(self, width: float) -> Base:
-        self.progress(SearchProgress(stage="tables", trials=self.trials))
+        def report(what: str, done: int, total: int) -> None:
+            self.progress(SearchProgress(stage="tables", trials=self.trials, what=what, step=done, steps=total))
+
+        def open_in(folder: Path) -> Base:
+            return self.make_base(width, self._narrowed(width), self.batches, folder, self.budget.objective, report)
 
         def make(part: Path) -> dict[str, Any]:
             started = time.perf_counter()
-            self.make_base(width, self._narrowed(width), self.batches, part, self.budget.objective)
+            open_in(part)
             return {"width": width, "seconds": time.perf_counter() - started}
 
+        report("pruning" if width < 1 else "forms", 0, 1)
         place, record = self.folder.base(width, make)
         self.seconds += record["seconds"]
-        return self.make_base(width, self._narrowed(width), self.batches, place, self.budget.objective)
+        return open_in(place)
 
     def _narrowed(self, width: float) -> nn.Module:
         if width not in self.narrowed:

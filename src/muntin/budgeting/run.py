@@ -69,7 +69,8 @@ def compress_run(
     return compress(
         model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile), budget=budget,
         holdout=_metric(held_out, tile, each=recipe.task == "classify"), folder=folder, minutes=minutes, trials=trials,
-        signature=checkpoint.signature, seed=recipe.seed, progress=progress, **training,
+        signature=checkpoint.signature, settings={"recipe": recipe.model_dump(mode="json")}, seed=recipe.seed, progress=progress,
+        **training,
     )  # fmt: skip
 
 

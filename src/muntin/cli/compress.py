@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say, status
+from muntin.cli.console import err, notes_once, out, print_json, print_notes, print_table, say, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
@@ -174,6 +174,7 @@ def compress_within(
     from muntin.budgeting import Budget
     from muntin.budgeting.pipeline import TRIALS
     from muntin.budgeting.run import FOLDER, compress_run
+    from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
     from muntin.reporting.front import write_front
     from muntin.training import find_checkpoint, read_checkpoint
@@ -195,9 +196,10 @@ def compress_within(
     metric = "mIoU" if recipe.task == "segment" else "accuracy"
     page = write_front(folder, front_record(result, title=recipe.name, metric=metric))
     if json:
-        print_json({**_document(result), "page": page, "notes": [*notes, *result.notes]})
+        print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes]})
     else:
         describe_search(result, metric)
+        print_notes(broken_off(checkpoint))
         out.print(f"page      {page}")
     if not result.kept:
         raise typer.Exit(1)
@@ -205,14 +207,14 @@ def compress_within(
 
 @contextmanager
 def _shown(begin: Callable[[], None], *, quiet: bool) -> Iterator[SearchReport]:
-    """Show what is tried, and a line for each trial that has ended."""
+    """Show what is tried, and on a terminal a line for each trial that has ended."""
     told: set[int] = set()
     with status("reference") as stage:
 
         def show(progress: SearchProgress) -> None:
             begin()
             for trial in progress.trials:
-                if trial.number not in told and not quiet:
+                if trial.number not in told and err.is_terminal and not quiet:
                     say(f"trial {trial.number:<3} {_words(trial)}")
                 told.add(trial.number)
             stage(_stage(progress))
@@ -225,10 +227,10 @@ def _stage(progress: SearchProgress) -> str:
     best = f"; smallest so far {min(kept) / 1e6:.3f} MB" if kept else ""
     if progress.stage == "train":
         return f"trial {progress.number}, step {progress.step} of {progress.steps}{best}"
-    return {
-        "reference": "the FP32 model's artefact", "tables": f"harm and cost of the forms of each layer{best}",
-        "trial": f"trial {progress.number}{best}", "holdout": "the held-out data",
-    }[progress.stage]  # fmt: skip
+    if progress.stage == "tables":
+        return f"tables: {progress.what} {progress.step} of {progress.steps}{best}"
+    names = {"reference": "the FP32 model's artefact", "trial": f"trial {progress.number}{best}", "holdout": "the held-out data"}
+    return names[progress.stage]
 
 
 def _words(trial: Trial) -> str:
