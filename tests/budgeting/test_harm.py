@@ -13,10 +13,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from model_helpers import pixels
 from muntin.budgeting.forms import Form
-from muntin.budgeting.harm import cut_factors, form_errors, input_rows, kept_by_reconstruction, measure_harm
+from muntin.budgeting.harm import answer_responses, cut_factors, form_errors, input_rows, kept_by_reconstruction, measure_harm
 from muntin.budgeting.layer_forms import KEPT, FormLayers, halves, layer_forms, ranks_of
 from muntin.compression import quantize
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
+from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_weight
 from muntin.compression.quantization.observer import ActivationGrid
 from muntin.compression.quantization.qat import QATLinear
 from muntin.compression.quantization.quantized_layers import quantized_form
@@ -193,3 +194,24 @@ def test_harm_orders_changes_as_the_answer_does() -> None:
                 measured.append(float((answer - exact).square().mean() / exact.var()))
     assert len(predicted) >= 20
     assert spearmanr(predicted, measured).statistic > 0.9
+    ratios = torch.tensor(measured) / torch.tensor(predicted)
+    assert 0.5 < float(ratios.median()) < 2
+
+
+def test_response_to_a_layer_is_the_noise_that_its_rounding_makes() -> None:
+    layers = layer_forms(network(), [pictures(16), pictures(16)])
+    (batch,), one = layers.judged, layers.layers["6"]
+    response = answer_responses(layers.model, batch, {"6": one.layer})["6"]
+    model, weight = eager_copy(layers.model), one.layer.weight.detach()
+    inputs: list[Tensor] = []
+    model[6].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    with torch.no_grad():
+        exact = model(batch)
+        q, scale = quantize_weight(weight, 0, 5)
+        change = dequantize_weight(q, scale, 0) - weight
+        error = F.conv2d(inputs[0], change)
+        mean = error.mean((0, 2, 3))
+        model[6].weight += change
+        model[6].bias -= mean
+        noise = float((model(batch) - exact).square().mean() / exact.var(correction=0))
+    assert response == pytest.approx(noise / float((error - mean[:, None, None]).square().mean()), rel=1e-3)

@@ -4,8 +4,9 @@
 
     CACHE/latency/<engine>-<version>-<digest of CPU and threads>.json   {"engine", "version", "cpu", "threads", "ms": {shape: {form: ms}}}
 
-A branch is narrow layer, form, narrow layer, all in integers or all in floats, so that the form reads and writes the type that it does
-inside a network. Every inference runs all branches, so they are measured interleaved, and weights come from memory as in a network.
+A branch is narrow layer, form, narrow layer; the narrow ones in integers, as most layers of a plan are, so that a form in floats has the
+time of converting its result, too: a depthwise convolution may be faster in floats alone, and slower with that. Every inference runs all
+branches, so they are measured interleaved, and weights come from memory as in a network.
 Weights of fewer than 8 bits run in 8, so they have the time of these.
 """
 
@@ -15,6 +16,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -46,6 +48,8 @@ SEED = 0
 """Seed of weights and inputs, whose values do not matter."""
 _CEILINGS = Ceilings(gmacs={}, copy_gb_s=1.0, threads=1, others=None)
 """Not used: the profile would measure the machine's."""
+_OF_FORM, _OF_BRANCH = re.compile(r"forms\.(\d+)\.1(?!\d)"), re.compile(r"forms\.(\d+)\.(?!.*sink_port)")
+"""Labels of kernels of a form; names of conversions in a branch, without that of its result."""
 Progress = Callable[[int, int], None]
 """Called with the shapes done and their number."""
 Milliseconds = dict[str, dict[str, float]]
@@ -160,7 +164,7 @@ def _measure(one: FormLayer, forms: Mapping[str, Form], options: SessionOptions,
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan**0.5)
     shape = (*one.shape[:-1], NARROW) if isinstance(layer, nn.Linear) else (NARROW, *one.shape[1:])
     example = {"x": torch.randn(1, *shape, generator=generator)}
-    kept = [f"forms.{index}" for index, form in enumerate(forms.values()) if form.bits == KEPT]
+    kept = [f"forms.{index}.1" for index, form in enumerate(forms.values()) if form.bits == KEPT]
     with torch.random.fork_rng(devices=[]):
         quantize(model.eval(), [example], keep=kept, min_sqnr_db=0.0)
         with tempfile.TemporaryDirectory() as folder:
@@ -170,9 +174,9 @@ def _measure(one: FormLayer, forms: Mapping[str, Form], options: SessionOptions,
     times = dict.fromkeys(forms, 0.0)
     texts = list(forms)
     for kernel in kernels:
-        parts = (kernel.layer or "").split(".")
-        if parts[0] == "forms" and parts[2:3] == ["1"]:
-            times[texts[int(parts[1])]] += kernel.ms
+        match = _OF_FORM.match(kernel.label) or (_OF_BRANCH.match(kernel.name) if kernel.layer is None else None)
+        if match:
+            times[texts[int(match[1])]] += kernel.ms
     return {text: round(ms, 4) for text, ms in times.items()}
 
 
