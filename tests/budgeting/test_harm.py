@@ -198,7 +198,7 @@ def test_harm_orders_changes_as_the_answer_does() -> None:
     assert 0.5 < float(ratios.median()) < 2
 
 
-def test_response_to_a_layer_is_the_noise_that_its_rounding_makes() -> None:
+def test_response_is_the_noise_of_a_rounded_layer() -> None:
     layers = layer_forms(network(), [pictures(16), pictures(16)])
     (batch,), one = layers.judged, layers.layers["6"]
     response = answer_responses(layers.model, batch, {"6": one.layer})["6"]

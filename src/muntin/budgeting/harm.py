@@ -13,7 +13,7 @@ Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.quantization.rounding import DAMPING, MAX_INPUTS, SPARSE
 from muntin.compression.quantization.widths import BATCHES
 from muntin.models.eager import ModelInputs, call, tensors_of, watch_inputs
+from muntin.runtime.tiles import Progress
 
 ROWS, VALUES = 1024, 2**21
 """Maximum number of rows of a layer, and of their values."""
@@ -38,8 +39,6 @@ PROBED, PROBE_BITS = 16, 5
 """Rows of inputs on which the answer's response to each layer's rounding is measured, and the bits of that rounding."""
 BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): the harm of its forms cannot be estimated"
 """Reason to keep a layer."""
-Progress = Callable[[int, int], None]
-"""Called with the layers done and their number."""
 
 
 def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total: None) -> dict[str, dict[Form, float]]:
@@ -47,8 +46,9 @@ def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total:
 
     Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
 
-    Costs a forward and backward pass over two batches, two forward passes over all, one of `PROBED` rows for each layer, a decomposition of
-    each layer, and for each form products of at most `ROWS` rows with its weights. Memory: twice `VALUES` numbers a layer.
+    `progress`: called with the layers done and their number. Costs a forward and backward pass over two batches, two forward passes over
+    all, one of `PROBED` rows for each layer, a decomposition of each layer, and for each form products of at most `ROWS` rows with its
+    weights. Memory: twice `VALUES` numbers a layer.
     """
     varied = {name: one for name, one in layers.layers.items() if len(one.forms) > 1}
     weighted = {name: one.layer for name, one in varied.items()}

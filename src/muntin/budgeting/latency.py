@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from muntin.runtime.host.hardware import cpu_identity, describe_hardware
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import Ceilings
 from muntin.runtime.profiling.profile import profile
+from muntin.runtime.tiles import Progress
 
 ROUNDS = 30
 """Timed inferences of each shape."""
@@ -50,8 +51,6 @@ _CEILINGS = Ceilings(gmacs={}, copy_gb_s=1.0, threads=1, others=None)
 """Not used: the profile would measure the machine's."""
 _OF_FORM, _OF_BRANCH = re.compile(r"forms\.(\d+)\.1(?!\d)"), re.compile(r"forms\.(\d+)\.(?!.*sink_port)")
 """Labels of kernels of a form; names of conversions in a branch, without that of its result."""
-Progress = Callable[[int, int], None]
-"""Called with the shapes done and their number."""
 Milliseconds = dict[str, dict[str, float]]
 """By shape and form."""
 
@@ -62,7 +61,8 @@ def measured_latencies(
     """Milliseconds of each form of each layer for one row of the model's inputs: the median of `rounds`, times the calls of the layer.
 
     A layer with a single form costs 0, since no choice depends on it. Costs 4 to 20 seconds for each shape of layer that the cache does not
-    hold, the more ranks the longer, most of it the export. `threads`: None for the usable physical cores.
+    hold, the more ranks the longer, most of it the export. `threads`: None for the usable physical cores. `progress`: called with the
+    shapes done and their number.
     """
     options = SessionOptions(threads=threads, cache=False)
     cache = _Cache(options.thread_count)

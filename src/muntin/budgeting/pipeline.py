@@ -24,7 +24,7 @@ from muntin.budgeting.forms import Form, Plan
 from muntin.budgeting.layer_forms import KEPT
 from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, score_of
 from muntin.budgeting.search import Base, Search, front
-from muntin.budgeting.tables import assign_forms, build_tables, model_digest
+from muntin.budgeting.tables import TableProgress, assign_forms, build_tables, model_digest
 from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
@@ -38,9 +38,7 @@ WIDTHS = (1.0, 0.8, 0.6)
 TRIALS = 12
 """Most trials by default."""
 SearchOutcome = Literal["kept", "not reachable", "not tried"]
-TablesReport = Callable[[str, int, int], None]
-"""Called with what is being measured, the steps done and their number."""
-OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TablesReport], Base]
+OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TableProgress], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
 
 
@@ -51,7 +49,7 @@ class TablePlans:
     """
 
     def __init__(
-        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TablesReport
+        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress
     ) -> None:
         self.width, self.objective = width, objective
         self.tables = build_tables(model, batches, folder, objective=objective, progress=report)

@@ -33,7 +33,7 @@ from muntin.models.eager import ModelInputs, check_eager, tensors_of
 
 FILE = "tables.csv"
 FORMAT = 1
-Progress = Callable[[str, int, int], None]
+TableProgress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and their number."""
 COLUMNS = ("layer", "rank", "bits", "parameters", "bytes", "macs", "harm", "ms")
 
@@ -136,7 +136,7 @@ def build_tables(
     *,
     objective: Objective,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: TableProgress | None = None,
 ) -> Tables:
     """Measure the forms of every Linear and Conv2d of a model, or read them from `folder` if they were measured there.
 
@@ -175,7 +175,7 @@ def _check_same(tables: Tables, digests: Mapping[str, str], folder: Path) -> Non
         raise MuntinError(f"{folder / FILE} was measured with {' and '.join(different)}: give another folder, or delete the file")
 
 
-def _measure(layers: FormLayers, digests: Mapping[str, Any], report: Progress) -> Tables:
+def _measure(layers: FormLayers, digests: Mapping[str, Any], report: TableProgress) -> Tables:
     harms = measure_harm(layers, progress=lambda done, total: report("harm", done, total))
     rows = {}
     for name, one in layers.layers.items():
