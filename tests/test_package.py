@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 # Rooms in import order: a module imports only from its own room and from those before it.
 ROOMS = (
     *("errors", "text", "artifact", "images", "runtime", "graph", "layers", "models", "data", "training", "compression", "deployment"),
-    *("reporting", "serving", "cli"),
+    *("budgeting", "reporting", "serving", "cli"),
 )
 SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc", "triton")
 """Folders of `serving` in import order."""
@@ -98,6 +98,8 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("create_model", ("name", "task", "classes", "channels", "scale")),
         ("fit", ("recipe",)),
         ("evaluate", ("session", "samples")),
+        ("compress", ("model", "calibration", "evaluate", "budget", "finetune", "loss", "holdout")),
+        ("Budget", ("max_drop", "objective")),
         ("low_rank", ("model", "calibration", "parameters", "macs", "only", "keep")),
         ("prune", ("model", "calibration", "ratio", "parameters", "macs", "only", "keep")),
         ("quantize", ("model", "calibration", "only", "keep")),

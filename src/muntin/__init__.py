@@ -13,6 +13,7 @@ from muntin.errors import DependencyError, install
 if TYPE_CHECKING:
     from muntin import layers
     from muntin.artifact import write_standalone
+    from muntin.budgeting import Budget, compress
     from muntin.compression import distil, freeze, load_compressed, low_rank, prepare_qat, prune, quantize, save
     from muntin.deployment import TorchSession, export, open_model
     from muntin.graph import export_onnx, quantize_onnx
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from muntin.training import evaluate, fit
 
 __all__ = [
+    "Budget",
     "SessionOptions",
     "TorchSession",
+    "compress",
     "create_model",
     "distil",
     "evaluate",
@@ -48,8 +51,10 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "Budget": "budgeting",
     "SessionOptions": "runtime",
     "TorchSession": "deployment",
+    "compress": "budgeting",
     "create_model": "models",
     "distil": "compression",
     "evaluate": "training",

@@ -18,10 +18,12 @@ class Form:
 class Plan:
     """The forms of all layers by dotted name, after `prune` has left `width` of the parameters (1: not pruned).
 
-    `harm`: predicted rise of the loss on the calibration data. `cost`: predicted bytes, or milliseconds.
+    `harm`: predicted rise of the loss on the calibration data. `cost`: predicted bytes, or milliseconds. `gap`: by which share of the cost
+    a better plan may be possible; 0 if this one is proved to be the best.
     """
 
     width: float = 1.0
     forms: Mapping[str, Form] = field(default_factory=dict)
     harm: float = 0.0
     cost: float = 0.0
+    gap: float = 0.0

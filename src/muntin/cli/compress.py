@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Column, Table
 
-from muntin.cli.console import notes_once, out, print_json, print_notes, say, status
+from muntin.cli.console import err, notes_once, out, print_json, print_notes, print_table, say, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 
 if TYPE_CHECKING:
+    from muntin.budgeting.pipeline import CompressionResult, Holdout, SearchProgress, SearchReport
+    from muntin.budgeting.trials import Trial
     from muntin.compression.stages import CompressionRun
     from muntin.models.compression_record import Stage
-    from muntin.training import Checkpoint, FitProgress
+    from muntin.reporting.front import FrontRecord
+    from muntin.training import Checkpoint, FitProgress, Recipe
 
 QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
 """Keys of a recipe's `quantization` that compression uses."""
@@ -26,16 +32,47 @@ QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
 
 def compress_command(
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the stages; RUN/compressed by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the stages, RUN/compressed by default, or of the trials, RUN/budget.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the stages in the folder.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.average_bits=5; repeatable.")
     ] = None,
     until: Annotated[str, typer.Option(help="The last stage to run: low-rank, w4a8 or mixed.")] = "mixed",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Instead of the stages, search for the smallest model that loses at most this much of the validation metric, e.g. 0.01; "
+            "a search that was interrupted goes on.",
+        ),
+    ] = None,
+    objective: Annotated[str | None, typer.Option(help="With --max-drop: what to make least, size or latency.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="With --max-drop: no trial begins that would end later.")] = None,
+    trials: Annotated[int | None, typer.Option(min=0, help="With --max-drop: most models to try; 12 by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the recipe's stages together.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Make a trained model small in three stages: low rank, 4-bit training, mixed precision."""
+    """Make a trained model small: within a budget of accuracy (--max-drop), or in three stages of the recipe.
+
+    The stages are low rank, 4-bit training and mixed precision. With --max-drop, ranks, channels and bits are chosen together, and each
+    candidate is trained, exported and scored as an artefact; exit code 1 if none keeps the budget.
+    """
     refuse_without_gradients(checkpoint)
+    own = {"--objective": objective, "--minutes": minutes, "--trials": trials, "--steps": steps}
+    if max_drop is not None:
+        if resume or until != "mixed":
+            raise typer.BadParameter("--resume and --until are of the stages: leave them out with --max-drop, which goes on by itself")
+        compress_within(
+            checkpoint, output, max_drop=max_drop, objective=objective or "size", minutes=minutes, trials=trials, steps=steps,
+            overrides=set_ or (), json=json,
+        )  # fmt: skip
+        return
+    if given := [name for name, value in own.items() if value is not None]:
+        raise typer.BadParameter(f"{', '.join(given)}: give --max-drop too, such as --max-drop 0.01")
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import FOLDER
     from muntin.errors import RecipeError
@@ -70,21 +107,13 @@ def compress_with_progress(
     *,
     until: Stage = "mixed",
     resume: bool,
-    overrides: list[str] | tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
     begin: Callable[[], None],
 ) -> CompressionRun:
     """Run `compress_checkpoint` and show its progress. `begin` is called when work begins, after the checks that may refuse it."""
     from muntin.compression.stages import compress_checkpoint
-    from muntin.errors import RecipeError
-    from muntin.training.recipe import override_recipe
 
-    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
-    other = next((override for override in overrides if not override.startswith(allowed)), None)
-    if other is not None:
-        raise RecipeError(
-            f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
-        )
-    recipe = override_recipe(checkpoint.recipe, overrides)
+    recipe = compression_recipe(checkpoint, overrides)
     with training_bar(recipe.task) as report:
 
         def show(stage: str, progress: FitProgress) -> None:
@@ -94,6 +123,20 @@ def compress_with_progress(
         return compress_checkpoint(
             checkpoint, directory, config=recipe.compression, quantization=recipe.quantization, until=until, resume=resume, report=show
         )
+
+
+def compression_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a checkpoint with values of its compression replaced. Raises RecipeError for other values."""
+    from muntin.errors import RecipeError
+    from muntin.training.recipe import override_recipe
+
+    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
+    other = next((override for override in overrides if not override.startswith(allowed)), None)
+    if other is not None:
+        raise RecipeError(
+            f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
+        )
+    return override_recipe(checkpoint.recipe, overrides)
 
 
 def describe_compression(run: CompressionRun) -> None:
@@ -112,6 +155,152 @@ def describe_compression(run: CompressionRun) -> None:
         out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))))
     print_notes(run.notes)
     out.print(f"wrote     {run.checkpoint}")
+
+
+def compress_within(
+    run: Path,
+    output: Path | None,
+    *,
+    max_drop: float,
+    objective: str,
+    minutes: float | None,
+    trials: int | None,
+    steps: int | None,
+    overrides: Sequence[str],
+    json: bool,
+) -> None:
+    """Search, print the trials and the chosen one. Exits with 1 if no trial keeps the budget."""
+    notes = prepare_torch()  # before PyTorch is imported
+    from muntin.budgeting import Budget
+    from muntin.budgeting.pipeline import TRIALS
+    from muntin.budgeting.run import FOLDER, compress_run
+    from muntin.compression.stages import broken_off
+    from muntin.errors import RecipeError
+    from muntin.reporting.front import write_front
+    from muntin.training import find_checkpoint, read_checkpoint
+
+    if objective not in ("size", "latency"):
+        raise RecipeError(f"--objective '{objective}': give size or latency")
+    if not first_process():
+        raise RecipeError("--max-drop searches in one process: start it without torchrun")
+    file = find_checkpoint(run)
+    checkpoint = read_checkpoint(file)
+    recipe = compression_recipe(checkpoint, overrides)
+    checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
+    folder = output or file.parent.parent / FOLDER
+    with _shown(notes_once(() if json else notes), quiet=json) as progress:
+        result = compress_run(
+            checkpoint, Budget(max_drop=max_drop, objective=objective), folder, steps=steps, minutes=minutes,  # type: ignore[arg-type]
+            trials=TRIALS if trials is None else trials, progress=progress,
+        )  # fmt: skip
+    metric = "mIoU" if recipe.task == "segment" else "accuracy"
+    page = write_front(folder, front_record(result, title=recipe.name, metric=metric))
+    if json:
+        print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes]})
+    else:
+        describe_search(result, metric)
+        print_notes(broken_off(checkpoint))
+        out.print(f"page      {page}")
+    if not result.kept:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _shown(begin: Callable[[], None], *, quiet: bool) -> Iterator[SearchReport]:
+    """Show what is tried, and on a terminal a line for each trial that has ended."""
+    told: set[int] = set()
+    with status("reference") as stage:
+
+        def show(progress: SearchProgress) -> None:
+            begin()
+            for trial in progress.trials:
+                if trial.number not in told and err.is_terminal and not quiet:
+                    say(f"trial {trial.number:<3} {_words(trial)}")
+                told.add(trial.number)
+            stage(_stage(progress))
+
+        yield show
+
+
+def _stage(progress: SearchProgress) -> str:
+    kept = [trial.bytes for trial in progress.trials if trial.kept]
+    best = f"; smallest so far {min(kept) / 1e6:.3f} MB" if kept else ""
+    if progress.stage == "train":
+        return f"trial {progress.number}, step {progress.step} of {progress.steps}{best}"
+    if progress.stage == "tables":
+        return f"tables: {progress.what} {progress.step} of {progress.steps}{best}"
+    names = {"reference": "the FP32 model's artefact", "trial": f"trial {progress.number}{best}", "holdout": "the held-out data"}
+    return names[progress.stage]
+
+
+def _words(trial: Trial) -> str:
+    ending = "kept" if trial.kept else "too much lost"
+    return f"{trial.bytes / 1e6:.3f} MB, {trial.ms:.2f} ms, score {trial.score:.4f} ({-trial.drop:+.4f}): {ending}"
+
+
+def describe_search(result: CompressionResult, metric: str) -> None:
+    """Print the trials, the chosen one and its figures."""
+    table = Table("", *(Column(name, justify="right") for name in ("width", metric, "change", "MB", "ms")), "budget", "front")
+    on_front = {trial.number for trial in result.front}
+    for row in result.rows:
+        number = row["trial"]
+        name = f"trial {number}" if number else "FP32"
+        change = f"{-row['drop']:+.4f}" if number else ""
+        kept = ("kept" if row["kept"] else "broken") if number else ""
+        table.add_row(
+            name, f"{row['width']:g}", f"{row['score']:.4f}", change, f"{row['bytes'] / 1e6:.3f}", f"{row['ms']:.2f}", kept,
+            "yes" if number in on_front else "",
+        )  # fmt: skip
+    print_table(table)
+    best = result.best
+    if best is not None:
+        first = result.rows[0]
+        ratio = first["bytes"] / best.bytes
+        out.print(f"chosen    trial {best.number}: {ratio:.1f} times fewer bytes, {first['ms'] / best.ms:.2f} times the speed of FP32")
+    if result.holdout is not None:
+        out.print(f"held out  {_figures(result.holdout, metric)}")
+    print_notes(result.notes)
+    out.print(f"wrote     {result.artifact.path}")
+
+
+def _figures(held: Holdout, metric: str) -> str:
+    within = "" if held.interval is None else f", 95 % interval of the change {-held.interval[1]:+.4f} to {-held.interval[0]:+.4f}"
+    return f"{metric} {held.score:.4f}, FP32 {held.reference:.4f} ({-held.drop:+.4f}){within}"
+
+
+def front_record(result: CompressionResult, *, title: str, metric: str) -> FrontRecord:
+    """The values of the page of a search."""
+    from importlib.metadata import version
+
+    from muntin.reporting.front import FrontRecord
+    from muntin.runtime import describe_hardware
+
+    points = [
+        {
+            "number": row["trial"], "name": f"trial {row['trial']}" if row["trial"] else "FP32", "width": row["width"],
+            "score": row["score"], "drop": row["drop"], "bytes": row["bytes"], "ms": row["ms"], "kept": row["kept"],
+            "artifact": Path(row["artifact"]).relative_to(result.folder).as_posix(),
+        }
+        for row in result.rows
+    ]  # fmt: skip
+    held = "" if result.holdout is None else f"On held-out data: {_figures(result.holdout, metric)}."
+    return FrontRecord.model_validate(
+        {
+            "muntin": version("muntin"), "created": datetime.now(UTC).isoformat(timespec="seconds"), "title": title, "metric": metric,
+            "objective": result.budget.objective, "max_drop": result.budget.max_drop,
+            "chosen": None if result.best is None else result.best.number, "held_out": held, "notes": result.notes,
+            "hardware": describe_hardware(), "points": points,
+        }
+    )  # fmt: skip
+
+
+def _document(result: CompressionResult) -> dict[str, Any]:
+    return {
+        "outcome": result.outcome, "kept": result.kept, "max_drop": result.budget.max_drop, "objective": result.budget.objective,
+        "reference": result.reference, "noise": result.noise, "chosen": None if result.best is None else result.best.number,
+        "artifact": result.artifact.path, "folder": result.folder, "rows": result.rows, "front": [trial.number for trial in result.front],
+        "holdout": None if result.holdout is None else asdict(result.holdout),
+    }  # fmt: skip
 
 
 def quantize_command(

@@ -162,7 +162,7 @@ def answer_sensitivity(model: nn.Module, batches: Sequence[ModelInputs], layers:
         with _evaluating(model), torch.inference_mode(False), torch.enable_grad():
             for batch in batches:
                 probes.clear()
-                answer = _checked_answer(call(model, _copied(batch)))
+                answer = _checked_answer(call(model, copied(batch)))
                 wide = answer.detach().double()
                 sums += wide.numel(), float(wide.sum()), float(wide.square().sum())
                 direction = torch.randn(answer.shape, generator=generator).to(answer.device, answer.dtype)
@@ -205,9 +205,10 @@ def _checked_answer(answer: Any) -> Tensor:
     return smooth[0] if len(smooth) == 1 else torch.cat([tensor.flatten() for tensor in smooth])
 
 
-def _copied(batch: ModelInputs) -> ModelInputs:
-    copied: ModelInputs = _pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
-    return copied
+def copied(batch: ModelInputs) -> ModelInputs:
+    """A batch of copies of the tensors, for a model that may write into its inputs."""
+    copies: ModelInputs = _pytree.tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch)
+    return copies
 
 
 @contextmanager

@@ -22,7 +22,16 @@ from muntin.compression import Change, fold, quantize
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
 from muntin.compression.allocation import rank_at
 from muntin.compression.low_rank.factored_layers import full_ranks
-from muntin.compression.low_rank.factorization import DAMPING, apply_structure, factorize, low_rank, spectra, square_root, structure_of
+from muntin.compression.low_rank.factorization import (
+    DAMPING,
+    apply_structure,
+    factor,
+    factorize,
+    low_rank,
+    spectra,
+    square_root,
+    structure_of,
+)
 from muntin.compression.quantization.fake_quantization import sqnr_db
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig
@@ -510,3 +519,30 @@ def test_structure_of_another_model() -> None:
     apply_structure(model, {"0": [8]})
     with pytest.raises(MuntinError, match="layer '0' is a FactoredLinear"):
         apply_structure(model, {"0": [9]})
+
+
+def test_given_ranks() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Flatten(), nn.Linear(64, 12)).eval()
+    x = torch.randn(8, 8, 6, 6)
+    before = answer(model, x)
+    changes = by_layer(factor(model, [x], {"0": (8, 16), "4": (12,)}))
+    assert structure_of(model) == {"0": (8, 16), "4": (12,)} and changes["0"].done == "ranks 8, 16 of 8, 16"
+    torch.testing.assert_close(answer(model, x), before, atol=1e-4, rtol=1e-4)
+    assert by_layer(factor(model, [x], {})) == {}
+
+
+def test_given_ranks_of_a_layer_without_factored_form() -> None:
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16)).eval(), torch.randn(2, 16, 5, 5)
+    (change,) = factor(model, [x], {"0": (4, 4)})
+    assert change.kept and "depthwise" in change.reason
+
+
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [({"1": (4,)}, "ranks names no layer: 1"), ({"0": (9,)}, "ranks of '0': 9; the layer takes 1-8"), ({"0": ()}, "none")],
+)
+def test_ranks_that_do_not_fit(ranks: Any, words: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 12))
+    with pytest.raises(MuntinError, match=words):
+        factor(model, [torch.randn(4, 8)], ranks)
+    assert type(model[0]) is nn.Linear

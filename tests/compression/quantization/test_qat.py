@@ -553,3 +553,16 @@ def test_export_refuses(tmp_path: Path) -> None:
     with pytest.raises(MuntinError, match="call freeze"):
         export(model, x, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
+
+
+def test_bits_by_layer() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(32, 6)
+    prepare_qat(model, [x], bits={"*": 5, "2": 3}, keep=("4",))
+    assert bits_of(model) == {"0": 5, "2": 3}
+    prepare_qat(model, [x], bits={"0": 5, "2": 3})
+    assert bits_of(model) == {"0": 5, "2": 3, "4": 8}
+    with pytest.raises(MuntinError, match="bits=8: '0' is in quantisation-aware training with 5 bits"):
+        prepare_qat(model, [x], bits={"2": 3})
+    with pytest.raises(MuntinError, match="bits names no layer: head"):
+        prepare_qat(nn.Sequential(nn.Linear(6, 8)), [x], bits={"head": 3})

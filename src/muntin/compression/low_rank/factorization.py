@@ -49,6 +49,7 @@ from muntin.compression.rewrite import (
     EVERY,
     WHOLE_MODEL,
     call_every_layer,
+    check_kept,
     computed_weight,
     left_out,
     named,
@@ -116,7 +117,7 @@ def low_rank(
     layers = dict(named(model, nn.Linear, nn.Conv2d))
     unnamed = left_out({**layers, **factored_layers(model)}, only, keep)  # layers inside padded ones
     call_every_layer(model)
-    reasons = _reasons_to_keep(model, layers, unnamed)
+    reasons = reasons_to_stay_dense(model, layers, unnamed)
     factored = FactoredCosts.of(model, batches, with_macs=config.macs is not None)
     if (within := factored.reason(config)) is not None:
         reasons |= {name: within for name in layers if name not in reasons}
@@ -144,6 +145,44 @@ def low_rank(
     return remember(model, paddings + changes + out_of_reach(model, "low_rank", "factored form"))
 
 
+def factor(model: nn.Module, calibration: Iterable[ModelInputs], ranks: Mapping[str, Sequence[int]]) -> list[Change]:
+    """Replace the Linears and Conv2ds that `ranks` names by factored layers of these ranks, in place.
+
+    `ranks`: by dotted name, one for each mode of `full_ranks`, from 1 to it. `calibration`: as in `low_rank`; weights are whitened by its
+    inputs. A layer that no other form can replace is kept, with the reason. Costs a forward pass, three of one row, and the decomposition
+    of each layer. Raises `MuntinError` for an unknown layer and for ranks that do not fit, before a layer is factored.
+    """
+    check_eager(model)
+    check_frozen(model)
+    batches = calibration_list(calibration)
+    if quantized_layers(model):
+        return through_floats(model, batches, lambda: factor(model, batches, ranks))
+    paddings = plain_convolutions(model.eval(), first_row(batches[0]))
+    every: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
+    check_kept(tuple(ranks), every, argument="ranks")
+    layers = {name: every[name] for name in ranks if name in every}
+    check_weights(layers, done="factored")
+    picked = {name: _given(name, layer, tuple(ranks[name])) for name, layer in layers.items()}
+    call_every_layer(model)
+    reasons = reasons_to_stay_dense(model, layers, {})
+    reasons |= irreplaceable(model, {name: layer for name, layer in layers.items() if name not in reasons}, first_row(batches[0]))
+    free = {name: layer for name, layer in layers.items() if name not in reasons}
+    moments = input_moments(model, batches, free)
+    reasons |= {name: reason for name in free if (reason := _unused(moments.get(name))) is not None}
+    for name, layer in free.items():
+        if name not in reasons:
+            replace(model, name, factorize(layer, picked[name].ranks, square_root(moments[name].shrunk())))
+    return remember(model, paddings + [_change(name, layer, reasons.get(name), picked, "") for name, layer in layers.items()])
+
+
+def _given(name: str, layer: Dense, ranks: tuple[int, ...]) -> Choice:
+    full = full_ranks(layer)
+    if len(ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(ranks, full, strict=True)):
+        allowed = ", ".join(f"1-{most}" for most in full)
+        raise MuntinError(f"ranks of '{name}': {', '.join(map(str, ranks)) or 'none'}; the layer takes {allowed}")
+    return Choice(ranks=ranks, parameters=factored_parameters(layer, ranks))
+
+
 def _change(name: str, layer: Dense, reason: str | None, picked: Mapping[str, Choice], note: str) -> Change:
     if reason is not None:
         return Change(layer=name, pass_="low_rank", done="kept", reason=reason)
@@ -161,8 +200,8 @@ def _ranks_text(ranks: tuple[int, ...], full: tuple[int, ...]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {', '.join(map(str, full))}"
 
 
-def _reasons_to_keep(model: nn.Module, layers: Mapping[str, Dense], unnamed: Mapping[str, str]) -> dict[str, str]:
-    """Reasons to keep layers dense for any budget, by name."""
+def reasons_to_stay_dense(model: nn.Module, layers: Mapping[str, Dense], unnamed: Mapping[str, str]) -> dict[str, str]:
+    """Reasons to keep layers dense for any budget, by name. `unnamed`: those of layers that the caller leaves out."""
     factored = {id(part) for layer in factored_layers(model).values() for part in layer.children()}
     users = parameter_users(model)
     reasons = {}

@@ -38,7 +38,7 @@ from muntin.compression.quantization.quantized_layers import (
     quantized_form,
     quantized_operations,
 )
-from muntin.compression.quantization.widths import check_bits
+from muntin.compression.quantization.widths import WidthOf, check_bits, requested_widths
 from muntin.compression.rewrite import EVERY, is_kept, keepable, left_out, named, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
@@ -172,7 +172,7 @@ def prepare_qat(
     model: nn.Module,
     calibration: Iterable[ModelInputs],
     *,
-    bits: int = 4,
+    bits: int | Mapping[str, int] = 4,
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
     percentile: float | None = None,
@@ -180,24 +180,28 @@ def prepare_qat(
     """Put a model into W`bits`A8 quantisation-aware training, in place.
 
     Linear, Conv2d and depthwise convolutions get weights of `bits` bits (2-8) per output channel and 8-bit inputs; the products of muntin's
-    attention get two 8-bit operands. Norms and gates are folded first. `calibration`: batches of training inputs, as in `quantize`;
-    activation grids start at the least squared error over them, or at `percentile` (of 100) of their values. `only`, `keep`: names or
-    patterns of the layers and products to take, and to leave in float. Costs two forward passes over the batches and three of one row.
+    attention get two 8-bit operands. `bits` by name or pattern are as in `quantize`: the last that fits counts, other layers get 8. Norms
+    and gates are folded first. `calibration`: batches of training inputs, as in `quantize`; activation grids start at the least squared
+    error over them, or at `percentile` (of 100) of their values. `only`, `keep`: names or patterns of the layers and products to take, and
+    to leave in float. Costs two forward passes over the batches and three of one row.
 
     A second run with the same bits changes nothing, and one of other layers may have other bits. Raises `MuntinError` like `prepare`, for
     layers that are prepared with other bits. Quantised layers go on from their values, on their grids if `bits` are theirs.
     """
-    check_bits(bits)
+    if not isinstance(bits, Mapping):
+        check_bits(bits)
     check_eager(model)
-    thawed = _thaw(model, bits, only, keep)
+    width_of = requested_widths(bits, {**keepable(model), **quantized_operations(model), **qat_operations(model)})
+    thawed = _thaw(model, width_of, only, keep)
     before = qat_operations(model)
     taken = {name: one for name, one in before.items() if is_kept(name, only) and not is_kept(name, keep)}
-    other = {name: one.bits for name, one in taken.items() if isinstance(one, QATLinear | QATConv2d) and one.bits != bits}
+    other = {name: one.bits for name, one in taken.items() if isinstance(one, QATLinear | QATConv2d) and one.bits != width_of(name)}
     if other:
         name, width = next(iter(other.items()))
         raise MuntinError(
-            f"bits={bits}: '{name}' is in quantisation-aware training with {width} bits ({len(other)} layers are): "
-            f"muntin.compression.set_bits(model, {{'{name}': {bits}}}) goes on from its rounded weights; or begin with the float model"
+            f"bits={width_of(name)}: '{name}' is in quantisation-aware training with {width} bits ({len(other)} layers are): "
+            f"muntin.compression.set_bits(model, {{'{name}': {width_of(name)}}}) goes on from its rounded weights; or begin with the float "
+            "model"
         )
     ready = prepare(model, calibration, only=only, keep=keep, done=before, products=(Product, SoftmaxProduct))
     already = [
@@ -209,19 +213,19 @@ def prepare_qat(
             changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
             continue
         grids = [observer.grid(percentile) if observer.seen else SHARES for observer in ready.observed[name]]
-        form = _qat_form(operation, grids, bits)
+        form = _qat_form(operation, grids, width_of(name))
         replace(model, name, form)
         changes.append(Change(layer=name, pass_="qat", done=_form(form)))
     return remember(model, changes + out_of_reach(model, "qat", "integer form"))
 
 
-def _thaw(model: nn.Module, bits: int, only: Sequence[str], keep: Sequence[str]) -> list[str]:
+def _thaw(model: nn.Module, width_of: WidthOf, only: Sequence[str], keep: Sequence[str]) -> list[str]:
     """Put quantised operations into quantisation-aware training with their values and grids, in place; return their names."""
     operations = quantized_operations(model)
     unnamed = left_out({**keepable(model), **operations, **qat_operations(model)}, only, keep)
     names = [name for name in operations if name not in unnamed]
     for name in names:
-        replace(model, name, _thawed(operations[name], bits))
+        replace(model, name, _thawed(operations[name], width_of(name)))
     return names
 
 

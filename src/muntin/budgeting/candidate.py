@@ -1,0 +1,154 @@
+"""A plan applied to a copy of a model: channels, ranks and bits, then one course of training if there is data.
+
+    copy -> factor (ranks) -> quantize (bits; reconstruction)                                            without data for training
+                           -> prepare_qat (bits) -> reconstruct -> distil or train by a loss -> freeze   with it
+
+Bits are chosen before training, and the learning rate falls once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from muntin.budgeting.forms import Plan
+from muntin.budgeting.layer_forms import KEPT, ranks_of
+from muntin.compression.channels.pruning import prune
+from muntin.compression.distillation import distil
+from muntin.compression.equivalent.batch_norm import fold_batch_norms
+from muntin.compression.equivalent.fold import fold
+from muntin.compression.equivalent.plain_convolutions import plain_convolutions
+from muntin.compression.history import remember
+from muntin.compression.low_rank.factorization import factor
+from muntin.compression.quantization.embeddings import quantize_tables, tables
+from muntin.compression.quantization.post_training import quantize
+from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
+from muntin.compression.quantization.reconstruction import reconstruct
+from muntin.compression.rewrite import EVERY, named
+from muntin.errors import MuntinError
+from muntin.layers import ChannelGate
+from muntin.models.eager import ModelInputs, call, eager_copy, first_row
+
+TABLE_BITS = 8
+"""Bits of embeddings, which have no forms to choose from."""
+TargetLoss = Callable[[Any, Any], Tensor]
+"""From the model's answer and the targets to a scalar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateTraining:
+    """CandidateTraining of a candidate: `steps` on `data`, batches of inputs, or of (inputs, targets) if there is a `loss`.
+
+    Without a loss the candidate learns the FP32 model's answers. The learning rate rises to `learning_rate`, then falls to 0.
+    """
+
+    data: Iterable[Any]
+    steps: int
+    loss: TargetLoss | None = None
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if iter(self.data) is self.data:
+            raise MuntinError("finetune is an iterator, which ends after one pass: give a list of batches or a DataLoader")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise MuntinError(f"steps={self.steps!r}: give a whole number from 1")
+        if not 0 < self.learning_rate <= 1:
+            raise MuntinError(f"learning_rate={self.learning_rate!r}: give a number above 0, at most 1")
+
+
+def narrowed(model: nn.Module, width: float, calibration: Sequence[ModelInputs]) -> nn.Module:
+    """A copy of a model, in `eval` mode, pruned to the share `width` of its parameters, with its norms and gates folded.
+
+    Closed channels of gated models are cut at every width. Raises `MuntinError` if the width is out of reach.
+    """
+    copied = eager_copy(model).eval()
+    remember(copied, plain_convolutions(copied, first_row(calibration[0])))
+    if dict(named(copied, ChannelGate)):
+        prune(copied)
+    if width < 1:
+        prune(copied, calibration, parameters=width)
+    remember(copied, fold(copied) + fold_batch_norms(copied, calibration[0]))  # ranks are chosen for the weights that are deployed
+    return copied
+
+
+def apply_plan(
+    base: nn.Module,
+    plan: Plan,
+    calibration: Sequence[ModelInputs],
+    *,
+    teacher: nn.Module,
+    training: CandidateTraining | None = None,
+    seed: int = 0,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> nn.Module:
+    """The model that a plan describes: a copy of `base`, which `narrowed` has given the plan's width, in integers.
+
+    Embeddings get `TABLE_BITS`.
+
+    `teacher`: the FP32 model. `report`: called with the number and the loss of each step of training. Its changes are in its history
+    (`compression.history`). The same arguments give the same model on one machine. Raises `MuntinError` for a plan of another model.
+    """
+    model = eager_copy(base).eval()
+    ranks = {name: _ranks(model, name, form.rank) for name, form in plan.forms.items() if form.rank is not None}
+    if ranks:
+        factor(model, calibration, ranks)
+    bits = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
+    keep = [name for name, form in plan.forms.items() if form.bits >= KEPT]
+    if training is None:
+        embeddings = TABLE_BITS if tables(model) else None
+        quantize(model, calibration, bits=bits, keep=keep, min_sqnr_db=0.0, embedding_bits=embeddings)
+        return model
+    prepare_qat(model, calibration, bits=bits, keep=keep)
+    layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
+    remember(model, reconstruct(model, layers, calibration))
+    _train(model, teacher, training, seed, report)
+    freeze(model, calibration)
+    if tables(model):
+        remember(model, quantize_tables(model, calibration[0], TABLE_BITS, min_sqnr_db=0.0, only=EVERY, keep=()))
+    return model
+
+
+def _ranks(model: nn.Module, name: str, rank: int) -> tuple[int, ...]:
+    """The rank of each mode of a layer."""
+    modules = dict(model.named_modules())
+    layer = modules.get(name)
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise MuntinError(f"plan: '{name}' is no Linear or Conv2d of the model: it was made for another model")
+    try:
+        return ranks_of(layer, rank)
+    except ValueError as error:
+        raise MuntinError(f"plan: '{name}': {error}: it was made for another model") from error
+
+
+class _WithTargets(nn.Module):
+    """A model that is called with (inputs, targets) and returns its answer and the targets."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: ModelInputs, targets: Any) -> tuple[Any, Any]:
+        return call(self.model, inputs), targets
+
+
+def _train(model: nn.Module, teacher: nn.Module, training: CandidateTraining, seed: int, report: Callable[[int, float], None]) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):  # a model that was made ready for inference
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    course: dict[str, Any] = {"steps": training.steps, "learning_rate": training.learning_rate, "seed": seed, "report": report}
+    if training.loss is None:
+        distil(model, teacher, training.data, **course)
+        return
+    loss = training.loss
+    distil(_WithTargets(model), _Silent(), training.data, loss=lambda answer, _: loss(*answer), **course)
+    model.eval()
+
+
+class _Silent(nn.Module):
+    """A teacher that is not asked."""
+
+    def forward(self, inputs: ModelInputs, targets: Any) -> tuple[()]:
+        return ()

@@ -1,0 +1,280 @@
+"""The harm of each form of each layer: how much the model's answer changes if this layer alone takes the form. Needs no labels.
+
+    rows of each layer's input (patches of a convolution) -> output in the form's arithmetic -> squared error x response of the answer
+
+Factors and rounding are fitted to one part of the calibration batches and judged on the other.
+
+A layer is decomposed once; its lower ranks are parts of that. Factors and integers are computed on rows, as products of matrices, so a form
+costs milliseconds. Weights are rounded to nearest with the error made as small as reconstruction (`quantization.rounding`) would make it,
+a share that does not depend on the bits (`kept_by_reconstruction`).
+
+Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel, R and P ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
+
+from muntin.budgeting.forms import Form
+from muntin.budgeting.layer_forms import KEPT, FormLayer, FormLayers, ranks_of, some_rows
+from muntin.compression.activation_moments import answer_sensitivity, copied
+from muntin.compression.low_rank.factored_layers import FactoredLayer
+from muntin.compression.low_rank.factorization import Dense, factorize, square_root
+from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
+from muntin.compression.quantization.observer import ActivationGrid, Observer
+from muntin.compression.quantization.quantized_layers import InputGrid
+from muntin.compression.quantization.rounding import DAMPING, MAX_INPUTS, SPARSE
+from muntin.compression.quantization.widths import BATCHES
+from muntin.models.eager import ModelInputs, call, tensors_of, watch_inputs
+from muntin.runtime.tiles import Progress
+
+ROWS, VALUES = 1024, 2**21
+"""Maximum number of rows of a layer, and of their values."""
+PROBED, PROBE_BITS = 16, 5
+"""Rows of inputs on which the answer's response to each layer's rounding is measured, and the bits of that rounding."""
+BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): the harm of its forms cannot be estimated"
+"""Reason to keep a layer."""
+
+
+def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total: None) -> dict[str, dict[Form, float]]:
+    """The harm of each form by layer: the noise that it adds to the answer over the signal of the answer, >= 0, additive over layers.
+
+    Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
+
+    `progress`: called with the layers done and their number. Costs a forward and backward pass over two batches, two forward passes over
+    all, one of `PROBED` rows for each layer, a decomposition of each layer, and for each form products of at most `ROWS` rows with its
+    weights. Memory: twice `VALUES` numbers a layer.
+    """
+    varied = {name: one for name, one in layers.layers.items() if len(one.forms) > 1}
+    weighted = {name: one.layer for name, one in varied.items()}
+    sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], weighted)
+    responses = answer_responses(layers.model, some_rows(layers.judged[0], 0, PROBED), weighted)
+    fitted, judged = (_rows_of(layers.model, batches, varied) for batches in (layers.fitted, layers.judged))
+    harms: dict[str, dict[Form, float]] = {}
+    for done, (name, one) in enumerate(layers.layers.items()):
+        progress(done, len(layers.layers))
+        if name not in varied:
+            harms[name] = dict.fromkeys(one.forms, 0.0)
+        elif not sensitivity[name]:
+            harms[name] = {Form(None, KEPT): 0.0}
+        else:
+            scale = responses.get(name, float(sensitivity[name]) * one.positions * len(one.layer.weight))
+            harms[name] = {form: scale * error for form, error in form_errors(one, fitted.pop(name), judged.pop(name)).items()}
+    progress(len(layers.layers), len(layers.layers))
+    return harms
+
+
+@torch.no_grad()
+def answer_responses(model: nn.Module, batch: ModelInputs, layers: Mapping[str, Dense]) -> dict[str, float]:
+    """Noise over signal of the answer for a mean squared error of 1 in the output of each layer, measured with its weight rounded.
+
+    `answer_sensitivity` assumes errors that are independent of each other. Those of rounding are smooth where the input is, and networks
+    hardly respond to smooth errors of their first layers. Layers whose rounding has no effect, or no finite one, are absent. Costs a
+    forward pass for each layer.
+    """
+    exact = _scores(call(model, copied(batch)))
+    spread = float(exact.var(correction=0)) or 1.0
+    responses = {}
+    for name, layer in layers.items():
+        probe = _Probe(layer)
+        handle = layer.register_forward_hook(probe, with_kwargs=True)
+        try:
+            noise = float((_scores(call(model, copied(batch))) - exact).square().mean()) / spread
+        finally:
+            handle.remove()
+        if probe.square > 0 and 0 < noise < float("inf"):
+            responses[name] = noise / (probe.square / probe.count)
+    return responses
+
+
+def _scores(answer: Any) -> Tensor:
+    return torch.cat([part.double().flatten() for part in tensors_of(answer) if part.is_floating_point()])
+
+
+class _Probe:
+    """A hook that adds the rounding error of the layer's weight, without its mean, which a bias takes over."""
+
+    def __init__(self, layer: Dense) -> None:
+        weight = layer.weight.detach()
+        self.change = (dequantize_weight(*quantize_weight(weight, 0, PROBE_BITS), 0) - weight.float()).to(weight.dtype)
+        self.square, self.count = 0.0, 0
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], output: Tensor) -> Tensor:
+        x = inputs[0] if inputs else by_name["input"]
+        if isinstance(layer, nn.Conv2d):
+            error = F.conv2d(x, self.change, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        else:
+            error = F.linear(x, self.change)
+        channels = error.ndim - (3 if isinstance(layer, nn.Conv2d) else 1)
+        error -= error.mean([axis for axis in range(error.ndim) if axis != channels], keepdim=True)
+        self.square += float(error.double().square().sum())
+        self.count += error.numel()
+        return output + error
+
+
+def _rows_of(model: nn.Module, batches: Sequence[ModelInputs], layers: Mapping[str, FormLayer]) -> dict[str, Tensor]:
+    """Rows of each layer's input, (G, N, I), evenly from all batches."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        width = layer.weight[0].numel() * getattr(layer, "groups", 1)
+        most = min(ROWS, VALUES // width) // len(batches)
+        parts[name].append(input_rows(layer, inputs[0].float(), max(1, most)).cpu())
+
+    watch_inputs(model, {name: one.layer for name, one in layers.items()}, batches, watch)
+    return {name: torch.cat(some, 1) for name, some in parts.items()}
+
+
+def input_rows(layer: Dense, x: Tensor, most: int) -> Tensor:
+    """About `most` rows of a layer's input, (G, N, I): tokens, or the patches of a convolution, I channels by taps."""
+    if isinstance(layer, nn.Linear):
+        x_NI = x.reshape(-1, x.shape[-1])
+        return x_NI[None, :: -(-len(x_NI) // most)].clone()
+    assert not isinstance(layer.padding, str)
+    x = x.reshape(-1, *x.shape[-3:])
+    positions = x.shape[0] * x.shape[2] * x.shape[3] / (layer.stride[0] * layer.stride[1])
+    step = max(1, round((positions / most) ** 0.5))
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, tuple(side * step for side in layer.stride))
+    B, width, count = patches.shape  # width: channels by taps
+    groups = layer.groups
+    rows_GNI = patches.reshape(B, groups, width // groups, count).permute(1, 0, 3, 2).reshape(groups, B * count, -1)
+    return rows_GNI[:, :: -(-rows_GNI.shape[1] // most)].clone()
+
+
+@torch.no_grad()
+def form_errors(one: FormLayer, fitted_GNI: Tensor, rows_GNI: Tensor) -> dict[Form, float]:
+    """The mean squared error of an output element in each form, on rows of the layer's input. `fitted_GNI`: those that it is fitted to."""
+    layer = one.layer
+    assert one.grid is not None
+    exact = layer.weight.detach().cpu().float()
+    weight_GOI = exact.reshape(len(rows_GNI), -1, rows_GNI.shape[2])
+    exact_GNO = rows_GNI @ weight_GOI.transpose(1, 2)
+    rounded_GNI = _on_grid(rows_GNI, one.grid)
+    kept_G = kept_by_reconstruction(fitted_GNI, rows_GNI)
+    chain = _Chain(one, rows_GNI[0], float(kept_G[0])) if any(form.rank is not None for form in one.forms) else None
+    errors = {}
+    for form in one.forms:
+        if form == Form(None, KEPT):
+            errors[form] = 0.0
+            continue
+        if form.rank is None:
+            weight = _rounded(exact, form.bits, kept_G.repeat_interleave(weight_GOI.shape[1])).reshape(weight_GOI.shape)
+            output_GNO = rounded_GNI @ weight.transpose(1, 2)
+        else:
+            assert chain is not None
+            output_GNO = chain.output(form, rounded_GNI[0])[None]
+        error_GNO = output_GNO - exact_GNO
+        if form.bits < KEPT and layer.bias is not None:
+            error_GNO -= error_GNO.mean(1, keepdim=True)  # the bias takes it over
+        errors[form] = float(error_GNO.double().square().mean())
+    return errors
+
+
+def _on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
+    rounding = InputGrid(grid)
+    return quantize_dequantize(x, rounding.scale, rounding.zero_point)
+
+
+def _rounded(weight: Tensor, bits: int, kept_O: Tensor) -> Tensor:
+    """A weight with the rounding error of its bits, of which the share `kept_O` of the squared error stays; float32."""
+    q, scale_O = quantize_weight(weight, 0, bits)
+    return weight + (dequantize_weight(q, scale_O, 0) - weight) * kept_O.sqrt().reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def kept_by_reconstruction(fitted_GNI: Tensor, rows_GNI: Tensor) -> Tensor:
+    """The share of the squared error of nearest rounding that stays after rounding column by column, by group `(G,)`; above 1 where few
+    fitted rows mislead it.
+
+    With the (damped) moment of the fitted rows as L·D·Lᵀ, L unit triangular, the weight's error is E·L⁻¹ for independent rounding errors E
+    of the columns (GPTQ, 2210.17323, section 3.3, and `rounding.rounded_columns`), so that the share is tr(L⁻¹·M·L⁻ᵀ) / tr(M) on rows of
+    moment M. Costs a Cholesky decomposition, I³, and a triangular one to solve.
+    """
+    count, width = fitted_GNI.shape[1:]
+    if width > MAX_INPUTS:
+        return torch.ones(len(fitted_GNI))
+    fitted_GII, moment_GII = _covariance(fitted_GNI), _covariance(rows_GNI)
+    variance_GI = fitted_GII.diagonal(dim1=1, dim2=2)
+    mean_G1 = variance_GI.mean(1, keepdim=True)
+    order_GI = variance_GI.argsort(1)  # those with the largest variance are rounded first: the last ones of the decomposition
+    fitted_GII, moment_GII = (_ordered(one, order_GI) for one in (fitted_GII, moment_GII))
+    fitted_GII.diagonal(dim1=1, dim2=2).add_(torch.where(mean_G1 > 0, mean_G1, 1.0) * (DAMPING + SPARSE * width / count))
+    lower_GII = torch.linalg.cholesky(fitted_GII)
+    unit_GII = lower_GII / lower_GII.diagonal(dim1=1, dim2=2)[:, None, :]
+    half_GII = torch.linalg.solve_triangular(unit_GII, moment_GII, upper=False, unitriangular=True)
+    left_GII = torch.linalg.solve_triangular(unit_GII, half_GII.transpose(1, 2), upper=False, unitriangular=True)
+    before_G, after_G = (one.diagonal(dim1=1, dim2=2).sum(1) for one in (moment_GII, left_GII))
+    return torch.where(before_G > 0, after_G / before_G, 1.0).clamp_min(0).float()
+
+
+def _covariance(rows_GNI: Tensor) -> Tensor:
+    centred_GNI = (rows_GNI - rows_GNI.mean(1, keepdim=True)).double()
+    return centred_GNI.transpose(1, 2) @ centred_GNI / rows_GNI.shape[1]
+
+
+def _ordered(moment_GII: Tensor, order_GI: Tensor) -> Tensor:
+    rows_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII))
+    return rows_GII.gather(2, order_GI[:, None, :].expand_as(moment_GII))
+
+
+class _Chain:
+    """The factored forms of a layer on rows of its input, without the bias. All ranks are parts of one decomposition."""
+
+    def __init__(self, one: FormLayer, rows_NI: Tensor, kept: float) -> None:
+        assert one.moment is not None and one.grid is not None
+        self.layer = one.layer
+        ranks = [ranks_of(one.layer, form.rank) for form in one.forms if form.rank is not None]
+        self.factored = factorize(one.layer, max(ranks), square_root(one.moment.shrunk()))
+        self.rows_NI, self.kept = rows_NI, kept
+
+    def output(self, form: Form, rounded_NI: Tensor) -> Tensor:
+        """The output in a form, (N, O). `rounded_NI`: the rows on the grid of the layer's input."""
+        assert form.rank is not None
+        weights = cut_factors(self.factored, ranks_of(self.layer, form.rank))
+        shape = getattr(self.layer, "kernel_size", (1, 1))
+        exact = x = self.rows_NI.reshape(len(self.rows_NI), -1, *shape)
+        if form.bits < KEPT:
+            x = rounded_NI.reshape(exact.shape)
+        for index, weight in enumerate(weights):
+            if form.bits < KEPT and index:
+                x = _on_grid(x, _grid_of(exact))
+            used = weight
+            if form.bits < KEPT:
+                used = _rounded(weight, form.bits, torch.tensor(self.kept if index == 0 else 1.0))
+            exact, x = (_part(values, one) for values, one in ((exact, weight), (x, used)))
+        return x.flatten(1)
+
+
+def cut_factors(factored: FactoredLayer, ranks: Sequence[int]) -> list[Tensor]:
+    """The weights of the parts at lower ranks, each `(O, I, H, W)`: equal to those of `factorize` at these ranks."""
+    weights = [
+        part.weight.detach().cpu().float()
+        for part in (factored.reduce, getattr(factored, "core", None), factored.expand)
+        if part is not None
+    ]
+    weights = [weight.reshape(*weight.shape[:2], *(weight.shape[2:] or (1, 1))) for weight in weights]
+    outputs = (*ranks, len(weights[-1]))
+    inputs = (weights[0].shape[1], *ranks)
+    return [weight[:out, :into] for weight, out, into in zip(weights, outputs, inputs, strict=True)]
+
+
+def _part(x_NIHW: Tensor, weight_OIHW: Tensor) -> Tensor:
+    """One part of a chain on patches: an axis on which its kernel has one tap stays, the other ones are summed over."""
+    rows, columns = (1 if taps == side else side for taps, side in zip(weight_OIHW.shape[2:], x_NIHW.shape[2:], strict=True))
+    x = x_NIHW.permute(0, 2, 3, 1)  # (N, H, W, I)
+    N, H, W, C = x.shape
+    x = x.reshape(N, rows, H // rows, columns, W // columns, C).permute(0, 1, 3, 5, 2, 4).reshape(N * rows * columns, -1)
+    out = x @ weight_OIHW.flatten(1).T
+    return out.reshape(N, rows, columns, -1).permute(0, 3, 1, 2)
+
+
+def _grid_of(x: Tensor) -> ActivationGrid:
+    observer = Observer()
+    observer.see_range(x)
+    observer.see_values(x)
+    return observer.grid()

@@ -1,0 +1,418 @@
+"""`muntin.compress`: the smallest or fastest form of a model whose deployed artefact keeps an accuracy budget.
+
+reference artefact (FP32) -> tables of harm and cost -> search { plan -> apply -> train -> export -> evaluate the artefact } -> holdout
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from muntin.artifact import AnyArtifact, Signature, open_any_artifact
+from muntin.artifact.file_lock import folder_in_use
+from muntin.budgeting.budget import Budget, Objective
+from muntin.budgeting.candidate import CandidateTraining, TargetLoss, apply_plan, narrowed
+from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
+from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.layer_forms import KEPT
+from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, score_of
+from muntin.budgeting.search import Base, Search, front
+from muntin.budgeting.tables import TableProgress, assign_forms, build_tables, model_digest
+from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest
+from muntin.compression import load_compressed, save
+from muntin.compression.calibration import calibration_list
+from muntin.compression.history import history
+from muntin.errors import MuntinError
+from muntin.models.compression_record import Change
+from muntin.models.eager import ModelInputs, check_eager, eager_copy
+
+WIDTHS = (1.0, 0.8, 0.6)
+"""Shares of the parameters that pruning leaves, to choose from."""
+TRIALS = 12
+"""Most trials by default."""
+SearchOutcome = Literal["kept", "not reachable", "not tried"]
+OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TableProgress], Base]
+"""Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
+
+
+class TablePlans:
+    """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none.
+
+    Bytes include those of the other parameters, in 16 bits: widths differ in them, too.
+    """
+
+    def __init__(
+        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress
+    ) -> None:
+        self.width, self.objective = width, objective
+        self.tables = build_tables(model, batches, folder, objective=objective, progress=report)
+        rows = self.tables.layers.values()
+        self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
+        chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
+        others = sum(parameter.numel() for parameter in model.parameters()) - chosen
+        self._fixed = 2 * others if objective == "size" else 0
+
+    def propose(self, limit: float) -> Plan | None:
+        limit = min(limit, self._most)
+        if limit < self._least:
+            return None
+        plan = assign_forms(self.tables, limit, self.objective)
+        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchProgress:
+    """What a search does. `trials`: those so far; `number`: of the trial; `what`: of the tables is measured; `loss`: of the step."""
+
+    stage: Literal["reference", "tables", "trial", "train", "holdout"]
+    trials: tuple[Trial, ...] = ()
+    number: int = 0
+    what: str = ""
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+
+
+SearchReport = Callable[[SearchProgress], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holdout:
+    """The figures to report, on data that the search has not seen: scores, and the `interval` of the drop (95 %), None without samples."""
+
+    reference: float
+    score: float
+    drop: float
+    interval: tuple[float, float] | None
+    samples: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionResult:
+    """The result of `muntin.compress`.
+
+    `model`: for PyTorch, in integers; a copy of the FP32 model if nothing was tried. `artifact`: the chosen one, or the reference's.
+    `kept`: True if the budget is kept by `evaluate` on it. `best`: the chosen trial. `rows`: plain values of the reference and each trial.
+    `changes`: what the passes did to the model. `noise`: by how much two calls of `evaluate` differ.
+    """
+
+    model: nn.Module
+    artifact: AnyArtifact
+    kept: bool
+    outcome: SearchOutcome
+    budget: Budget
+    reference: float
+    noise: float
+    best: Trial | None
+    trials: tuple[Trial, ...]
+    rows: tuple[dict[str, Any], ...]
+    holdout: Holdout | None
+    changes: tuple[Change, ...]
+    notes: tuple[str, ...]
+    folder: Path
+
+    @property
+    def front(self) -> tuple[Trial, ...]:
+        return tuple(front(self.trials, self.budget.objective))
+
+
+def compress(
+    model: nn.Module,
+    *,
+    calibration: Iterable[ModelInputs],
+    evaluate: Evaluate,
+    budget: Budget,
+    finetune: Iterable[Any] | None = None,
+    loss: TargetLoss | None = None,
+    steps: int | None = None,
+    learning_rate: float = 1e-3,
+    holdout: Evaluate | None = None,
+    folder: Path | str | None = None,
+    minutes: float | None = None,
+    trials: int = TRIALS,
+    widths: Sequence[float] = WIDTHS,
+    signature: Signature | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: SearchReport = lambda progress: None,
+) -> CompressionResult:
+    """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
+
+    Works on copies. `calibration`: batches of typical inputs: raw pixels `(B, C, H, W)`, 0-255, or other tensors, alone, as a tuple or by
+    name. `evaluate`: called with a callable that takes the model's own input tensors and answers from the deployed artefact; returns a
+    score, higher is better, or one for each sample. `holdout`: like it, on other data, for the figures that are reported: called once with
+    the FP32 model's artefact and once with the chosen one.
+
+    `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers for `steps` steps (by default one pass), or of
+    (inputs, targets) with `loss(answer, targets)`. Without it nothing is trained.
+
+    `minutes`, `trials`: the search ends at the nearer limit; no trial begins that would end later, if it takes as long as the longest one.
+    `widths`: shares of the parameters to prune to, the first is 1. `signature`: of an image model, by default inferred. `folder`: of all
+    trials, each with its artefact; by default a new temporary one. A search that was interrupted goes on if it is called again with the
+    same arguments and folder, and the result is the same; a search of other settings in the folder is an error. `settings`: plain values
+    that count among these, such as what `finetune` and `evaluate` depend on.
+
+    Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
+    cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
+    drop.
+    """
+    return compress_with(
+        TablePlans, model, calibration=calibration, evaluate=evaluate, budget=budget, finetune=finetune, loss=loss, steps=steps,
+        learning_rate=learning_rate, holdout=holdout, folder=folder, minutes=minutes, trials=trials, widths=widths, signature=signature,
+        settings=settings, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def compress_with(
+    open_base: OpenBase,
+    model: nn.Module,
+    *,
+    calibration: Iterable[ModelInputs],
+    evaluate: Evaluate,
+    budget: Budget,
+    finetune: Iterable[Any] | None = None,
+    loss: TargetLoss | None = None,
+    steps: int | None = None,
+    learning_rate: float = 1e-3,
+    holdout: Evaluate | None = None,
+    folder: Path | str | None = None,
+    minutes: float | None = None,
+    trials: int = TRIALS,
+    widths: Sequence[float] = WIDTHS,
+    signature: Signature | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: SearchReport = lambda progress: None,
+) -> CompressionResult:
+    """`compress` with plans from `open_base`."""
+    check_eager(model)
+    _check_limits(budget, trials, minutes, widths)
+    training = _training(finetune, loss, steps, learning_rate)
+    batches = calibration_list(calibration)
+    teacher = eager_copy(model).eval()
+    agreed = {
+        **(settings or {}),
+        "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
+        "confidence": budget.confidence, "steps": None if training is None else training.steps, "loss": loss is not None,
+        "learning_rate": None if training is None else learning_rate, "widths": list(widths), "seed": seed,
+    }  # fmt: skip
+    place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
+    with folder_in_use(place, "muntin.compress") as notes:
+        work = _BudgetedCompression(
+            teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
+            evaluate=evaluate, training=training, open_base=open_base, seed=seed, progress=progress,
+        )  # fmt: skip
+        result = work.run(list(widths), trials=trials, minutes=minutes, holdout=holdout)
+    kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()
+    return replace(result, notes=(*notes, *result.notes, *kept_in))
+
+
+def _check_limits(budget: object, trials: object, minutes: object, widths: Sequence[float]) -> None:
+    if not isinstance(budget, Budget):
+        raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
+    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
+        raise MuntinError(f"trials={trials!r}: give a whole number from 0")
+    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes >= 0):
+        raise MuntinError(f"minutes={minutes!r}: give a number from 0, or None")
+    if not widths or widths[0] != 1 or not all(0 < width <= 1 for width in widths) or len(set(widths)) < len(widths):
+        raise MuntinError(f"widths={tuple(widths)!r}: give different shares above 0, the first of them 1")
+
+
+def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, steps: int | None, learning_rate: float) -> CandidateTraining | None:
+    if finetune is None:
+        if loss is not None or steps is not None:
+            raise MuntinError(f"{'loss' if loss is not None else 'steps'} is for training, and finetune has no data: give batches")
+        return None
+    if steps is None:
+        if not isinstance(finetune, Sized):
+            raise MuntinError("finetune has no length: give steps, the number of batches to train a candidate on")
+        steps = len(finetune)
+    return CandidateTraining(data=finetune, steps=steps, loss=loss, learning_rate=learning_rate)
+
+
+class _BudgetedCompression:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        batches: list[ModelInputs],
+        interface: Interface,
+        folder: TrialFolder,
+        budget: Budget,
+        *,
+        evaluate: Evaluate,
+        training: CandidateTraining | None,
+        open_base: OpenBase,
+        seed: int,
+        progress: SearchReport,
+    ) -> None:
+        self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
+        self.evaluate, self.training, self.make_base, self.seed, self.progress = evaluate, training, open_base, seed, progress
+        self.narrowed: dict[float, nn.Module] = {}
+        self.seconds = 0.0
+        """Recorded time of everything so far, also of runs before this one."""
+        self.trials: tuple[Trial, ...] = ()
+
+    def run(self, widths: list[float], *, trials: int, minutes: float | None, holdout: Evaluate | None) -> CompressionResult:
+        self.progress(SearchProgress(stage="reference"))
+        record = self.folder.reference(self._reference)
+        self.seconds += record["seconds"]
+        self.reference = Score(record["score"], None if record["samples"] is None else np.asarray(record["samples"]))
+        if self.budget.confidence is not None and self.reference.samples is None:
+            raise MuntinError("confidence needs a score for each sample, and evaluate returned one number: leave confidence out")
+        last = 0.0
+
+        def may_go_on(done: Sequence[Trial]) -> bool:
+            nonlocal last
+            last = max((trial.seconds for trial in done), default=0.0)
+            return len(done) < trials and (minutes is None or self.seconds + last <= 60 * minutes) and minutes != 0
+
+        search = Search(widths, self._open_base, self._attempt, self.budget, may_go_on=may_go_on)
+        search.run()
+        return self._result(search, record, holdout, minutes=minutes)
+
+    def _reference(self, part: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        deploy(self.teacher, self.interface, self.batches[0], part / ARTIFACT)
+        with self._deployed(part / ARTIFACT, precision="f32") as deployed:
+            first, second = (score_of(self.evaluate, deployed, called="evaluate", what="the FP32 model") for _ in range(2))
+            return {
+                "score": first.value, "noise": abs(first.value - second.value), "bytes": deployed.bytes,
+                "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
+                "samples": None if first.samples is None else first.samples.tolist(),
+            }  # fmt: skip
+
+    def _open_base(self, width: float) -> Base:
+        def report(what: str, done: int, total: int) -> None:
+            self.progress(SearchProgress(stage="tables", trials=self.trials, what=what, step=done, steps=total))
+
+        def open_in(folder: Path) -> Base:
+            return self.make_base(width, self._narrowed(width), self.batches, folder, self.budget.objective, report)
+
+        def make(part: Path) -> dict[str, Any]:
+            started = time.perf_counter()
+            open_in(part)
+            return {"width": width, "seconds": time.perf_counter() - started}
+
+        report("pruning" if width < 1 else "forms", 0, 1)
+        place, record = self.folder.base(width, make)
+        self.seconds += record["seconds"]
+        return open_in(place)
+
+    def _narrowed(self, width: float) -> nn.Module:
+        if width not in self.narrowed:
+            self.narrowed[width] = narrowed(self.teacher, width, self.batches)
+        return self.narrowed[width]
+
+    def _attempt(self, number: int, plan: Plan, limit: float) -> Trial:
+        self.progress(SearchProgress(stage="trial", trials=self.trials, number=number))
+        trial = self.folder.trial(number, plan, limit, lambda part: self._measure(number, plan, part))
+        self.trials = (*self.trials, trial)
+        self.seconds += trial.seconds
+        return trial
+
+    def _measure(self, number: int, plan: Plan, part: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        steps = 0 if self.training is None else self.training.steps
+
+        def report(step: int, loss: float) -> None:
+            self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=step, steps=steps, loss=loss))
+
+        model = apply_plan(
+            self._narrowed(plan.width), plan, self.batches, teacher=self.teacher, training=self.training, seed=self.seed, report=report
+        )
+        deploy(model, self.interface, self.batches[0], part / ARTIFACT)
+        save(model, part / MODEL)
+        with self._deployed(part / ARTIFACT) as deployed:
+            score = score_of(self.evaluate, deployed, called="evaluate", what=f"trial {number}")
+            bound = drop_bound(self.reference, score, self.budget.confidence)
+            return {
+                "score": score.value, "drop": self.reference.value - score.value, "bound": bound, "kept": bound <= self.budget.max_drop,
+                "bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
+            }  # fmt: skip
+
+    def _deployed(self, path: Path, *, precision: str = "recorded") -> Deployed:
+        return Deployed(path, self.interface, precision=precision)
+
+    def _result(self, search: Search, record: dict[str, Any], holdout: Evaluate | None, *, minutes: float | None) -> CompressionResult:
+        best = search.best
+        kept = best is not None and best.kept
+        outcome: SearchOutcome = "not tried" if best is None else "kept" if kept else "not reachable"
+        notes = [*self._noise(record["noise"]), *search.notes]
+        if best is None:
+            notes.append("nothing was tried: " + ("minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"))
+        elif not kept:
+            what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
+            notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
+        elif search.stopped:
+            better = "a smaller" if self.budget.objective == "size" else "a faster"
+            notes.append(f"stopped at the limit of trials or minutes: with more, {better} model may be found")
+        figures = None
+        if holdout is not None and best is not None:
+            self.progress(SearchProgress(stage="holdout", trials=self.trials))
+            figures = self._held_out(holdout, best)
+            notes += self._about(figures)
+        model = eager_copy(self.teacher)
+        path = self.folder.reference_artifact if best is None else best.artifact
+        if best is not None:
+            model = load_compressed(best.folder / MODEL, model)
+        return CompressionResult(
+            model=model, artifact=open_any_artifact(path), kept=kept, outcome=outcome, budget=self.budget,
+            reference=self.reference.value, noise=record["noise"], best=best, trials=tuple(search.trials),
+            rows=_rows(record, self.folder.reference_artifact, search.trials), holdout=figures, changes=history(model),
+            notes=tuple(notes), folder=self.folder.folder,
+        )  # fmt: skip
+
+    def _noise(self, noise: float) -> list[str]:
+        if not noise:
+            return []
+        note = f"evaluate is noisy: two calls on the FP32 model differ by {noise:.4g}"
+        if noise > self.budget.max_drop / 2:
+            note += f", more than half of max_drop {self.budget.max_drop:g}: whether the budget is kept is uncertain; use more samples"
+        return [note]
+
+    def _held_out(self, holdout: Evaluate, best: Trial) -> Holdout:
+        def measure(path: Path, what: str, precision: str) -> dict[str, Any]:
+            with self._deployed(path, precision=precision) as deployed:
+                score = score_of(holdout, deployed, called="holdout", what=what)
+            return {"score": score.value, "samples": None if score.samples is None else score.samples.tolist()}
+
+        records = (
+            self.folder.holdout(None, lambda: measure(self.folder.reference_artifact, "the FP32 model", "f32")),
+            self.folder.holdout(best.number, lambda: measure(best.artifact, f"trial {best.number}", "recorded")),
+        )
+        reference, score = (
+            Score(one["score"], None if one["samples"] is None else np.asarray(one["samples"], np.float64)) for one in records
+        )
+        return Holdout(
+            reference=reference.value, score=score.value, drop=reference.value - score.value,
+            interval=drop_interval(reference, score, seed=self.seed), samples=None if score.samples is None else len(score.samples),
+        )  # fmt: skip
+
+    def _about(self, figures: Holdout) -> list[str]:
+        notes = []
+        if figures.interval is None:
+            notes.append("the figures of holdout have no interval: return a score for each sample, and there is one")
+        if (times := self.folder.held_out) > 1:
+            notes.append(f"holdout was called for {times} chosen trials of this folder: the figures are less independent")
+        return notes
+
+
+def _rows(reference: dict[str, Any], artifact: Path, trials: Iterable[Trial]) -> tuple[dict[str, Any], ...]:
+    measured = {key: reference[key] for key in ("score", "bytes", "ms")}
+    first = {"trial": 0, "width": 1.0, "drop": 0.0, **measured, "kept": True, "artifact": str(artifact)}
+    rest = [
+        {
+            "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bytes": trial.bytes,
+            "ms": trial.ms, "kept": trial.kept, "limit": trial.limit, "harm": trial.plan.harm, "cost": trial.plan.cost,
+            "artifact": str(trial.artifact),
+        }
+        for trial in trials
+    ]  # fmt: skip
+    return (first, *rest)

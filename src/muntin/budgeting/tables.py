@@ -1,0 +1,208 @@
+"""The table of all forms of all layers, from which plans are chosen, in a CSV file that a person can read.
+
+    # {"format": 1, "model": digest, "calibration": digest, "latency": hardware, "reasons": {layer: [why it has no other forms]}}
+    layer,rank,bits,parameters,bytes,macs,harm,ms
+
+An empty rank: not factored. Bits 16: floats. An empty ms: not measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from muntin.artifact.atomic_files import write_files
+from muntin.budgeting.assignment import Option, assign
+from muntin.budgeting.budget import Objective
+from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.harm import BLIND, measure_harm
+from muntin.budgeting.latency import latency_settings, measured_latencies
+from muntin.budgeting.layer_forms import FormLayers, layer_forms
+from muntin.compression.calibration import calibration_list
+from muntin.errors import DataError, MuntinError
+from muntin.models.eager import ModelInputs, check_eager, tensors_of
+
+FILE = "tables.csv"
+FORMAT = 1
+TableProgress = Callable[[str, int, int], None]
+"""Called with what is being measured, the steps done and their number."""
+COLUMNS = ("layer", "rank", "bits", "parameters", "bytes", "macs", "harm", "ms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormRow:
+    """One form of one layer. `macs`: for one row of inputs. `harm`: of `measure_harm`. `ms`: in the engine, None if not measured."""
+
+    form: Form
+    parameters: int
+    bytes: int
+    macs: float
+    harm: float
+    ms: float | None = None
+
+    def cost(self, objective: Objective) -> float:
+        """Bytes, or milliseconds, which must have been measured."""
+        if objective == "size":
+            return self.bytes
+        if self.ms is None:
+            raise ValueError('the table has no milliseconds: build it with objective="latency"')
+        return self.ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The forms of each layer by dotted name. `reasons`: why a layer has no integer form or no factored one.
+
+    `model`, `calibration`: digests of what was measured. `latency`: hardware and engine of the milliseconds, None without them.
+    """
+
+    layers: Mapping[str, tuple[FormRow, ...]]
+    reasons: Mapping[str, tuple[str, ...]]
+    model: str
+    calibration: str
+    latency: Mapping[str, Any] | None = None
+
+    def options(self, objective: Objective) -> dict[str, list[Option]]:
+        """Harm and cost of each layer's forms, in the order of `layers`."""
+        return {name: [Option(row.harm, row.cost(objective)) for row in rows] for name, rows in self.layers.items()}
+
+    def write(self, folder: Path) -> None:
+        """Write the file, whole or not at all. Raises OSError."""
+        head = {
+            "format": FORMAT,
+            "model": self.model,
+            "calibration": self.calibration,
+            "latency": self.latency,
+            "reasons": {name: list(reasons) for name, reasons in self.reasons.items()},
+        }
+        text = io.StringIO()
+        text.write(f"# {json.dumps(head)}\n")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for name, rows in self.layers.items():
+            for row in rows:
+                rank, ms = "" if row.form.rank is None else row.form.rank, "" if row.ms is None else repr(row.ms)
+                writer.writerow([name, rank, row.form.bits, row.parameters, row.bytes, repr(row.macs), repr(row.harm), ms])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, {FILE: text.getvalue().encode()})
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the file. Raises DataError if it is missing or not of this format."""
+        file = folder / FILE
+        try:
+            first, _, rest = file.read_text(encoding="utf-8").partition("\n")
+            head = json.loads(first.removeprefix("#"))
+            if head["format"] != FORMAT:
+                raise DataError(f"{file}: format {head['format']}; this version reads {FORMAT}: delete the file to measure again")
+            layers: dict[str, list[FormRow]] = {}
+            for entry in csv.DictReader(io.StringIO(rest)):
+                layers.setdefault(entry["layer"], []).append(_row(entry))
+            return cls(
+                layers={name: tuple(rows) for name, rows in layers.items()},
+                reasons={name: tuple(reasons) for name, reasons in head["reasons"].items()},
+                model=head["model"],
+                calibration=head["calibration"],
+                latency=head["latency"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{file}: not a table of forms ({error}): delete the file to measure again") from error
+
+
+def _row(entry: Mapping[str, str]) -> FormRow:
+    return FormRow(
+        form=Form(int(entry["rank"]) if entry["rank"] else None, int(entry["bits"])),
+        parameters=int(entry["parameters"]),
+        bytes=int(entry["bytes"]),
+        macs=float(entry["macs"]),
+        harm=float(entry["harm"]),
+        ms=float(entry["ms"]) if entry["ms"] else None,
+    )
+
+
+def build_tables(
+    model: nn.Module,
+    batches: Iterable[ModelInputs],
+    folder: Path | str,
+    *,
+    objective: Objective,
+    threads: int | None = None,
+    progress: TableProgress | None = None,
+) -> Tables:
+    """Measure the forms of every Linear and Conv2d of a model, or read them from `folder` if they were measured there.
+
+    The model is not changed. For "latency" also the milliseconds on this machine, with `threads` of the engine (None: the usable physical
+    cores); they are measured again on another one. Costs those of `layer_forms`, `measure_harm` and `measured_latencies`. Raises
+    `MuntinError` if the folder has the table of another model or other calibration batches.
+    """
+    check_eager(model)
+    calibration = calibration_list(batches)
+    report = progress or (lambda step, done, total: None)
+    digests = {"model": model_digest(model), "calibration": _digest(tensor for batch in calibration for tensor in tensors_of(batch))}
+    folder = Path(folder)
+    tables = Tables.read(folder) if (folder / FILE).exists() else None
+    if tables is not None:
+        _check_same(tables, digests, folder)
+    engine = latency_settings(threads)
+    if tables is not None and (objective == "size" or tables.latency == engine):
+        return tables
+    report("forms", 0, 1)
+    layers = layer_forms(model, calibration)
+    if tables is None:
+        tables = _measure(layers, digests, report)
+        tables.write(folder)  # so that a run that ends during the next step has it
+    if objective == "latency":
+        latencies = measured_latencies(layers.layers, threads=threads, progress=lambda done, total: report("latency", done, total))
+        timed = {name: tuple(replace(row, ms=latencies[name][row.form]) for row in rows) for name, rows in tables.layers.items()}
+        tables = replace(tables, layers=timed, latency=engine)
+        tables.write(folder)
+    return tables
+
+
+def _check_same(tables: Tables, digests: Mapping[str, str], folder: Path) -> None:
+    what = {"model": "another model, or other weights", "calibration": "other calibration batches"}
+    different = [what[key] for key, digest in digests.items() if getattr(tables, key) != digest]
+    if different:
+        raise MuntinError(f"{folder / FILE} was measured with {' and '.join(different)}: give another folder, or delete the file")
+
+
+def _measure(layers: FormLayers, digests: Mapping[str, Any], report: TableProgress) -> Tables:
+    harms = measure_harm(layers, progress=lambda done, total: report("harm", done, total))
+    rows = {}
+    for name, one in layers.layers.items():
+        rows[name] = tuple(
+            FormRow(form=form, parameters=cost.parameters, bytes=cost.bytes, macs=cost.macs, harm=harms[name][form])
+            for form, cost in one.forms.items()
+            if form in harms[name]
+        )
+    reasons = {name: (*one.reasons, *([BLIND] if len(harms[name]) < len(one.forms) else [])) for name, one in layers.layers.items()}
+    return Tables(layers=rows, reasons={name: given for name, given in reasons.items() if given}, **digests)
+
+
+def assign_forms(tables: Tables, limit_of_harm: float, objective: Objective) -> Plan:
+    """The forms of least total bytes, or milliseconds, whose total harm is within the limit. Raises the errors of `assign`."""
+    found = assign(tables.options(objective), limit_of_harm)
+    forms = {name: tables.layers[name][index].form for name, index in found.picked.items()}
+    return Plan(forms=forms, harm=found.harm, cost=found.cost, gap=found.gap)
+
+
+def model_digest(model: nn.Module) -> str:
+    """A digest of a model's modules and of the values of its parameters and buffers."""
+    return _digest(model.state_dict().values(), str(model), *model.state_dict())
+
+
+def _digest(tensors: Iterable[Tensor], *texts: str) -> str:
+    digest = hashlib.sha256("\n".join(texts).encode())
+    for tensor in tensors:
+        digest.update(f"\n{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,111 @@
+"""The assignment of options to layers: against all combinations, its limit, ties and errors."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muntin.budgeting.assignment import Option, assign, standard_output_to_error
+from muntin.compression.allocation import Choice, allocate
+from muntin.errors import MuntinError
+
+Table = dict[str, list[Option]]
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> Table:
+    """Up to five layers of up to five options, some beaten by others, with harms from millionths to tens."""
+    numbers = st.integers(0, 2000)
+    scale = 10.0 ** draw(st.integers(-6, 1))
+    pairs = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=5)
+    return {f"layer{n}": [Option(harm * scale, float(cost)) for harm, cost in draw(pairs)] for n in range(draw(st.integers(1, 5)))}
+
+
+def combinations(table: Table) -> list[tuple[float, float]]:
+    """Harm and cost of every combination."""
+    picks = itertools.product(*table.values())
+    return [(math.fsum(option.harm for option in pick), math.fsum(option.cost for option in pick)) for pick in picks]
+
+
+@given(tables(), st.floats(0, 1))
+def test_assignment_against_all_combinations(table: Table, at: float) -> None:
+    every = combinations(table)
+    least, most = min(harm for harm, _ in every), max(harm for harm, _ in every)
+    limit = least + at * (most - least)
+    found = assign(table, limit)
+    assert list(found.picked) == list(table)
+    chosen = [table[name][index] for name, index in found.picked.items()]
+    assert found.harm == math.fsum(option.harm for option in chosen) <= limit * (1 + 1e-9)
+    assert found.cost == math.fsum(option.cost for option in chosen)
+    assert found.cost == min(cost for harm, cost in every if harm <= limit * (1 + 1e-9))
+    assert found.gap == 0
+
+
+@given(tables(), st.floats(0, 1))
+def test_relaxation_is_never_cheaper(table: Table, at: float) -> None:
+    """With the harm in whole steps, in the place of parameters, the Lagrangian relaxation costs as much or more."""
+    steps = {
+        name: [Choice(ranks=(i,), parameters=round(o.harm * 1e6), loss=o.cost) for i, o in enumerate(os)] for name, os in table.items()
+    }
+    least, most = (sum(f(choice.parameters for choice in choices) for choices in steps.values()) for f in (min, max))
+    budget = least + int(at * (most - least))
+    relaxed = math.fsum(choice.loss for choice in allocate(steps, budget).values())
+    whole = {name: [Option(float(choice.parameters), choice.loss) for choice in choices] for name, choices in steps.items()}
+    assert assign(whole, float(budget)).cost <= relaxed
+
+
+def test_large_table_is_solved_the_same_way_twice() -> None:
+    generator = np.random.default_rng(0)
+    table = {}
+    for layer in range(60):
+        costs = np.sort(generator.uniform(1, 1000, 24))
+        harms = np.sort(generator.lognormal(-8, 2, 24))[::-1]
+        table[f"layer{layer}"] = [Option(float(harm), float(cost)) for harm, cost in zip(harms, costs, strict=True)]
+    first, again = assign(table, 0.05), assign(table, 0.05)
+    assert first == again and first.gap == 0 and first.harm <= 0.05
+
+
+def test_time_limit_reports_the_gap() -> None:
+    generator = np.random.default_rng(1)
+    table = {f"{n}": [Option(float(h), float(1000 - h + e)) for h, e in generator.integers(1, 999, (20, 2))] for n in range(80)}
+    hurried = assign(table, 20_000.0, seconds=1e-4)
+    best = assign(table, 20_000.0)
+    assert hurried.harm <= 20_000 and hurried.gap > 0 and best.gap < hurried.gap
+    assert hurried.cost >= best.cost
+
+
+def test_limit_out_of_reach() -> None:
+    table = {"a": [Option(1.0, 5.0), Option(2.0, 1.0)], "b": [Option(0.5, 1.0)]}
+    assert assign(table, 1.5).picked == {"a": 0, "b": 0}
+    with pytest.raises(MuntinError, match=r"at most 1.4 is out of reach: the least .* is 1.5"):
+        assign(table, 1.4)
+
+
+def test_no_layers() -> None:
+    assert assign({}, 0.0).picked == {}
+
+
+@pytest.mark.parametrize(
+    ("table", "limit"), [({"a": []}, 1.0), ({"a": [Option(math.nan, 1.0)]}, 1.0), ({"a": [Option(0.0, 1.0)]}, math.inf)]
+)
+def test_wrong_values(table: Table, limit: float) -> None:
+    with pytest.raises(ValueError, match="give"):
+        assign(table, limit)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the C library has another name")
+def test_prints_of_libraries_are_no_output(capfd: pytest.CaptureFixture[str]) -> None:
+    """C holds lines back until they are flushed, also beyond the block."""
+    print("before")
+    with standard_output_to_error():
+        ctypes.CDLL(None).puts(b"debugging")
+    print("after")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr() == ("before\nafter\n", "debugging\n")

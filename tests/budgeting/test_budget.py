@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from model_helpers import one_line
+from muntin import Budget
+from muntin.errors import MuntinError
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_drop": -0.01}, "max_drop=-0.01"),
+        ({"max_drop": float("nan")}, "max_drop=nan"),
+        ({"max_drop": "1%"}, "max_drop='1%'"),
+        ({"max_drop": True}, "max_drop=True"),
+        ({"max_drop": 0.01, "objective": "speed"}, "give one of size, latency"),
+        ({"max_drop": 0.01, "confidence": 1.0}, "from 0.5 to below 1"),
+    ],
+)
+def test_refused(values: Any, words: str) -> None:
+    with pytest.raises(MuntinError) as error:
+        Budget(**values)
+    assert words in one_line(error)
+
+
+def test_values() -> None:
+    budget = Budget(max_drop=0)
+    assert (budget.max_drop, budget.objective, budget.confidence) == (0, "size", None)

@@ -1,0 +1,177 @@
+"""Searches on a small network that reads drawn digits, with real artefacts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from drawn_digits import Uniform
+from model_helpers import answer, one_line
+from muntin import Budget, load
+from muntin.budgeting.pipeline import CompressionResult, SearchProgress, compress_with
+from muntin.compression import Change
+from muntin.errors import MuntinError
+
+BUDGET = Budget(max_drop=0.02)
+
+
+def run(digits: Any, uniform: Any, folder: Path | None, **arguments: Any) -> CompressionResult:
+    values = {"evaluate": digits.evaluate, "budget": BUDGET, "widths": (1.0,), "trials": 3, "folder": folder} | arguments
+    return compress_with(uniform, digits.model, calibration=digits.calibration, **values)
+
+
+@pytest.fixture(scope="module")
+def finished(digits: Any, uniform: Any, tmp_path_factory: pytest.TempPathFactory) -> CompressionResult:
+    """A search to its end. Its folder is not to be changed: copy first."""
+    return run(digits, uniform, tmp_path_factory.mktemp("search") / "search", holdout=digits.holdout)
+
+
+@pytest.fixture
+def begun(finished: CompressionResult, tmp_path: Path) -> Path:
+    """The folder of a search that was killed after its reference."""
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "search"))
+    shutil.rmtree(folder / "trials")
+    (folder / "holdout.json").unlink()
+    return folder
+
+
+def plain(result: CompressionResult) -> list[dict[str, Any]]:
+    """The rows without measurements of time and places."""
+    return [{key: value for key, value in row.items() if key not in ("ms", "artifact", "bytes")} for row in result.rows]
+
+
+def test_budget_is_kept(digits: Any, finished: CompressionResult) -> None:
+    best = finished.best
+    assert finished.kept and finished.outcome == "kept" and best is not None
+    assert best.drop <= 0.02 and best.bytes == min(trial.bytes for trial in finished.trials if trial.kept)
+    assert finished.reference == pytest.approx(digits.evaluate(digits.model), abs=0.005) and finished.noise == 0
+    assert finished.artifact.path == best.artifact and finished.artifact.bytes == best.bytes < finished.rows[0]["bytes"] / 3
+    assert len({trial.kept for trial in finished.trials}) == 2
+    assert all(isinstance(change, Change) for change in finished.changes) and finished.changes
+    assert {row["trial"]: row["score"] for row in finished.rows}[best.number] == best.score
+
+
+def test_result_runs(digits: Any, finished: CompressionResult) -> None:
+    images = digits.test[0][:64]
+    session = load(finished.artifact.path)
+    scores = torch.from_numpy(session(images.permute(0, 2, 3, 1).to(torch.uint8).numpy()))
+    same = scores.argmax(1) == answer(finished.model, images).argmax(1)
+    assert same.float().mean() > 0.95
+
+
+def test_figures_of_holdout(digits: Any, finished: CompressionResult) -> None:
+    figures = finished.holdout
+    assert figures is not None and figures.interval is not None and figures.samples == 400
+    assert figures.interval[0] <= figures.drop <= figures.interval[1]
+    assert figures.drop == pytest.approx(figures.reference - figures.score)
+    assert figures.reference == pytest.approx(sum(digits.holdout(digits.model)) / 400, abs=0.005)
+
+
+def test_finished_search_measures_nothing(digits: Any, uniform: Any, finished: CompressionResult) -> None:
+    def never(model: nn.Module) -> float:
+        raise AssertionError("called")
+
+    again = run(digits, uniform, finished.folder, evaluate=never, holdout=never)
+    assert again.rows == finished.rows and again.holdout == finished.holdout and again.notes == finished.notes
+    assert torch.equal(answer(again.model, digits.test[0]), answer(finished.model, digits.test[0]))
+
+
+def test_killed_and_resumed(digits: Any, uniform: Any, finished: CompressionResult, begun: Path) -> None:
+    calls = 0
+
+    def killed(model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return float(digits.evaluate(model))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(digits, uniform, begun, evaluate=killed)
+    assert sorted(path.name for path in (begun / "trials").iterdir()) == [".002.partial", "001"]
+    resumed = run(digits, uniform, begun, holdout=digits.holdout)
+    assert plain(resumed) == plain(finished) and resumed.holdout == finished.holdout
+    assert torch.equal(answer(resumed.model, digits.test[0]), answer(finished.model, digits.test[0]))
+    assert sorted(path.name for path in (begun / "trials").iterdir()) == [
+        path.name for path in sorted((finished.folder / "trials").iterdir())
+    ]
+
+
+@pytest.mark.parametrize(("value", "words"), [(ValueError("no such column"), "evaluate raised ValueError on trial 1: no such column"),
+                                              (float("nan"), "evaluate returned nan for trial 1")])  # fmt: skip
+def test_evaluate_that_fails(digits: Any, uniform: Any, begun: Path, value: Any, words: str) -> None:
+    def evaluate(model: nn.Module) -> Any:
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    with pytest.raises(MuntinError) as error:
+        run(digits, uniform, begun, evaluate=evaluate)
+    assert words in one_line(error)
+    assert (begun / "reference" / "reference.json").is_file() and (begun / "trials" / ".001.partial" / "artifact").is_dir()
+
+
+def test_other_settings(digits: Any, uniform: Any, begun: Path) -> None:
+    with pytest.raises(MuntinError) as error:
+        run(digits, uniform, begun, budget=Budget(max_drop=0.5))
+    assert "other settings (max_drop 0.02, not 0.5)" in one_line(error)
+
+
+def test_no_minutes(digits: Any, uniform: Any, begun: Path) -> None:
+    result = run(digits, uniform, begun, minutes=0, holdout=digits.holdout)
+    assert (result.kept, result.outcome, result.best, result.holdout) == (False, "not tried", None, None)
+    assert result.artifact.path == begun / "reference" / "artifact" and len(result.rows) == 1
+    assert "nothing was tried: minutes is 0" in result.notes
+
+
+def test_too_few_minutes(digits: Any, uniform: Any, begun: Path) -> None:
+    result = run(digits, uniform, begun, minutes=1e-6)
+    assert result.outcome == "not tried" and "the limit of trials or minutes was reached before" in result.notes[0]
+
+
+def test_noisy_evaluate(digits: Any, uniform: Any, tmp_path: Path) -> None:
+    scores = iter([0.9, 0.8])
+    result = run(digits, uniform, tmp_path / "noisy", evaluate=lambda model: next(scores), trials=0)
+    assert result.noise == pytest.approx(0.1) and result.reference == 0.9
+    assert result.notes[0].startswith("evaluate is noisy: two calls on the FP32 model differ by 0.1, more than half of max_drop 0.02")
+
+
+def test_impossible_budget(digits: Any, begun: Path) -> None:
+    class Two(Uniform):
+        FORMS = Uniform.FORMS[:2]
+
+    scores, seen = iter([0.4, 0.6]), list[SearchProgress]()
+    result = run(digits, lambda *given: Two(), begun, evaluate=lambda model: next(scores), holdout=lambda model: 0.5, progress=seen.append)
+    assert not result.kept and result.outcome == "not reachable" and result.best is not None
+    assert result.best.score == 0.6 and result.artifact.path == result.best.artifact and len(result.trials) == 2
+    assert "the least harmful plan loses more, too" in result.notes[0]
+    assert "return a score for each sample" in result.notes[1] and result.holdout is not None and result.holdout.interval is None
+    assert [progress.stage for progress in seen] == ["reference", "tables", "trial", "trial", "holdout"]
+    assert len(seen[-1].trials) == 2
+
+
+def test_confidence_needs_samples(digits: Any, uniform: Any, begun: Path, tmp_path: Path) -> None:
+    with pytest.raises(MuntinError, match="confidence needs a score for each sample"):
+        run(digits, uniform, tmp_path / "new", budget=Budget(max_drop=0.02, confidence=0.9))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"budget": 0.01}, "give muntin.Budget"),
+        ({"trials": -1}, "trials=-1"),
+        ({"minutes": float("nan")}, "minutes=nan"),
+        ({"widths": (0.5,)}, "the first of them 1"),
+        ({"steps": 5}, "finetune has no data"),
+        ({"finetune": (x for x in ())}, "finetune has no length: give steps"),
+    ],
+)
+def test_refused_arguments(digits: Any, uniform: Any, tmp_path: Path, arguments: Any, words: str) -> None:
+    with pytest.raises(MuntinError) as error:
+        run(digits, uniform, tmp_path / "refused", **arguments)
+    assert words in one_line(error) and not (tmp_path / "refused").exists()

@@ -1,0 +1,81 @@
+"""A budget for a run of `muntin fit`, with the data, loss and metric of its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from muntin import Budget
+from muntin.budgeting.run import _Lessons, _splits, compress_run
+from muntin.compression import load_model
+from muntin.data.source import HeldSamples, Sample
+from muntin.errors import DataError
+from muntin.training import Checkpoint, fit, read_checkpoint
+from muntin.training.checkpoint import source_of
+
+MODEL = """
+from torch import nn
+
+class Small(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1)
+
+def make(*, task, classes, channels):
+    return Small(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, classes, 1))
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Any:
+    """The checkpoint of a run."""
+    root = tmp_path_factory.mktemp("run")
+    (root / "two_convolutions.py").write_text(MODEL)
+    tiny = write_tiny(root / "data", model={"name": "two_convolutions:make", "options": {}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        fit(tiny.recipe, directory=root / "run")
+        yield read_checkpoint(root / "run")
+
+
+def test_compressed_run(trained: Checkpoint, tmp_path: Path) -> None:
+    result = compress_run(trained, Budget(max_drop=1), tmp_path / "budget", steps=2, trials=1)
+    assert result.kept and len(result.trials) == 1 and result.holdout is not None
+    assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is None
+    assert result.artifact.manifest.signature.classes == trained.signature.classes  # type: ignore[union-attr]
+
+
+def test_batches_are_the_same_in_every_iteration(trained: Checkpoint) -> None:
+    lessons = _Lessons(trained, source_of(trained), load_model(trained), 3)
+    first, second = list(lessons), list(lessons)
+    assert len(lessons) == len(first) == 3 and not torch.equal(first[0][0], first[1][0])
+    for (images, targets), (same_images, same_targets) in zip(first, second, strict=True):
+        assert torch.equal(images, same_images) and all(map(torch.equal, targets, same_targets))
+
+
+class Splits:
+    """A source of pictures in memory."""
+
+    def __init__(self, **counts: int) -> None:
+        self.counts = counts
+
+    def split(self, name: str) -> HeldSamples:
+        image = np.zeros((4, 4, 3), np.uint8)
+        return HeldSamples([Sample(name=f"{name} {index}", image=image, target=0) for index in range(self.counts[name])])
+
+
+def names(samples: Any) -> list[str]:
+    return [sample.name for sample in samples]
+
+
+def test_splits() -> None:
+    judged, held_out = _splits(Splits(validation=2, test=1))  # type: ignore[arg-type]
+    assert names(judged) == ["validation 0", "validation 1"] and names(held_out) == ["test 0"]
+    judged, held_out = _splits(Splits(validation=3, test=0))  # type: ignore[arg-type]
+    assert names(judged) == ["validation 0", "validation 2"] and names(held_out) == ["validation 1"]
+    with pytest.raises(DataError, match="1 validation pictures and no test pictures"):
+        _splits(Splits(validation=1, test=0))  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model_helpers import one_line
+from muntin.budgeting.scores import Score, drop_bound, drop_interval, score_of
+from muntin.errors import MuntinError
+
+MODEL = nn.Identity()
+
+
+def score(value: Any) -> Score:
+    return score_of(lambda model: value, MODEL, called="evaluate", what="trial 3")
+
+
+@pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5)])
+def test_one_number(value: Any) -> None:
+    assert score(value).value == 0.5 and score(value).samples is None
+
+
+@pytest.mark.parametrize("value", [[True, False], (1.0, 0.0), np.array([1, 0]), torch.tensor([1.0, 0.0])])
+def test_number_of_each_sample(value: Any) -> None:
+    found = score(value)
+    assert found.value == 0.5 and found.samples is not None and found.samples.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (float("nan"), "returned nan for trial 3"),
+        ([0.5, float("inf")], "returned inf"),
+        (None, "trial 3"),
+        ("high", "returned a str"),
+        ({"accuracy": 0.5}, "returned a dict"),
+        ([], "shape (0,)"),
+        ([[0.5]], "shape (1, 1)"),
+    ],
+)
+def test_no_score(value: Any, words: str) -> None:
+    with pytest.raises(MuntinError) as error:
+        score(value)
+    assert words in one_line(error)
+
+
+def test_function_that_raises() -> None:
+    def evaluate(model: nn.Module) -> float:
+        raise KeyError("the label\nof a picture")
+
+    with pytest.raises(MuntinError) as error:
+        score_of(evaluate, MODEL, called="holdout", what="the FP32 model")
+    assert one_line(error).startswith("holdout raised KeyError on the FP32 model: 'the label")
+
+
+def samples(seed: int, shift: float = 0.0) -> Score:
+    values = np.random.default_rng(seed).normal(0.5 - shift, 0.1, 400)
+    return Score(float(values.mean()), values)
+
+
+def test_bound_grows_with_confidence() -> None:
+    reference, other = samples(1), samples(2, 0.01)
+    bounds = [drop_bound(reference, other, confidence) for confidence in (None, 0.5, 0.9, 0.99)]
+    assert bounds[0] == pytest.approx(bounds[1]) and bounds == sorted(bounds)
+    assert bounds[3] - bounds[0] == pytest.approx(2.326 * np.sqrt(2) * 0.1 / 20, rel=0.1)
+
+
+def test_equal_samples_have_no_spread() -> None:
+    assert drop_bound(samples(1), samples(1), 0.99) == 0 and drop_interval(samples(1), samples(1), seed=0) == (0, 0)
+
+
+def test_interval_covers_the_drop() -> None:
+    covered = 0
+    for seed in range(20):
+        interval = drop_interval(samples(2 * seed), samples(2 * seed + 1, 0.02), seed=seed)
+        assert interval is not None
+        covered += interval[0] <= 0.02 <= interval[1]
+    assert covered >= 16
+    assert drop_interval(samples(1), samples(2), seed=3) == drop_interval(samples(1), samples(2), seed=3)
+
+
+def test_interval_of_single_numbers() -> None:
+    assert drop_interval(Score(0.5), Score(0.4), seed=0) is None
+
+
+@pytest.mark.parametrize("measure", [lambda a, b: drop_bound(a, b, 0.9), lambda a, b: drop_interval(a, b, seed=0)])
+def test_other_number_of_samples(measure: Callable[[Score, Score], object]) -> None:
+    with pytest.raises(MuntinError, match="400 scores of samples for the FP32 model and 3"):
+        measure(samples(1), Score(0.5, np.full(3, 0.5)))

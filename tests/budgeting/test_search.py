@@ -1,0 +1,143 @@
+"""The decisions of a search, on plans and measurements that are functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from muntin.budgeting.budget import Budget
+from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.search import NARROW, Base, Search, front
+from muntin.budgeting.trials import Trial
+from muntin.errors import MuntinError
+
+STEPS = 400
+BUDGET = Budget(max_drop=0.01)
+
+
+class Smooth:
+    """Plans of `STEPS` harms from 1e-7 to 10; bytes fall with the logarithm of the harm. `share`: of the bytes of the first width."""
+
+    def __init__(self, width: float = 1.0, share: float = 1.0, least: float = 1e-7) -> None:
+        self.width, self.share, self.least = width, share, least
+
+    def propose(self, limit: float) -> Plan | None:
+        if limit < self.least:
+            return None
+        index = min(STEPS, math.floor(math.log10(min(limit, 10.0) / 1e-7) / 8 * STEPS + 1e-9))
+        harm = 1e-7 * 10 ** (8 * index / STEPS)
+        return Plan(width=self.width, forms={"layer": Form(index, 8)}, harm=harm, cost=self.share * (1000 - 2 * index))
+
+
+def searched(drop: Callable[[int, Plan], float], bases: Sequence[Base] = (Smooth(),), trials: int = 60, budget: Budget = BUDGET) -> Search:
+    by_width = {base.width: base for base in bases}
+
+    def attempt(number: int, plan: Plan, limit: float) -> Trial:
+        lost = drop(number, plan)
+        return Trial(
+            number=number, plan=plan, limit=limit, score=1 - lost, drop=lost, bound=lost, bytes=round(plan.cost), ms=plan.cost / 100,
+            kept=lost <= budget.max_drop, seconds=1.0, folder=Path(str(number)),
+        )  # fmt: skip
+
+    search = Search(list(by_width), by_width.__getitem__, attempt, budget, may_go_on=lambda done: len(done) < trials)
+    search.run()
+    return search
+
+
+@given(st.floats(-5, 1))
+def test_limit_is_found(exponent: float) -> None:
+    search = searched(lambda number, plan: BUDGET.max_drop * plan.harm / 10**exponent)
+    best = search.best
+    assert best is not None and best.kept and len(search.trials) <= 9
+    optimum = Smooth().propose(10**exponent * (1 + 1e-9))
+    assert optimum is not None and best.plan.cost <= optimum.cost / (1 - NARROW) + 2
+    keys = [trial.plan.forms["layer"] for trial in search.trials]
+    assert len(set(keys)) == len(keys)
+
+
+def test_everything_keeps_the_budget() -> None:
+    search = searched(lambda number, plan: 0.0)
+    assert search.best is not None and search.best.plan.cost <= 200 / (1 - NARROW)
+
+
+def test_nothing_keeps_the_budget() -> None:
+    search = searched(lambda number, plan: 0.02 + 0.001 * plan.harm)
+    assert search.unreachable and len(search.trials) == 4
+    assert search.best is search.trials[-1] and not search.best.kept
+
+
+def test_best_of_a_noisy_measurement() -> None:
+    generator = np.random.default_rng(0)
+    search = searched(lambda number, plan: plan.harm + generator.normal(0, 0.005))
+    kept = [trial for trial in search.trials if trial.kept]
+    assert search.best is min(kept, key=lambda trial: trial.bytes)
+
+
+def test_more_trials_go_on() -> None:
+    def drop(number: int, plan: Plan) -> float:
+        return plan.harm / plan.width
+
+    bases = (Smooth(), Smooth(0.8, 0.9), Smooth(0.6, 0.7))
+    long = searched(drop, bases).trials
+    for count in range(len(long)):
+        assert searched(drop, bases, trials=count).trials == long[:count]
+
+
+def test_narrower_model_that_wins() -> None:
+    search = searched(lambda number, plan: plan.harm, (Smooth(), Smooth(0.8, 0.8), Smooth(0.6, 0.6)))
+    assert search.best is not None and search.best.plan.width == 0.6 and search.best.plan.harm > 0.005
+
+
+def test_narrower_model_that_loses() -> None:
+    search = searched(lambda number, plan: plan.harm + (plan.width < 1), (Smooth(), Smooth(0.8, 0.8), Smooth(0.6, 10)))
+    assert search.best is not None and search.best.plan.width == 1
+    assert sum(trial.plan.width < 1 for trial in search.trials) == 1
+    assert search.notes[0].startswith("width 0.8 was left: it breaks the budget where it would begin to cost less (trial ")
+    assert search.notes[1].startswith("width 0.6 was left: no plan of it is predicted to cost less than trial ")
+
+
+def test_width_that_the_model_does_not_have() -> None:
+    class NoBase:
+        width = 0.8
+
+        def propose(self, limit: float) -> Plan | None:
+            raise MuntinError("the budget is out of reach")
+
+    search = searched(lambda number, plan: plan.harm, (Smooth(), NoBase()))
+    assert search.notes == ["width 0.8 was not tried: the budget is out of reach"] and search.best is not None
+
+
+def test_base_with_one_plan() -> None:
+    class One:
+        width = 1.0
+
+        def propose(self, limit: float) -> Plan | None:
+            return Plan(forms={"layer": Form(None, 16)}, cost=5.0)
+
+    assert [trial.plan.cost for trial in searched(lambda number, plan: 0.0, (One(),)).trials] == [5.0]
+    assert len(searched(lambda number, plan: 1.0, (One(),)).trials) == 1
+
+
+def test_least_harm_of_a_coarse_base() -> None:
+    search = searched(lambda number, plan: plan.harm, (Smooth(least=5.0),), budget=Budget(max_drop=1.0))
+    assert search.unreachable and search.best is not None and search.best.plan.harm < 6
+
+
+def test_latency_decides_by_milliseconds() -> None:
+    budget = Budget(max_drop=0.01, objective="latency")
+    best = searched(lambda number, plan: plan.harm, budget=budget).best
+    assert best is not None and best.cost("latency") == best.ms
+
+
+def test_front() -> None:
+    search = searched(lambda number, plan: 0.005 if number == 2 else plan.harm)
+    points = front(search.trials, "size")
+    assert [trial.bytes for trial in points] == sorted(trial.bytes for trial in points)
+    assert [trial.score for trial in points] == sorted(trial.score for trial in points)
+    for trial in search.trials:
+        assert any(point.bytes <= trial.bytes and point.score >= trial.score for point in points)
