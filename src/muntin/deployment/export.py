@@ -47,7 +47,7 @@ from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, req
 from muntin.errors import ExportError, MuntinError
 from muntin.graph.artifacts.engine_check import FallbackError
 from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
-from muntin.graph.insertion import Plan
+from muntin.graph.insertion import GridPlan
 from muntin.graph.quantize import QuantizationPlan, calibrate, planned
 from muntin.graph.records import QuantizedOnnx
 from muntin.models import HybridNet
@@ -161,7 +161,7 @@ class _Captured:
     sizes: Sizes
     model: nn.Module
     proto: onnx.ModelProto
-    trained: Plan
+    trained: GridPlan
     changes: tuple[Change, ...]
 
 
@@ -258,7 +258,9 @@ class _Draft:
         self.captures.append(_Captured(sizes=sizes, model=model, proto=proto, trained=trained, changes=changes))
         return self.captures[-1]
 
-    def _plan(self, proto: onnx.ModelProto, trained: Plan, changes: Iterable[Change], opened_for: tuple[int, int, int]) -> QuantizationPlan:
+    def _plan(
+        self, proto: onnx.ModelProto, trained: GridPlan, changes: Iterable[Change], opened_for: tuple[int, int, int]
+    ) -> QuantizationPlan:
         """Return how the products of the graph are quantised."""
         example = {"images": image_of(self.example, opened_for[1:])}
         if self.calibration is None:

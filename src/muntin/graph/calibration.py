@@ -16,7 +16,7 @@ from onnx import helper
 from muntin.errors import ExportError
 from muntin.graph.float_run import FloatRun
 from muntin.graph.grids import RangeObserver
-from muntin.graph.insertion import Plan, insert
+from muntin.graph.insertion import GridPlan, insert
 from muntin.graph.onnx_graph import Array, Graph
 from muntin.graph.products import GraphProduct
 
@@ -84,7 +84,7 @@ def _groups(names: Iterable[str], shapes: Shapes) -> list[list[str]]:
     return groups
 
 
-def measure(graph: Graph, products: Sequence[GraphProduct], plan: Plan, batch: Inputs) -> dict[str, float]:
+def measure(graph: Graph, products: Sequence[GraphProduct], plan: GridPlan, batch: Inputs) -> dict[str, float]:
     """Return the signal over noise, in dB, of each planned product's output when it alone is quantised.
 
     Each product gets a twin in the same graph that reads the same float inputs in integers; only two sums of squares leave the graph.

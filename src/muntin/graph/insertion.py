@@ -35,11 +35,11 @@ class ProductGrids:
     spread_softmax: bool = False
 
 
-Plan = Mapping[str, ProductGrids]
+GridPlan = Mapping[str, ProductGrids]
 """Grids by the name of a product."""
 
 
-def insert(graph: Graph, plan: Plan, *, untouched: Collection[int] = ()) -> None:
+def insert(graph: Graph, plan: GridPlan, *, untouched: Collection[int] = ()) -> None:
     """Quantise the products of a plan in place. `untouched`: ids of nodes that are read but not rewritten."""
     rounded: dict[tuple[str, ByteGrid], str] = {}
     entries = _softmax_entries(graph) if any(grids.spread_softmax for grids in plan.values()) else {}

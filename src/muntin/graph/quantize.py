@@ -15,7 +15,7 @@ import onnx.version_converter
 from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs, measure, observe, output_shapes
 from muntin.graph.grids import RangeObserver
-from muntin.graph.insertion import Plan, ProductGrids, insert
+from muntin.graph.insertion import GridPlan, ProductGrids, insert
 from muntin.graph.onnx_graph import Graph
 from muntin.graph.passes.concats import clip_before_signed_quantizers
 from muntin.graph.passes.pixel_grid import align_with_pixels
@@ -42,7 +42,7 @@ class QuantizationPlan:
     """
 
     graph: Graph
-    plan: Plan
+    plan: GridPlan
     reasons: Mapping[str, str]
     sqnr: Mapping[str, float]
     example: Inputs
@@ -107,7 +107,7 @@ def calibrate(
     return whole.without(noisy)
 
 
-def planned(model: onnx.ModelProto, plan: Plan, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> QuantizationPlan:
+def planned(model: onnx.ModelProto, plan: GridPlan, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> QuantizationPlan:
     """Return the plan of a float model whose scales were trained; without a plan, of one in floats.
 
     A product that a layer with a weight computes once more ("layer/2") has the layer's grids.
@@ -157,7 +157,7 @@ def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(f"the model is of opset {opset}, and onnx cannot convert it to {OPSET}: {cause}: export it anew") from error
 
 
-def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> Plan:
+def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> GridPlan:
     return {
         product.name: ProductGrids(
             activations={index: observers[name].grid() for index, name in product.activations.items()},

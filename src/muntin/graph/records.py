@@ -12,7 +12,7 @@ import onnx
 from muntin.artifact.atomic_files import write_files
 from muntin.errors import ExportError
 from muntin.graph.calibration import Shapes
-from muntin.graph.insertion import Plan
+from muntin.graph.insertion import GridPlan
 from muntin.graph.onnx_graph import Graph
 from muntin.graph.passes.storage import is_half
 from muntin.graph.products import GraphProduct
@@ -85,7 +85,7 @@ class QuantizedOnnx:
 def product_records(
     graph: Graph,
     products: Sequence[GraphProduct],
-    plan: Plan,
+    plan: GridPlan,
     reasons: Mapping[str, str],
     shapes: Shapes,
     sqnr: Mapping[str, float],

@@ -29,7 +29,7 @@ ChannelSide = Literal["out", "in", "both"]
 """Side of a layer whose channels are in a group; both: of a norm, or of a depthwise convolution, whose outputs are its inputs."""
 ChannelCuts = Mapping[str, Sequence[int]]
 """By the name of a group: the channels to remove, in the numbering of its first layer's outputs."""
-MOST_VISITS = 30
+VISITS_A_NODE = 30
 """Mean number of times that a group may reach a node. Where channels are repeated (keys shared by heads), torch-pruning would follow new
 copies of them without end."""
 
@@ -102,7 +102,7 @@ def channel_groups(model: nn.Module, example: ModelInputs) -> dict[str, ChannelG
                 output_transform=lambda answer: [part for part in tensors_of(answer) if part.grad_fn is not None],
                 verbose=False,
             )
-            steps = _Steps(MOST_VISITS * len(graph.module2node))
+            steps = _Visits(VISITS_A_NODE * len(graph.module2node))
             for node in graph.module2node.values():
                 node.dependencies = _Counted(node.dependencies, steps)
             groups = []
@@ -118,7 +118,7 @@ def channel_groups(model: nn.Module, example: ModelInputs) -> dict[str, ChannelG
 
 
 @dataclass
-class _Steps:
+class _Visits:
     """Visits of nodes while one group is followed."""
 
     limit: int
@@ -133,7 +133,7 @@ class _Steps:
 class _Counted(list[Any]):
     """The dependencies of a node; counts how often they are read."""
 
-    def __init__(self, dependencies: Sequence[Any], steps: _Steps) -> None:
+    def __init__(self, dependencies: Sequence[Any], steps: _Visits) -> None:
         super().__init__(dependencies)
         self.steps = steps
 

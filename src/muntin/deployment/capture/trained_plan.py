@@ -12,13 +12,13 @@ from muntin.compression import QuantizedConv2d, QuantizedLinear, QuantizedProduc
 from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.rewrite import named, replace
 from muntin.graph.grids import SHARES, ByteGrid
-from muntin.graph.insertion import Plan, ProductGrids
+from muntin.graph.insertion import GridPlan, ProductGrids
 from muntin.layers import Product, SoftmaxProduct
 
 Quantized = QuantizedConv2d | QuantizedLinear | QuantizedProduct | QuantizedSoftmaxProduct
 
 
-def take_plan(model: nn.Module) -> Plan:
+def take_plan(model: nn.Module) -> GridPlan:
     """Replace the quantised layers and products of a model, in place, by float ones; return their grids by name."""
     plan: dict[str, ProductGrids] = {}
     quantized: list[tuple[str, Quantized]] = list(named(model, QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct))

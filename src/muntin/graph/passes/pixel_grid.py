@@ -13,7 +13,7 @@ import numpy as np
 
 from muntin.graph.float_run import FloatRun
 from muntin.graph.grids import ByteGrid
-from muntin.graph.insertion import Plan, ProductGrids
+from muntin.graph.insertion import GridPlan, ProductGrids
 from muntin.graph.onnx_graph import Array, Graph
 from muntin.graph.products import GraphProduct
 
@@ -23,7 +23,9 @@ _COARSER = 127.5 / 127
 _LINEAR = ("Cast", "Transpose", "Mul", "Div", "Add", "Sub", "Identity", "Reshape", "Unsqueeze", "Squeeze")
 
 
-def align_with_pixels(graph: Graph, plan: Plan, products: Sequence[GraphProduct], images: Mapping[str, Array]) -> dict[str, ProductGrids]:
+def align_with_pixels(
+    graph: Graph, plan: GridPlan, products: Sequence[GraphProduct], images: Mapping[str, Array]
+) -> dict[str, ProductGrids]:
     """Return the plan of these products with aligned scales. `images`: one row of each input; only uint8 images have pixels."""
     if any(image.dtype != np.uint8 for image in images.values()):
         return dict(plan)

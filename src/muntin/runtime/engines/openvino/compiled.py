@@ -33,7 +33,7 @@ _PLAIN_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 _RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
 
-Form = TypeVar("Form")
+CallForm = TypeVar("CallForm")
 """Key of a compiled form."""
 
 
@@ -55,7 +55,7 @@ class Compiled:
             self.__dict__.clear()
 
 
-class CompiledForms(ABC, Generic[Form]):
+class CompiledForms(ABC, Generic[CallForm]):
     """Base of sessions in OpenVINO: a model that is read once, and its compiled forms. `streams` calls compute at a time, others wait."""
 
     def __init__(self, artifact: AnyArtifact, options: SessionOptions) -> None:
@@ -80,26 +80,26 @@ class CompiledForms(ABC, Generic[Form]):
         self._dynamic = options.dynamic
         self._lock = Lock()  # guards _compiled and _warmed_up
         self._compiling = Lock()  # held for a whole compilation, so that calls that need none go on
-        self._compiled: OrderedDict[Form, Compiled] = OrderedDict()
-        self._warmed_up: set[Form] = set()
+        self._compiled: OrderedDict[CallForm, Compiled] = OrderedDict()
+        self._warmed_up: set[CallForm] = set()
 
     @abstractmethod
-    def _prepared(self, form: Form) -> Any:
+    def _prepared(self, form: CallForm) -> Any:
         """A copy of the model to compile for a form."""
 
     @abstractmethod
-    def _key(self, form: Form) -> str:
+    def _key(self, form: CallForm) -> str:
         """The form's name in the cache, which has whatever changes what is compiled."""
 
     @abstractmethod
-    def _words(self, form: Form) -> str:
+    def _words(self, form: CallForm) -> str:
         """Describe what a form is compiled for."""
 
     @abstractmethod
-    def _is_free(self, form: Form) -> bool:
+    def _is_free(self, form: CallForm) -> bool:
         """Returns True for a form of free sizes."""
 
-    def _shape(self, form: Form) -> tuple[int, ...] | None:
+    def _shape(self, form: CallForm) -> tuple[int, ...] | None:
         """Shape of the images that a form computes; None for free sizes, and for named tensors."""
         return None
 
@@ -109,13 +109,13 @@ class CompiledForms(ABC, Generic[Form]):
         with self._lock:
             return bool(self._compiled) and all(compiled.kept for compiled in self._compiled.values())
 
-    def _executed(self, default: Form) -> list[ExecutedLayer]:
+    def _executed(self, default: CallForm) -> list[ExecutedLayer]:
         """The operations as compiled for the last call; before any call, for `default`."""
         with self._lock:
             last = next(reversed(self._compiled), default)
         return executed_layers(self._compiled_for(last).model.get_runtime_model(), self._nodes)
 
-    def _compiled_for(self, form: Form) -> Compiled:
+    def _compiled_for(self, form: CallForm) -> Compiled:
         """The model of a form, compiled now if it is not there."""
         compiled = self._find_compiled(form)
         if compiled is not None:
@@ -127,13 +127,13 @@ class CompiledForms(ABC, Generic[Form]):
                 self._keep(form, compiled)
         return compiled
 
-    def _find_compiled(self, form: Form) -> Compiled | None:
+    def _find_compiled(self, form: CallForm) -> Compiled | None:
         with self._lock:
             if form in self._compiled:
                 self._compiled.move_to_end(form)
             return self._compiled.get(form)
 
-    def _keep(self, form: Form, compiled: Compiled) -> None:
+    def _keep(self, form: CallForm, compiled: Compiled) -> None:
         """Keeps a model. Of the static sizes that were not warmed up, the least recently used ones are dropped."""
         with self._lock:
             self._compiled[form] = compiled
@@ -141,7 +141,7 @@ class CompiledForms(ABC, Generic[Form]):
             dropped = [self._compiled.pop(other) for other in evictable[:-STATIC_SHAPES]]
         del dropped  # outside of the lock: deleting a model takes time
 
-    def _compile(self, form: Form) -> Compiled:
+    def _compile(self, form: CallForm) -> Compiled:
         options = self._options_for(form)
         try:
             with signal_stack_kept():
@@ -156,7 +156,7 @@ class CompiledForms(ABC, Generic[Form]):
         except RuntimeError as error:
             raise failure(self._path, f"cannot compile it for {self._words(form)}", error) from error
 
-    def _from_cache(self, form: Form) -> Any:
+    def _from_cache(self, form: CallForm) -> Any:
         """The model that an earlier process compiled for this form with these options, or None."""
         data = None if self._cache is None else self._cache.read(self._cache_key(form))
         if data is None:
@@ -166,10 +166,10 @@ class CompiledForms(ABC, Generic[Form]):
         except RuntimeError:
             return None
 
-    def _cache_key(self, form: Form) -> str:
+    def _cache_key(self, form: CallForm) -> str:
         return f"{self._key(form)} {sorted(self._options_for(form).items())}"
 
-    def _options_for(self, form: Form) -> dict[str, Any]:
+    def _options_for(self, form: CallForm) -> dict[str, Any]:
         """Options of a compilation: in float32 for free sizes where floats are computed from them."""
         rounds_sizes = self._is_free(form) and self._precision != "f32" and self._computes_with_sizes
         return {**self._options, "INFERENCE_PRECISION_HINT": "f32"} if rounds_sizes else self._options
