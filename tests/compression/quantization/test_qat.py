@@ -174,7 +174,7 @@ def test_training_recovers_two_bits() -> None:
     prepare_qat(model, [x], bits=2)
     before = (answer(model, x) - exact).square().mean()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
         (model(x) - exact).square().mean().backward()
         optimizer.step()

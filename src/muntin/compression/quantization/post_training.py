@@ -90,7 +90,7 @@ def quantize(
     named_too = before if embedding_bits is None else {**before, **tables(model)}
     ready = prepare(model, calibration, only=only, keep=keep, done=named_too, cut=True, equalized=equalized)
     free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
-    grids = {name: _grid(ready.observed[name][0], scales) for name in free}
+    grids = {name: _grid(layer, ready.observed[name][0], scales) for name, layer in free.items()}
     if average is not None:
         widths = chosen_widths(model, free, lambda name, width: _form(free[name], grids[name], width, scales), average, ready.batches)
         width_of = widths.__getitem__
@@ -122,8 +122,10 @@ def _check_choice(argument: str, value: object, allowed: Sequence[object]) -> No
         raise MuntinError(f"{argument}={value!r}: give {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
 
 
-def _grid(observer: Observer, scales: Scales) -> ActivationGrid:
-    return observer.grid({"mse": None, "minmax": 100.0, "percentile": PERCENTILE}[scales])
+def _grid(layer: nn.Module, observer: Observer, scales: Scales) -> ActivationGrid:
+    """The grid of a layer's inputs. A Linear has no padding with zeros, so it may have a zero point."""
+    percentile = {"mse": None, "minmax": 100.0, "percentile": PERCENTILE}[scales]
+    return observer.grid(percentile, asymmetric=isinstance(layer, nn.Linear))
 
 
 def _choose(
