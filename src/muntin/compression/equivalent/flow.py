@@ -18,6 +18,7 @@ _ATEN = torch.ops.aten
 RELUS = {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.leaky_relu.default, _ATEN.leaky_relu_.default}
 """Operations that commute with a positive factor of each channel."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class Use:
     """One use of a tensor: by a layer, or by an operation with a result (its first one, if it has several)."""

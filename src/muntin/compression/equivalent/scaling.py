@@ -24,19 +24,19 @@ MOST = 32.0
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """The outputs of `source` (a Linear, a convolution or the affine part of a norm) are divided by `factor_C`, and its readers' columns
-    multiplied."""
+    """The outputs of `source` (a Linear, a convolution or the affine part of a norm) are divided by `factors`, `(C,)`, and its readers'
+    columns multiplied."""
 
     source: nn.Module
     readers: tuple[nn.Linear | nn.Conv2d, ...]
-    factor_C: Tensor
+    factors: Tensor
 
     @torch.no_grad()
     def apply(self) -> None:
         for parameter in self.source.parameters(recurse=False):  # rows of a weight, and a bias
-            parameter /= along(self.factor_C, parameter.ndim, 0).to(parameter.dtype)
+            parameter.div_(along(self.factors, parameter.ndim, 0).to(parameter.dtype))
         for reader in self.readers:
-            reader.weight *= columns(reader, self.factor_C).to(reader.weight.dtype)
+            reader.weight.mul_(columns(reader, self.factors).to(reader.weight.dtype))
 
 
 def columns(layer: nn.Linear | nn.Conv2d, factor_C: Tensor) -> Tensor:

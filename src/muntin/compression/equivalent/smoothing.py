@@ -1,6 +1,6 @@
 """Smoothing: the range of single channels moves from the inputs of Linears into their weights, and the answer stays the same.
 
-    norm or Linear -> moves of tokens, ReLU, attention -> Linears:   outputs / s, columns of the Linears' weights · s, for each channel s > 0
+    norm or Linear -> moves of tokens, ReLU, attention -> Linears:   outputs / s, columns of the Linears' weights · s, s > 0 for a channel
 
 One 8-bit grid covers all channels of an input, and after a norm a few channels may be many times larger than the others. A run of the model
 finds the norms, and Linears, whose output goes to Linears only. A norm whose output a residual sum reads too stays as it is.
@@ -58,9 +58,9 @@ class SmoothedGroup:
 
 @dataclass
 class _Inputs:
-    """The largest magnitude of each channel over all batches, and some rows."""
+    """`peaks` `(C,)`: the largest magnitude of each channel over all batches. `rows`: some rows of each."""
 
-    peak_C: Tensor
+    peaks: Tensor
     rows: list[Tensor] = field(default_factory=list)
 
 
@@ -104,9 +104,9 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         own = {key: value for key, value in module._parameters.items() if value is not None}
-        if "weight" in own and own.keys() <= {"weight", "bias"} and all(value.ndim == 1 for value in own.values()):
-            if not any(True for _ in module.children()):
-                found[name] = module
+        by_channel = "weight" in own and own.keys() <= {"weight", "bias"} and all(value.ndim == 1 for value in own.values())
+        if by_channel and not any(True for _ in module.children()):
+            found[name] = module
     return found
 
 
@@ -158,7 +158,7 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence
             return
         peak_C = x_NC.abs().amax(0)
         known = inputs.setdefault(name, _Inputs(peak_C))
-        known.peak_C = torch.maximum(known.peak_C, peak_C)
+        known.peaks = torch.maximum(known.peaks, peak_C)
         known.rows.append(x_NC[:: -(-len(x_NC) // share)].clone())
 
     watch_inputs(model, layers, batches, watch)
@@ -173,7 +173,7 @@ def _chosen(inputs: _Inputs, readers: Mapping[str, nn.Linear], bits_of: Callable
     best, factor_C = 0.0, none_C
     least = WORTH * _error(x_NC, none_C, readers, bits_of)
     for strength in STRENGTHS:
-        candidate_C = _factors(inputs.peak_C, weight_C, strength)
+        candidate_C = _factors(inputs.peaks, weight_C, strength)
         error = _error(x_NC, candidate_C, readers, bits_of)
         if error < least:
             best, factor_C, least = strength, candidate_C, error

@@ -58,8 +58,8 @@ def prepare(
 ) -> Prepared:
     """Check a model, fold its norms and gates in place, and observe the inputs of its layers and `products`.
 
-    `cut`: remove closed channels first. `equalized`: gives the weight bits of a layer, if channels are to be equalised (`equalization`), `smoothed` if
-    the inputs of Linears are to be smoothed (`smoothing`).
+    `cut`: remove closed channels first. `equalized`, `smoothed`: give the weight bits of a layer, if channels are to be equalised
+    (`equalization`), or the inputs of Linears smoothed (`smoothing`).
     `done`: operations that have another form already, which `only` and `keep` may name. Raises `MuntinError` if there is no batch, for NaN
     and infinity, and if `only` or `keep` name no layer.
     """
