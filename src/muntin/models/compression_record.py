@@ -141,6 +141,8 @@ class Structure(BaseModel):
     """The model before its first pruning; None if it is not pruned."""
     convolutions: dict[str, ConvolutionRecord] = {}
     """Convolutions that were written as a padding and a plain one."""
+    factors: tuple[str, ...] = ()
+    """Linears with a factor for each input channel before them."""
     ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
     """Ranks of each factored layer."""
     qat: dict[str, OperationRecord] | None = None

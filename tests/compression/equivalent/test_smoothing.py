@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import muntin
 from model_helpers import answer, by_layer
-from muntin.compression import quantize
+from muntin.compression import QuantizedLinear, load_compressed, quantize, save
+from muntin.compression.equivalent.input_factors import ScaledLinear, factor_structure
 from muntin.compression.equivalent.smoothing import SmoothedGroup, find_groups, norms, smooth
 from muntin.compression.rewrite import named
 
@@ -95,19 +97,46 @@ def test_error_of_quantized_model(bits: int) -> None:
     assert errors[True] < (0.8 if bits == 8 else 1) * errors[False]  # of 4 bits, most of the error is the weights'
 
 
-def test_residual_around_a_norm() -> None:
-    """A norm whose output a sum reads too, as after the blocks of BERT, is in no group."""
+class After(Block):
+    """A sum reads the output of a norm too, as after the blocks of BERT."""
 
-    class After(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.norm1(x)
-            out: Tensor = self.head(self.norm2(y + self.fc2(F.relu(self.fc1(y)))))
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        out: Tensor = self.head(self.norm2(y + self.fc2(F.relu(self.fc1(y)))))
+        return out
 
+
+def test_factors_beside_a_residual(tmp_path: Path) -> None:
     model, x = uneven(After()), torch.randn(2, 9, C)
+    before = answer(model, x).clone()
     assert find_groups(model, linears(model), (x,)) == [
-        SmoothedGroup(source="fc1", readers=("fc2",)), SmoothedGroup(source="norm2", readers=("head",))
-    ]  # fmt: skip
+        SmoothedGroup(source="norm1", readers=("fc1",), alone=False),
+        SmoothedGroup(source="fc1", readers=("fc2",)),
+        SmoothedGroup(source="norm2", readers=("head",)),
+    ]
+    changes = by_layer(smooth(model, [(x,)], linears(model), lambda name: 8), "smooth")
+    assert "by factors before fc1" in changes["norm1"].done and isinstance(model.fc1, ScaledLinear)
+    torch.testing.assert_close(answer(model, x), before, rtol=1e-4, atol=1e-5)
+    assert all(change.kept for change in smooth(model, [(x,)], linears(model), lambda name: 8))
+
+    quantize(model, [(x,)], bits={"fc1": 6})
+    assert isinstance(model.fc1.linear, QuantizedLinear) and model.fc1.linear.bits == 6
+    again = load_compressed(save(model, tmp_path / "saved"), After())
+    assert torch.equal(answer(again, x), answer(model, x))
+    assert all(change.kept for change in quantize(again, [(x,)], bits={"fc1": 6}))
+
+
+def test_factors_on_a_factored_layer(tmp_path: Path) -> None:
+    model, x = uneven(After()), torch.randn(8, 9, C)
+    muntin.low_rank(model, [(x,)], parameters=0.85, multiple=2, only=("fc1",))
+    quantize(model, [(x,)])
+    assert "fc1.reduce" in factor_structure(model)
+    again = load_compressed(save(model, tmp_path / "saved"), After())
+    assert torch.equal(answer(again, x), answer(model, x))
+    quantized = uneven(After())
+    quantize(quantized, [(x,)])
+    muntin.low_rank(quantized, [(x,)], parameters=0.85, multiple=2, only=("fc1",))
+    assert torch.equal(answer(load_compressed(save(quantized, tmp_path / "other"), After()), x), answer(quantized, x))
 
 
 def test_norm_that_would_change_the_answer() -> None:

@@ -62,7 +62,7 @@ def test_hybrid_changes_and_answer() -> None:
     changes = quantize(model, [x])
     by_name = by_layer(changes, "quantize")
     assert sorted(by_name) == sorted(layers)
-    assert {change.pass_ for change in changes} == {"fold", "quantize"}
+    assert {change.pass_ for change in changes} == {"fold", "smooth", "quantize"}
     assert sorted(names(model, QuantizedLinear, QuantizedConv2d)) == sorted(name for name, change in by_name.items() if not change.kept)
     assert sum(not change.kept for change in by_name.values()) >= 0.8 * len(by_name)
     assert all(change.reason for change in by_name.values() if change.kept)

@@ -3,7 +3,8 @@
     norm or Linear -> moves of tokens, ReLU, attention -> Linears:   outputs / s, columns of the Linears' weights · s, s > 0 for a channel
 
 One 8-bit grid covers all channels of an input, and after a norm a few channels may be many times larger than the others. A run of the model
-finds the norms, and Linears, whose output goes to Linears only. A norm whose output a residual sum reads too stays as it is.
+finds the norms, and Linears, whose output goes to Linears only. A norm whose output others read too, as a residual sum after BERT's norms,
+stays as it is, and its Linears get factors before them (`input_factors`), if much is gained.
 
 Source: SmoothQuant (Xiao et al., 2211.10438, section 4), s_j = max|x_j|^a / max|w_j|^(1 - a). Deviation: a is chosen for each norm, by the
 error of the quantised Linears' outputs, also "not at all".
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.equivalent.flow import RELUS, Flow, Use, called_once, record_flow
+from muntin.compression.equivalent.input_factors import factor_structure, insert_factors
 from muntin.compression.equivalent.scaling import MOST, Scaling, columns, scale
 from muntin.compression.history import last_changes, remember
 from muntin.compression.quantization.fake_quantization import along, quantize_dequantize, quantize_weight
@@ -32,6 +34,8 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 """Candidates of the exponent a: 1 moves all of the range into the weights."""
 WORTH = 0.98
 """Largest error of smoothed layers, as a share of that without smoothing, with which a norm is smoothed."""
+WORTH_FACTORS = 0.8
+"""The same where factors have to be computed."""
 ROWS = 1024
 """Approximate number of rows on which the error is measured."""
 _ATEN = torch.ops.aten
@@ -50,10 +54,11 @@ _MIXING = {
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothedGroup:
-    """A norm or a Linear, and the Linears that alone read its output."""
+    """A norm or a Linear, and the Linears that read its output. `alone`: False if something else reads it too."""
 
     source: str
     readers: tuple[str, ...]
+    alone: bool = True
 
 
 @dataclass
@@ -75,27 +80,36 @@ def smooth(
     """
     done = {name for name, change in last_changes(model, "smooth").items() if not change.kept}
     sources = {**norms(model), **layers}
-    groups = [group for group in find_groups(model, layers, batches[0]) if group.source not in done]
+    earlier = {f"{name}.linear": name for name in factor_structure(model)}
+    groups = [group for group in find_groups(model, layers, batches[0]) if earlier.get(group.source, group.source) not in done]
     inputs = _inputs(model, {group.readers[0]: layers[group.readers[0]] for group in groups}, batches)
-    scalings: dict[str, Scaling] = {}
     strengths: dict[str, float] = {}
+    factors: dict[str, Tensor] = {}
     for group in groups:
         if group.readers[0] in inputs:
             readers = {name: layers[name] for name in group.readers}
-            strength, factor_C = _chosen(inputs.pop(group.readers[0]), readers, bits_of)
+            worth = WORTH if group.alone else WORTH_FACTORS
+            strength, factor_C = _chosen(inputs.pop(group.readers[0]), readers, bits_of, worth)
             if strength:
-                strengths[group.source] = strength
-                scalings[group.source] = Scaling(sources[group.source], tuple(readers.values()), factor_C)
-    refused = {id(one) for one in scale(model, list(scalings.values()), batches[0])}
+                strengths[group.source], factors[group.source] = strength, factor_C
+    chosen = [group for group in groups if group.source in factors]
+    scalings = {
+        group.source: Scaling(sources[group.source], tuple(layers[name] for name in group.readers), factors[group.source])
+        for group in chosen
+        if group.alone
+    }
+    undone = {id(one) for one in scale(model, list(scalings.values()), batches[0])}
+    refused = {name for name, scaling in scalings.items() if id(scaling) in undone}
+    inserted = {group.source: group.readers for group in chosen if not group.alone}
+    refused |= set(insert_factors(model, inserted, {name: factors[name] for name in inserted}, batches[0]))
     changes = []
     for group in groups:
         to = ", ".join(group.readers)
-        if group.source not in scalings:
-            reason = f"the error of the quantised outputs of {to} would not be less"
-        else:
-            reason = "the answer would change" if id(scalings[group.source]) in refused else ""
-        moved = f"smoothed with a strength of {strengths.get(group.source, 0):g}, into {to}"
-        changes.append(Change(layer=group.source, pass_="smooth", done="kept" if reason else moved, reason=reason))
+        reason = "the answer would change" if group.source in refused else ""
+        if group.source not in factors:
+            reason = f"the error of the quantised outputs of {to} would not be {'' if group.alone else 'much '}less"
+        how = f"smoothed with a strength of {strengths.get(group.source, 0):g}, {'into' if group.alone else 'by factors before'} {to}"
+        changes.append(Change(layer=group.source, pass_="smooth", done="kept" if reason else how, reason=reason))
     return remember(model, changes)
 
 
@@ -111,16 +125,26 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_groups(model: nn.Module, layers: Mapping[str, nn.Linear], batch: ModelInputs) -> list[SmoothedGroup]:
-    """The norms and Linears of one run whose output goes to `layers` only. Modules that run more than once are in no group."""
-    modules = {**norms(model), **layers}
+    """The norms and Linears of one run whose output goes to `layers` only, and the norms that `layers` read beside others.
+
+    Modules that run more than once are in no group.
+    """
+    by_channel = norms(model)
+    modules = {**by_channel, **layers}
     flow = record_flow(model, modules, batch)
     alone = called_once(model, modules, flow)
     groups = []
     for name, output in flow.outputs.items():
         width = len(cast(Tensor, modules[name].weight))
-        readers = _readers(flow, output) if name in alone else None
-        if readers and all(one in layers and one in alone and layers[one].in_features == width for one in readers):
+        if name not in alone:
+            continue
+        fitting = {one for one in layers if one in alone and layers[one].in_features == width}
+        readers = _readers(flow, output)
+        if readers and fitting.issuperset(readers):
             groups.append(SmoothedGroup(source=name, readers=readers))
+        elif name in by_channel:
+            direct = tuple(use.layer for use in flow.uses.get(output, []) if use.layer in fitting)
+            groups += [SmoothedGroup(source=name, readers=direct, alone=False)] if direct else []
     return groups
 
 
@@ -165,13 +189,13 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence
     return inputs
 
 
-def _chosen(inputs: _Inputs, readers: Mapping[str, nn.Linear], bits_of: Callable[[str], int]) -> tuple[float, Tensor]:
-    """The strength with the least error, 0 for none, and its factors."""
+def _chosen(inputs: _Inputs, readers: Mapping[str, nn.Linear], bits_of: Callable[[str], int], worth: float) -> tuple[float, Tensor]:
+    """The strength with the least error, 0 for none, and its factors. `worth`: the largest error, as a share of that without."""
     x_NC = torch.cat(inputs.rows)
     weight_C = torch.stack([reader.weight.detach().float().abs().amax(0) for reader in readers.values()]).amax(0)
     none_C = torch.ones_like(weight_C)
     best, factor_C = 0.0, none_C
-    least = WORTH * _error(x_NC, none_C, readers, bits_of)
+    least = worth * _error(x_NC, none_C, readers, bits_of)
     for strength in STRENGTHS:
         candidate_C = _factors(inputs.peaks, weight_C, strength)
         error = _error(x_NC, candidate_C, readers, bits_of)

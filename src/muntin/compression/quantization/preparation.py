@@ -13,6 +13,7 @@ from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.equivalent.batch_norm import fold_batch_norms
 from muntin.compression.equivalent.equalization import equalize
 from muntin.compression.equivalent.fold import fold
+from muntin.compression.equivalent.input_factors import ScaledLinear
 from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.equivalent.smoothing import smooth
 from muntin.compression.quantization.observer import Observer
@@ -84,6 +85,9 @@ def prepare(
     linears = {name: layer for name, layer in plain.items() if isinstance(layer, nn.Linear)}
     if smoothed is not None and linears:
         changes += smooth(model, batches, linears, smoothed)
+        moved = {f"{name}.linear": layer.linear for name, layer in named(model, ScaledLinear) if name in linears}
+        operations = {name: one for name, one in operations.items() if f"{name}.linear" not in moved} | moved
+        replaceable = {name: operation for name, operation in operations.items() if name not in fixed}
     observed = observe(model, replaceable, batches)
     reasons = {name: reason for name, (first, _) in observed.items() if (reason := no_integer_form(operations[name], first)) is not None}
     kept = {name: unnamed[name] for name in operations if name in unnamed}
