@@ -9,7 +9,6 @@ Axes: C input channels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -62,10 +61,10 @@ def insert_factors(model: nn.Module, groups: Mapping[str, Sequence[str]], scales
     def unchanged(some: Sequence[str]) -> bool:
         names = [(name, scales[group]) for group in some for name in groups[group]]
         for name, scale_C in names:
-            layer = copy.deepcopy(layers[name])
+            layer = layers[name]
             assert isinstance(layer, nn.Linear)
-            layer.weight.mul_(columns(layer, scale_C).to(layer.weight.dtype))
-            replace(model, name, ScaledLinear(layer, 1 / scale_C))
+            weight = layer.weight * columns(layer, scale_C).to(layer.weight.dtype)
+            replace(model, name, ScaledLinear(_linear(layer, weight), 1 / scale_C))
         if all_same(before, tensors_of(call(model, batch))):
             return True
         for name, _ in names:
@@ -73,6 +72,13 @@ def insert_factors(model: nn.Module, groups: Mapping[str, Sequence[str]], scales
         return False
 
     return failing(list(scales), unchanged)
+
+
+def _linear(layer: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A Linear with another weight and the same bias. Hooks stay with the layer, of whose place `replace` moves them."""
+    new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=layer.weight.requires_grad), layer.bias
+    return new
 
 
 def factor_structure(model: nn.Module) -> tuple[str, ...]:
@@ -86,4 +92,5 @@ def apply_factors(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if name not in layers:
             raise MuntinError(f"factors: '{name}' is no Linear of the model: build the model that was saved")
-        replace(model, name, ScaledLinear(layers[name], torch.ones(layers[name].in_features)))
+        layer = layers[name]
+        replace(model, name, ScaledLinear(_linear(layer, layer.weight.detach()), torch.ones(layer.in_features)))

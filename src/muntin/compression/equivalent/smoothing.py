@@ -43,6 +43,7 @@ _MOVES = {
     _ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.permute.default, _ATEN.transpose.int, _ATEN.clone.default, _ATEN.alias.default,
     _ATEN.slice.Tensor, _ATEN.select.int, _ATEN.roll.default, _ATEN.expand.default, _ATEN.unsqueeze.default, _ATEN.squeeze.dim,
     _ATEN.squeeze.dims, _ATEN.squeeze.default, _ATEN.index.Tensor, _ATEN.index_select.default, _ATEN.mean.dim, _ATEN.detach.default,
+    _ATEN.constant_pad_nd.default,
 }  # fmt: skip
 """Operations that may keep the channels apart; whether they do is seen by the answer."""
 _MIXING = {
@@ -86,7 +87,7 @@ def smooth(
     strengths: dict[str, float] = {}
     factors: dict[str, Tensor] = {}
     for group in groups:
-        if group.readers[0] in inputs:
+        if group.readers[0] in inputs and bool(torch.isfinite(inputs[group.readers[0]].peaks).all()):
             readers = {name: layers[name] for name in group.readers}
             worth = WORTH if group.alone else WORTH_FACTORS
             strength, factor_C = _chosen(inputs.pop(group.readers[0]), readers, bits_of, worth)
@@ -177,7 +178,7 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence
     share = -(-ROWS // len(batches))
 
     def watch(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x_NC = given[0].detach().float().flatten(0, -2)
+        x_NC = given[0].detach().float().reshape(-1, given[0].shape[-1])
         if not len(x_NC):
             return
         peak_C = x_NC.abs().amax(0)
