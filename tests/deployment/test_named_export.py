@@ -149,9 +149,9 @@ class Gelu(nn.Module):
 def test_zero_points_on_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Gelu().eval(), torch.randn(4, 9, 32)
-    quantize(model, [(x,)])
+    quantize(model, [{"x": x}])
     assert all(0 < int(layer.input.zero_point) < 128 for layer in (model.first, model.second))
-    artifact = muntin.export(model, (x,), tmp_path / "a", axes={"x": ("batch", "tokens", None)})
+    artifact = muntin.export(model, {"x": x}, tmp_path / "a")
     assert all(check.passed for check in verify_layers(artifact, [{"x": x.numpy()}], threads=1))
     with torch.no_grad():
         due = model(x).numpy()

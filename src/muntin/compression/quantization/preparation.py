@@ -85,8 +85,8 @@ def prepare(
     linears = {name: layer for name, layer in plain.items() if isinstance(layer, nn.Linear)}
     if smoothed is not None and linears:
         changes += smooth(model, batches, linears, smoothed)
-        moved = {f"{name}.linear": layer.linear for name, layer in named(model, ScaledLinear) if name in linears}
-        operations = {name: one for name, one in operations.items() if f"{name}.linear" not in moved} | moved
+        moved = {name: layer.linear for name, layer in named(model, ScaledLinear) if name in linears}
+        operations = {f"{name}.linear" if name in moved else name: moved.get(name, one) for name, one in operations.items()}
         replaceable = {name: operation for name, operation in operations.items() if name not in fixed}
     observed = observe(model, replaceable, batches)
     reasons = {name: reason for name, (first, _) in observed.items() if (reason := no_integer_form(operations[name], first)) is not None}
