@@ -42,7 +42,7 @@ from torch import nn
 
 import muntin
 from foreign_networks.forms import FORMS, Material, parameters_of
-from foreign_networks.subjects import PRETRAINED, Subject, batches
+from foreign_networks.subjects import PRETRAINED, Subject, batches, without_padding
 from foreign_networks.trained import TRAINED
 from kept import Row, kept_row, now
 from muntin.runtime import describe_hardware
@@ -76,7 +76,7 @@ class Judge:
         model, started = copy.deepcopy(self.module), time.perf_counter()
         if form != "float":
             material = Material(
-                subject=self.subject, batches=batches(self.train()), calibration=batches(self.calibration),
+                subject=self.subject, batches=batches(self.train()), calibration=without_padding(self.calibration),
                 steps=self.settings["steps"], seed=self.seed,
             )  # fmt: skip
             model = FORMS[form](model, material)

@@ -52,9 +52,17 @@ class Subject:
 
 
 def batches(inputs: Named, size: int = BATCH) -> list[Batch]:
-    """The inputs as the module takes them, in batches. Sentences are in order of length, without padding that a whole batch has."""
+    """The inputs as the module takes them, in batches."""
     if "images" in inputs:
         return list(torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2).float().contiguous().split(size))
+    count = len(next(iter(inputs.values())))
+    return [{name: torch.from_numpy(value[start : start + size]) for name, value in inputs.items()} for start in range(0, count, size)]
+
+
+def without_padding(inputs: Named, size: int = BATCH) -> list[Batch]:
+    """Batches of sentences in order of length, without the padding that a whole batch has; of images, `batches`."""
+    if "attention_mask" not in inputs:
+        return batches(inputs, size)
     lengths = inputs["attention_mask"].sum(1)
     order = np.argsort(lengths, kind="stable")
     parts = [order[start : start + size] for start in range(0, len(order), size)]
