@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import muntin
 from muntin.artifact import TensorArtifact, TensorInfo
 from muntin.compression import quantize
+from muntin.compression.equivalent.input_factors import ScaledLinear
 from muntin.errors import ExportError
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification.layerwise import verify_layers
@@ -134,15 +135,36 @@ def test_refusals(encoder: nn.Module, tmp_path: Path) -> None:
 
 
 class Gelu(nn.Module):
-    """Two Linears with GELU between them, over tokens."""
+    """Two Linears with GELU between them, over tokens; behind a norm a sum reads the norm's output too."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 16)
+        self.first, self.second, self.norm = nn.Linear(32, 64), nn.Linear(64, 32), norm
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(nn.functional.gelu(self.first(x + 1)))
-        return out
+        y = x + 1 if self.norm is None else self.norm(x)
+        out: Tensor = self.second(nn.functional.gelu(self.first(y)))
+        return out if self.norm is None else out + y
+
+
+@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+def test_factors_beside_a_residual(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Gelu(nn.LayerNorm(32)).eval(), torch.randn(4, 9, 32)
+    nn.init.uniform_(model.norm.weight, 0, 2)
+    model.norm.weight.data[3] = 30
+    quantize(model, [{"x": x}], bits={"first": 6})
+    assert isinstance(model.first, ScaledLinear)
+    artifact = muntin.export(model, {"x": x}, tmp_path / "a")
+    assert [(record.name, record.weight_bits) for record in artifact.manifest.layers] == [("first.linear", 6), ("second", 8)]
+    assert all(check.passed for check in verify_layers(artifact, [{"x": x.numpy()}], threads=1))
+    with torch.no_grad():
+        due = model(x).numpy()
+    for engine in ("openvino", "onnxruntime"):
+        session = muntin.load(artifact.path, engine=engine, precision="f32")  # type: ignore[arg-type]
+        (output,) = session({"x": x.numpy()}).values()
+        assert np.median(np.abs(output - due)) < 1e-5 and np.abs(output - due).max() < 0.05 * due.std()
+        assert [layer.precision for layer in session.layers() if layer.compute] == ["i8", "i8"]
 
 
 @pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")

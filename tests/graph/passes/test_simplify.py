@@ -11,23 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from muntin.graph.onnx_graph import Graph
-from muntin.graph.passes.simplify import flat_gathers, shared_factors
-
-
-def test_shared_factors() -> None:
-    """Of four products of x, two have equal factors; one of these is an output too."""
-    factors = {"a": [1.5, 2.0], "b": [1.5, 2.0], "c": [1.5, 3.0], "d": [1.5, 2.0]}
-    nodes = [helper.make_node("Mul", ["x", name] if name != "b" else [name, "x"], [f"x{name}"]) for name in factors]
-    nodes += [helper.make_node("Relu", [f"x{name}"], [f"y{name}"]) for name in factors]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", 2]) for name in ("ya", "yb", "yc", "yd", "xd")]
-    constants = [numpy_helper.from_array(np.array(value, np.float32), name) for name, value in factors.items()]
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", 2])]
-    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, constants), opset_imports=[helper.make_opsetid("", 20)])
-    graph, x = Graph(model), np.array([[1.0, -2.0]], np.float32)
-    shared_factors(graph)
-    assert [node.op_type for node in graph.nodes].count("Mul") == 3
-    for one, other in zip(*(ReferenceEvaluator(proto).run(None, {"x": x}) for proto in (model, graph.proto())), strict=True):
-        assert np.array_equal(one, other)
+from muntin.graph.passes.simplify import flat_gathers
 
 
 @settings(max_examples=30, deadline=None)

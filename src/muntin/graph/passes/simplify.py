@@ -4,7 +4,6 @@ fold_constants   what depends on no input becomes a constant: standardised and r
 fold_norms       Conv -> BatchNormalization becomes Conv
 merge_pads       Pad with zeros -> Conv becomes Conv with these pads (TensorFlow's 'same' padding at fixed sizes)
 plain_linears    Gemm becomes MatMul and Add, with the weight as (I, O), which engines multiply without a transposition
-shared_factors   a tensor times equal constants is computed once, as before the queries, keys and values of an attention
 flat_gathers     Gather by a table of indices becomes Gather by a list and Reshape, which OpenVINO compiles behind integers by channel
 """
 
@@ -31,7 +30,6 @@ def simplify(graph: Graph) -> None:
     merge_pads(graph)
     fold_norms(graph)
     plain_linears(graph)
-    shared_factors(graph)
     flat_gathers(graph)
 
 
@@ -166,22 +164,6 @@ def plain_linears(graph: Graph) -> None:
             nodes.append(helper.make_node("Add", [product.output[0], added], [gemm.output[0]], name=f"{gemm.name}/bias"))
     graph.nodes = nodes
     graph.reindex()
-
-
-def shared_factors(graph: Graph) -> None:
-    """Compute products of one tensor with equal constants once."""
-    first: dict[tuple[str, tuple[int, ...], str, bytes], str] = {}
-    for node in graph.nodes:
-        names = [name for name in node.input if name in graph.constants]
-        if node.op_type != "Mul" or len(names) != 1 or node.output[0] in graph.outputs:
-            continue
-        (varying,) = (name for name in node.input if name not in graph.constants)
-        value = graph.constants[names[0]]
-        same = first.setdefault((varying, value.shape, value.dtype.str, value.tobytes()), node.output[0])
-        if same != node.output[0]:
-            graph.replace_input(node.output[0], same)
-    graph.reindex()
-    graph.drop_unread()
 
 
 def flat_gathers(graph: Graph) -> None:
