@@ -10,12 +10,12 @@ Axes: C input channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from muntin.compression.equivalent.scaling import columns
-from muntin.compression.quantization.quantized_layers import keep_geometry
 from muntin.compression.replaceability import all_same
 from muntin.compression.rewrite import failing, named, replace
 from muntin.errors import MuntinError
@@ -29,9 +29,18 @@ class ScaledLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear, factors: Tensor) -> None:
         super().__init__()
-        keep_geometry(self, layer)
         self.register_buffer("factors", factors.to(layer.weight.device, layer.weight.dtype))
         self.linear: nn.Module = layer
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs, as of the Linear."""
+        return len(self.factors)
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs, as of the Linear."""
+        return cast(int, self.linear.out_features)
 
     @property
     def weight(self) -> Tensor:
