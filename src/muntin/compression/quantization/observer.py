@@ -5,7 +5,7 @@ Two passes over the calibration images: the first finds the extremes, the second
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,6 @@ from torch import Tensor
 from muntin.compression.quantization.fake_quantization import SHRINKS
 
 BINS = 2048
-WORTH = 0.95
-"""Largest error of a grid with a zero point, as a share of the symmetric one's, with which it is taken."""
 ROUNDS = 2
 """How often the search for a grid with a zero point goes over each of its ends."""
 
@@ -68,7 +66,8 @@ class Observer:
         """The grid with the least mean squared error over the histogram, or one that ends at a percentile (of 100) of the magnitudes.
 
         A tensor that is never negative gets an unsigned grid from 0, any other a signed symmetric one, so zero padding is exact.
-        `asymmetric`: an unsigned grid with a zero point instead of a symmetric one if its error is at most `WORTH` of that one's.
+        `asymmetric`: an unsigned grid with a zero point instead: the best one, or the symmetric one as unsigned integers. ONNX Runtime
+        multiplies signed integers that several Linears read in floats, and unsigned ones in integers.
         """
         unsigned = self.low >= 0
         levels = 255 if unsigned else 127
@@ -89,7 +88,7 @@ class Observer:
         if unsigned or not asymmetric or peak <= 0:
             return symmetric
         other, error = self._with_zero_point(max(self.low, -peak), max(0.0, min(self.high, peak)), shrinks)
-        return other if error <= WORTH * float(errors[best]) else symmetric
+        return other if error < float(errors[best]) else replace(symmetric, unsigned=True, zero_point=128)
 
     def _with_zero_point(self, low: float, high: float, shrinks: Tensor) -> tuple[ActivationGrid, float]:
         """The best grid with a zero point between shares of two ends around 0, and its error: both ends shrink, then one at a time."""
