@@ -94,7 +94,7 @@ def test_error_of_quantized_model(bits: int) -> None:
         changes = quantize(model, [(x,)], bits=bits, smooth=smoothed, rounding="nearest", correct_bias=False, min_sqnr_db=0)
         assert any(change.pass_ == "smooth" for change in changes) == smoothed
         errors[smoothed] = (answer(model, x) - exact).square().mean()
-    assert errors[True] < (0.8 if bits == 8 else 1) * errors[False]  # of 4 bits, most of the error is the weights'
+    assert errors[True] <= (0.8 if bits == 8 else 1) * errors[False]  # of 4 bits, most of the error is the weights'
 
 
 class After(Block):
@@ -157,7 +157,7 @@ def test_even_channels_are_kept() -> None:
     model = nn.Sequential(nn.RMSNorm(C), nn.Linear(C, C)).eval()
     nn.init.ones_(model[1].weight)
     (change,) = smooth(model, [(torch.randn(64, C).sign(),)], linears(model), lambda name: 8)
-    assert change.kept and change.reason == "the error of the quantised outputs of 1 would not be less"
+    assert change.kept and change.reason == "the error of the quantised outputs of 1 would not be much less"
 
 
 def test_before_low_rank() -> None:

@@ -30,12 +30,10 @@ from muntin.compression.quantization.observer import Observer
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, watch_inputs
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.25, 0.5, 0.75)
 """Candidates of the exponent a: 1 moves all of the range into the weights."""
-WORTH = 0.98
+WORTH = 0.8
 """Largest error of smoothed layers, as a share of that without smoothing, with which a norm is smoothed."""
-WORTH_FACTORS = 0.8
-"""The same where factors have to be computed."""
 ROWS = 1024
 """Approximate number of rows on which the error is measured."""
 _ATEN = torch.ops.aten
@@ -89,8 +87,7 @@ def smooth(
     for group in groups:
         if group.readers[0] in inputs and bool(torch.isfinite(inputs[group.readers[0]].peaks).all()):
             readers = {name: layers[name] for name in group.readers}
-            worth = WORTH if group.alone else WORTH_FACTORS
-            strength, factor_C = _chosen(inputs.pop(group.readers[0]), readers, bits_of, worth)
+            strength, factor_C = _chosen(inputs.pop(group.readers[0]), readers, bits_of)
             if strength:
                 strengths[group.source], factors[group.source] = strength, factor_C
     chosen = [group for group in groups if group.source in factors]
@@ -108,7 +105,7 @@ def smooth(
         to = ", ".join(group.readers)
         reason = "the answer would change" if group.source in refused else ""
         if group.source not in factors:
-            reason = f"the error of the quantised outputs of {to} would not be {'' if group.alone else 'much '}less"
+            reason = f"the error of the quantised outputs of {to} would not be much less"
         how = f"smoothed with a strength of {strengths.get(group.source, 0):g}, {'into' if group.alone else 'by factors before'} {to}"
         changes.append(Change(layer=group.source, pass_="smooth", done="kept" if reason else how, reason=reason))
     return remember(model, changes)
@@ -190,13 +187,13 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Linear], batches: Sequence
     return inputs
 
 
-def _chosen(inputs: _Inputs, readers: Mapping[str, nn.Linear], bits_of: Callable[[str], int], worth: float) -> tuple[float, Tensor]:
-    """The strength with the least error, 0 for none, and its factors. `worth`: the largest error, as a share of that without."""
+def _chosen(inputs: _Inputs, readers: Mapping[str, nn.Linear], bits_of: Callable[[str], int]) -> tuple[float, Tensor]:
+    """The strength with the least error, 0 for none, and its factors."""
     x_NC = torch.cat(inputs.rows)
     weight_C = torch.stack([reader.weight.detach().float().abs().amax(0) for reader in readers.values()]).amax(0)
     none_C = torch.ones_like(weight_C)
     best, factor_C = 0.0, none_C
-    least = worth * _error(x_NC, none_C, readers, bits_of)
+    least = WORTH * _error(x_NC, none_C, readers, bits_of)
     for strength in STRENGTHS:
         candidate_C = _factors(inputs.peaks, weight_C, strength)
         error = _error(x_NC, candidate_C, readers, bits_of)
