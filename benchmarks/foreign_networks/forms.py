@@ -107,6 +107,7 @@ FORMS: dict[str, Form] = {
     "w4a8 nearest": _w4a8_nearest,
     "w4a8": partial(_narrow, bits=4),
     "w4.4a8": partial(_narrow, bits=AVERAGE),
+    "w5.9a8": partial(_narrow, bits=5.9),
     "low rank": _low_rank,
     "svd by energy": _svd_by_energy,
     "prune": _prune,

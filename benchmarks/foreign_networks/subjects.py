@@ -59,6 +59,16 @@ def batches(inputs: Named, size: int = BATCH) -> list[Batch]:
     return [{name: torch.from_numpy(value[start : start + size]) for name, value in inputs.items()} for start in range(0, count, size)]
 
 
+def without_padding(inputs: Named, size: int = BATCH) -> list[Batch]:
+    """Batches of sentences in order of length, without the padding that a whole batch has; of images, `batches`."""
+    if "attention_mask" not in inputs:
+        return batches(inputs, size)
+    lengths = inputs["attention_mask"].sum(1)
+    order = np.argsort(lengths, kind="stable")
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    return [{name: torch.from_numpy(value[part, : lengths[part].max()]) for name, value in inputs.items()} for part in parts]
+
+
 def _crops(side: int, packages: Path, part: Literal["train", "test"], count: int, seed: int) -> Named:
     return {"images": photographs(packages, count, side, side, part=int(part == "test"), seed=seed)}
 
@@ -97,7 +107,7 @@ PRETRAINED = (
         inputs=_text,
         judged_by="vectors",
         distance=cosine_distance,
-        forms=(*QUANTISED, *(form for form in NARROWED if form != "torch-pruning"), "together"),
+        forms=(*QUANTISED, "w5.9a8", *(form for form in NARROWED if form != "torch-pruning"), "together"),
         macs=0.8,
         parameters=0.85,
         schemes=ATTENTION,

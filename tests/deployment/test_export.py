@@ -42,7 +42,7 @@ def test_manifest_layers_and_passes(hybrid_int8: Any) -> None:
     manifest = hybrid_int8.artifact.manifest
     named = {name for name, module in hybrid_int8.model.named_modules() if type(module).__name__.startswith("Quantized")}
     assert {record.name for record in manifest.layers if record.activation_bits == 8} == named
-    assert {entry["pass"] for entry in manifest.passes} == {"slim", "fold", "quantize"}
+    assert {entry["pass"] for entry in manifest.passes} == {"slim", "fold", "smooth", "quantize"}
     assert manifest.measured["hardware"] and manifest.precision in ("bf16", "f32")
     by_name = {record.name: record for record in manifest.layers}
     stem = by_name["stem.0.conv"]

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 import muntin
 from muntin.artifact import TensorArtifact, TensorInfo
 from muntin.compression import quantize
+from muntin.compression.equivalent.input_factors import ScaledLinear
 from muntin.errors import ExportError
+from muntin.runtime import describe_hardware
+from muntin.runtime.verification.layerwise import verify_layers
 from muntin.training.config import QuantizationConfig
+
+INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 class Encoder(nn.Module):
@@ -127,6 +132,58 @@ def test_refusals(encoder: nn.Module, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="quantised in PyTorch already: leave calibration and quantization out"):
             muntin.export(quantized, given, tmp_path / "a", **arguments)  # type: ignore[call-overload]
     assert not list(tmp_path.iterdir())
+
+
+class Gelu(nn.Module):
+    """Two Linears with GELU between them, over tokens; behind a norm a sum reads the norm's output too."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(32, 64), nn.Linear(64, 32), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + 1 if self.norm is None else self.norm(x)
+        out: Tensor = self.second(nn.functional.gelu(self.first(y)))
+        return out if self.norm is None else out + y
+
+
+@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+def test_factors_beside_a_residual(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Gelu(nn.LayerNorm(32)).eval(), torch.randn(4, 9, 32)
+    nn.init.uniform_(model.norm.weight, 0, 2)
+    model.norm.weight.data[3] = 30
+    quantize(model, [{"x": x}], bits={"first": 6})
+    assert isinstance(model.first, ScaledLinear)
+    artifact = muntin.export(model, {"x": x}, tmp_path / "a")
+    assert [(record.name, record.weight_bits) for record in artifact.manifest.layers] == [("first.linear", 6), ("second", 8)]
+    assert all(check.passed for check in verify_layers(artifact, [{"x": x.numpy()}], threads=1))
+    with torch.no_grad():
+        due = model(x).numpy()
+    for engine in ("openvino", "onnxruntime"):
+        session = muntin.load(artifact.path, engine=engine, precision="f32")  # type: ignore[arg-type]
+        (output,) = session({"x": x.numpy()}).values()
+        assert np.median(np.abs(output - due)) < 1e-5 and np.abs(output - due).max() < 0.05 * due.std()
+        assert [layer.precision for layer in session.layers() if layer.compute] == ["i8", "i8"]
+
+
+@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+def test_zero_points_on_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Gelu().eval(), torch.randn(4, 9, 32)
+    quantize(model, [{"x": x}])
+    assert all(0 < int(layer.input.zero_point) < 128 for layer in (model.first, model.second))
+    artifact = muntin.export(model, {"x": x}, tmp_path / "a")
+    assert all(check.passed for check in verify_layers(artifact, [{"x": x.numpy()}], threads=1))
+    with torch.no_grad():
+        due = model(x).numpy()
+    for engine in ("openvino", "onnxruntime"):
+        session = muntin.load(artifact.path, engine=engine, precision="f32")  # type: ignore[arg-type]
+        (output,) = session({"x": x.numpy()}).values()
+        step = float(model.second.input.scale) * float(model.second.weight.abs().max())
+        assert np.abs(output - due).max() < 1.01 * step + 1e-5  # a value between two levels may be rounded either way
+        assert np.median(np.abs(output - due)) < 1e-5
+        assert [layer.precision for layer in session.layers() if layer.compute] == ["i8", "i8"]
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -33,6 +33,15 @@ def test_json_round_trip() -> None:
     assert RECORD.quantized and not RECORD.model_copy(update={"stage": "low-rank"}).quantized
 
 
+def test_zero_points() -> None:
+    record = OperationRecord(bits=4, unsigned=(True,), zero_points=(14,))
+    content = record.model_dump(mode="json")
+    assert content == {"bits": 4, "unsigned": [True], "zero_points": [14]}
+    assert OperationRecord.model_validate(content) == record
+    with pytest.raises(ValidationError, match="2 zero_points for 1 grids"):
+        OperationRecord.model_validate(content | {"zero_points": [14, 2]})
+
+
 def test_record_of_an_earlier_version() -> None:
     record = CompressionRecord.model_validate({"stage": "low-rank", "origin": "1", "ranks": {"head": [8]}, "qat": None, "changes": []})
     assert (record.widths, record.notes, record.sensitivity, record.qat) == ({}, (), {}, None)

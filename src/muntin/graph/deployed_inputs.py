@@ -21,7 +21,8 @@ def quantized_inputs(model: bytes, batches: Sequence[Inputs]) -> dict[str, tuple
         dequantizer = graph.makers.get(node.input[0]) if node.op_type in COMPUTE else None
         quantizer = graph.makers.get(dequantizer.input[0]) if dequantizer is not None else None
         if quantizer is not None and quantizer.op_type == "QuantizeLinear":
-            unsigned = graph.constants[quantizer.input[2]].dtype == np.uint8
-            rounded[node.name] = quantizer.input[0], ByteGrid(scale=float(graph.constants[quantizer.input[1]]), unsigned=unsigned)
+            scale, zero = (graph.constants[name] for name in quantizer.input[1:3])
+            grid = ByteGrid(scale=float(scale), unsigned=zero.dtype == np.uint8, offset=int(zero))
+            rounded[node.name] = quantizer.input[0], grid
     observers = observe(graph, [tensor for tensor, _ in rounded.values()], batches) if rounded else {}
     return {name: (observers[tensor], grid) for name, (tensor, grid) in rounded.items()}

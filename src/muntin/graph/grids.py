@@ -19,19 +19,21 @@ SAMPLES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class ByteGrid:
-    """An 8-bit grid: value = scale · q; q is 0-255 if `unsigned`, else -128-127."""
+    """An 8-bit grid: value = scale · (q - offset); q is 0-255 if `unsigned`, else -128-127. Only an unsigned one has an `offset`."""
 
     scale: float
     unsigned: bool
+    offset: int = 0
 
     @property
     def ends(self) -> tuple[float, float]:
         """The least and the greatest value."""
-        return (0.0, 255 * self.scale) if self.unsigned else (-128 * self.scale, 127 * self.scale)
+        lowest, highest = (-self.offset, 255 - self.offset) if self.unsigned else (-128, 127)
+        return lowest * self.scale, highest * self.scale
 
     def zero_point(self) -> Array:
-        """Zero, whose type is the range of q."""
-        return np.zeros((), np.uint8 if self.unsigned else np.int8)
+        """The offset, whose type is the range of q."""
+        return np.array(self.offset, np.uint8 if self.unsigned else np.int8)
 
 
 SHARES = ByteGrid(scale=1 / 255, unsigned=True)

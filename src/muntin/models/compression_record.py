@@ -52,7 +52,10 @@ class Sensitivity:
 
 
 class OperationRecord(BaseModel):
-    """One operation that is quantised, or in quantisation-aware training. In JSON: a list of the bits and a 0 or 1 for each grid."""
+    """One operation that is quantised, or in quantisation-aware training.
+
+    In JSON: a list of the bits and a 0 or 1 for each grid; an object if there are zero points.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,6 +63,14 @@ class OperationRecord(BaseModel):
     """Weight bits; 0 for a product, which has no weight."""
     unsigned: Annotated[tuple[bool, ...], Field(min_length=1, max_length=2)]
     """For each activation grid: True if it is unsigned."""
+    zero_points: Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], Field(max_length=2)] = ()
+    """For each activation grid in training: the level of the value 0. Empty if all are 0, and for integers, whose tensors hold it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OperationRecord:
+        if self.zero_points and len(self.zero_points) != len(self.unsigned):
+            raise ValueError(f"{len(self.zero_points)} zero_points for {len(self.unsigned)} grids")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +78,9 @@ class OperationRecord(BaseModel):
         return {"bits": value[0], "unsigned": value[1:]} if isinstance(value, list) and value else value
 
     @model_serializer
-    def _to_list(self) -> list[int]:
+    def _to_list(self) -> list[int] | dict[str, Any]:
+        if self.zero_points:
+            return {"bits": self.bits, "unsigned": list(self.unsigned), "zero_points": list(self.zero_points)}
         return [self.bits, *map(int, self.unsigned)]
 
 
@@ -128,6 +141,8 @@ class Structure(BaseModel):
     """The model before its first pruning; None if it is not pruned."""
     convolutions: dict[str, ConvolutionRecord] = {}
     """Convolutions that were written as a padding and a plain one."""
+    factors: tuple[str, ...] = ()
+    """Linears with a factor for each input channel before them."""
     ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
     """Ranks of each factored layer."""
     qat: dict[str, OperationRecord] | None = None

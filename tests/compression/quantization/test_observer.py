@@ -30,7 +30,7 @@ def observe(*tensors: Tensor) -> Observer:
 
 def rounded(x: Tensor, grid: ActivationGrid) -> Tensor:
     kind = torch.uint8 if grid.unsigned else torch.int8
-    values: Tensor = quantize_dequantize(x, torch.tensor(grid.scale), torch.tensor(0, dtype=kind))
+    values: Tensor = quantize_dequantize(x, torch.tensor(grid.scale), torch.tensor(grid.zero_point, dtype=kind))
     return values
 
 
@@ -102,6 +102,33 @@ def test_outliers_are_clipped(unsigned: bool) -> None:
     assert grid.unsigned == unsigned
     assert 0 < (x.abs() > grid.scale * (levels + 0.5)).double().mean() < 1e-3
     assert rms(x, grid.scale, unsigned) < 0.8 * rms(x, 12 / levels, unsigned)
+
+
+@given(VALUES)
+def test_zero_points(x: Tensor) -> None:
+    observer = observe(x)
+    grid, symmetric = observer.grid(asymmetric=True), observer.grid()
+    assert grid.zero_point % 2 == 0 and 0 <= grid.zero_point <= 254
+    assert grid.unsigned or x.min() == x.max() < 0
+    assert bool((rounded(torch.zeros(1), grid) == 0).all())
+    bin_width = (observer.high - observer.low) / BINS
+    assert errors_of(x, grid) <= errors_of(x, symmetric) * (1 + 1e-4) + bin_width * (1 + 1e-4)
+
+
+def errors_of(x: Tensor, grid: ActivationGrid) -> float:
+    """The root mean square error."""
+    return float((x.double() - rounded(x, grid).double()).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("percentile", [None, 100.0, 99.99])
+def test_grid_of_uneven_sides(percentile: float | None) -> None:
+    x = torch.nn.functional.gelu(torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    observer = observe(x)
+    grid, symmetric = observer.grid(percentile, asymmetric=True), observer.grid(percentile)
+    assert grid.unsigned and 0 < grid.zero_point < 30 and not symmetric.unsigned
+    assert errors_of(x, grid) < 0.7 * errors_of(x, symmetric)
+    even = observe(torch.cat([torch.linspace(-1, 1, 101), torch.tensor([-128 / 127])]))
+    assert even.grid(asymmetric=True).ends == even.grid().ends
 
 
 def test_uniform_values_are_not_clipped() -> None:

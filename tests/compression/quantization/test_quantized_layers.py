@@ -17,11 +17,11 @@ from muntin.compression.quantization.qat import QATConv2d, QATLinear
 from muntin.compression.quantization.quantized_layers import GEOMETRY
 
 
-def grid_of(x: Tensor) -> ActivationGrid:
+def grid_of(x: Tensor, *, asymmetric: bool = False) -> ActivationGrid:
     observer = Observer()
     observer.see_range(x)
     observer.see_values(x)
-    return observer.grid()
+    return observer.grid(asymmetric=asymmetric)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -40,6 +40,21 @@ def test_error_and_state(bias: bool) -> None:
         assert quantized.state_dict().keys() == {"integers", "weight_scale", "input.scale", "input.zero_point"} | (
             {"bias"} if bias else set()
         )
+
+
+def test_zero_point() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 32), nn.functional.gelu(torch.randn(50, 64))
+    form = QuantizedLinear(layer, grid_of(x, asymmetric=True))
+    zero, scale = form.input.zero_point, form.input.scale
+    assert zero.dtype == torch.uint8 and zero > 0
+    q = torch.round(x / scale).add(zero).clamp(0, 255).double()
+    product = ((q - zero) @ form.integers.double()) * scale * form.weight_scale + layer.bias
+    torch.testing.assert_close(form(x), product.float(), rtol=1e-5, atol=1e-6)
+    symmetric = QuantizedLinear(layer, grid_of(x))
+    errors = [(one(x) - layer(x)).square().mean() for one in (form, symmetric)]
+    assert errors[0] < 0.6 * errors[1]
+    assert (form.input.ends()[0], form.input.ends()[1]) == (-int(zero) * float(scale), (255 - int(zero)) * float(scale))
 
 
 def test_half_precision() -> None:

@@ -16,34 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from muntin.compression.equivalent.flow import RELUS, Flow, Use, called_once, record_flow
+from muntin.compression.equivalent.scaling import MOST, Scaling, columns, scale
 from muntin.compression.history import last_changes, remember
 from muntin.compression.quantization.fake_quantization import along, quantize_weight
-from muntin.compression.replaceability import all_same
-from muntin.compression.rewrite import failing, parameter_users
 from muntin.models.compression_record import Change
-from muntin.models.eager import ModelInputs, call, tensors_of, watch_inputs
+from muntin.models.eager import ModelInputs, watch_inputs
 
-MOST = 32.0
-"""Maximum factor of a channel, and its inverse the minimum."""
 _ATEN = torch.ops.aten
-_RELUS = {_ATEN.relu.default, _ATEN.relu_.default, _ATEN.leaky_relu.default, _ATEN.leaky_relu_.default}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Use:
-    """One use of a tensor: by a layer, or by an operation with a result."""
-
-    layer: str = ""
-    function: Any = None
-    arguments: tuple[Any, ...] = ()
-    result: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,30 +36,6 @@ class ScaledPair:
 
     first: str
     second: str
-
-
-class _Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Uses of each tensor in a run, by the tensor's identity, without the operations inside layers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.uses: dict[int, list[_Use]] = {}
-        self.alive: list[Any] = []
-        """Keeps identities unique."""
-        self.inside = 0
-
-    def use(self, tensor: Tensor, one: _Use) -> None:
-        self.alive.append(tensor)
-        self.uses.setdefault(id(tensor), []).append(one)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.inside:
-            self.alive.append(result)
-            for part in _pytree.tree_leaves((args, kwargs or {})):
-                if isinstance(part, Tensor):
-                    self.use(part, _Use(function=func, arguments=args, result=id(result)))
-        return result
 
 
 def equalize(
@@ -98,59 +58,27 @@ def equalize(
         new = _rounding_error(second, factor_C, peak_C, squares[pair.second], bits_of(pair.second))
         if new < 0.999 * old:
             factors[pair] = factor_C
-    with torch.no_grad():
-        before = [part.clone() for part in tensors_of(call(model, batches[0]))]
-    refused = failing(list(factors), lambda some: _scaled_if_same(model, some, layers, factors, batches[0], before))
+    scalings = {pair: Scaling(layers[pair.first], (layers[pair.second],), factor_C) for pair, factor_C in factors.items()}
+    refused = {id(one) for one in scale(model, list(scalings.values()), batches[0])}
     return remember(
         model,
         [
             Change(layer=pair.second, pass_="equalize", done=f"channels scaled with those of {pair.first}")
-            for pair in factors
-            if pair not in refused
+            for pair, scaling in scalings.items()
+            if id(scaling) not in refused
         ],
     )
 
 
 def find_pairs(model: nn.Module, layers: Mapping[str, nn.Linear | nn.Conv2d], batch: ModelInputs) -> list[ScaledPair]:
     """The pairs of `layers` in one run. Layers that run more than once, or share a parameter, are in none."""
-    flow, outputs, calls = _Flow(), {}, dict.fromkeys(layers, 0)
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], by_name: dict[str, Any]) -> None:
-            flow.use((*inputs, *by_name.values())[0], _Use(layer=name))
-            flow.inside += 1
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            flow.inside -= 1
-            flow.alive.append(output)
-            outputs[name] = id(output)
-            calls[name] += 1
-
-        return hook
-
-    handles = []
-    for name, layer in layers.items():
-        handles += [layer.register_forward_pre_hook(before(name), with_kwargs=True), layer.register_forward_hook(after(name))]
-    try:
-        with torch.no_grad(), flow:
-            call(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    users = parameter_users(model)
-    alone = {
-        name
-        for name, layer in layers.items()
-        if calls[name] == 1 and all(len(users[id(one)]) == 1 for one in layer.parameters(recurse=False))
-    }
-    pairs = (_followed(flow, name, outputs[name]) for name in outputs if name in alone)
+    flow = record_flow(model, layers, batch)
+    alone = called_once(model, layers, flow)
+    pairs = (_followed(flow, name, output) for name, output in flow.outputs.items() if name in alone)
     return [pair for pair in pairs if pair is not None and pair.second in alone and type(layers[pair.first]) is type(layers[pair.second])]
 
 
-def _followed(flow: _Flow, first: str, tensor: int) -> ScaledPair | None:
+def _followed(flow: Flow, first: str, tensor: int) -> ScaledPair | None:
     position = 0
     while True:
         rest = flow.uses.get(tensor, [])[position:]
@@ -164,12 +92,12 @@ def _followed(flow: _Flow, first: str, tensor: int) -> ScaledPair | None:
         tensor, position = (tensor, position + 1) if in_place else (rest[0].result, 0)
 
 
-def _scalable(use: _Use) -> bool:
+def _scalable(use: Use) -> bool:
     """Return True if an operation commutes with positive factors of channels."""
     if use.function is _ATEN.constant_pad_nd.default:
         sides, value = use.arguments[1], (*use.arguments, 0)[2]
         return value == 0 and len(sides) <= 4
-    return use.function in _RELUS
+    return use.function in RELUS
 
 
 def _channel_ranges(
@@ -189,14 +117,6 @@ def _channel_ranges(
     return peaks, squares
 
 
-def _columns(layer: nn.Linear | nn.Conv2d, factor_C: Tensor) -> Tensor:
-    """The factors of input channels, in the shape of a weight: (O, I) and ones."""
-    groups = getattr(layer, "groups", 1)
-    outputs = layer.weight.shape[0]
-    rows = factor_C.reshape(groups, 1, -1).expand(-1, outputs // groups, -1).reshape(outputs, -1)
-    return rows.reshape(*rows.shape, *(1,) * (layer.weight.ndim - 2))
-
-
 def _factors(second: nn.Linear | nn.Conv2d, peak_C: Tensor) -> Tensor:
     """The factor of each channel: the first layer's outputs are divided by it."""
     weight = second.weight.detach().float().abs()
@@ -212,36 +132,8 @@ def _factors(second: nn.Linear | nn.Conv2d, peak_C: Tensor) -> Tensor:
 
 def _rounding_error(second: nn.Linear | nn.Conv2d, factor_C: Tensor, peak_C: Tensor, square_C: Tensor, bits: int) -> float:
     """Expected squared error of the second layer's outputs by rounding its weight and its inputs, channels taken as independent."""
-    weight = second.weight.detach().float() * _columns(second, factor_C)
+    weight = second.weight.detach().float() * columns(second, factor_C)
     q, scale_O = quantize_weight(weight, 0, bits)
-    by_weight = ((q * along(scale_O, weight.ndim, 0) - weight).square() * _columns(second, square_C / factor_C.square())).sum()
+    by_weight = ((q * along(scale_O, weight.ndim, 0) - weight).square() * columns(second, square_C / factor_C.square())).sum()
     step = (peak_C / factor_C).amax() / 255
     return float(by_weight + step.square() / 12 * weight.square().sum())
-
-
-@torch.no_grad()
-def _scaled_if_same(
-    model: nn.Module,
-    pairs: Sequence[ScaledPair],
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
-    factors: Mapping[ScaledPair, Tensor],
-    batch: ModelInputs,
-    before: Sequence[Tensor],
-) -> bool:
-    """Scale the pairs. Returns False, and restores the weights, if the answer changes."""
-    held = {name: layers[name] for pair in pairs for name in (pair.first, pair.second)}
-    kept = [(parameter, parameter.clone()) for layer in held.values() for parameter in layer.parameters(recurse=False)]
-    same = False
-    try:
-        for pair in pairs:
-            first, second = layers[pair.first], layers[pair.second]
-            first.weight /= along(factors[pair], first.weight.ndim, 0).to(first.weight.dtype)
-            if first.bias is not None:
-                first.bias /= factors[pair].to(first.bias.dtype)
-            second.weight *= _columns(second, factors[pair]).to(second.weight.dtype)
-        same = all_same(before, tensors_of(call(model, batch)))
-    finally:
-        if not same:
-            for parameter, value in kept:
-                parameter.copy_(value)
-    return same

@@ -64,9 +64,9 @@ def round_to_grid(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
     `scale`: float32, > 0, a scalar or of the shape of `x` with ones on shared axes. Computed in the dtype of `x`. Costs four passes
     over `x` forward and five backward. Source: LSQ (Esser et al., 1902.08153, section 2.1); the scale's gradient is divided by √(values
-    that share it · high), section 2.2.
+    that share it · the largest |q|), section 2.2.
     """
-    factor = (scale.numel() / (x.numel() * high)) ** 0.5
+    factor = (scale.numel() / (x.numel() * max(high, -low - 1))) ** 0.5
     damped = scale.detach() + (scale - scale.detach()) * factor  # equals `scale` to the last bit
     rounded: Tensor = _RoundToGrid.apply(x, damped.to(x.dtype), low, high)  # type: ignore[no-untyped-call]
     return rounded

@@ -31,8 +31,8 @@ def align_with_pixels(model: nn.Module, images: ModelInputs) -> list[str]:
 
     If the pixels are beside the grid, a scale within `NEAR_OFF_GRID` is set to a coarser one. `images`: raw pixels `(B, C, H, W)`, for
     their shape; inputs of another form are no pixels, and nothing is set. Three images of one value each, 0, 1 and 255, identify the
-    layers by their inputs. Signed grids only: an unsigned one without offset is removed by OpenVINO. Costs six forward passes; the first
-    three compare means, so that few inputs have to be held.
+    layers by their inputs. Signed grids only: an unsigned one without offset is removed by OpenVINO, one with a zero point is not. Costs
+    six forward passes; the first three compare means, so that few inputs have to be held.
     """
     if not isinstance(images, Tensor):
         return []

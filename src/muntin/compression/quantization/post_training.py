@@ -1,6 +1,6 @@
 """Static quantisation by calibration, without labels: the pass that replaces Linear and Conv2d by their quantised forms.
 
-    model -> fold -> equalise -> ranges and histograms of the inputs -> grids -> measure each layer -> round the weights -> replace
+    model -> fold -> equalise, smooth -> ranges and histograms of the inputs -> grids -> measure each layer -> round the weights -> replace
 
 A layer gets 8 bits, then stays in 16, if its own nearest rounding, measured on calibration images, leaves less signal over noise than
 `min_sqnr_db`, or if it has no integer form; its name or position does not matter. Weights are rounded to nearest, or by reconstruction.
@@ -47,6 +47,7 @@ def quantize(
     scales: Scales = "mse",
     rounding: Rounding | None = None,
     equalize: bool | None = None,
+    smooth: bool = True,
     correct_bias: bool | None = None,
     steps: int = 0,
     min_sqnr_db: float = 15.0,
@@ -63,6 +64,7 @@ def quantize(
     or pattern, of which the last that fits counts, and layers that none names get 8. `scales`: least squared error (at 8 bits weights go to
     their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`: by default, a model whose layers all get 8 bits is
     rounded to nearest, and another one is equalised (`equalization`), rounded by `reconstruct`, and biases take over the mean error.
+    `smooth`: the range of single channels moves from the outputs of norms into the Linears that read them, where that helps (`smoothing`).
     `steps`: of training of each block after reconstruction.
     `embedding_bits`: 2 to 8 for the tables of embeddings (`embeddings.quantize_tables`), None to leave them as they are.
 
@@ -85,12 +87,13 @@ def quantize(
     rounding = rounding or ("reconstruction" if narrow else "nearest")
     correct_bias = narrow if correct_bias is None else correct_bias
     equalized = width_of if not before and (narrow if equalize is None else equalize) else None
+    smoothed = width_of if smooth else None
     if embedding_bits is not None:
         check_tables(model, embedding_bits)
     named_too = before if embedding_bits is None else {**before, **tables(model)}
-    ready = prepare(model, calibration, only=only, keep=keep, done=named_too, cut=True, equalized=equalized)
+    ready = prepare(model, calibration, only=only, keep=keep, done=named_too, cut=True, equalized=equalized, smoothed=smoothed)
     free = {name: layer for name, layer in ready.operations.items() if name not in ready.reasons}
-    grids = {name: _grid(ready.observed[name][0], scales) for name in free}
+    grids = {name: _grid(layer, ready.observed[name][0], scales) for name, layer in free.items()}
     if average is not None:
         widths = chosen_widths(model, free, lambda name, width: _form(free[name], grids[name], width, scales), average, ready.batches)
         width_of = widths.__getitem__
@@ -122,8 +125,10 @@ def _check_choice(argument: str, value: object, allowed: Sequence[object]) -> No
         raise MuntinError(f"{argument}={value!r}: give {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}")
 
 
-def _grid(observer: Observer, scales: Scales) -> ActivationGrid:
-    return observer.grid({"mse": None, "minmax": 100.0, "percentile": PERCENTILE}[scales])
+def _grid(layer: nn.Module, observer: Observer, scales: Scales) -> ActivationGrid:
+    """The grid of a layer's inputs. A Linear has no padding with zeros, so it may have a zero point."""
+    percentile = {"mse": None, "minmax": 100.0, "percentile": PERCENTILE}[scales]
+    return observer.grid(percentile, asymmetric=isinstance(layer, nn.Linear))
 
 
 def _choose(

@@ -47,12 +47,12 @@ from muntin.models.eager import ModelInputs, check_eager, watch_inputs
 
 
 class LearnedGrid(nn.Module):
-    """Rounds a tensor to an 8-bit grid whose scale is learned."""
+    """Rounds a tensor to an 8-bit grid whose scale is learned. The zero point stays as calibrated."""
 
     def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
-        self.unsigned = grid.unsigned
-        self.low, self.high = (0, 255) if grid.unsigned else (-128, 127)
+        self.unsigned, self.zero_point = grid.unsigned, grid.zero_point
+        self.low, self.high = grid.ends
         self.log_scale = nn.Parameter(torch.tensor(grid.scale, dtype=torch.float32).log())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class LearnedGrid(nn.Module):
     def frozen(self) -> ActivationGrid:
         """The grid with the current scale."""
         scale = usable(float(self.log_scale.detach().exp()))
-        return ActivationGrid(scale=scale, unsigned=self.unsigned)
+        return ActivationGrid(scale=scale, unsigned=self.unsigned, zero_point=self.zero_point)
 
 
 class _LearnedWeight(nn.Module):
@@ -212,7 +212,8 @@ def prepare_qat(
         if name in ready.reasons:
             changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
             continue
-        grids = [observer.grid(percentile) if observer.seen else SHARES for observer in ready.observed[name]]
+        linear = isinstance(operation, nn.Linear)
+        grids = [observer.grid(percentile, asymmetric=linear) if observer.seen else SHARES for observer in ready.observed[name]]
         form = _qat_form(operation, grids, width_of(name))
         replace(model, name, form)
         changes.append(Change(layer=name, pass_="qat", done=_form(form)))
@@ -299,7 +300,10 @@ def qat_structure(model: nn.Module) -> dict[str, OperationRecord]:
     for name, operation in qat_operations(model).items():
         grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
         bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else 0
-        structure[name] = OperationRecord(bits=bits, unsigned=tuple(grid.unsigned for grid in grids))
+        zero_points = tuple(grid.zero_point for grid in grids)
+        structure[name] = OperationRecord(
+            bits=bits, unsigned=tuple(grid.unsigned for grid in grids), zero_points=zero_points if any(zero_points) else ()
+        )
     return structure
 
 
@@ -315,7 +319,10 @@ def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> Non
             what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
             raise MuntinError(f"qat: '{name}' {what}: build the model that the checkpoint was made of")
     for name, record in structure.items():
-        grids_of = [ActivationGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
+        zero_points = record.zero_points or (0,) * len(record.unsigned)
+        grids_of = [
+            ActivationGrid(scale=1.0, unsigned=sign, zero_point=zero) for sign, zero in zip(record.unsigned, zero_points, strict=True)
+        ]
         replace(model, name, _qat_form(operations[name], grids_of, record.bits))
 
 

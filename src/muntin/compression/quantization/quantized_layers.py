@@ -30,16 +30,17 @@ class InputGrid(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
         kind = torch.uint8 if grid.unsigned else torch.int8
-        self.register_buffer("zero_point", torch.tensor(0, dtype=kind))
+        self.register_buffer("zero_point", torch.tensor(grid.zero_point, dtype=kind))
 
     def grid(self) -> ActivationGrid:
         """The grid as a value."""
-        return ActivationGrid(scale=float(self.scale), unsigned=self.zero_point.dtype == torch.uint8)
+        unsigned = self.zero_point.dtype == torch.uint8
+        return ActivationGrid(scale=float(self.scale), unsigned=unsigned, zero_point=int(self.zero_point))
 
     def ends(self) -> tuple[float, float]:
         """The least and the greatest value of the grid."""
-        info = torch.iinfo(self.zero_point.dtype)
-        return info.min * float(self.scale), info.max * float(self.scale)
+        lowest, highest = self.grid().ends
+        return lowest * float(self.scale), highest * float(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         rounded: Tensor = quantize_dequantize(x, self.scale, self.zero_point)

@@ -37,7 +37,7 @@ def take_plan(model: nn.Module) -> GridPlan:
 
 
 def _grid_of(grid: InputGrid) -> ByteGrid:
-    return ByteGrid(scale=float(grid.scale), unsigned=grid.zero_point.dtype == torch.uint8)
+    return ByteGrid(scale=float(grid.scale), unsigned=grid.zero_point.dtype == torch.uint8, offset=int(grid.zero_point))
 
 
 def _plain(layer: QuantizedConv2d | QuantizedLinear) -> nn.Module:
