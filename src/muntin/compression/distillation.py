@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, call, check_module, tensors_of
@@ -73,8 +74,8 @@ def distil(
 
     `loss`: "scores", the KL divergence of the class probabilities over axis 1, a mean over images, pixels or tokens of `(B, K, ...)`;
     "features", the mean squared difference over the teacher's variance; or a function of both answers. An `nn.Module` is trained too, such
-    as one that projects features of the student. Of an answer with several tensors the named losses take `logits`. `precision`: as
-    `training.precision` of a recipe. `report`: called with the number and the loss of each step.
+    as one that projects features of the student. It gets FP32. Of an answer with several tensors the named losses take `logits`.
+    `precision`: as `training.precision` of a recipe. `report`: called with the number and the loss of each step.
 
     Results are the same for the same seed, inputs and number of steps, on one machine. A step costs a pass of the teacher, and a pass and
     its gradient of the student. Raises `DivergedError` after 5 unsound batches in a row; the weights are then those of the last sound step.
@@ -138,7 +139,7 @@ class _Loop:
             with torch.no_grad():
                 expected = call(self.teacher, batch)
             answer = call(self.student, batch)
-        distance = self.loss(answer, expected)
+        distance = self.loss(_in_float32(answer), _in_float32(expected))
         if distance.numel() != 1 or not distance.requires_grad:
             raise MuntinError(f"the loss has the shape {tuple(distance.shape)}: it must be a scalar that depends on the student's answer")
         value = float(distance.detach())
@@ -165,6 +166,11 @@ class _Loop:
         return None
 
 
+def _in_float32(answer: Any) -> Any:
+    """The answer with its tensors of 16-bit floats in 32 bits."""
+    return _pytree.tree_map(lambda part: at_least_float32(part) if isinstance(part, Tensor) and part.is_floating_point() else part, answer)
+
+
 def _loss_function(loss: NamedLoss | LossFunction) -> LossFunction:
     if callable(loss):
         return loss
@@ -179,7 +185,7 @@ def _score_distance(answer: Any, expected: Any) -> Tensor:
 
 
 def _feature_distance(answer: Any, expected: Any) -> Tensor:
-    features, teacher_features = (at_least_float32(values) for values in _pair(answer, expected))
+    features, teacher_features = _pair(answer, expected)
     spread = (teacher_features - teacher_features.mean()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
     return (features - teacher_features).square().mean() / spread
 

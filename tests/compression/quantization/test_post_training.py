@@ -151,13 +151,14 @@ def test_empty_first_batch() -> None:
         assert change.kept and "tests the kind" in change.reason
 
 
-def test_layer_reached_by_some_batches() -> None:
+@pytest.mark.parametrize("bits", [8, 6])
+def test_layer_reached_by_some_batches(bits: int) -> None:
     def run(m: Any, x: Tensor) -> Any:
         return m.large(x / 255) if x.shape[2] > 20 else m.small(x / 255)
 
     model = Built(run, small=nn.Conv2d(3, 4, 1), large=nn.Conv2d(3, 4, 1))
-    changes = by_layer(quantize(model, [pixels(1, 3, 16, 16), pixels(1, 3, 32, 32)]), "quantize")
-    assert [change.done for change in changes.values()] == ["W8A8", "W8A8"]
+    changes = by_layer(quantize(model, [pixels(1, 3, 16, 16), pixels(1, 3, 32, 32)], bits=bits), "quantize")
+    assert [change.done for change in changes.values()] == [f"W{bits}A8"] * 2
 
 
 def test_split_batches() -> None:

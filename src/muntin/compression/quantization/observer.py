@@ -82,7 +82,7 @@ class Observer:
             peak = float(centres.abs()[order][reached][0]) if reached.any() else peak
         shrinks = _SHRUNK if percentile is None else _SHRUNK[:1]
         scales = peak * shrinks / levels
-        errors = self._errors(scales, torch.full_like(scales, 0.0 if unsigned else -127.0), torch.full_like(scales, levels))
+        errors = self._errors(scales, torch.full_like(scales, 0.0 if unsigned else -128.0), torch.full_like(scales, levels))
         best = int(errors.argmin())
         symmetric = ActivationGrid(scale=usable(float(scales[best])), unsigned=unsigned)
         if unsigned or not asymmetric or peak <= 0:

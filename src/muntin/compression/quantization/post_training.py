@@ -9,6 +9,7 @@ A layer gets 8 bits, then stays in 16, if its own nearest rounding, measured on 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -31,10 +32,12 @@ from muntin.compression.quantization.widths import Bits, WidthOf, average_of, ch
 from muntin.compression.rewrite import EVERY, keepable, others, out_of_reach, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
-from muntin.models.eager import ModelInputs, check_eager, watch_inputs
+from muntin.models.eager import ModelInputs, batch_rows, check_eager, watch_inputs
 from muntin.training.config import QuantizationConfig
 
 Rounding = Literal["nearest", "reconstruction"]
+BIAS_ROWS = 64
+"""About the rows on which mean errors are measured: more cost more time, and means hardly change."""
 PERCENTILE = 99.99
 """Percentile of the magnitudes at which activation grids end with `scales="percentile"`."""
 
@@ -48,7 +51,7 @@ def quantize(
     rounding: Rounding | None = None,
     equalize: bool | None = None,
     smooth: bool = True,
-    correct_bias: bool | None = None,
+    correct_bias: bool = True,
     steps: int = 0,
     min_sqnr_db: float = 15.0,
     only: Sequence[str] = EVERY,
@@ -62,8 +65,8 @@ def quantize(
 
     `bits`: of the weights; or their average, such as 4.3, for which layers get whole bits so that the answer changes least; or bits by name
     or pattern, of which the last that fits counts, and layers that none names get 8. `scales`: least squared error (at 8 bits weights go to
-    their peak), "minmax", or "percentile". `rounding`, `equalize`, `correct_bias`: by default, a model whose layers all get 8 bits is
-    rounded to nearest, and another one is equalised (`equalization`), rounded by `reconstruct`, and biases take over the mean error.
+    their peak), "minmax", or "percentile". `rounding`, `equalize`: by default, a model whose layers all get 8 bits is rounded to nearest,
+    and another one is equalised (`equalization`) and rounded by `reconstruct`. `correct_bias`: biases take over the mean error.
     `smooth`: the range of single channels moves from the outputs of norms into the Linears that read them, where that helps (`smoothing`).
     `steps`: of training of each block after reconstruction.
     `embedding_bits`: 2 to 8 for the tables of embeddings (`embeddings.quantize_tables`), None to leave them as they are.
@@ -85,7 +88,6 @@ def quantize(
         check_same(before, width_of, last_changes(model, "quantize"), only, keep)
     narrow = any(width_of(name) < 8 for name in layers)
     rounding = rounding or ("reconstruction" if narrow else "nearest")
-    correct_bias = narrow if correct_bias is None else correct_bias
     equalized = width_of if not before and (narrow if equalize is None else equalize) else None
     smoothed = width_of if smooth else None
     if embedding_bits is not None:
@@ -177,7 +179,13 @@ def _reconstruct(
     correct_bias: bool,
     steps: int,
 ) -> list[Change]:
-    """Replace integer forms that are rounded to nearest by those that reconstruction of the float layers gives."""
+    """Replace integer forms that are rounded to nearest by those that reconstruction of the float layers gives.
+
+    Without `columns`, of the batches the first `BIAS_ROWS` rows.
+    """
+    if not columns:
+        counts = accumulate(map(batch_rows, batches), initial=0)
+        batches = [batch for batch, before in zip(batches, counts, strict=False) if before < BIAS_ROWS]
     training: dict[str, QATLinear | QATConv2d] = {}
     for name, form in forms.items():
         layer = layers[name]
@@ -188,7 +196,7 @@ def _reconstruct(
     changes = reconstruct(model, training, batches, columns=columns, correct_bias=correct_bias, steps=steps)
     for name, one in training.items():
         replace(model, name, one.frozen())
-    return changes
+    return [change for change in changes if columns or change.kept]
 
 
 def _measure(

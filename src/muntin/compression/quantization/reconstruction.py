@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, QATProduct, QATSoftmaxProduct
 from muntin.compression.quantization.rounding import MAX_INPUTS, Layer, Moments, add_rows, inputs_of_an_output, round_layer
@@ -45,7 +45,7 @@ def reconstruct(
     the largest layer, and twice a unit's inputs. Layers that are called more than once are rounded to nearest, with a reason.
     """
     done = _Reconstruction(model, float_form(model), layers, batches).run(columns=columns, correct_bias=correct_bias, steps=steps)
-    missing = "it is not called exactly once: rounded to nearest"
+    missing = f"it is not called exactly once: {'rounded to nearest' if columns else 'its bias is not corrected'}"
     return [Change(layer=name, pass_="reconstruct", done=done.get(name, "kept"), reason="" if name in done else missing) for name in layers]
 
 
@@ -71,9 +71,16 @@ class _Reconstruction:
         weights = output_weights(self.reference, self.units, batches) if steps else {}
         rounded: list[Arguments] = []
         exact: list[Arguments] = []
+        numbers: list[int] = []  # of the batches that reach the unit
         for index, unit in enumerate(self.units):
             if not rounded or not unit.follows:
-                rounded, exact = (arguments_of(form, unit, batches) for form in (self.model, self.reference))
+                both = zip(*(arguments_of(form, unit, batches) for form in (self.model, self.reference)), strict=True)
+                reached = [(number, one, other) for number, (one, other) in enumerate(both) if one is not None and other is not None]
+                numbers, rounded, exact = (
+                    [number for number, _, _ in reached],
+                    [one for _, one, _ in reached],
+                    [one for _, _, one in reached],
+                )
             for name in unit.layers:
                 done[name] = self._round(name, unit, rounded, exact, columns=columns, correct_bias=correct_bias)
             following = next((one for one in self.units[index + 1 : index + 2] if one.follows), None)
@@ -83,7 +90,8 @@ class _Reconstruction:
                     outputs = [run_unit(self.reference.get_submodule(unit.name), given) for given in exact]
             if steps:
                 own = {name: self.layers[name] for name in unit.layers}
-                before, after = tune_unit(module, own, rounded, [first_tensor(one) for one in outputs], weights[unit.name], steps=steps)
+                targets, by_batch = [first_tensor(one) for one in outputs], weights[unit.name]
+                before, after = tune_unit(module, own, rounded, targets, [by_batch[number] for number in numbers], steps=steps)
                 for name in unit.layers:
                     done[name] += f", unit's error {after / before if before else 1:.0%} after training"
             if following is not None:
@@ -116,8 +124,9 @@ class _Reconstruction:
         float_layer = self.reference.get_submodule(name)
         with torch.no_grad():
             for given, float_given in zip(rounded, exact, strict=True):
-                x: Tensor = input_of(layer, own, given)
-                moments = add_rows(moments, layer, x, input_of(float_layer, float_unit, float_given), second=columns)
-        assert moments is not None
+                x, y = input_of(layer, own, given), input_of(float_layer, float_unit, float_given)
+                if x is not None and y is not None:
+                    moments = add_rows(moments, layer, x, y, second=columns)
+        assert moments is not None  # the first batch reaches the layer
         share = round_layer(layer, moments, columns=columns, correct_bias=correct_bias)
         return f"error {share:.0%} of nearest rounding's" if columns else "bias corrected"
