@@ -162,7 +162,7 @@ TRAINED = tuple(
         schemes=schemes,
     )
     for name, what, make, steps, rate, classifier, schemes in (
-        ("vision-transformer", "VisionTransformer, 4 blocks of 192 channels, 64 patches", vision_transformer, 1200, 1e-3, "model.head", ATTENTION),
-        ("resnet", "ResNet, a block in each of four stages, of 64 to 512 channels", convolutional, 300, 3e-3, "model.fc", CONVOLUTIONS),
+        ("vision-transformer", "VisionTransformer, 4 blocks, 64 patches", vision_transformer, 1200, 1e-3, "model.head", ATTENTION),
+        ("resnet", "ResNet, a block in each of four stages", convolutional, 300, 3e-3, "model.fc", CONVOLUTIONS),
     )
 )

@@ -69,6 +69,8 @@ def test_plans_within_a_limit() -> None:
     assert plan.forms == {"a, b": Form(None, 4), "c": Form(None, 16)}
     assert (plan.harm, plan.cost, plan.gap) == (0.1, 45, 0)
     assert assign_forms(TABLES, 0.35, "latency").forms == {"a, b": Form(None, 16), "c": Form(16, 8)}
+    equal = {name: tuple(replace(row, ms=0.5) for row in rows) for name, rows in TABLES.layers.items()}
+    assert assign_forms(replace(TABLES, layers=equal), 1.0, "latency").forms == {"a, b": Form(None, 4), "c": Form(16, 8)}
     with pytest.raises(MuntinError, match="out of reach"):
         assign_forms(TABLES, -1.0, "size")
 

@@ -21,6 +21,8 @@ from muntin.errors import MuntinError
 
 NARROW = 0.02
 """Share of the cost that is left to gain, by prediction, at which bisection ends."""
+EQUAL_COST = 0.02
+"""Share by which measured milliseconds may differ without meaning."""
 FIRST = 3
 """Trials of the first width before the least harmful plan (if all broke the budget), or the other widths, are tried."""
 LEAST_GAIN = 0.95
@@ -70,10 +72,15 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The cheapest trial that keeps the budget; if none does, the one with the least drop. None without trials."""
+        """The cheapest trial that keeps the budget (of those about as fast, the smallest); if none does, the one with the least drop.
+
+        None without trials.
+        """
         kept = [trial for trial in self.trials if trial.kept]
         if kept:
-            return min(kept, key=lambda trial: (trial.cost(self.budget.objective), trial.bytes, trial.number))
+            least = min(trial.cost(self.budget.objective) for trial in kept)
+            near = [trial for trial in kept if trial.cost(self.budget.objective) <= least * (1 + EQUAL_COST)]
+            return min(near, key=lambda trial: (trial.bytes, trial.cost(self.budget.objective), trial.number))
         return min(self.trials, key=lambda trial: (trial.bound, trial.number), default=None)
 
     def run(self) -> None:

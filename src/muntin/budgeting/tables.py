@@ -35,6 +35,8 @@ FILE = "tables.csv"
 FORMAT = 1
 TableProgress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and their number."""
+BYTES_SHARE = 0.05
+"""Milliseconds for which all bytes of the float layers stand, a share of those layers' time: of forms as fast, the smaller one is taken."""
 COLUMNS = ("layer", "rank", "bits", "parameters", "bytes", "macs", "harm", "ms")
 
 
@@ -72,8 +74,13 @@ class Tables:
     latency: Mapping[str, Any] | None = None
 
     def options(self, objective: Objective) -> dict[str, list[Option]]:
-        """Harm and cost of each layer's forms, in the order of `layers`."""
-        return {name: [Option(row.harm, row.cost(objective)) for row in rows] for name, rows in self.layers.items()}
+        """Harm and cost of each layer's forms, in the order of `layers`; for latency with `BYTES_SHARE` for bytes."""
+        each = 0.0
+        if objective == "latency":
+            layers = self.layers.values()
+            most_ms = sum(max(row.cost(objective) for row in rows) for rows in layers)
+            each = BYTES_SHARE * most_ms / max(1, sum(max(row.bytes for row in rows) for rows in layers))
+        return {name: [Option(row.harm, row.cost(objective) + each * row.bytes) for row in rows] for name, rows in self.layers.items()}
 
     def write(self, folder: Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""
@@ -189,7 +196,7 @@ def _measure(layers: FormLayers, digests: Mapping[str, Any], report: TableProgre
 
 
 def assign_forms(tables: Tables, limit_of_harm: float, objective: Objective) -> Plan:
-    """The forms of least total bytes, or milliseconds, whose total harm is within the limit. Raises the errors of `assign`."""
+    """The forms of least total cost, as in `Tables.options`, whose total harm is within the limit. Raises the errors of `assign`."""
     found = assign(tables.options(objective), limit_of_harm)
     forms = {name: tables.layers[name][index].form for name, index in found.picked.items()}
     return Plan(forms=forms, harm=found.harm, cost=found.cost, gap=found.gap)
