@@ -9,7 +9,6 @@ A layer gets 8 bits, then stays in 16, if its own nearest rounding, measured on 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -181,11 +180,10 @@ def _reconstruct(
 ) -> list[Change]:
     """Replace integer forms that are rounded to nearest by those that reconstruction of the float layers gives.
 
-    Without `columns`, of the batches the first `BIAS_ROWS` rows.
+    Without `columns`, on about `BIAS_ROWS` rows, in batches from the whole calibration.
     """
     if not columns:
-        counts = accumulate(map(batch_rows, batches), initial=0)
-        batches = [batch for batch, before in zip(batches, counts, strict=False) if before < BIAS_ROWS]
+        batches = batches[:: max(1, sum(map(batch_rows, batches)) // BIAS_ROWS)]
     training: dict[str, QATLinear | QATConv2d] = {}
     for name, form in forms.items():
         layer = layers[name]

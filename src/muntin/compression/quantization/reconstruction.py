@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, QATProduct, QATSoftmaxProduct
-from muntin.compression.quantization.rounding import MAX_INPUTS, Layer, Moments, add_rows, inputs_of_an_output, round_layer
+from muntin.compression.quantization.rounding import MAX_INPUTS, Layer, MeanErrors, Moments, add_rows, inputs_of_an_output, round_layer
 from muntin.compression.quantization.unit_tuning import first_tensor, output_weights, tune_unit
 from muntin.compression.quantization.units import Arguments, Unit, arguments_of, following_arguments, input_of, run_unit, units_of
 from muntin.compression.rewrite import named, replace
@@ -39,7 +39,8 @@ def reconstruct(
     """Round the weights of layers in quantisation-aware training by reconstruction, in place; the model must be in `eval` mode.
 
     `layers`: by name; the other layers of the model stay as they are. `batches`: some hundred images or some thousand tokens. `columns`:
-    False leaves nearest rounding. `correct_bias`: biases take over the mean error. `steps`: of training of each unit, on one batch each.
+    False leaves nearest rounding. `correct_bias`: biases take over the mean error (without `columns`,
+    those of `MeanErrors`). `steps`: of training of each unit, on one batch each.
 
     Costs two to five forward passes over the batches, and `steps` forward and backward passes of one batch; memory of (I·k²)² numbers for
     the largest layer, and twice a unit's inputs. Layers that are called more than once are rounded to nearest, with a reason.
@@ -117,16 +118,22 @@ class _Reconstruction:
         correct_bias: bool,
     ) -> str:
         layer = self.layers[name]
-        if inputs_of_an_output(layer) > MAX_INPUTS:
+        if columns and inputs_of_an_output(layer) > MAX_INPUTS:
             return f"nearest: {inputs_of_an_output(layer)} inputs an output are more than {MAX_INPUTS}"
-        moments: Moments | None = None
         own, float_unit = self.model.get_submodule(unit.name), self.reference.get_submodule(unit.name)
         float_layer = self.reference.get_submodule(name)
+        moments: Moments | None = None
+        errors = MeanErrors()
         with torch.no_grad():
             for given, float_given in zip(rounded, exact, strict=True):
                 x, y = input_of(layer, own, given), input_of(float_layer, float_unit, float_given)
-                if x is not None and y is not None:
-                    moments = add_rows(moments, layer, x, y, second=columns)
+                if x is None or y is None:
+                    continue
+                if columns:
+                    moments = add_rows(moments, layer, x, y)
+                else:
+                    errors.add(float_layer(y) - layer(x), channels=-3 if isinstance(layer, QATConv2d) else -1)
+        if not columns:
+            return errors.correct(layer) if correct_bias else "nearest"
         assert moments is not None  # the first batch reaches the layer
-        share = round_layer(layer, moments, columns=columns, correct_bias=correct_bias)
-        return f"error {share:.0%} of nearest rounding's" if columns else "bias corrected"
+        return f"error {round_layer(layer, moments, correct_bias=correct_bias):.0%} of nearest rounding's"

@@ -28,6 +28,8 @@ SPARSE = 0.1
 """Added to `DAMPING`, times inputs over rows: few rows do not determine a moment."""
 CANCELLED = 1e-4
 """Least spread of the inputs of a group, a share of their second moment: less is rounding of the sums, as of inputs that hardly vary."""
+SYSTEMATIC = 0.1
+"""Least share of a channel's squared error that its mean must be for the bias to take it over, where weights are rounded to nearest."""
 MAX_INPUTS = 8192
 """Maximum number of inputs of an output: of more, the moment takes too much memory."""
 COLUMNS = 64
@@ -58,20 +60,19 @@ class Moments:
         return xx_GII, yx_GII
 
 
-def add_rows(moments: Moments | None, layer: Layer, x: Tensor, y: Tensor, *, second: bool) -> Moments:
-    """Add a batch: a layer's input, which is rounded here, and the float model's. `second`: False leaves the second moments at 0."""
+def add_rows(moments: Moments | None, layer: Layer, x: Tensor, y: Tensor) -> Moments:
+    """Add a batch: a layer's input, which is rounded here, and the float model's."""
     x_GNI, y_GNI = _rows(layer, layer.input(x).float()), _rows(layer, y.float())
     count, width = x_GNI.shape[1:]
     if moments is None:
         zeros = torch.zeros(layer.groups, width, dtype=torch.float64, device=x.device)
-        squares = torch.zeros(layer.groups, width, width if second else 0, dtype=torch.float64, device=x.device)
+        squares = torch.zeros(layer.groups, width, width, dtype=torch.float64, device=x.device)
         moments = Moments(0, zeros, zeros.clone(), squares, squares.clone())
     moments.count += count
     moments.x += x_GNI.sum(1, dtype=torch.float64)
     moments.y += y_GNI.sum(1, dtype=torch.float64)
-    if second:
-        moments.xx += (x_GNI.transpose(1, 2) @ x_GNI).double()
-        moments.yx += ((y_GNI - x_GNI).transpose(1, 2) @ x_GNI).double()
+    moments.xx += (x_GNI.transpose(1, 2) @ x_GNI).double()
+    moments.yx += ((y_GNI - x_GNI).transpose(1, 2) @ x_GNI).double()
     return moments
 
 
@@ -95,12 +96,39 @@ def _rows(layer: Layer, x: Tensor) -> Tensor:
     return patches.reshape(B, layer.groups, width // layer.groups, positions).permute(1, 0, 3, 2).reshape(layer.groups, B * positions, -1)
 
 
+@dataclass
+class MeanErrors:
+    """Sums of the errors of a layer's outputs by channel, over positions and rows: those that a bias can take over."""
+
+    count: int = 0
+    total: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+
+    def add(self, error: Tensor, *, channels: int) -> None:
+        error_NO = error.movedim(channels, -1).flatten(0, -2)
+        self.count += len(error_NO)
+        self.total = self.total + error_NO.sum(0, dtype=torch.float64)
+        self.squares = self.squares + error_NO.square().sum(0, dtype=torch.float64)
+
+    @torch.no_grad()
+    def correct(self, layer: Layer) -> str:
+        """Add the mean error to the bias where it makes up `SYSTEMATIC` of the squared error; return what was done.
+
+        Elsewhere a few inputs have most of the error, such as single tokens of a transformer, and the others would get it.
+        """
+        if layer.bias is None or not self.count:
+            return "no bias"
+        mean_O, squares_O = torch.as_tensor(self.total) / self.count, torch.as_tensor(self.squares) / self.count
+        systematic_O = mean_O.square() > SYSTEMATIC * squares_O
+        layer.bias += torch.where(systematic_O, mean_O, 0.0).to(layer.bias.dtype)
+        return f"bias corrected in {int(systematic_O.sum())} of {len(systematic_O)} channels"
+
+
 @torch.no_grad()
-def round_layer(layer: Layer, moments: Moments, *, columns: bool, correct_bias: bool) -> float:
+def round_layer(layer: Layer, moments: Moments, *, correct_bias: bool) -> float:
     """Move a layer's weight to values whose nearest rounding gives outputs near the float layer's, in place.
 
-    `columns`: False rounds to nearest, so that only the bias changes. `correct_bias`: the bias takes over the mean error. Returns the mean
-    squared error of the outputs, as a share of nearest rounding's.
+    `correct_bias`: the bias takes over the mean error. Returns the mean squared error of the outputs, as a share of nearest rounding's.
     """
     groups = layer.groups
     limit = weight_limit(layer.bits)
@@ -109,18 +137,17 @@ def round_layer(layer: Layer, moments: Moments, *, columns: bool, correct_bias: 
     scale_GO1 = layer.log_scale.detach().exp().double().reshape(groups, -1, 1)
     rounded_GOI = (weight_GOI / scale_GO1).round().clamp_(-limit, limit) * scale_GO1
     share = 1.0
-    if columns:
-        xx_GII, yx_GII = moments.centred(mean=mean)
-        least_G = CANCELLED * moments.xx.diagonal(dim1=1, dim2=2).mean(1) / moments.count
-        damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count, least_G)
-        shift_GIO = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
-        target_GOI = weight_GOI + shift_GIO.transpose(1, 2)
-        moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit)
-        levels_GOI = (moved_GOI / scale_GO1).round().clamp_(-limit, limit)
-        before, after = (_error(form_GOI - target_GOI, xx_GII) for form_GOI in (rounded_GOI, levels_GOI * scale_GO1))
-        if after < before:
-            share, rounded_GOI = after / before, levels_GOI * scale_GO1
-            layer.weight.copy_(moved_GOI.reshape(layer.weight.shape))
+    xx_GII, yx_GII = moments.centred(mean=mean)
+    least_G = CANCELLED * moments.xx.diagonal(dim1=1, dim2=2).mean(1) / moments.count
+    damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count, least_G)
+    shift_GIO = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
+    target_GOI = weight_GOI + shift_GIO.transpose(1, 2)
+    moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit)
+    levels_GOI = (moved_GOI / scale_GO1).round().clamp_(-limit, limit)
+    before, after = (_error(form_GOI - target_GOI, xx_GII) for form_GOI in (rounded_GOI, levels_GOI * scale_GO1))
+    if after < before:
+        share, rounded_GOI = after / before, levels_GOI * scale_GO1
+        layer.weight.copy_(moved_GOI.reshape(layer.weight.shape))
     if mean:
         assert layer.bias is not None
         error_GO = weight_GOI @ moments.y[:, :, None] - rounded_GOI @ moments.x[:, :, None]
