@@ -99,10 +99,16 @@ def convert(source: nn.Module | Path, inputs: dict[str, NDArray[Any]], folder: P
     return path
 
 
-def nncf_job(python: str, source: Path, inputs: Path, path: Path, options: dict[str, str]) -> dict[str, Any]:
-    """Quantise OpenVINO's model by NNCF, in NNCF's own interpreter, into `path`. Returns the seconds, or why it was `refused`."""
+def nncf_job(
+    python: str, source: Path, inputs: Path, path: Path, options: dict[str, str], *, control: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Quantise OpenVINO's model by NNCF, in NNCF's own interpreter, into `path`. Returns the seconds, or why it was `refused`.
+
+    `control`: of its accuracy, see `nncf_job.py`.
+    """
     path.parent.mkdir(exist_ok=True)
-    return ask([python, str(NNCF_JOB), json.dumps({"model": str(source), "inputs": str(inputs), "output": str(path), "options": options})])
+    job = {"model": str(source), "inputs": str(inputs), "output": str(path), "options": options, "control": control}
+    return ask([python, str(NNCF_JOB), json.dumps(job)])
 
 
 def ask(command: Sequence[str]) -> dict[str, Any]:

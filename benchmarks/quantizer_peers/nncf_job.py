@@ -1,7 +1,9 @@
 """NNCF's post-training quantisation of an OpenVINO model, for the interpreter that has NNCF: python nncf_job.py JOB INTO.
 
-JOB is JSON: `model` (an .xml), `inputs` (an .npz of named inputs), `output` (an .xml), `options` of nncf.quantize by name; or empty, to ask
-for the versions. The answer, JSON as well, has the seconds of reading, quantising and writing, without imports, or `refused`: the error.
+JOB is JSON: `model` (an .xml), `inputs` (an .npz of named inputs), `output` (an .xml), `options` of nncf.quantize by name, and `control`,
+None or `inputs` (an .npz with their `target`: classes, or vectors) and `max_drop`: layers go back to floats until the share of these
+classes, or the mean cosine with these vectors, falls by no more. An empty JOB asks for the versions. The answer, JSON as well, has the
+seconds of reading, quantising and writing, without imports, or `refused`: the error.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 os.environ["NNCF_DISABLE_TELEMETRY"] = "1"
@@ -28,13 +31,36 @@ def quantise(job: dict) -> dict:  # type: ignore[type-arg]
     }
     started = time.perf_counter()
     model = openvino.Core().read_model(job["model"])
-    names = [port.get_any_name() for port in model.inputs]
-    rows = [{name: inputs[name][row : row + 1] for name in names} for row in range(count)]
-    if len(names) == 1:
-        rows = [row[names[0]] for row in rows]
-    quantised = nncf.quantize(model, nncf.Dataset(rows), subset_size=count, **options)
+    rows = rows_of(model, inputs)
+    if job.get("control"):
+        judge = dict(np.load(job["control"]["inputs"]))
+        quantised = nncf.quantize_with_accuracy_control(
+            model, nncf.Dataset(rows), nncf.Dataset(list(zip(rows_of(model, judge), judge["target"], strict=True)), lambda pair: pair[0]),
+            validation_fn=score, max_drop=job["control"]["max_drop"], subset_size=count, **options,
+        )  # fmt: skip
+    else:
+        quantised = nncf.quantize(model, nncf.Dataset(rows), subset_size=count, **options)
     openvino.save_model(quantised, job["output"], compress_to_fp16=False)
     return {"seconds": time.perf_counter() - started}
+
+
+def rows_of(model: openvino.Model, inputs: dict) -> list:  # type: ignore[type-arg]
+    """Single rows as the model takes them."""
+    names = [port.get_any_name() for port in model.inputs]
+    rows = [{name: inputs[name][row : row + 1] for name in names} for row in range(len(inputs[names[0]]))]
+    return [row[names[0]] for row in rows] if len(names) == 1 else rows
+
+
+def score(model: openvino.CompiledModel, pairs: Iterable) -> tuple:  # type: ignore[type-arg]
+    """The mean score, and that of each row: 1 for the right class, or the cosine with the vector."""
+    scores = []
+    for row, target in pairs:
+        answer = model(row)[0][0]
+        if np.ndim(target):
+            scores.append(float(answer @ target / np.linalg.norm(answer) / np.linalg.norm(target)))
+        else:
+            scores.append(float(answer.argmax() == target))
+    return sum(scores) / len(scores), scores
 
 
 def main() -> None:

@@ -143,7 +143,7 @@ def _programme(
     one_each = csr_array((np.ones(len(pairs)), ([rows[name] for name, _ in pairs], range(len(pairs)))), shape=(len(rows), len(pairs)))
     bound = math.nan
     for tightened in (0.0, 2e-6, 1e-5):
-        with standard_output_to_error():
+        with without_standard_output():
             result = milp(
                 cost_N,
                 integrality=np.ones(len(pairs)),
@@ -162,9 +162,9 @@ def _programme(
 
 
 @contextmanager
-def standard_output_to_error() -> Iterator[None]:
-    """Standard output goes to standard error during the block: HiGHS 1.12 prints lines of its debugging there (ERGO-Code/HiGHS#2783), which
-    would follow a command's JSON where C holds them back until the process ends."""
+def without_standard_output() -> Iterator[None]:
+    """Drop standard output during the block: HiGHS 1.12 prints debugging lines there (ERGO-Code/HiGHS#2783), which would mix with a
+    command's JSON."""
     sys.stdout.flush()
     try:
         kept = os.dup(1)
@@ -172,7 +172,8 @@ def standard_output_to_error() -> Iterator[None]:
         yield
         return
     try:
-        os.dup2(2, 1)
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
         yield
     finally:
         ctypes.CDLL(None if os.name == "posix" else "msvcrt").fflush(None)
