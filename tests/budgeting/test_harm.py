@@ -109,8 +109,8 @@ def test_reconstruction_keeps_the_predicted_share() -> None:
     grid = ActivationGrid(scale=float(x.abs().max()) / 127, unsigned=False)
     for bits in (3, 4):
         trained = QATLinear(layer, grid, bits)
-        moments = add_rows(None, trained, x, x, second=True)
-        share = round_layer(trained, moments, columns=True, correct_bias=False)
+        moments = add_rows(None, trained, x, x)
+        share = round_layer(trained, moments, correct_bias=False)
         predicted = float(kept_by_reconstruction(x[None, ::2], x[None, 1::2])[0])
         assert predicted == pytest.approx(share, rel=0.35)
 

@@ -161,6 +161,7 @@ def _upright(picture: ImageFile.ImageFile) -> Image.Image:
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # the only decoder that checks Pillow's own limit here
         with quiet_pillow(prod(picture.size)):
             picture.load_prepare()
+            picture.getexif()  # kept; `load` would read it with warnings about damaged tags
     picture.load()
     transposition = _TRANSPOSITIONS.get(_orientation(picture))  # none for a TIFF, which Pillow has turned by now
     return picture if transposition is None else picture.transpose(transposition)
