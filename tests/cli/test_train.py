@@ -285,7 +285,7 @@ def memory_group() -> Iterator[Path]:
 def test_fit_after_a_kill_by_the_kernel(memory_group: Path, write_tiny: Call, tmp_path: Path) -> None:
     """A real lack of memory: the group's limit is some hundred MiB above what the process holds before its first step."""
     tiny = write_tiny(tmp_path / "data", data={"crop": 256})
-    (memory_group / "memory.limit_in_bytes").write_text(str(700 << 20))
+    (memory_group / "memory.limit_in_bytes").write_text(str(800 << 20))
     words = [MUNTIN, "fit", str(tiny.recipe), "-o", str(tmp_path / "run"), "--supervise", "--json"]
     words += [word for change in ("steps=2", "batch_size=128", "precision=fp32") for word in ("--set", f"training.{change}")]
     group = shlex.quote(str(memory_group / "cgroup.procs"))
