@@ -179,7 +179,7 @@ def test_pruned_factored_and_deployed(build: Callable[[], nn.Module], tmp_path: 
         lambda: muntin.low_rank(model, batches, parameters=0.8, multiple=4),
     ):
         assert any(not change.kept for change in compress())
-        assert muntin.distil(model, teacher, batches, steps=20, learning_rate=3e-4).loss < 0.1
+        assert muntin.distil(model, teacher, batches, steps=20, learning_rate=3e-4, precision="fp32").loss < 0.05
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
     assert sizes[0] > sizes[1] > sizes[2]
     muntin.quantize(model, batches)

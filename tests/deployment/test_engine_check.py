@@ -109,7 +109,7 @@ def test_scores_of_the_quantised_model(small: Any, engine: str, pictures: Any) -
         expected = small.expected(images)
         step = (expected.max() - expected.min()) / 255  # of an 8-bit grid over the scores
         error = np.abs(session(images) - expected)
-        assert np.quantile(error, 0.999) <= step and error.max() <= 3 * step  # single values may round to the next level
+        assert (error > step).sum() <= 1 and error.max() <= 2 * step  # one value of thousands may round to the next level
         assert error.mean() <= step / 20
 
 

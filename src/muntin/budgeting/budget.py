@@ -1,4 +1,4 @@
-"""What a user allows a compressed model to lose, and what it should gain."""
+"""Budget: the accuracy that a compressed model may lose, and the objective."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from muntin.errors import MuntinError
 
 Objective = Literal["size", "latency"]
-"""What is made least: bytes of the artefact, or milliseconds of a call of one row in the engine."""
+"""Quantity to make least: bytes of the artefact, or milliseconds of a call of one row in the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a layer may become, and what all layers of a model become together."""
+"""Forms of a layer (rank and bits), and plans: a form for each layer of a model."""
 
 from __future__ import annotations
 

@@ -82,14 +82,14 @@ def measured_latencies(
 
 
 def latency_settings(threads: int | None) -> dict[str, Any]:
-    """What the times depend on besides layers: engine, version, CPU and threads, None for the usable physical cores."""
+    """Conditions of the times besides layers: engine, version, CPU and threads, None for the usable physical cores."""
     version = importlib.metadata.version("openvino")
     used = SessionOptions(threads=threads).thread_count
     return {"engine": "openvino", "version": version, "cpu": describe_hardware()["cpu"], "threads": used}
 
 
 def shape_text(one: FormLayer) -> str:
-    """What the time of a layer depends on, in words: "conv 3x3, stride 2x2, 32 to 64 channels, 56x56"."""
+    """Conditions of a layer's time in words: "conv 3x3, stride 2x2, 32 to 64 channels, 56x56"."""
     layer = one.layer
     if isinstance(layer, nn.Linear):
         return f"linear, {layer.in_features} to {layer.out_features} features, {'x'.join(map(str, one.shape[:-1])) or '1'} rows"

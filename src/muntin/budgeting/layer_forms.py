@@ -108,7 +108,7 @@ def offered_ranks(layer: Dense, multiple: int = MULTIPLE) -> list[int]:
 
 
 def form_cost(layer: Dense, form: Form, positions: float) -> FormCost:
-    """What a form of a layer costs. `positions`: rows of its output (tokens, positions of a map) for one row of inputs."""
+    """Cost of a form of a layer. `positions`: rows of its output (tokens, positions of a map) for one row of inputs."""
     bias = 0 if layer.bias is None else layer.bias.numel()
     if form.rank is None:
         parts, ranks = [layer.weight.shape], None

@@ -69,7 +69,7 @@ class TablePlans:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchProgress:
-    """What a search does. `trials`: those so far; `number`: of the trial; `what`: of the tables is measured; `loss`: of the step."""
+    """State of a search. `trials`: those so far; `number`: of the trial; `what`: of the tables is measured; `loss`: of the step."""
 
     stage: Literal["reference", "tables", "trial", "train", "holdout"]
     trials: tuple[Trial, ...] = ()

@@ -1,4 +1,4 @@
-"""What a search has measured, on disk: each trial is a folder that is written whole or not at all.
+"""Measurements of a search, on disk: each trial is a folder that is written whole or not at all.
 
 FOLDER/settings.json             what the search was started with; another search is refused
 FOLDER/reference/                the FP32 model's artefact and its scores

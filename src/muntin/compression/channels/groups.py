@@ -53,7 +53,7 @@ class Attribute:
     module: str
     name: str
     each: int
-    """What a channel lowers it by."""
+    """Amount by which one channel lowers it."""
 
 
 @dataclass(frozen=True, kw_only=True)
