@@ -284,6 +284,7 @@ def test_keyboard_alone(open_page: Open, server: Server) -> None:
             page.keyboard.press("ArrowLeft")
         if place[0] == "against" and page.locator("#against").input_value() == "":
             page.keyboard.press("ArrowDown")
+            page.locator("#divider").wait_for()
             page.keyboard.press("Shift+Tab")
         visited.append(place)
     assert {name for name, _ in visited} >= {"more", "clear", "strip", "version", "against", "opacity", "legend", "save", "divider"}
