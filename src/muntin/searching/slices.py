@@ -1,0 +1,64 @@
+"""How the weights of a network lie inside shared ones: the shared layer of each of its layers, and the entries of each axis.
+
+Every entry of an axis has a coordinate, such as ("query", head, channel). A network's coordinates are some of those of the shared
+weights, which gives the slice, so layers need no special form. Entries without a role of their own are numbered, and a network has the
+first ones. Layers of different kinds of attention, of stems of other lengths and of other strides share nothing.
+
+Axes: E heads, D channels of a head, M latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+from muntin.models import ModelConfig
+
+Coordinates = Sequence[Hashable]
+
+
+def strides(config: ModelConfig) -> tuple[int, ...]:
+    """Strides of the maps, from 4 to the coarsest: of the convolutional stages, then of the attention stages."""
+    return tuple(4 << index for index in range(len(config.stem) - 1 + len(config.dims)))
+
+
+def shared_layer(name: str, config: ModelConfig) -> str:
+    """The name of the shared layer for a layer of the network, such as `stages.16.of-3.blocks.0.attention.hybrid.out`."""
+    parts = name.split(".")
+    of = f"of-{len(config.stem)}"
+    maps = strides(config)
+    if parts[0] == "stages":
+        parts[1:2] = [str(maps[len(config.stem) - 1 + int(parts[1])]), of]
+        if "attention" in parts:
+            parts.insert(parts.index("attention") + 1, config.attention)
+    elif parts[0] == "decoder":
+        coarse_first = maps[::-1]
+        stride = coarse_first[int(parts[2]) + (parts[1] == "smooth")]
+        parts[2:3] = [str(stride), of]
+    elif parts[0] == "head":
+        parts[1:1] = [str(maps[-1]), of] if config.task == "classify" else [str(config.finest)]
+    return ".".join(parts)
+
+
+def coordinates(name: str, shape: Sequence[int], config: ModelConfig) -> list[Coordinates]:
+    """The coordinates of each axis of a parameter of the network."""
+    axes: list[Coordinates] = [range(length) for length in shape]
+    layer, _, last = name.rpartition(".")
+    module = layer.rpartition(".")[2]
+    if ".attention." not in name:
+        return axes
+    heads = config.dims[int(name.split(".")[1])] // config.head_dim
+    latent_heads = heads // 2 if config.attention == "hybrid" else heads
+    local_heads = heads - latent_heads
+    if module == "out" and last == "weight" and config.attention == "hybrid":
+        axes[1] = [*_grid("local", local_heads, config.head_dim), *_grid("latent", latent_heads, config.head_dim)]
+    elif module == "project_latent" or (module == "project" and config.attention == "global"):
+        logits = [*_grid("read", latent_heads, config.latents), *_grid("write", latent_heads, config.latents)]
+        axes[0] = [*_grid("value", latent_heads, config.head_dim), *logits]
+    elif module in ("project", "project_local"):
+        own = local_heads if module == "project_local" else heads
+        axes[0] = [entry for role in ("query", "key", "value") for entry in _grid(role, own, config.head_dim)]
+    return axes
+
+
+def _grid(role: str, heads: int, entries: int) -> list[Hashable]:
+    return [(role, head, entry) for head in range(heads) for entry in range(entries)]

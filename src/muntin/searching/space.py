@@ -1,0 +1,277 @@
+"""Space: the choices of an architecture search, and the architectures that they make.
+
+    model:                        # not part of a space: fields that no choice names are those of the recipe's model
+    stem: [[8, 16, 32], [16, 24, 48]]     a field of ModelConfig, with its values
+    depths.0: [1, 2, 4]                   one entry of a field, counted from 0; an entry after the last one is appended
+    stages: [1, 2]                        how many attention stages are kept
+    resolution: [0.75, 1]                 side of the pictures over data.crop; classify only
+    rank_share: [0.6, 1]                  share of the parameters that low rank keeps; 1: not factored
+    bits: [4, 8]                          bits of the weights as deployed
+
+Fields without effect (latents without latent heads, the decoder of a classifier) have the base's value, so that two choices that make the
+same network are one architecture.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from muntin.artifact.manifest import Task
+from muntin.errors import RecipeError
+from muntin.models import ModelConfig
+
+Value = bool | int | float | str | tuple[int, ...]
+FIELDS = ("stem", "pairs", "dims", "depths", "attention", "block", "window", "latents", "mlp_ratio", "gate", "decoder", "finest")
+"""Fields of ModelConfig that may be searched. `head_dim` is the unit in which heads are shared, and the others are the task's."""
+SEQUENCES = ("stem", "pairs", "dims", "depths")
+RANGES: dict[str, tuple[float, float]] = {"stages": (1, 8), "resolution": (0.25, 1), "rank_share": (0.1, 1), "bits": (2, 8)}
+"""Choices beside the fields of ModelConfig, with their least and greatest value."""
+WHOLE = ("stages", "bits")
+EXHAUSTIVE = 2000
+"""Most combinations that are all tried when a space is checked; of more, `SAMPLES` are drawn."""
+SAMPLES = 300
+
+
+class UnbuildableError(RecipeError):
+    """A combination of choices makes no network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One point of a space: a network and its deployed form. `bits` None: not chosen, so deployed in 8 and scored in floats."""
+
+    config: ModelConfig
+    resolution: float = 1.0
+    rank_share: float = 1.0
+    bits: int | None = None
+
+    @property
+    def key(self) -> str:
+        """The same text for the same architecture."""
+        own = {"resolution": self.resolution, "rank_share": self.rank_share, "bits": self.bits}
+        return json.dumps({**self.config.model_dump(mode="json"), **own}, sort_keys=True)
+
+    def options(self, base: ModelConfig) -> dict[str, Any]:
+        """Fields of the configuration that differ from those of `base`, as plain values."""
+        own, other = self.config.model_dump(mode="json"), base.model_dump(mode="json")
+        return {name: value for name, value in own.items() if value != other[name]}
+
+
+class Space(BaseModel):
+    """The values of each choice, by its name; see the head of this file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choices: dict[str, tuple[Value, ...]]
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if not self.choices:
+            raise ValueError(f"the space is empty: give lists of values for some of {', '.join((*FIELDS, *RANGES))}")
+        for name, values in self.choices.items():
+            _check_name(name)
+            if not values:
+                raise ValueError(f"{name} is an empty list: give its values, or leave it out to keep the recipe's")
+            if len({json.dumps(value) for value in values}) != len(values):
+                raise ValueError(f"{name} names a value twice: {list(values)}")
+            if name in RANGES:
+                _check_range(name, values)
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of combinations of the choices."""
+        return math.prod(map(len, self.choices.values()))
+
+    def architecture(self, chosen: Mapping[str, Value], base: ModelConfig) -> Architecture:
+        """The architecture of some choices; fields that none names are those of `base`. Raises `UnbuildableError` if there is none."""
+        fields: dict[str, Any] = {name: getattr(base, name) for name in FIELDS}
+        fields |= {name: value for name, value in chosen.items() if name in FIELDS}
+        for name, value in sorted(chosen.items()):
+            field, dot, position = name.partition(".")
+            if dot:
+                fields[field] = _with_entry(field, fields[field], int(position), value)
+        if (stages := chosen.get("stages")) is not None:
+            assert isinstance(stages, int)
+            if stages > len(fields["dims"]):
+                raise UnbuildableError(f"stages {stages}: dims has {len(fields['dims'])} entries: give more of them, or fewer stages")
+            fields |= {name: fields[name][:stages] for name in ("dims", "depths")}
+        try:
+            config = ModelConfig.model_validate({**base.model_dump(), **_without_effect(fields, base)})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UnbuildableError(f"{where}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from error
+        resolution, share, bits = chosen.get("resolution", 1.0), chosen.get("rank_share", 1.0), chosen.get("bits")
+        assert not isinstance(resolution, str | tuple) and not isinstance(share, str | tuple) and not isinstance(bits, str | tuple)
+        if resolution != 1 and base.task != "classify":
+            raise UnbuildableError(f"resolution {resolution:g}: pictures of {base.task} keep their size: search `stem` and `finest` instead")
+        return Architecture(
+            config=config, resolution=float(resolution), rank_share=float(share), bits=None if bits is None else int(bits)
+        )  # fmt: skip
+
+    def sample(self, generator: random.Random) -> dict[str, Value]:
+        """Draw a value of each choice, uniformly."""
+        return {name: generator.choice(values) for name, values in self.choices.items()}
+
+    def check(self, base: ModelConfig) -> None:
+        """Raise `RecipeError`, which names the choice, for a value with which no architecture can be built.
+
+        Tries all combinations of a small space; of a large one some hundred random ones for each value.
+        """
+        buildable: set[tuple[str, str]] = set()
+        reasons: dict[tuple[str, str], str] = {}
+
+        def attempt(chosen: Mapping[str, Value]) -> None:
+            pairs = {(name, json.dumps(value)) for name, value in chosen.items()}
+            try:
+                self.architecture(chosen, base)
+                buildable.update(pairs)
+            except UnbuildableError as error:
+                reasons.update(dict.fromkeys(pairs, str(error)))
+
+        if self.size <= EXHAUSTIVE:
+            for values in itertools.product(*self.choices.values()):
+                attempt(dict(zip(self.choices, values, strict=True)))
+        generator = random.Random(0)  # noqa: S311 - no secret
+        for name, values in self.choices.items():
+            for value in values:
+                pair = name, json.dumps(value)
+                for _ in range(SAMPLES if self.size > EXHAUSTIVE else 0):
+                    if pair in buildable:
+                        break
+                    attempt({**self.sample(generator), name: value})
+                if pair not in buildable:
+                    shown = list(value) if isinstance(value, tuple) else value
+                    raise RecipeError(f"space: {name} {shown}: with it no network can be built ({reasons[pair]}): remove it, or change that")
+
+    # bounds of the fields, from which the shared weights are made
+
+    def kinds(self, field: str, base: ModelConfig) -> tuple[Any, ...]:
+        """The values of a field that is no sequence."""
+        return self.choices.get(field, (getattr(base, field),))
+
+    def sequences(self, field: str, base: ModelConfig) -> tuple[tuple[int, ...], ...]:
+        """For each length that a sequence may have, the greatest value of each entry."""
+        whole: Iterable[Any] = self.choices.get(field, (getattr(base, field),))
+        entries: list[set[int]] = []
+        lengths = set()
+        for values in whole:
+            entries += [set() for _ in range(len(values) - len(entries))]
+            lengths.add(len(values))
+            for position, value in enumerate(values):
+                entries[position].add(value)
+        named = sorted(name for name in self.choices if name.startswith(f"{field}."))
+        for name in named:
+            position = int(name.partition(".")[2])
+            entries += [set() for _ in range(position + 1 - len(entries))]
+            entries[position] = set(self.choices[name])  # type: ignore[arg-type]
+        if named:
+            least = int(named[-1].partition(".")[2]) + 1
+            lengths = {max(length, least) for length in lengths}
+        if field in ("dims", "depths") and "stages" in self.choices:
+            lengths = {stages for stages in self.choices["stages"] if stages <= max(lengths)}  # type: ignore[operator, misc]
+        return tuple(tuple(max(entry) for entry in entries[:length]) for length in sorted(lengths))
+
+
+def load_space(path: Path | str) -> Space:
+    """Read a space from a YAML file. Raises `RecipeError` for a missing file, broken YAML, an unknown choice or value."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"space {path}: {error.strerror or error}; give the path of a YAML file") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"space {path}: not YAML: {' '.join(str(error).split())}") from error
+    return parse_space(content, where=f"space {path}")
+
+
+def parse_space(content: Any, *, where: str = "space") -> Space:
+    """Check a space's content, lists of values by choice. `where` names it in errors. Raises `RecipeError`."""
+    if not isinstance(content, dict):
+        raise RecipeError(f"{where}: holds {type(content).__name__}, not choices with lists of values, such as `depths.0: [1, 2, 4]`")
+    for name, values in content.items():
+        if not isinstance(values, list | tuple):
+            raise RecipeError(f"{where}: {name} is {values!r:.60}: give a list of values, [{values!r:.60}] for a single one")
+    try:
+        return Space(choices={str(name): tuple(_frozen(value) for value in values) for name, values in content.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = str(first["loc"][1]) if len(first["loc"]) > 1 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        reason = f"{place}: {first['input']!r:.60} is neither a number nor a name nor a list of whole numbers" if place else message
+        raise RecipeError(f"{where}: {reason}") from error
+
+
+def default_space(task: Task, head_dim: int = 64) -> Space:
+    """The space around the presets, up to hybrid-s, for a task. Widths of attention stages are multiples of `head_dim`."""
+    unit = head_dim
+    choices: dict[str, tuple[Any, ...]] = {
+        "stem": ((8, 16, 32), (16, 24, 48), (16, 32, 64)),
+        "pairs.0": (0, 1),
+        "pairs.1": (0, 1, 2),
+        "stages": (1, 2),
+        "dims.0": (2 * unit, 3 * unit, 4 * unit),
+        "dims.1": (2 * unit, 3 * unit, 4 * unit),
+        "depths.0": (1, 2, 3, 4),
+        "depths.1": (1, 2),
+        "attention": ("hybrid", "local", "global"),
+        "block": ("parallel", "serial"),
+        "latents": (8, 16, 32),
+        "mlp_ratio": (1.0, 2.0),
+    }
+    if task == "classify":
+        choices["resolution"] = (0.75, 1.0)
+    else:
+        choices |= {"decoder": (32, 48, 64), "finest": (4, 8)}
+    return Space(choices=choices)
+
+
+def _check_name(name: str) -> None:
+    field, dot, position = name.partition(".")
+    if dot and field in SEQUENCES and position.isdecimal():
+        return
+    if not dot and name in (*FIELDS, *RANGES):
+        return
+    if dot and field in FIELDS:
+        raise ValueError(f"unknown choice '{name}': {'give a position from 0' if field in SEQUENCES else f'{field} has no entries'}")
+    known = [*FIELDS, *RANGES]
+    near = difflib.get_close_matches(name, known, 1)
+    meant = f"did you mean '{near[0]}'? " if near else ""
+    raise ValueError(f"unknown choice '{name}': {meant}known: {', '.join(known)}, and entries such as depths.0")
+
+
+def _check_range(name: str, values: tuple[Value, ...]) -> None:
+    least, most = RANGES[name]
+    for value in values:
+        number = isinstance(value, int if name in WHOLE else int | float) and not isinstance(value, bool)
+        if not number or not least <= value <= most:  # type: ignore[operator]
+            raise ValueError(f"{name} {value}: give {'whole ' if name in WHOLE else ''}numbers from {least:g} to {most:g}")
+
+
+def _with_entry(field: str, values: Any, position: int, value: Any) -> tuple[Any, ...]:
+    if position > len(values):
+        raise UnbuildableError(f"{field}.{position}: {field} has {len(values)} entries before it: name those up to {position}, too")
+    return (*values[:position], value, *values[position + 1 :])
+
+
+def _without_effect(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
+    """The fields, with the base's value where they have no effect."""
+    unused = {"local": ("latents",), "global": ("window",), "dense": ("window", "latents")}.get(str(fields["attention"]), ())
+    names = (*unused, *(("decoder", "finest") if base.task == "classify" else ()))
+    return {**fields, **{name: getattr(base, name) for name in names}}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
