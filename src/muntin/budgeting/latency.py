@@ -65,7 +65,7 @@ def measured_latencies(
     shapes done and their number.
     """
     options = SessionOptions(threads=threads, cache=False)
-    cache = _Cache(options.thread_count)
+    cache = LatencyCache(options.thread_count)
     wanted: dict[str, tuple[FormLayer, dict[str, Form]]] = {}
     timed = {name: one for name, one in layers.items() if len(one.forms) > 1}
     for one in timed.values():
@@ -109,14 +109,17 @@ def _form_text(form: Form) -> str:
     return f"{rank}, {'16 bits' if form.bits == KEPT else '8 bits'}"
 
 
-class _Cache:
-    """Measured times in a file of the user's cache; without a cache folder they last as long as this object."""
+class LatencyCache:
+    """Measured times in a file of the user's cache; without a cache folder they last as long as this object.
 
-    def __init__(self, threads: int) -> None:
+    `kind`: the cache's folder, by what is measured: "latency" for single layers.
+    """
+
+    def __init__(self, threads: int, kind: str = "latency") -> None:
         self._head = latency_settings(threads)
         digest = hashlib.sha256(f"{cpu_identity()}\n{threads}".encode()).hexdigest()[:16]
         folder = cache_folder()
-        self._file = None if folder is None else folder / "latency" / f"{self._head['engine']}-{self._head['version']}-{digest}.json"
+        self._file = None if folder is None else folder / kind / f"{self._head['engine']}-{self._head['version']}-{digest}.json"
         self.ms: Milliseconds = self._read()
 
     def _read(self) -> Milliseconds:

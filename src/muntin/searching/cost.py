@@ -1,0 +1,92 @@
+"""Cost of an architecture from its shapes alone: parameters, multiply-adds of its layers, bytes. Nothing is measured.
+
+Axes: B images, C channels, H W map.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muntin.models import HybridNet, ModelConfig
+from muntin.searching.slices import strides
+from muntin.searching.space import Architecture
+
+DEPLOYED_BITS = 8
+"""Bits of weights where an architecture does not say."""
+_KEPT = 4096
+
+
+@lru_cache(maxsize=_KEPT)
+def layer_counts(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """Parameters of the layers of a network by the stride of the map that they are applied to; stride 0: once an image."""
+    totals: dict[int, int] = {}
+    maps = strides(config)
+    with torch.device("meta"):
+        network = HybridNet(config)
+    for name, parameter in network.named_parameters():
+        stride = _stride(name, config, maps)
+        totals[stride] = totals.get(stride, 0) + parameter.numel()
+    return tuple(sorted(totals.items()))
+
+
+def parameters_of(config: ModelConfig) -> int:
+    """Number of parameters of a network."""
+    return sum(count for _, count in layer_counts(config))
+
+
+def layer_macs(config: ModelConfig, resolution: float = 1.0) -> float:
+    """Multiply-adds of the layers with weights for each pixel of a full-size picture; products of activations do not count."""
+    return sum(resolution**2 * count / stride**2 for stride, count in layer_counts(config) if stride)
+
+
+def artifact_bytes(architecture: Architecture) -> float:
+    """Bytes of the weights as deployed, a prediction: the graph and the golden pairs of the artefact come on top."""
+    bits = DEPLOYED_BITS if architecture.bits is None else architecture.bits
+    return architecture.rank_share * parameters_of(architecture.config) * bits / 8
+
+
+def memory_bytes(architecture: Architecture, side: int) -> float:
+    """Bytes of weights and activations at the peak in 8 bits, an estimate from shapes: the layer with the largest input and output, and
+    the maps that the decoder waits for, for one picture of `side` pixels a side.
+    """
+    side = max(1, round(architecture.resolution * side))
+    return parameters_of(architecture.config) + _activations(architecture.config, side)
+
+
+@lru_cache(maxsize=_KEPT)
+def _activations(config: ModelConfig, side: int) -> int:
+    with torch.device("meta"):
+        network = HybridNet(config).eval()
+        image = torch.empty(1, config.channels, side, side)
+    largest = 0
+
+    def watch(layer: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal largest
+        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
+        largest = max(largest, sum(tensor.numel() for tensor in tensors))
+
+    for layer in network.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(watch)
+    with torch.no_grad():
+        network(image)
+    channels = (*config.stem[1:], *config.dims)
+    waiting = 0 if config.task == "classify" else sum(c * (side // s) ** 2 for c, s in zip(channels, strides(config), strict=True))
+    return largest + waiting
+
+
+def _stride(name: str, config: ModelConfig, maps: tuple[int, ...]) -> int:
+    parts = name.split(".")
+    if parts[0] == "stem":
+        return 2 if parts[1] == "0" else 4
+    if parts[0] in ("stage4", "stage8"):
+        return int(parts[0].removeprefix("stage"))
+    if parts[0] == "stages":
+        return maps[len(config.stem) - 1 + int(parts[1])]
+    if parts[0] == "decoder":
+        return maps[::-1][int(parts[2]) + (parts[1] == "smooth")]
+    return 0 if config.task == "classify" else config.finest

@@ -1,0 +1,127 @@
+"""The best few of a front: trained alone, deployed in INT8, scored as artefacts and timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from muntin.artifact import Artifact
+from muntin.compression import load_model, low_rank, quantize
+from muntin.data import Source
+from muntin.deployment import export
+from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
+from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
+from muntin.runtime import load
+from muntin.runtime.profiling.timing import interleaved_latency
+from muntin.searching.cost import layer_macs, parameters_of
+from muntin.searching.space import Architecture
+from muntin.searching.study import StudyPoint
+from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, read_checkpoint
+from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.recipe import Recipe
+from muntin.training.run import fit
+
+ROUNDS = 40
+"""Timed calls of each network."""
+FEWEST_RANKED = 3
+"""Networks below which a rank correlation says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finalist:
+    """A network that was trained alone. `score`: of the artefact on the validation split; `float_score`: of the checkpoint.
+
+    `bytes`: of the artefact. `ms`: median latency of one picture of `export_side` pixels, all networks in turns. `point`: None for the
+    recipe's own model.
+    """
+
+    name: str
+    architecture: Architecture
+    point: StudyPoint | None
+    run: Path
+    artifact: Path
+    recipe: Recipe
+    float_score: float
+    score: float
+    bytes: int
+    ms: float = 0.0
+
+    def row(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        own = {name: getattr(self, name) for name in ("name", "float_score", "score", "bytes", "ms")}
+        shared = {"shared_score": None, "predicted": None} if self.point is None else {
+            "shared_score": self.point.score, "predicted": self.point.cost,
+        }  # fmt: skip
+        config = self.architecture.config
+        counts = {"parameters": parameters_of(config), "macs": layer_macs(config, self.architecture.resolution)}
+        return {**own, **shared, **counts, "run": str(self.run), "artifact": str(self.artifact)}
+
+
+def spread(front: Sequence[StudyPoint], count: int) -> list[StudyPoint]:
+    """Points at even distances along a front, the one with the highest score among them."""
+    if count >= len(front):
+        return list(front)
+    if count == 1:
+        return [front[-1]]
+    return [front[round(index * (len(front) - 1) / (count - 1))] for index in range(count)]
+
+
+def train_finalist(
+    recipe: Recipe, architecture: Architecture, *, name: str, folder: Path, root: Path, source: Source, point: StudyPoint | None
+) -> Finalist | None:
+    """Train a network by a recipe, or go on with it, and export it; None if the training was interrupted. `folder`: of its run."""
+    result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")))
+    if result.interrupted or result.stop_requested:
+        return None
+    checkpoint = read_checkpoint(result.checkpoint)
+    artifact = _exported(checkpoint, architecture, folder / ARTIFACT, source)
+    with closing(load(artifact.path)) as session:
+        score = evaluate(session, source.split("validation"), tile=tile_of(recipe.data.crop)).score
+    return Finalist(
+        name=name, architecture=architecture, point=point, run=folder, artifact=artifact.path, recipe=recipe,
+        float_score=float(result.validation[-1]["score"]), score=score, bytes=artifact.bytes,
+    )  # fmt: skip
+
+
+def _exported(checkpoint: Checkpoint, architecture: Architecture, path: Path, source: Source) -> Artifact:
+    """Export in INT8, with the ranks and bits of the architecture; ranks and bits are not trained afterwards."""
+    if architecture.bits is None and architecture.rank_share == 1:
+        return export_checkpoint(checkpoint, path)
+    recipe = checkpoint.recipe
+    model, calibration, side = load_model(checkpoint), calibration_of(checkpoint, source), export_side(recipe)
+    if architecture.rank_share < 1:
+        low_rank(model, calibration, parameters=architecture.rank_share)
+    quantize(model, calibration, bits=architecture.bits or 8)
+    sizes = parse_sizes(usual_sizes(recipe.task))
+    return export(model, calibration[0], path, signature=checkpoint.signature, shape=(1, side, side), sizes=sizes)
+
+
+def with_latencies(networks: Sequence[Finalist], *, threads: int | None = None) -> list[Finalist]:
+    """The networks with their latencies, measured in turns."""
+    timed = []
+    sides = {network.name: export_side(network.recipe) for network in networks}
+    for side in sorted(set(sides.values())):
+        group = [network for network in networks if sides[network.name] == side]
+        generator = np.random.default_rng(0)
+        images = generator.integers(0, 256, (1, side, side, group[0].recipe.data.channels), dtype=np.uint8)
+        sessions = {network.name: load(network.artifact, threads=threads) for network in group}
+        latencies = interleaved_latency(sessions, images, rounds=ROUNDS)
+        for session in sessions.values():
+            session.close()
+        timed += [replace(network, ms=latencies[network.name].median_ms) for network in group]
+    order = [network.name for network in networks]
+    return sorted(timed, key=lambda network: order.index(network.name))
+
+
+def rank_correlation(networks: Sequence[Finalist]) -> float | None:
+    """Spearman's rank correlation of the scores with shared weights and of the networks trained alone, both in floats."""
+    pairs = [(network.point.score, network.float_score) for network in networks if network.point is not None]
+    if len(pairs) < FEWEST_RANKED or len({a for a, _ in pairs}) == 1 or len({b for _, b in pairs}) == 1:
+        return None
+    return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)

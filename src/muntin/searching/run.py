@@ -1,0 +1,353 @@
+"""A whole search: a recipe and a space in, a front and a few trained and deployed networks out.
+
+    supernet/            checkpoints of the shared weights
+    study.log            proposals, scores and costs
+    latency.json         how well the table of parts predicts whole networks
+    networks/NNN/        runs of `muntin fit` of the best few, each with its artefact; networks/recipe: of the recipe's own model
+    search.json          the settings and, at the end, the results
+
+A search that was interrupted goes on when it is started again with the same settings. Scores are of the validation split alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from muntin.artifact.atomic_files import write_files
+from muntin.artifact.file_lock import folder_in_use
+from muntin.data import Source, open_source
+from muntin.deployment.checkpoint_export import export_side
+from muntin.errors import MuntinError, RecipeError
+from muntin.models import PRESETS, ModelConfig
+from muntin.searching.candidates import CandidateScorer, recipe_of
+from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
+from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
+from muntin.searching.latency_table import LatencyModel, PredictionError
+from muntin.searching.space import Architecture, Space, default_space
+from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
+from muntin.searching.supernet_training import SupernetTraining
+from muntin.training.precision import TrainingPrecision, prepare_hardware
+from muntin.training.progress.interrupt import Interruption
+from muntin.training.recipe import Recipe
+
+SearchObjective = Literal["latency", "size", "memory"]
+FILE = "search.json"
+FORMAT = 1
+CANDIDATES, FINALISTS, CHECKED = 200, 3, 6
+"""Defaults: architectures that are scored, those that are trained alone, and whole networks that check the predicted latency."""
+SUPERNET_SHARE, STUDY_SHARE = 0.4, 0.2
+"""Shares of the minutes for the supernet and for the table and the study; the rest is for the networks that are trained alone."""
+TRAINING_SHARE = 0.75
+"""Share of a network's minutes that its training may take; the rest is for its export."""
+MANY_STEPS = 10_000_000
+"""Steps of a training that its minutes end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStage:
+    """What a search does. `stage`: "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or a name.
+
+    `front`: the best points so far.
+    """
+
+    stage: str
+    done: int
+    total: int
+    text: str = ""
+    front: Sequence[StudyPoint] = ()
+
+
+SearchStageReport = Callable[[SearchStage], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """Settings of a search besides recipe and space. `objective`: what is made least beside the error. `minutes`: of the whole search."""
+
+    objective: SearchObjective = "latency"
+    minutes: float | None = None
+    candidates: int = CANDIDATES
+    finalists: int = FINALISTS
+    checked: int = CHECKED
+    sampler: Sampler = "nsga2"
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("latency", "size", "memory"):
+            raise RecipeError(f"objective '{self.objective}': give latency, size or memory")
+        if self.sampler not in ("nsga2", "random"):
+            raise RecipeError(f"sampler '{self.sampler}': give nsga2 or random")
+        if self.minutes is not None and not self.minutes > 0:
+            raise RecipeError(f"minutes {self.minutes:g}: give a number above 0")
+        for name in ("candidates", "finalists"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} {getattr(self, name)}: give a whole number from 1")
+        if self.checked < 0:
+            raise RecipeError(f"checked {self.checked}: give a whole number from 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSearch:
+    """The result. `finished`: False after an interruption. `networks`: trained and deployed, the recipe's own model first.
+
+    `correlation`: Spearman's, of the scores with shared weights and of the networks trained alone; None for fewer than three.
+    """
+
+    folder: Path
+    settings: SearchSettings
+    finished: bool
+    base: ModelConfig
+    preset: str
+    recipe_path: Path | None
+    front: tuple[StudyPoint, ...] = ()
+    points: tuple[StudyPoint, ...] = ()
+    networks: tuple[Finalist, ...] = ()
+    importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    latency_error: PredictionError | None = None
+    correlation: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def command(self, point: StudyPoint) -> str:
+        """The commands that train and export a point of the front."""
+        recipe, place = self.recipe_path or Path("RECIPE.yaml"), self.folder / "networks" / f"{point.number + 1:03d}"
+        return fit_command(recipe, self.preset, point.architecture, self.base, place)
+
+
+def search_architectures(
+    recipe: Recipe,
+    space: Space | None = None,
+    *,
+    folder: Path | str,
+    root: Path | str = ".",
+    recipe_path: Path | None = None,
+    settings: SearchSettings | None = None,
+    report: SearchStageReport = lambda stage: None,
+) -> ArchitectureSearch:
+    """Search architectures for a recipe's data and task. `space` None: `default_space` of the task. `root`: of the recipe's paths.
+
+    Raises `RecipeError` for another model than muntin's own, a space without networks, and a folder of a search with other settings.
+    """
+    settings = SearchSettings() if settings is None else settings
+    folder, root = Path(folder), Path(root).resolve()
+    with folder_in_use(folder, "muntin search"):
+        return _Search(recipe, space, folder, root, recipe_path, settings, report).run()
+
+
+class _Search:
+    def __init__(
+        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, recipe_path: Path | None, settings: SearchSettings,
+        report: SearchStageReport,
+    ) -> None:  # fmt: skip
+        if recipe.model.name not in PRESETS:
+            raise RecipeError(f"model {recipe.model.name}: a search changes muntin's own networks: give one of {', '.join(PRESETS)}")
+        self.recipe, self.folder, self.root, self.recipe_path = recipe, folder, root, recipe_path
+        self.settings, self.report = settings, report
+        self.source: Source = open_source(recipe.data, root=root)
+        if self.source.task != recipe.task:
+            raise RecipeError(f"task: the data are for '{self.source.task}' and the recipe says '{recipe.task}'; make them agree")
+        self.base = base_config(recipe, self.source)
+        self.space = default_space(recipe.task, self.base.head_dim) if space is None else space
+        self.space.check(self.base)
+        self.notes: list[str] = [*unused_settings(recipe)]
+        self.seconds = self._begin()
+
+    def _begin(self) -> float:
+        """Write the settings, or compare them with those that are there. Returns the seconds that the search took so far."""
+        file = self.folder / FILE
+        content = {
+            "format": FORMAT, "recipe": self.recipe.model_dump(mode="json"),
+            "space": {name: list(values) for name, values in self.space.choices.items()},
+            "settings": {name: value for name, value in vars(self.settings).items()},
+        }  # fmt: skip
+        self.content: dict[str, Any] = json.loads(json.dumps(content))
+        if file.is_file():
+            try:
+                earlier = json.loads(file.read_text(encoding="utf-8"))
+                different = [key for key in self.content if earlier[key] != self.content[key]]
+                seconds = float(earlier["seconds"])
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                raise MuntinError(f"{file}: not the settings of a search ({error}): give another --output") from error
+            if different:
+                raise RecipeError(
+                    f"{self.folder} holds a search with another {' and '.join(different)}: give those again to go on with it, or another "
+                    "--output"
+                )
+            return seconds
+        self._save(0.0)
+        return 0.0
+
+    def _save(self, seconds: float, **results: Any) -> None:
+        text = json.dumps({**self.content, "seconds": seconds, **results}, indent=1, default=str)
+        write_files(self.folder, {FILE: text.encode()})
+
+    def run(self) -> ArchitectureSearch:
+        started, before = time.perf_counter(), self.seconds
+
+        def used() -> float:
+            self.seconds = before + time.perf_counter() - started
+            return self.seconds
+
+        precision = prepare_hardware(self.recipe.training, begun=None)
+        training = self._training(precision)
+        with Interruption() as interruption:
+            interruption.work = "this step"
+            trained = training.run(
+                stopped=lambda: interruption.requested,
+                progress=lambda step, steps, loss: self.report(SearchStage(stage="supernet", done=step, total=steps, text=f"loss {loss:.3f}")),
+            )
+            self._save(used())
+            self.notes += trained.notes
+            if not trained.finished:
+                return self._result(finished=False)
+            scorer = CandidateScorer(trained.supernet, self.recipe, self.source, precision)
+            study = ArchitectureStudy(
+                self.space, self.base, self.folder, candidates=self.settings.candidates, seed=self.recipe.seed, sampler=self.settings.sampler
+            )  # fmt: skip
+            interruption.work = "this candidate"
+            deadline = None if self.settings.minutes is None else 60 * self.settings.minutes * (SUPERNET_SHARE + STUDY_SHARE)
+            latency = self._latency(scorer, lambda: interruption.requested)
+            self._study(study, scorer, latency, lambda: interruption.requested or (deadline is not None and used() > deadline))
+            self._save(used())
+            if interruption.requested:
+                return self._result(study, latency, finished=False)
+        return self._finish(study, scorer, latency, used)
+
+    def _training(self, precision: TrainingPrecision) -> SupernetTraining:
+        recipe = self._limited(None if self.settings.minutes is None else SUPERNET_SHARE * self.settings.minutes)
+        return SupernetTraining(
+            self.space, self.base, recipe, self.source, folder=self.folder / "supernet", root=self.root, precision=precision
+        )  # fmt: skip
+
+    def _limited(self, minutes: float | None) -> Recipe:
+        """The recipe with other minutes, which then end the training; None: as it is."""
+        if minutes is None:
+            return self.recipe
+        limits = {"minutes": minutes, "steps": MANY_STEPS}
+        return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
+
+    def _latency(self, scorer: CandidateScorer, stopped: Callable[[], bool]) -> LatencyModel | None:
+        if self.settings.objective != "latency":
+            return None
+        side = export_side(self.recipe)
+        model = LatencyModel(self.base, side, self.folder, threads=self.recipe.training.threads)
+        model.prepare(
+            self.space, seed=self.recipe.seed, stopped=stopped,
+            progress=lambda done, total: self.report(SearchStage(stage="parts", done=done, total=total)),
+        )  # fmt: skip
+        if not stopped():
+            model.check(
+                self.space, scorer, count=self.settings.checked, seed=self.recipe.seed, stopped=stopped,
+                progress=lambda done, total: self.report(SearchStage(stage="check", done=done, total=total)),
+            )  # fmt: skip
+        return model
+
+    def _study(
+        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: LatencyModel | None, stopped: Callable[[], bool]
+    ) -> None:  # fmt: skip
+        while len(study.proposals) < self.settings.candidates and not (stopped() and (study.points or self.settings.minutes is None)):
+            study.step(lambda one: (scorer.score(one), self._cost(one, latency)))
+            done = len(study.proposals)
+            self.report(SearchStage(stage="study", done=done, total=self.settings.candidates, front=study.front))
+        if not study.points and not stopped():
+            raise RecipeError(f"space: none of {self.settings.candidates} proposals makes a network: remove choices that exclude each other")
+
+    def _cost(self, architecture: Architecture, latency: LatencyModel | None) -> float:
+        if latency is not None:
+            return latency.predict(architecture)
+        return artifact_bytes(architecture) if self.settings.objective == "size" else memory_bytes(architecture, export_side(self.recipe))
+
+    def _finish(
+        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: LatencyModel | None, used: Callable[[], float]
+    ) -> ArchitectureSearch:  # fmt: skip
+        """Train, deploy and measure the best few and the recipe's own model."""
+        chosen = spread(study.front, self.settings.finalists)
+        own = Architecture(config=self.base)
+        names: list[tuple[str, Architecture, StudyPoint | None]] = [("recipe", own, None)]
+        names += [(f"{point.number + 1:03d}", point.architecture, point) for point in chosen]
+        share = 1 - SUPERNET_SHARE - STUDY_SHARE
+        minutes = None if self.settings.minutes is None else share * TRAINING_SHARE * self.settings.minutes / len(names)
+        networks: list[Finalist] = []
+        for done, (name, architecture, point) in enumerate(names):
+            self.report(SearchStage(stage="train", done=done, total=len(names), text=name, front=study.front))
+            options = {**self.recipe.model.options, **architecture.options(self.base)}
+            limited = self._limited(minutes)
+            model = limited.model.model_copy(update={"options": options})
+            recipe = recipe_of(limited.model_copy(update={"model": model, "name": name}), architecture)
+            finalist = train_finalist(
+                recipe, architecture, name=name, folder=self.folder / "networks" / name, root=self.root, source=self.source, point=point
+            )  # fmt: skip
+            self._save(used())
+            if finalist is None:
+                return self._result(study, latency, finished=False)
+            networks.append(finalist)
+        networks = with_latencies(networks, threads=self.recipe.training.threads)
+        result = self._result(study, latency, tuple(networks), finished=True)
+        self._save(used(), results=document(result))
+        return result
+
+    def _result(
+        self, study: ArchitectureStudy | None = None, latency: LatencyModel | None = None, networks: tuple[Finalist, ...] = (), *,
+        finished: bool,
+    ) -> ArchitectureSearch:  # fmt: skip
+        return ArchitectureSearch(
+            folder=self.folder, settings=self.settings, finished=finished, base=self.base, preset=self.recipe.model.name,
+            recipe_path=self.recipe_path, front=() if study is None else tuple(study.front),
+            points=() if study is None else tuple(study.points), networks=networks,
+            importances={} if study is None else study.importances(),
+            latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), notes=tuple(self.notes),
+        )  # fmt: skip
+
+
+def base_config(recipe: Recipe, source: Source) -> ModelConfig:
+    """The configuration of a recipe's own model."""
+    from muntin.training.weights import new_model
+
+    config = new_model(recipe, tuple(source.classes)).config
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def unused_settings(recipe: Recipe) -> list[str]:
+    """Notes on settings of a recipe that the training of a supernet does not use."""
+    training = recipe.training
+    given = [
+        name for name, set_ in (
+            ("micro_batch", training.micro_batch is not None), ("checkpointing", training.checkpointing != "none"),
+            ("compile", training.compile), ("memory", training.memory is not None), ("gate_budget", training.gate_budget < 1),
+            ("sharding", training.sharding != "none"),
+        ) if set_
+    ]  # fmt: skip
+    return [f"training.{', training.'.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []
+
+
+def fit_command(recipe: Path, preset: str, architecture: Architecture, base: ModelConfig, place: Path) -> str:
+    """The commands that train an architecture by a recipe into `place` and export it."""
+    options = {name: value for name, value in architecture.options(base).items()}
+    sets = [f"model.options.{name}={json.dumps(value)}" for name, value in options.items()]
+    words = ["muntin", "fit", str(recipe), *(word for one in sets for word in ("--set", one)), "-o", str(place)]
+    return f"{shlex.join(words)} && {shlex.join(['muntin', 'export', str(place)])}"
+
+
+def document(result: ArchitectureSearch) -> dict[str, Any]:
+    """The result as plain values."""
+    return {
+        "finished": result.finished, "folder": str(result.folder), "objective": result.settings.objective,
+        "scored": len(result.points), "front": [_point_row(result, point) for point in result.front],
+        "networks": [network.row() for network in result.networks], "correlation": result.correlation,
+        "latency_error": None if result.latency_error is None else result.latency_error.row(),
+        "importances": {name: dict(values) for name, values in result.importances.items()}, "notes": list(result.notes),
+    }  # fmt: skip
+
+
+def _point_row(result: ArchitectureSearch, point: StudyPoint) -> dict[str, Any]:
+    one = point.architecture
+    return {
+        "number": point.number + 1, "score": point.score, "cost": point.cost, "choices": dict(point.chosen),
+        "options": one.options(result.base), "parameters": parameters_of(one.config), "macs": layer_macs(one.config, one.resolution),
+        "command": result.command(point),
+    }  # fmt: skip

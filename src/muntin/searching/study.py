@@ -1,0 +1,160 @@
+"""The study: architectures that Optuna proposes, their scores and costs, in a journal on the disk.
+
+    history -> sampler, seeded by the number of proposals -> choices -> score, cost -> history
+
+A new sampler is seeded for each proposal, so a proposal depends on the history and the seed alone, and a study that was killed and resumed
+is the same as an uninterrupted one. An architecture that was scored before has its old score.
+Source: NSGA-II (Deb et al., 2002), by optuna.samplers.NSGAIISampler.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from muntin.errors import DataError, DependencyError, install
+from muntin.models import ModelConfig
+from muntin.searching.space import Architecture, Space, UnbuildableError, Value
+
+try:
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import FrozenTrial, TrialState
+except ModuleNotFoundError as _error:
+    raise DependencyError(f"muntin search needs the package {_error.name}: {install('train')}") from _error
+
+JOURNAL = "study.log"
+NAME = "search"
+Sampler = Literal["nsga2", "random"]
+LARGEST_POPULATION, SMALLEST_POPULATION, GENERATIONS = 50, 8, 8
+"""Bounds of a generation's size, and the generations that a study has at least where its size allows it."""
+_REFUSED, _KEY = "unbuildable", "key"
+"""User attributes of a trial: why its choices make no network; its architecture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyPoint:
+    """A scored architecture. `number`: of the proposal. `score`: higher is better. `cost`: of the objective, lower is better."""
+
+    number: int
+    chosen: Mapping[str, Value]
+    architecture: Architecture
+    score: float
+    cost: float
+
+
+class ArchitectureStudy:
+    """The proposals of one search in `folder`. `candidates`: how many there will be, by which generations are sized."""
+
+    def __init__(self, space: Space, base: ModelConfig, folder: Path, *, candidates: int, seed: int = 0, sampler: Sampler = "nsga2") -> None:
+        self.space, self.base, self.seed, self.sampler = space, base, seed, sampler
+        self.population = max(SMALLEST_POPULATION, min(LARGEST_POPULATION, candidates // GENERATIONS))
+        self._labels = {name: {_label(value): value for value in values} for name, values in space.choices.items()}
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / JOURNAL
+        _mend(file)
+        try:
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+            self.study = optuna.create_study(study_name=NAME, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
+        except (ValueError, KeyError, OSError) as error:
+            raise DataError(f"{file}: not the journal of a study ({error}): search anew, with another --output") from error
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)  # its process was killed
+
+    @property
+    def proposals(self) -> list[FrozenTrial]:
+        """Trials that were scored, or whose choices make no network; not those of a killed process."""
+        return [
+            trial for trial in self.study.get_trials(deepcopy=False)
+            if trial.state == TrialState.COMPLETE or _REFUSED in trial.user_attrs
+        ]  # fmt: skip
+
+    @property
+    def points(self) -> list[StudyPoint]:
+        """The scored architectures in the order of their proposal, each once."""
+        points: dict[str, StudyPoint] = {}
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if trial.user_attrs[_KEY] not in points:
+                points[trial.user_attrs[_KEY]] = self._point(trial)
+        return list(points.values())
+
+    @property
+    def front(self) -> list[StudyPoint]:
+        """The points that no other one beats in score and cost, by cost."""
+        return pareto_front(self.points)
+
+    def step(self, judge: Callable[[Architecture], tuple[float, float]]) -> StudyPoint | None:
+        """Propose one architecture and judge it by (score, cost); None if the choices make no network."""
+        proposals = self.proposals
+        seed = zlib.crc32(f"{self.seed}:{len(proposals)}".encode())
+        self.study.sampler = (
+            optuna.samplers.RandomSampler(seed=seed) if self.sampler == "random"
+            else optuna.samplers.NSGAIISampler(seed=seed, population_size=self.population)
+        )  # fmt: skip
+        trial = self.study.ask()
+        chosen = {name: labels[trial.suggest_categorical(name, list(labels))] for name, labels in self._labels.items()}
+        try:
+            architecture = self.space.architecture(chosen, self.base)
+        except UnbuildableError as error:
+            trial.set_user_attr(_REFUSED, str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            return None
+        known = next((one.values for one in proposals if one.user_attrs.get(_KEY) == architecture.key), None)
+        score, cost = judge(architecture) if known is None else known
+        trial.set_user_attr(_KEY, architecture.key)
+        self.study.tell(trial, [score, cost])
+        return self._point(self.study.trials[trial.number])
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """What each choice is worth for the score and for the cost: shares that add up to 1, largest first; empty for few points.
+
+        Source: PED-ANOVA (Watanabe et al., 2304.10255).
+        """
+        if len(self.points) < 2 * SMALLEST_POPULATION:
+            return {}
+        found = {}
+        for index, name in enumerate(("score", "cost")):
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=False)
+
+            def target(trial: FrozenTrial, index: int = index) -> float:
+                return (-1 if index == 0 else 1) * float(trial.values[index])
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that low targets count as good, which the sign above takes care of
+                found[name] = dict(optuna.importance.get_param_importances(self.study, evaluator=evaluator, target=target))
+        return found
+
+    def _point(self, trial: FrozenTrial) -> StudyPoint:
+        chosen = {name: self._labels[name][label] for name, label in trial.params.items()}
+        architecture = self.space.architecture(chosen, self.base)
+        score, cost = trial.values
+        return StudyPoint(number=trial.number, chosen=chosen, architecture=architecture, score=score, cost=cost)
+
+
+def pareto_front(points: Sequence[StudyPoint]) -> list[StudyPoint]:
+    """The points that no other one beats in score and cost, by cost."""
+    front: list[StudyPoint] = []
+    for point in sorted(points, key=lambda point: (point.cost, -point.score, point.number)):
+        if not front or point.score > front[-1].score:
+            front.append(point)
+    return front
+
+
+def _label(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _mend(file: Path) -> None:
+    """Remove the half line and the lock of a process that was killed while it wrote. The caller holds the folder."""
+    Path(f"{file}.lock").unlink(missing_ok=True)
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    if content and not content.endswith(b"\n"):
+        file.write_bytes(content[: content.rfind(b"\n") + 1])
