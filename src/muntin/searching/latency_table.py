@@ -1,6 +1,6 @@
 """Latency of architectures: parts profiled in INT8 in the engine on this machine, added up, and fitted to some whole networks.
 
-    missing parts -> branches of one graph for each map size -> quantize -> export -> profile -> milliseconds of each part, in the user's cache
+    missing parts -> branches of one graph for each map size -> quantize -> export -> profile -> milliseconds, in the user's cache
     whole networks -> export -> latency;   latency = offset + factor · sum of parts, by least squares
 
 A branch is a narrow layer, the part, a narrow layer. Kernels without a layer's name (conversions, transposes, softmaxes) count for the part
@@ -107,7 +107,12 @@ class LatencyModel:
         return self.offset + self.factor * self._sum(architecture)
 
     def prepare(
-        self, space: Space, *, seed: int, stopped: Callable[[], bool] = lambda: False, progress: Callable[[int, int], None] = lambda *_: None
+        self,
+        space: Space,
+        *,
+        seed: int,
+        stopped: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, int], None] = lambda *_: None,
     ) -> None:
         """Measure the parts of `SURVEYED` random architectures of a space."""
         probes = [probe for one in drawn(space, self.base, SURVEYED, seed) for _, _, probe in parts_of(one, self.side)]

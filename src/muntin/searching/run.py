@@ -15,7 +15,7 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from muntin.searching.supernet_training import SupernetTraining
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.recipe import Recipe
+from muntin.training.weights import new_model
 
 SearchObjective = Literal["latency", "size", "memory"]
 FILE = "search.json"
@@ -162,7 +163,7 @@ class _Search:
         content = {
             "format": FORMAT, "recipe": self.recipe.model_dump(mode="json"),
             "space": {name: list(values) for name, values in self.space.choices.items()},
-            "settings": {name: value for name, value in vars(self.settings).items()},
+            "settings": asdict(self.settings),
         }  # fmt: skip
         self.content: dict[str, Any] = json.loads(json.dumps(content))
         if file.is_file():
@@ -198,15 +199,18 @@ class _Search:
             interruption.work = "this step"
             trained = training.run(
                 stopped=lambda: interruption.requested,
-                progress=lambda step, steps, loss: self.report(SearchStage(stage="supernet", done=step, total=steps, text=f"loss {loss:.3f}")),
+                progress=lambda step, steps, loss: self.report(
+                    SearchStage(stage="supernet", done=step, total=steps, text=f"loss {loss:.3f}")
+                ),
             )
             self._save(used())
             self.notes += trained.notes
             if not trained.finished:
                 return self._result(finished=False)
             scorer = CandidateScorer(trained.supernet, self.recipe, self.source, precision)
+            candidates, sampler = self.settings.candidates, self.settings.sampler
             study = ArchitectureStudy(
-                self.space, self.base, self.folder, candidates=self.settings.candidates, seed=self.recipe.seed, sampler=self.settings.sampler
+                self.space, self.base, self.folder, candidates=candidates, seed=self.recipe.seed, sampler=sampler
             )  # fmt: skip
             interruption.work = "this candidate"
             deadline = None if self.settings.minutes is None else 60 * self.settings.minutes * (SUPERNET_SHARE + STUDY_SHARE)
@@ -254,7 +258,9 @@ class _Search:
             done = len(study.proposals)
             self.report(SearchStage(stage="study", done=done, total=self.settings.candidates, front=study.front))
         if not study.points and not stopped():
-            raise RecipeError(f"space: none of {self.settings.candidates} proposals makes a network: remove choices that exclude each other")
+            raise RecipeError(
+                f"space: none of {self.settings.candidates} proposals makes a network: remove choices that exclude each other"
+            )
 
     def _cost(self, architecture: Architecture, latency: LatencyModel | None) -> float:
         if latency is not None:
@@ -305,8 +311,6 @@ class _Search:
 
 def base_config(recipe: Recipe, source: Source) -> ModelConfig:
     """The configuration of a recipe's own model."""
-    from muntin.training.weights import new_model
-
     config = new_model(recipe, tuple(source.classes)).config
     assert isinstance(config, ModelConfig)
     return config
@@ -327,8 +331,7 @@ def unused_settings(recipe: Recipe) -> list[str]:
 
 def fit_command(recipe: Path, preset: str, architecture: Architecture, base: ModelConfig, place: Path) -> str:
     """The commands that train an architecture by a recipe into `place` and export it."""
-    options = {name: value for name, value in architecture.options(base).items()}
-    sets = [f"model.options.{name}={json.dumps(value)}" for name, value in options.items()]
+    sets = [f"model.options.{name}={json.dumps(value)}" for name, value in architecture.options(base).items()]
     words = ["muntin", "fit", str(recipe), *(word for one in sets for word in ("--set", one)), "-o", str(place)]
     return f"{shlex.join(words)} && {shlex.join(['muntin', 'export', str(place)])}"
 

@@ -116,7 +116,9 @@ class Space(BaseModel):
         resolution, share, bits = chosen.get("resolution", 1.0), chosen.get("rank_share", 1.0), chosen.get("bits")
         assert not isinstance(resolution, str | tuple) and not isinstance(share, str | tuple) and not isinstance(bits, str | tuple)
         if resolution != 1 and base.task != "classify":
-            raise UnbuildableError(f"resolution {resolution:g}: pictures of {base.task} keep their size: search `stem` and `finest` instead")
+            raise UnbuildableError(
+                f"resolution {resolution:g}: pictures of {base.task} keep their size: search `stem` and `finest` instead"
+            )
         return Architecture(
             config=config, resolution=float(resolution), rank_share=float(share), bits=None if bits is None else int(bits)
         )  # fmt: skip
@@ -154,7 +156,9 @@ class Space(BaseModel):
                     attempt({**self.sample(generator), name: value})
                 if pair not in buildable:
                     shown = list(value) if isinstance(value, tuple) else value
-                    raise RecipeError(f"space: {name} {shown}: with it no network can be built ({reasons[pair]}): remove it, or change that")
+                    raise RecipeError(
+                        f"space: {name} {shown}: with it no network can be built ({reasons[pair]}): remove it, or change that"
+                    )
 
     # bounds of the fields, from which the shared weights are made
 
@@ -176,12 +180,12 @@ class Space(BaseModel):
         for name in named:
             position = int(name.partition(".")[2])
             entries += [set() for _ in range(position + 1 - len(entries))]
-            entries[position] = set(self.choices[name])  # type: ignore[arg-type]
+            entries[position] = {value for value in self.choices[name] if isinstance(value, int)}
         if named:
             least = int(named[-1].partition(".")[2]) + 1
             lengths = {max(length, least) for length in lengths}
         if field in ("dims", "depths") and "stages" in self.choices:
-            lengths = {stages for stages in self.choices["stages"] if stages <= max(lengths)}  # type: ignore[operator, misc]
+            lengths = {stages for stages in self.choices["stages"] if isinstance(stages, int) and stages <= max(lengths)}
         return tuple(tuple(max(entry) for entry in entries[:length]) for length in sorted(lengths))
 
 

@@ -51,7 +51,9 @@ class StudyPoint:
 class ArchitectureStudy:
     """The proposals of one search in `folder`. `candidates`: how many there will be, by which generations are sized."""
 
-    def __init__(self, space: Space, base: ModelConfig, folder: Path, *, candidates: int, seed: int = 0, sampler: Sampler = "nsga2") -> None:
+    def __init__(
+        self, space: Space, base: ModelConfig, folder: Path, *, candidates: int, seed: int = 0, sampler: Sampler = "nsga2"
+    ) -> None:
         self.space, self.base, self.seed, self.sampler = space, base, seed, sampler
         self.population = max(SMALLEST_POPULATION, min(LARGEST_POPULATION, candidates // GENERATIONS))
         self._labels = {name: {_label(value): value for value in values} for name, values in space.choices.items()}

@@ -92,7 +92,7 @@ class Supernet(nn.Module):
         return [len(axis) if axis == list(range(len(axis))) else torch.tensor(axis) for axis in axes]
 
     def run(self, config: ModelConfig, images_BCHW: Tensor) -> Tensor:
-        """The scores of a network, in the mode (`train`, `eval`) of the supernet. Its norms have no statistics of their own: see `extract`."""
+        """The scores of a network, in the mode (`train`, `eval`) of the supernet. Its norms have no statistics: see `extract`."""
         network = self._network(config).train(self.training)
         scores: Tensor = functional_call(network, self.weights(config), (images_BCHW,))
         return scores

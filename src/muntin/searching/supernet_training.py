@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +135,7 @@ class SupernetTraining:
             supernet=supernet, finished=self.finished, step=self.step, seconds=self.seconds, notes=tuple(self.notes)
         )  # fmt: skip
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Generator[tuple[Tensor, Tensor]]:
         data, device = self.recipe.data, self.precision.device
         crops = Crops(
             self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=self.config.batch_size, seed=self.recipe.seed,
@@ -158,11 +157,11 @@ class SupernetTraining:
         share = 1 / (1 + len(networks))
         scores = self._scores(self.supernet.largest, images)
         largest = self.loss(scores, target)
-        self.scaler.scale(share * largest).backward()
+        self.scaler.scale(share * largest).backward()  # type: ignore[no-untyped-call]
         taught = scores.detach()
         for one in networks:
             scores = self._scores(one.config, resized(images, one.resolution))
-            self.scaler.scale(share * self.loss(scores, target, taught)).backward()
+            self.scaler.scale(share * self.loss(scores, target, taught)).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.supernet.parameters(), self.config.clip)
         if not (norm.isfinite() or self.scaler.is_enabled()):
