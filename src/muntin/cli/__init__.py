@@ -18,6 +18,7 @@ from muntin.cli.models import init_command, models_command
 from muntin.cli.predict import predict_command
 from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
+from muntin.cli.search import search_command
 from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
 from muntin.cli.verify import verify_command
@@ -46,7 +47,7 @@ def _options(
 
 
 _EXTRAS = {
-    "train": ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard"),
+    "train": ("torch", "torchvision", "onnxscript", "timm", "torchmetrics", "tensorboard", "optuna"),
     "serve": ("granian", "starlette", "orjson", "grpc", "google", "prometheus_client"),
 }
 """Packages that a command may lack, by the extra that installs them."""
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate_command,
     "compress": compress_command,
     "quantize": quantize_command,
+    "search": search_command,
     "export": export_command,
     "verify": verify_command,
     "compare": compare_command,

@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from muntin.errors import DataError, DependencyError, install
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from muntin.errors import DataError
 from muntin.models import ModelConfig
 from muntin.searching.space import Architecture, Space, UnbuildableError, Value
-
-try:
-    import optuna
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.trial import FrozenTrial, TrialState
-except ModuleNotFoundError as _error:
-    raise DependencyError(f"muntin search needs the package {_error.name}: {install('train')}") from _error
 
 JOURNAL = "study.log"
 NAME = "search"

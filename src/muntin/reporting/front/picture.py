@@ -93,7 +93,10 @@ def front_picture(record: FrontRecord) -> FrontPicture:
         y_ticks=y_axis.ticks(values, lambda value: text.with_minus(f"{value:g}")),
         budget=y_axis(record.least_score),
         panels=tuple(panels),
-        summary=f"{record.metric} against bytes and milliseconds for {len(record.points) - 1} trials and the FP32 model; {about}.",
+        summary=(
+            f"{record.metric} against bytes and milliseconds for {len(record.points) - 1} trials and the {record.reference.name} model; "
+            f"{about}."
+        ),
     )
 
 
@@ -123,7 +126,7 @@ def _panel(
     digits = _LABELLED_DIGITS if high / low > 5 else tuple(range(1, 10))
     dots = [_dot(record, point, x_axis(cost(point)), y_axis(point.score)) for point in record.points]
     order = sorted(zip(record.points, dots, strict=True), key=lambda pair: (not pair[1].chosen, pair[0].number))
-    names = [((dot.x, dot.y, _RADIUS), "FP32" if point.number == 0 else str(point.number)) for point, dot in order]
+    names = [((dot.x, dot.y, _RADIUS), point.name if point.number == 0 else str(point.number)) for point, dot in order]
     frame = (left, _TOP, left + width, _BOTTOM)
     line = " ".join(f"{x_axis(cost(point))},{y_axis(point.score)}" for point in on_front(record.points, cost))
     return FrontPanel(

@@ -33,7 +33,7 @@ class FrontRecord(Record):
     created: IsoTime
     title: Text
     metric: Text
-    objective: Literal["size", "latency"]
+    objective: Literal["size", "latency", "memory"]
     max_drop: Amount
     chosen: int | None
     held_out: str = ""

@@ -1,0 +1,5 @@
+"""`muntin search`."""
+
+from muntin.cli.search.command import search_command
+
+__all__ = ["search_command"]

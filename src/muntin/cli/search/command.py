@@ -1,0 +1,123 @@
+"""`muntin search`: the command and its progress."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from muntin.cli.console import err, notes_once, out, print_json, refuse_unwritable, say, status
+from muntin.cli.options import JsonOption
+from muntin.cli.search.description import amount, choices, describe_architectures, search_record
+from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
+
+if TYPE_CHECKING:
+    from muntin.searching.run import SearchStage, SearchStageReport
+
+FOLDER = "search"
+"""Folder of a search beside the run's name: runs/NAME-search."""
+STAGES = {
+    "supernet": "shared weights: step {done} of {total}, {text}",
+    "parts": "latency of parts: {done} of {total}",
+    "check": "latency of whole networks: {done} of {total}",
+    "study": "candidates: {done} of {total}",
+    "train": "trained alone: {done} of {total}, now {text}",
+}
+
+
+def search_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; its model gives the fields that the space does not name.")],
+    space: Annotated[Path | None, typer.Option(help="A YAML file of choices, each with a list of values; by default the task's.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")
+    ] = "latency",
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Minutes of the whole search; unset: each training has the steps of the recipe.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Architectures to score with the shared weights.")] = 200,
+    finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,
+    checked: Annotated[int, typer.Option(min=0, help="Whole networks that show the error of the predicted latency.")] = 6,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the search; runs/NAME-search by default.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe; repeatable.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Search a network for a recipe's data and this machine, and train and deploy the best few.
+
+    Weights are shared by all networks of the space and trained once; networks are chosen by their validation score with these and by their
+    predicted latency, size or memory. A search that was interrupted goes on with the same command.
+    """
+    refuse_without_gradients(recipe)
+    notes = prepare_torch()  # before PyTorch is imported
+    from muntin.errors import RecipeError
+    from muntin.reporting.front import write_search
+    from muntin.searching import SearchSettings, load_space, search_architectures
+    from muntin.searching.run import document
+    from muntin.training import load_recipe
+
+    if not first_process():
+        raise RecipeError("muntin search works in one process: start it without torchrun")
+    loaded = load_recipe(recipe, set_ or ())
+    settings = SearchSettings(
+        objective=objective, minutes=minutes or None, candidates=candidates, finalists=finalists, checked=checked,  # type: ignore[arg-type]
+    )  # fmt: skip
+    chosen = None if space is None else load_space(space)
+    folder = output or Path("runs") / f"{loaded.name}-{FOLDER}"
+    refuse_unwritable(folder)
+    with _shown(notes_once(() if json else notes), objective) as report:
+        result = search_architectures(
+            loaded, chosen, folder=folder, root=recipe.resolve().parent, recipe_path=recipe, settings=settings, report=report
+        )  # fmt: skip
+    metric = "mIoU" if loaded.task == "segment" else "accuracy"
+    page = write_search(folder, search_record(result, title=f"{loaded.name}: search", metric=metric)) if result.finished else None
+    if json:
+        print_json({**document(result), "page": page, "notes": [*notes, *result.notes]})
+    else:
+        describe_architectures(result, metric)
+        if page is not None:
+            out.print(f"page      {page}")
+    if not result.finished:
+        say(f"muntin: interrupted; the same command goes on: {shlex.join(['muntin', 'search', str(recipe), '-o', str(folder)])} ...")
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _shown(begin: Callable[[], None], objective: str) -> Iterator[SearchStageReport]:
+    """Show the stage, and on a terminal the front as it grows; in a pipe a line now and then."""
+    if not err.is_terminal:
+        with status("search") as stage:
+
+            def say_stage(progress: SearchStage) -> None:
+                begin()
+                stage(_words(progress))
+
+            yield say_stage
+        return
+    with Live(console=err, transient=True, auto_refresh=False) as live:
+
+        def show(progress: SearchStage) -> None:
+            begin()
+            parts: list[Text | Table] = [Text(f"search: {_words(progress)}")]
+            if progress.front:
+                parts.append(_front_table(progress, objective))
+            live.update(Group(*parts), refresh=True)
+
+        yield show
+
+
+def _words(progress: SearchStage) -> str:
+    return STAGES[progress.stage].format(done=progress.done, total=progress.total, text=progress.text)
+
+
+def _front_table(progress: SearchStage, objective: str) -> Table:
+    table = Table("network", "score, shared", f"{objective}, predicted", "choices")
+    for point in progress.front:
+        table.add_row(f"{point.number + 1:03d}", f"{point.score:.4f}", amount(point.cost, objective), choices(point.chosen))
+    return table

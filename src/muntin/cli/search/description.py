@@ -1,0 +1,107 @@
+"""What a search found: on the terminal, and as the values of its page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from muntin.cli.console import out, print_notes, print_table, print_wrapped
+
+if TYPE_CHECKING:
+    from muntin.reporting.front import SearchRecord
+    from muntin.searching import ArchitectureSearch
+
+
+def choices(chosen: Mapping[str, Any]) -> str:
+    """Choices and their values in words."""
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in chosen.items())
+
+
+def amount(cost: float, objective: str) -> str:
+    """A cost in the unit of its objective."""
+    return f"{cost:.2f} ms" if objective == "latency" else f"{cost / 1e6:.3f} MB"
+
+
+def describe_architectures(result: ArchitectureSearch, metric: str) -> None:
+    """Print the front, the trained networks, and how far scores and latencies can be trusted."""
+    objective = result.settings.objective
+    table = Table("network", f"{metric}, shared", f"{objective}, predicted", "choices")
+    for point in result.front:
+        table.add_row(f"{point.number + 1:03d}", f"{point.score:.4f}", amount(point.cost, objective), choices(point.chosen))
+    if result.front:
+        print_table(table)
+    trained = Table("network", f"{metric}, deployed", f"{metric}, floats", f"{metric}, shared", "MB", "ms", "ms, predicted")
+    for network in result.networks:
+        point, latency = network.point, objective == "latency"
+        trained.add_row(
+            network.name, f"{network.score:.4f}", f"{network.float_score:.4f}", "" if point is None else f"{point.score:.4f}",
+            f"{network.bytes / 1e6:.3f}", f"{network.ms:.2f}", f"{point.cost:.2f}" if point is not None and latency else "",
+        )  # fmt: skip
+    if result.networks:
+        print_table(trained)
+    if (error := result.latency_error) is not None:
+        figures = error.row()
+        out.print(
+            f"latency   predicted within 10 % for {figures['within_tenth']:.0%} of {figures['networks']} whole networks (median error "
+            f"{figures['median']:.1%}, largest {figures['largest']:.1%})"
+        )
+    if result.correlation is not None:
+        out.print(f"ranks     correlation of the shared and the stand-alone score: {result.correlation:.2f} (Spearman)")
+    for kind, shares in result.importances.items():
+        print_wrapped(f"{'worth' if kind == 'score' else '':<10}{kind}: " + ", ".join(f"{n} {v:.0%}" for n, v in list(shares.items())[:8]))
+    for network in result.networks:
+        out.print(f"wrote     {network.artifact}")
+    trained_numbers = {network.point.number for network in result.networks if network.point is not None}
+    for point in result.front:
+        if result.finished and point.number not in trained_numbers:
+            out.print(f"train     {result.command(point)}")
+    print_notes(result.notes)
+
+
+def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> SearchRecord:
+    """The values of a search's page."""
+    from importlib.metadata import version
+
+    from muntin.reporting.front import FrontRecord, SearchRecord
+    from muntin.runtime import describe_hardware
+    from muntin.searching.run import document
+
+    content = document(result)
+    head = {
+        "muntin": version("muntin"), "created": datetime.now(UTC).isoformat(timespec="seconds"), "title": title, "metric": metric,
+        "objective": result.settings.objective, "hardware": describe_hardware(),
+    }  # fmt: skip
+    reference = result.networks[0]
+    places = [network.artifact.relative_to(result.folder).as_posix() for network in result.networks]
+    points = [
+        {
+            "number": 0 if network.point is None else network.point.number + 1, "name": network.name, "width": 1.0, "score": network.score,
+            "drop": reference.score - network.score, "bytes": network.bytes, "ms": network.ms, "kept": network.score >= reference.score,
+            "artifact": place,
+        }
+        for network, place in zip(result.networks, places, strict=True)
+    ]  # fmt: skip
+    picture = FrontRecord.model_validate({**head, "max_drop": 0.0, "chosen": None, "points": points})
+    names = ("name", "score", "float_score", "shared_score", "predicted", "bytes", "ms", "parameters")
+    networks = [
+        {**{name: row[name] for name in names}, "artifact": place} for row, place in zip(content["networks"], places, strict=True)
+    ]  # fmt: skip
+    front = [
+        {
+            **{name: row[name] for name in ("number", "score", "cost", "parameters", "command")},
+            "options": choices(row["options"]) or "none",
+        }
+        for row in content["front"]
+    ]  # fmt: skip
+    error = content["latency_error"]
+    latency = None if error is None else {name: error[name] for name in ("networks", "median", "largest", "within_tenth")}
+    return SearchRecord.model_validate(
+        {
+            **head, "scored": content["scored"], "front": front, "networks": networks, "picture": picture,
+            "importances": content["importances"], "correlation": content["correlation"], "latency": latency, "notes": result.notes,
+        }
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Studies: killed and resumed, refused choices, architectures that come again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.errors import DataError
+from muntin.models import ModelConfig
+from muntin.searching.cost import layer_macs, parameters_of
+from muntin.searching.space import Architecture, Space, parse_space
+from muntin.searching.study import JOURNAL, ArchitectureStudy
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+def judge(one: Architecture) -> tuple[float, float]:
+    return 1 - 1 / parameters_of(one.config), layer_macs(one.config)
+
+
+def kill(one: Architecture) -> tuple[float, float]:
+    raise Killed
+
+
+def proposals(study: ArchitectureStudy) -> list[Any]:
+    return [(trial.params, trial.values) for trial in study.proposals]
+
+
+def test_killed_and_resumed_study(space: Space, base: ModelConfig, tmp_path: Path) -> None:
+    whole = ArchitectureStudy(space, base, tmp_path / "whole", candidates=30)
+    for _ in range(30):
+        whole.step(judge)
+    first = ArchitectureStudy(space, base, tmp_path / "parts", candidates=30)
+    while len(first.proposals) < 12:
+        first.step(judge)
+    with pytest.raises(Killed):
+        while True:  # choices that make no network are not judged
+            first.step(kill)
+    with (tmp_path / "parts" / JOURNAL).open("ab") as file:
+        file.write(b'{"half a line')
+    (tmp_path / "parts" / f"{JOURNAL}.lock").symlink_to("a process")
+    second = ArchitectureStudy(space, base, tmp_path / "parts", candidates=30)
+    while len(second.proposals) < 30:
+        second.step(judge)
+    assert proposals(second) == proposals(whole)
+    assert [point.architecture for point in second.front] == [point.architecture for point in whole.front]
+    assert any(trial.values is None for trial in whole.proposals)  # a stem of two stages with two pairs
+
+
+def test_front_and_importances(base: ModelConfig, tmp_path: Path) -> None:
+    space = parse_space({"depths.0": [1, 2, 3, 4], "latents": [2, 4], "decoder": [8, 16]})
+    study, judged = ArchitectureStudy(space, base, tmp_path, candidates=40), list[str]()
+
+    def count(one: Architecture) -> tuple[float, float]:
+        judged.append(one.key)
+        return judge(one)
+
+    assert study.importances() == {}
+    for _ in range(40):
+        study.step(count)
+    assert len(judged) == len(set(judged)) == len(study.points) <= 16  # each once
+    front = study.front
+    assert [point.cost for point in front] == sorted(point.cost for point in front)
+    assert [point.score for point in front] == sorted(point.score for point in front)
+    best = max(study.points, key=lambda point: point.score)
+    assert front[-1].score == best.score
+    if importances := study.importances():
+        assert sum(importances["score"].values()) == pytest.approx(1)
+
+
+def test_random_sampler_differs_by_seed(space: Space, base: ModelConfig, tmp_path: Path) -> None:
+    studies = [ArchitectureStudy(space, base, tmp_path / str(n), candidates=4, seed=n, sampler="random") for n in range(2)]
+    for study in studies:
+        for _ in range(4):
+            study.step(judge)
+    assert proposals(studies[0]) != proposals(studies[1])
+
+
+def test_journal_of_something_else(space: Space, base: ModelConfig, tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_text("no journal\n")
+    with pytest.raises(DataError, match="not the journal of a study"):
+        ArchitectureStudy(space, base, tmp_path, candidates=4)
