@@ -12,7 +12,7 @@ from model_helpers import one_line
 from muntin.errors import RecipeError
 from muntin.models import ModelConfig
 from muntin.searching.space import Space, UnbuildableError, default_space, load_space, parse_space
-from searching.conftest import base_of
+from small_space import base_of
 
 
 @pytest.mark.parametrize(

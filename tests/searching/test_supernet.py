@@ -12,7 +12,7 @@ from muntin.errors import RecipeError
 from muntin.models import HybridNet, ModelConfig
 from muntin.searching.space import Architecture, Space, UnbuildableError, parse_space
 from muntin.searching.supernet import Supernet, largest_configs
-from searching.conftest import base_of
+from small_space import base_of
 
 
 def some(space: Space, base: ModelConfig, count: int) -> list[Architecture]:
@@ -81,8 +81,9 @@ def test_kinds_of_attention_share_nothing(space: Space, base: ModelConfig) -> No
     supernet = Supernet(space, base)
     kinds = {key.split("/attention/")[1].split("/")[0] for key in supernet.layers if "/attention/" in key}
     assert kinds == {"hybrid", "local", "global", "dense"}
-    lengths = {len(config.stem) for config in largest_configs(space, base)}
-    assert lengths == {2, 3}
+    configs = list(largest_configs(space, base))
+    assert {len(config.stem) for config in configs} == {2, 3} and {len(config.dims) for config in configs} == {2}
+    assert {len(config.dims) for config in largest_configs(space, base_of("classify"))} == {1, 2}
 
 
 def test_space_without_a_largest_network(base: ModelConfig) -> None:

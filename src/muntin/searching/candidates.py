@@ -11,9 +11,10 @@ from torch import Tensor
 
 from muntin.compression import low_rank, quantize
 from muntin.data import Source, calibration_batches
+from muntin.errors import MuntinError
 from muntin.layers.norm import GROUP
 from muntin.models import HybridNet, TorchSession
-from muntin.searching.space import Architecture
+from muntin.searching.space import Architecture, UnbuildableError
 from muntin.searching.supernet import Supernet
 from muntin.searching.supernet_training import resized
 from muntin.training.evaluation import evaluate, tile_of
@@ -38,12 +39,18 @@ class CandidateScorer:
         self.batches: list[Tensor] = list(batches)
 
     def network(self, architecture: Architecture) -> HybridNet:
-        """The network of an architecture with its slices, norms recalibrated, ranks and bits as it is deployed."""
+        """The network of an architecture with its slices, norms recalibrated, ranks and bits as it is deployed.
+
+        Raises `UnbuildableError` if its layers are too small for its share of ranks.
+        """
         network = self.supernet.extract(architecture.config)
         batches = [resized(images.float(), architecture.resolution).round() for images in self.batches]
         renew_statistics(network, batches, self.precision)
         if architecture.rank_share < 1:
-            low_rank(network, batches, parameters=architecture.rank_share)
+            try:
+                low_rank(network, batches, parameters=architecture.rank_share)
+            except MuntinError as error:
+                raise UnbuildableError(f"rank_share {architecture.rank_share:g}: {error}") from error
         if architecture.bits is not None:
             quantize(network, batches, bits=architecture.bits)
         return network.eval()

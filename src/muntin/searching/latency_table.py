@@ -18,7 +18,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.atomic_files import write_files
 from muntin.budgeting.latency import LatencyCache
 from muntin.compression import low_rank, quantize
 from muntin.deployment import export
+from muntin.errors import MuntinError
 from muntin.models import ModelConfig
 from muntin.runtime import load
 from muntin.runtime.options import SessionOptions
@@ -40,7 +42,6 @@ from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.searching.candidates import CandidateScorer, recipe_of
 from muntin.searching.parts import BLOCK, PartProbe, parts_of
 from muntin.searching.space import Architecture, Space, UnbuildableError
-from muntin.searching.supernet_training import resized
 
 BRANCHES = 12
 """Parts that are measured in one graph, at most: an export costs much more than a part."""
@@ -52,6 +53,8 @@ SURVEYED = 400
 """Random architectures whose parts are measured before the study, so that few are missing in it."""
 FEWEST_FITTED = 3
 """Whole networks from which an offset is fitted, too; of fewer, only the factor."""
+CALIBRATION_BATCHES, EXAMPLES = 2, 2
+"""Batches that calibrate a whole network, whose accuracy does not matter here, and pictures of its golden pairs."""
 FILE = "latency.json"
 _CEILINGS = Ceilings(gmacs={}, copy_gb_s=1.0, threads=1, others=None)
 """Not used: the profile would measure the machine's."""
@@ -160,9 +163,11 @@ class LatencyModel:
             progress(done, count)
             self.measure([probe for _, _, probe in parts_of(one, self.side)])
             if one.key not in self._measured:
-                self._measured[one.key] = whole_latency(one, scorer, self.side, self.options)
-                self._write()
-        self._fit([(self._sum(one), self._measured[one.key]) for one in drawn(space, self.base, count, seed + 1)])
+                with suppress(UnbuildableError):  # too small for its ranks
+                    self._measured[one.key] = whole_latency(one, scorer, self.side, self.options)
+                    self._write()
+        whole = [one for one in drawn(space, self.base, count, seed + 1) if one.key in self._measured]
+        self._fit([(self._sum(one), self._measured[one.key]) for one in whole])
         progress(count, count)
 
     def _sum(self, architecture: Architecture) -> float:
@@ -256,9 +261,10 @@ def measured(probes: Sequence[PartProbe], options: SessionOptions, rounds: int =
     values = torch.randint(0, 256, shape, generator=generator).float() if first.pixels else torch.randn(shape, generator=generator)
     example = {"x": values}
     with torch.random.fork_rng(devices=[]):
-        if first.rank_share < 1:
-            keep = [name for name, _ in model.named_modules() if ".before." in name or name.endswith(".after")]
-            low_rank(model, [example], parameters=first.rank_share, criterion="energy", keep=keep)
+        for branch in model.branches if first.rank_share < 1 else ():
+            keep = [name for name, layer in branch.named_modules() if isinstance(layer, nn.Conv2d) and not name.startswith("part.")]
+            with suppress(MuntinError):  # layers that are too small for this share stay as they are
+                low_rank(branch, [values], parameters=first.rank_share, criterion="energy", keep=keep)
         quantize(model, [example], min_sqnr_db=0.0, correct_bias=False, smooth=False)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "parts"
@@ -283,16 +289,16 @@ def attributed(probes: Sequence[PartProbe], kernels: Iterable[Kernel]) -> dict[s
 
 
 def whole_latency(architecture: Architecture, scorer: CandidateScorer, side: int, options: SessionOptions) -> float:
-    """Median milliseconds of a network with its shared weights, exported in INT8, for one picture."""
+    """Median milliseconds of a network with its shared weights, exported in INT8 for one picture of this size alone."""
     recipe = recipe_of(scorer.recipe, architecture)
     side = max(1, round(architecture.resolution * side))
     network = scorer.network(architecture).cpu()
-    batches = [resized(images.float(), architecture.resolution).round() for images in scorer.batches]
+    batches = [F.interpolate(images.float(), size=(side, side)) for images in scorer.batches[:CALIBRATION_BATCHES]]
     signature = recipe.signature(scorer.classes)
     calibration = None if architecture.bits is not None else batches
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network"
-        export(network, batches[0], path, signature=signature, calibration=calibration, shape=(1, side, side), sizes="fixed")
+        export(network, batches[0][:EXAMPLES], path, signature=signature, calibration=calibration, sizes="fixed")
         images = np.random.default_rng(0).integers(0, 256, (1, side, side, signature.channels), dtype=np.uint8)
         with closing(load(path, threads=options.threads)) as session:
             calls: Mapping[str, Any] = {"network": session}

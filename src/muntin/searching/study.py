@@ -100,12 +100,12 @@ class ArchitectureStudy:
         chosen = {name: labels[trial.suggest_categorical(name, list(labels))] for name, labels in self._labels.items()}
         try:
             architecture = self.space.architecture(chosen, self.base)
+            known = next((one.values for one in proposals if one.user_attrs.get(_KEY) == architecture.key), None)
+            score, cost = judge(architecture) if known is None else known
         except UnbuildableError as error:
             trial.set_user_attr(_REFUSED, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             return None
-        known = next((one.values for one in proposals if one.user_attrs.get(_KEY) == architecture.key), None)
-        score, cost = judge(architecture) if known is None else known
         trial.set_user_attr(_KEY, architecture.key)
         self.study.tell(trial, [score, cost])
         return self._point(self.study.trials[trial.number])

@@ -26,9 +26,9 @@ from muntin.searching.slices import coordinates, shared_layer
 from muntin.searching.space import Space
 from muntin.training.memory.norm_groups import group_norms
 
-KINDS = ("attention", "block", "gate", "finest")
+KINDS = ("attention", "block", "finest")
 """Fields whose values make layers of other shapes or names."""
-AMOUNTS = ("latents", "mlp_ratio", "decoder")
+AMOUNTS = ("latents", "mlp_ratio", "decoder", "gate")
 """Fields of which the greatest value holds the others."""
 KEPT_NETWORKS = 32
 """Networks without weights of their own that are kept for the next call."""
@@ -128,9 +128,14 @@ class Supernet(nn.Module):
 
 
 def largest_configs(space: Space, base: ModelConfig) -> Iterator[ModelConfig]:
-    """The largest network of each combination of kinds, of lengths of the stem and of numbers of stages."""
+    """The largest network of each combination of kinds and of lengths of the stem, for a classifier of each number of stages, too.
+
+    A network with fewer stages has layers of its own only if its last layer reads the last stage.
+    """
     stems, pairs = space.sequences("stem", base), space.sequences("pairs", base)
     dims, depths = space.sequences("dims", base), space.sequences("depths", base)
+    if base.task != "classify":
+        dims, depths = dims[-1:], depths[-1:]
     kinds = [space.kinds(field, base) for field in KINDS]
     amounts = {field: max(space.kinds(field, base)) for field in AMOUNTS}
     for values in itertools.product(stems, pairs, dims, depths, *kinds):

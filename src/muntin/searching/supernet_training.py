@@ -65,16 +65,17 @@ class SupernetResult:
     notes: tuple[str, ...]
 
 
-def _round(space: Space, base: ModelConfig, seed: int, round_: int, each: int) -> tuple[Architecture, ...]:
+def draw_round(space: Space, base: ModelConfig, seed: int, round_: int) -> tuple[Architecture, ...]:
+    """The networks of `ROUND` steps beside the largest one, by multiply-adds: rising in even rounds, falling in odd ones."""
     generator = random.Random(f"{seed}:{round_}")  # noqa: S311 - no secret
     drawn: list[Architecture] = []
     attempts = 0
-    while len(drawn) < ROUND * each:
+    while len(drawn) < ROUND * SAMPLED:
         attempts += 1
         try:
             drawn.append(space.architecture(space.sample(generator), base))
         except UnbuildableError:
-            if attempts > 1000 * ROUND * each:
+            if attempts > 1000 * ROUND * SAMPLED:
                 raise
     drawn.sort(key=lambda one: layer_macs(one.config, one.resolution), reverse=bool(round_ % 2))
     return tuple(drawn)
@@ -96,7 +97,7 @@ class SupernetTraining:
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self.notes: list[str] = []
-        self._rounds = cache(lambda round_: _round(space, base, recipe.seed, round_, SAMPLED))
+        self._rounds = cache(lambda round_: draw_round(space, base, recipe.seed, round_))
         if checkpoints_in(folder / "checkpoints"):
             self._restore(newest_sound(folder / "checkpoints", note=self.notes.append))
 
