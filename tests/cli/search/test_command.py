@@ -1,0 +1,69 @@
+"""`muntin search`, whole: by size, which measures nothing, on a tiny data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from muntin.cli import app
+from muntin.errors import MuntinError, RecipeError
+from muntin.training import load_recipe, read_checkpoint
+
+SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\nattention: [hybrid, local]\n"
+
+
+def search(tiny: Any, output: Path, *words: str) -> Any:
+    space = tiny.root / "space.yaml"
+    space.write_text(SPACE)
+    fixed = ["--space", str(space), "--objective", "size", "-o", str(output), "--candidates", "6", "--finalists", "1"]
+    return CliRunner().invoke(app, ["search", str(tiny.recipe), *fixed, *words])
+
+
+@pytest.mark.slow
+def test_search(tiny: Any, tmp_path: Path) -> None:
+    output = tmp_path / "search"
+    first = search(tiny, output, "--json")
+    assert first.exit_code == 0, first.output
+    result = json.loads(first.stdout)
+    assert result["finished"] and [network["name"] for network in result["networks"]][0] == "recipe"
+    best = result["networks"][1]
+    assert Path(best["artifact"], "manifest.json").is_file() and best["bytes"] > 0 and best["ms"] > 0
+    trained = read_checkpoint(Path(best["run"]))
+    point = next(one for one in result["front"] if f"{one['number']:03d}" == best["name"])
+    assert {name: trained.recipe.model.options[name] for name in point["options"]} == point["options"]
+    assert Path(result["page"]).read_text(encoding="utf-8").count("muntin fit") == len(result["front"])
+
+    again = search(tiny, output)  # everything is done
+    assert again.exit_code == 0 and "wrote" in again.output and best["name"] in again.output
+    assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
+    other = search(tiny, output, "--candidates", "7")
+    assert isinstance(other.exception, RecipeError) and "holds a search with another settings" in str(other.exception)
+
+
+def test_command_of_a_point_is_a_recipe(tiny: Any) -> None:
+    recipe = load_recipe(tiny.recipe, ["model.options.depths=[2, 1]", 'model.options.attention="local"'])
+    assert recipe.model.options["depths"] == [2, 1] and recipe.model.options["attention"] == "local"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objective", "beauty"], "objective 'beauty': give latency, size or memory"),
+        (["--set", "model.name=timm:resnet18", "--set", "model.options={}"], "model timm:resnet18: a search changes muntin's own networks"),
+    ],
+)
+def test_refused(tiny: Any, tmp_path: Path, words: list[str], message: str) -> None:
+    error = search(tiny, tmp_path / "search", *words).exception
+    assert isinstance(error, MuntinError) and message in str(error)
+    assert not (tmp_path / "search" / "supernet").exists()
+
+
+def test_space_that_makes_no_network(tiny: Any, tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("dims.0: [40]\n")
+    error = CliRunner().invoke(app, ["search", str(tiny.recipe), "--space", str(space), "-o", str(tmp_path / "search")]).exception
+    assert isinstance(error, RecipeError) and "dims.0 40" in str(error)
