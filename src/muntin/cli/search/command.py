@@ -36,9 +36,7 @@ STAGES = {
 def search_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; its model gives the fields that the space does not name.")],
     space: Annotated[Path | None, typer.Option(help="A YAML file of choices, each with a list of values; by default the task's.")] = None,
-    objective: Annotated[
-        str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")
-    ] = "latency",
+    objective: Annotated[str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")] = "latency",
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Minutes of the whole search; unset: each training has the steps of the recipe.")
     ] = None,

@@ -1,0 +1,266 @@
+"""Search networks in the minutes in which others are trained by hand: muntin search, random search, presets, a preset of other widths.
+
+    python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--space FILE.yaml] [--candidates 200]
+                                [--networks 4] [--checked 10] [--output runs/benchmark-search] [--json]
+
+Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise:
+    search    muntin search: shared weights, a table of latencies, `--networks` of the front trained alone
+    random    `--networks` random architectures of the same space, trained alone, each for its share of the minutes
+    presets   hybrid-xxs, hybrid-xs and hybrid-s, likewise
+    width     `--model` with half, all and one and a half times its channels (in multiples of a head), likewise
+All networks are exported in INT8, scored on the validation and the test split as artefacts, and those of a seed are timed in turns.
+
+    test, ms       mIoU of the test split; median milliseconds of one picture of twice the training crop
+    points         100 x (test score of a found network - the best test score of the other contender among its networks that are not
+                   slower, within 2 %): largest over the found networks that have such a rival; nothing is compared that is slower
+    times faster   ms of the fastest network of the other contender that scores no less on the test split, over that of a found network:
+                   largest over the found networks that have such a rival
+    ranks          Spearman of the scores with shared weights, of the parameters and of the multiply-adds with the score of the networks
+                   trained alone; of the predicted latency, the parameters and the multiply-adds with the measured latency
+    latency        share of whole networks whose latency is predicted within 10 %, each left out of the fit, and their median error
+Goals: a point beyond the spread or 1.3 times as fast against presets and width; ahead of random; rank correlation 0.7; 90 % of latencies
+within 10 %. What the parameter count predicts as well is not worth a table of latencies.
+
+Rows that are measured are kept, and a search goes on where it was interrupted. Time: contenders x seeds x minutes, and a fifth more for
+exports. Run it alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from kept import Row, kept_row, now
+from muntin.data import open_source
+from muntin.models import PRESETS, ModelConfig
+from muntin.runtime import describe_hardware, load
+from muntin.runtime.host.hardware import physical_cores
+from muntin.searching import SearchSettings, Space, default_space, load_space, search_architectures
+from muntin.searching.finalists import Finalist, train_finalist, with_latencies
+from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, base_config, document
+from muntin.searching.space import Architecture, UnbuildableError
+from muntin.training import Recipe, evaluate, load_recipe
+from muntin.training.evaluation import tile_of
+from muntin.training.recipe import override_recipe
+from options import at_least
+
+PROTOCOL = 1
+"""Version of the rows."""
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
+WIDTHS = (0.5, 1.0, 1.5)
+NOT_SLOWER = 1.02
+CONTENDERS = ("search", "random", "presets", "width")
+
+
+class Bench:
+    """One seed: the recipe, the data and the space."""
+
+    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
+        changes = [
+            f"data.source={arguments.source}",
+            f"model.name={arguments.model}",
+            f"seed={seed}",
+            f"training.threads={arguments.threads}",
+        ]
+        self.arguments, self.seed = arguments, seed
+        self.recipe = load_recipe(RECIPE, [*changes, *(arguments.set or ())])
+        self.root, self.folder = RECIPE.parent, arguments.output.resolve() / str(seed)
+        self.source = open_source(self.recipe.data, root=self.root)
+        self.base = base_config(self.recipe, self.source)
+        self.space: Space = default_space(self.recipe.task, self.base.head_dim) if arguments.space is None else load_space(arguments.space)
+
+    def search(self) -> Row:
+        given = self.arguments
+        settings = SearchSettings(minutes=given.minutes, candidates=given.candidates, finalists=given.networks, checked=given.checked)
+        result = search_architectures(
+            self.recipe, self.space, folder=self.folder / "search", root=self.root, settings=settings,
+            report=lambda stage: print(f"seed {self.seed}, search: {stage.stage} {stage.done} of {stage.total}", file=sys.stderr, flush=True),
+        )  # fmt: skip
+        if not result.finished:
+            raise SystemExit("interrupted: the same command goes on")
+        rows = {row["name"]: row for row in document(result)["networks"] if row["name"] != "recipe"}
+        networks = [network for network in result.networks if network.point is not None]
+        content = document(result)
+        return {
+            "networks": [{**rows[network.name], **self._tested(network)} for network in networks],
+            **{key: content[key] for key in ("scored", "correlation", "latency_error", "importances")},
+        }
+
+    def trained(self, contender: str) -> Row:
+        """Networks trained alone, each for its share of the minutes."""
+        chosen = self._architectures(contender)
+        minutes = TRAINING_SHARE * self.arguments.minutes / len(chosen)
+        rows = []
+        for name, architecture in chosen.items():
+            recipe = self._recipe(architecture, minutes)
+            network = train_finalist(
+                recipe, architecture, name=f"{contender}-{name}", folder=self.folder / contender / name, root=self.root,
+                source=self.source, point=None,
+            )  # fmt: skip
+            if network is None:
+                raise SystemExit("interrupted: the same command goes on")
+            rows.append({**network.row(), **self._tested(network)})
+            print(f"seed {self.seed}, {contender}: {name} {rows[-1]['test']:.4f}", file=sys.stderr, flush=True)
+        return {"networks": rows}
+
+    def _recipe(self, architecture: Architecture, minutes: float) -> Recipe:
+        options = {**self.recipe.model.options, **architecture.options(self.base)}
+        limited = override_recipe(self.recipe, [f"training.minutes={minutes}", f"training.steps={MANY_STEPS}"])
+        return limited.model_copy(update={"model": limited.model.model_copy(update={"options": options})})
+
+    def _architectures(self, contender: str) -> dict[str, Architecture]:
+        if contender == "presets":
+            return {name: Architecture(config=self._config(PRESETS[name])) for name in BY_HAND}
+        if contender == "width":
+            return {f"x{width:g}": Architecture(config=self._config(self._scaled(width))) for width in WIDTHS}
+        generator, found = random.Random(self.seed), dict[str, Architecture]()  # noqa: S311 - no secret
+        while len(found) < self.arguments.networks:
+            try:
+                found[f"{len(found) + 1:03d}"] = self.space.architecture(self.space.sample(generator), self.base)
+            except UnbuildableError:
+                continue
+        return found
+
+    def _config(self, fields: Mapping[str, Any]) -> ModelConfig:
+        own = {"task": self.base.task, "classes": self.base.classes, "channels": self.base.channels}
+        return ModelConfig.model_validate({**own, **fields})
+
+    def _scaled(self, width: float) -> dict[str, Any]:
+        """The preset with its channels times a width, in multiples of 8, and of a head in attention stages."""
+        base, unit = self.base, self.base.head_dim
+
+        def rounded(value: int, multiple: int, least: int) -> int:
+            return max(least, round(width * value / multiple) * multiple)
+
+        return {
+            **base.model_dump(), "stem": tuple(rounded(c, 8, 8) for c in base.stem), "decoder": rounded(base.decoder, 8, 8),
+            "dims": tuple(rounded(c, unit, 2 * unit) for c in base.dims),
+        }  # fmt: skip
+
+    def _tested(self, network: Finalist) -> Row:
+        session = load(network.artifact, threads=self.arguments.threads)
+        score = evaluate(session, self.source.split("test"), tile=tile_of(network.recipe.data.crop)).score
+        session.close()
+        return {"test": score}
+
+    def timed(self, rows: Mapping[str, Row]) -> Row:
+        """Latency of all networks of this seed in turns, by their names."""
+        networks = [
+            Finalist(
+                name=f"{contender}/{row['name']}", architecture=Architecture(config=self.base), point=None, run=Path(row["run"]),
+                artifact=Path(row["artifact"]), recipe=self.recipe, float_score=0.0, score=0.0, bytes=row["bytes"],
+            )
+            for contender, content in rows.items() for row in content["networks"]
+        ]  # fmt: skip
+        return {"ms": {network.name: network.ms for network in with_latencies(networks, threads=self.arguments.threads)}}
+
+
+def against(found: Sequence[Row], others: Sequence[Row]) -> Row:
+    """How far the best found network is ahead of another contender, in points at equal time and in time at an equal score."""
+    points, faster = [], []
+    for one in found:
+        rivals = [other["test"] for other in others if other["ms"] <= NOT_SLOWER * one["ms"]]
+        points += [100 * (one["test"] - max(rivals))] if rivals else []
+        slower = [other["ms"] for other in others if other["test"] >= one["test"]]
+        faster += [min(slower) / one["ms"]] if slower else []
+    return {"points": max(points, default=None), "faster": max(faster, default=None)}
+
+
+def ranks(found: Sequence[Row]) -> Row:
+    """Spearman's correlations of what predicts scores and latencies; None where there are too few networks."""
+
+    def correlation(first: str, second: str) -> float | None:
+        pairs = [(row[first], row[second]) for row in found if row.get(first) is not None]
+        if len(pairs) < 3 or any(len({pair[side] for pair in pairs}) == 1 for side in (0, 1)):
+            return None
+        return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
+
+    scores = {f"{name} and score": correlation(name, "float_score") for name in ("shared_score", "parameters", "macs")}
+    return scores | {f"{name} and ms": correlation(name, "ms") for name in ("predicted", "parameters", "macs")}
+
+
+def measure(arguments: argparse.Namespace, seed: int, settings: Row, machine: Row) -> Row:
+    """The rows of one seed by contender, with latencies and comparisons."""
+    bench = Bench(arguments, seed)
+    keep = partial(kept_row, settings=settings, hardware=machine)
+    rows = {"search": keep(bench.folder / "search.json", measure=bench.search)}
+    rows |= {name: keep(bench.folder / f"{name}.json", measure=partial(bench.trained, name)) for name in CONTENDERS[1:]}
+    ms = keep(bench.folder / "latency.json", measure=partial(bench.timed, rows))["ms"]
+    timed = {
+        contender: [{**row, "ms": ms[f"{contender}/{row['name']}"]} for row in content["networks"]] for contender, content in rows.items()
+    }
+    return {
+        "networks": timed, "against": {name: against(timed["search"], timed[name]) for name in CONTENDERS[1:]},
+        "ranks": ranks(timed["search"]), **{key: rows["search"][key] for key in ("scored", "latency_error", "importances")},
+    }  # fmt: skip
+
+
+def _mean(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "none"
+    spread = f" ±{statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}{'' if len(known) == len(values) else f' ({len(known)} of {len(values)} seeds)'}"
+
+
+def print_table(seeds: Sequence[Row], hardware: Row) -> None:
+    for number, seed in enumerate(seeds):
+        print(f"seed {number}: {seed['scored']} architectures scored")
+        print(f"  {'contender':<11}{'network':<22}{'test':>8}{'validation':>12}{'ms':>8}{'parameters':>12}{'MB':>8}")
+        for contender, networks in seed["networks"].items():
+            for row in sorted(networks, key=lambda row: row["ms"]):
+                print(
+                    f"  {contender:<11}{row['name']:<22}{row['test']:>8.4f}{row['score']:>12.4f}{row['ms']:>8.2f}{row['parameters']:>12,}"
+                    f"{row['bytes'] / 1e6:>8.3f}"
+                )
+    for name in CONTENDERS[1:]:
+        ahead = [seed["against"][name] for seed in seeds]
+        points, faster = (_mean([one[key] for one in ahead], 2) for key in ("points", "faster"))
+        print(f"search against {name}: {points} points at no more time; {faster} times as fast at no lower score")
+    for name in seeds[0]["ranks"]:
+        print(f"rank correlation of {name.replace('_', ' ')}: {_mean([seed['ranks'][name] for seed in seeds], 2)}")
+    errors = [seed["latency_error"] or {} for seed in seeds]
+    within, median = (_mean([error.get(key) for error in errors], 3) for key in ("within_tenth", "median"))
+    print(f"latency of whole networks: {within} of them predicted within 10 %, median error {median}")
+    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", default="earth", choices=["earth", "earth:climate", "earth:shore"])
+    parser.add_argument("--model", default="hybrid-xs", choices=[name for name in PRESETS if name != "dense-s"])
+    parser.add_argument("--minutes", type=float, default=60.0, help="of each contender and seed")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--space", type=Path, help="a YAML file of choices; by default the task's")
+    parser.add_argument("--candidates", type=at_least(1), default=200)
+    parser.add_argument("--networks", type=at_least(1), default=4, help="trained alone by search and by random")
+    parser.add_argument("--checked", type=at_least(0), default=10, help="whole networks that show the error of the predicted latency")
+    parser.add_argument("--threads", type=at_least(1), default=physical_cores())
+    parser.add_argument("--set", action="append", help="a value of the recipe, such as data.crop=128; for smoke tests")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-search"))
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
+    arguments = parser.parse_args()
+    machine = describe_hardware()
+    keys = ("source", "model", "minutes", "candidates", "networks", "checked", "threads", "set")
+    settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
+    settings["space"] = None if arguments.space is None else {n: list(v) for n, v in load_space(arguments.space).choices.items()}
+    seeds = [measure(arguments, seed, settings, machine) for seed in range(arguments.seeds)]
+    hardware = {**machine, "created": now()}
+    if arguments.json:
+        print(json.dumps({"benchmark": "search", "hardware": hardware, "settings": settings, "rows": seeds}, indent=1, default=str))
+    else:
+        print_table(seeds, hardware)
+
+
+if __name__ == "__main__":
+    main()
