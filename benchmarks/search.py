@@ -3,7 +3,8 @@
     python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--space FILE.yaml] [--candidates 200]
                                 [--networks 4] [--checked 10] [--output runs/benchmark-search] [--json]
 
-Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise:
+Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise. The table of
+latencies is measured once a machine and comes on top; its minutes are in the output.
     search    muntin search: shared weights, a table of latencies, `--networks` of the front trained alone
     random    `--networks` random architectures of the same space, trained alone, each for its share of the minutes
     presets   hybrid-xxs, hybrid-xs and hybrid-s, likewise
@@ -11,10 +12,10 @@ Every contender has `--minutes` for each seed, all its training together, and th
 All networks are exported in INT8, scored on the validation and the test split as artefacts, and those of a seed are timed in turns.
 
     test, ms       mIoU of the test split; median milliseconds of one picture of twice the training crop
-    points         100 x (test score of a found network - the best test score of the other contender among its networks that are not
-                   slower, within 2 %): largest over the found networks that have such a rival; nothing is compared that is slower
-    times faster   ms of the fastest network of the other contender that scores no less on the test split, over that of a found network:
-                   largest over the found networks that have such a rival
+    points         100 x (test score of a found network - that of its rival): mean over the found networks that have one. The rival is the
+                   network of the other contender with the best validation score among those that are not slower, within 2 %
+    times faster   ms of the fastest network of the other contender that scores no less on the validation split, over that of a found
+                   network: mean over the found networks that have such a rival
     ranks          Spearman of the scores with shared weights, of the parameters and of the multiply-adds with the score of the networks
                    trained alone; of the predicted latency, the parameters and the multiply-adds with the measured latency
     latency        share of whole networks whose latency is predicted within 10 %, each left out of the fit, and their median error
@@ -60,18 +61,15 @@ BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
 WIDTHS = (0.5, 1.0, 1.5)
 NOT_SLOWER = 1.02
 CONTENDERS = ("search", "random", "presets", "width")
+FIGURES = ("seconds", "table_seconds", "scored", "correlation", "latency_error", "importances")
 
 
 class Bench:
     """One seed: the recipe, the data and the space."""
 
     def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
-        changes = [
-            f"data.source={arguments.source}",
-            f"model.name={arguments.model}",
-            f"seed={seed}",
-            f"training.threads={arguments.threads}",
-        ]
+        values = {"data.source": arguments.source, "model.name": arguments.model, "seed": seed, "training.threads": arguments.threads}
+        changes = [f"{name}={value}" for name, value in values.items()]
         self.arguments, self.seed = arguments, seed
         self.recipe = load_recipe(RECIPE, [*changes, *(arguments.set or ())])
         self.root, self.folder = RECIPE.parent, arguments.output.resolve() / str(seed)
@@ -79,12 +77,15 @@ class Bench:
         self.base = base_config(self.recipe, self.source)
         self.space: Space = default_space(self.recipe.task, self.base.head_dim) if arguments.space is None else load_space(arguments.space)
 
+    def say(self, text: str) -> None:
+        print(f"seed {self.seed}, {text}", file=sys.stderr, flush=True)
+
     def search(self) -> Row:
         given = self.arguments
         settings = SearchSettings(minutes=given.minutes, candidates=given.candidates, finalists=given.networks, checked=given.checked)
         result = search_architectures(
             self.recipe, self.space, folder=self.folder / "search", root=self.root, settings=settings,
-            report=lambda stage: print(f"seed {self.seed}, search: {stage.stage} {stage.done} of {stage.total}", file=sys.stderr, flush=True),
+            report=lambda stage: self.say(f"search: {stage.stage} {stage.done} of {stage.total}"),
         )  # fmt: skip
         if not result.finished:
             raise SystemExit("interrupted: the same command goes on")
@@ -93,7 +94,7 @@ class Bench:
         content = document(result)
         return {
             "networks": [{**rows[network.name], **self._tested(network)} for network in networks],
-            **{key: content[key] for key in ("scored", "correlation", "latency_error", "importances")},
+            **{key: content[key] for key in FIGURES},
         }
 
     def trained(self, contender: str) -> Row:
@@ -110,7 +111,7 @@ class Bench:
             if network is None:
                 raise SystemExit("interrupted: the same command goes on")
             rows.append({**network.row(), **self._tested(network)})
-            print(f"seed {self.seed}, {contender}: {name} {rows[-1]['test']:.4f}", file=sys.stderr, flush=True)
+            self.say(f"{contender}: {name} {rows[-1]['test']:.4f}")
         return {"networks": rows}
 
     def _recipe(self, architecture: Architecture, minutes: float) -> Recipe:
@@ -166,14 +167,14 @@ class Bench:
 
 
 def against(found: Sequence[Row], others: Sequence[Row]) -> Row:
-    """How far the best found network is ahead of another contender, in points at equal time and in time at an equal score."""
+    """How far found networks are ahead of another contender's: in points at equal time, and in time at an equal validation score."""
     points, faster = [], []
     for one in found:
-        rivals = [other["test"] for other in others if other["ms"] <= NOT_SLOWER * one["ms"]]
-        points += [100 * (one["test"] - max(rivals))] if rivals else []
-        slower = [other["ms"] for other in others if other["test"] >= one["test"]]
-        faster += [min(slower) / one["ms"]] if slower else []
-    return {"points": max(points, default=None), "faster": max(faster, default=None)}
+        rivals = [other for other in others if other["ms"] <= NOT_SLOWER * one["ms"]]
+        points += [100 * (one["test"] - max(rivals, key=lambda other: float(other["score"]))["test"])] if rivals else []
+        as_good = [other["ms"] for other in others if other["score"] >= one["score"]]
+        faster += [min(as_good) / one["ms"]] if as_good else []
+    return {"points": statistics.mean(points) if points else None, "faster": statistics.mean(faster) if faster else None}
 
 
 def ranks(found: Sequence[Row]) -> Row:
@@ -201,7 +202,7 @@ def measure(arguments: argparse.Namespace, seed: int, settings: Row, machine: Ro
     }
     return {
         "networks": timed, "against": {name: against(timed["search"], timed[name]) for name in CONTENDERS[1:]},
-        "ranks": ranks(timed["search"]), **{key: rows["search"][key] for key in ("scored", "latency_error", "importances")},
+        "ranks": ranks(timed["search"]), **{key: rows["search"][key] for key in FIGURES},
     }  # fmt: skip
 
 
@@ -215,7 +216,7 @@ def _mean(values: Sequence[float | None], digits: int) -> str:
 
 def print_table(seeds: Sequence[Row], hardware: Row) -> None:
     for number, seed in enumerate(seeds):
-        print(f"seed {number}: {seed['scored']} architectures scored")
+        print(f"seed {number}: {seed['scored']} architectures scored; table of latencies {seed['table_seconds'] / 60:.1f} minutes")
         print(f"  {'contender':<11}{'network':<22}{'test':>8}{'validation':>12}{'ms':>8}{'parameters':>12}{'MB':>8}")
         for contender, networks in seed["networks"].items():
             for row in sorted(networks, key=lambda row: row["ms"]):

@@ -9,17 +9,15 @@ import pytest
 from muntin.models import HybridNet, ModelConfig
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import Kernel
-from muntin.searching.latency_table import LatencyModel, PredictionError, attributed, drawn, fitted, measured
+from muntin.searching.latency_table import ArchitectureLatency, PredictionError, attributed, drawn, fitted, measured
 from muntin.searching.parts import parts_of
 from muntin.searching.space import Architecture, Space
 from small_space import base_of
 
 
 def kernel(label: str, ms: float) -> Kernel:
-    empty: tuple[()] = ()
-    return Kernel(
-        name=label, kind="", implementation="", precision="i8", compute=True, layer=None, ms=ms, macs=0, inputs=empty, outputs=empty, group=""
-    )  # fmt: skip
+    rest = {"kind": "", "implementation": "", "precision": "i8", "compute": True, "layer": None, "macs": 0, "group": ""}
+    return Kernel(name=label, ms=ms, inputs=(), outputs=(), **rest)  # type: ignore[arg-type]
 
 
 def test_parts_hold_all_parameters(space: Space, base: ModelConfig) -> None:
@@ -74,7 +72,7 @@ def test_measured_parts(base: ModelConfig, tmp_path: Path) -> None:
     probes = [probe for key, _, probe in parts_of(one, 64) if key.startswith("beginning")][:1]
     times = measured(probes, SessionOptions(threads=1, cache=False), rounds=3)
     assert {key for probe in probes for key in probe.keys} == times.keys() and all(ms > 0 for ms in times.values())
-    model = LatencyModel(base, 64, tmp_path, threads=1)
+    model = ArchitectureLatency(base, 64, tmp_path, threads=1)
     for part in parts_of(one, 64):
         model.cache.add(part[0], {"int8": times.get(part[0], 0.5)})
     total = model.predict(one)

@@ -89,7 +89,7 @@ class PredictionError:
         }  # fmt: skip
 
 
-class LatencyModel:
+class ArchitectureLatency:
     """Predicts milliseconds of one picture of `side` pixels. `folder`: where the measured whole networks are kept.
 
     `threads`: None for the usable physical cores.

@@ -28,7 +28,7 @@ from muntin.models import PRESETS, ModelConfig
 from muntin.searching.candidates import CandidateScorer, recipe_of
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
-from muntin.searching.latency_table import LatencyModel, PredictionError
+from muntin.searching.latency_table import ArchitectureLatency, PredictionError
 from muntin.searching.space import Architecture, Space, default_space
 from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
@@ -69,7 +69,11 @@ SearchStageReport = Callable[[SearchStage], None]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """Settings of a search besides recipe and space. `objective`: what is made least beside the error. `minutes`: of the whole search."""
+    """Settings of a search besides recipe and space. `objective`: what is made least.
+
+    `minutes`: of the whole search, without the measurement of latencies, which is kept for other searches on this machine. `candidates`:
+    architectures that are scored. `finalists`: those that are trained alone. `checked`: whole networks that check predicted latencies.
+    """
 
     objective: SearchObjective = "latency"
     minutes: float | None = None
@@ -96,7 +100,8 @@ class SearchSettings:
 class ArchitectureSearch:
     """The result. `finished`: False after an interruption. `networks`: trained and deployed, the recipe's own model first.
 
-    `correlation`: Spearman's, of the scores with shared weights and of the networks trained alone; None for fewer than three.
+    `correlation`: Spearman's, of the scores with shared weights and of the networks trained alone; None for fewer than three. `seconds`:
+    of the search without `table_seconds`, those of the measurement of latencies before the study.
     """
 
     folder: Path
@@ -111,6 +116,8 @@ class ArchitectureSearch:
     importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     latency_error: PredictionError | None = None
     correlation: float | None = None
+    seconds: float = 0.0
+    table_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     def command(self, point: StudyPoint) -> str:
@@ -155,10 +162,14 @@ class _Search:
         self.space = default_space(recipe.task, self.base.head_dim) if space is None else space
         self.space.check(self.base)
         self.notes: list[str] = [*unused_settings(recipe)]
-        self.seconds = self._begin()
+        self.table_seconds = 0.0
+        self.seconds, self.table_seconds = self._begin()
 
-    def _begin(self) -> float:
-        """Write the settings, or compare them with those that are there. Returns the seconds that the search took so far."""
+    def _begin(self) -> tuple[float, float]:
+        """Write the settings, or compare them with those that are there.
+
+        Returns the seconds that the search and the measurement of latencies took so far.
+        """
         file = self.folder / FILE
         content = {
             "format": FORMAT, "recipe": self.recipe.model_dump(mode="json"),
@@ -170,7 +181,7 @@ class _Search:
             try:
                 earlier = json.loads(file.read_text(encoding="utf-8"))
                 different = [key for key in self.content if earlier[key] != self.content[key]]
-                seconds = float(earlier["seconds"])
+                seconds = float(earlier["seconds"]), float(earlier["table_seconds"])
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise MuntinError(f"{file}: not the settings of a search ({error}): give another --output") from error
             if different:
@@ -180,17 +191,18 @@ class _Search:
                 )
             return seconds
         self._save(0.0)
-        return 0.0
+        return 0.0, 0.0
 
     def _save(self, seconds: float, **results: Any) -> None:
-        text = json.dumps({**self.content, "seconds": seconds, **results}, indent=1, default=str)
+        times = {"seconds": seconds, "table_seconds": self.table_seconds}
+        text = json.dumps({**self.content, **times, **results}, indent=1, default=str)
         write_files(self.folder, {FILE: text.encode()})
 
     def run(self) -> ArchitectureSearch:
-        started, before = time.perf_counter(), self.seconds
+        started, before, table_before = time.perf_counter(), self.seconds, self.table_seconds
 
         def used() -> float:
-            self.seconds = before + time.perf_counter() - started
+            self.seconds = before + time.perf_counter() - started - (self.table_seconds - table_before)
             return self.seconds
 
         precision = prepare_hardware(self.recipe.training, begun=None)
@@ -214,8 +226,12 @@ class _Search:
             )  # fmt: skip
             interruption.work = "this candidate"
             deadline = None if self.settings.minutes is None else 60 * self.settings.minutes * (SUPERNET_SHARE + STUDY_SHARE)
+            measuring = time.perf_counter()
             latency = self._latency(scorer, lambda: interruption.requested)
-            self._study(study, scorer, latency, lambda: interruption.requested or (deadline is not None and used() > deadline))
+            self.table_seconds += time.perf_counter() - measuring
+            self._study(
+                study, scorer, latency, stopped=lambda: interruption.requested, late=lambda: deadline is not None and used() > deadline
+            )  # fmt: skip
             self._save(used())
             if interruption.requested:
                 return self._result(study, latency, finished=False)
@@ -234,11 +250,11 @@ class _Search:
         limits = {"minutes": minutes, "steps": MANY_STEPS}
         return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
 
-    def _latency(self, scorer: CandidateScorer, stopped: Callable[[], bool]) -> LatencyModel | None:
+    def _latency(self, scorer: CandidateScorer, stopped: Callable[[], bool]) -> ArchitectureLatency | None:
         if self.settings.objective != "latency":
             return None
         side = export_side(self.recipe)
-        model = LatencyModel(self.base, side, self.folder, threads=self.recipe.training.threads)
+        model = ArchitectureLatency(self.base, side, self.folder, threads=self.recipe.training.threads)
         model.prepare(
             self.space, seed=self.recipe.seed, stopped=stopped,
             progress=lambda done, total: self.report(SearchStage(stage="parts", done=done, total=total)),
@@ -251,9 +267,11 @@ class _Search:
         return model
 
     def _study(
-        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: LatencyModel | None, stopped: Callable[[], bool]
+        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: ArchitectureLatency | None, *, stopped: Callable[[], bool],
+        late: Callable[[], bool],
     ) -> None:  # fmt: skip
-        while len(study.proposals) < self.settings.candidates and not (stopped() and (study.points or self.settings.minutes is None)):
+        """Score candidates until there are enough, it is late and there is one, or the search is stopped."""
+        while len(study.proposals) < self.settings.candidates and not stopped() and not (study.points and late()):
             study.step(lambda one: (scorer.score(one), self._cost(one, latency)))
             done = len(study.proposals)
             self.report(SearchStage(stage="study", done=done, total=self.settings.candidates, front=study.front))
@@ -262,13 +280,13 @@ class _Search:
                 f"space: none of {self.settings.candidates} proposals makes a network: remove choices that exclude each other"
             )
 
-    def _cost(self, architecture: Architecture, latency: LatencyModel | None) -> float:
+    def _cost(self, architecture: Architecture, latency: ArchitectureLatency | None) -> float:
         if latency is not None:
             return latency.predict(architecture)
         return artifact_bytes(architecture) if self.settings.objective == "size" else memory_bytes(architecture, export_side(self.recipe))
 
     def _finish(
-        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: LatencyModel | None, used: Callable[[], float]
+        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: ArchitectureLatency | None, used: Callable[[], float]
     ) -> ArchitectureSearch:  # fmt: skip
         """Train, deploy and measure the best few and the recipe's own model."""
         chosen = spread(study.front, self.settings.finalists)
@@ -297,7 +315,7 @@ class _Search:
         return result
 
     def _result(
-        self, study: ArchitectureStudy | None = None, latency: LatencyModel | None = None, networks: tuple[Finalist, ...] = (), *,
+        self, study: ArchitectureStudy | None = None, latency: ArchitectureLatency | None = None, networks: tuple[Finalist, ...] = (), *,
         finished: bool,
     ) -> ArchitectureSearch:  # fmt: skip
         return ArchitectureSearch(
@@ -305,7 +323,8 @@ class _Search:
             recipe_path=self.recipe_path, front=() if study is None else tuple(study.front),
             points=() if study is None else tuple(study.points), networks=networks,
             importances={} if study is None else study.importances(),
-            latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), notes=tuple(self.notes),
+            latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), seconds=self.seconds,
+            table_seconds=self.table_seconds, notes=tuple(self.notes),
         )  # fmt: skip
 
 
@@ -340,7 +359,8 @@ def document(result: ArchitectureSearch) -> dict[str, Any]:
     """The result as plain values."""
     return {
         "finished": result.finished, "folder": str(result.folder), "objective": result.settings.objective,
-        "scored": len(result.points), "front": [_point_row(result, point) for point in result.front],
+        "seconds": result.seconds, "table_seconds": result.table_seconds, "scored": len(result.points),
+        "front": [_point_row(result, point) for point in result.front],
         "networks": [network.row() for network in result.networks], "correlation": result.correlation,
         "latency_error": None if result.latency_error is None else result.latency_error.row(),
         "importances": {name: dict(values) for name, values in result.importances.items()}, "notes": list(result.notes),

@@ -29,8 +29,8 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     first = search(tiny, output, "--json")
     assert first.exit_code == 0, first.output
     result = json.loads(first.stdout)
-    assert result["finished"] and [network["name"] for network in result["networks"]][0] == "recipe"
-    best = result["networks"][1]
+    own, best = result["networks"]
+    assert result["finished"] and own["name"] == "recipe"
     assert Path(best["artifact"], "manifest.json").is_file() and best["bytes"] > 0 and best["ms"] > 0
     trained = read_checkpoint(Path(best["run"]))
     point = next(one for one in result["front"] if f"{one['number']:03d}" == best["name"])

@@ -14,8 +14,8 @@ HEAD = {
 
 def record(**changes: Any) -> SearchRecord:
     points = [
-        {"number": number, "name": name, "width": 1.0, "score": score, "drop": 0.7 - score, "bytes": 400_000, "ms": ms, "kept": score >= 0.7,
-         "artifact": f"networks/{name}/artifact"}
+        {"number": number, "name": name, "width": 1.0, "score": score, "drop": 0.7 - score, "bytes": 400_000, "ms": ms,
+         "kept": score >= 0.7, "artifact": f"networks/{name}/artifact"}
         for number, name, score, ms in ((0, "recipe", 0.7, 3.0), (4, "004", 0.71, 2.5))
     ]  # fmt: skip
     networks = [

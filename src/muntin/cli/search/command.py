@@ -38,7 +38,10 @@ def search_command(
     space: Annotated[Path | None, typer.Option(help="A YAML file of choices, each with a list of values; by default the task's.")] = None,
     objective: Annotated[str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")] = "latency",
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="Minutes of the whole search; unset: each training has the steps of the recipe.")
+        float | None,
+        typer.Option(
+            min=0, help="Minutes of the search, without the table of latencies, which is kept; unset: each training has the recipe's steps."
+        ),
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Architectures to score with the shared weights.")] = 200,
     finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,

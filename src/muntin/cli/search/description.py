@@ -36,10 +36,10 @@ def describe_architectures(result: ArchitectureSearch, metric: str) -> None:
         print_table(table)
     trained = Table("network", f"{metric}, deployed", f"{metric}, floats", f"{metric}, shared", "MB", "ms", "ms, predicted")
     for network in result.networks:
-        point, latency = network.point, objective == "latency"
+        found, latency = network.point, objective == "latency"
         trained.add_row(
-            network.name, f"{network.score:.4f}", f"{network.float_score:.4f}", "" if point is None else f"{point.score:.4f}",
-            f"{network.bytes / 1e6:.3f}", f"{network.ms:.2f}", f"{point.cost:.2f}" if point is not None and latency else "",
+            network.name, f"{network.score:.4f}", f"{network.float_score:.4f}", "" if found is None else f"{found.score:.4f}",
+            f"{network.bytes / 1e6:.3f}", f"{network.ms:.2f}", f"{found.cost:.2f}" if found is not None and latency else "",
         )  # fmt: skip
     if result.networks:
         print_table(trained)
