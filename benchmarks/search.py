@@ -82,15 +82,17 @@ class Bench:
 
     def search(self) -> Row:
         given = self.arguments
-        settings = SearchSettings(minutes=given.minutes, candidates=given.candidates, finalists=given.networks, checked=given.checked)
+        settings = SearchSettings(
+            minutes=given.minutes, candidates=given.candidates, finalists=given.networks, checked=given.checked, own=False
+        )
         result = search_architectures(
             self.recipe, self.space, folder=self.folder / "search", root=self.root, settings=settings,
             report=lambda stage: self.say(f"search: {stage.stage} {stage.done} of {stage.total}"),
         )  # fmt: skip
         if not result.finished:
             raise SystemExit("interrupted: the same command goes on")
-        rows = {row["name"]: row for row in document(result)["networks"] if row["name"] != "recipe"}
-        networks = [network for network in result.networks if network.point is not None]
+        rows = {row["name"]: row for row in document(result)["networks"]}
+        networks = result.networks
         content = document(result)
         return {
             "networks": [{**rows[network.name], **self._tested(network)} for network in networks],
@@ -106,7 +108,7 @@ class Bench:
             recipe = self._recipe(architecture, minutes)
             network = train_finalist(
                 recipe, architecture, name=f"{contender}-{name}", folder=self.folder / contender / name, root=self.root,
-                source=self.source, point=None,
+                source=self.source,
             )  # fmt: skip
             if network is None:
                 raise SystemExit("interrupted: the same command goes on")

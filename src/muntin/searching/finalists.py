@@ -24,6 +24,7 @@ from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
 from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.progress.report import FitReport
 from muntin.training.recipe import Recipe
 from muntin.training.run import fit
 
@@ -73,10 +74,18 @@ def spread(front: Sequence[StudyPoint], count: int) -> list[StudyPoint]:
 
 
 def train_finalist(
-    recipe: Recipe, architecture: Architecture, *, name: str, folder: Path, root: Path, source: Source, point: StudyPoint | None
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    name: str,
+    folder: Path,
+    root: Path,
+    source: Source,
+    point: StudyPoint | None = None,
+    report: FitReport = lambda progress: None,
 ) -> Finalist | None:
     """Train a network by a recipe, or go on with it, and export it; None if the training was interrupted. `folder`: of its run."""
-    result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")))
+    result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")), report=report)
     if result.interrupted or result.stop_requested:
         return None
     checkpoint = read_checkpoint(result.checkpoint)

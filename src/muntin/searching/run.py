@@ -73,6 +73,7 @@ class SearchSettings:
 
     `minutes`: of the whole search, without the measurement of latencies, which is kept for other searches on this machine. `candidates`:
     architectures that are scored. `finalists`: those that are trained alone. `checked`: whole networks that check predicted latencies.
+    `own`: train the recipe's own model, too, for comparison.
     """
 
     objective: SearchObjective = "latency"
@@ -81,6 +82,7 @@ class SearchSettings:
     finalists: int = FINALISTS
     checked: int = CHECKED
     sampler: Sampler = "nsga2"
+    own: bool = True
 
     def __post_init__(self) -> None:
         if self.objective not in ("latency", "size", "memory"):
@@ -108,7 +110,7 @@ class ArchitectureSearch:
     settings: SearchSettings
     finished: bool
     base: ModelConfig
-    preset: str
+    recipe: Recipe
     recipe_path: Path | None
     front: tuple[StudyPoint, ...] = ()
     points: tuple[StudyPoint, ...] = ()
@@ -122,8 +124,12 @@ class ArchitectureSearch:
 
     def command(self, point: StudyPoint) -> str:
         """The commands that train and export a point of the front."""
-        recipe, place = self.recipe_path or Path("RECIPE.yaml"), self.folder / "networks" / f"{point.number + 1:03d}"
-        return fit_command(recipe, self.preset, point.architecture, self.base, place)
+        one = point.architecture
+        sets = [f"model.options.{name}={json.dumps(value)}" for name, value in one.options(self.base).items()]
+        sets += [f"data.crop={recipe_of(self.recipe, one).data.crop}"] if one.resolution != 1 else []
+        place = str(self.folder / "networks" / place_name(point))
+        words = ["muntin", "fit", str(self.recipe_path or "RECIPE.yaml"), *(word for change in sets for word in ("--set", change))]
+        return f"{shlex.join([*words, '-o', place])} && {shlex.join(['muntin', 'export', place])}"
 
 
 def search_architectures(
@@ -235,7 +241,7 @@ class _Search:
             self._save(used())
             if interruption.requested:
                 return self._result(study, latency, finished=False)
-        return self._finish(study, scorer, latency, used)
+        return self._finish(study, latency, used)
 
     def _training(self, precision: TrainingPrecision) -> SupernetTraining:
         recipe = self._limited(None if self.settings.minutes is None else SUPERNET_SHARE * self.settings.minutes)
@@ -285,25 +291,26 @@ class _Search:
             return latency.predict(architecture)
         return artifact_bytes(architecture) if self.settings.objective == "size" else memory_bytes(architecture, export_side(self.recipe))
 
-    def _finish(
-        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: ArchitectureLatency | None, used: Callable[[], float]
-    ) -> ArchitectureSearch:  # fmt: skip
+    def _finish(self, study: ArchitectureStudy, latency: ArchitectureLatency | None, used: Callable[[], float]) -> ArchitectureSearch:
         """Train, deploy and measure the best few and the recipe's own model."""
-        chosen = spread(study.front, self.settings.finalists)
-        own = Architecture(config=self.base)
-        names: list[tuple[str, Architecture, StudyPoint | None]] = [("recipe", own, None)]
-        names += [(f"{point.number + 1:03d}", point.architecture, point) for point in chosen]
+        own: list[tuple[str, Architecture, StudyPoint | None]] = [("recipe", Architecture(config=self.base), None)]
+        chosen = [(place_name(point), point.architecture, point) for point in spread(study.front, self.settings.finalists)]
+        wanted = [*(own if self.settings.own else ()), *chosen]
         share = 1 - SUPERNET_SHARE - STUDY_SHARE
-        minutes = None if self.settings.minutes is None else share * TRAINING_SHARE * self.settings.minutes / len(names)
+        minutes = None if self.settings.minutes is None else share * TRAINING_SHARE * self.settings.minutes / len(wanted)
         networks: list[Finalist] = []
-        for done, (name, architecture, point) in enumerate(names):
-            self.report(SearchStage(stage="train", done=done, total=len(names), text=name, front=study.front))
-            options = {**self.recipe.model.options, **architecture.options(self.base)}
+        for done, (name, architecture, point) in enumerate(wanted):
+
+            def show(text: str, done: int = done, name: str = name) -> None:
+                self.report(SearchStage(stage="train", done=done, total=len(wanted), text=f"{name}{text}", front=study.front))
+
+            show("")
             limited = self._limited(minutes)
-            model = limited.model.model_copy(update={"options": options})
+            model = limited.model.model_copy(update={"options": {**self.recipe.model.options, **architecture.options(self.base)}})
             recipe = recipe_of(limited.model_copy(update={"model": model, "name": name}), architecture)
             finalist = train_finalist(
-                recipe, architecture, name=name, folder=self.folder / "networks" / name, root=self.root, source=self.source, point=point
+                recipe, architecture, name=name, folder=self.folder / "networks" / name, root=self.root, source=self.source, point=point,
+                report=lambda progress, show=show: show(f", step {progress.step} of {progress.steps}"),  # type: ignore[misc]
             )  # fmt: skip
             self._save(used())
             if finalist is None:
@@ -319,7 +326,7 @@ class _Search:
         finished: bool,
     ) -> ArchitectureSearch:  # fmt: skip
         return ArchitectureSearch(
-            folder=self.folder, settings=self.settings, finished=finished, base=self.base, preset=self.recipe.model.name,
+            folder=self.folder, settings=self.settings, finished=finished, base=self.base, recipe=self.recipe,
             recipe_path=self.recipe_path, front=() if study is None else tuple(study.front),
             points=() if study is None else tuple(study.points), networks=networks,
             importances={} if study is None else study.importances(),
@@ -348,11 +355,9 @@ def unused_settings(recipe: Recipe) -> list[str]:
     return [f"training.{', training.'.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []
 
 
-def fit_command(recipe: Path, preset: str, architecture: Architecture, base: ModelConfig, place: Path) -> str:
-    """The commands that train an architecture by a recipe into `place` and export it."""
-    sets = [f"model.options.{name}={json.dumps(value)}" for name, value in architecture.options(base).items()]
-    words = ["muntin", "fit", str(recipe), *(word for one in sets for word in ("--set", one)), "-o", str(place)]
-    return f"{shlex.join(words)} && {shlex.join(['muntin', 'export', str(place)])}"
+def place_name(point: StudyPoint) -> str:
+    """Name of a point, and of the folder of its run."""
+    return f"{point.number + 1:03d}"
 
 
 def document(result: ArchitectureSearch) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""Whole searches up to the training of the best few, which `tests/cli/search` covers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muntin.errors import MuntinError, RecipeError
+from muntin.models import ModelConfig
+from muntin.searching import SearchSettings, search_architectures
+from muntin.searching.finalists import Finalist, rank_correlation, spread
+from muntin.searching.run import ArchitectureSearch, SearchStage, unused_settings
+from muntin.searching.space import Architecture, parse_space
+from muntin.searching.study import StudyPoint
+from muntin.training import load_recipe
+
+SPACE = parse_space({"dims.0": [32, 48], "depths.0": [1, 2], "latents": [2, 4], "decoder": [8, 16]})
+
+
+class Stopped(BaseException):
+    """The end of a process."""
+
+
+def search(tiny: Any, folder: Path, *, until: tuple[str, int], **settings: Any) -> list[StudyPoint]:
+    """Search until a stage has done so much; returns the front as it was last shown."""
+    front: list[StudyPoint] = []
+
+    def report(stage: SearchStage) -> None:
+        front[:] = stage.front
+        if (stage.stage, stage.done) == until:
+            raise Stopped
+
+    given = SearchSettings(**{"objective": "memory", "candidates": 8, "finalists": 1, **settings})
+    with pytest.raises(Stopped):
+        search_architectures(load_recipe(tiny.recipe), SPACE, folder=folder, root=tiny.root, settings=given, report=report)
+    return front
+
+
+def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
+    whole = search(tiny, tmp_path / "whole", until=("train", 0))
+    search(tiny, tmp_path / "parts", until=("supernet", 2))
+    search(tiny, tmp_path / "parts", until=("study", 3))
+    resumed = search(tiny, tmp_path / "parts", until=("train", 0))
+    assert resumed == whole and whole
+    with pytest.raises(RecipeError, match="holds a search with another settings: give those again"):
+        search(tiny, tmp_path / "parts", until=("train", 0), candidates=9)
+    (tmp_path / "parts" / "search.json").write_text("{}")
+    with pytest.raises(MuntinError, match="not the settings of a search"):
+        search(tiny, tmp_path / "parts", until=("train", 0))
+
+
+def test_minutes_end_the_study(tiny: Any, tmp_path: Path) -> None:
+    front = search(tiny, tmp_path, until=("train", 0), minutes=0.01, candidates=1000)
+    assert len(front) == 1
+
+
+def point(number: int, score: float, cost: float = 1.0) -> StudyPoint:
+    return StudyPoint(number=number, chosen={}, architecture=Architecture(config=ModelConfig()), score=score, cost=cost)
+
+
+def test_spread_of_a_front() -> None:
+    front = [point(n, 0.1 * n, n) for n in range(9)]
+    assert [one.number for one in spread(front, 3)] == [0, 4, 8]
+    assert [one.number for one in spread(front, 1)] == [8]
+    assert spread(front[:2], 3) == front[:2]
+
+
+def test_rank_correlation(tiny: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.recipe)
+
+    def network(shared: float | None, alone: float) -> Finalist:
+        found = None if shared is None else point(0, shared)
+        return Finalist(
+            name="a", architecture=Architecture(config=ModelConfig()), point=found, run=tmp_path, artifact=tmp_path, recipe=recipe,
+            float_score=alone, score=alone, bytes=1,
+        )  # fmt: skip
+
+    pairs = [(None, 0.0), (0.1, 0.5), (0.2, 0.6), (0.3, 0.55)]
+    assert rank_correlation([network(*pair) for pair in pairs]) == pytest.approx(0.5)
+    assert rank_correlation([network(*pair) for pair in pairs[:3]]) is None
+
+
+def test_commands_and_notes(tiny: Any, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.recipe, ["training.micro_batch=1"])
+    base = ModelConfig(task="classify")
+    result = ArchitectureSearch(
+        folder=tmp_path, settings=SearchSettings(), finished=True, base=base, recipe=recipe, recipe_path=Path("my recipe.yaml")
+    )
+    config = base.model_copy(update={"dims": (128,), "depths": (2,)})
+    one = StudyPoint(number=4, chosen={}, architecture=Architecture(config=config, resolution=0.5), score=0.5, cost=1)
+    command = result.command(one)
+    assert command.startswith("muntin fit 'my recipe.yaml' --set 'model.options.dims=[128]' --set 'model.options.depths=[2]'")
+    assert "--set data.crop=16" in command and command.endswith(f"muntin export {tmp_path / 'networks' / '005'}")
+    assert unused_settings(recipe) == ["training.micro_batch: not used for the shared weights, but for the networks trained alone"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"objective": "speed"}, "objective 'speed'"), ({"minutes": 0}, "minutes 0"), ({"candidates": 0}, "candidates 0"),
+     ({"checked": -1}, "checked -1"), ({"sampler": "grid"}, "sampler 'grid'")],
+)  # fmt: skip
+def test_refused_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        SearchSettings(**settings)
