@@ -91,11 +91,10 @@ class Bench:
         )  # fmt: skip
         if not result.finished:
             raise SystemExit("interrupted: the same command goes on")
-        rows = {row["name"]: row for row in document(result)["networks"]}
-        networks = result.networks
         content = document(result)
+        rows = {row["name"]: row for row in content["networks"]}
         return {
-            "networks": [{**rows[network.name], **self._tested(network)} for network in networks],
+            "networks": [{**rows[network.name], **self._tested(network)} for network in result.networks],
             **{key: content[key] for key in FIGURES},
         }
 

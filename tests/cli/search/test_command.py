@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from muntin.cli import app
+from muntin.cli.search import command
 from muntin.errors import MuntinError, RecipeError
+from muntin.models import ModelConfig
+from muntin.searching.run import SearchStage
+from muntin.searching.space import Architecture
+from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe, read_checkpoint
 
 SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\nattention: [hybrid, local]\n"
@@ -42,6 +49,18 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
     other = search(tiny, output, "--candidates", "7")
     assert isinstance(other.exception, RecipeError) and "holds a search with another settings" in str(other.exception)
+
+
+def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = StringIO()
+    monkeypatch.setattr(command, "err", Console(file=file, force_terminal=True, width=120, markup=False))
+    one = Architecture(config=ModelConfig())
+    point = StudyPoint(number=6, chosen={"depths.0": 2, "stem": (8, 16)}, architecture=one, score=0.5, cost=2.25)
+    with command._shown(lambda: None, "latency") as show:
+        show(SearchStage(stage="supernet", done=3, total=9, text="loss 1.2"))
+        show(SearchStage(stage="study", done=1, total=9, front=[point]))
+    assert "shared weights: step 3 of 9, loss 1.2" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
+    assert "007" in file.getvalue() and "2.25 ms" in file.getvalue() and "stem [8, 16]" in file.getvalue()
 
 
 def test_command_of_a_point_is_a_recipe(tiny: Any) -> None:
