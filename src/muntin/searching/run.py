@@ -12,6 +12,7 @@ A search that was interrupted goes on when it is started again with the same set
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +222,7 @@ class _Search:
                     SearchStage(stage="supernet", done=step, total=steps, text=f"loss {loss:.3f}")
                 ),
             )
+            before = max(before, trained.seconds - (time.perf_counter() - started))  # those of a search that was killed
             self._save(used())
             self.notes += trained.notes
             if not trained.finished:
@@ -231,13 +233,10 @@ class _Search:
                 self.space, self.base, self.folder, candidates=candidates, seed=self.recipe.seed, sampler=sampler
             )  # fmt: skip
             interruption.work = "this candidate"
-            deadline = None if self.settings.minutes is None else 60 * self.settings.minutes * (SUPERNET_SHARE + STUDY_SHARE)
             measuring = time.perf_counter()
             latency = self._latency(scorer, lambda: interruption.requested)
             self.table_seconds += time.perf_counter() - measuring
-            self._study(
-                study, scorer, latency, stopped=lambda: interruption.requested, late=lambda: deadline is not None and used() > deadline
-            )  # fmt: skip
+            self._study(study, scorer, latency, stopped=lambda: interruption.requested, used=used)
             self._save(used())
             if interruption.requested:
                 return self._result(study, latency, finished=False)
@@ -274,12 +273,18 @@ class _Search:
 
     def _study(
         self, study: ArchitectureStudy, scorer: CandidateScorer, latency: ArchitectureLatency | None, *, stopped: Callable[[], bool],
-        late: Callable[[], bool],
+        used: Callable[[], float],
     ) -> None:  # fmt: skip
-        """Score candidates until there are enough, it is late and there is one, or the search is stopped."""
-        while len(study.proposals) < self.settings.candidates and not stopped() and not (study.points and late()):
+        """Score candidates until there are enough, until their minutes are over and there is one, or until the search is stopped.
+
+        `used`: seconds of the search so far.
+        """
+        minutes = self.settings.minutes
+        deadline = math.inf if minutes is None else 60 * minutes * (SUPERNET_SHARE + STUDY_SHARE)
+        while len(study.proposals) < self.settings.candidates and not stopped() and not (study.points and used() > deadline):
             study.step(lambda one: (scorer.score(one), self._cost(one, latency)))
             done = len(study.proposals)
+            self._save(used())  # of a search that is killed, too, no minute counts twice
             self.report(SearchStage(stage="study", done=done, total=self.settings.candidates, front=study.front))
         if not study.points and not stopped():
             raise RecipeError(
