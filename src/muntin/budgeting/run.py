@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.pipeline import CompressionResult, SearchReport, compress
+from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, TablePlans, compress
 from muntin.compression.loading import load_model
 from muntin.data import Crops
 from muntin.data.batch_feed import prefetch, worker_count
@@ -40,10 +40,11 @@ def compress_run(
     folder: Path,
     *,
     progress: SearchReport = lambda progress: None,
+    plans: OpenBase = TablePlans,
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
-    Without steps there, each candidate is trained for the share of the recipe's steps that its three stages would take. Raises
+    `plans`: as of `compress`. Without steps in that section, each candidate is trained for the share of the recipe's steps that its three stages would take. Raises
     `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
     """
     if checkpoint.state.compression is not None:
@@ -66,7 +67,8 @@ def compress_run(
         model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
         holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature,
         recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
-        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget"})}, seed=recipe.seed, progress=progress, **training,
+        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget"})}, seed=recipe.seed, progress=progress,
+        plans=plans, **training,
     )  # fmt: skip
 
 
