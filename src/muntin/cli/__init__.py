@@ -12,6 +12,7 @@ from muntin.cli.bench import bench_command
 from muntin.cli.compare import compare_command
 from muntin.cli.compress import compress_command, quantize_command
 from muntin.cli.console import accept_any_name, out, say
+from muntin.cli.drift import drift_command
 from muntin.cli.export import export_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
@@ -69,6 +70,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict_command,
     "serve": serve_command,
     "triton": triton_command,
+    "drift": drift_command,
     "report": report_command,
     "models": models_command,
 }
