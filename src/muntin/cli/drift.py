@@ -24,8 +24,8 @@ _FolderArgument = Annotated[
 _ReferenceOption = Annotated[
     Path | None,
     typer.Option(
-        help="The run that the artefact was exported from, or a folder of pictures like its training pictures: writes their statistics into "
-        "the artefact, once."
+        help="The run that the artefact was exported from, or a folder of pictures like its training pictures: their statistics are "
+        "written into the artefact."
     ),
 ]
 _NewestOption = Annotated[int | None, typer.Option(min=1, help="Compare only so many pictures, those that were changed last.")]
