@@ -12,7 +12,6 @@ from muntin.cli.bench import bench_command
 from muntin.cli.compare import compare_command
 from muntin.cli.compress import compress_command, quantize_command
 from muntin.cli.console import accept_any_name, out, say
-from muntin.cli.drift import drift_command
 from muntin.cli.export import export_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
@@ -21,6 +20,7 @@ from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
 from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
+from muntin.cli.updating.drift import drift_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
 

@@ -138,5 +138,5 @@ def test_picture_larger_than_the_limits(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="--keep-samples .*name a folder"):
+    with pytest.raises(DataError, match="--keep-samples"):
         keeper(tmp_path / "file" / "kept")

@@ -11,10 +11,10 @@ import pytest
 
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError
-from muntin.updating.drift.features import Feature, Floats, feature_list
-from muntin.updating.drift.reference import FILE, DriftReference, Moments, make_reference, read_reference, write_reference
+from muntin.updating.drift.features import Floats, PictureFeature, feature_list
+from muntin.updating.drift.reference import FILE, DriftReference, FeatureMoments, make_reference, read_reference, write_reference
 
-FEATURES = [Feature(name=f"f{number}", more="more", less="less", unit="grey") for number in range(6)]
+FEATURES = [PictureFeature(name=f"f{number}", more="more", less="less", unit="grey") for number in range(6)]
 
 
 def draw(count: int, seed: int, *, shift: float = 0.0) -> Floats:
@@ -32,13 +32,13 @@ def reference() -> DriftReference:
 
 @pytest.mark.parametrize("size", [8, 20, 32, 256, 2000])
 def test_false_alarms(reference: DriftReference, size: int) -> None:
-    moments = Moments.of(reference)
+    moments = FeatureMoments.of(reference)
     alarms = sum(moments.effect(draw(size, 100 + seed)) > reference.threshold(size) for seed in range(200))
     assert alarms <= 10  # of 200
 
 
 def test_detection_grows_with_the_batch(reference: DriftReference) -> None:
-    moments = Moments.of(reference)
+    moments = FeatureMoments.of(reference)
     alarms = [
         sum(moments.effect(draw(size, 500 + seed, shift=0.5)) > reference.threshold(size) for seed in range(50)) for size in (8, 32, 128)
     ]
@@ -47,7 +47,7 @@ def test_detection_grows_with_the_batch(reference: DriftReference) -> None:
 
 def test_effect_does_not_grow_with_the_batch(reference: DriftReference) -> None:
     """A p-value would go to zero."""
-    moments = Moments.of(reference)
+    moments = FeatureMoments.of(reference)
     effects = [np.mean([moments.effect(draw(size, 900 + seed, shift=1)) for seed in range(20)]) for size in (64, 256, 1024)]
     assert max(effects) < 1.1 * min(effects)
     assert reference.threshold(10**6) == reference.threshold(256) == reference.thresholds[-1]
@@ -60,10 +60,10 @@ def test_thresholds_fall_with_the_batch(reference: DriftReference) -> None:
 
 
 def test_one_picture_of_a_class_that_never_occurred() -> None:
-    features = [*FEATURES, *(Feature(name=name, more="more", less="less", unit="share") for name in ("class a", "class b"))]
+    features = [*FEATURES, *(PictureFeature(name=name, more="more", less="less", unit="share") for name in ("class a", "class b"))]
     batch = np.hstack([draw(32, 3), np.tile([1.0, 0.0], (32, 1))])
     reference = make_reference(np.hstack([draw(512, 0), np.tile([1.0, 0.0], (512, 1))]), features)
-    moments = Moments.of(reference)
+    moments = FeatureMoments.of(reference)
     before = moments.effect(batch)
     batch[0, 6:] = [0, 1]
     assert before < reference.threshold(32) > moments.effect(batch)
@@ -80,8 +80,8 @@ def test_too_few_pictures() -> None:
         make_reference(draw(63, 0), FEATURES)
 
 
-def test_reference_in_an_artifact(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
-    artifact = open_artifact(write_pixels(tmp_path / "a"))
+def test_reference_in_an_artifact(write_channels: Callable[..., Path], tmp_path: Path) -> None:
+    artifact = open_artifact(write_channels(tmp_path / "a"))
     signature = artifact.manifest.signature
     assert read_reference(artifact, signature) is None
     features = feature_list(signature)
@@ -110,10 +110,10 @@ def test_reference_in_an_artifact(write_pixels: Callable[..., Path], tmp_path: P
         ({"format": 2}, "format"),
     ],
 )
-def test_damaged_reference(write_pixels: Callable[..., Path], tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_damaged_reference(write_channels: Callable[..., Path], tmp_path: Path, change: dict[str, object], message: str) -> None:
     from muntin.artifact.store import with_optional_file
 
-    artifact = open_artifact(write_pixels(tmp_path / "a"))
+    artifact = open_artifact(write_channels(tmp_path / "a"))
     features = feature_list(artifact.manifest.signature)
     values = json.loads(make_reference(np.random.default_rng(0).random((64, len(features))), features).model_dump_json())
     with_optional_file(artifact, FILE, json.dumps(values | change).encode())

@@ -13,11 +13,11 @@ from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, MAX_PIXELS, open_source
 from muntin.runtime.session import Session
-from muntin.updating.drift.features import WINDOW, Feature, Floats, describe, feature_list
-from muntin.updating.drift.reference import LEAST, DriftReference, Moments
+from muntin.updating.drift.features import WINDOW, Floats, PictureFeature, describe, feature_list
+from muntin.updating.drift.reference import LEAST, DriftReference, FeatureMoments
 
 Corner = tuple[float, float]
-Progress = Callable[[float, float], None]
+Advance = Callable[[float, float], None]
 FARTHEST = 8
 """Number of pictures that are named."""
 SHOWN_CHANGES = 8
@@ -30,7 +30,7 @@ FEW_WINDOWS = 32
 class FeatureChange:
     """One feature of a batch and of the reference, as means. `effect`: difference in standard deviations. `notable`: beyond chance."""
 
-    feature: Feature
+    feature: PictureFeature
     before: float
     after: float
     effect: float
@@ -103,7 +103,7 @@ def describe_files(
     *,
     windows: int = 1,
     max_pixels: int = MAX_PIXELS,
-    progress: Progress = lambda done, total: None,
+    progress: Advance = lambda done, total: None,
 ) -> tuple[Floats, list[tuple[Path, Corner]], list[tuple[Path, str]]]:
     """Return the features (n, F) of pictures, the picture and the place of each row, and the pictures that cannot be read with the reason.
 
@@ -132,7 +132,7 @@ def compare_folder(
     *,
     newest: int | None = None,
     max_pixels: int = MAX_PIXELS,
-    progress: Progress = lambda done, total: None,
+    progress: Advance = lambda done, total: None,
 ) -> DriftResult:
     """Compare the pictures of a folder with a reference. Costs one call of the session a picture.
 
@@ -162,7 +162,7 @@ def compared(
     notes: Sequence[str] = (),
 ) -> DriftResult:
     """Compare described pictures with a reference."""
-    moments, features, count = Moments.of(reference), feature_list(signature), len(features_nF)
+    moments, features, count = FeatureMoments.of(reference), feature_list(signature), len(features_nF)
     effects, means = moments.changes(features_nF), features_nF.mean(0)
     usual = reference.largest_change(count)
     order = np.argsort(-np.abs(effects))[:SHOWN_CHANGES]
@@ -198,7 +198,7 @@ def corners(count: int, number: int) -> Iterator[Corner]:
     yield from map(tuple, np.random.default_rng(number).random((count, 2)).tolist())
 
 
-def _deviation(features: Sequence[Feature], z_F: Floats) -> str:
+def _deviation(features: Sequence[PictureFeature], z_F: Floats) -> str:
     largest = int(np.argmax(np.abs(z_F)))
     feature = features[largest]
     return f"{feature.name} {feature.more if z_F[largest] > 0 else feature.less} ({z_F[largest]:+.1f})"

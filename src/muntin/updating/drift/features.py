@@ -37,7 +37,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feature:
+class PictureFeature:
     """One feature. `more`, `less`: words for a rise and a fall of its mean.
 
     `unit`: "share" from 0 to 1; "grey" levels from 0 to 1, shown from 0 to 255; "power" of grey levels as a logarithm, shown as their root
@@ -56,23 +56,25 @@ class Feature:
         return f"{255 * (value if self.unit == 'grey' else 10 ** (value / 2)):.3g}"
 
 
-def feature_list(signature: Signature) -> tuple[Feature, ...]:
+def feature_list(signature: Signature) -> tuple[PictureFeature, ...]:
     """Return the features of a model's pictures, in the order of `describe`."""
     channels = _COLORS.get(signature.channels) or tuple(f"channel {number}" for number in range(1, signature.channels + 1))
-    features = [Feature(name=f"brightness of {name}", more="brighter", less="darker", unit="grey") for name in channels]
-    features += [Feature(name=f"contrast of {name}", more="stronger", less="weaker", unit="grey") for name in channels]
+    features = [PictureFeature(name=f"brightness of {name}", more="brighter", less="darker", unit="grey") for name in channels]
+    features += [PictureFeature(name=f"contrast of {name}", more="stronger", less="weaker", unit="grey") for name in channels]
     if signature.channels >= 3:
-        features.append(Feature(name="colourfulness", more="more colourful", less="less colourful", unit="grey"))
+        features.append(PictureFeature(name="colourfulness", more="more colourful", less="less colourful", unit="grey"))
     features += [
-        Feature(name=f"detail at {1 << level} px", more="sharper or noisier", less="more blurred", unit="power") for level in range(LEVELS)
+        PictureFeature(name=f"detail at {1 << level} px", more="sharper or noisier", less="more blurred", unit="power")
+        for level in range(LEVELS)
     ]
     if signature.task == "restore":
-        return (*features, Feature(name="correction by the model", more="stronger", less="weaker", unit="power"))
-    names = [entry.name for entry in signature.classes]
-    shown = names if len(names) <= MAX_CLASSES else [*names[: MAX_CLASSES - 1], f"{len(names) - MAX_CLASSES + 1} further classes"]
-    features += [Feature(name=f"class {name}", more="more frequent", less="rarer", unit="share") for name in shown]
+        return (*features, PictureFeature(name="correction by the model", more="stronger", less="weaker", unit="power"))
+    names = [f"class {entry.name}" for entry in signature.classes]
+    if len(names) > MAX_CLASSES:
+        names[MAX_CLASSES - 1 :] = [f"{len(names) - MAX_CLASSES + 1} further classes"]
+    features += [PictureFeature(name=name, more="more frequent", less="rarer", unit="share") for name in names]
     if signature.task == "segment":
-        features.append(Feature(name="borders between classes", more="more frequent", less="rarer", unit="share"))
+        features.append(PictureFeature(name="borders between classes", more="more frequent", less="rarer", unit="share"))
     return tuple(features)
 
 

@@ -30,7 +30,7 @@ from muntin.artifact import AnyArtifact, Signature
 from muntin.artifact.manifest import field_error
 from muntin.artifact.store import with_optional_file
 from muntin.errors import ArtifactError, DataError
-from muntin.updating.drift.features import Feature, Floats, feature_list
+from muntin.updating.drift.features import Floats, PictureFeature, feature_list
 
 FILE: Literal["drift.json"] = "drift.json"
 FORMAT: Literal[1] = 1
@@ -47,9 +47,9 @@ QUANTILE = 0.99
 ROUNDS = 1000
 """Random batches of each size."""
 SHRINKAGE = 0.05
-"""Share of the identity in the correlations: shares of classes add up to 1, so without it they have no inverse."""
-LEAST_DEVIATION = 0.1
-"""Least standard deviation of a feature that is no share, times the square root of the number of pictures."""
+"""Part by which correlations of different features are made smaller: shares of classes add up to 1, so without it they have no inverse."""
+LEAST_DEVIATION, LEAST_SHARE = 0.1, 2.0
+"""Least standard deviation of a feature, and of a share, times the square root of the number of pictures."""
 _DIGITS = 6
 
 
@@ -92,7 +92,7 @@ class DriftReference(BaseModel):
 
 
 @dataclass(frozen=True)
-class Moments:
+class FeatureMoments:
     """Mean (F,), standard deviation (F,) and inverse correlations (F, F) of features."""
 
     mean: Floats
@@ -120,7 +120,7 @@ class Moments:
         return distances
 
 
-def make_reference(features_NF: Floats, features: Sequence[Feature], *, seed: int = 0) -> DriftReference:
+def make_reference(features_NF: Floats, features: Sequence[PictureFeature], *, seed: int = 0) -> DriftReference:
     """Return the reference of pictures, described by `features`. Costs about three seconds for 512 pictures and 20 features.
 
     Batches of more than half of the pictures are not calibrated. Raises DataError for fewer than `LEAST_REFERENCE` pictures.
@@ -169,17 +169,17 @@ def read_reference(artifact: AnyArtifact, signature: Signature) -> DriftReferenc
     return reference
 
 
-def _moments(features_NF: Floats, shares_F: NDArray[np.bool_]) -> tuple[Moments, Floats]:
+def _moments(features_NF: Floats, shares_F: NDArray[np.bool_]) -> tuple[FeatureMoments, Floats]:
     """Return the moments, and the shrunk correlations (F, F). `shares_F`: which features are shares.
 
-    A share deviates at least as if one picture consisted of its class: otherwise the first picture of a rare class would be drift.
+    A share deviates at least as if four pictures consisted of its class: otherwise the first picture of a rare class would be drift.
     """
-    count, F = features_NF.shape
-    mean = features_NF.mean(0)
-    deviation = np.maximum(features_NF.std(0), np.where(shares_F, 1, LEAST_DEVIATION) / np.sqrt(count))
+    count, mean = len(features_NF), features_NF.mean(0)
+    deviation = np.maximum(features_NF.std(0), np.where(shares_F, LEAST_SHARE, LEAST_DEVIATION) / math.sqrt(count))
     z_NF = (features_NF - mean) / deviation
-    correlation = (1 - SHRINKAGE) * (z_NF.T @ z_NF) / count + SHRINKAGE * np.eye(F)
-    return Moments(mean, deviation, np.linalg.inv(correlation)), correlation
+    correlation = (1 - SHRINKAGE) * (z_NF.T @ z_NF) / count
+    np.fill_diagonal(correlation, 1)  # also of features with the least deviation
+    return FeatureMoments(mean, deviation, np.linalg.inv(correlation)), correlation
 
 
 def _at(count: int, sizes: Sequence[int], values: Sequence[float]) -> float:

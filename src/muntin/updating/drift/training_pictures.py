@@ -10,7 +10,7 @@ from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.runtime.session import Session
 from muntin.training.checkpoint import Checkpoint, source_of
-from muntin.updating.drift.comparison import Corner, Progress, window_count
+from muntin.updating.drift.comparison import Advance, Corner, window_count
 from muntin.updating.drift.features import Floats, describe
 from muntin.updating.drift.reference import REFERENCE_PICTURES
 
@@ -21,7 +21,7 @@ def describe_training(
     *,
     count: int = REFERENCE_PICTURES,
     seed: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Advance = lambda done, total: None,
 ) -> Floats:
     """Return the features (N, F) of at most `count` windows of a run's training split.
 

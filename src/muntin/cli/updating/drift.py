@@ -30,7 +30,7 @@ _ReferenceOption = Annotated[
 ]
 _NewestOption = Annotated[int | None, typer.Option(min=1, help="Compare only so many pictures, those that were changed last.")]
 _ReportOption = Annotated[Path | None, typer.Option(help="HTML file with the farthest pictures; JSON is written beside it.")]
-_MaxPixelsOption = Annotated[int, typer.Option(min=1, help="Pixels of one picture, checked before it is decoded.")]
+_PicturePixelsOption = Annotated[int, typer.Option(min=1, help="Pixels of one picture, checked before it is decoded.")]
 
 
 def drift_command(
@@ -39,7 +39,7 @@ def drift_command(
     reference: _ReferenceOption = None,
     newest: _NewestOption = None,
     report: _ReportOption = None,
-    max_pixels: _MaxPixelsOption = 1 << 28,
+    max_pixels: _PicturePixelsOption = 1 << 28,
     engine: EngineOption = "openvino",
     precision: PrecisionOption = "recorded",
     threads: ThreadsOption = None,

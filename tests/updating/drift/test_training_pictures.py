@@ -1,0 +1,43 @@
+"""The training pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from muntin.artifact import ClassInfo, Signature
+from muntin.compression import load_model
+from muntin.errors import DataError
+from muntin.models.session import TorchSession
+from muntin.training import fit, read_checkpoint
+from muntin.updating.drift.features import feature_list
+from muntin.updating.drift.training_pictures import _draws, check_origin, describe_training
+
+
+def test_windows_of_a_run(write_tiny: Callable[..., Any], tmp_path: Any) -> None:
+    tiny = write_tiny(tmp_path / "data")
+    fit(tiny.recipe, directory=tmp_path / "run")
+    checkpoint = read_checkpoint(tmp_path / "run")
+    session = TorchSession(load_model(checkpoint), checkpoint.signature)
+    done: list[tuple[float, float]] = []
+    features = describe_training(session, checkpoint, count=12, progress=lambda at, total: done.append((at, total)))
+    assert features.shape == (12, len(feature_list(checkpoint.signature))) and done[-1] == (12, 12)
+    assert np.array_equal(features, describe_training(session, checkpoint, count=12))
+    check_origin(checkpoint.signature, checkpoint)
+    other = checkpoint.signature.model_copy(update={"classes": (ClassInfo(name="x", color=(0, 0, 0)),)})
+    with pytest.raises(DataError, match="a run of another model"):
+        check_origin(other, checkpoint)
+
+
+def test_draws_of_many_and_of_few_pictures() -> None:
+    signature = Signature(task="segment", channels=3, classes=(ClassInfo(name="x", color=(0, 0, 0)),))
+    generator = np.random.default_rng(0)
+    many = [index for index, _ in _draws([(10, 10)] * 100, signature, 30, generator)]
+    assert len(set(many)) == 30 and many == sorted(many)
+    few = [index for index, _ in _draws([(256, 256), (1024, 2304)], signature, 370, generator)]
+    assert 0 < few.count(0) < 30 and len(few) == 370  # one window of 37
+    classifier = Signature(task="classify", channels=3, classes=signature.classes)
+    assert [index for index, _ in _draws([(10, 10)] * 5, classifier, 30, generator)] == [0, 1, 2, 3, 4]
