@@ -14,6 +14,14 @@ import pytest
 from muntin.images import write_image
 
 
+MODEL = """
+from torch import nn
+
+def make(*, task, classes, channels):
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 3, padding=1))
+"""
+
+
 def pictures(folder: Path, count: int, seed: int, *, gain: float = 1.0, channels: int = 3) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(seed)
@@ -68,17 +76,29 @@ def test_reference_of_a_folder(call: Callable[..., Any], write_small: Callable[.
     artifact, train = write_small(tmp_path / "artifact", task="classify", side=24), pictures(tmp_path / "train", 64, 0)
     assert f"--reference {'RUN'}" in call("drift", artifact, train).mistake()
     document = call("drift", artifact, "--reference", train, "--threads", 1, "--json").document()
-    assert document["pictures"] == 64 and list(document["thresholds"]) == ["8", "16", "32"]
+    assert document["windows"] == 64 and not document["notes"] and list(document["thresholds"]) == ["8", "16", "32"]
     assert call("verify", artifact).code == 0
     assert call("drift", artifact, train, "--threads", 1).code == 0
 
 
-def test_reference_of_a_run(call: Callable[..., Any], exported: Any, tmp_path: Path) -> None:
-    artifact = tmp_path / "artifact"
-    shutil.copytree(exported.artifact, artifact)
-    answer = call("drift", artifact, "--reference", exported.run, "--threads", 1)
-    assert answer.code == 0 and "512 training pictures" in answer.out
-    assert call("export", exported.run, "--output", artifact, "--json").document()["written"] is False
+def test_reference_of_a_run(
+    call: Callable[..., Any], write_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artefact is still that of the run's weights, so that an export has nothing to do."""
+    (tmp_path / "one_convolution.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny = write_tiny(tmp_path / "data", model={"name": "one_convolution:make", "options": {}})
+    for kind in ("images", "masks"):
+        for number in range(60):
+            shutil.copyfile(tiny.root / "train" / kind / "train-0.png", tiny.root / "train" / kind / f"more-{number}.png")
+    run, artifact = tmp_path / "run", tmp_path / "run" / "artifact"
+    assert call("fit", tiny.recipe, "--output", run, "--json").code == 0
+    assert call("export", run, "--json").code == 0
+    assert f"muntin drift {artifact} --reference {run}" in call("drift", artifact, tiny.root / "train" / "images").mistake()
+    answer = call("drift", artifact, "--reference", run, "--threads", 1)
+    assert answer.code == 0 and "the reference, 64 windows" in answer.out
+    assert json.loads(call("export", run, "--json").out)["written"] is False
+    assert call("drift", artifact, tiny.root / "train" / "images", "--threads", 1).code == 0
 
 
 @pytest.mark.parametrize("words", [(), ("new", "--report", "page.txt"), ("--report", "page.html", "--reference", "run")])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,3 +106,9 @@ def test_folder_without_pictures(tmp_path: Path) -> None:
         pictures_in(tmp_path / "none")
     with pytest.raises(DataError, match="holds no pictures"):
         pictures_in(tmp_path)
+
+
+def test_needs_no_torch() -> None:
+    absent = "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'timm', 'scipy']))"
+    modules = "muntin.updating.drift.comparison, muntin.cli.updating.drift, muntin.reporting.drift.page"
+    subprocess.run([sys.executable, "-c", f"{absent}\nimport {modules}"], check=True)

@@ -66,22 +66,20 @@ def drift_command(
             f"{artifact} has no reference to compare with: make it once by `muntin drift {artifact} --reference {_run(artifact)}`"
         )
     session = load(artifact, engine=engine, precision=precision, threads=threads)
-    made = None
     if reference is not None:
-        known = made = _make_reference(opened, session, reference, max_pixels)
-    if folder is None:
-        assert made is not None
-        _print_reference(artifact, made, json)
-        return
+        known, notes = _make_reference(opened, session, reference, max_pixels)
+        if folder is None or not json:
+            _print_reference(artifact, known, notes, json)
     assert known is not None
-    _compare(artifact, session, known, folder, newest=newest, max_pixels=max_pixels, report=report, json=json, made=made)
+    if folder is not None:
+        _compare(artifact, session, known, folder, newest=newest, max_pixels=max_pixels, report=report, json=json)
 
 
-def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels: int) -> DriftReference:
-    """Describe the pictures of a run or a folder, and write their statistics into the artefact."""
-    from muntin.updating.drift.comparison import describe_files, pictures_in
+def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels: int) -> tuple[DriftReference, tuple[str, ...]]:
+    """Describe the pictures of a run or a folder, and write their statistics into the artefact. Returns notes, too."""
+    from muntin.updating.drift.comparison import describe_files, few_pictures_note, pictures_in
     from muntin.updating.drift.features import feature_list
-    from muntin.updating.drift.reference import REFERENCE_PICTURES, make_reference, write_reference
+    from muntin.updating.drift.reference import LEAST_REFERENCE, REFERENCE_PICTURES, make_reference, write_reference
 
     signature = opened.manifest.signature
     if not source.exists():
@@ -95,23 +93,25 @@ def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels
         checkpoint = read_checkpoint(find_checkpoint(source))
         check_origin(signature, checkpoint)
         with progress_bar("describing training pictures", "pictures/s") as advance:
-            features = describe_training(session, checkpoint, progress=advance)
+            features, count = describe_training(session, checkpoint, progress=advance)
     else:
         paths = pictures_in(source)
         step = max(1, len(paths) // REFERENCE_PICTURES)
         paths = paths[::step][:REFERENCE_PICTURES]
+        count = len(paths)
+        windows = REFERENCE_PICTURES if count < LEAST_REFERENCE else 1
         with progress_bar("describing pictures", "pictures/s") as advance:
-            features, _, skipped = describe_files(session, paths, windows=REFERENCE_PICTURES, max_pixels=max_pixels, progress=advance)
+            features, _, skipped = describe_files(session, paths, windows=windows, max_pixels=max_pixels, progress=advance)
         if skipped:
             raise DataError(f"{len(skipped)} of {len(paths)} pictures cannot be read, such as {skipped[0][0]}: {skipped[0][1]}")
     made = make_reference(features, feature_list(signature))
     write_reference(opened, made)
-    return made
+    return made, few_pictures_note(count)
 
 
 def _compare(
     artifact: Path, session: Session, known: DriftReference, folder: Path, *, newest: int | None, max_pixels: int, report: Path | None,
-    json: bool, made: DriftReference | None,
+    json: bool,
 ) -> None:  # fmt: skip
     from muntin.updating.drift.comparison import compare_folder
 
@@ -124,21 +124,21 @@ def _compare(
     if json:
         print_json(finite(document))
     else:
-        if made is not None:
-            _print_reference(artifact, made, json=False)
         _print(result, report)
     if result.drifted:
         raise DriftError(f"{folder}: {result.summary}; {_first(result)}")
 
 
-def _print_reference(artifact: Path, made: DriftReference, json: bool) -> None:
+def _print_reference(artifact: Path, made: DriftReference, notes: tuple[str, ...], json: bool) -> None:
     thresholds = dict(zip(made.batches, made.thresholds, strict=True))
     if json:
-        print_json({"artifact": artifact, "pictures": made.pictures, "features": made.features, "thresholds": thresholds})
+        document = {"artifact": artifact, "windows": made.pictures, "statistics": made.features, "thresholds": thresholds, "notes": notes}
+        print_json(document)
         return
-    out.print(f"wrote     {artifact}: the reference of {made.pictures} training pictures, {len(made.features)} statistics of each")
+    out.print(f"wrote     {artifact}: the reference, {made.pictures} windows of pictures, {len(made.features)} statistics of each")
     listed = ", ".join(f"{threshold:.2f} ({size} pictures)" for size, threshold in thresholds.items())
     out.print(f"threshold {listed}, in standard deviations")
+    print_notes(notes)
 
 
 def _print(result: DriftResult, report: Path | None) -> None:

@@ -14,7 +14,7 @@ from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, MAX_PIXELS, open_source
 from muntin.runtime.session import Session
 from muntin.updating.drift.features import WINDOW, Floats, PictureFeature, describe, feature_list
-from muntin.updating.drift.reference import LEAST, DriftReference, FeatureMoments
+from muntin.updating.drift.reference import LEAST, LEAST_REFERENCE, DriftReference, FeatureMoments
 
 Corner = tuple[float, float]
 Advance = Callable[[float, float], None]
@@ -22,6 +22,8 @@ FARTHEST = 8
 """Number of pictures that are named."""
 SHOWN_CHANGES = 8
 """Largest number of features that are named."""
+OVERLAPPING = 4
+"""Windows of a large picture, at most, as a multiple of those that cover it."""
 FEW_WINDOWS = 32
 """Number of windows that fewer than `LEAST` large pictures give together."""
 
@@ -117,7 +119,7 @@ def describe_files(
         except DataError as error:  # damaged, of other channels, or removed meanwhile
             skipped.append((path, str(error)))
             continue
-        count = min(each, window_count(picture.shape, session.signature))
+        count = min(each, most_windows(picture.shape, session.signature))
         for corner in corners(count, number):
             rows.append(describe(session, picture, corner))
             places.append((path, corner))
@@ -186,11 +188,19 @@ def compared(
     )  # fmt: skip
 
 
-def window_count(shape: Sequence[int], signature: Signature) -> int:
-    """Return how many windows of a picture (H, W, C) hardly overlap; 1 for a classifier, which sees the whole picture."""
-    if signature.task == "classify":
-        return 1
-    return math.ceil(shape[0] / WINDOW) * math.ceil(shape[1] / WINDOW)
+def most_windows(shape: Sequence[int], signature: Signature) -> int:
+    """Return how many windows of a picture (H, W, C) may be described: 1 of one that a window holds, and of a classifier's."""
+    tiles = math.ceil(shape[0] / WINDOW) * math.ceil(shape[1] / WINDOW)
+    return 1 if tiles == 1 or signature.task == "classify" else OVERLAPPING * tiles
+
+
+def few_pictures_note(pictures: int) -> tuple[str, ...]:
+    """Return a note on a reference of so few pictures that it takes several windows of each."""
+    if pictures >= LEAST_REFERENCE:
+        return ()
+    return (
+        f"the reference has {pictures} pictures, in many windows each: pictures of other subjects or places than these look like drift",
+    )
 
 
 def corners(count: int, number: int) -> Iterator[Corner]:

@@ -10,9 +10,9 @@ from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.runtime.session import Session
 from muntin.training.checkpoint import Checkpoint, source_of
-from muntin.updating.drift.comparison import Advance, Corner, window_count
+from muntin.updating.drift.comparison import Advance, Corner, most_windows
 from muntin.updating.drift.features import Floats, describe
-from muntin.updating.drift.reference import REFERENCE_PICTURES
+from muntin.updating.drift.reference import LEAST_REFERENCE, REFERENCE_PICTURES
 
 
 def describe_training(
@@ -22,10 +22,10 @@ def describe_training(
     count: int = REFERENCE_PICTURES,
     seed: int = 0,
     progress: Advance = lambda done, total: None,
-) -> Floats:
-    """Return the features (N, F) of at most `count` windows of a run's training split.
+) -> tuple[Floats, int]:
+    """Return the features (N, F) of at most `count` windows of a run's training split, and the number of pictures in the split.
 
-    One random window of each of so many pictures; of fewer pictures several, the more the larger a picture is.
+    One random window of each of so many pictures; of fewer than `LEAST_REFERENCE` pictures several, the more the larger a picture is.
     Raises DataError where the data are gone.
     """
     samples = source_of(checkpoint).split("train")
@@ -35,7 +35,7 @@ def describe_training(
     for done, (index, corner) in enumerate(draws, 1):
         rows.append(describe(session, samples[index].image, corner))
         progress(done, len(draws))
-    return np.array(rows)
+    return np.array(rows), len(samples)
 
 
 def check_origin(signature: Signature, checkpoint: Checkpoint) -> None:
@@ -50,10 +50,12 @@ def check_origin(signature: Signature, checkpoint: Checkpoint) -> None:
 
 def _draws(sizes: Sequence[tuple[int, int]], signature: Signature, count: int, generator: np.random.Generator) -> list[tuple[int, Corner]]:
     """Draw (index of a picture, place of its window), in order of the pictures, so that each is decoded once."""
-    if signature.task == "classify" or len(sizes) >= count:
+    most = np.array([most_windows(size, signature) for size in sizes])
+    if len(sizes) >= LEAST_REFERENCE:
         chosen = generator.permutation(len(sizes))[:count]
+    elif most.sum() <= count:
+        chosen = np.arange(len(sizes)).repeat(most)
     else:
-        weights = np.array([window_count(size, signature) for size in sizes], np.float64)
-        chosen = generator.choice(len(sizes), size=count, p=weights / weights.sum())
+        chosen = generator.choice(len(sizes), size=count, p=most / most.sum())
     corners = generator.random((len(chosen), 2)).tolist()
     return [(int(index), (row, column)) for index, (row, column) in zip(sorted(chosen.tolist()), corners, strict=True)]
