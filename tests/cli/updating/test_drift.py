@@ -13,7 +13,6 @@ import pytest
 
 from muntin.images import write_image
 
-
 MODEL = """
 from torch import nn
 
