@@ -40,7 +40,7 @@ from muntin.runtime import describe_hardware, load
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.session import Session
 from muntin.updating.drift.features import WINDOW, describe, feature_list
-from muntin.updating.drift.reference import REFERENCE_PICTURES, DriftReference, FeatureMoments, make_reference
+from muntin.updating.drift.reference import REFERENCE_PICTURES, SHRINKAGE, DriftReference, FeatureMoments, make_reference
 from options import at_least
 from resumed import demo_recipe, print_machines, trained
 
@@ -212,7 +212,7 @@ def rows_of(data: str, given: argparse.Namespace, hardware: Row) -> Iterator[Row
         path = digits_artifact(folder / "int8")
         training, pools = iter(draw_digits(1024, 0)[0][:REFERENCE_PICTURES]), digit_pools(given.pool, 32 * given.batches)
     session: Session = load(path, threads=given.threads)
-    settings = {"batches": given.batches, "pool": given.pool, "reference": REFERENCE_PICTURES, "steps": STEPS}
+    settings = {"batches": given.batches, "pool": given.pool, "reference": REFERENCE_PICTURES, "shrinkage": SHRINKAGE, "steps": STEPS}
     reference: DriftReference | None = None
     for name, pictures in pools:
         place = folder / f"{name.replace(' ', '-').replace(',', '')}.json"

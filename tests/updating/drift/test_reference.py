@@ -40,7 +40,7 @@ def test_false_alarms(reference: DriftReference, size: int) -> None:
 def test_detection_grows_with_the_batch(reference: DriftReference) -> None:
     moments = FeatureMoments.of(reference)
     alarms = [
-        sum(moments.effect(draw(size, 500 + seed, shift=0.5)) > reference.threshold(size) for seed in range(50)) for size in (8, 32, 128)
+        sum(moments.effect(draw(size, 500 + seed, shift=0.1)) > reference.threshold(size) for seed in range(50)) for size in (8, 32, 128)
     ]
     assert alarms[0] < alarms[1] <= alarms[2] == 50
 
@@ -60,7 +60,10 @@ def test_thresholds_fall_with_the_batch(reference: DriftReference) -> None:
 
 
 def test_one_picture_of_a_class_that_never_occurred() -> None:
-    features = [*FEATURES, *(PictureFeature(name=name, more="more", less="less", unit="share") for name in ("class a", "class b"))]
+    features = [
+        *FEATURES,
+        *(PictureFeature(name=name, more="more", less="less", unit="share", least=2.0) for name in ("class a", "class b")),
+    ]
     batch = np.hstack([draw(32, 3), np.tile([1.0, 0.0], (32, 1))])
     reference = make_reference(np.hstack([draw(512, 0), np.tile([1.0, 0.0], (512, 1))]), features)
     moments = FeatureMoments.of(reference)

@@ -41,13 +41,15 @@ class PictureFeature:
     """One feature. `more`, `less`: words for a rise and a fall of its mean.
 
     `unit`: "share" from 0 to 1; "grey" levels from 0 to 1, shown from 0 to 255; "power" of grey levels as a logarithm, shown as their root
-    mean square.
+    mean square. `least`: smallest standard deviation that counts, times the square root of the number of pictures: without it, the first
+    picture of a rare class would be drift.
     """
 
     name: str
     more: str
     less: str
     unit: Literal["share", "grey", "power"]
+    least: float = 0.1
 
     def text(self, value: float) -> str:
         """Return a value with its unit."""
@@ -72,7 +74,8 @@ def feature_list(signature: Signature) -> tuple[PictureFeature, ...]:
     names = [f"class {entry.name}" for entry in signature.classes]
     if len(names) > MAX_CLASSES:
         names[MAX_CLASSES - 1 :] = [f"{len(names) - MAX_CLASSES + 1} further classes"]
-    features += [PictureFeature(name=name, more="more frequent", less="rarer", unit="share") for name in names]
+    least = 2.0 if signature.task == "classify" else 1.0  # a picture has one class, or parts of several
+    features += [PictureFeature(name=name, more="more frequent", less="rarer", unit="share", least=least) for name in names]
     if signature.task == "segment":
         features.append(PictureFeature(name="borders between classes", more="more frequent", less="rarer", unit="share"))
     return tuple(features)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from muntin.artifact import AnyArtifact, Signature
@@ -46,10 +45,8 @@ QUANTILE = 0.99
 """Share of the reference's own batches that raise no alarm."""
 ROUNDS = 1000
 """Random batches of each size."""
-SHRINKAGE = 0.05
+SHRINKAGE = 0.001
 """Part by which correlations of different features are made smaller: shares of classes add up to 1, so without it they have no inverse."""
-LEAST_DEVIATION, LEAST_SHARE = 0.1, 2.0
-"""Least standard deviation of a feature, and of a share, times the square root of the number of pictures."""
 _DIGITS = 6
 
 
@@ -128,7 +125,7 @@ def make_reference(features_NF: Floats, features: Sequence[PictureFeature], *, s
     count = len(features_NF)
     if count < LEAST_REFERENCE:
         raise DataError(f"{count} pictures: a reference takes at least {LEAST_REFERENCE}, of which 256 and more give a sharper one")
-    generator, shares = np.random.default_rng(seed), np.array([feature.unit == "share" for feature in features])
+    generator, least = np.random.default_rng(seed), np.array([feature.least for feature in features])
     batches = [size for size in BATCHES if size <= count // 2]
     quantiles = []
     for size in batches:
@@ -136,11 +133,11 @@ def make_reference(features_NF: Floats, features: Sequence[PictureFeature], *, s
         for _ in range(ROUNDS):
             order = generator.permutation(count)
             batch_nF = features_NF[order[:size]]
-            moments, _ = _moments(features_NF[order[max(size, count // 4) :]], shares)
+            moments, _ = _moments(features_NF[order[max(size, count // 4) :]], least)
             effects.append(moments.effect(batch_nF))
             largest.append(float(np.abs(moments.changes(batch_nF)).max()))
         quantiles.append((float(np.quantile(effects, QUANTILE)), float(np.quantile(largest, QUANTILE))))
-    moments, correlation = _moments(features_NF, shares)
+    moments, correlation = _moments(features_NF, least)
     thresholds, changes = np.minimum.accumulate(np.array(quantiles), axis=0).T  # a larger batch has no more by chance
     return DriftReference(
         pictures=count, features=tuple(feature.name for feature in features), mean=_rounded(moments.mean),
@@ -169,13 +166,10 @@ def read_reference(artifact: AnyArtifact, signature: Signature) -> DriftReferenc
     return reference
 
 
-def _moments(features_NF: Floats, shares_F: NDArray[np.bool_]) -> tuple[FeatureMoments, Floats]:
-    """Return the moments, and the shrunk correlations (F, F). `shares_F`: which features are shares.
-
-    A share deviates at least as if four pictures consisted of its class: otherwise the first picture of a rare class would be drift.
-    """
+def _moments(features_NF: Floats, least_F: Floats) -> tuple[FeatureMoments, Floats]:
+    """Return the moments, and the shrunk correlations (F, F). `least_F`: as of `PictureFeature`."""
     count, mean = len(features_NF), features_NF.mean(0)
-    deviation = np.maximum(features_NF.std(0), np.where(shares_F, LEAST_SHARE, LEAST_DEVIATION) / math.sqrt(count))
+    deviation = np.maximum(features_NF.std(0), least_F / math.sqrt(count))
     z_NF = (features_NF - mean) / deviation
     correlation = (1 - SHRINKAGE) * (z_NF.T @ z_NF) / count
     np.fill_diagonal(correlation, 1)  # also of features with the least deviation
