@@ -31,6 +31,8 @@ LARGEST_EXAMPLE = 1 << 28
 """Pixels of all images, or values of all inputs, of an example, which is computed when an artefact is opened."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
+OptionalFileName = Literal["drift.json"]
+AnyFileName = FileName | OptionalFileName
 
 
 class _Frozen(BaseModel):
@@ -151,7 +153,7 @@ class AnyManifest(_Frozen):
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}
     example: Any = None
-    files: dict[FileName, Sha256] = {}
+    files: dict[AnyFileName, Sha256] = {}
     sha256: str = ""
 
     @property
