@@ -47,6 +47,7 @@ from muntin.artifact.manifest import (
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
 from muntin.artifact.plan import TilePlan
+from muntin.artifact.sparse_layers import sparsity_of
 from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.errors import ArtifactError
 
@@ -297,6 +298,8 @@ def _write(
 ) -> AnyKind:
     """Writes the four files and returns the manifest. `fields`: its values other than of files and weights."""
     structure, tensors, records = split_model(model, packing)
+    patterns = sparsity_of(model)
+    fields["layers"] = tuple(one.model_copy(update={"sparsity": patterns.get(one.name, "")}) for one in fields["layers"])
     contents: dict[FileName, bytes] = {
         "model.onnx": structure.SerializeToString(deterministic=True),
         "weights.safetensors": save_tensors(tensors),
