@@ -95,7 +95,7 @@ def test_dense_where_it_is_smaller() -> None:
     half = np.where(rng.random((64, 64)) < 0.5, 0, dense).astype(np.int8)
     assert [smallest_form(values, 4) for values in (dense, few_zeros, small, dense[0])] == [None] * 4
     assert smallest_form(half, 4) == SparseStorage(pattern="block:1x1", axis=0, values=int(np.count_nonzero(half)))
-    structure, tensors, records = split_model(model_of(dense), {"w": 4})
+    _, tensors, records = split_model(model_of(dense), {"w": 4})
     assert records["w"].model_dump() == {"bits": 4, "shape": (64, 64), "packing": "int"} and tensors["w"].nbytes == 2048
 
 
