@@ -75,7 +75,7 @@ def _store(initializer: onnx.TensorProto, how: int | Literal["f16"] | None) -> t
     if dtype not in _FLOATS and dtype not in _INTEGERS:
         raise ArtifactError(f"initializer {name} is {dtype}: an artefact holds {', '.join((*_FLOATS, *_INTEGERS))}")
     if how is None:
-        packing = _FLOATS.get(dtype, "int")
+        packing: Literal["int", "f16", "f32", "f64"] = _FLOATS[dtype] if dtype in _FLOATS else "int"  # noqa: SIM401 - keeps the literal type
         return _smallest(values, TensorRecord(bits=values.dtype.itemsize * 8, shape=shape, packing=packing))
     if how == "f16":
         if dtype != "float32":

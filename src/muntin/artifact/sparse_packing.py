@@ -205,7 +205,8 @@ def _pack_ranks(ranks_G: NDArray[np.int64], base: int) -> NDArray[np.uint8]:
     padded[: len(ranks_G)] = ranks_G
     powers = np.array([base**k for k in range(digits)], np.uint64)
     words = (padded.reshape(-1, digits) * powers).sum(1, dtype=np.uint64)
-    return words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].reshape(-1)
+    packed: NDArray[np.uint8] = words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].reshape(-1)
+    return packed
 
 
 def _unpack_ranks(index: NDArray[np.uint8], base: int, count: int) -> NDArray[np.int64]:

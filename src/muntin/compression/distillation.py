@@ -3,8 +3,8 @@
     batch -> teacher (no gradient)
           -> student -> loss of both answers -> clipped step, or no step if the loss or its gradient is not sound
 
-The student may be factored, pruned, sparse (zeros stay) or in quantisation-aware training. Recipes have their own loop with labels, checkpoints and several
-processes (`trainer`); this one takes any inputs and any loss.
+The student may be factored, pruned, sparse (zeros stay) or in quantisation-aware training. Recipes have their own loop with labels,
+checkpoints and several processes (`trainer`); this one takes any inputs and any loss.
 """
 
 from __future__ import annotations

@@ -76,8 +76,8 @@ def prune(
     Costs two forward passes and a backward pass over the batches, O(I³) for each layer that reads pruned channels, and two copies and
     passes of one row for each of about 2·log2(groups) trials a group that is kept. Parameters are new objects: make the optimiser
     afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. Quantised layers that are cut keep their bits,
-    sparse ones their pattern. The model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach, and for shares of a model with channel gates, for
-    which `prune(model)` is the whole call.
+    sparse ones their pattern. The model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach, and for shares of a
+    model with channel gates, for which `prune(model)` is the whole call.
     """
     check_eager(model)
     check_frozen(model)

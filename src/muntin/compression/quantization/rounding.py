@@ -129,7 +129,8 @@ class MeanErrors:
 def round_layer(layer: Layer, moments: Moments, *, correct_bias: bool) -> float:
     """Move a layer's weight to values whose nearest rounding gives outputs near the float layer's, in place.
 
-    `correct_bias`: the bias takes over the mean error. The zeros of a pattern stay. Returns the mean squared error of the outputs, as a share of nearest rounding's.
+    `correct_bias`: the bias takes over the mean error. The zeros of a pattern stay. Returns the mean squared error of the outputs, as a
+    share of nearest rounding's.
     """
     groups = layer.groups
     limit = weight_limit(layer.bits)
@@ -169,13 +170,11 @@ def _damped(moment_GII: Tensor, share: float, least_G: Tensor) -> Tensor:
     return moment_GII + share * spread_G[:, None, None] * eye_II
 
 
-def rounded_columns(
-    weight_GOI: Tensor, scale_GO1: Tensor, moment_GII: Tensor, limit: int, stay_GOI: Tensor | None = None
-) -> Tensor:
+def rounded_columns(weight_GOI: Tensor, scale_GO1: Tensor, moment_GII: Tensor, limit: int, stay_GOI: Tensor | None = None) -> Tensor:
     """Values whose nearest rounding to scale · q, |q| ≤ limit, gives outputs near those of `weight` for inputs of a (damped) second moment.
 
-    `stay`: False where the value is 0. Inputs with the largest moment come first; the error of each column is made up for by those that follow. Costs I steps of G·O·I
-    multiply-adds, and a Cholesky decomposition of I³.
+    `stay`: False where the value is 0. Inputs with the largest moment come first; the error of each column is made up for by those that
+    follow. Costs I steps of G·O·I multiply-adds, and a Cholesky decomposition of I³.
     """
     order_GI = moment_GII.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     damped_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII)).gather(2, order_GI[:, None, :].expand_as(moment_GII))

@@ -46,7 +46,7 @@ from muntin.models.eager import ModelInputs, check_eager, first_row, watch_input
 
 Scores = Literal["magnitude", "activations", "reconstruction"]
 MOMENT_BYTES, TOGETHER = 2**29, 8
-"""Bytes of moments, and number of layers, that are gathered in one pass over the batches: layers that follow see sparse ones before them."""
+"""Bytes of moments, and number of layers, that are gathered in one pass over the batches: the layers of later passes see sparse ones."""
 Layer = nn.Linear | nn.Conv2d
 
 
@@ -111,9 +111,9 @@ def sparse_again(model: nn.Module, batches: Sequence[ModelInputs], pass_: Callab
     if not before:
         return changes
     lost = {name: pattern_of(layer) for name, layer in sparse_layers(model).items() if held_places(layer) is None}
-    for name, layer in factored_layers(model).items():
+    for name, factored in factored_layers(model).items():
         if name in before:
-            lost |= {f"{name}.{part}": before[name] for part, _ in layer.named_children()}
+            lost |= {f"{name}.{part}": before[name] for part, _ in factored.named_children()}
     for pattern in sorted({one.text for one in lost.values() if one is not None}):
         names = [name for name, one in lost.items() if one is not None and one.text == pattern]
         again = [change for change in sparsify(model, batches, pattern=pattern, only=names) if change.layer in names]
