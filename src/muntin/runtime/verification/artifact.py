@@ -1,8 +1,8 @@
 """Verification of an artefact on this machine.
 
 Checks the files' digests; golden inputs against golden scores, within the tolerance recorded for the engine's real precision; that layers
-recorded with integer activations run on integer kernels; that recorded patterns of zeros are there; optionally each of these layers alone, and
-accuracy on the caller's data.
+recorded with integer activations run on integer kernels; that recorded patterns of zeros are there; optionally each of these layers alone,
+and accuracy on the caller's data.
 """
 
 from __future__ import annotations
