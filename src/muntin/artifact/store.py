@@ -2,7 +2,8 @@
 
     DIR/manifest.json         description (muntin.artifact.manifest)
     DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
-    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged
+    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged;
+                              of weights with many zeros the places and the values of the others (sparse_packing)
     DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export;
                               inputs_0/NAME, outputs_0/NAME, ... : those of a model with named inputs and outputs
 
