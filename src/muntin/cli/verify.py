@@ -20,7 +20,7 @@ def verify_command(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check an artefact: digests, golden scores or outputs, patterns of zeros, integer execution of its quantised layers, and each of them.
+    """Check an artefact: digests, golden scores or outputs, patterns of zeros, integer execution and the result of each quantised layer.
 
     Layers are checked one by one in OpenVINO only; with another --engine that check is left out, and a note says so.
     """

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from muntin.compression import QuantizedConv2d, QuantizedLinear
 from muntin.compression.sparsity.holding import check_held, sparse_layers
 from muntin.compression.sparsity.patterns import parse_pattern, taps_first
 from muntin.errors import MuntinError
+from muntin.layers import ChannelGate
 
 SCORES = ["magnitude", "activations", "reconstruction"]
 BATCHES = [pixels(8, 3, 12, 12) for _ in range(4)]
@@ -274,3 +276,18 @@ def test_pattern_that_the_weights_do_not_have(tmp_path: Path) -> None:
     (artifact.path / "manifest.json").write_bytes(content)
     result = muntin.verify(artifact.path)
     assert result.problems == ("layer 3, recorded with zeros in the pattern 1:4, has 2:4: export again",)
+
+
+def test_network_with_closed_channels(tmp_path: Path) -> None:
+    options = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "gate": True}
+    build = partial(muntin.create_model, "hybrid-xs", classes=3, options=options)
+    model, images = build().eval(), [pixels(2, 3, 32, 32)]
+    with torch.no_grad():
+        for gate in (part for part in model.modules() if isinstance(part, ChannelGate)):
+            gate.logit[::3] = -30
+    muntin.sparsify(model, images, scores="activations")
+    muntin.quantize(model, images, min_sqnr_db=0)
+    check_held(model)
+    assert len(sparse_layers(model)) > 10
+    again = muntin.load_compressed(muntin.save(model, tmp_path / "m"), build())
+    assert torch.equal(answer(again, images[0]), answer(model, images[0]))

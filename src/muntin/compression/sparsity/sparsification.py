@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from muntin.compression.activation_moments import input_moments
 from muntin.compression.calibration import calibration_list, check_weights, not_finite
+from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.history import last_changes, remember
 from muntin.compression.low_rank.factored_layers import factored_layers
@@ -47,7 +48,7 @@ from muntin.models.eager import ModelInputs, check_eager, first_row, watch_input
 Scores = Literal["magnitude", "activations", "reconstruction"]
 MOMENT_BYTES, TOGETHER = 2**29, 8
 """Bytes of moments, and number of layers, that are gathered in one pass over the batches: the layers of later passes see sparse ones."""
-Layer = nn.Linear | nn.Conv2d
+WeightLayer = nn.Linear | nn.Conv2d
 
 
 def sparsify(
@@ -68,7 +69,8 @@ def sparsify(
     layers to take, and to leave dense.
 
     Layers whose sides are no multiples of the pattern's, grouped and depthwise convolutions, and layers that share their weights stay
-    dense, with the reason. Quantised layers keep their bits. A second run with the same pattern changes nothing.
+    dense, with the reason. Closed channels are cut first. Quantised layers keep their bits. A second run with the same pattern changes
+    nothing.
 
     Costs a forward pass for "activations"; for "reconstruction" one for every `TOGETHER` layers, moments of (I·k²)² numbers, and
     `sparsify_weight` of each layer. No CPU runtime computes faster with zeros: they save bytes. Raises `MuntinError` for another pattern,
@@ -82,10 +84,10 @@ def sparsify(
     batches = calibration_list(calibration)
     if quantized_layers(model):
         return _of_integers(model, batches, form, scores, only, keep)
-    layers: dict[str, Layer] = dict(named(model, nn.Linear, nn.Conv2d))
+    layers: dict[str, WeightLayer] = dict(named(model, nn.Linear, nn.Conv2d))
     left_out(layers, only, keep)
     check_weights(layers, done="made sparse")  # raises before the model is changed
-    paddings = plain_convolutions(model.eval(), first_row(batches[0]))
+    before = [*remove_closed_channels(model.eval()), *plain_convolutions(model, first_row(batches[0]))]
     layers = dict(named(model, nn.Linear, nn.Conv2d))
     call_every_layer(model)
     reasons = _reasons(model, layers, form) | left_out(layers, only, keep)
@@ -97,7 +99,7 @@ def sparsify(
         set_pattern(layers[name], form)
     kept = {name: Change(layer=name, pass_="sparsify", done="kept", reason=reason) for name, reason in reasons.items()}
     changes = [(done | kept)[name] for name in layers]
-    return remember(model, paddings + changes + out_of_reach(model, "sparsify", "sparse form here"))
+    return remember(model, before + changes + out_of_reach(model, "sparsify", "sparse form here"))
 
 
 def sparse_again(model: nn.Module, batches: Sequence[ModelInputs], pass_: Callable[[], list[Change]]) -> list[Change]:
@@ -136,7 +138,7 @@ def _of_integers(
     return changes
 
 
-def _reasons(model: nn.Module, layers: Mapping[str, Layer], form: Pattern) -> dict[str, str]:
+def _reasons(model: nn.Module, layers: Mapping[str, WeightLayer], form: Pattern) -> dict[str, str]:
     """Reasons to leave layers as they are."""
     users = parameter_users(model)
     reasons = {}
@@ -150,7 +152,7 @@ def _reasons(model: nn.Module, layers: Mapping[str, Layer], form: Pattern) -> di
     return reasons
 
 
-def _no_form(layer: Layer, form: Pattern) -> str | None:
+def _no_form(layer: WeightLayer, form: Pattern) -> str | None:
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return f"{type(layer).__name__} may compute something else than its kind: no sparse form"
     if (reason := computed_weight(layer)) is not None:
@@ -160,7 +162,7 @@ def _no_form(layer: Layer, form: Pattern) -> str | None:
     return other_padding(layer, "sparse form") or form.misfit(layer.weight)
 
 
-def _in_order(model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[ModelInputs]) -> tuple[list[str], list[str]]:
+def _in_order(model: nn.Module, layers: Mapping[str, WeightLayer], batches: Sequence[ModelInputs]) -> tuple[list[str], list[str]]:
     """The names of the layers in the order of their first calls, and of those that no batch reaches."""
     reached: dict[str, None] = {}
 
@@ -175,7 +177,7 @@ def _in_order(model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[M
 
 
 def _changed(
-    model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[ModelInputs], form: Pattern, scores: Scores
+    model: nn.Module, layers: Mapping[str, WeightLayer], batches: Sequence[ModelInputs], form: Pattern, scores: Scores
 ) -> Iterator[tuple[str, Change]]:
     """Change the weights of layers; yield the change of each."""
     wide = {name for name, layer in layers.items() if scores == "reconstruction" and layer.weight[0].numel() > MAX_INPUTS}
@@ -203,9 +205,9 @@ def _changed(
                 yield name, Change(layer=name, pass_="sparsify", done=done, sqnr_db=sqnr_db)
 
 
-def _together(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
+def _together(layers: Mapping[str, WeightLayer]) -> Iterator[dict[str, WeightLayer]]:
     """Layers in parts whose moments are gathered in one pass."""
-    part: dict[str, Layer] = {}
+    part: dict[str, WeightLayer] = {}
     size = 0
     for name, layer in layers.items():
         needed = 8 * layer.weight[0].numel() ** 2
@@ -218,7 +220,7 @@ def _together(layers: Mapping[str, Layer]) -> Iterator[dict[str, Layer]]:
         yield part
 
 
-def _gathered(model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[ModelInputs]) -> dict[str, InputMoments]:
+def _gathered(model: nn.Module, layers: Mapping[str, WeightLayer], batches: Sequence[ModelInputs]) -> dict[str, InputMoments]:
     moments = {name: InputMoments.empty(layer) for name, layer in layers.items()}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
