@@ -7,8 +7,8 @@ from onnx import numpy_helper
 
 from muntin.artifact.sparse_packing import pattern_along
 
-LEAST_VALUES = 64
-"""Values of a weight above which a pattern counts: fewer may have one by chance."""
+LEAST_VALUES = 256
+"""Values of a weight from which on a pattern counts: fewer may have one by chance, as weights of few bits have many zeros."""
 
 
 def sparsity_of(model: onnx.ModelProto) -> dict[str, str]:
@@ -32,6 +32,6 @@ def sparsity_of(model: onnx.ModelProto) -> dict[str, str]:
             continue
         values = numpy_helper.to_array(weight)
         axis = 1 if node.op_type == "Conv" or options.get("transB") else len(weight.dims) - 2
-        if values.size > LEAST_VALUES and (pattern := pattern_along(values, axis)):
+        if values.size >= LEAST_VALUES and (pattern := pattern_along(values, axis)):
             found[node.name] = pattern
     return found

@@ -11,9 +11,9 @@ Axes: G groups or blocks, M members of one, N stored members.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from muntin.errors import ArtifactError
 
 GROUPS = (2, 4, 8, 16)
 """Lengths of groups in which patterns are looked for."""
-BLOCKS = (32, 16, 8, 4, 1)
+BLOCKS = (1, 2, 4, 8, 16, 32)
 """Sides of blocks in which patterns are looked for."""
 LEAST_SAVED = 128
 """Bytes that a sparse form must save: its record in the manifest takes about as many."""
@@ -47,10 +47,10 @@ def smallest_form(values: NDArray[Any], bits: int) -> SparseStorage | None:
 
 
 def pattern_along(values: NDArray[Any], axis: int) -> str:
-    """The pattern of the zeros along an axis: that with the smallest share N/M, else blocks; empty if there is none."""
+    """The pattern of the zeros along an axis: of those N:M with N of at most M/2 the one with the smallest share, else blocks; or empty."""
     if not values.any():
         return ""
-    shares = [(n / m, m, f"{n}:{m}") for at, n, m in _groups(values) if at == axis]
+    shares = [(n / m, m, f"{n}:{m}") for at, n, m in _groups(values) if at == axis and 2 * n <= m]
     if shares:
         return min(shares)[2]
     return next((f"block:{r}x{c}" for r, c, stored in _blocks(values) if r * c > 1 and stored < 0.9 * values.size), "")
@@ -68,10 +68,12 @@ def take_values(values: NDArray[Any], form: SparseStorage) -> tuple[NDArray[np.u
         stored_G = groups_GM.any(1)
         return np.packbits(stored_G, bitorder="little"), groups_GM[stored_G].reshape(-1)
     n, m = counts
-    order_GN = np.sort(np.argsort(groups_GM == 0, axis=1, kind="stable")[:, :n], axis=1)
-    masks_G = (1 << order_GN).sum(1)
-    ranks, _ = _combinations(n, m)
-    return _pack_ranks(ranks[masks_G], math.comb(m, n)), np.take_along_axis(groups_GM, order_GN, 1).reshape(-1)
+    ranks, places = _combinations(n, m)
+    masks_G = np.zeros(len(groups_GM), np.int64)
+    for place in range(m):
+        masks_G |= (groups_GM[:, place] != 0).astype(np.int64) << place
+    ranks_G = ranks[masks_G]
+    return _pack_ranks(ranks_G, math.comb(m, n)), np.take_along_axis(groups_GM, places[ranks_G], 1).reshape(-1)
 
 
 def put_values(index: NDArray[np.uint8], stored: NDArray[Any], form: SparseStorage, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -120,10 +122,13 @@ def _groups(values: NDArray[Any]) -> list[tuple[int, int, int]]:
     """Axis, N and M of the patterns that hold along the first two axes, with N < M."""
     found = []
     for axis in range(min(2, values.ndim)):
-        along = np.moveaxis(values != 0, axis, -1)
-        for m in (m for m in GROUPS if values.shape[axis] and values.shape[axis] % m == 0):
-            n = int(along.reshape(-1, m).sum(1, dtype=np.int64).max())
-            if 0 < n < m:
+        counts = (values != 0).astype(np.uint8)  # of groups of 1, then 2, 4, ...
+        for m in GROUPS:
+            if counts.shape[axis] % 2 or not counts.size:
+                break
+            even, odd = ((slice(None),) * axis + (slice(start, None, 2),) for start in (0, 1))
+            counts = counts[even] + counts[odd]
+            if 0 < (n := int(counts.max())) < m:
                 found.append((axis, n, m))
     return found
 
@@ -132,12 +137,22 @@ def _blocks(values: NDArray[Any]) -> list[tuple[int, int, int]]:
     """Rows and columns of blocks that divide the first two axes, and the values in blocks that are not all zero; large blocks first."""
     if values.ndim < 2:
         return []
-    nonzero, found = values != 0, []
-    for r, c in itertools.product(BLOCKS, BLOCKS):
-        if values.shape[0] % r == 0 and values.shape[1] % c == 0:
-            form = SparseStorage(pattern=f"block:{r}x{c}", axis=0, values=0)
-            found.append((r, c, int(_grouped(nonzero, form).any(1).sum()) * r * c))
-    return found
+    filled = {(1, 1): (values != 0).reshape(*values.shape[:2], -1)}  # by rows and columns: which blocks are not all zero
+    for before, side in itertools.pairwise(BLOCKS):
+        if values.shape[0] % side == 0:
+            filled[side, 1] = _any(filled[before, 1], 0, side // before)
+    for rows in [rows for rows, _ in filled]:
+        for before, side in itertools.pairwise(BLOCKS):
+            if values.shape[1] % side == 0:
+                filled[rows, side] = _any(filled[rows, before], 1, side // before)
+    found = [(rows, columns, int(np.count_nonzero(blocks)) * rows * columns) for (rows, columns), blocks in filled.items()]
+    return sorted(found, key=lambda block: -block[0] * block[1])
+
+
+def _any(filled: NDArray[np.bool_], axis: int, count: int) -> NDArray[np.bool_]:
+    """Whether any of `count` neighbours along an axis is True."""
+    parts = [filled[(slice(None),) * axis + (slice(start, None, count),)] for start in range(count)]
+    return functools.reduce(np.logical_or, parts)
 
 
 def _counts(form: SparseStorage) -> tuple[int, int] | None:
@@ -172,16 +187,21 @@ def _ungrouped(groups_GM: NDArray[Any], form: SparseStorage, shape: tuple[int, .
     return np.ascontiguousarray(split.transpose(0, 3, 1, 4, 2)).reshape(shape)
 
 
-@cache
+@functools.cache
 def _combinations(n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The rank of each mask of m bits with n ones (in the order of itertools.combinations), and the places of each rank, (C, n)."""
+    """The rank of each mask of m bits with at most n ones, to which the first zeros are added, and the places of each rank, (C, n).
+
+    Ranks are in the order of itertools.combinations.
+    """
     places = np.array(list(itertools.combinations(range(m), n)), np.int64)
-    ranks = np.zeros(1 << m, np.int64)
-    ranks[(1 << places).sum(1)] = np.arange(len(places))
-    return ranks, places
+    of_masks = np.zeros(1 << m, np.int64)
+    of_masks[(1 << places).sum(1)] = np.arange(len(places))
+    empty = np.arange(1 << m)[:, None] >> np.arange(m) & 1 == 0
+    filled = np.argsort(empty, axis=1, kind="stable")[:, :n]
+    return of_masks[(1 << filled).sum(1)], places
 
 
-@cache
+@functools.cache
 def _word(base: int) -> tuple[int, int]:
     """Digits of a base in a word, and the word's bytes, 1 to 7, with the most digits a byte."""
     sizes = {width: max(k for k in range(1, 57) if base**k <= 256**width) for width in range(1, 8) if base <= 256**width}

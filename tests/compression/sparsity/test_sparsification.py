@@ -239,7 +239,7 @@ def test_artifact_is_smaller_and_verified(bits: int | None, tmp_path: Path) -> N
             muntin.quantize(sparse, BATCHES, bits=bits, min_sqnr_db=0)
         artifact = muntin.export(sparse, BATCHES[0], tmp_path / "a")
         sizes[pattern] = (tmp_path / "a" / "weights.safetensors").stat().st_size
-    assert sizes["2:4"] < sizes[None] - 2000
+    assert sizes["2:4"] < sizes[None] - 1500
     layers = {layer.name: layer.sparsity for layer in artifact.manifest.layers}
     assert layers["3"] == layers["6"] == "2:4" and layers["0"] == layers["5"] == ""
     assert any(record.sparsity and record.sparsity.pattern == "2:4" for record in artifact.manifest.tensors.values())

@@ -12,12 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from muntin.artifact.sparse_packing import BLOCKS, GROUPS
 from muntin.errors import MuntinError
 
-LONGEST = 16
-"""Maximum M of a pattern N:M, as the artefact stores it."""
-LARGEST = 1024
-"""Maximum side of a block."""
 _FORMS = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block:(?P<rows>\d+)x(?P<columns>\d+)(:(?P<share>0?\.\d+))?", re.ASCII)
 
 
@@ -85,23 +82,24 @@ class Pattern:
 
 
 def parse_pattern(text: str, share: float | None = None) -> Pattern:
-    """Read "2:4", "4:8", any N:M, or blocks: "block:4x4" with `share` of them zero (0.5), or "block:4x4:0.5".
+    """Read "2:4", "4:8", another N:M, or blocks: "block:4x4" with `share` of them zero (0.5), or "block:4x4:0.5".
 
-    Raises `MuntinError` for another text, for N not less than M, and for a share that does not belong or is not between 0 and 1.
+    Raises `MuntinError` for a pattern that the artefact does not record (N above M/2, other M or sides), and for a share that does not
+    belong or is not between 0 and 1.
     """
     form = _FORMS.fullmatch(text) if isinstance(text, str) else None
     if form is None:
         raise MuntinError(f"pattern={text!r}: give N:M, such as '2:4', '4:8' or '1:4', or blocks, such as 'block:4x4' with a share")
     if form["n"] is not None:
         n, m = int(form["n"]), int(form["m"])
-        if not 0 < n < m <= LONGEST:
-            raise MuntinError(f"pattern={text!r}: give N:M with N from 1 to M - 1, and M of at most {LONGEST}")
+        if m not in GROUPS or not 0 < 2 * n <= m:
+            raise MuntinError(f"pattern={text!r}: give N:M with M of {', '.join(map(str, GROUPS))}, and N from 1 to M/2")
         if share is not None:
             raise MuntinError(f"share={share!r}: {text} leaves {n / m:.0%} of the weights, leave it out; blocks have a share")
         return Pattern(kept=n, group=m)
     rows, columns = int(form["rows"]), int(form["columns"])
-    if not (0 < rows <= LARGEST and 0 < columns <= LARGEST):
-        raise MuntinError(f"pattern={text!r}: give blocks with sides from 1 to {LARGEST}")
+    if rows not in BLOCKS or columns not in BLOCKS:
+        raise MuntinError(f"pattern={text!r}: give blocks with sides of {', '.join(map(str, BLOCKS))}")
     share = share if share is not None else float(form["share"] or 0.5)
     if not 0 < share < 1:
         raise MuntinError(f"share={share!r}: give a share of zero blocks between 0 and 1")

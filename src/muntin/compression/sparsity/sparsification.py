@@ -1,4 +1,4 @@
-"""The pass that gives weights a pattern of zeros along their inputs: 2:4, 4:8, any N:M, or blocks.
+"""The pass that gives weights a pattern of zeros along their inputs: 2:4, 4:8, another N:M, or blocks.
 
     model -> layers in the order of their calls -> saliency of each weight -> zeros, and other values for the weights that stay
 
@@ -63,10 +63,10 @@ def sparsify(
 ) -> list[Change]:
     """Set weights of Linear and Conv2d to zero in a pattern along their inputs, in place; see the head of this file.
 
-    `pattern`: "2:4", "4:8", "1:4", any N:M with M of at most 16: of M neighbouring input channels, at each tap of a kernel, at most N
-    weights are not zero; or blocks of outputs and inputs, "block:4x4", of which `share` (0.5) are zero. `calibration`: batches of training
-    inputs, as in `quantize`; "reconstruction" wants some hundred images or some thousand tokens. `only`, `keep`: names or patterns of the
-    layers to take, and to leave dense.
+    `pattern`: "2:4", "4:8", "1:4", N:M with M of 2, 4, 8, 16 and N of at most M/2: of M neighbouring input channels, at each tap of a
+    kernel, at most N weights are not zero; or blocks of outputs and inputs, "block:4x4", of which `share` (0.5) are zero. `calibration`:
+    batches of training inputs, as in `quantize`; "reconstruction" wants some hundred images or some thousand tokens. `only`, `keep`: names
+    or patterns of the layers to take, and to leave dense.
 
     Layers whose sides are no multiples of the pattern's, grouped and depthwise convolutions, and layers that share their weights stay
     dense, with the reason. Closed channels are cut first. Quantised layers keep their bits. A second run with the same pattern changes
