@@ -46,7 +46,7 @@ def test_groups_with_more_zeros() -> None:
     assert held is not None and held.tolist() == [[True, False, True, False, True, True, False, False]]
 
 
-@pytest.mark.parametrize("text", ["2:4", "block:4x4:0.5", "7:16"])
+@pytest.mark.parametrize("text", ["2:4", "block:4x4:0.5", "block:1x32:0.0001", "7:16"])
 def test_text_is_read_again(text: str) -> None:
     assert parse_pattern(text).text == text
 
@@ -61,7 +61,8 @@ def test_blocks_have_a_share() -> None:
     [
         ("3:4", None, "N from 1 to M/2"), ("0:4", None, "N from 1"), ("2:32", None, "M of 2, 4, 8, 16"), ("2:6", None, "M of 2"),
         ("half", None, "give N:M"),
-        ("2:4", 0.5, "leave it out"), ("block:4x4", 1.0, "between 0 and 1"), ("block:0x4", None, "sides of 1, 2, 4"),
+        ("2:4", 0.5, "leave it out"), ("block:4x4", 1.0, "from 0.0001"), ("block:4x4", 1e-5, "from 0.0001"),
+        ("block:0x4", None, "sides of 1, 2, 4"),
         (24, None, "give N:M"),
         ("2:4 ", None, "give N:M"), ("block:4x5", None, "sides of 1, 2, 4"),
     ],

@@ -33,7 +33,7 @@ class Pattern:
     @property
     def text(self) -> str:
         """The pattern as `parse_pattern` reads it: "2:4", "block:4x4:0.5"."""
-        return f"{self.kept}:{self.group}" if self.kept else f"block:{self.rows}x{self.group}:{self.share:g}"
+        return f"{self.kept}:{self.group}" if self.kept else f"block:{self.rows}x{self.group}:" + f"{self.share:.4f}".rstrip("0")
 
     def misfit(self, weight: Tensor) -> str | None:
         """Why a weight (O, I, ...) cannot have the pattern; None if it can."""
@@ -101,9 +101,9 @@ def parse_pattern(text: str, share: float | None = None) -> Pattern:
     if rows not in BLOCKS or columns not in BLOCKS:
         raise MuntinError(f"pattern={text!r}: give blocks with sides of {', '.join(map(str, BLOCKS))}")
     share = share if share is not None else float(form["share"] or 0.5)
-    if not 0 < share < 1:
-        raise MuntinError(f"share={share!r}: give a share of zero blocks between 0 and 1")
-    return Pattern(kept=0, group=columns, rows=rows, share=round(share, 6))
+    if not 0 < round(share, 4) < 1:
+        raise MuntinError(f"share={share!r}: give a share of zero blocks from 0.0001 to 0.9999")
+    return Pattern(kept=0, group=columns, rows=rows, share=round(share, 4))
 
 
 def taps_first(weight: Tensor) -> Tensor:
