@@ -93,9 +93,9 @@ SPARSE_FORMS: dict[str, Form | None] = {
     "2:4 activations": partial(_sparse, pattern="2:4", scores="activations"),
     "2:4": TWO,
     "4:8": FOUR,
-    "low rank 0.52": partial(_low_rank, share=FLOATS),
+    "low rank": partial(_low_rank, share=FLOATS),
     "2:4 trained": partial(_trained, before=TWO),
-    "low rank 0.52 trained": partial(_trained, before=partial(_low_rank, share=FLOATS)),
+    "low rank trained": partial(_trained, before=partial(_low_rank, share=FLOATS)),
     "int8": FORMS["int8"],
     "2:4 w8a8": partial(_bits, before=TWO, bits=8),
     "w4a8": partial(_bits, bits=4),
@@ -104,12 +104,12 @@ SPARSE_FORMS: dict[str, Form | None] = {
     "w3a8": partial(_bits, bits=3),
     "w2.7a8": partial(_bits, bits=2.7),
     "w2a8": partial(_bits, bits=2),
-    "low rank 0.67 w4a8": partial(_bits, before=partial(_low_rank, share=INTEGERS), bits=4),
+    "low rank w4a8": partial(_bits, before=partial(_low_rank, share=INTEGERS), bits=4),
     "w4a8 trained": partial(_trained, bits=4),
     "2:4 w4a8 trained": partial(_trained, before=TWO, bits=4),
     "w3a8 trained": partial(_trained, bits=3),
     "w2a8 trained": partial(_trained, bits=2),
-    "low rank 0.67 w4a8 trained": partial(_trained, before=partial(_low_rank, share=INTEGERS), bits=4),
+    "low rank w4a8 trained": partial(_trained, before=partial(_low_rank, share=INTEGERS), bits=4),
 }
 """None: as it is. In the order of the table."""
 PAIRS = (("float", "2:4"), ("int8", "2:4 w8a8"), ("w4a8", "2:4 w4a8"))

@@ -153,14 +153,14 @@ def print_table(networks: dict[str, Row], hardware: Row) -> None:
         accuracy = "" if network["fp32_accuracy"] is None else f"; accuracy in FP32 {network['fp32_accuracy']:.3f}"
         print(f"{name}: {network['description']}{accuracy}; weights {network['fp32_bytes'] / 1e6:.2f} MB in FP32")
         main, other = ("same", "kl") if network["judged_by"] == "classes" else ("cosine", "worst_cosine")
-        print(f"  {'form':<20}{main:>15}{other:>15}{'accuracy':>15}{'M params':>10}{'MB':>8}{'smaller':>9}{'ms':>8}{'s':>7}")
+        print(f"  {'form':<24}{main:>15}{other:>15}{'accuracy':>15}{'M params':>10}{'MB':>8}{'smaller':>9}{'ms':>8}{'s':>7}")
         for form, rows in network["rows"].items():
             if "cannot" in rows[0]:
-                print(f"  {form:<20}refused: {rows[0]['cannot']}")
+                print(f"  {form:<24}refused: {rows[0]['cannot']}")
                 continue
             size = statistics.mean(row["bytes"] for row in rows)
             print(
-                f"  {form:<20}{over(rows, main):>15}{over(rows, other):>15}{over(rows, 'accuracy'):>15}"
+                f"  {form:<24}{over(rows, main):>15}{over(rows, other):>15}{over(rows, 'accuracy'):>15}"
                 f"{rows[0]['parameters'] / 1e6:>10.2f}{size / 1e6:>8.2f}{network['fp32_bytes'] / size:>9.1f}"
                 f"{network['ms'][form]:>8.2f}{statistics.mean(row['seconds'] for row in rows):>7.0f}"
             )
