@@ -124,7 +124,7 @@ def timed(subject: Subject, arguments: argparse.Namespace, settings: dict[str, A
     """Median milliseconds of a call of the first seed's files in OpenVINO, dense, sparse, and sparse with compressed weights."""
     folder = arguments.output.resolve() / subject.name / "0"
     pairs = [pair for pair in PAIRS if set(pair) <= set(forms)]
-    one = each(subject.inputs(arguments.packages.resolve(), "test", 1, 0))[0]
+    one = each(subject.inputs(arguments.packages.resolve(), "test", 2, 0))[0]
 
     def opened(form: str, rate: float | None) -> Call:
         file = write_standalone(folder / file_name(form), folder / f"{file_name(form)}.onnx")
