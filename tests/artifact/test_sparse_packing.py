@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from muntin.artifact.manifest import SparseStorage, TensorRecord
 from muntin.artifact.onnx_weights import join_model, split_model
+from muntin.artifact.sparse_layers import sparsity_of
 from muntin.artifact.sparse_packing import check_form, index_bytes, put_values, smallest_form, stored_size, take_values
 from muntin.errors import ArtifactError
 
@@ -141,3 +142,39 @@ def test_long_groups(n: int, m: int) -> None:
     values = sparse((32, 64), n, m, 0)
     form = smallest_form(values, 8)
     assert form is not None and form.pattern == f"{n}:{m}" and form.axis == 0
+
+
+def graph_of(weight: np.ndarray, kind: str, **options: int) -> onnx.ModelProto:
+    """One product with a constant weight, quantised if it is of integers."""
+    names, nodes = ["x", "w"], []
+    constants = [numpy_helper.from_array(weight, "w")]
+    if weight.dtype == np.int8:
+        constants += [numpy_helper.from_array(np.float32(1), "s"), numpy_helper.from_array(np.int8(0), "z")]
+        nodes.append(helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"]))
+        names[1] = "d"
+    nodes.append(helper.make_node(kind, names, ["y"], name="layer", **options))
+    return helper.make_model(helper.make_graph(nodes, "g", [], [], constants))
+
+
+@pytest.mark.parametrize(("kind", "axis", "options"), [("Conv", 1, {}), ("MatMul", 0, {}), ("Gemm", 0, {}), ("Gemm", 1, {"transB": 1})])
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "8:16"])
+def test_pattern_along_the_inputs(kind: str, axis: int, options: dict[str, int], dtype: str, pattern: str) -> None:
+    n, m = map(int, pattern.split(":"))
+    values = sparse((32, 32, 3, 3) if kind == "Conv" else (32, 32), n, m, axis).astype(dtype)
+    assert sparsity_of(graph_of(values, kind, **options)) == {"layer": pattern}
+    across = np.ascontiguousarray(np.swapaxes(values, 0, 1))
+    assert sparsity_of(graph_of(across, kind, **options)) != {"layer": pattern}
+
+
+def test_patterns_that_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    few_bits = rng.integers(-1, 2, (64, 64)).astype(np.int8)  # a third of zeros
+    small = sparse((16, 8), 2, 4, 1)
+    mild = sparse((64, 64), 3, 4, 1)
+    for values in (few_bits, small, mild, np.zeros((64, 64), np.int8)):
+        assert not sparsity_of(graph_of(values, "Conv")) and not sparsity_of(graph_of(values.T.copy(), "MatMul"))
+    blocks = np.kron(rng.random((8, 8)) < 0.5, np.ones((4, 8))).astype(np.int8)  # outputs, inputs
+    assert sparsity_of(graph_of(blocks[..., None, None], "Conv")) == {"layer": "block:4x8"}
+    assert sparsity_of(graph_of(blocks.T.copy(), "MatMul")) == {"layer": "block:4x8"}
+    assert not sparsity_of(graph_of(sparse((32, 32, 3, 3), 2, 4, 1), "Conv", group=2))

@@ -27,6 +27,8 @@ GROUPS = (2, 4, 8, 16)
 """Lengths of groups in which patterns are looked for."""
 BLOCKS = (1, 2, 4, 8, 16, 32)
 """Sides of blocks in which patterns are looked for."""
+SMALLEST_BLOCK = 8
+"""Weights of a block from which on a pattern counts: smaller ones are zero by chance in weights of few bits."""
 LEAST_SAVED = 128
 """Bytes that a sparse form must save: its record in the manifest takes about as many."""
 
@@ -47,13 +49,18 @@ def smallest_form(values: NDArray[Any], bits: int) -> SparseStorage | None:
 
 
 def pattern_along(values: NDArray[Any], axis: int) -> str:
-    """The pattern of the zeros along an axis: of those N:M with N of at most M/2 the one with the smallest share, else blocks; or empty."""
+    """The pattern of the zeros along the axis of a weight's inputs, 0 or 1; empty if there is none.
+
+    Of N:M with N of at most M/2 the one with the smallest share; else blocks, outputs x inputs, the largest with the most zeros.
+    """
     if not values.any():
         return ""
     shares = [(n / m, m, f"{n}:{m}") for at, n, m in _groups(values) if at == axis and 2 * n <= m]
     if shares:
         return min(shares)[2]
-    return next((f"block:{r}x{c}" for r, c, stored in _blocks(values) if r * c > 1 and stored < 0.9 * values.size), "")
+    sides = [(stored, -r * c, (r, c) if axis else (c, r)) for r, c, stored in _blocks(values) if r * c >= SMALLEST_BLOCK]
+    stored, _, (outputs, inputs) = min(sides, default=(values.size, 0, (1, 1)))
+    return f"block:{outputs}x{inputs}" if stored < 0.9 * values.size else ""
 
 
 def stored_size(form: SparseStorage, shape: tuple[int, ...], bits: int) -> int:
@@ -134,7 +141,7 @@ def _groups(values: NDArray[Any]) -> list[tuple[int, int, int]]:
 
 
 def _blocks(values: NDArray[Any]) -> list[tuple[int, int, int]]:
-    """Rows and columns of blocks that divide the first two axes, and the values in blocks that are not all zero; large blocks first."""
+    """Rows and columns of blocks that divide the first two axes, and the values in blocks that are not all zero."""
     if values.ndim < 2:
         return []
     filled = {(1, 1): (values != 0).reshape(*values.shape[:2], -1)}  # by rows and columns: which blocks are not all zero
@@ -145,8 +152,7 @@ def _blocks(values: NDArray[Any]) -> list[tuple[int, int, int]]:
         for before, side in itertools.pairwise(BLOCKS):
             if values.shape[1] % side == 0:
                 filled[rows, side] = _any(filled[rows, before], 1, side // before)
-    found = [(rows, columns, int(np.count_nonzero(blocks)) * rows * columns) for (rows, columns), blocks in filled.items()]
-    return sorted(found, key=lambda block: -block[0] * block[1])
+    return [(rows, columns, int(np.count_nonzero(blocks)) * rows * columns) for (rows, columns), blocks in filled.items()]
 
 
 def _any(filled: NDArray[np.bool_], axis: int, count: int) -> NDArray[np.bool_]:

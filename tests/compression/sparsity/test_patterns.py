@@ -35,8 +35,8 @@ def test_mask_is_held(text: str, kernel: tuple[int, ...], seed: int) -> None:
 def test_largest_stay() -> None:
     saliency = torch.tensor([[[3.0, 1, 2, 4, 0, 0, 0, 9]]])
     assert parse_pattern("2:4").mask(saliency).tolist() == [[[True, False, False, True, True, False, False, True]]]
-    blocks = torch.tensor([[1.0, 1, 5, 0], [1, 1, 0, 0]])[:, None]
-    assert parse_pattern("block:2x2", 0.5).mask(blocks)[:, 0].tolist() == [[False, False, True, True]] * 2
+    blocks = torch.tensor([[1.0] * 4 + [9, 0, 0, 0], [1] * 4 + [0] * 4])[:, None]
+    assert parse_pattern("block:2x4", 0.5).mask(blocks)[:, 0].tolist() == [[False] * 4 + [True] * 4] * 2
 
 
 def test_groups_with_more_zeros() -> None:
@@ -64,7 +64,7 @@ def test_blocks_have_a_share() -> None:
         ("2:4", 0.5, "leave it out"), ("block:4x4", 1.0, "from 0.0001"), ("block:4x4", 1e-5, "from 0.0001"),
         ("block:0x4", None, "sides of 1, 2, 4"),
         (24, None, "give N:M"),
-        ("2:4 ", None, "give N:M"), ("block:4x5", None, "sides of 1, 2, 4"),
+        ("2:4 ", None, "give N:M"), ("block:4x5", None, "sides of 1, 2, 4"), ("block:2x2", None, "at least 8 weights"),
     ],
 )  # fmt: skip
 def test_other_patterns_are_refused(text: str, share: float | None, message: str) -> None:

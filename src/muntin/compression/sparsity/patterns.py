@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from muntin.artifact.sparse_packing import BLOCKS, GROUPS
+from muntin.artifact.sparse_packing import BLOCKS, GROUPS, SMALLEST_BLOCK
 from muntin.errors import MuntinError
 
 _FORMS = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block:(?P<rows>\d+)x(?P<columns>\d+)(:(?P<share>0?\.\d+))?", re.ASCII)
@@ -98,8 +98,9 @@ def parse_pattern(text: str, share: float | None = None) -> Pattern:
             raise MuntinError(f"share={share!r}: {text} leaves {n / m:.0%} of the weights, leave it out; blocks have a share")
         return Pattern(kept=n, group=m)
     rows, columns = int(form["rows"]), int(form["columns"])
-    if rows not in BLOCKS or columns not in BLOCKS:
-        raise MuntinError(f"pattern={text!r}: give blocks with sides of {', '.join(map(str, BLOCKS))}")
+    if rows not in BLOCKS or columns not in BLOCKS or rows * columns < SMALLEST_BLOCK:
+        sides = ", ".join(map(str, BLOCKS))
+        raise MuntinError(f"pattern={text!r}: give blocks with sides of {sides}, of at least {SMALLEST_BLOCK} weights")
     share = share if share is not None else float(form["share"] or 0.5)
     if not 0 < round(share, 4) < 1:
         raise MuntinError(f"share={share!r}: give a share of zero blocks from 0.0001 to 0.9999")
