@@ -2,7 +2,8 @@
 
     DIR/manifest.json         description (muntin.artifact.manifest)
     DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
-    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged
+    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged;
+                              of weights with many zeros the places and the values of the others (sparse_packing)
     DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export;
                               inputs_0/NAME, outputs_0/NAME, ... : those of a model with named inputs and outputs
     DIR/drift.json            optional: statistics of the training pictures (muntin.updating.drift)
@@ -50,6 +51,7 @@ from muntin.artifact.manifest import (
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
 from muntin.artifact.plan import TilePlan
+from muntin.artifact.sparse_layers import sparsity_of
 from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.errors import ArtifactError
 
@@ -324,6 +326,8 @@ def _write(
 ) -> AnyKind:
     """Writes the four files and returns the manifest. `fields`: its values other than of files and weights."""
     structure, tensors, records = split_model(model, packing)
+    patterns = sparsity_of(model)
+    fields["layers"] = tuple(one.model_copy(update={"sparsity": patterns.get(one.name, "")}) for one in fields["layers"])
     contents: dict[AnyFileName, bytes] = {
         "model.onnx": structure.SerializeToString(deterministic=True),
         "weights.safetensors": save_tensors(tensors),

@@ -44,8 +44,8 @@ def compress_run(
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
-    `plans`: as of `compress`. Without steps in that section, each candidate is trained for the share of the recipe's steps that its three stages would take. Raises
-    `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
+    `plans`: as of `compress`. Without steps in that section, each candidate is trained for the share of the recipe's steps that its three
+    stages would take. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
