@@ -104,11 +104,11 @@ class Bench:
             return self.scores(part, np.concatenate(answers))
 
         started, steps = time.perf_counter(), self.settings["steps"] // self.settings["trials"]
-        training: dict[str, Any] = {} if self.train is None else {"finetune": self.train, "steps": steps, "learning_rate": RATE}
+        recipe = {"trials": self.settings["trials"], "steps": steps if self.train else None, "learning_rate": RATE}
         result = muntin.compress(
             self.module, calibration=without_padding(self.calibration), evaluate=partial(evaluate, "choosing"),
-            budget=muntin.Budget(max_drop=max_drop), trials=self.settings["trials"], folder=self.folder / f"muntin-{max_drop:g}",
-            seed=self.seed, **training,
+            budget=muntin.Budget(max_drop=max_drop, confidence=None), finetune=self.train, recipe=recipe,
+            folder=self.folder / f"muntin-{max_drop:g}", seed=self.seed,
         )  # fmt: skip
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "artifacts": len(result.trials), "parameters": parameters_of(result.model),

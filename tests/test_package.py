@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 # Rooms in import order: a module imports only from its own room and from those before it.
 ROOMS = (
     *("errors", "text", "artifact", "images", "runtime", "graph", "layers", "models", "data", "training", "compression", "deployment"),
-    *("budgeting", "searching", "reporting", "serving", "cli"),
+    *("budgeting", "searching", "updating", "reporting", "serving", "cli"),
 )
 SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc", "triton")
 """Folders of `serving` in import order."""
@@ -104,6 +104,7 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("prune", ("model", "calibration", "ratio", "parameters", "macs", "only", "keep")),
         ("quantize", ("model", "calibration", "only", "keep")),
         ("prepare_qat", ("model", "calibration", "bits", "only", "keep")),
+        ("sparsify", ("model", "calibration", "pattern", "share", "scores", "only", "keep")),
         ("freeze", ("model", "calibration")),
         ("distil", ("student", "teacher", "inputs", "steps", "minutes", "loss", "seed")),
         ("save", ("model", "path")),

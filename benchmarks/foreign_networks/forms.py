@@ -54,18 +54,19 @@ def _int8(model: nn.Module, material: Material) -> nn.Module:
 
 
 def _narrow(model: nn.Module, material: Material, *, bits: float) -> nn.Module:
-    muntin.quantize(model, material.calibration, bits=bits, **_embeddings(model))
+    muntin.quantize(model, material.calibration, bits=bits, **embeddings(model))
     return model
 
 
 def _w4a8_nearest(model: nn.Module, material: Material) -> nn.Module:
     """Scales of least squared error for each output channel, nearest rounding, and nothing else."""
     parts: dict[str, Any] = {"rounding": "nearest", "equalize": False, "correct_bias": False, "min_sqnr_db": 0}
-    muntin.quantize(model, material.calibration, bits=4, **parts, **_embeddings(model))
+    muntin.quantize(model, material.calibration, bits=4, **parts, **embeddings(model))
     return model
 
 
-def _embeddings(model: nn.Module) -> dict[str, Any]:
+def embeddings(model: nn.Module) -> dict[str, Any]:
+    """Options of quantize for a model with embeddings."""
     return {"embedding_bits": 4} if any(isinstance(layer, nn.Embedding) for layer in model.modules()) else {}
 
 

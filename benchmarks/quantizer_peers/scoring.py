@@ -28,20 +28,20 @@ MULTIPLY = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deco
 
 
 class PlainModel:
-    """An OpenVINO model with the options of muntin's sessions, compiled for the sizes of the inputs. One output."""
+    """An OpenVINO model with the options of muntin's sessions, compiled for the sizes of the inputs. One output. `options`: more."""
 
-    def __init__(self, path: Path, inputs: Named, *, precision: str, threads: int) -> None:
+    def __init__(self, path: Path, inputs: Named, *, precision: str, threads: int, options: Mapping[str, Any] | None = None) -> None:
         with signal_stack_kept():
             core = openvino.Core()
             model = core.read_model(path)
             model.reshape({port.get_any_name(): list(_of(port, inputs).shape) for port in model.inputs})
-            options = {
+            usual = {
                 "INFERENCE_PRECISION_HINT": precision,
                 "INFERENCE_NUM_THREADS": threads,
                 "PERFORMANCE_HINT": "LATENCY",
                 "NUM_STREAMS": 1,
             }
-            self.compiled = core.compile_model(model, "CPU", options)
+            self.compiled = core.compile_model(model, "CPU", {**usual, **(options or {})})
         self._ports = self.compiled.inputs
         self._request = self.compiled.create_infer_request()
 

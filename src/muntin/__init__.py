@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from muntin import layers
     from muntin.artifact import write_standalone
     from muntin.budgeting import Budget, compress
-    from muntin.compression import distil, freeze, load_compressed, low_rank, prepare_qat, prune, quantize, save
+    from muntin.compression import distil, freeze, load_compressed, low_rank, prepare_qat, prune, quantize, save, sparsify
     from muntin.deployment import TorchSession, export, open_model
     from muntin.graph import export_onnx, quantize_onnx
     from muntin.models import create_model
@@ -46,6 +46,7 @@ __all__ = [
     "quantize_onnx",
     "save",
     "serve",
+    "sparsify",
     "verify",
     "write_standalone",
 ]
@@ -73,6 +74,7 @@ _ROOMS = {
     "quantize_onnx": "graph",
     "save": "compression",
     "serve": "serving.server",  # `muntin.serving` itself is imported by engine processes, which need neither HTTP nor gRPC
+    "sparsify": "compression",
     "verify": "runtime",
     "write_standalone": "artifact",
 }

@@ -38,6 +38,10 @@ class VerificationError(MuntinError):
     """An artefact does not compute what was recorded when it was made."""
 
 
+class DriftError(MuntinError):
+    """Pictures are not like those that a model was trained on."""
+
+
 class DependencyError(MuntinError):
     """A package of an extra, a compiler or a device is missing."""
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from muntin.artifact import Artifact, check_target, file_lock, open_artifact, store
 from muntin.artifact import atomic_directory as directory
 from muntin.artifact.manifest import parse_manifest, render_manifest
-from muntin.artifact.store import FILES, MANIFEST
+from muntin.artifact.store import FILES, MANIFEST, with_optional_file
 from muntin.errors import ArtifactError
 
 Write = Callable[..., Artifact]
@@ -127,6 +127,30 @@ def test_extra_file(write: Write, tmp_path: Path) -> None:
         write(tmp_path / "a", packing={})
     (tmp_path / "a" / "hook.py").unlink()
     assert open_artifact(tmp_path / "a").digest == first.digest
+
+
+def test_optional_file(write: Write, tmp_path: Path) -> None:
+    artifact = write(tmp_path / "a")
+    assert artifact.optional_file("drift.json") is None
+    with_optional_file(artifact, "drift.json", b"{}")
+    again = open_artifact(tmp_path / "a")
+    assert again.optional_file("drift.json") == b"{}" and again.names[-1] == "drift.json" and again.digest != artifact.digest
+    assert again.bytes == sum(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    (tmp_path / "a" / "drift.json").unlink()
+    with pytest.raises(ArtifactError, match=r"drift\.json: missing"):
+        open_artifact(tmp_path / "a")
+    with pytest.raises(ArtifactError, match=r"drift\.json: cannot be read"):
+        again.optional_file("drift.json")
+    (tmp_path / "a" / "drift.json").write_bytes(b"{}")
+    write(tmp_path / "a")  # an export replaces it, and the reference of other weights is gone
+    assert "drift.json" not in open_artifact(tmp_path / "a").names
+
+
+def test_unrecorded_optional_file(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "a" / "drift.json").write_bytes(b"{}")
+    with pytest.raises(ArtifactError, match=r"drift\.json: not part of the artefact"):
+        open_artifact(tmp_path / "a")
 
 
 def test_no_artefact_at_all(tmp_path: Path) -> None:

@@ -28,4 +28,4 @@ def test_refused(values: Any, words: str) -> None:
 
 def test_values() -> None:
     budget = Budget(max_drop=0)
-    assert (budget.max_drop, budget.objective, budget.confidence) == (0, "size", None)
+    assert (budget.max_drop, budget.objective, budget.confidence) == (0, "size", 0.95)

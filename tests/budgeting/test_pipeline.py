@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from torch import nn
 from drawn_digits import Uniform
 from model_helpers import answer, one_line
 from muntin import Budget, load
-from muntin.budgeting.pipeline import CompressionResult, SearchProgress, compress_with
+from muntin.budgeting.pipeline import CompressionResult, SearchProgress, budget_config, compress
 from muntin.compression import Change
 from muntin.errors import MuntinError
+from muntin.training.config import BudgetConfig
 
-BUDGET = Budget(max_drop=0.02)
+BUDGET = Budget(max_drop=0.02, confidence=None)
 
 
 def run(digits: Any, uniform: Any, folder: Path | None, **arguments: Any) -> CompressionResult:
-    values = {"evaluate": digits.evaluate, "budget": BUDGET, "widths": (1.0,), "trials": 3, "folder": folder} | arguments
-    return compress_with(uniform, digits.model, calibration=digits.calibration, **values)
+    recipe = {"widths": [1.0], "trials": 3, **arguments.pop("recipe", {})}
+    values = {"evaluate": digits.evaluate, "budget": BUDGET, "folder": folder, "plans": uniform} | arguments
+    return compress(digits.model, calibration=digits.calibration, recipe=recipe, **values)
 
 
 @pytest.fixture(scope="module")
@@ -118,25 +121,25 @@ def test_evaluate_that_fails(digits: Any, uniform: Any, begun: Path, value: Any,
 
 def test_other_settings(digits: Any, uniform: Any, begun: Path) -> None:
     with pytest.raises(MuntinError) as error:
-        run(digits, uniform, begun, budget=Budget(max_drop=0.5))
+        run(digits, uniform, begun, budget=replace(BUDGET, max_drop=0.5))
     assert "other settings (max_drop 0.02, not 0.5)" in one_line(error)
 
 
 def test_no_minutes(digits: Any, uniform: Any, begun: Path) -> None:
-    result = run(digits, uniform, begun, minutes=0, holdout=digits.holdout)
+    result = run(digits, uniform, begun, recipe={"minutes": 0}, holdout=digits.holdout)
     assert (result.kept, result.outcome, result.best, result.holdout) == (False, "not tried", None, None)
     assert result.artifact.path == begun / "reference" / "artifact" and len(result.rows) == 1
     assert "nothing was tried: minutes is 0" in result.notes
 
 
 def test_too_few_minutes(digits: Any, uniform: Any, begun: Path) -> None:
-    result = run(digits, uniform, begun, minutes=1e-6)
+    result = run(digits, uniform, begun, recipe={"minutes": 1e-6})
     assert result.outcome == "not tried" and "the limit of trials or minutes was reached before" in result.notes[0]
 
 
 def test_noisy_evaluate(digits: Any, uniform: Any, tmp_path: Path) -> None:
     scores = iter([0.9, 0.8])
-    result = run(digits, uniform, tmp_path / "noisy", evaluate=lambda model: next(scores), trials=0)
+    result = run(digits, uniform, tmp_path / "noisy", evaluate=lambda model: next(scores), recipe={"trials": 0})
     assert result.noise == pytest.approx(0.1) and result.reference == 0.9
     assert result.notes[0].startswith("evaluate is noisy: two calls on the FP32 model differ by 0.1, more than half of max_drop 0.02")
 
@@ -155,20 +158,36 @@ def test_impossible_budget(digits: Any, begun: Path) -> None:
     assert len(seen[-1].trials) == 2
 
 
-def test_confidence_needs_samples(digits: Any, uniform: Any, begun: Path, tmp_path: Path) -> None:
-    with pytest.raises(MuntinError, match="confidence needs a score for each sample"):
-        run(digits, uniform, tmp_path / "new", budget=Budget(max_drop=0.02, confidence=0.9))
+def test_one_number_has_no_margin(digits: Any, uniform: Any, begun: Path, tmp_path: Path) -> None:
+    def mean(model: nn.Module) -> float:
+        return float(torch.as_tensor(digits.evaluate(model)).mean())
+
+    result = run(digits, uniform, tmp_path / "new", evaluate=mean, budget=Budget(max_drop=0.02), recipe={"trials": 1})
+    assert any("without a margin" in note for note in result.notes) and result.trials[0].bound == result.trials[0].drop
+
+
+def test_margin_for_unseen_data(digits: Any, uniform: Any, tmp_path: Path) -> None:
+    result = run(digits, uniform, tmp_path / "sure", evaluate=digits.holdout, budget=Budget(max_drop=0.02))
+    assert all(trial.bound >= trial.drop for trial in result.trials) and any(trial.bound > trial.drop for trial in result.trials)
+    assert all(trial.kept == (trial.bound <= 0.02) for trial in result.trials)
+
+
+def test_settings_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text("budget: {trials: 5, widths: [1, 0.5]}\n")
+    assert budget_config(tmp_path / "search.yaml") == BudgetConfig(trials=5, widths=(1, 0.5))
+    assert budget_config(None) == BudgetConfig() and budget_config({"minutes": 3}).minutes == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"budget": 0.01}, "give muntin.Budget"),
-        ({"trials": -1}, "trials=-1"),
-        ({"minutes": float("nan")}, "minutes=nan"),
-        ({"widths": (0.5,)}, "the first of them 1"),
-        ({"steps": 5}, "finetune has no data"),
+        ({"recipe": {"trials": -1}}, "budget.trials: Input should be greater than or equal to 0"),
+        ({"recipe": {"minutes": float("nan")}}, "budget.minutes"),
+        ({"recipe": {"widths": [0.5]}}, "the first of them 1"),
+        ({"recipe": {"steps": 5}}, "finetune has no data"),
         ({"finetune": (x for x in ())}, "finetune has no length: give steps"),
+        ({"recipe": {"trails": 5}}, "did you mean 'trials'?"),
     ],
 )
 def test_refused_arguments(digits: Any, uniform: Any, tmp_path: Path, arguments: Any, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
 from muntin.training import Checkpoint, fit, read_checkpoint
 from muntin.training.checkpoint import source_of
+from muntin.training.recipe import override_recipe
 
 MODEL = """
 from torch import nn
@@ -43,9 +45,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., 
 
 
 def test_compressed_run(trained: Checkpoint, tmp_path: Path) -> None:
-    result = compress_run(trained, Budget(max_drop=1), tmp_path / "budget", steps=2, trials=1)
+    recipe = override_recipe(trained.recipe, ["budget.steps=2", "budget.trials=1"])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
     assert result.kept and len(result.trials) == 1 and result.holdout is not None
-    assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is None
+    assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is not None and result.holdout.interval is not None
     assert result.artifact.manifest.signature.classes == trained.signature.classes  # type: ignore[union-attr]
 
 

@@ -40,12 +40,40 @@ def test_number_of_each_sample(value: Any) -> None:
         ({"accuracy": 0.5}, "returned a dict"),
         ([], "shape (0,)"),
         ([[0.5]], "shape (1, 1)"),
+        ([[[3, 2]]], "an intersection above its union"),
+        ([[[0, 0]]], "without any pixel"),
     ],
 )
 def test_no_score(value: Any, words: str) -> None:
     with pytest.raises(MuntinError) as error:
         score(value)
     assert words in one_line(error)
+
+
+def areas(seed: int, right: float, pictures: int = 60) -> Score:
+    """A score of binomial areas of three classes; the third one is absent."""
+    draw = np.random.default_rng(seed)
+    union = draw.integers(50, 200, (pictures, 3)) * [1, 1, 0]
+    return score(np.stack([draw.binomial(union, right), union], axis=-1))
+
+
+def test_areas_give_the_mean_iou_of_their_sums() -> None:
+    found = score([[[2, 4], [0, 0]], [[4, 4], [1, 2]]])
+    assert found.value == pytest.approx((6 / 8 + 1 / 2) / 2)
+    assert areas(0, 0.8).value == pytest.approx(0.8, abs=0.03)
+
+
+def test_uncertainty_of_areas() -> None:
+    bounds, intervals = [], []
+    for seed in range(40):
+        pair = areas(2 * seed, 0.8), areas(2 * seed + 1, 0.7)
+        bounds.append(drop_bound(*pair, 0.9) >= 0.1)
+        interval = drop_interval(*pair, seed=seed)
+        assert interval is not None
+        intervals.append(interval[0] <= 0.1 <= interval[1])
+    assert sum(bounds) >= 29 and sum(intervals) >= 33
+    few = areas(0, 0.8, 1), areas(1, 0.7, 1)
+    assert drop_bound(*few, 0.9) == few[0].value - few[1].value
 
 
 def test_function_that_raises() -> None:
@@ -89,5 +117,5 @@ def test_interval_of_single_numbers() -> None:
 
 @pytest.mark.parametrize("measure", [lambda a, b: drop_bound(a, b, 0.9), lambda a, b: drop_interval(a, b, seed=0)])
 def test_other_number_of_samples(measure: Callable[[Score, Score], object]) -> None:
-    with pytest.raises(MuntinError, match="400 scores of samples for the FP32 model and 3"):
+    with pytest.raises(MuntinError, match=r"shape \(400,\) for the FP32 model and \(3,\)"):
         measure(samples(1), Score(0.5, np.full(3, 0.5)))

@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 import muntin
 from model_helpers import answer, pixels
 from muntin.compression import Change
+from muntin.compression.sparsity.holding import check_held, sparse_layers
 from muntin.errors import MuntinError
 
 PAGE = Path(__file__).parents[2] / "docs" / "passes.md"
@@ -31,9 +32,11 @@ PASSES: dict[str, Callable[[nn.Module], list[Change]]] = {
     "quantize_w4": lambda model: muntin.quantize(model, BATCHES, bits=4, steps=2),
     "prepare_qat": lambda model: muntin.prepare_qat(model, BATCHES, bits=4),
     "freeze": lambda model: muntin.freeze(model, BATCHES),
+    "sparsify": lambda model: muntin.sparsify(model, BATCHES),
 }
 REFUSED = {
-    *product(("prepare_qat",), ("prune", "low_rank", "quantize", "quantize_w4")), ("quantize", "quantize_w4"), ("quantize_w4", "quantize"),
+    *product(("prepare_qat",), ("prune", "low_rank", "quantize", "quantize_w4", "sparsify")),
+    ("quantize", "quantize_w4"), ("quantize_w4", "quantize"),
 }  # fmt: skip
 """Pairs that are an error, which names the order."""
 
@@ -119,6 +122,10 @@ def test_order_saved_and_repeated(order: tuple[str, ...], made_of: tuple[tuple[s
     folder = muntin.save(model, tmp_path_factory.mktemp("saved") / "model")
     again = muntin.load_compressed(folder, network(*made_of))
     assert torch.equal(answer(again, x), scores)
+    if "sparsify" in order:
+        check_held(model)
+        assert "sparsify" not in order[-1:] or sparse_layers(model)
+    assert sparse_layers(again).keys() == sparse_layers(model).keys()
     for loaded in (model, again):
         assert all(change.kept and change.reason for change in PASSES[order[-1]](loaded))
         assert same_state(state(loaded), before)
@@ -144,7 +151,14 @@ def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "order",
-    [("prune", "low_rank", "quantize"), ("prune", "prepare_qat", "freeze"), ("prune", "quantize_w4"), ("quantize", "low_rank", "prune")],
+    [
+        ("prune", "low_rank", "quantize"),
+        ("prune", "prepare_qat", "freeze"),
+        ("prune", "quantize_w4"),
+        ("quantize", "low_rank", "prune"),
+        ("prune", "sparsify", "quantize_w4"),
+        ("quantize", "sparsify", "prune"),
+    ],
 )
 def test_export_after_passes(order: tuple[str, ...], tmp_path: Path) -> None:
     model = network(("plain", "depthwise", "attention"), 16)

@@ -12,7 +12,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.training.evaluation import Evaluation, collapse, evaluate, poor_classes, predictions, tile_of
+from muntin.training.evaluation import Evaluation, areas, collapse, evaluate, poor_classes, predictions, tile_of
 
 NAMES = ("sea", "land", "ice", "rock")
 
@@ -41,6 +41,10 @@ def evaluated(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], clas
     return evaluate(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
 
 
+def areas_of(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], classes: int, tile: int = 64) -> NDArray[np.int64]:
+    return areas(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), classes=st.integers(2, 4), pictures=st.integers(1, 3), tile=st.sampled_from([3, 64]))
 def test_scores_against_a_plain_count(seed: int, classes: int, pictures: int, tile: int) -> None:
@@ -55,9 +59,12 @@ def test_scores_against_a_plain_count(seed: int, classes: int, pictures: int, ti
     truth = np.concatenate([t.ravel() for _, t in pairs])
     guess, truth = guess[truth != IGNORED], truth[truth != IGNORED]
     if not truth.size:
-        with pytest.raises(DataError):
-            evaluated(pairs, classes, tile)
+        for score in (evaluated, areas_of):
+            with pytest.raises(DataError):
+                score(pairs, classes, tile)
         return
+    sums = areas_of(pairs, classes, tile).sum(0)
+    assert sums.tolist() == [[((guess == k) & (truth == k)).sum(), ((guess == k) | (truth == k)).sum()] for k in range(classes)]
     result = evaluated(pairs, classes, tile)
     assert (result.samples, result.counted) == (pictures, truth.size)
     assert result.accuracy == pytest.approx((guess == truth).mean())

@@ -16,6 +16,7 @@ from muntin.artifact.manifest import (
 )
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sizes import Sides, Sizes
+from muntin.artifact.sparse_layers import sparsity_of
 from muntin.artifact.standalone import check_standalone, write_standalone
 from muntin.artifact.store import (
     AnyArtifact,
@@ -53,6 +54,7 @@ __all__ = [
     "open_any_artifact",
     "open_artifact",
     "pack",
+    "sparsity_of",
     "unpack",
     "write_artifact",
     "write_standalone",

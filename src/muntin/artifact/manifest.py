@@ -12,7 +12,17 @@ import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.plan import TilePlan
@@ -31,6 +41,8 @@ LARGEST_EXAMPLE = 1 << 28
 """Pixels of all images, or values of all inputs, of an example, which is computed when an artefact is opened."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
+OptionalFileName = Literal["drift.json"]
+AnyFileName = FileName | OptionalFileName
 
 
 class _Frozen(BaseModel):
@@ -82,11 +94,23 @@ class Signature(_Frozen):
         return (batch, self.outputs, self.scale * height, self.scale * width)
 
 
-class LayerRecord(_Frozen):
+class _Sparse(_Frozen):
+    """Base of records with a `sparsity`, which JSON leaves out where there is none."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if not content["sparsity"]:
+            del content["sparsity"]
+        return content
+
+
+class LayerRecord(_Sparse):
     """One layer as it was compressed.
 
     `name`: also of the layer's compute node in `model.onnx` (or its prefix before a "/"), by which verification finds it in the engine.
-    `activation_bits` None: float inputs. `macs`: of one image of the manifest's `example` size.
+    `activation_bits` None: float inputs. `macs`: of one image of the manifest's `example` size. `sparsity`: the pattern of the zeros of its
+    weight along the inputs, "2:4" or "block:4x4"; empty: none.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -96,6 +120,7 @@ class LayerRecord(_Frozen):
     parameters: Annotated[int, Field(ge=0)] = 0
     macs: Annotated[int, Field(ge=0)] | None = None
     note: str = ""
+    sparsity: str = ""
 
     @property
     def integer_activations(self) -> bool:
@@ -103,12 +128,24 @@ class LayerRecord(_Frozen):
         return self.activation_bits is not None and self.activation_bits <= 8
 
 
-class TensorRecord(_Frozen):
-    """Storage of one weight: bits per value, restored shape, and integers or floats."""
+class SparseStorage(_Frozen):
+    """Form of a weight of which zeros are not stored: see `sparse_packing`.
+
+    `axis`: along which groups lie; of blocks 0. `values`: how many are stored.
+    """
+
+    pattern: Annotated[str, Field(pattern=r"^([1-9]\d?:[1-9]\d?|block:[1-9]\d{0,3}x[1-9]\d{0,3})$")]
+    axis: Annotated[int, Field(ge=0, le=8)]
+    values: Annotated[int, Field(ge=0)]
+
+
+class TensorRecord(_Sparse):
+    """Storage of one weight: bits per value, restored shape, integers or floats, and the places of those that are stored (None: all)."""
 
     bits: Annotated[int, Field(ge=1, le=64)]
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     packing: Literal["int", "f16", "f32", "f64"]
+    sparsity: SparseStorage | None = None
 
 
 class GoldenTolerance(_Frozen):
@@ -151,7 +188,7 @@ class AnyManifest(_Frozen):
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}
     example: Any = None
-    files: dict[FileName, Sha256] = {}
+    files: dict[AnyFileName, Sha256] = {}
     sha256: str = ""
 
     @property

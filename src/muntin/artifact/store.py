@@ -2,9 +2,11 @@
 
     DIR/manifest.json         description (muntin.artifact.manifest)
     DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
-    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged
+    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged;
+                              of weights with many zeros the places and the values of the others (sparse_packing)
     DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export;
                               inputs_0/NAME, outputs_0/NAME, ... : those of a model with named inputs and outputs
+    DIR/drift.json            optional: statistics of the training pictures (muntin.updating.drift)
 
 The names are fixed, so a manifest cannot refer to other files. The same model, packing and golden pairs give the same bytes.
 """
@@ -31,6 +33,7 @@ from safetensors.numpy import save as save_tensors
 
 from muntin.artifact.atomic_directory import names_in, refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
+    AnyFileName,
     AnyKind,
     AnyManifest,
     EngineFamily,
@@ -39,6 +42,7 @@ from muntin.artifact.manifest import (
     GoldenTolerance,
     LayerRecord,
     Manifest,
+    OptionalFileName,
     Signature,
     TensorManifest,
     field_error,
@@ -47,11 +51,13 @@ from muntin.artifact.manifest import (
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
 from muntin.artifact.plan import TilePlan
+from muntin.artifact.sparse_layers import sparsity_of
 from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 FILES: tuple[FileName, ...] = get_args(FileName)
+OPTIONAL_FILES: tuple[OptionalFileName, ...] = get_args(OptionalFileName)
 
 LARGEST_MANIFEST = 1 << 26
 """Bytes. It is read before any digest is checked, and parsing takes many times its size."""
@@ -81,7 +87,12 @@ class AnyArtifact:
     @property
     def bytes(self) -> int:
         """Size of the whole directory."""
-        return sum((self.path / name).stat().st_size for name in (MANIFEST, *FILES))
+        return sum((self.path / name).stat().st_size for name in self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the files in the directory."""
+        return (MANIFEST, *FILES, *(name for name in OPTIONAL_FILES if name in self.manifest.files))
 
     @property
     def digest(self) -> str:
@@ -95,6 +106,10 @@ class AnyArtifact:
             return join_model(structure, _read_tensors(self.path, "weights.safetensors", self.manifest), self.manifest.tensors)
         except ArtifactError as error:
             raise ArtifactError(f"{self.path}: {error}") from error
+
+    def optional_file(self, name: OptionalFileName) -> builtins.bytes | None:
+        """The content of an optional file; None if the artefact has none. Raises ArtifactError if it was altered."""
+        return _read_checked(self.path, name, self.manifest) if name in self.manifest.files else None
 
     def _golden_tensors(self) -> dict[str, NDArray[Any]]:
         return _read_tensors(self.path, "golden.safetensors", self.manifest)
@@ -176,14 +191,16 @@ def open_any_artifact(path: str | Path) -> Artifact | TensorArtifact:
     for name in FILES:
         if name not in manifest.files:
             raise ArtifactError(f"{path / MANIFEST}: it names no digest for {name}: export the artefact again")
-        if name not in present:
-            raise ArtifactError(f"{path / name}: missing: copy or export the artefact again")
-    if extra := sorted(present - {MANIFEST, *FILES}):
+    for recorded in manifest.files:
+        if recorded not in present:
+            raise ArtifactError(f"{path / recorded}: missing: copy or export the artefact again")
+    if extra := sorted(present - {MANIFEST, *manifest.files}):
         raise ArtifactError(f"{path / extra[0]}: not part of the artefact: remove it")
-    for name in FILES:
-        if (path / name).exists() and not (path / name).is_file():  # a pipe or a device: reading it might never end
-            raise ArtifactError(f"{path / name}: no regular file: copy or export the artefact again")
-        _check_digest(path / name, _digest(path / name), manifest.files[name])
+    for recorded, digest in manifest.files.items():
+        file = path / recorded
+        if file.exists() and not file.is_file():  # a pipe or a device: reading it might never end
+            raise ArtifactError(f"{file}: no regular file: copy or export the artefact again")
+        _check_digest(file, _digest(file), digest)
     return TensorArtifact(path, manifest) if isinstance(manifest, TensorManifest) else Artifact(path, image_manifest(path, manifest))
 
 
@@ -209,7 +226,19 @@ def read_manifest(path: Path) -> AnyManifest:
 
 def check_target(path: str | Path) -> None:
     """Raises ArtifactError where `write_artifact` would refuse to write. Call it before the work."""
-    refuse_foreign(Path(path), (MANIFEST, *FILES), marker=MANIFEST)
+    refuse_foreign(Path(path), (MANIFEST, *FILES, *OPTIONAL_FILES), marker=MANIFEST)
+
+
+def with_optional_file(artifact: AnyArtifact, name: OptionalFileName, content: bytes) -> None:
+    """Writes an optional file into an artefact, in place of an earlier one. Its manifest, and so its digest, change.
+
+    The directory is replaced whole or not at all. Takes the artefact's size in memory. Raises ArtifactError.
+    """
+    manifest = artifact.manifest
+    contents = {key: _read_checked(artifact.path, key, manifest) for key in manifest.files} | {name: content}
+    digests = {**manifest.files, name: hashlib.sha256(content).hexdigest()}
+    _, rendered = render_manifest(manifest.model_copy(update={"files": digests}))
+    replace_directory(artifact.path, {MANIFEST: rendered, **{str(key): data for key, data in contents.items()}}, marker=MANIFEST)
 
 
 def write_artifact(
@@ -297,7 +326,9 @@ def _write(
 ) -> AnyKind:
     """Writes the four files and returns the manifest. `fields`: its values other than of files and weights."""
     structure, tensors, records = split_model(model, packing)
-    contents: dict[FileName, bytes] = {
+    patterns = sparsity_of(model)
+    fields["layers"] = tuple(one.model_copy(update={"sparsity": patterns.get(one.name, "")}) for one in fields["layers"])
+    contents: dict[AnyFileName, bytes] = {
         "model.onnx": structure.SerializeToString(deterministic=True),
         "weights.safetensors": save_tensors(tensors),
         "golden.safetensors": save_tensors(golden),
@@ -309,7 +340,8 @@ def _write(
     except ValidationError as error:
         raise ArtifactError(f"manifest field {field_error(error)}: record plain values") from error
     manifest, rendered = render_manifest(manifest)
-    replace_directory(path, {MANIFEST: rendered, **{str(name): data for name, data in contents.items()}}, marker=MANIFEST)
+    written = {MANIFEST: rendered, **{str(name): data for name, data in contents.items()}}
+    replace_directory(path, written, marker=MANIFEST, names=OPTIONAL_FILES)
     return manifest
 
 
@@ -353,7 +385,7 @@ def _read(file: Path) -> bytes:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def _read_checked(path: Path, name: FileName, manifest: AnyManifest) -> bytes:
+def _read_checked(path: Path, name: AnyFileName, manifest: AnyManifest) -> bytes:
     data = _read(path / name)
     _check_digest(path / name, hashlib.sha256(data).hexdigest(), manifest.files[name])
     return data

@@ -71,7 +71,9 @@ def assign(choices: Mapping[str, Sequence[Option]], limit: float, *, seconds: fl
         if exact is not None and _cost(choices, exact) < _cost(choices, best):
             best = exact
     cost = _cost(choices, best)
-    gap = 0.0 if all(len(menu) == 1 for menu in menus.values()) else _gap(cost, bound)
+    costs = [[choices[name][index].cost for index in menu] for name, menu in menus.items()]
+    spread = math.fsum(max(menu) - min(menu) for menu in costs)
+    gap = _gap(cost, bound, spread) if spread else 0.0
     harm = math.fsum(choices[name][index].harm for name, index in best.items())
     return Assignment(picked=best, harm=harm, cost=cost, gap=gap)
 
@@ -100,11 +102,13 @@ def _cost(choices: Mapping[str, Sequence[Option]], picked: Mapping[str, int]) ->
     return math.fsum(choices[name][index].cost for name, index in picked.items())
 
 
-def _gap(cost: float, bound: float) -> float:
+def _gap(cost: float, bound: float, spread: float) -> float:
+    """`spread`: between the highest and the lowest total cost."""
     if math.isnan(bound):
         return math.inf
-    gap = (cost - bound) / abs(cost) if cost else float(cost > bound)
-    return gap if gap > 1e-6 else 0.0  # below: tolerance of the solver
+    if cost - bound <= 1e-6 * max(abs(cost), spread):  # tolerance of the solver
+        return 0.0
+    return (cost - bound) / abs(cost) if cost else 1.0
 
 
 def _relaxed(

@@ -17,14 +17,14 @@ class Budget:
     """An accuracy budget.
 
     `max_drop`: most that the metric of the deployed artefact may lose against the FP32 model's, in the metric's own units; 0 or more.
-    `objective`: what is made least within it. `confidence`: from 0.5 to below 1; the drop is then within `max_drop` with this certainty (a
-    one-sided normal bound over paired samples), for which `evaluate` returns a score for each sample; None: the measured drop counts as it
-    is. Raises `MuntinError` for other values.
+    `objective`: what is made least within it. `confidence`: from 0.5 to below 1; the drop is within `max_drop` with this certainty on data
+    like those of `evaluate`, if it returns samples (a one-sided bound, `scores.drop_bound`); None: the measured drop counts as it is.
+    Raises `MuntinError` for other values.
     """
 
     max_drop: float
     objective: Objective = "size"
-    confidence: float | None = None
+    confidence: float | None = 0.95
 
     def __post_init__(self) -> None:
         if isinstance(self.max_drop, bool) or not isinstance(self.max_drop, int | float) or not 0 <= self.max_drop < math.inf:

@@ -32,11 +32,11 @@ from muntin.compression.history import history
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
+from muntin.training.config import BudgetConfig
+from muntin.training.recipe import load_recipe, parse_recipe
 
-WIDTHS = (1.0, 0.8, 0.6)
-"""Shares of the parameters that pruning leaves, to choose from."""
-TRIALS = 12
-"""Most trials by default."""
+LEARNING_RATE = 1e-3
+"""Of the training of candidates, by default."""
 SearchOutcome = Literal["kept", "not reachable", "not tried"]
 OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TableProgress], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
@@ -131,110 +131,82 @@ def compress(
     budget: Budget,
     finetune: Iterable[Any] | None = None,
     loss: TargetLoss | None = None,
-    steps: int | None = None,
-    learning_rate: float = 1e-3,
     holdout: Evaluate | None = None,
+    recipe: BudgetConfig | Mapping[str, Any] | Path | str | None = None,
     folder: Path | str | None = None,
-    minutes: float | None = None,
-    trials: int = TRIALS,
-    widths: Sequence[float] = WIDTHS,
     signature: Signature | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: SearchReport = lambda progress: None,
+    plans: OpenBase = TablePlans,
 ) -> CompressionResult:
     """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
 
     Works on copies. `calibration`: batches of typical inputs: raw pixels `(B, C, H, W)`, 0-255, or other tensors, alone, as a tuple or by
     name. `evaluate`: called with a callable that takes the model's own input tensors and answers from the deployed artefact; returns a
-    score, higher is better, or one for each sample. `holdout`: like it, on other data, for the figures that are reported: called once with
-    the FP32 model's artefact and once with the chosen one.
+    score, higher is better, or one for each sample `(N,)`, or the intersection and union of each class in each sample `(N, K, 2)`, whose
+    score is the mean IoU. `holdout`: like it, on other data, for the figures that are reported: called once with the FP32 model's artefact
+    and once with the chosen one.
 
-    `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers for `steps` steps (by default one pass), or of
-    (inputs, targets) with `loss(answer, targets)`. Without it nothing is trained.
+    `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers, or of (inputs, targets) with
+    `loss(answer, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
+    (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. The search ends at the nearer limit of trials and
+    minutes; no trial begins that would end later, if it takes as long as the longest one.
 
-    `minutes`, `trials`: the search ends at the nearer limit; no trial begins that would end later, if it takes as long as the longest one.
-    `widths`: shares of the parameters to prune to, the first is 1. `signature`: of an image model, by default inferred. `folder`: of all
-    trials, each with its artefact; by default a new temporary one. A search that was interrupted goes on if it is called again with the
-    same arguments and folder, and the result is the same; a search of other settings in the folder is an error. `settings`: plain values
-    that count among these, such as what `finetune` and `evaluate` depend on.
+    `signature`: of an image model, by default inferred. `folder`: of all trials, each with its artefact; by default a new temporary one. A
+    search that was interrupted goes on if it is called again with the same arguments and folder, and the result is the same; a search of
+    other settings in the folder is an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate` depend
+    on. `plans`: makes the plans of a width; by default from tables of harm and cost.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
     drop.
     """
-    return compress_with(
-        TablePlans, model, calibration=calibration, evaluate=evaluate, budget=budget, finetune=finetune, loss=loss, steps=steps,
-        learning_rate=learning_rate, holdout=holdout, folder=folder, minutes=minutes, trials=trials, widths=widths, signature=signature,
-        settings=settings, seed=seed, progress=progress,
-    )  # fmt: skip
-
-
-def compress_with(
-    open_base: OpenBase,
-    model: nn.Module,
-    *,
-    calibration: Iterable[ModelInputs],
-    evaluate: Evaluate,
-    budget: Budget,
-    finetune: Iterable[Any] | None = None,
-    loss: TargetLoss | None = None,
-    steps: int | None = None,
-    learning_rate: float = 1e-3,
-    holdout: Evaluate | None = None,
-    folder: Path | str | None = None,
-    minutes: float | None = None,
-    trials: int = TRIALS,
-    widths: Sequence[float] = WIDTHS,
-    signature: Signature | None = None,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    progress: SearchReport = lambda progress: None,
-) -> CompressionResult:
-    """`compress` with plans from `open_base`."""
     check_eager(model)
-    _check_limits(budget, trials, minutes, widths)
-    training = _training(finetune, loss, steps, learning_rate)
+    if not isinstance(budget, Budget):
+        raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
+    config = budget_config(recipe)
+    training = _training(finetune, loss, config)
     batches = calibration_list(calibration)
     teacher = eager_copy(model).eval()
     agreed = {
         **(settings or {}),
         "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
         "confidence": budget.confidence, "steps": None if training is None else training.steps, "loss": loss is not None,
-        "learning_rate": None if training is None else learning_rate, "widths": list(widths), "seed": seed,
+        "learning_rate": None if training is None else training.learning_rate, "widths": list(config.widths), "seed": seed,
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     with folder_in_use(place, "muntin.compress") as notes:
         work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
-            evaluate=evaluate, training=training, open_base=open_base, seed=seed, progress=progress,
+            evaluate=evaluate, training=training, open_base=plans, seed=seed, progress=progress,
         )  # fmt: skip
-        result = work.run(list(widths), trials=trials, minutes=minutes, holdout=holdout)
+        result = work.run(config, holdout=holdout)
     kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()
     return replace(result, notes=(*notes, *result.notes, *kept_in))
 
 
-def _check_limits(budget: object, trials: object, minutes: object, widths: Sequence[float]) -> None:
-    if not isinstance(budget, Budget):
-        raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
-    if isinstance(trials, bool) or not isinstance(trials, int) or trials < 0:
-        raise MuntinError(f"trials={trials!r}: give a whole number from 0")
-    if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes >= 0):
-        raise MuntinError(f"minutes={minutes!r}: give a number from 0, or None")
-    if not widths or widths[0] != 1 or not all(0 < width <= 1 for width in widths) or len(set(widths)) < len(widths):
-        raise MuntinError(f"widths={tuple(widths)!r}: give different shares above 0, the first of them 1")
+def budget_config(recipe: BudgetConfig | Mapping[str, Any] | Path | str | None) -> BudgetConfig:
+    """Settings of a search from what `compress` takes as `recipe`. Raises `RecipeError`."""
+    if isinstance(recipe, BudgetConfig):
+        return recipe
+    if isinstance(recipe, Path | str):
+        return load_recipe(recipe).budget
+    return parse_recipe({"budget": dict(recipe or {})}, where="recipe").budget
 
 
-def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, steps: int | None, learning_rate: float) -> CandidateTraining | None:
+def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, config: BudgetConfig) -> CandidateTraining | None:
     if finetune is None:
-        if loss is not None or steps is not None:
+        if loss is not None or config.steps:
             raise MuntinError(f"{'loss' if loss is not None else 'steps'} is for training, and finetune has no data: give batches")
         return None
+    steps = config.steps
     if steps is None:
         if not isinstance(finetune, Sized):
-            raise MuntinError("finetune has no length: give steps, the number of batches to train a candidate on")
+            raise MuntinError("finetune has no length: give steps in the recipe, the number of batches to train a candidate on")
         steps = len(finetune)
-    return CandidateTraining(data=finetune, steps=steps, loss=loss, learning_rate=learning_rate)
+    rate = LEARNING_RATE if config.learning_rate is None else config.learning_rate
+    return CandidateTraining(data=finetune, steps=steps, loss=loss, learning_rate=rate) if steps else None
 
 
 class _BudgetedCompression:
@@ -259,21 +231,19 @@ class _BudgetedCompression:
         """Recorded time of everything so far, also of runs before this one."""
         self.trials: tuple[Trial, ...] = ()
 
-    def run(self, widths: list[float], *, trials: int, minutes: float | None, holdout: Evaluate | None) -> CompressionResult:
+    def run(self, config: BudgetConfig, *, holdout: Evaluate | None) -> CompressionResult:
         self.progress(SearchProgress(stage="reference"))
         record = self.folder.reference(self._reference)
         self.seconds += record["seconds"]
         self.reference = Score(record["score"], None if record["samples"] is None else np.asarray(record["samples"]))
-        if self.budget.confidence is not None and self.reference.samples is None:
-            raise MuntinError("confidence needs a score for each sample, and evaluate returned one number: leave confidence out")
-        last = 0.0
+        last, minutes = 0.0, config.minutes
 
         def may_go_on(done: Sequence[Trial]) -> bool:
             nonlocal last
             last = max((trial.seconds for trial in done), default=0.0)
-            return len(done) < trials and (minutes is None or self.seconds + last <= 60 * minutes) and minutes != 0
+            return len(done) < config.trials and (minutes is None or self.seconds + last <= 60 * minutes) and minutes != 0
 
-        search = Search(widths, self._open_base, self._attempt, self.budget, may_go_on=may_go_on)
+        search = Search(list(config.widths), self._open_base, self._attempt, self.budget, may_go_on=may_go_on)
         search.run()
         return self._result(search, record, holdout, minutes=minutes)
 
@@ -344,7 +314,7 @@ class _BudgetedCompression:
         best = search.best
         kept = best is not None and best.kept
         outcome: SearchOutcome = "not tried" if best is None else "kept" if kept else "not reachable"
-        notes = [*self._noise(record["noise"]), *search.notes]
+        notes = [*self._noise(record["noise"]), *self._uncertain(), *search.notes]
         if best is None:
             notes.append("nothing was tried: " + ("minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"))
         elif not kept:
@@ -376,6 +346,13 @@ class _BudgetedCompression:
         if noise > self.budget.max_drop / 2:
             note += f", more than half of max_drop {self.budget.max_drop:g}: whether the budget is kept is uncertain; use more samples"
         return [note]
+
+    def _uncertain(self) -> list[str]:
+        samples = self.reference.samples
+        if self.budget.confidence is None or (samples is not None and len(samples) > 1):
+            return []
+        got = "one number" if samples is None else "one sample"
+        return [f"evaluate returned {got}: the measured drop counts as it is, without a margin for data that it has not seen"]
 
     def _held_out(self, holdout: Evaluate, best: Trial) -> Holdout:
         def measure(path: Path, what: str, precision: str) -> dict[str, Any]:

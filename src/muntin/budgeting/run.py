@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.pipeline import TRIALS, CompressionResult, SearchReport, compress
+from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, TablePlans, compress
 from muntin.compression.loading import load_model
 from muntin.data import Crops
 from muntin.data.batch_feed import prefetch, worker_count
@@ -24,7 +24,7 @@ from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
 from muntin.models.eager import as_input
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
-from muntin.training.evaluation import evaluate, predictions, tile_of
+from muntin.training.evaluation import areas, predictions, tile_of
 from muntin.training.loss import Loss
 from muntin.training.precision import resolve_precision
 
@@ -39,38 +39,36 @@ def compress_run(
     budget: Budget,
     folder: Path,
     *,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    minutes: float | None = None,
-    trials: int = TRIALS,
     progress: SearchReport = lambda progress: None,
+    plans: OpenBase = TablePlans,
 ) -> CompressionResult:
-    """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`).
+    """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
-    `steps`: of the training of each candidate; 0: none; None: the share of the recipe's steps that its three stages would take.
-    `learning_rate`: None for that of the recipe's last stage. Raises `CheckpointError` for a model that is compressed already, `DataError`
-    for too few validation pictures.
+    `plans`: as of `compress`. Without steps in that section, each candidate is trained for the share of the recipe's steps that its three
+    stages would take. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
     recipe, source = checkpoint.recipe, source_of(checkpoint)
-    stages = recipe.compression
+    stages, config = recipe.compression, recipe.budget
+    steps = config.steps
     if steps is None:
         steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * recipe.training.steps))
+    rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
     model = load_model(checkpoint)
     judged, held_out = _splits(source)
     training: dict[str, Any] = {}
     if steps:
         measure = Loss(task=recipe.task, overlap=recipe.training.overlap_loss, distillation=stages.distillation)
-        rate = stages.mix.learning_rate if learning_rate is None else learning_rate
         data = _Lessons(checkpoint, source, model, steps)
-        training = {"finetune": data, "loss": lambda scores, targets: measure(scores, *targets), "steps": steps, "learning_rate": rate}
+        training = {"finetune": data, "loss": lambda scores, targets: measure(scores, *targets)}
     tile = tile_of(recipe.data.crop)
     return compress(
-        model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile), budget=budget,
-        holdout=_metric(held_out, tile, each=recipe.task == "classify"), folder=folder, minutes=minutes, trials=trials,
-        signature=checkpoint.signature, settings={"recipe": recipe.model_dump(mode="json")}, seed=recipe.seed, progress=progress,
-        **training,
+        model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
+        holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature,
+        recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
+        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget"})}, seed=recipe.seed, progress=progress,
+        plans=plans, **training,
     )  # fmt: skip
 
 
@@ -86,12 +84,12 @@ def _splits(source: Source) -> tuple[Samples, Samples]:
     return validation.select(range(0, len(validation), 2)), validation.select(range(1, len(validation), 2))
 
 
-def _metric(samples: Samples, tile: int, *, each: bool = False) -> Callable[[Any], Any]:
-    """Mean IoU or accuracy of an artefact on samples. `each`: of a classifier, 1 or 0 for each sample."""
+def _metric(samples: Samples, tile: int, task: str) -> Callable[[Any], Any]:
+    """The samples of the score of an artefact: areas of bands of pictures for segment, 1 or 0 for each picture for classify."""
 
     def measure(deployed: Any) -> Any:
-        if not each:
-            return evaluate(deployed.session, samples, tile=tile).score
+        if task == "segment":
+            return areas(deployed.session, samples, tile=tile)
         return [float(labels[0] == sample.target) for sample, labels in predictions(deployed.session, samples, tile=tile)]
 
     return measure

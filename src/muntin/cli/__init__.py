@@ -21,6 +21,7 @@ from muntin.cli.report import demo_command, report_command
 from muntin.cli.search import search_command
 from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
+from muntin.cli.updating.drift import drift_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
 
@@ -71,6 +72,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict_command,
     "serve": serve_command,
     "triton": triton_command,
+    "drift": drift_command,
     "report": report_command,
     "models": models_command,
 }

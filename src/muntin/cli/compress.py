@@ -62,16 +62,14 @@ def compress_command(
     candidate is trained, exported and scored as an artefact; exit code 1 if none keeps the budget.
     """
     refuse_without_gradients(checkpoint)
-    own = {"--objective": objective, "--minutes": minutes, "--trials": trials, "--steps": steps}
+    limits = {"minutes": minutes, "trials": trials, "steps": steps}
     if max_drop is not None:
         if resume or until != "mixed":
             raise typer.BadParameter("--resume and --until are of the stages: leave them out with --max-drop, which goes on by itself")
-        compress_within(
-            checkpoint, output, max_drop=max_drop, objective=objective or "size", minutes=minutes, trials=trials, steps=steps,
-            overrides=set_ or (), json=json,
-        )  # fmt: skip
+        changes = [*(set_ or ()), *(f"budget.{name}={value}" for name, value in limits.items() if value is not None)]
+        compress_within(checkpoint, output, max_drop=max_drop, objective=objective or "size", overrides=changes, json=json)
         return
-    if given := [name for name, value in own.items() if value is not None]:
+    if given := [f"--{name}" for name, value in {"objective": objective, **limits}.items() if value is not None]:
         raise typer.BadParameter(f"{', '.join(given)}: give --max-drop too, such as --max-drop 0.01")
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import FOLDER
@@ -130,11 +128,12 @@ def compression_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Reci
     from muntin.errors import RecipeError
     from muntin.training.recipe import override_recipe
 
-    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
+    allowed = ("compression.", "budget.", *(f"{key}=" for key in QUANTIZATION))
     other = next((override for override in overrides if not override.startswith(allowed)), None)
     if other is not None:
         raise RecipeError(
-            f"'{other}': the model is trained already; only compression.KEY=VALUE can be set here, and {' and '.join(QUANTIZATION)}"
+            f"'{other}': the model is trained already; what can be set is compression.KEY=VALUE, budget.KEY=VALUE, "
+            f"{' and '.join(QUANTIZATION)}"
         )
     return override_recipe(checkpoint.recipe, overrides)
 
@@ -163,16 +162,12 @@ def compress_within(
     *,
     max_drop: float,
     objective: str,
-    minutes: float | None,
-    trials: int | None,
-    steps: int | None,
     overrides: Sequence[str],
     json: bool,
 ) -> None:
     """Search, print the trials and the chosen one. Exits with 1 if no trial keeps the budget."""
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.budgeting import Budget
-    from muntin.budgeting.pipeline import TRIALS
     from muntin.budgeting.run import FOLDER, compress_run
     from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
@@ -189,10 +184,7 @@ def compress_within(
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
     folder = output or file.parent.parent / FOLDER
     with _shown(notes_once(() if json else notes), quiet=json) as progress:
-        result = compress_run(
-            checkpoint, Budget(max_drop=max_drop, objective=objective), folder, steps=steps, minutes=minutes,  # type: ignore[arg-type]
-            trials=TRIALS if trials is None else trials, progress=progress,
-        )  # fmt: skip
+        result = compress_run(checkpoint, Budget(max_drop=max_drop, objective=objective), folder, progress=progress)  # type: ignore[arg-type]
     metric = "mIoU" if recipe.task == "segment" else "accuracy"
     page = write_front(folder, front_record(result, title=recipe.name, metric=metric))
     if json:

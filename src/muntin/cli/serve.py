@@ -19,6 +19,7 @@ from muntin.errors import DataError
 if TYPE_CHECKING:
     from muntin.serving.config import ServeConfig
     from muntin.serving.server import Server
+    from muntin.serving.telemetry.samples import SampleSettings
 
 _MEGABYTE = 1 << 20
 _MAX_LINES = 1000
@@ -78,6 +79,13 @@ _MaxConnectionsOption = Annotated[
 _DrainSecondsOption = Annotated[
     int, typer.Option(min=1, max=86400, help="Seconds that requests in flight get after SIGTERM or Ctrl-C; then they are cut off.")
 ]
+_KeepSamplesOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder in which a share of the answered pictures is kept, for `muntin drift`; by default none are kept."),
+]
+_KeepShareOption = Annotated[float, typer.Option(min=0, max=1, help="Share of the pictures that --keep-samples keeps.")]
+_KeepMegabytesOption = Annotated[float, typer.Option(min=1, help="MiB of all kept pictures; the oldest are removed.")]
+_KeepDaysOption = Annotated[float, typer.Option(min=0.01, max=3650, help="Days after which a kept picture is removed.")]
 _TokenFileOption = Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")]
 _TlsCertificateOption = Annotated[Path | None, typer.Option(help="PEM file; with --tls-key: HTTPS and gRPC over TLS.")]
 _TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM file.")]
@@ -135,6 +143,10 @@ def serve_command(
     idle_seconds: _IdleSecondsOption = 75,
     max_connections: _MaxConnectionsOption = 512,
     drain_seconds: _DrainSecondsOption = 30,
+    keep_samples: _KeepSamplesOption = None,
+    keep_share: _KeepShareOption = 0.01,
+    keep_megabytes: _KeepMegabytesOption = 500.0,
+    keep_days: _KeepDaysOption = 7.0,
     token_file: _TokenFileOption = None,
     tls_certificate: _TlsCertificateOption = None,
     tls_key: _TlsKeyOption = None,
@@ -162,6 +174,7 @@ def serve_command(
                 body_bytes=max_body * _MEGABYTE, json_bytes=max_json * _MEGABYTE, held_bytes=max(512, 4 * max_body) * _MEGABYTE,
                 connections=max_connections, image_pixels=max_pixels, idle_seconds=idle_seconds,
             ),
+            samples=_samples(keep_samples, keep_share, keep_megabytes, keep_days),
             tokens=() if token_file is None else read_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key,
             access_log=access_log, trace=trace, drain_seconds=drain_seconds,
         )  # fmt: skip
@@ -237,6 +250,12 @@ def _run(artifact: Path, config: ServeConfig, json: bool) -> None:
     if lines.lost:
         say(f"muntin: {lines.lost:,} lines were not read in time, and are lost")
     say(f"muntin: stopped; {_describe_end(server.cut_off, config.drain_seconds, hurried=server.hurried)}")
+
+
+def _samples(folder: Path | None, share: float, megabytes: float, days: float) -> SampleSettings | None:
+    from muntin.serving.telemetry.samples import SampleSettings
+
+    return None if folder is None else SampleSettings(folder=folder, share=share, megabytes=megabytes, days=days)
 
 
 def _sizes(text: str | None) -> tuple[tuple[int, int], ...]:

@@ -20,7 +20,7 @@ def verify_command(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check an artefact: digests, golden scores or outputs, integer execution of its quantised layers, and the result of each layer.
+    """Check an artefact: digests, golden scores or outputs, patterns of zeros, integer execution and the result of each quantised layer.
 
     Layers are checked one by one in OpenVINO only; with another --engine that check is left out, and a note says so.
     """
@@ -46,7 +46,7 @@ def verify_command(
             ],
             "integer_layers": integers if result.layers else None, "fallbacks": result.fallbacks, "problems": result.problems,
             "layers": [{"name": check.name, "error": check.error, "passed": check.passed} for check in result.checks],
-            "notes": notes,
+            "sparsity": dict(result.sparsity), "notes": notes,
         }  # fmt: skip
         print_json(finite(document))
     else:
@@ -73,6 +73,9 @@ def _print(result: VerifyResult, integers: Sequence[str]) -> None:
         worst = max(result.checks, key=lambda check: check.error)
         error = f"at most {worst.error:.2g} quantisation steps off ({worst.name})" if worst.error else "exact"
         out.print(f"layers    {len(result.checks)} checked one by one: {error}")
+    for pattern in sorted(set(result.sparsity.values())):
+        count = sum(one == pattern for one in result.sparsity.values())
+        out.print(f"zeros     {count} layers have the pattern {pattern} along their inputs, in a standalone ONNX file too")
     if result.fallbacks and result.passed:
         names = ", ".join(result.fallbacks[:3]) + (", ..." if len(result.fallbacks) > 3 else "")
         out.print(f"note      {len(result.fallbacks)} INT8 layers run in float in {result.engine}: {names}")

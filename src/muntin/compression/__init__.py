@@ -12,6 +12,8 @@ from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import freeze, prepare_qat, set_bits
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
 from muntin.compression.saving import load_compressed, save
+from muntin.compression.sparsity.holding import hold_sparsity
+from muntin.compression.sparsity.sparsification import sparsify
 from muntin.models.compression_record import Change
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "fold",
     "fold_batch_norms",
     "freeze",
+    "hold_sparsity",
     "load_compressed",
     "load_model",
     "low_rank",
@@ -35,4 +38,5 @@ __all__ = [
     "remove_closed_channels",
     "save",
     "set_bits",
+    "sparsify",
 ]

@@ -3,8 +3,8 @@
     batch -> teacher (no gradient)
           -> student -> loss of both answers -> clipped step, or no step if the loss or its gradient is not sound
 
-The student may be factored, pruned or in quantisation-aware training. Recipes have their own loop with labels, checkpoints and several
-processes (`trainer`); this one takes any inputs and any loss.
+The student may be factored, pruned, sparse (zeros stay) or in quantisation-aware training. Recipes have their own loop with labels,
+checkpoints and several processes (`trainer`); this one takes any inputs and any loss.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from muntin.compression.sparsity.holding import hold_sparsity
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, call, check_module, tensors_of
 from muntin.training.config import TrainingConfig
@@ -114,6 +115,7 @@ class _Loop:
         self.student, self.teacher, self.loss, self.trained, self.config = student, teacher, loss, trained, config
         self.precision = resolve_precision(config.precision, next(student.parameters()).device.type)
         self.optimizer = make_optimizer(trained, config, self.precision.dtype)
+        hold_sparsity(student, self.optimizer)
         self.scaler = self.precision.scaler()
         self.guard = LossGuard(config.spike)
 

@@ -23,6 +23,8 @@ PARTS = ("reduce", "core", "expand")
 """Names of the layers inside a factored one."""
 WHOLE_MODEL = "it is the whole model: put it into an nn.Sequential"
 """Reason to keep a layer that no other module holds."""
+SPARSITY = "sparsity_pattern"
+"""Attribute of a layer that was given a pattern of zeros (`sparsity.holding`)."""
 UNUSUAL = "it does not compute what its kind does: no integer form"
 """Reason to keep a subclass that `computes_as_usual` refuses."""
 

@@ -22,6 +22,7 @@ from muntin.compression.low_rank.factorization import apply_structure, structure
 from muntin.compression.quantization.embeddings import apply_tables, table_structure
 from muntin.compression.quantization.qat import apply_qat, qat_structure
 from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure
+from muntin.compression.sparsity.holding import apply_patterns, sparse_structure
 from muntin.models.compression_record import Structure
 
 
@@ -38,6 +39,7 @@ def structure_fields(model: nn.Module) -> dict[str, Any]:
         "qat": qat_structure(model) or None,
         "integers": integer_structure(model),
         "tables": table_structure(model),
+        "sparsity": sparse_structure(model),
         "changes": history(model),
     }
 
@@ -65,5 +67,6 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     apply_qat(model, record.qat or {})
     apply_integers(model, record.integers)
     apply_tables(model, record.tables)
+    apply_patterns(model, record.sparsity)
     remember(model, record.changes)
     remember_pruning(model, record.pruning)

@@ -24,6 +24,7 @@ from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, TensorArtifac
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
+from muntin.compression.sparsity.holding import check_held
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
     FAR_OFF,
@@ -119,6 +120,7 @@ def export(
     opened_for = (1, H, W) if shape is None else check_shape(shape)
     original, model, example = model, _copied(model), example.cpu()
     check_frozen(model)
+    check_held(model)
     check_copy(original, example)
     if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
         model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none

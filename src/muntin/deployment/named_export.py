@@ -13,6 +13,7 @@ from muntin.artifact import GoldenTolerance, TensorArtifact, check_target
 from muntin.compression import fold, remove_closed_channels
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
+from muntin.compression.sparsity.holding import check_held
 from muntin.deployment.capture.named_graph import Axes, NamedModel, NamedTensors, answer, as_arrays, check_call, to_named_onnx, usual_axes
 from muntin.deployment.capture.trained_plan import take_plan
 from muntin.deployment.quantization_changes import pass_entry, reasons_of
@@ -44,6 +45,7 @@ def export_named(
         if not isinstance(tensor, Tensor):
             raise ExportError(f"example '{name}' is of type {type(tensor).__name__}: give a torch.Tensor")
     check_frozen(model)
+    check_held(model)
     remove_closed_channels(model)
     fold(model)
     axes = usual_axes(example) if axes is None else axes

@@ -151,6 +151,8 @@ class Structure(BaseModel):
     """Quantised operations."""
     tables: dict[str, TableRecord] = {}
     """Embeddings of integers."""
+    sparsity: dict[str, str] = {}
+    """Layers with a pattern of zeros: "2:4", "block:4x4:0.5"."""
     changes: tuple[Change, ...]
     """Changes of all passes."""
 

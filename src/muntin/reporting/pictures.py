@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from muntin.errors import DataError
+from muntin.images import to_rgb
 
 # Longest sides in pixels, tried in order, and limits in characters: a page stays below 3 MB even where all pictures are noise.
 OVERLAY_EDGES = (1600, 1200, 800, 480)
@@ -49,6 +52,14 @@ def preview(directory: Path, name: str, *, edges: Sequence[int], limit: int) -> 
         if len(uri) <= limit:
             break
     return Preview(uri=uri, width=small.width, height=small.height, href=quote(name))
+
+
+def thumbnail(pixels_HWC: NDArray[np.uint8], edge: int = 256) -> str:
+    """Return a small copy of a picture of any number of channels as a data URI, with at most `edge` pixels a side."""
+    image = Image.fromarray(np.ascontiguousarray(to_rgb(pixels_HWC)))
+    flat = _is_flat(image)
+    image.thumbnail((edge, edge), Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS)
+    return _data_uri(image, flat)
 
 
 def _open(directory: Path, name: str, *, longest: int) -> Image.Image:

@@ -23,6 +23,7 @@ from muntin.serving.protocol.messages import Limits
 from muntin.serving.telemetry.access_log import AccessLog
 from muntin.serving.telemetry.exposure import expose
 from muntin.serving.telemetry.notify import Notify
+from muntin.serving.telemetry.samples import SampleKeeper
 from muntin.serving.telemetry.tracing import Tracing
 from muntin.serving.versions.control import Control
 from muntin.serving.versions.loader import ArtifactLoader
@@ -70,12 +71,17 @@ def assemble(
 
     `left`: seconds left for requests in flight, asked when the parts end. `local`: as of `HttpApp`.
     """
-    service = _service(slot, config, notify)
+    samples = None if config.samples is None else SampleKeeper(config.samples)
+    if samples is not None:
+        ending.push_async_callback(asyncio.to_thread, samples.close)
+        if slot.current is not None and slot.current.signature.task == "tensors":
+            notify("--keep-samples: the model takes named tensors, of which none are kept")
+    service = _service(slot, config, notify, samples)
     budget = MemoryBudget(config.bounds)
     log = AccessLog() if config.access_log else None
     if log is not None:
         ending.push_async_callback(asyncio.to_thread, log.close)
-    expose(service.metrics, service, service.runner, budget, log)
+    expose(service.metrics, service, service.runner, budget, log, samples)
     control = Control(slot, repository)
     ending.push_async_callback(asyncio.to_thread, control.close)
     pictures = ImageRoute(service, body_bytes=config.bounds.body_bytes)
@@ -98,7 +104,7 @@ def assemble(
     return Assembly(service=service, control=control, app=app, limits=limits, budget=budget, log=log)
 
 
-def _service(slot: Slot, config: ServeConfig, notify: Notify) -> Service:
+def _service(slot: Slot, config: ServeConfig, notify: Notify, samples: SampleKeeper | None) -> Service:
     """Return the service with its batcher and runner."""
     streams = config.streams
     if (current := slot.current) is not None and current.session.streams < streams:
@@ -118,8 +124,9 @@ def _service(slot: Slot, config: ServeConfig, notify: Notify) -> Service:
     )
     runner = Runner(batcher, executor, interrupt=slot.interrupt)
     return Service(
-        slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch, max_pixels=config.bounds.image_pixels
-    )
+        slot, runner, executor, metrics=metrics, objective=objective, max_rows=config.max_batch, max_pixels=config.bounds.image_pixels,
+        keep=None if samples is None else samples.offer,
+    )  # fmt: skip
 
 
 def model_name(path: Path) -> str:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from muntin.errors import DataError
 from muntin.runtime.options import SessionOptions
+from muntin.serving.telemetry.samples import SampleSettings
 from muntin.serving.versions.rollout import Rollout
 
 MEGABYTE = 1 << 20
@@ -80,6 +81,7 @@ class ServeConfig(_Settings):
     watch_seconds: Annotated[float, Field(gt=0, description="between two looks at it")] = 2.0
     rollout: Annotated[Rollout, Field(description="how a new version takes over from the one that serves")] = Rollout()
     bounds: Bounds = Bounds()
+    samples: Annotated[SampleSettings | None, Field(description="pictures to keep as files; None: none are kept")] = None
     tokens: Annotated[tuple[str, ...], Field(description="bearer tokens, one of which a request must carry; none: open to all")] = ()
     tls_certificate: Path | None = None
     tls_key: Path | None = None

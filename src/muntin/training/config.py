@@ -247,3 +247,23 @@ class CompressionConfig(Section):
                 f"average_bits {self.average_bits:g} is less than the {self.weight_bits} weight_bits that every layer has at least"
             )
         return self
+
+
+class BudgetConfig(Section):
+    """The search of `muntin.compress` and `muntin compress --max-drop`."""
+
+    trials: int = Field(default=12, ge=0, description="most candidates to make, train, export and score")
+    minutes: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="no candidate begins that would end later")
+    widths: tuple[float, ...] = Field(default=(1.0, 0.8, 0.6), description="shares of the parameters that pruning leaves; the first is 1")
+    steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="training steps of a candidate; 0: none; unset: those of the three stages, or one pass over finetune",
+    )
+    learning_rate: float | None = Field(default=None, gt=0, le=1, description="unset: that of compression.mix for a run, otherwise 0.001")
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> Self:
+        if self.widths[:1] != (1,) or not all(0 < width <= 1 for width in self.widths) or len({*self.widths}) < len(self.widths):
+            raise ValueError(f"widths {list(self.widths)}: give different shares above 0, the first of them 1")
+        return self

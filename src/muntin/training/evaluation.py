@@ -132,6 +132,23 @@ def evaluate(
     return confusion.evaluation(len(range(ranks.index, len(samples), ranks.count)), ranks)
 
 
+def areas(session: Predictor, samples: Sequence[Sample], *, tile: int) -> NDArray[np.int64]:
+    """Pixels of the intersection and union of truth and prediction `(N, K, 2)`, of N bands of pictures as tall as the tiles.
+
+    `tile`: as of `predictions`. Raises `DataError` if no pixel counts.
+    """
+    side = allowed_tile(session.signature, tile)
+    parts = []
+    for sample in samples:
+        for row, labels in label_bands(session, sample.image, tile=side):
+            confusion = _Confusion(session)
+            confusion.add(sample.labels[row : row + len(labels)], labels)
+            parts.append(confusion.areas())
+    if not sum(int(part.sum()) for part in parts):
+        raise DataError(f"nothing to score: all pixels of the {len(samples)} samples are ignored; check the split and `ignore`")
+    return np.stack(parts)
+
+
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
     """Compute the scores from pairs of a sample and its labels, those of all processes."""
     confusion, samples = _Confusion(session), 0
@@ -164,6 +181,11 @@ class _Confusion:
             self._matrix.reset()
             self._matrix.update(torch.from_numpy(labels[part].astype(np.int64)), torch.from_numpy(truth[part].astype(np.int64)))
             self._total += self._matrix.compute()
+
+    def areas(self) -> NDArray[np.int64]:
+        """Intersection and union of each class `(K, 2)`."""
+        right = self._total.diagonal()
+        return torch.stack([right, self._total.sum(0) + self._total.sum(1) - right], dim=1).numpy()
 
     def evaluation(self, samples: int, ranks: Ranks) -> Evaluation:
         """The scores over the samples of all processes; `samples`: of this one. Raises `DataError` if nothing counts."""

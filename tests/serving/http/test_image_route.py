@@ -33,7 +33,7 @@ BODY_BYTES = 3 * 100 * 100
 class BlockedService:
     """The parts of a service that the route needs; calls wait until `free` is set."""
 
-    name, max_pixels = "m", 10_000
+    name, max_pixels, keep = "m", 10_000, None
 
     def __init__(self, slot: Slot) -> None:
         self.slot, self.calls, self.cancelled = slot, 0, 0

@@ -43,6 +43,7 @@ from muntin.compression.rewrite import (
     parameter_users,
     replace,
 )
+from muntin.compression.sparsity.sparsification import sparse_again
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate
 from muntin.models.compression_record import Change, PruningRecord
@@ -74,9 +75,9 @@ def prune(
 
     Costs two forward passes and a backward pass over the batches, O(I³) for each layer that reads pruned channels, and two copies and
     passes of one row for each of about 2·log2(groups) trials a group that is kept. Parameters are new objects: make the optimiser
-    afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. Quantised layers that are cut keep their bits. The
-    model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach, and for shares of a model with channel gates, for
-    which `prune(model)` is the whole call.
+    afterwards. An `nn.MultiheadAttention` that loses heads becomes a `SplitAttention`. Quantised layers that are cut keep their bits,
+    sparse ones their pattern. The model is left in `eval` mode. Raises `MuntinError` if the budget is out of reach, and for shares of a
+    model with channel gates, for which `prune(model)` is the whole call.
     """
     check_eager(model)
     check_frozen(model)
@@ -97,7 +98,7 @@ def prune(
     def run() -> list[Change]:
         return remember(model, _Pruning(model, batches, multiple).run(kind, share, only, keep))
 
-    return through_floats(model, batches, run) if quantized_layers(model) else run()
+    return sparse_again(model, batches, lambda: through_floats(model, batches, run) if quantized_layers(model) else run())
 
 
 def _slim(model: nn.Module, gates: Mapping[str, nn.Module], shares: Mapping[str, float]) -> list[Change]:

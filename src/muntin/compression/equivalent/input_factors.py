@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from muntin.compression.equivalent.scaling import columns
 from muntin.compression.replaceability import all_same
-from muntin.compression.rewrite import failing, named, replace
+from muntin.compression.rewrite import SPARSITY, failing, named, replace
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, call, tensors_of
 
@@ -87,6 +87,8 @@ def _linear(layer: nn.Linear, weight: Tensor) -> nn.Linear:
     """A Linear with another weight and the same bias. Hooks stay with the layer, of whose place `replace` moves them."""
     new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     new.weight, new.bias = nn.Parameter(weight, requires_grad=layer.weight.requires_grad), layer.bias
+    if SPARSITY in vars(layer):
+        vars(new)[SPARSITY] = vars(layer)[SPARSITY]
     return new
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -58,6 +58,7 @@ from muntin.compression.rewrite import (
     parameter_users,
     replace,
 )
+from muntin.compression.sparsity.sparsification import sparse_again
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, first_row
@@ -94,7 +95,7 @@ def low_rank(
     `only`, `keep`: names or patterns of the layers to factor, and to leave dense.
 
     Budgets count from the model without factored layers, so a second run with the same budget changes nothing. Quantised layers that are
-    factored keep their bits (`dequantization.through_floats`).
+    factored keep their bits (`dequantization.through_floats`), and factors of sparse ones get their pattern.
 
     Costs a forward pass, three of one image, for `activation` a second one with a backward pass, and a decomposition of each layer,
     O(I²·O) for a matrix, in float64 on the CPU. Weights keep their type and device; the model is left in `eval` mode. `energy` and
@@ -107,9 +108,17 @@ def low_rank(
     check_eager(model)
     check_frozen(model)
     batches = calibration_list(calibration)
-    if quantized_layers(model):
-        options: dict[str, Any] = {"criterion": criterion, "threshold": threshold, "multiple": multiple, "only": only, "keep": keep}
-        return through_floats(model, batches, lambda: low_rank(model, batches, parameters=parameters, macs=macs, **options))
+
+    def run() -> list[Change]:
+        return _low_rank(model, batches, config, only, keep)
+
+    return sparse_again(model, batches, lambda: through_floats(model, batches, run) if quantized_layers(model) else run())
+
+
+def _low_rank(
+    model: nn.Module, batches: Sequence[ModelInputs], config: LowRankConfig, only: Sequence[str], keep: Sequence[str]
+) -> list[Change]:
+    """The pass on a model of float layers."""
     layers: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
     left_out({**layers, **factored_layers(model)}, only, keep)
     check_weights(layers, done="factored")  # raises before the model is changed
@@ -155,8 +164,14 @@ def factor(model: nn.Module, calibration: Iterable[ModelInputs], ranks: Mapping[
     check_eager(model)
     check_frozen(model)
     batches = calibration_list(calibration)
-    if quantized_layers(model):
-        return through_floats(model, batches, lambda: factor(model, batches, ranks))
+
+    def run() -> list[Change]:
+        return _factor(model, batches, ranks)
+
+    return sparse_again(model, batches, lambda: through_floats(model, batches, run) if quantized_layers(model) else run())
+
+
+def _factor(model: nn.Module, batches: Sequence[ModelInputs], ranks: Mapping[str, Sequence[int]]) -> list[Change]:
     paddings = plain_convolutions(model.eval(), first_row(batches[0]))
     every: dict[str, Dense] = dict(named(model, nn.Linear, nn.Conv2d))
     check_kept(tuple(ranks), every, argument="ranks")

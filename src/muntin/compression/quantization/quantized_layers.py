@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
 from muntin.compression.quantization.observer import ActivationGrid, Observer
-from muntin.compression.rewrite import computed_weight, keepable, named, other_padding, replace
+from muntin.compression.rewrite import SPARSITY, computed_weight, keepable, named, other_padding, replace
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
@@ -49,7 +49,7 @@ class InputGrid(nn.Module):
 
 GEOMETRY = (
     "in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
-    "num_embeddings", "embedding_dim", "padding_idx",
+    "num_embeddings", "embedding_dim", "padding_idx", SPARSITY,
 )  # fmt: skip
 
 
@@ -188,6 +188,8 @@ def plain_layer(form: QuantizedLayer) -> nn.Linear | nn.Conv2d:
         layer = nn.Conv2d(*sizes, **options)
     layer.weight = nn.Parameter(form.weight.detach().clone(memory_format=torch.contiguous_format))
     layer.bias = None if form.bias is None else nn.Parameter(form.bias.detach().clone())
+    if SPARSITY in vars(form):
+        vars(layer)[SPARSITY] = vars(form)[SPARSITY]
     return layer
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.quantization.fake_quantization import weight_limit
 from muntin.compression.quantization.qat import QATConv2d, QATLinear
+from muntin.compression.sparsity.holding import held_places
 
 ROWS, VALUES = 8192, 2**22
 """Approximate maximum number of rows of one batch that enter a moment, and of their values; of more rows, every n-th is taken."""
@@ -62,7 +63,7 @@ class Moments:
 
 def add_rows(moments: Moments | None, layer: Layer, x: Tensor, y: Tensor) -> Moments:
     """Add a batch: a layer's input, which is rounded here, and the float model's."""
-    x_GNI, y_GNI = _rows(layer, layer.input(x).float()), _rows(layer, y.float())
+    x_GNI, y_GNI = (layer_rows(layer.shape_of[0], rows.float()) for rows in (layer.input(x), y))
     count, width = x_GNI.shape[1:]
     if moments is None:
         zeros = torch.zeros(layer.groups, width, dtype=torch.float64, device=x.device)
@@ -76,24 +77,24 @@ def add_rows(moments: Moments | None, layer: Layer, x: Tensor, y: Tensor) -> Mom
     return moments
 
 
-def inputs_of_an_output(layer: Layer) -> int:
+def inputs_of_an_output(layer: Layer | nn.Linear | nn.Conv2d) -> int:
     """Number of inputs that one output value is made of."""
     return layer.weight[0].numel()
 
 
-def _rows(layer: Layer, x: Tensor) -> Tensor:
-    """The inputs of output values, (G, N, I)."""
-    most = max(1, min(ROWS, VALUES // (layer.groups * inputs_of_an_output(layer))))
-    if isinstance(layer, QATLinear):
+def layer_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """The inputs of output values, (G, N, I), of a layer for its input. At most about `ROWS` rows."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    most = max(1, min(ROWS, VALUES // (groups * inputs_of_an_output(layer))))
+    if isinstance(layer, nn.Linear):
         x_NI = x.reshape(-1, x.shape[-1])
         return x_NI[None, :: -(-len(x_NI) // most)]
-    like = layer.shape_of[0]
-    assert isinstance(like, nn.Conv2d) and not isinstance(like.padding, str)
+    assert not isinstance(layer.padding, str)
     x = x.reshape(-1, *x.shape[-3:])
-    step = max(1, round((x.shape[0] * x.shape[2] * x.shape[3] / (like.stride[0] * like.stride[1]) / most) ** 0.5))
-    patches = F.unfold(x, like.kernel_size, like.dilation, like.padding, tuple(s * step for s in like.stride))  # (B, C·k², positions)
+    step = max(1, round((x.shape[0] * x.shape[2] * x.shape[3] / (layer.stride[0] * layer.stride[1]) / most) ** 0.5))
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, tuple(s * step for s in layer.stride))  # (B, C·k², positions)
     B, width, positions = patches.shape
-    return patches.reshape(B, layer.groups, width // layer.groups, positions).permute(1, 0, 3, 2).reshape(layer.groups, B * positions, -1)
+    return patches.reshape(B, groups, width // groups, positions).permute(1, 0, 3, 2).reshape(groups, B * positions, -1)
 
 
 @dataclass
@@ -128,7 +129,8 @@ class MeanErrors:
 def round_layer(layer: Layer, moments: Moments, *, correct_bias: bool) -> float:
     """Move a layer's weight to values whose nearest rounding gives outputs near the float layer's, in place.
 
-    `correct_bias`: the bias takes over the mean error. Returns the mean squared error of the outputs, as a share of nearest rounding's.
+    `correct_bias`: the bias takes over the mean error. The zeros of a pattern stay. Returns the mean squared error of the outputs, as a
+    share of nearest rounding's.
     """
     groups = layer.groups
     limit = weight_limit(layer.bits)
@@ -142,7 +144,9 @@ def round_layer(layer: Layer, moments: Moments, *, correct_bias: bool) -> float:
     damped_GII = _damped(xx_GII, DAMPING + SPARSE * xx_GII.shape[1] / moments.count, least_G)
     shift_GIO = torch.linalg.solve(damped_GII, (weight_GOI @ yx_GII).transpose(1, 2))
     target_GOI = weight_GOI + shift_GIO.transpose(1, 2)
-    moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit)
+    places = held_places(layer)
+    stay_GOI = None if places is None else places.reshape(weight_GOI.shape)
+    moved_GOI = rounded_columns(target_GOI, scale_GO1, damped_GII, limit, stay_GOI)
     levels_GOI = (moved_GOI / scale_GO1).round().clamp_(-limit, limit)
     before, after = (_error(form_GOI - target_GOI, xx_GII) for form_GOI in (rounded_GOI, levels_GOI * scale_GO1))
     if after < before:
@@ -166,16 +170,17 @@ def _damped(moment_GII: Tensor, share: float, least_G: Tensor) -> Tensor:
     return moment_GII + share * spread_G[:, None, None] * eye_II
 
 
-def rounded_columns(weight_GOI: Tensor, scale_GO1: Tensor, moment_GII: Tensor, limit: int) -> Tensor:
+def rounded_columns(weight_GOI: Tensor, scale_GO1: Tensor, moment_GII: Tensor, limit: int, stay_GOI: Tensor | None = None) -> Tensor:
     """Values whose nearest rounding to scale · q, |q| ≤ limit, gives outputs near those of `weight` for inputs of a (damped) second moment.
 
-    Inputs with the largest moment come first; the error of each column is made up for by those that follow. Costs I steps of G·O·I
-    multiply-adds, and a Cholesky decomposition of I³.
+    `stay`: False where the value is 0. Inputs with the largest moment come first; the error of each column is made up for by those that
+    follow. Costs I steps of G·O·I multiply-adds, and a Cholesky decomposition of I³.
     """
     order_GI = moment_GII.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     damped_GII = moment_GII.gather(1, order_GI[:, :, None].expand_as(moment_GII)).gather(2, order_GI[:, None, :].expand_as(moment_GII))
     upper_GII = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_GII)), upper=True)
     left_GOI = weight_GOI.gather(2, order_GI[:, None, :].expand_as(weight_GOI)).clone()
+    zeros_GOI = None if stay_GOI is None else ~stay_GOI.gather(2, order_GI[:, None, :].expand_as(weight_GOI))
     width = left_GOI.shape[2]
     for start in range(0, width, COLUMNS):
         end = min(start + COLUMNS, width)
@@ -183,8 +188,12 @@ def rounded_columns(weight_GOI: Tensor, scale_GO1: Tensor, moment_GII: Tensor, l
         for i in range(start, end):
             column_GO1 = left_GOI[:, :, i : i + 1]
             rounded_GO1 = (column_GO1 / scale_GO1).round().clamp_(-limit, limit) * scale_GO1
+            if zeros_GOI is not None:
+                rounded_GO1.masked_fill_(zeros_GOI[:, :, i : i + 1], 0)
             error_GO1 = (column_GO1 - rounded_GO1) / upper_GII[:, i, i][:, None, None]
             left_GOI[:, :, i + 1 : end] -= error_GO1 * upper_GII[:, None, i, i + 1 : end]
             errors.append(error_GO1)
         left_GOI[:, :, end:] -= torch.cat(errors, 2) @ upper_GII[:, start:end, end:]
+    if zeros_GOI is not None:
+        left_GOI.masked_fill_(zeros_GOI, 0)
     return torch.empty_like(left_GOI).scatter_(2, order_GI[:, None, :].expand_as(left_GOI), left_GOI)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.qat import QATConv2d, QATLinear
 from muntin.compression.quantization.units import Arguments, Unit, run_unit
+from muntin.compression.sparsity.holding import HeldZeros
 from muntin.models.eager import ModelInputs, call, tensors_of
 
 WEIGHT_RATE, SCALE_RATE, BIAS_RATE = 0.02, 0.001, 0.002
@@ -52,7 +53,7 @@ def tune_unit(
     trained = [parameter.requires_grad for parameter in parameters]
     start = [parameter.detach().clone() for parameter in parameters]
     before = _difference(unit, inputs, targets, weights)
-    optimizer = torch.optim.Adam(groups)
+    optimizer, zeros = torch.optim.Adam(groups), HeldZeros(layers.values())
     order = torch.Generator().manual_seed(0)
     for parameter in parameters:
         parameter.requires_grad_(True)
@@ -66,6 +67,7 @@ def tune_unit(
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
+        zeros.of_weights()
     optimizer.zero_grad()
     for parameter, was in zip(parameters, trained, strict=True):
         parameter.requires_grad_(was)

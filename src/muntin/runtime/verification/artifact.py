@@ -1,21 +1,23 @@
 """Verification of an artefact on this machine.
 
 Checks the files' digests; golden inputs against golden scores, within the tolerance recorded for the engine's real precision; that layers
-recorded with integer activations run on integer kernels; optionally each of these layers alone, and accuracy on the caller's data.
+recorded with integer activations run on integer kernels; that recorded patterns of zeros are there; optionally each of these layers alone,
+and accuracy on the caller's data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import AnyArtifact, Artifact, GoldenTolerance, LayerRecord, TensorArtifact, open_any_artifact
+from muntin.artifact import AnyArtifact, Artifact, GoldenTolerance, LayerRecord, TensorArtifact, open_any_artifact, sparsity_of
 from muntin.errors import DependencyError
 from muntin.runtime.engines.onnx_nodes import is_node_of
 from muntin.runtime.engines.registry import open_any_session
@@ -72,7 +74,8 @@ class VerifyResult:
     files and their sha256 (an altered file raises before anything runs). `layers`: every operation with its precision. `fallbacks`: layers
     that the manifest records with 8-bit activations (or fewer) and that did not run on integer kernels;
     problems unless allowed. `evaluation`: the value of `evaluate`. `checks`: each quantised layer against plain float arithmetic, if
-    requested; a recorded layer without a check is a problem.
+    requested; a recorded layer without a check is a problem. `sparsity`: the pattern of zeros of each layer that records one, as found in
+    the weights that the engine and `write_standalone` get; another pattern than recorded is a problem.
     """
 
     path: Path
@@ -86,6 +89,7 @@ class VerifyResult:
     fallbacks: tuple[str, ...]
     evaluation: float | None
     checks: tuple[LayerCheck, ...] = field(repr=False)
+    sparsity: Mapping[str, str] = field(repr=False)
     problems: tuple[str, ...]
 
     @property
@@ -158,6 +162,8 @@ def verify_session(
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
     checks = _checked_layers(artifact, session.threads) if layers else ()
     problems += _layer_problems(checks, find_unchecked(manifest.layers, checks) if layers else ())
+    sparsity, changed = find_patterns(artifact)
+    problems += changed
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")
@@ -173,8 +179,21 @@ def verify_session(
         fallbacks=fallbacks,
         evaluation=evaluation,
         checks=checks,
+        sparsity=sparsity,
         problems=tuple(problems),
     )
+
+
+def find_patterns(artifact: AnyArtifact) -> tuple[dict[str, str], list[str]]:
+    """The patterns of zeros of the recorded sparse layers, read from the weights of the whole model, and a line for each that differs."""
+    recorded = {layer.name: layer.sparsity for layer in artifact.manifest.layers if layer.sparsity}
+    found = sparsity_of(onnx.load_model_from_string(artifact.model_bytes())) if recorded else {}
+    lines = [
+        f"layer {name}, recorded with zeros in the pattern {pattern}, has {found.get(name) or 'none'}: export again"
+        for name, pattern in recorded.items()
+        if found.get(name) != pattern
+    ]
+    return {name: found[name] for name in recorded if name in found}, lines
 
 
 def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:

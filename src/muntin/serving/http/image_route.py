@@ -134,6 +134,8 @@ class ImageRoute:
             image = await _run(self._coders, partial(decode_image, content, signature.channels, max_pixels=max_pixels))
             session = _QueuedSession(self._service, version)
             result = await _run(self._predictors, partial(self._predict, session, image), session.cancel)
+            if self._service.keep is not None:
+                self._service.keep(image[None])
             return await _run(self._coders, partial(_encode, image, result, output, session))
 
     def _check_pictures(self, signature: AnySignature) -> Signature:

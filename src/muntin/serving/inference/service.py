@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from muntin.artifact import AnySignature
 from muntin.errors import DataError
 from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import Group, WorkAnswer
+from muntin.serving.inference.groups import Group, ImageGroup, WorkAnswer
 from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.outputs import Wanted
@@ -57,7 +60,8 @@ class Answered:
 
 
 class Service:
-    """One named model. `clock`: seconds, the runner's. `objective`: seconds, or None; answers that miss it are counted."""
+    """One named model. `clock`: seconds, the runner's. `objective`: seconds, or None; answers that miss it are counted. `keep`: called
+    with the images (B, H, W, C) of answered requests; must not wait."""
 
     def __init__(
         self,
@@ -70,11 +74,12 @@ class Service:
         max_rows: int,
         max_pixels: int,
         clock: Callable[[], float] = time.monotonic,
+        keep: Callable[[NDArray[np.uint8]], None] | None = None,
     ) -> None:
         self.slot, self.runner, self.executor, self.metrics = slot, runner, executor, metrics
         self.objective, self.max_rows, self.max_pixels = objective, max_rows, max_pixels
         self._images, self._tensors = ImageRequests(max_rows, max_pixels), TensorRequests(max_rows)
-        self.draining = False
+        self.draining, self.keep = False, keep
         self.clock = clock
         self.shadows = Shadows(slot, executor, metrics)
         self.encoder = AnswerEncoder()
@@ -156,6 +161,8 @@ class Service:
         if not reserved:  # promises do not include the encoding of large answers
             self.runner.delivered(self.clock() - work.started - work.computed)
         self._count(answered, work, requested=requested.name, rows=group.rows(inputs))
+        if self.keep is not None and isinstance(group, ImageGroup):
+            self.keep(inputs)
         return answered
 
     def _requests(self, signature: AnySignature) -> Any:

@@ -11,13 +11,16 @@ from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.service import Service
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.telemetry.access_log import AccessLog
+from muntin.serving.telemetry.samples import SampleKeeper
 from muntin.serving.versions.slot import Slot
 from muntin.serving.worker.liveness import liveness_of
 from muntin.serving.worker.opening import NotReadyError
 
 
-def expose(metrics: Metrics, service: Service, runner: Runner, budget: MemoryBudget, log: AccessLog | None) -> None:
-    """Add the series of the service, the runner, the memory budget and the access log."""
+def expose(
+    metrics: Metrics, service: Service, runner: Runner, budget: MemoryBudget, log: AccessLog | None, samples: SampleKeeper | None = None
+) -> None:
+    """Add the series of the service, the runner, the memory budget, the access log and the kept samples."""
     slot, recoveries = service.slot, service.executor.recoveries
     metrics.gauge("muntin_ready", "Whether a request would be admitted.", lambda: service.ready)
     metrics.gauge("muntin_body_bytes", "Bytes held by request bodies, and by large answers being sent.", lambda: budget.held)
@@ -27,6 +30,14 @@ def expose(metrics: Metrics, service: Service, runner: Runner, budget: MemoryBud
     if log is not None:
         metrics.count("muntin_access_log_lost", "Lines of the access log that could not be written.", lambda: log.lost)
     count, read = metrics.count, metrics.read
+    if samples is not None:
+        count("muntin_samples_kept", "Pictures that were kept as files.", lambda: samples.kept)
+        metrics.gauge("muntin_samples_bytes", "Size of the kept files.", lambda: samples.bytes)
+        dropped = samples.dropped
+        read(
+            "counter", "muntin_samples_dropped", "Pictures that were drawn and not kept, by reason.", ("reason",),
+            lambda: [((reason,), number) for reason, number in dropped.items()],
+        )  # fmt: skip
     count("muntin_admitted", "Requests, and tiles of pictures, that were admitted.", lambda: runner.snapshot().admitted)
     count("muntin_dropped", "Admitted requests whose time passed, or that were waiting at shutdown.", lambda: runner.snapshot().dropped)
     count("muntin_cancelled", "Admitted requests that were cancelled before they were computed.", lambda: runner.snapshot().cancelled)

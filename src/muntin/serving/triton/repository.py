@@ -13,7 +13,6 @@ from pathlib import Path
 from muntin.artifact import AnyArtifact, Signature, open_any_artifact, write_standalone
 from muntin.artifact.atomic_directory import publish_directory
 from muntin.artifact.atomic_files import sync_directory, write_synced
-from muntin.artifact.store import FILES, MANIFEST
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.triton.batching import TritonBatching, measured_batching
 from muntin.serving.triton.configuration import LABELS, ONNX_FILE, configuration_text, contract_lines, has_labels_file
@@ -127,7 +126,7 @@ def _write_version(folder: Path, artifact: AnyArtifact, options: TritonOptions) 
         return
     copy = folder / COPY
     copy.mkdir()
-    for name in (MANIFEST, *FILES):
+    for name in artifact.names:
         shutil.copyfile(artifact.path / name, copy / name)
         with (copy / name).open("rb+") as file:
             os.fsync(file.fileno())
