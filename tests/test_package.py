@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 # Rooms in import order: a module imports only from its own room and from those before it.
 ROOMS = (
     *("errors", "text", "artifact", "images", "runtime", "graph", "layers", "models", "data", "training", "compression", "deployment"),
-    *("budgeting", "reporting", "serving", "cli"),
+    *("budgeting", "updating", "reporting", "serving", "cli"),
 )
 SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc", "triton")
 """Folders of `serving` in import order."""
