@@ -20,6 +20,7 @@ from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
 from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
+from muntin.cli.update import update_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
 
@@ -69,6 +70,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "predict": predict_command,
     "serve": serve_command,
     "triton": triton_command,
+    "update": update_command,
     "report": report_command,
     "models": models_command,
 }

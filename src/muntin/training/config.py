@@ -258,10 +258,10 @@ class AcceptConfig(Section):
     min_gain: float = Field(default=0.0, ge=-1, le=1, description="least gain of the score on new data")
     min_new_class: float = Field(default=0.1, ge=0, le=1, description="least IoU or recall of each new class on new data")
     max_relabel_gain: float = Field(
-        default=0.1,
+        default=0.25,
         ge=0,
         le=1,
-        description="new labels are refused if the old model agrees with them by so much more once classes are renamed; 1: any labels",
+        description="new labels are refused if, with some classes renamed, the old model agrees with these by so much more; 1: any labels",
     )
     max_slowdown: float = Field(default=1.25, ge=1, le=100, description="largest median latency, times the old one's")
     max_growth: float = Field(default=1.1, ge=1, le=100, description="largest size, times the old one's")

@@ -50,7 +50,8 @@ class DivergedError(MuntinError):
 class Trainer:
     """A model, its averaged copy and its optimiser. `teacher`: a model whose answers enter the loss with the weight `distillation`.
 
-    `loss`: replaces the usual one, which `config` and `distillation` describe. `seed`: of random numbers that the model draws. `ranks`: the processes that train it, of which each gets some rows of a batch.
+    `loss`: replaces the usual one, which `config` and `distillation` describe. `seed`: of random numbers that the model draws. `ranks`: the
+    processes that train it, of which each gets some rows of a batch.
     """
 
     def __init__(

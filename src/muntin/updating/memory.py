@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ def _spans(length: int, side: int | None) -> list[tuple[int, int]]:
     """Starts and lengths of equal parts, as few as have at most `side` pixels each."""
     parts = 1 if side is None else -(-length // side)
     edges = [round(number * length / parts) for number in range(parts + 1)]
-    return [(start, end - start) for start, end in zip(edges[:-1], edges[1:], strict=True)]
+    return [(start, end - start) for start, end in pairwise(edges)]
 
 
 def class_shares(target: UInt8 | int, classes: int) -> NDArray[np.float64]:

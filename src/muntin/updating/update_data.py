@@ -8,9 +8,9 @@
 So the run is an ordinary one: its recipe names these folders, and a later update takes its memory from them. Masks keep the values of the
 first recipe. The folder is written whole or not at all.
 
-Background: in new data, pixels of the class `background` may hide old classes. Where the old model is sure of another old class, it replaces
-the label in train and validation, and the pixel is not counted in test. Source: pseudo-labels of PLOP (Douillard et al., 2011.11390,
-section 3.2). Deviation: one threshold for all classes.
+Background: in new data, pixels of the class `background` may hide old classes. Where the old model is sure of another old class, that class
+replaces the label in train and validation, and the pixel is not counted in test. Source: pseudo-labels of PLOP (Douillard et al.,
+2011.11390, section 3.2). Deviation: one threshold for all classes.
 
 Axes: K classes, H W map, C channels.
 """
@@ -115,11 +115,11 @@ def update_data_config(checkpoint: Checkpoint, specs: Sequence[ClassSpec]) -> Da
 
 def _ignore_value(ignore: int | RGB | None, specs: Sequence[ClassSpec]) -> int | RGB:
     """The value of ignored pixels: the recipe's, or one that no class has."""
-    values = [spec.value for spec in specs]
+    values: list[int | RGB | None] = [spec.value for spec in specs]
     if isinstance(values[0], tuple):
         colors: list[RGB] = [(level, level, level) for level in range(256)]
         return ignore if isinstance(ignore, tuple) else next(color for color in colors if color not in values)
-    numbers = [*([ignore] if isinstance(ignore, int) else []), IGNORED, *range(1 << 16)]
+    numbers: list[int] = [*([ignore] if isinstance(ignore, int) else []), IGNORED, *range(1 << 16)]
     return next(number for number in numbers if number not in values)
 
 

@@ -1,0 +1,147 @@
+"""`muntin update`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+
+from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say
+from muntin.cli.options import JsonOption, ThreadsOption
+from muntin.cli.start import prepare_torch, refuse_without_gradients
+from muntin.cli.train import training_bar
+from muntin.errors import DataError
+
+if TYPE_CHECKING:
+    from muntin.data.classes import ClassSpec
+    from muntin.training import FitProgress
+    from muntin.updating.gate import GateVerdict
+    from muntin.updating.run import UpdateResult
+
+_RunArgument = Annotated[Path, typer.Argument(help="A run's folder; its newest accepted update goes on. Or one of its checkpoints.")]
+_ClassOption = Annotated[
+    list[str] | None,
+    typer.Option("--class", help="Add a class: NAME, or NAME=VALUE with its value in the masks, a number or R,G,B; repeatable."),
+]
+_SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set update.strategy=naive; repeatable.")
+]
+_AcceptOption = Annotated[
+    list[str] | None,
+    typer.Option("--accept", help="Replace a condition of the gate, e.g. --accept max_drop=0.02 (update.accept); repeatable."),
+]
+
+
+def update_command(
+    run: _RunArgument,
+    data: Annotated[Path, typer.Option("--data", help="Folder of new pictures: images/ and masks/, or a folder for each class.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the update; RUN/updates/N by default.")] = None,
+    class_: _ClassOption = None,
+    set_: _SetOption = None,
+    accept: _AcceptOption = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Learn from new pictures without forgetting, export, and judge the artefact beside the one that it is to replace.
+
+    Exit code 1 if the gate refuses it. An update that was interrupted goes on when the command is repeated.
+    """
+    refuse_without_gradients(run)
+    notes = prepare_torch()  # before PyTorch is imported
+    result = update_with_progress(
+        run, data, output, added=parse_classes(class_ or ()), overrides=all_overrides(set_ or (), accept or ()), threads=threads,
+        notes=() if json else notes,
+    )  # fmt: skip
+    if json:
+        print_json(update_document(result) | {"notes": [*notes, *result.notes]})
+    else:
+        describe_update(result)
+    if result.verdict is None:
+        say("muntin: interrupted; the same command goes on")
+        raise typer.Exit(1)
+    if not result.accepted:
+        say(f"muntin: refused: {refusal(result.verdict)}; {shlex.quote(str(result.directory / 'verdict.json'))} holds all checks")
+        raise typer.Exit(1)
+
+
+def update_with_progress(
+    run: Path, data: Path, output: Path | None, *, added: Sequence[ClassSpec], overrides: Sequence[str], threads: int | None,
+    notes: Sequence[str],
+) -> UpdateResult:  # fmt: skip
+    """Run `update_run` and show its progress. `notes` are printed when work begins."""
+    from muntin.updating.run import update_run
+
+    begin = notes_once(notes)
+    with training_bar("update") as bar:
+
+        def report(progress: FitProgress) -> None:
+            begin()
+            if progress.kind != "note":
+                bar("training", progress)
+
+        return update_run(run, data, directory=output, added=added, overrides=overrides, threads=threads, report=report)
+
+
+def all_overrides(changes: Sequence[str], conditions: Sequence[str]) -> list[str]:
+    """The values of --set, and those of --accept as values of the recipe."""
+    return [*changes, *(f"update.accept.{condition}" for condition in conditions)]
+
+
+def parse_classes(texts: Sequence[str]) -> tuple[ClassSpec, ...]:
+    """Read NAME, NAME=NUMBER or NAME=R,G,B. Raises DataError for another form."""
+    from pydantic import ValidationError
+
+    from muntin.data.classes import ClassSpec
+
+    specs = []
+    for text in texts:
+        name, equals, value = text.rpartition("=") if "=" in text else (text, "", "")
+        try:
+            numbers = [int(part) for part in value.split(",")] if equals else []
+            specs.append(ClassSpec.model_validate({"name": name, "value": numbers[0] if len(numbers) == 1 else numbers or None}))
+        except (ValueError, ValidationError) as error:
+            raise DataError(f"--class {text}: write NAME, NAME=7 or NAME=200,60,0: its value in the masks") from error
+    return tuple(specs)
+
+
+def refusal(verdict: GateVerdict) -> str:
+    """The failed checks in a line."""
+    parts = []
+    for check in verdict.failed[:3]:
+        note = f" ({check.note})" if check.note else ""
+        parts.append(f"{check.name} {check.value:.3g}, allowed {check.limit} {check.bound:g}{note}")
+    more = f", and {len(verdict.failed) - 3} more checks" if len(verdict.failed) > 3 else ""
+    return "; ".join(parts) + more
+
+
+def describe_update(result: UpdateResult) -> None:
+    """Print the checks of the gate, and where the update lies."""
+    verdict = result.verdict
+    if verdict is not None:
+        table = Table("check", Column("value", justify="right"), Column("95 % interval", justify="right"), "allowed", "")
+        for check in verdict.checks:
+            interval = "" if check.low is None or check.high is None else f"{check.low:.3f} to {check.high:.3f}"
+            table.add_row(check.name, f"{check.value:.3f}", interval, f"{check.limit} {check.bound:g}", "yes" if check.passed else "no")
+        print_table(table)
+        for name, (old, new) in verdict.scores.items():
+            out.print(f"score     {name}: {old:.3f}, updated {new:.3f}")
+    out.print(f"update    {result.directory}, of {result.parent.path.parent.parent}")
+    if result.artifact is not None:
+        out.print(f"artefact  {result.artifact.path}: {'accepted' if result.accepted else 'refused'}")
+    print_notes(result.notes)
+
+
+def update_document(result: UpdateResult) -> dict[str, object]:
+    """The result as plain values."""
+    return {
+        "directory": result.directory,
+        "parent": result.parent.path,
+        "checkpoint": result.checkpoint.path,
+        "artifact": None if result.artifact is None else result.artifact.path,
+        "accepted": result.accepted,
+        "verdict": None if result.verdict is None else result.verdict.model_dump(mode="json"),
+    }
