@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Column, Table
 
-from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say
+from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, progress_lines, say
 from muntin.cli.options import JsonOption, ThreadsOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from muntin.training import FitProgress
     from muntin.updating.gate import GateVerdict
     from muntin.updating.run import UpdateResult
+    from muntin.updating.versions import ServerClient
 
 _RunArgument = Annotated[Path, typer.Argument(help="A run's folder; its newest accepted update goes on. Or one of its checkpoints.")]
 _ClassOption = Annotated[
@@ -35,6 +36,14 @@ _AcceptOption = Annotated[
     typer.Option("--accept", help="Replace a condition of the gate, e.g. --accept max_drop=0.02 (update.accept); repeatable."),
 ]
 
+_PushOption = Annotated[
+    str | None, typer.Option("--push", help="Offer an accepted version to the `muntin serve` at this URL, which serves --repository.")
+]
+_RepositoryOption = Annotated[
+    Path | None, typer.Option("--repository", help="Folder of numbered versions for accepted artefacts; RUN/versions with --push.")
+]
+_TokenOption = Annotated[Path | None, typer.Option("--token-file", help="File with the bearer token of the server.")]
+
 
 def update_command(
     run: _RunArgument,
@@ -43,28 +52,32 @@ def update_command(
     class_: _ClassOption = None,
     set_: _SetOption = None,
     accept: _AcceptOption = None,
+    push: _PushOption = None,
+    repository: _RepositoryOption = None,
+    token_file: _TokenOption = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn from new pictures without forgetting, export, and judge the artefact beside the one that it is to replace.
 
-    Exit code 1 if the gate refuses it. An update that was interrupted goes on when the command is repeated.
+    Exit code 1 if the gate refuses it, or the server that it is pushed to. An update that was interrupted goes on when the command is
+    repeated.
     """
     refuse_without_gradients(run)
+    client = server_client(push, token_file)
     notes = prepare_torch()  # before PyTorch is imported
     result = update_with_progress(
         run, data, output, added=parse_classes(class_ or ()), overrides=all_overrides(set_ or (), accept or ()), threads=threads,
         notes=() if json else notes,
     )  # fmt: skip
+    offered = offer(result, run, repository, client)
     if json:
-        print_json(update_document(result) | {"notes": [*notes, *result.notes]})
+        print_json(update_document(result) | offered | {"notes": [*notes, *result.notes]})
     else:
         describe_update(result)
-    if result.verdict is None:
-        say("muntin: interrupted; the same command goes on")
-        raise typer.Exit(1)
-    if not result.accepted:
-        say(f"muntin: refused: {refusal(result.verdict)}; {shlex.quote(str(result.directory / 'verdict.json'))} holds all checks")
+        describe_offer(offered)
+    if problem := outcome(result, offered):
+        say(f"muntin: {problem}")
         raise typer.Exit(1)
 
 
@@ -84,6 +97,53 @@ def update_with_progress(
                 bar("training", progress)
 
         return update_run(run, data, directory=output, added=added, overrides=overrides, threads=threads, report=report)
+
+
+def server_client(url: str | None, token_file: Path | None) -> ServerClient | None:
+    """The client of --push, with the first token of --token-file; checked before the long work. Raises PushError if no server answers."""
+    if url is None:
+        return None
+    from muntin.updating.versions import ServerClient
+
+    try:
+        tokens = [None] if token_file is None else token_file.read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--token-file {token_file}: {error}: give a text file with a token") from error
+    if not tokens:
+        raise DataError(f"--token-file {token_file} holds no token: write one into it")
+    client = ServerClient(url, tokens[0])
+    client.index()
+    return client
+
+
+def offer(result: UpdateResult, run: Path, repository: Path | None, client: ServerClient | None) -> dict[str, object]:
+    """Publish and push an accepted update if that was requested; return what was done as plain values."""
+    if not result.accepted or (repository is None and client is None):
+        return {}
+    from muntin.updating.run import VERSIONS, offer_update, root_of, run_directory
+
+    with progress_lines("offering the new version"):
+        version, record = offer_update(result, repository or root_of(run_directory(run)) / VERSIONS, client)
+    return {"version": version, "push": None if record is None else record.model_dump(mode="json")}
+
+
+def describe_offer(offered: Mapping[str, object]) -> None:
+    """Print where the version lies, and what the server did."""
+    if "version" in offered:
+        out.print(f"version   {offered['version']}")
+    if isinstance(record := offered.get("push"), dict):
+        out.print(f"server    {record['url']}: {record['reason']}")
+
+
+def outcome(result: UpdateResult, offered: Mapping[str, object]) -> str:
+    """Why the exit code is 1; empty if it is 0."""
+    if result.verdict is None:
+        return "interrupted; the same command goes on"
+    if not result.accepted:
+        return f"refused: {refusal(result.verdict)}; {shlex.quote(str(result.directory / 'verdict.json'))} holds all checks"
+    if isinstance(record := offered.get("push"), dict) and not record["serves"]:
+        return f"{record['url']} sent version {record['version']} back: {record['reason']}"
+    return ""
 
 
 def all_overrides(changes: Sequence[str], conditions: Sequence[str]) -> list[str]:

@@ -1,9 +1,11 @@
-"""An update from beginning to end: learn, export, judge.
+"""An update from beginning to end: learn, export, judge, publish, push.
 
     RUN/updates/1/data, checkpoints, artifact    an ordinary run folder
                   parent-artifact                the old model's, unless its run has it
                   verdict.json                   the gate's decision on `artifact`
+                  pushed.json                    what a server did with it
     RUN/updates/2/...                            goes on from the newest accepted one
+    RUN/versions/2                               a copy of an accepted artefact, for `muntin serve RUN/versions`
 
 A killed update goes on: data, checkpoints, artefacts and verdict that are there are not made again.
 """
@@ -32,8 +34,9 @@ from muntin.updating.gate import GateVerdict, judge_artifact, read_verdict, writ
 from muntin.updating.learner import learn
 from muntin.updating.new_pictures import NewPictures
 from muntin.updating.update_data import NEW, OLD, UpdatePlan, all_classes, of_kind, read_listing, windows_to_judge
+from muntin.updating.versions import ServerClient, publish, push
 
-FOLDER, PARENT_ARTIFACT, PUSHED = "updates", "parent-artifact", "pushed.json"
+FOLDER, PARENT_ARTIFACT, PUSHED, VERSIONS = "updates", "parent-artifact", "pushed.json", "versions"
 
 
 class PushRecord(BaseModel):
@@ -101,6 +104,22 @@ def write_push(record: PushRecord, directory: Path) -> None:
     write_whole(directory / PUSHED, record.model_dump_json(indent=1).encode() + b"\n")
 
 
+def offer_update(result: UpdateResult, repository: Path, client: ServerClient | None) -> tuple[Path, PushRecord | None]:
+    """Publish an accepted update as the next version in `repository`, and offer it to a server. Returns the version's folder.
+
+    The record of the push is written into the update's folder: a version that was sent back is no parent of later updates. Raises
+    `PushError` if the server does not answer.
+    """
+    assert result.artifact is not None and result.verdict is not None
+    version, published = publish(result.artifact, result.verdict, repository)
+    if client is None:
+        return published.path, None
+    serves, reason = push(client, version, published.digest)
+    record = PushRecord(url=client.url, version=version, serves=serves, reason=reason)
+    write_push(record, result.directory)
+    return published.path, record
+
+
 def plan_update(run: Path, folder: Path, *, added: Sequence[ClassSpec] = (), overrides: Sequence[str] = ()) -> UpdatePlan:
     """Plan an update of a run's newest accepted model with the pictures of `folder`.
 
@@ -153,9 +172,14 @@ def update_run(
         )  # fmt: skip
 
 
+def root_of(run: Path) -> Path:
+    """The run that an update's folder belongs to; another run's folder is its own."""
+    return run.parent.parent if run.parent.name == FOLDER else run
+
+
 def next_folder(run: Path, plan: UpdatePlan) -> Path:
     """The folder of this plan's update if it has one, otherwise of the next number."""
-    root = run.parent.parent if run.parent.name == FOLDER else run  # an update's updates lie beside it
+    root = root_of(run)
     folders = update_folders(root)
     for folder in reversed(folders):
         listing = read_listing(folder)
