@@ -40,6 +40,7 @@ class NewPictures(FolderSource):
         known: Collection[str] = (),
     ) -> None:
         self.folder = folder
+        self._listed: str | None = None
         self.digests: dict[Path, str] = {}
         """sha256 of the new pictures' files, their masks not included."""
         files = _pictures(folder, task, [entry.name for entry in classes])
@@ -54,14 +55,17 @@ class NewPictures(FolderSource):
         )
 
     def listing_digest(self) -> str:
-        """sha256 of the names, contents and targets of all pictures."""
+        """sha256 of the names, contents and targets of all pictures, at the first call."""
+        if self._listed is not None:
+            return self._listed
         rows = []
         for name in SPLITS:
             for item in self.items(name):
                 assert isinstance(item.image, Path)
                 target = digest_of(item.mask) if isinstance(item.mask, Path) else item.key.partition("/")[0]
                 rows.append([item.key, self.digests[item.image], target])
-        return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+        self._listed = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+        return self._listed
 
     def items(self, name: SplitName) -> Sequence[Item]:
         """The files of a split."""
