@@ -48,6 +48,7 @@ def test_accepted_update(accepted: UpdateResult, own_run: Path, tmp_path: Path) 
         publish(accepted.artifact, verdict.model_copy(update={"accepted": False}), tmp_path / "versions")
 
 
+@pytest.mark.slow
 def test_poisoned_and_worse_updates_are_refused(accepted: UpdateResult, own_run: Path, write_new: Callable[..., Path]) -> None:
     poisoned = update_run(own_run, write_new("poison", seed=1500, relabel={1: 2, 2: 1}), overrides=[*LOOSE, "update.share=0.1"], threads=1)
     assert not poisoned.accepted and poisoned.verdict is not None and poisoned.directory.name == "2"

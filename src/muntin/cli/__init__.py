@@ -20,7 +20,7 @@ from muntin.cli.profile import profile_command
 from muntin.cli.report import demo_command, report_command
 from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
-from muntin.cli.update import update_command
+from muntin.cli.updating.update import update_command, watch_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
 
@@ -71,6 +71,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve_command,
     "triton": triton_command,
     "update": update_command,
+    "watch": watch_command,
     "report": report_command,
     "models": models_command,
 }

@@ -1,1 +1,1 @@
-"""Learning from new data without forgetting, and the gate that a deployed artefact passes before it serves."""
+"""Models after their training: how the pictures that they see change, and what is learned from new ones."""

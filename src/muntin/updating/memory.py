@@ -29,7 +29,7 @@ LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class PictureWindow:
     """A part of a picture: sample index, and its rows and columns."""
 
     index: int
@@ -46,15 +46,15 @@ class Window:
         return sample.image[rows, columns], target
 
 
-def windows_of(samples: Samples, side: int | None) -> list[Window]:
+def windows_of(samples: Samples, side: int | None) -> list[PictureWindow]:
     """All windows of at most `side` pixels that tile the pictures; None: whole pictures. Reads the files' headers."""
     return [window for index, size in enumerate(samples.sizes()) for window in _tiled(index, *size, side)]
 
 
-def _tiled(index: int, height: int, width: int, side: int | None) -> Iterator[Window]:
+def _tiled(index: int, height: int, width: int, side: int | None) -> Iterator[PictureWindow]:
     for top, rows in _spans(height, side):
         for left, columns in _spans(width, side):
-            yield Window(index=index, top=top, left=left, height=rows, width=columns)
+            yield PictureWindow(index=index, top=top, left=left, height=rows, width=columns)
 
 
 def _spans(length: int, side: int | None) -> list[tuple[int, int]]:
@@ -80,7 +80,7 @@ def remember_windows(
     side: int | None,
     seed: int,
     features: Callable[[UInt8], NDArray[np.float32]] | None = None,
-) -> list[Window]:
+) -> list[PictureWindow]:
     """Choose at most `count` windows with balanced classes, in the order of their pictures.
 
     `features`: of one window, `(F,)`: choose by herding; None: at random. Decodes the pictures of at most `CANDIDATES` · `count` windows.

@@ -39,7 +39,7 @@ from muntin.images.writing import encode_png, write_image, write_whole
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
-from muntin.updating.memory import Window, remember_windows, windows_of
+from muntin.updating.memory import PictureWindow, remember_windows, windows_of
 from muntin.updating.new_pictures import NewPictures
 
 FOLDER, LISTING = "data", "listing.json"
@@ -259,7 +259,7 @@ def of_kind(samples: Samples, prefix: str) -> Samples:
 
 def windows_to_judge(samples: Samples, side: int | None) -> list[Sample]:
     """The windows by which an artefact is judged, each a sample of its own; decoded."""
-    windows: list[Window] = windows_of(samples, side)
+    windows: list[PictureWindow] = windows_of(samples, side)
     judged = []
     for window in windows:
         image, target = window.cut(samples)

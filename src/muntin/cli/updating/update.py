@@ -1,4 +1,4 @@
-"""`muntin update`."""
+"""`muntin update` and `muntin watch`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,56 @@ def update_command(
         describe_offer(offered)
     if problem := outcome(result, offered):
         say(f"muntin: {problem}")
+        raise typer.Exit(1)
+
+
+def watch_command(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder in which labelled pictures arrive: images/ and masks/, or a folder for each class.")
+    ],
+    run: _RunArgument,
+    every: Annotated[int, typer.Option(min=3, help="New pictures that begin an update.")] = 64,
+    class_: _ClassOption = None,
+    set_: _SetOption = None,
+    accept: _AcceptOption = None,
+    push: _PushOption = None,
+    repository: _RepositoryOption = None,
+    token_file: _TokenOption = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="End after this many updates; by default never.")] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Update a run whenever enough labelled pictures have come: learn, judge, publish, push.
+
+    A killed watch goes on where it was when it is started again. Ctrl-C ends it with a checkpoint.
+    """
+    refuse_without_gradients(run)
+    client = server_client(push, token_file)
+    notes = prepare_torch()  # before PyTorch is imported
+    from muntin.artifact.file_lock import folder_in_use
+    from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, keep_watching
+
+    settings = WatchSettings(
+        every=every, added=parse_classes(class_ or ()), overrides=tuple(all_overrides(set_ or (), accept or ())), repository=repository,
+        threads=threads,
+    )  # fmt: skip
+    watch = FolderWatch(run, folder, settings, client)
+    interrupted = False
+
+    def tell(update: WatchedUpdate) -> None:
+        nonlocal interrupted
+        interrupted = update.problem == "interrupted"
+        verdict = None if update.result is None else update.result.verdict
+        line = update.problem if verdict is None else verdict.summary
+        place = "" if update.version is None else f"; version {update.version}"
+        out.print(f"update {update.number}: {line}{place}{f'; server: {update.server}' if update.server else ''}")
+
+    with folder_in_use(watch.inbox, "muntin watch") as taken_over:
+        for note in (*notes, *taken_over):
+            say(f"note      {note}")
+        say(f"muntin: {watch.waiting()} of {every} new pictures are in {folder}; Ctrl-C ends the watch")
+        keep_watching(watch, tell=tell, rounds=rounds)
+    if interrupted:
+        say("muntin: interrupted; the same command goes on")
         raise typer.Exit(1)
 
 

@@ -1,0 +1,1 @@
+"""Commands about a model after its training."""
