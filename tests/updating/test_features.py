@@ -13,10 +13,14 @@ from muntin.updating.features import FeatureTaps, UpdateLoss, feature_distance, 
 
 
 def test_last_map_of_each_resolution() -> None:
-    model = create_model("hybrid-xxs", classes=3)
-    names = feature_names(model, torch.zeros(1, 3, 64, 64), {"head.conv.weight"})
-    assert "decoder" in names and not any(name.startswith("head") for name in names)
-    assert {"stages.0", "stages.1"} & set(names) or any(name.startswith("decoder") for name in names)
+    for preset in ("hybrid-xxs", "hybrid-xs"):
+        model = create_model(preset, classes=3)
+        names = feature_names(model, torch.zeros(1, 3, 256, 256), {"head.conv.weight"})
+        taps = FeatureTaps(model, names).attach()
+        model.eval()(torch.zeros(3, 3, 256, 256))
+        shapes = [tuple(one.shape) for one in taps.take()]
+        assert all(shape[0] == 3 and shape[2] == shape[3] for shape in shapes) and len({shape[2] for shape in shapes}) == len(shapes) >= 3
+        assert not any(name.startswith(("head", "normalize")) for name in names)
 
 
 def test_pooling_and_distance() -> None:

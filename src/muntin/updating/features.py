@@ -55,8 +55,10 @@ class FeatureTaps:
 def feature_names(model: nn.Module, images_BCHW: Tensor, classifier: Collection[str]) -> tuple[str, ...]:
     """The modules whose outputs are the last maps `(B, C, H, W)` of each resolution before the first module with a classifier's parameter.
 
-    `classifier`: names of its parameters. Costs one call of the model in `eval` mode.
+    `images`: of the side that is trained with, square, so that maps are square and other outputs, such as tables of attention, are seldom.
+    `classifier`: names of its parameters. Costs one call of the model in `eval` mode, on two images.
     """
+    images_BCHW = images_BCHW[:1].repeat(2, 1, 1, 1)
     owners = {name.rpartition(".")[0] for name in classifier}
     shapes: dict[str, torch.Size] = {}
     ended = False
@@ -65,7 +67,8 @@ def feature_names(model: nn.Module, images_BCHW: Tensor, classifier: Collection[
         def note(module: nn.Module, inputs: object, output: object) -> None:
             nonlocal ended
             ended = ended or name in owners
-            if not ended and isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) > 1:
+            square = isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3] > 1
+            if not ended and square and isinstance(output, Tensor) and len(output) == len(images_BCHW):
                 shapes.pop(name, None)  # a module that is called twice counts at its last call
                 shapes[name] = output.shape
 
