@@ -1,7 +1,7 @@
 """An update from beginning to end: learn, export, judge, publish, push.
 
     RUN/updates/1/data, checkpoints, artifact    an ordinary run folder
-                  parent-artifact                the old model's, unless its run has it
+                  parent/artifact                the old model's, unless its run has it
                   verdict.json                   the gate's decision on `artifact`
                   pushed.json                    what a server did with it
     RUN/updates/2/...                            goes on from the newest accepted one
@@ -36,7 +36,7 @@ from muntin.updating.new_pictures import NewPictures
 from muntin.updating.update_data import NEW, OLD, UpdatePlan, all_classes, of_kind, read_listing, windows_to_judge
 from muntin.updating.versions import ServerClient, publish, push
 
-FOLDER, PARENT_ARTIFACT, PUSHED, VERSIONS = "updates", "parent-artifact", "pushed.json", "versions"
+FOLDER, PARENT_ARTIFACT, PUSHED, VERSIONS = "updates", "parent/artifact", "pushed.json", "versions"
 
 
 class PushRecord(BaseModel):
