@@ -15,14 +15,25 @@ from muntin.compression import load_model
 from muntin.compression.stages import broken_off, compress_checkpoint
 from muntin.data.classes import ClassSpec
 from muntin.errors import CheckpointError
+from muntin.images import write_image
 from muntin.models import TorchSession
-from muntin.training import Checkpoint, fit, read_checkpoint
+from muntin.training import Checkpoint, fit, parse_recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.updating.learner import base_steps, hidden_classes, learn
 from muntin.updating.run import plan_update
-from muntin.updating.update_data import UpdatePlan, read_listing
+from muntin.updating.update_data import NEW, UpdatePlan, of_kind, read_listing
 
+CLASSIFIER = """
+from torch import nn
+
+class Small(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x / 128 - 1)
+
+def make(*, task, classes, channels):
+    return Small(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+"""
 TREE = (ClassSpec(name="tree", value=7),)
 
 
@@ -35,7 +46,7 @@ def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 
 def score(checkpoint: Checkpoint, samples: Any) -> float:
-    """Mean IoU of a checkpoint's model."""
+    """Mean IoU, or accuracy, of a checkpoint's model."""
     session = TorchSession(load_model(checkpoint), checkpoint.signature)
     return evaluate(session, samples, tile=tile_of(checkpoint.recipe.data.crop)).score
 
@@ -118,3 +129,32 @@ def test_compressed_model_keeps_ranks_and_bits(tmp_path: Path, write_tiny: Calla
     assert after.ranks == record.ranks and after.qat == record.qat and after.stage == "mixed"
     assert broken_off(learned.checkpoint) == ()
     assert load_model(learned.checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 32, 32)
+
+
+def test_classifier_learns_a_class_of_its_own_folder(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+
+    def write(folder: Path, color: int, count: int) -> None:
+        folder.mkdir(parents=True)
+        for number in range(count):
+            picture = np.clip(generator.normal((color, 255 - color, 100), 15, (24, 20, 3)), 0, 255).astype(np.uint8)
+            write_image(folder / f"{folder.name}-{number}.png", picture)
+
+    for name, color in (("dark", 30), ("light", 220)):
+        write(tmp_path / "old" / name, color, 16)
+    for name, color in (("dark", 40), ("middle", 128)):
+        write(tmp_path / "new" / name, color, 12)
+    recipe = {
+        "task": "classify", "data": {"source": "folders", "images": "old", "crop": 16}, "model": {"name": "classifier_of_updates:make"},
+        "training": {"steps": 60, "batch_size": 8, "learning_rate": 0.01, "threads": 1, "precision": "fp32"},
+    }  # fmt: skip
+    (tmp_path / "classifier_of_updates.py").write_text(CLASSIFIER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        fit(parse_recipe(recipe, where="test"), directory=tmp_path / "run", root=tmp_path)
+        parent = read_checkpoint(tmp_path / "run")
+        plan = plan_of(parent, tmp_path / "new", (ClassSpec(name="middle"),), share=4, learning_rate=0.02, features=0)
+        learned = learn(plan, tmp_path / "update").checkpoint
+        assert [entry.name for entry in learned.state.classes] == ["dark", "light", "middle"]
+        old, new = source_of(parent).split("test"), of_kind(source_of(learned).split("test"), NEW)
+        assert score(learned, old) > 0.9 and score(learned, new) > 0.9

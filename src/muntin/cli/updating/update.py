@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from muntin.cli.console import notes_once, out, print_json, print_notes, print_t
 from muntin.cli.options import JsonOption, ThreadsOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
-from muntin.errors import DataError
+from muntin.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from muntin.data.classes import ClassSpec
@@ -64,6 +65,7 @@ def update_command(
     repeated.
     """
     refuse_without_gradients(run)
+    refuse_several_processes()
     client = server_client(push, token_file)
     notes = prepare_torch()  # before PyTorch is imported
     result = update_with_progress(
@@ -101,6 +103,7 @@ def watch_command(
     A killed watch goes on where it was when it is started again. Ctrl-C ends it with a checkpoint.
     """
     refuse_without_gradients(run)
+    refuse_several_processes()
     client = server_client(push, token_file)
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.file_lock import folder_in_use
@@ -147,6 +150,12 @@ def update_with_progress(
                 bar("training", progress)
 
         return update_run(run, data, directory=output, added=added, overrides=overrides, threads=threads, report=report)
+
+
+def refuse_several_processes() -> None:
+    """Raise RecipeError under torchrun: an update is trained by one process."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise RecipeError("an update is trained by one process, and torchrun started several: start the command without it")
 
 
 def server_client(url: str | None, token_file: Path | None) -> ServerClient | None:
