@@ -277,7 +277,7 @@ class UpdateConfig(Section):
         "frozen: the last layer alone",
     )
     share: float = Field(default=0.2, gt=0, le=10, description="steps, as a share of those of the first training; joint takes all of them")
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, description="at the end of the warm-up")
+    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="at the end of the warm-up")
     average: float = Field(default=0.98, ge=0, lt=1, description="decay a step of the averaged weights")
     memory: int = Field(default=128, ge=1, le=100_000, description="old pictures, or windows of large ones, that are kept to train with")
     held_out: int = Field(default=128, ge=2, le=100_000, description="old pictures or windows that are kept to judge by")

@@ -1,7 +1,9 @@
 """New classes at the end of a trained model: its classifier gets more outputs, also when it is factored or in quantisation-aware training.
 
-The new scores start as the mean of the old ones, which is never above the highest of them: the grown model answers as before until it is
-trained. The classifier is found by building the architecture for both numbers of classes: its tensors are those whose first side differs.
+New rows of weights are random, `NEW_SCORES` as large as the old ones and equal for all pixels of a block; biases, and the scales of a grid
+in training, are means. So the new scores are seldom the highest before training, and the old ones are as before. Means of old rows as
+weights learn more slowly (docs/log.md). The classifier is found by building the architecture for both numbers of classes: its tensors are
+those whose first side differs.
 
 Axes: K classes, O outputs of a layer: K, or K·f² in the order of the classes (`PixelHead`).
 """
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 
 from muntin.artifact.classes import ClassInfo
 from muntin.compression.loading import load_model
-from muntin.compression.quantization.fake_quantization import weight_scale
-from muntin.compression.quantization.qat import QATConv2d, QATLinear
-from muntin.compression.rewrite import named
 from muntin.compression.structure import restore_structure
 from muntin.errors import CheckpointError
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.weights import build_model, load_weights
+
+NEW_SCORES = 0.25
+"""Standard deviation of a new class's initial weights, as a share of the old ones'."""
 
 
 def grown_model(checkpoint: Checkpoint, classes: tuple[ClassInfo, ...]) -> nn.Module:
@@ -38,7 +40,6 @@ def grown_model(checkpoint: Checkpoint, classes: tuple[ClassInfo, ...]) -> nn.Mo
         restore_structure(model, record, tensors)
     old, new = len(checkpoint.state.classes), len(classes)
     load_weights(model, _grown(tensors, model.state_dict(), old, new, checkpoint.recipe.model.name), checkpoint.path / AVERAGE)
-    _renew_scales(model, tensors)
     return model.eval()
 
 
@@ -55,7 +56,7 @@ def classifier_tensors(model: nn.Module, checkpoint: Checkpoint) -> dict[str, in
 
 
 def _grown(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], old: int, new: int, name: str) -> dict[str, Tensor]:
-    """The tensors with rows for new classes, each the mean of the old classes' rows."""
+    """The tensors with rows for new classes."""
     grown: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         due = own.get(key)
@@ -68,16 +69,10 @@ def _grown(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], old: int, n
                 f"'{name}': {key} has the shape {tuple(tensor.shape)} for {old} classes and {tuple(due.shape)} for {new}: only a last "
                 "layer with its classes along the first axis can grow: train anew on all classes (`muntin fit`)"
             )
-        mean = tensor.reshape(old, each, *tensor.shape[1:]).mean(0)
-        grown[key] = torch.cat([tensor, mean.repeat(new - old, *(1 for _ in tensor.shape[1:]))])
+        if tensor.ndim == 1:
+            rows = tensor.reshape(old, each).mean(0).repeat(new - old)
+        else:
+            directions = torch.randn((new - old, *tensor.shape[1:]), generator=torch.Generator().manual_seed(0))
+            rows = (NEW_SCORES * float(tensor.std()) * directions).repeat_interleave(each, 0).to(tensor.dtype)
+        grown[key] = torch.cat([tensor, rows])
     return grown
-
-
-def _renew_scales(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Give the new rows of layers in quantisation-aware training scales that suit their weights."""
-    for name, layer in named(model, QATLinear, QATConv2d):
-        assert isinstance(layer, QATLinear | QATConv2d)
-        rows = len(before[f"{name}.log_scale"])
-        if rows < len(layer.log_scale):
-            with torch.no_grad():
-                layer.log_scale[rows:] = weight_scale(layer.weight, 0, layer.bits).log()[rows:]

@@ -97,6 +97,7 @@ def watch_command(
     token_file: _TokenOption = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="End after this many updates; by default never.")] = None,
     threads: ThreadsOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Update a run whenever enough labelled pictures have come: learn, judge, publish, push.
 
@@ -114,7 +115,7 @@ def watch_command(
         threads=threads,
     )  # fmt: skip
     watch = FolderWatch(run, folder, settings, client)
-    interrupted = False
+    interrupted, documents = False, list[dict[str, object]]()
 
     def tell(update: WatchedUpdate) -> None:
         nonlocal interrupted
@@ -122,13 +123,20 @@ def watch_command(
         verdict = None if update.result is None else update.result.verdict
         line = update.problem if verdict is None else verdict.summary
         place = "" if update.version is None else f"; version {update.version}"
-        out.print(f"update {update.number}: {line}{place}{f'; server: {update.server}' if update.server else ''}")
+        accepted = update.version is not None
+        documents.append(
+            {"number": update.number, "accepted": accepted, "summary": line, "version": update.version, "server": update.server}
+        )
+        if not json:
+            out.print(f"update {update.number}: {line}{place}{f'; server: {update.server}' if update.server else ''}")
 
     with folder_in_use(watch.inbox, "muntin watch") as taken_over:
         for note in (*notes, *taken_over):
             say(f"note      {note}")
         say(f"muntin: {watch.waiting()} of {every} new pictures are in {folder}; Ctrl-C ends the watch")
         keep_watching(watch, tell=tell, rounds=rounds)
+    if json:
+        print_json({"updates": documents})
     if interrupted:
         say("muntin: interrupted; the same command goes on")
         raise typer.Exit(1)
