@@ -128,6 +128,20 @@ def write_tiny() -> Callable[..., Tiny]:
     return write
 
 
+@pytest.fixture(scope="session")
+def write_scenes() -> Callable[[Path, str, int, int], None]:
+    """`write_scenes(folder, name, count, seed)`: scenes in `images` and their masks in `masks`."""
+
+    def write(folder: Path, name: str, count: int, seed: int) -> None:
+        for kind in ("images", "masks"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            file = f"{name}-{number}.png"
+            write_scene(folder / "images" / file, folder / "masks" / file, seed + number)
+
+    return write
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, write_tiny: Callable[..., Tiny]) -> Tiny:
     """A data set and a recipe of this test's own."""

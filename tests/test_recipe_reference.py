@@ -14,13 +14,22 @@ from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
 from muntin.data.folders import FolderPair
 from muntin.models.config import ModelConfig
-from muntin.training.config import CompressionConfig, LowRankConfig, ModelChoice, QuantizationConfig, StageConfig, TrainingConfig
+from muntin.training.config import (
+    AcceptConfig,
+    CompressionConfig,
+    LowRankConfig,
+    ModelChoice,
+    QuantizationConfig,
+    StageConfig,
+    TrainingConfig,
+    UpdateConfig,
+)
 from muntin.training.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
 PARTS: tuple[type[BaseModel], ...] = (
     *(Recipe, DataConfig, Augmentation, ClassSpec, FolderPair, ModelChoice, TrainingConfig, QuantizationConfig, CompressionConfig),
-    *(LowRankConfig, StageConfig),
+    *(LowRankConfig, StageConfig, UpdateConfig, AcceptConfig),
 )
 
 

@@ -18,7 +18,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +26,7 @@ from typing import Any, get_args
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -279,6 +279,18 @@ def write_artifact(
         "created": created,
     }
     return Artifact(path, _write(path, Manifest, model, packing or {}, _golden_tensors(golden, signature), fields))
+
+
+def copy_artifact(artifact: AnyArtifact, path: str | Path, measured: Mapping[str, JsonValue]) -> AnyArtifact:
+    """Writes a copy of an artefact with more values under `measured` in its manifest, and so with a digest of its own.
+
+    Raises ArtifactError as `write_artifact` does, and for a file of the source that was altered.
+    """
+    files = {str(name): _read_checked(artifact.path, name, artifact.manifest) for name in FILES}
+    manifest = artifact.manifest.model_copy(update={"measured": {**artifact.manifest.measured, **measured}})
+    manifest, rendered = render_manifest(manifest)
+    replace_directory(Path(path), {MANIFEST: rendered, **files}, marker=MANIFEST)
+    return replace(artifact, path=Path(path), manifest=manifest)
 
 
 def write_tensor_artifact(

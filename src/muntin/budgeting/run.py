@@ -67,7 +67,7 @@ def compress_run(
         model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
         holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature,
         recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
-        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget"})}, seed=recipe.seed, progress=progress,
+        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed, progress=progress,
         plans=plans, **training,
     )  # fmt: skip
 

@@ -235,7 +235,7 @@ def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
 def _label(description: str, progress: FitProgress) -> str:
     if progress.kind == "check":
         return "checking data"
-    return f"preparing {description}" if progress.kind == "prepare" else description
+    return progress.note or f"preparing {description}" if progress.kind == "prepare" else description
 
 
 def _line(description: str, progress: FitProgress, task: str) -> tuple[str, float | None]:

@@ -153,8 +153,9 @@ def stage_finished(checkpoint: Checkpoint, stage: Stage) -> bool:
 def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
     """A note if training, by `fit` or a stage, ended before its last step or its validation, with the command that continues."""
     record, state = checkpoint.state.compression, checkpoint.state
-    config = checkpoint.recipe.training if record is None else stage_training(checkpoint.recipe, record.stage)
-    command = f"`muntin {'fit RECIPE' if record is None else 'compress RUN'} --resume`"
+    own = record is None or state.update is not None
+    config = checkpoint.recipe.training if record is None or own else stage_training(checkpoint.recipe, record.stage)
+    command = f"`muntin {'fit RECIPE' if own else 'compress RUN'} --resume`" if state.update is None else "the same `muntin update`"
     if config.share_done(state.step, state.seconds) >= 1:
         return () if state.judged else (f"its last step was not validated: {command} does it",)
     newest = (checkpoints_in(checkpoint.path.parent) or [checkpoint.path])[-1]  # a copied checkpoint may have another name

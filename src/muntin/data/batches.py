@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -43,6 +44,13 @@ class Draw:
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
+
+
+class BatchMaker(Protocol):
+    """Makes training batches, each from its step alone."""
+
+    def batch(self, step: int, rows: slice = slice(None)) -> ImageBatch:
+        """The batch of a step, or some rows of it."""
 
 
 class Crops:

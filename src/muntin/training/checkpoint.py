@@ -33,6 +33,7 @@ from muntin.data import Source, calibration_batches, open_source
 from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
 from muntin.models.compression_record import Change, CompressionRecord
+from muntin.training.config import UpdateStrategy
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.distributed.stored_tensors import AVERAGE, GROUPS, StoredTensors, folder_of
 from muntin.training.recipe import Recipe
@@ -58,6 +59,22 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint was altered, or is incomplete."""
 
 
+class UpdateRecord(BaseModel):
+    """The lineage of a model that `muntin update` has trained on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parent: str
+    """sha256 of the averaged weights that it began with."""
+    data: str
+    """sha256 of the listing of the new pictures: their names and digests."""
+    strategy: UpdateStrategy
+    added: tuple[str, ...] = ()
+    """Names of the new classes."""
+    steps: int
+    """Steps of the first training, of which later updates take a share."""
+
+
 class CheckpointState(BaseModel):
     """Content of `checkpoint.json`."""
 
@@ -77,6 +94,8 @@ class CheckpointState(BaseModel):
     validation: list[dict[str, Any]]
     compression: CompressionRecord | None = None
     """None for checkpoints of `muntin fit`."""
+    update: UpdateRecord | None = None
+    """None for a model that saw no update."""
     guard: GuardState = GuardState()
     """State of the guard of the losses, with the number of batches that were left out."""
     memory: MemoryUse | None = None
@@ -324,7 +343,7 @@ def recipe_changes(start: Checkpoint, recipe: Recipe) -> str:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    content = recipe.model_dump(mode="json")
+    content = recipe.model_dump(mode="json", exclude={"update"})
     data = {key: value for key, value in content["data"].items() if key not in FREE}
     return {**content, "data": data, "training": {key: content["training"][key] for key in FIXED}}
 

@@ -18,6 +18,7 @@ Sharding = Literal["none", "zero1", "zero2", "zero3"]
 
 
 OptimizerName = Literal["muon", "adamw", "lion", "schedule-free"]
+UpdateStrategy = Literal["replay", "naive", "joint", "frozen"]
 LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "schedule-free": 2.5e-3}
 """Default learning rates of the optimisers other than Muon: AdamW's usual one, a fifth of it for Lion (Chen et al., 2302.06675, section 5),
 that of the package of Schedule-Free."""
@@ -266,4 +267,56 @@ class BudgetConfig(Section):
     def _check_widths(self) -> Self:
         if self.widths[:1] != (1,) or not all(0 < width <= 1 for width in self.widths) or len({*self.widths}) < len(self.widths):
             raise ValueError(f"widths {list(self.widths)}: give different shares above 0, the first of them 1")
+        return self
+
+
+class AcceptConfig(Section):
+    """Conditions on an updated artefact, measured beside the old one on held-out pictures; if one fails, it is refused."""
+
+    max_drop: float = Field(default=0.01, ge=0, le=1, description="largest loss of the score (mIoU, accuracy) on old data")
+    max_class_drop: float = Field(default=0.05, ge=0, le=1, description="largest loss of one class on old data, of its IoU or recall")
+    min_gain: float = Field(default=0.0, ge=-1, le=1, description="least gain of the score on new data")
+    min_new_class: float = Field(default=0.1, ge=0, le=1, description="least IoU or recall of each new class on new data")
+    max_relabel_gain: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="new labels are refused if, with some classes renamed, the old model agrees with these by so much more; 1: any labels",
+    )
+    max_slowdown: float = Field(default=1.25, ge=1, le=100, description="largest median latency, times the old one's")
+    max_growth: float = Field(default=1.1, ge=1, le=100, description="largest size, times the old one's")
+    certain: bool = Field(default=False, description="judge losses and gains by the worse end of their 95 % interval, not by their value")
+
+
+class UpdateConfig(Section):
+    """Training that goes on with new data (`muntin update`). All fields have working defaults."""
+
+    strategy: UpdateStrategy = Field(
+        default="replay",
+        description="replay: new data and kept old pictures, with the old model as teacher; naive: new data alone; joint: all data; "
+        "frozen: the last layer alone",
+    )
+    share: float = Field(default=0.2, gt=0, le=10, description="steps, as a share of those of the first training; joint takes all of them")
+    learning_rate: float = Field(default=2e-3, gt=0, le=1, description="at the end of the warm-up")
+    average: float = Field(default=0.98, ge=0, lt=1, description="decay a step of the averaged weights")
+    memory: int = Field(default=128, ge=1, le=100_000, description="old pictures, or windows of large ones, that are kept to train with")
+    held_out: int = Field(default=128, ge=2, le=100_000, description="old pictures or windows that are kept to judge by")
+    choice: Literal["reservoir", "herding"] = Field(
+        default="reservoir", description="which pictures of a class are kept: random ones, or those whose mean features are the class's"
+    )
+    replay: float = Field(default=0.5, gt=0, lt=1, description="share of old crops in a batch")
+    distillation: float = Field(default=1.0, ge=0, le=100, description="weight of the distance to the old model's scores")
+    features: float = Field(default=0.1, ge=0, le=100, description="weight of the distance to the old model's pooled features")
+    background: str | None = Field(
+        default=None, description="segment: the class of all else, which in new data may hide old classes; null: every label is meant"
+    )
+    confidence: float = Field(default=0.9, gt=0.5, lt=1, description="probability from which the old model's class replaces `background`")
+    validation: float = Field(default=0.1, gt=0, lt=1, description="share of the new pictures for validation")
+    test: float = Field(default=0.25, gt=0, lt=1, description="share of the new pictures to judge by, never trained with")
+    accept: AcceptConfig = AcceptConfig()
+
+    @model_validator(mode="after")
+    def _some_to_train(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError(f"validation {self.validation:g} and test {self.test:g} add up to 1 or more: leave some to train with")
         return self

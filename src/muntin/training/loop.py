@@ -21,11 +21,12 @@ from typing import Any
 
 from muntin.data import BatchFeed, Crops, Source, calibration_batches
 from muntin.data.batch_feed import ImageBatch
+from muntin.data.batches import BatchMaker
 from muntin.data.source import Samples
 from muntin.errors import MuntinError
 from muntin.layers.norm import GROUP
 from muntin.models import CompressionRecord, TorchSession
-from muntin.training.checkpoint import Checkpoint, checkpoints_in, newest_sound, recipe_changes
+from muntin.training.checkpoint import Checkpoint, UpdateRecord, checkpoints_in, newest_sound, recipe_changes
 from muntin.training.distributed.checkpoint_writer import CheckpointWriter
 from muntin.training.evaluation import collapse, evaluate, tile_of
 from muntin.training.memory.memory_format import keep_freed_memory
@@ -48,8 +49,10 @@ FIRST_CHECKPOINT_S = 30.0
 class Training:
     """Runs a trainer to the last step: batches, curve, validation, checkpoints.
 
-    `start`: the checkpoint of the same model to continue from. `seed`: of the crops. `compression`: the record for every checkpoint.
+    `start`: the checkpoint of the same model to continue from. `seed`: of the crops. `compression`, `update`: for every checkpoint.
     """
+
+    update: UpdateRecord | None = None
 
     def __init__(
         self,
@@ -104,12 +107,8 @@ class Training:
 
     def run(self, interruption: Interruption) -> Path:
         """Train to the last step, or until an interruption. Returns the newest checkpoint."""
-        config, data = self.config, self.recipe.data
-        samples = self.source.split("train")
-        crops = Crops(
-            samples, task=self.recipe.task, crop=data.crop, batch_size=config.batch_size, seed=self.seed,
-            augmentation=data.augmentation, rare=data.rare,
-        )  # fmt: skip
+        config, samples = self.config, self.source.split("train")
+        crops = self.crops(samples)
         validation = self.source.split("validation")
         # a checkpoint is rewritten if the recipe or the folder of its relative paths has changed
         same = self.start is not None and not recipe_changes(self.start, self.recipe) and Path(self.start.state.root) == self.root
@@ -189,6 +188,13 @@ class Training:
         self._note_collapse(path)
         return path
 
+    def crops(self, samples: Samples) -> BatchMaker:
+        """The maker of training batches."""
+        return Crops(
+            samples, task=self.recipe.task, crop=self.recipe.data.crop, batch_size=self.config.batch_size, seed=self.seed,
+            augmentation=self.recipe.data.augmentation, rare=self.recipe.data.rare,
+        )  # fmt: skip
+
     def _seconds_since(self, started: float) -> float:
         """Seconds by the first process's clock, on which the learning rate may depend."""
         return self.ranks.of_first(time.perf_counter() - started)
@@ -207,7 +213,7 @@ class Training:
             text += f"; the checkpoint of step {best} is not kept" if kept is None else f"; {kept} has the best score"
         self.note(text)
 
-    def _batches(self, crops: Crops) -> Generator[ImageBatch]:
+    def _batches(self, crops: BatchMaker) -> Generator[ImageBatch]:
         """The batches from the present step on, without those that were left out."""
         first = self.step + self.trainer.guard.state.skipped
         own = self.trainer.rows * self.ranks.index
@@ -336,6 +342,6 @@ class Training:
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
             "precision": self.trainer.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
             "validation": self.validation, "compression": self.compression, "memory": self.trainer.shrunk,
-            "guard": self.trainer.guard.state,
+            "guard": self.trainer.guard.state, "update": self.update,
         }  # fmt: skip
         return self.writer.write(state, self.trainer.tensors())

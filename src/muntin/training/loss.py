@@ -200,8 +200,12 @@ def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target:
 
 
 def _divergence(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None) -> Tensor:
-    """The KL divergence from the teacher's probabilities, summed over the pixels or images that count; `target` None: all."""
-    log_scores, log_teacher = (at_least_float32(values).log_softmax(1) for values in (scores, teacher_scores))
+    """The KL divergence from the teacher's probabilities, summed over the pixels or images that count; `target` None: all.
+
+    A teacher may know only the first classes: the divergence is then of the probabilities among these.
+    """
+    known = scores[:, : teacher_scores.shape[1]]
+    log_scores, log_teacher = (at_least_float32(values).log_softmax(1) for values in (known, teacher_scores))
     if task != "segment" or target is None:
         return F.kl_div(log_scores, log_teacher, reduction="sum", log_target=True)
     divergence_BHW = F.kl_div(log_scores, log_teacher, reduction="none", log_target=True).sum(1)

@@ -18,7 +18,7 @@ from muntin.data.config import DataConfig
 from muntin.data.section import Section
 from muntin.data.source import DataTask
 from muntin.errors import RecipeError
-from muntin.training.config import BudgetConfig, CompressionConfig, ModelChoice, QuantizationConfig, TrainingConfig
+from muntin.training.config import BudgetConfig, CompressionConfig, ModelChoice, QuantizationConfig, TrainingConfig, UpdateConfig
 
 
 class Recipe(Section):
@@ -33,6 +33,7 @@ class Recipe(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     compression: CompressionConfig = CompressionConfig()
     budget: BudgetConfig = BudgetConfig()
+    update: UpdateConfig = UpdateConfig()
 
     @model_validator(mode="after")
     def _check_masks(self) -> Recipe:

@@ -50,7 +50,8 @@ class DivergedError(MuntinError):
 class Trainer:
     """A model, its averaged copy and its optimiser. `teacher`: a model whose answers enter the loss with the weight `distillation`.
 
-    `seed`: of random numbers that the model draws. `ranks`: the processes that train it, of which each gets some rows of a batch.
+    `loss`: replaces the usual one, which `config` and `distillation` describe. `seed`: of random numbers that the model draws. `ranks`: the
+    processes that train it, of which each gets some rows of a batch.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Trainer:
         precision: TrainingPrecision,
         teacher: nn.Module | None = None,
         distillation: float = 1.0,
+        loss: Loss | None = None,
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -73,7 +75,8 @@ class Trainer:
         if self.placement.communicates and precision.dtype is torch.float16:
             raise RecipeError(f"training.sharding {config.sharding} in fp16: take sharding zero1, or precision bf16 or fp32")
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
-        self.loss = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
+        usual = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
+        self.loss = usual if loss is None else loss
         self.rows = rows_each(self.model, config.batch_size, ranks, config.norm_group)
         self.checkpointing = ActivationCheckpointing(self.model)
         decay = 0.0 if config.optimizer == "schedule-free" else config.average

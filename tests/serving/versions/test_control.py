@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from muntin.artifact import open_artifact
+from muntin.artifact.store import copy_artifact, read_manifest
 from muntin.errors import VerificationError
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
 from muntin.serving.versions.control import LISTINGS, LOADS, Control
@@ -179,3 +181,24 @@ def test_load_during_shutdown(control: Control, monkeypatch: pytest.MonkeyPatch)
             await loading
 
     asyncio.run(scene())
+
+
+def test_load_of_the_artefact_that_is_meant(control: Control, tmp_path: Path) -> None:
+    digest = read_manifest(tmp_path / "10").sha256
+    with pytest.raises(ProtocolError, match=r"repository is artefact [0-9a-f]{12}, not '0{12}'") as error:
+        control.load("m", {"version": "10", "digest": "0" * 64})
+    assert error.value.status == 409 and control._slot.current is None
+    assert control.load("m", {"version": "10", "digest": digest}) == "10"
+    first = control._slot.current
+    assert control.load("m", {"version": "10", "digest": digest}) == "10" and control._slot.current is first  # not loaded again
+    for parameters in ({"digest": digest}, {"version": "10", "digest": True}):
+        with pytest.raises(ProtocolError, match="digest"):
+            control.load("m", parameters)
+
+
+def test_lineage_of_an_update(control: Control, tmp_path: Path) -> None:
+    summary = "update of 1a2b by data 3c4d (replay), accepted:\nold data 0.9 -> 0.9"
+    copy_artifact(open_artifact(tmp_path / "10"), tmp_path / "11", {"update": {"summary": summary}})
+    control.load("m", {"version": "11"})
+    (entry,) = [entry for entry in control.index(ready=True) if entry.version == "11"]
+    assert entry.reason == "current; update of 1a2b by data 3c4d (replay), accepted: old data 0.9 -> 0.9"

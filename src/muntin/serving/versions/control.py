@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
+from muntin.artifact.store import read_manifest
 from muntin.errors import ArtifactError, MuntinError
 from muntin.serving.protocol.messages import Parameter, ProtocolError, RefusedRequestError, shown
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.threads import Threads
 from muntin.serving.versions.repository import Repository
 from muntin.serving.versions.slot import Slot
-from muntin.serving.versions.version import UnknownVersionError
+from muntin.serving.versions.version import RefusedError, UnknownVersionError
 from muntin.serving.worker.opening import NotReadyError
 
 LOADS, LISTINGS = 4, 4
@@ -65,13 +67,21 @@ class Control:
         return list(entries.values())
 
     def load(self, model: str, parameters: Mapping[str, Parameter]) -> str:
-        """Load the named version, or the newest one, and return its name. Raises ProtocolError, and RefusedRequestError during shutdown."""
+        """Load the named version, or the newest one, and return its name. Raises ProtocolError, and RefusedRequestError during shutdown.
+
+        With the parameter `digest` only this artefact is loaded, and not again if it serves: the client means one, and there may be others.
+        """
         self._check(model)
-        name = self._version(parameters)
+        name, digest = self._version(parameters, "digest"), parameters.get("digest")
+        if digest is not None and (name is None or not isinstance(digest, str)):
+            raise ProtocolError('parameter "digest" is the sha256 of a named version\'s manifest: give "version" too, both as strings')
         try:
             if name is None and (name := next(reversed(self._repository.scan()), None)) is None:
                 raise UnknownVersionError(f"model {self._slot.name}: its repository holds no version: put one there")
-            self._slot.load(self._repository.find(name), name)
+            path = self._repository.find(name)
+            if isinstance(digest, str) and (found := read_manifest(path).sha256) != digest:
+                raise RefusedError(f"version {name} of this server's repository is artefact {found[:12]}, not {digest[:12]!a}")
+            self._load(path, name, digest if isinstance(digest, str) else None)
         except UnknownVersionError as error:
             raise ProtocolError(str(error), status=404) from error
         except MuntinError as error:
@@ -79,6 +89,14 @@ class Control:
                 raise RefusedRequestError(f"not loaded, the server is shutting down: {error}") from error
             raise ProtocolError(f"not loaded, what served goes on: {error}", status=409) from error
         return name
+
+    def _load(self, path: Path, name: str, digest: str | None) -> None:
+        try:
+            self._slot.load(path, name, unless=digest)
+        except NotReadyError:
+            current = self._slot.current
+            if digest is None or current is None or (current.name, current.digest) != (name, digest):
+                raise
 
     def unload(self, model: str, parameters: Mapping[str, Parameter]) -> None:
         """Take the version that is named out of service, or all versions. Admitted requests are still answered."""
@@ -94,10 +112,12 @@ class Control:
         if model != self._slot.name:
             raise ProtocolError(f"model {shown(model)}: this server has {self._slot.name}", status=404)
 
-    def _version(self, parameters: Mapping[str, Parameter]) -> str | None:
+    def _version(self, parameters: Mapping[str, Parameter], *others: str) -> str | None:
         for name in parameters:
-            if name not in ("version", "unload_dependents"):
-                raise ProtocolError(f'parameter {shown(name)}: this server takes "version", the name of a version')
+            if name not in ("version", "unload_dependents", *others):
+                raise ProtocolError(
+                    f'parameter {shown(name)}: this server takes "version", the name of a version, and to load its "digest"'
+                )
         version = parameters.get("version")
         if version is not None and not isinstance(version, str):
             raise ProtocolError(f'parameter "version" is {shown(version)}: give a string')

@@ -6,15 +6,19 @@ A version is compiled for the same calls whenever it is loaded, so its answers d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from muntin.artifact.manifest import AnyManifest
 from muntin.artifact.store import read_manifest
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.serving.worker.calls import starting_calls
 from muntin.serving.worker.opening import Opened, open_version
 from muntin.serving.worker.remote_session import can_open_remote, open_remote
+from muntin.text import plain
 
+UPDATE, LINE = "update", 240
+"""Key of an update's lineage among the measured values of a manifest, and the characters of it that are shown."""
 OPENING_S = 300.0
 """Seconds that opening a version may take."""
 
@@ -42,7 +46,17 @@ class ArtifactLoader:
         `stopped`: asked now and then; once it returns True, this may raise NotReadyError. `progress`: called with the name of each step.
         Raises the errors of `open_version` and `start_engine`.
         """
-        calls = starting_calls(read_manifest(path), self.max_batch, self.sizes, self.dims)
-        if not can_open_remote():
-            return open_version(path, self.options, calls, verify=True, progress=progress)
-        return open_remote(path, self.options, calls, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress)
+        manifest = read_manifest(path)
+        calls = starting_calls(manifest, self.max_batch, self.sizes, self.dims)
+        if can_open_remote():
+            opened = open_remote(path, self.options, calls, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress)
+        else:
+            opened = open_version(path, self.options, calls, verify=True, progress=progress)
+        return replace(opened, lineage=lineage_of(manifest)) if opened.digest == manifest.sha256 else opened
+
+
+def lineage_of(manifest: AnyManifest) -> str:
+    """The line on its origin in the manifest of an updated artefact, at most `LINE` characters; "" for others."""
+    update = manifest.measured.get(UPDATE)
+    summary = update.get("summary") if isinstance(update, dict) else None
+    return plain(" ".join(summary.split())[:LINE]) if isinstance(summary, str) else ""

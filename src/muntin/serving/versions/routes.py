@@ -110,7 +110,7 @@ class Routes:
             reason = "current" if self.probation is None else "current, on probation"
         if version.state == "ready" and not version.able:
             state, reason = "UNAVAILABLE", f"{reason}; its engine died again and again, and is left alone for a while"
-        return IndexEntry(name=self.name, version=version.name, state=state, reason=reason)
+        return IndexEntry(name=self.name, version=version.name, state=state, reason="; ".join(filter(None, (reason, version.lineage))))
 
     def deaths(self) -> dict[str, int]:
         """Count the deaths of engines by version name, of the versions that `index` lists."""

@@ -134,7 +134,8 @@ class Begun:
 class Version:
     """One artefact under the name of its version. Only its slot changes it, under its lock.
 
-    `reason`: of its failure; while it loads, the present step. `digest` and `signature` are set once it was opened, and remain.
+    `reason`: of its failure; while it loads, the present step. `digest`, `signature` and `lineage` are set once it was opened, and
+    remain.
     `compiled_sizes`: those that it is compiled for (`Call.size`). `begun`: the batches that it computes.
     """
 
@@ -143,6 +144,7 @@ class Version:
     state: State = "loading"
     reason: str = ""
     digest: str = ""
+    lineage: str = ""
     leases: int = 0
     compiled_sizes: set[Hashable] = field(default_factory=set)
     latencies: Latencies = field(default_factory=Latencies, repr=False)
@@ -187,6 +189,7 @@ class Version:
     def opened(self, opened: Opened) -> None:
         self.reason = ""
         self._session, self._signature, self.digest, self.state = opened.session, opened.signature, opened.digest, "ready"
+        self.lineage = opened.lineage
         self.compiled_sizes = {call.size for call in opened.calls}
 
     @property

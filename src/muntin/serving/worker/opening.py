@@ -45,6 +45,7 @@ class Opened:
     """A warm session that has reproduced a golden pair.
 
     `calls`: those that it is compiled for. `compile_rest`: compiles for those that are left, where `open_version` was asked to leave some.
+    `lineage`: what `muntin update` wrote into the manifest about its origin and the gate's decision, in a line.
     """
 
     session: AnyOpenSession
@@ -52,6 +53,7 @@ class Opened:
     digest: str
     calls: tuple[AnyCall, ...]
     compile_rest: Callable[[], None] = lambda: None
+    lineage: str = ""
 
 
 def open_version(

@@ -11,8 +11,9 @@ from typing import Literal
 class FitProgress:
     """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
 
-    `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step), "step" (each one; `loss` is a mean
-    over at most 10, `waiting` share of time spent waiting for batches), "validating" (`step` of `steps` pictures), "validation" (end).
+    `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step; `note`: a part of an update), "step"
+    (each one; `loss` is a mean over at most 10, `waiting` share of time spent waiting for batches), "validating" (`step` of `steps`
+    pictures), "validation" (end).
     """
 
     kind: Literal["check", "note", "prepare", "step", "validating", "validation"]

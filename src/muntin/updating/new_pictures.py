@@ -1,0 +1,125 @@
+"""The new pictures of a folder, in the layout of the run's own data: `images/` and `masks/`, or a folder for each class.
+
+A folder need not hold every class. Each picture belongs to train, validation or test by a hash of its name. Pictures that an earlier
+update saw, recognised by their content, are left out: a picture to judge by never becomes one to train with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from muntin.data.classes import RGB, ClassSpec, list_some
+from muntin.data.folders import FolderPair, FolderSource, class_folders
+from muntin.data.items import Item, ItemSamples
+from muntin.data.listing import composed, entries, is_picture
+from muntin.data.source import SPLITS, DataTask, SplitName
+from muntin.data.splits import filling_seed
+from muntin.errors import DataError
+from muntin.text import count
+
+
+class NewPictures(FolderSource):
+    """A `Source` of a folder of new pictures. `classes`: the old ones, then the new ones. `known`: sha256 of pictures to leave out.
+
+    Reads every file once for its digest. Raises `DataError` for a folder of a class that `classes` lacks, and if too few pictures are new.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        task: DataTask,
+        classes: Sequence[ClassSpec],
+        ignore: int | RGB | None,
+        channels: int,
+        validation: float,
+        test: float,
+        known: Collection[str] = (),
+    ) -> None:
+        self.folder = folder
+        self._listed: str | None = None
+        self.digests: dict[Path, str] = {}
+        """sha256 of the new pictures' files, their masks not included."""
+        files = _pictures(folder, task, [entry.name for entry in classes])
+        digests = {path: digest_of(path) for path in files}
+        skip = [path for path, digest in digests.items() if digest in known]
+        if len(skip) == len(files):
+            raise DataError(f"{folder} holds no new picture: its {count(len(files), 'picture')} are in an earlier update: add others")
+        self.digests = {path: digest for path, digest in digests.items() if digest not in known}
+        base = FolderPair(images=folder) if task == "classify" else FolderPair(images=folder / "images", masks=folder / "masks")
+        super().__init__(
+            base=base, validation=validation, test=test, classes=classes, ignore=ignore, channels=channels, skip=skip, root=folder
+        )
+
+    def listing_digest(self) -> str:
+        """sha256 of the names, contents and targets of all pictures, at the first call."""
+        if self._listed is not None:
+            return self._listed
+        rows = []
+        for name in SPLITS:
+            for item in self.items(name):
+                assert isinstance(item.image, Path)
+                target = digest_of(item.mask) if isinstance(item.mask, Path) else item.key.partition("/")[0]
+                rows.append([item.key, self.digests[item.image], target])
+        self._listed = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+        return self._listed
+
+    def items(self, name: SplitName) -> Sequence[Item]:
+        """The files of a split."""
+        samples = self.split(name)
+        assert isinstance(samples, ItemSamples)
+        return samples.items
+
+    def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
+        shares = {name: other for name, other in others.items() if isinstance(other, float)}
+        keys = [item.key for item in self._items(base)]
+        self._notes.clear()  # the second listing notes the same
+        filling = filling_seed(keys, shares, by_class=self.task == "classify")
+        if filling is None:
+            raise DataError(
+                f"{self.folder} holds {count(len(keys), 'new picture')}: at least {1 + len(shares)} are needed, and more to judge by: some "
+                "to train with, some for validation, some for the gate"
+            )
+        return super()._split_items(base, others, filling)
+
+    def _items(self, pair: FolderPair, split: SplitName = "train") -> list[Item]:
+        return super()._items(pair, "validation" if self.task == "classify" else split)  # of which classes may be absent
+
+    def _note_skipped(self) -> None:
+        if self._skipped:
+            self._notes.append(f"{count(len(self._skipped), 'picture')} of {self.folder} known from an earlier update: left out")
+
+
+def _pictures(folder: Path, task: DataTask, names: Sequence[str]) -> list[Path]:
+    """The picture files of a folder. Raises `DataError` for a missing folder, and for a class's folder that `names` lacks."""
+    if not folder.is_dir():
+        layout = "a folder for each class" if task == "classify" else "images/ and masks/"
+        raise DataError(f"--data {folder}: no such folder: name one with {layout}")
+    if task == "segment":
+        places = [folder / "images"]
+        if absent := [name for name in ("images", "masks") if not (folder / name).is_dir()]:
+            raise DataError(f"--data {folder} has no folder {absent[0]}: put the pictures into images/ and their masks into masks/")
+    else:
+        folders = class_folders(folder)
+        if unknown := sorted(set(folders) - {composed(name) for name in names}):
+            raise DataError(
+                f"--data {folder}: the folders {list_some(unknown)} are no classes of the model, which are {list_some(list(names))}: "
+                f"`--class {unknown[0]}` adds a class, otherwise remove the folder"
+            )
+        places = list(folders.values())
+    files = [path for place in places for path in entries(place) if is_picture(path)]
+    if not files:
+        raise DataError(f"--data {folder} holds no picture: put some there")
+    return files
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file. Raises `DataError` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}: check its permissions") from error

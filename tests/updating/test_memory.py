@@ -1,0 +1,57 @@
+"""Which pictures are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from muntin.data.source import HeldSamples, Sample
+from muntin.updating.memory import balanced_choice, class_shares, herding, remember_windows, windows_of
+
+
+def picture(height: int, width: int, label: int, name: str = "a") -> Sample:
+    labels = np.full((height, width), 255, np.uint8)
+    labels[: height // 2] = label
+    return Sample(name=name, image=np.full((height, width, 3), label, np.uint8), target=labels)
+
+
+def test_windows_cover_each_pixel_once() -> None:
+    seen = np.zeros((70, 33), int)
+    for window in windows_of(HeldSamples([picture(70, 33, 0)]), 32):
+        assert window.height <= 32 and window.width <= 32
+        seen[window.top : window.top + window.height, window.left : window.left + window.width] += 1
+    assert (seen == 1).all()
+    assert len(windows_of(HeldSamples([picture(70, 33, 0)]), None)) == 1
+
+
+def test_shares_of_pixels_and_pictures() -> None:
+    assert class_shares(picture(4, 4, 1).labels[:, :], 3).tolist() == [0, 0.5, 0]
+    assert class_shares(2, 3).tolist() == [0, 0, 1]
+
+
+def test_rare_classes_are_kept() -> None:
+    samples = HeldSamples([*(picture(8, 8, 0, f"{n}") for n in range(50)), picture(8, 8, 1), picture(8, 8, 2)])
+    chosen = remember_windows(samples, count=20, classes=3, side=16, seed=0)
+    labels = [int(window.cut(samples)[0][0, 0, 0]) for window in chosen]
+    assert len(chosen) == 20 and {1, 2} <= set(labels)
+    assert chosen == remember_windows(samples, count=20, classes=3, side=16, seed=0)
+
+
+def test_balance() -> None:
+    shares = np.eye(3)[[0] * 30 + [1] * 10 + [2] * 3]
+    chosen = balanced_choice(shares, 12)
+    assert np.bincount(shares[chosen].argmax(1)).tolist() == [5, 4, 3]
+    assert len(balanced_choice(shares, 100)) == 43
+    assert balanced_choice(np.zeros((4, 2)), 3) == []
+
+
+def test_herding_is_closer_to_the_mean_than_chance() -> None:
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(200, 8)).astype(np.float32) + 1
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    order = herding(features, 10)
+
+    def distance(rows: np.ndarray) -> float:  # type: ignore[type-arg]
+        return float(np.linalg.norm(unit[rows].mean(0) - unit.mean(0)))
+
+    chance = [distance(generator.choice(200, 10, replace=False)) for _ in range(50)]
+    assert len(set(order.tolist())) == 10 and distance(order) < min(chance)

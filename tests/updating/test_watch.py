@@ -1,0 +1,75 @@
+"""The loop from labelled pictures to versions, killed between its parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from muntin.errors import DataError
+from muntin.updating import run as updates
+from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, keep_watching
+
+QUICK = ("update.share=0.02", "update.accept.max_slowdown=50", "update.accept.max_drop=1", "update.accept.min_gain=-1")
+
+
+def make_watch(run: Path, tmp_path: Path, every: int = 12) -> FolderWatch:
+    own = Path(shutil.copytree(run, tmp_path / "run"))
+    folder = tmp_path / "arriving"
+    folder.mkdir()
+    return FolderWatch(own, folder, WatchSettings(every=every, overrides=QUICK, threads=1), None)
+
+
+def test_pictures_count_when_they_are_complete(run: Path, tmp_path: Path, write_scenes: Callable[..., None]) -> None:
+    watch = make_watch(run, tmp_path, every=5)
+    assert watch.waiting() == 0 and watch.step() is None
+    write_scenes(watch.folder, "a", 6, 900)
+    assert watch.waiting() == 0  # they may still be written
+    assert watch.waiting(now=time.time() + 10) == 6
+    (watch.folder / "masks" / "a-0.png").unlink()
+    assert watch.waiting(now=time.time() + 10) == 5
+    with pytest.raises(DataError, match="no such folder"):
+        FolderWatch(watch.run, tmp_path / "none", watch.settings, None)
+
+
+def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = make_watch(run, tmp_path)
+    write_scenes(watch.folder, "a", 12, 900)
+    later = time.time() + 10
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("muntin.updating.watch.offer_update", killed)
+        watch.step(now=later)
+    assert not (watch.inbox / "1" / "done.json").exists() and (watch.run / "updates" / "1" / "verdict.json").is_file()
+    write_scenes(watch.folder, "b", 3, 1200)
+    again = FolderWatch(watch.run, watch.folder, watch.settings, None)
+    done = again.step(now=later)
+    assert done is not None and done.result is not None and done.result.accepted and done.version == watch.run / "versions" / "1"
+    assert json.loads((watch.inbox / "1" / "done.json").read_text())["update"] == "1"
+    assert [path.name for path in updates.update_folders(watch.run)] == ["1"]
+    later = time.time() + 10
+    assert again.waiting(now=later) == 3 and again.step(now=later) is None
+    write_scenes(watch.folder, "c", 9, 1500)
+    told: list[WatchedUpdate] = []
+    for path in watch.folder.rglob("*.png"):
+        os.utime(path, (0, 0))
+    keep_watching(again, tell=told.append, rounds=1)
+    assert [update.number for update in told] == [2] and told[0].result is not None
+    assert told[0].result.parent.path.parent.parent.resolve() == (watch.run / "updates" / "1").resolve()
+
+
+def test_unusable_pictures_end_their_round_alone(run: Path, tmp_path: Path, write_scenes: Callable[..., None]) -> None:
+    watch = make_watch(run, tmp_path, every=3)
+    write_scenes(watch.folder, "a", 3, 900)
+    (watch.folder / "images" / "a-0.png").write_bytes(b"no picture")
+    update = watch.step(now=time.time() + 10)
+    assert update is not None and update.result is None and "a-0.png" in update.problem
+    assert watch.step(now=time.time() + 10) is None
