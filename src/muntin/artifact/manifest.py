@@ -100,8 +100,8 @@ class _Sparse(_Frozen):
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
-        if not content["sparsity"]:
-            del content["sparsity"]
+        if not content.get("sparsity"):
+            content.pop("sparsity", None)  # absent already where fields are chosen
         return content
 
 

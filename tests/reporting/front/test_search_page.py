@@ -25,7 +25,7 @@ def record(**changes: Any) -> SearchRecord:
         for point in points
     ]  # fmt: skip
     front = {"number": 4, "score": 0.6, "cost": 2.4, "options": "depths [1]", "parameters": 300_000, "command": "muntin fit r.yaml -o x"}
-    picture = {**HEAD, "max_drop": 0.0, "chosen": None, "points": points}
+    picture = {**HEAD, "max_drop": 0.0, "chosen": None, "points": points, "legend": "dashed: the recipe"}
     values = {"scored": 50, "front": [front], "networks": networks, "picture": picture, "notes": ["a note"], **HEAD, **changes}
     return SearchRecord.model_validate(values)
 
@@ -38,6 +38,7 @@ def test_page(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front.svg", "search.html"]
     assert "a &lt;search&gt;" in text and "network 004 scores best" in text and "muntin fit r.yaml" in text and "a note" in text
     assert "0.80, of 1 networks" in text and "75.0" in text and "12.5" in text and "<script" not in text
+    assert "mIoU upwards; dashed: the recipe<" in text
 
 
 def test_page_without_a_correlation() -> None:

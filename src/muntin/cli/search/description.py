@@ -85,7 +85,8 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
         }
         for network, place in zip(result.networks, places, strict=True)
     ]  # fmt: skip
-    picture = FrontRecord.model_validate({**head, "max_drop": 0.0, "chosen": None, "points": points})
+    legend = "dashed: the recipe's own model; blue reaches its score, red does not"
+    picture = FrontRecord.model_validate({**head, "max_drop": 0.0, "chosen": None, "points": points, "legend": legend})
     names = ("name", "score", "float_score", "shared_score", "predicted", "bytes", "ms", "parameters")
     networks = [
         {**{name: row[name] for name in names}, "artifact": place} for row, place in zip(content["networks"], places, strict=True)

@@ -58,6 +58,7 @@ class FrontPicture:
     metric: str
     y_ticks: tuple[Tick, ...]
     budget: float
+    legend: str
     panels: tuple[FrontPanel, ...]
     summary: str
 
@@ -92,6 +93,7 @@ def front_picture(record: FrontRecord) -> FrontPicture:
         metric=record.metric,
         y_ticks=y_axis.ticks(values, lambda value: text.with_minus(f"{value:g}")),
         budget=y_axis(record.least_score),
+        legend=record.legend,
         panels=tuple(panels),
         summary=(
             f"{record.metric} against bytes and milliseconds for {len(record.points) - 1} trials and the {record.reference.name} model; "

@@ -37,6 +37,8 @@ class FrontRecord(Record):
     max_drop: Amount
     chosen: int | None
     held_out: str = ""
+    legend: Text = "dashed: the least of the budget; blue keeps it, red breaks it; ring: chosen"
+    """Words below the picture: what the dashed line and the colours say."""
     notes: tuple[str, ...] = ()
     hardware: Hardware
     points: tuple[FrontPoint, ...]
