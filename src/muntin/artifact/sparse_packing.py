@@ -156,7 +156,7 @@ def _blocks(values: NDArray[Any]) -> list[tuple[int, int, int]]:
 
 
 def _any(filled: NDArray[np.bool_], axis: int, count: int) -> NDArray[np.bool_]:
-    """Whether any of `count` neighbours along an axis is True."""
+    """True where any of `count` neighbours along an axis is."""
     parts = [filled[(slice(None),) * axis + (slice(start, None, count),)] for start in range(count)]
     return functools.reduce(np.logical_or, parts)
 

@@ -36,7 +36,7 @@ from muntin.training.config import BudgetConfig
 from muntin.training.recipe import load_recipe, parse_recipe
 
 LEARNING_RATE = 1e-3
-"""Of the training of candidates, by default."""
+"""Default of the training of candidates."""
 SearchOutcome = Literal["kept", "not reachable", "not tried"]
 OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TableProgress], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""

@@ -53,7 +53,7 @@ MANY_STEPS = 10_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage:
-    """What a search does. `stage`: "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or a name.
+    """Progress of a search. `stage`: "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or a name.
 
     `front`: the best points so far.
     """

@@ -111,7 +111,7 @@ class ArchitectureStudy:
         return self._point(self.study.trials[trial.number])
 
     def importances(self) -> dict[str, dict[str, float]]:
-        """What each choice is worth for the score and for the cost: shares that add up to 1, largest first; empty for few points.
+        """Worth of each choice for the score and for the cost: shares that add up to 1, largest first; empty for few points.
 
         Source: PED-ANOVA (Watanabe et al., 2304.10255).
         """

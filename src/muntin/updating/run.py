@@ -89,7 +89,7 @@ def newest_accepted(run: Path) -> Path:
 
 
 def read_push(directory: Path) -> PushRecord | None:
-    """What a server did with an update; None if it was not pushed. Raises `DataError` if the record is damaged."""
+    """Read what a server did with an update; None if it was not pushed. Raises `DataError` if the record is damaged."""
     path = directory / PUSHED
     if not path.is_file():
         return None

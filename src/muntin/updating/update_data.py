@@ -136,7 +136,7 @@ def read_listing(directory: Path) -> Listing | None:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdatePlan:
-    """What an update is made of. `old`: the data of the parent. `classes`: all of them, the new ones last."""
+    """Content of an update. `old`: the data of the parent. `classes`: all of them, the new ones last."""
 
     parent: Checkpoint
     old: Source

@@ -40,7 +40,7 @@ class PushError(MuntinError):
 
 
 def lineage(verdict: GateVerdict) -> dict[str, Any]:
-    """What a version's manifest says of its origin: digests of the parent's artefact and of the data, and the verdict."""
+    """Origin of a version, for its manifest: digests of the parent's artefact and of the data, and the verdict."""
     origin = f"update of {verdict.parent[:8]} by data {verdict.data[:8]} ({verdict.strategy})"
     return {"summary": f"{origin}, {verdict.summary}", **verdict.model_dump(mode="json")}
 

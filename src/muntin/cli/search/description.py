@@ -1,4 +1,4 @@
-"""What a search found: on the terminal, and as the values of its page."""
+"""Result of a search: on the terminal, and as the values of its page."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ Kept = tuple[float, int, Path]
 
 
 class SampleSettings(BaseModel):
-    """Which pictures are kept, and how many. Both limits hold for the folder, also over files of earlier servers."""
+    """Share of pictures to keep, and limits. Both limits hold for the folder, also over files of earlier servers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -62,7 +62,7 @@ class SampleSettings(BaseModel):
 
 
 class SampleKeeper:
-    """Keeps a share of the pictures offered to it. `clock`: seconds since 1970. `chance`: random numbers from 0 to 1.
+    """Keep a share of the pictures offered to it. `clock`: seconds since 1970. `chance`: random numbers from 0 to 1.
 
     `kept`: files written; `dropped`: pictures of the share that were not kept, by reason. Raises DataError where the folder cannot be made.
     """
@@ -78,7 +78,7 @@ class SampleKeeper:
         self.kept = 0
         self.dropped: Counter[str] = Counter({"busy": 0, "large": 0, "unwritten": 0})
         self._files: list[Kept] = []
-        """What the folder holds, the oldest first, as of the last scan and what was written since."""
+        """Files of the folder, the oldest first, as of the last scan and what was written since."""
         self._scanned = -float("inf")
         self._failing = False
         self._queue: Queue[NDArray[np.uint8] | None] = Queue(QUEUE)
