@@ -147,9 +147,8 @@ class Bench:
         share = self.settings["steps"] / self.settings["fit"]
         shares = {"recover": 0.4, "quantize": 0.1, "mix": 0.5}
         changes = [f"compression.{stage}.share={part * share:g}" for stage, part in shares.items()]
-        changes.append(f"compression.low_rank.criterion={criterion}")
-        if criterion == "cumulative":
-            changes += ["compression.low_rank.threshold=0.95"]
+        if criterion == "cumulative":  # the article's: by the energy of each weight, without a budget of multiply-adds
+            changes.append("compression.low_rank={criterion: cumulative, threshold: 0.95}")
         config = override_recipe(self.recipe, changes).compression
         started = time.perf_counter()
         run = compress_checkpoint(self.fp32, self.folder / f"stages-{criterion}", config=config, resume=True)

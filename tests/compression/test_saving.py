@@ -79,3 +79,17 @@ def test_other_models_and_damage(tmp_path: Path) -> None:
     (folder / "mine.txt").write_text("kept")
     with pytest.raises(ArtifactError, match=r"mine\.txt"):
         save(model, folder)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_norms_folded_before_or_after_factoring(order: tuple[int, int], tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0)).float()
+    model = create_model("hybrid-xxs", classes=3).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    passes = (lambda: quantize(model, [images]), lambda: low_rank(model, [images], parameters=0.6))
+    for number in order:
+        passes[number]()
+    again = load_compressed(save(model, tmp_path / "m"), create_model("hybrid-xxs", classes=3))
+    assert torch.equal(answer(again, images), answer(model, images))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
+import torch
 from torch import nn
 
 from muntin.compression.channels.sizes import apply_heads, apply_sizes, sizes_of
@@ -22,6 +23,7 @@ from muntin.compression.low_rank.factorization import apply_structure, structure
 from muntin.compression.quantization.embeddings import apply_tables, table_structure
 from muntin.compression.quantization.qat import apply_qat, qat_structure
 from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure
+from muntin.compression.rewrite import named
 from muntin.compression.sparsity.holding import apply_patterns, sparse_structure
 from muntin.models.compression_record import Structure
 
@@ -62,7 +64,9 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     if record.pruning is not None:
         apply_heads(model, record.pruning.heads)
     if record.folded:
+        bare = [name for name, layer in named(model, nn.Linear, nn.Conv2d) if layer.bias is None]
         fold(model)
+        _apply_biases(model, bare, tensors)
         apply_folds(model, [change.layer for change in record.changes if change.pass_ == "fold" and change.done == FOLDED], tensors)
     apply_qat(model, record.qat or {})
     apply_integers(model, record.integers)
@@ -70,3 +74,15 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     apply_patterns(model, record.sparsity)
     remember(model, record.changes)
     remember_pruning(model, record.pruning)
+
+
+def _apply_biases(model: nn.Module, bare: Container[str], tensors: Container[str]) -> None:
+    """Give the layers that had no bias before norms were folded, `bare`, one exactly where `tensors` has one.
+
+    A norm folded before its layer was factored left its shift in the bias of the last part; folded afterwards, in that of the first.
+    """
+    for name, layer in dict(model.named_modules()).items():
+        if name in bare and isinstance(layer, nn.Linear | nn.Conv2d):
+            stored = f"{name}.bias" in tensors
+            zeros = torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
+            layer.bias = nn.Parameter(zeros) if stored else None
