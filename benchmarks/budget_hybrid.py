@@ -38,13 +38,13 @@ from muntin.budgeting.layer_forms import KEPT, layer_forms, offered_ranks
 from muntin.budgeting.run import compress_run
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.checkpoint_export import export_checkpoint
-from muntin.models import create_model
 from muntin.runtime import describe_hardware
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in, source_of
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.recipe import Recipe, load_recipe, override_recipe
+from muntin.training.weights import new_model
 from options import at_least
 
 PROTOCOL = 1
@@ -111,8 +111,7 @@ class Bench:
         return {**self._judged(artifact.path), "parameters": self.parameters(self.fp32), "minutes": minutes}
 
     def parameters(self, checkpoint: Checkpoint) -> int:
-        choice = checkpoint.recipe.model
-        return sum(one.numel() for one in create_model(choice.name, classes=len(checkpoint.state.classes), **choice.options).parameters())
+        return sum(one.numel() for one in new_model(checkpoint.recipe, checkpoint.state.classes).parameters())
 
     def search(self, name: str, max_drop: float) -> Row:
         """muntin's search, or a pass alone."""
@@ -177,7 +176,8 @@ class Bench:
         }  # fmt: skip
 
     def _integer_bytes(self, options: dict[str, Any]) -> int:
-        model = create_model("hybrid-s", classes=len(self.fp32.state.classes), **options)
+        recipe = override_recipe(self.recipe, ["model.name=hybrid-s", f"model.options={json.dumps(options)}"])
+        model = new_model(recipe, self.fp32.state.classes)
         return sum(one.numel() for one in model.parameters()) + 60_000  # graph, manifest and golden pairs
 
     def _judged(self, path: Path) -> Row:
