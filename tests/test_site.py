@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import muntin
+
 pytest.importorskip("mkdocs", reason="the extra docs is not installed")
 ROOT = Path(__file__).parents[1]
 LOADED = re.compile(
@@ -49,3 +51,8 @@ def test_links_between_docs_and_the_repository(site: Path) -> None:
     assert 'href="benchmarks/figures.html#peers"' in models
     demo = (site / "demo.html").read_text(encoding="utf-8")
     assert 'href="https://github.com/muntin/muntin/blob/main/recipes/demo.yaml"' in demo
+
+
+def test_every_public_name_has_its_signature(site: Path) -> None:
+    text = re.sub("<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
+    assert not [name for name in muntin.__all__ if name != "layers" and not re.search(rf"^{name}\(", text, re.MULTILINE)]
