@@ -1,8 +1,8 @@
 """Hook of mkdocs: pages from files outside of docs/, notebooks as pages, and links that work on GitHub and in the site.
 
 In the repository a page links to files by their place: `../benchmarks/figures.md#peers`. The site has the pages of docs/ at its root, so
-such a link is rewritten to the page that the file has become, and one to another file of the repository to its address on GitHub. A link to a
-file that does not exist is left as it is, and the strict build fails on it.
+such a link is rewritten to the page that the file has become, and one to another file of the repository to its address on GitHub. A link
+to a file that does not exist is left as it is, and the strict build fails on it.
 """
 
 from __future__ import annotations
