@@ -49,10 +49,16 @@ def test_nothing_is_loaded_from_the_network(site: Path) -> None:
 def test_links_between_docs_and_the_repository(site: Path) -> None:
     models = (site / "models.html").read_text(encoding="utf-8")
     assert 'href="benchmarks/figures.html#peers"' in models
-    demo = (site / "demo.html").read_text(encoding="utf-8")
-    assert 'href="https://github.com/muntin/muntin/blob/main/recipes/demo.yaml"' in demo
+    ray = (site / "serving" / "ray.html").read_text(encoding="utf-8")
+    assert 'href="https://github.com/muntin/muntin/blob/main/deploy/ray/serve.yaml"' in ray
+    assert "Compress under a budget" in (site / "tutorials" / "notebook.html").read_text(encoding="utf-8")
 
 
 def test_every_public_name_has_its_signature(site: Path) -> None:
     text = re.sub("<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
     assert not [name for name in muntin.__all__ if name != "layers" and not re.search(rf"^{name}\(", text, re.MULTILINE)]
+
+
+def test_claims_have_every_row_of_the_article() -> None:
+    rows = re.findall(r"^\| (M\d+(?:, M\d+)*) \|", (ROOT / "docs" / "claims.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(int(name[1:]) for row in rows for name in row.split(", ")) == list(range(1, 23))

@@ -100,6 +100,23 @@ def test_foreign_model(tmp_path: Path) -> None:
     assert len(scores) == 2 and min(scores) > 0.85
 
 
+@pytest.mark.slow
+def test_notebook(tmp_path: Path) -> None:
+    pytest.importorskip("ipykernel", reason="the extra dev is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="the extra dev is not installed")
+    code = "import nbclient, nbformat as n, sys; page = n.read(sys.argv[1], 4); nbclient.execute(page); n.write(page, 'done.ipynb')"
+    page = TUTORIALS / "notebook.ipynb"
+    paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", code, page], cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    outputs = [output for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells for output in cell.get("outputs", ())]
+    score = re.search(r"in FP32, ([\d.]+) deployed", "".join(output.get("text", "") for output in outputs))
+    assert score and float(score.group(1)) > 0.9
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
 def test_every_tutorial_has_a_test() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     assert not [page.name for page in TUTORIALS.iterdir() if f'"{page.name}"' not in source]
