@@ -384,7 +384,9 @@ def test_budget_search_and_its_page(call: Call, searched: Path) -> None:
     low, high = document["holdout"]["interval"]
     assert low <= document["holdout"]["drop"] <= high and document["holdout"]["samples"] >= 2
 
-    assert "other settings (confidence 0.5, not 0.95, max_drop 1" in call("compress", searched, "--max-drop", "0.5", "--steps", "2").mistake()
+    assert (
+        "other settings (confidence 0.5, not 0.95, max_drop 1" in call("compress", searched, "--max-drop", "0.5", "--steps", "2").mistake()
+    )
     assert "other settings (recipe " in call(*words, "--set", "compression.distillation=0").mistake()
 
 
