@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 TEST := $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint check soak fix wheel release clean
+.PHONY: demo test lint check docs soak fix wheel release clean
 
 demo: $(VENV)/.demo
 	$(BIN)/muntin demo
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev
 
 check: lint
 	$(TEST) -m "not slow and not soak"
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build
 
 soak: $(VENV)/.dev
 	$(ONE_THREAD) $(BIN)/python -m pytest -m soak -s
@@ -43,11 +46,15 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
 	touch $@
 
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 $(VENV)/.dev: pyproject.toml benchmarks/start_triton.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check 'perf-analyzer>=2.60' # no wheel for older Linux: its tests are skipped
 	-$(BIN)/python benchmarks/start_triton.py --install # as above: a real Triton, 55 MB
-	touch $@ $(VENV)/.demo
+	touch $@ $(VENV)/.demo $(VENV)/.docs
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

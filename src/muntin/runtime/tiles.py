@@ -125,8 +125,8 @@ def predict(
     pixels that neighbouring tiles share, 0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of
     tiles). `into`: a sink (`images.open_sink`) that receives finished rows, with channels last; then None is returned.
 
-    Returns, by `output` (default: the task's own): "labels" (scale*H, scale*W) in the signature's `label_type`, "scores"
-    (K, scale*H, scale*W) float32, blended but otherwise as the model gives them, "image" (scale*H, scale*W, channels) uint8, or the values
+    Returns, by `output` (default: the task's own): "labels" (scale·H, scale·W) in the signature's `label_type`, "scores"
+    (K, scale·H, scale·W) float32, blended but otherwise as the model gives them, "image" (scale·H, scale·W, channels) uint8, or the values
     of a source that was scaled. "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has
     no tiles and no sink. Pictures of sizes that the model does not take are resized, tiled or extended as the module says.
 

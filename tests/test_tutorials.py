@@ -1,0 +1,114 @@
+"""The code blocks of docs/tutorials/ run in order, as a reader would run them.
+
+A page becomes one script of bash: its ```bash blocks as they are, its ```python blocks each in a Python of its own. Pages that go on in the
+folder of another one run there. A block that cannot run here is not left out silently: the line before it begins with `*Not run by the
+tests:` and gives the reason to the reader, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TUTORIALS = ROOT / "docs" / "tutorials"
+BLOCK = re.compile(r"(?P<before>[^\n]*)\n\n```(?P<language>[^\n]*)\n(?P<code>.*?\n)```", re.DOTALL)
+SHOWN = ("text", "yaml", "json")
+"""Languages of blocks that show something and are not run."""
+STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
+
+
+def script(page: Path) -> str:
+    """Return the blocks of a page as one script."""
+    parts = ["set -euo pipefail", STOP]
+    for number, block in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8")), start=1):
+        language, code = block["language"], block["code"]
+        assert language in ("bash", "python", *SHOWN), f"{page.name}, block {number}: name its language, not '{language}'"
+        if language in SHOWN or re.match(r"\*Not run by the tests: .+", block["before"]):
+            continue
+        parts.append(f"echo '--- {page.name}, block {number}' >&2")
+        parts.append(code if language == "bash" else f"python - <<'END_OF_BLOCK'\n{code}END_OF_BLOCK")
+    return "\n".join(parts)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run(page: str, folder: Path) -> str:
+    """Run a page in a folder and return what it printed; port 8000 of the page is another one here."""
+    programs = folder.parent / f"{folder.name}-programs"
+    programs.mkdir(exist_ok=True)
+    for name, command in (("muntin", f'"{sys.executable}" -m muntin'), ("python", f'"{sys.executable}"')):
+        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (programs / name).chmod(0o755)
+    paths = os.pathsep.join(filter(None, (str(ROOT / "src"), ".", os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        ["bash", "-c", script(TUTORIALS / page).replace("8000", str(free_port()))],
+        cwd=folder,
+        env={**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": paths},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which own-data.md has run, and in which two other pages go on."""
+    folder = tmp_path_factory.mktemp("own-data")
+    run("own-data.md", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_own_data(own_data: Path) -> None:
+    assert {path.name for path in (own_data / "predictions").iterdir()} == {"40_0.mask.png", "40_0.overlay.jpg"}
+    classes = json.loads((own_data / "runs/photos/small/manifest.json").read_text())["signature"]["classes"]
+    assert [entry["name"] for entry in classes] == ["ocean", "moist land", "steppe", "desert", "tundra", "ice"]
+
+
+@pytest.mark.slow
+def test_serve_and_swap(own_data: Path) -> None:
+    printed = run("serve-and-swap.md", own_data)
+    assert re.findall(r"(?i)x-model-version: (\d)", printed) == ["2", "1"]
+    assert '"name":"ocean","share":' in printed
+
+
+@pytest.mark.slow
+def test_geotiff(own_data: Path) -> None:
+    pytest.importorskip("rasterio", reason="the extra raster is not installed")
+    assert re.search(r"ocean +[\d,]{9,} km²", run("geotiff.md", own_data))
+    assert (own_data / "exact" / "scene.mask.tif").exists()
+
+
+@pytest.mark.slow
+def test_foreign_model(tmp_path: Path) -> None:
+    printed = run("foreign-model.md", tmp_path)
+    scores = [float(text) for text in re.findall(r"(?:PyTorch|INT8) ([\d.]+)", printed)]
+    assert len(scores) == 2 and min(scores) > 0.85
+
+
+def test_every_tutorial_has_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert not [page.name for page in TUTORIALS.iterdir() if f'"{page.name}"' not in source]
+
+
+def test_script_of_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Do\n\n```bash\necho a\n```\n\n*Not run by the tests: needs a GPU.*\n\n```bash\nfalse\n```\n\nThen\n\n```python\nprint('b')\n```\n"
+    )
+    done = subprocess.run(["bash", "-c", script(page)], capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout == "a\nb\n"
