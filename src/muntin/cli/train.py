@@ -263,9 +263,11 @@ def describe_fit(result: FitResult) -> None:
     out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}")
     if result.waiting is not None:
         out.print(f"input     {100 * result.waiting:.0f} % of the time spent waiting ({count(result.workers, 'worker')})")
-    if result.validation:
-        last = result.validation[-1]
-        out.print(f"score     {last['score']:.4f} on the validation split ({'mean IoU' if 'miou' in last else 'accuracy'})")
+    if (kept := result.result) is not None:
+        out.print(f"score     {kept['score']:.4f} on the validation split ({'mean IoU' if 'miou' in kept else 'accuracy'})")
+        best = max(point["score"] for point in result.validation)
+        rank = "the best" if kept["score"] == best else f"the last (the best had {best:.4f})"
+        out.print(f"weights   of step {kept['step']}, {rank} of {count(len(result.validation), 'validation')}")
     out.print(f"wrote     {result.checkpoint}")
 
 

@@ -41,6 +41,8 @@ class Recipe(Section):
             if self.task == "segment":
                 raise ValueError("task: segment needs data.masks; if each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
+        if self.task != "segment" and self.training.loss in ("dice", "dice-cross-entropy"):
+            raise ValueError(f"training.loss {self.training.loss} is for masks, and the task is {self.task}: take cross-entropy or focal")
         if self.task == "classify" and self.data.rare:
             raise ValueError(
                 f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"
