@@ -104,7 +104,7 @@ class _Lessons:
         self.teacher, self.steps, self.workers = teacher, steps, recipe.data.workers
         self.crops = Crops(
             source.split("train"), task=recipe.task, crop=recipe.data.crop, batch_size=recipe.training.batch_size, seed=recipe.seed + SEED,
-            augmentation=recipe.data.augmentation, rare=recipe.data.rare,
+            augmentation=recipe.data.augmentation, rare=recipe.data.rare, classes=len(source.classes),
         )  # fmt: skip
         self.precision = resolve_precision(recipe.training.precision, next(teacher.parameters()).device.type)
 

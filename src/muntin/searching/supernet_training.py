@@ -140,7 +140,7 @@ class SupernetTraining:
         data, device = self.recipe.data, self.precision.device
         crops = Crops(
             self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=self.config.batch_size, seed=self.recipe.seed,
-            augmentation=data.augmentation, rare=data.rare,
+            augmentation=data.augmentation, rare=data.rare, classes=len(self.source.classes),
         )  # fmt: skip
         workers = worker_count(data.workers, device=device)
         with closing(prefetch(crops.batch, self.step, self.step + (1 << 40), workers=workers, device=device)) as numbered:

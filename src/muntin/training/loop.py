@@ -203,7 +203,7 @@ class Training:
         """The maker of training batches."""
         return Crops(
             samples, task=self.recipe.task, crop=self.recipe.data.crop, batch_size=self.config.batch_size, seed=self.seed,
-            augmentation=self.recipe.data.augmentation, rare=self.recipe.data.rare,
+            augmentation=self.recipe.data.augmentation, rare=self.recipe.data.rare, classes=len(self.source.classes),
         )  # fmt: skip
 
     def _seconds_since(self, started: float) -> float:
