@@ -30,7 +30,10 @@ class Augmentation(Section):
         description="range of the zoom, 0.1-10: 2 doubles the size of objects, [1, 1] is no zoom; `classify` never zooms out",
     )
     rotation: float = Field(
-        default=0.0, ge=0, le=180, description="largest rotation to either side, degrees; masks by nearest neighbour; 180 suits pictures from above"
+        default=0.0,
+        ge=0,
+        le=180,
+        description="largest rotation to either side, degrees; masks by nearest neighbour; 180 suits pictures from above",
     )
     brightness: Strength = Field(default=0.1, description="largest relative change of brightness, 0-1: 0.1 multiplies by 0.9 to 1.1")
     contrast: Strength = Field(default=0.1, description="largest relative change of contrast, 0-1; pictures of 1 or 3 channels only")

@@ -48,6 +48,17 @@ FIRST_CHECKPOINT_S = 30.0
 """Seconds of training after which a run that has no checkpoint writes its first one; the others follow `checkpoint_every`."""
 
 
+def training_crops(
+    recipe: Recipe, source: Source, samples: Samples | None = None, *, batch_size: int | None = None, seed: int | None = None
+) -> Crops:
+    """The maker of a recipe's training batches. `samples`, `batch_size`, `seed`: in place of the training split's, the recipe's ones."""
+    return Crops(
+        source.split("train") if samples is None else samples, task=recipe.task, crop=recipe.data.crop,
+        batch_size=batch_size or recipe.training.batch_size, seed=recipe.seed if seed is None else seed,
+        augmentation=recipe.data.augmentation, rare=recipe.data.rare, classes=len(source.classes),
+    )  # fmt: skip
+
+
 class Training:
     """Runs a trainer to the last step: batches, curve, validation, checkpoints.
 
@@ -201,10 +212,7 @@ class Training:
 
     def crops(self, samples: Samples) -> BatchMaker:
         """The maker of training batches."""
-        return Crops(
-            samples, task=self.recipe.task, crop=self.recipe.data.crop, batch_size=self.config.batch_size, seed=self.seed,
-            augmentation=self.recipe.data.augmentation, rare=self.recipe.data.rare, classes=len(self.source.classes),
-        )  # fmt: skip
+        return training_crops(self.recipe, self.source, samples, batch_size=self.config.batch_size, seed=self.seed)
 
     def _seconds_since(self, started: float) -> float:
         """Seconds by the first process's clock, on which the learning rate may depend."""

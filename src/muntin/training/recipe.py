@@ -46,7 +46,9 @@ class Recipe(Section):
             raise ValueError(f"training.loss {self.training.loss} is for masks, and the task is {self.task}: take cross-entropy or focal")
         for name, value in self.data.augmentation.changes(self.data.augment).items():
             if value and MIXTURES.get(name, self.task) != self.task:
-                raise ValueError(f"data.augmentation.{name} {value:g} is for task: {MIXTURES[name]}, and the task is {self.task}: remove it")
+                raise ValueError(
+                    f"data.augmentation.{name} {value:g} is for task: {MIXTURES[name]}, and the task is {self.task}: remove it"
+                )
         if self.task == "classify" and self.data.rare:
             raise ValueError(
                 f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"

@@ -104,7 +104,10 @@ def update_data_config(checkpoint: Checkpoint, specs: Sequence[ClassSpec]) -> Da
         place = Path(FOLDER) / split
         return FolderPair(images=place / "images", masks=place / "masks") if masked else FolderPair(images=place)
 
-    kept = {name: getattr(checkpoint.recipe.data, name) for name in ("channels", "cache_mib", "workers", "crop", "rare", "augment", "augmentation")}
+    kept = {
+        name: getattr(checkpoint.recipe.data, name)
+        for name in ("channels", "cache_mib", "workers", "crop", "rare", "augment", "augmentation")
+    }
     train = pair("train")
     ignore = _ignore_value(checkpoint.recipe.data.ignore, specs) if masked else IGNORED
     return DataConfig(
