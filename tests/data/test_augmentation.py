@@ -56,7 +56,7 @@ def test_written_recipe_is_read_back(preset: str) -> None:
 
 
 def test_mixtures_are_for_one_task() -> None:
-    with pytest.raises(RecipeError, match="data.augmentation.mixup 0.5 is for task: classify"):
+    with pytest.raises(RecipeError, match=r"data\.augmentation\.mixup 0.5 is for task: classify"):
         parse_recipe({"data": {"augmentation": {"mixup": 0.5}}}, where="test")
     parse_recipe({"data": {"augment": "strong"}}, where="test")
     with pytest.raises(RecipeError, match="add up to more than 1"):

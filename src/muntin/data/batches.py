@@ -57,8 +57,8 @@ class Draw:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """Crops that are joined with a crop: mosaic: the crop keeps the rectangle of `rows` and `columns` (start, end), three `others` fill the rest;
-    cutmix: another fills the rectangle; mixup: another is blended in. `share`: of the others, for mixup and cutmix."""
+    """Crops that are joined with a crop: mosaic: the crop keeps the rectangle of `rows` and `columns` (start, end), three `others` fill the
+    rest; cutmix: another fills the rectangle; mixup: another is blended in. `share`: of the other, for mixup and cutmix."""
 
     kind: Literal["mosaic", "mixup", "cutmix"]
     others: tuple[Draw, ...]

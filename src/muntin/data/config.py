@@ -29,9 +29,14 @@ class DataConfig(Section):
     source: SourceName = Field(default="earth", description="the demonstration data, or your own pictures in `folders` or `shards` (.tar)")
     images: Path | None = Field(
         default=None,
-        description="folder of images; for `classify` it holds a folder for each class; shards: folder of .tar files, or train-*.tar",
+        description="folder of images, subfolders too; for `classify` it holds a folder for each class; shards: folder of .tar files, or "
+        "train-*.tar",
     )
-    masks: Path | None = Field(default=None, description="folders: folder of masks; a mask has the stem of its image; unset for `classify`")
+    masks: Path | None = Field(
+        default=None,
+        description="folders: folder of masks; a mask has the stem of its image, and lies in a subfolder of the same name; unset for "
+        "`classify`",
+    )
     validation: SplitShare | FolderPair = Field(default=0.15, description="share of the pictures in `images`, 0-1, or own folders")
     test: SplitShare | FolderPair = Field(default=0.15, description="like `validation`, for the test split")
     classes: tuple[ClassSpec, ...] = Field(
@@ -53,8 +58,8 @@ class DataConfig(Section):
     rare: Probability = Field(default=0.0, description="share of crops centred on a pixel of a class drawn uniformly; segmentation only")
     augment: Preset = Field(
         default="light",
-        description="random changes to training crops: none; light: flips, zoom, a little colour; standard: rotation, more zoom and colour, "
-        "too; strong: more of all, mosaic (segment), mixup and cutmix (classify); `muntin fit --show-crops FILE.png` shows them",
+        description="random changes to training crops: none; light: flips, zoom, a little colour; standard: rotation, more zoom and "
+        "colour, too; strong: more of all, mosaic (segment), mixup and cutmix (classify); `muntin fit --show-crops FILE.png` shows them",
     )
     augmentation: Augmentation = Field(default=Augmentation(), description="single values in place of those of `augment`")
 

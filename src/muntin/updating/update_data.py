@@ -221,7 +221,7 @@ def _new_pieces(samples: Samples) -> Iterator[tuple[str, UInt8, UInt8 | int]]:
         whole = (window.height, window.width) == sample.image.shape[:2]
         if isinstance(target, int) and (window.top or window.left):
             continue  # a classifier sees the whole picture
-        stem = Path(sample.name).name.removeprefix(NEW)
+        stem = (Path(sample.name).name if isinstance(target, int) else sample.name.replace("/", "--")).removeprefix(NEW)
         yield f"{NEW}{stem}" if whole or isinstance(target, int) else f"{NEW}{stem}-{window.top}-{window.left}", image, target
 
 
