@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 TEST := $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint check docs soak fix wheel clean
+.PHONY: demo test lint check docs soak fix wheel release clean
 
 demo: $(VENV)/.demo
 	$(BIN)/muntin demo
@@ -34,7 +34,10 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 wheel: $(VENV)/.dev
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m build .
+
+release: $(VENV)/.dev
+	$(BIN)/python deploy/check_release.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -34,6 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
+import muntin
 from kept import Row, kept_row, now
 from muntin.cli.start import WAITING
 from muntin.runtime import describe_hardware
@@ -47,7 +48,7 @@ WAYS: dict[str, dict[str, str]] = {
 }
 COMMANDS = ("fit", "evaluate", "report")
 GOALS = {"busy_over_quiet": 2.5, "quiet_over_default": 1.03}
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 
 
 @contextmanager

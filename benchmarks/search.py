@@ -40,6 +40,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
+import muntin
 from kept import Row, kept_row, now
 from muntin.data import open_source
 from muntin.models import PRESETS, ModelConfig
@@ -56,7 +57,7 @@ from options import at_least
 
 PROTOCOL = 1
 """Version of the rows."""
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
 WIDTHS = (0.5, 1.0, 1.5)
 NOT_SLOWER = 1.02

@@ -18,9 +18,9 @@ JsonSchema = dict[str, Any]
 _HEAD = """# The keys of a recipe
 
 A recipe is a YAML file with the keys below. A key that is left out has its default. `muntin init DIR` writes a recipe for your own images;
-`recipes/demo.yaml` is the recipe of the demonstration. `muntin fit RECIPE --set training.steps=200` replaces a value. An unknown key, or a
-value out of range, is reported in one line before anything starts. Relative paths start at the recipe's folder. Runs are written to `runs/`
-in the current folder.
+`src/muntin/recipes/demo.yaml` is the recipe of the demonstration. `muntin fit RECIPE --set training.steps=200` replaces a value. An unknown
+key, or a value out of range, is reported in one line before anything starts. Relative paths start at the recipe's folder. Runs are written
+to `runs/` in the current folder.
 
 A run stores its recipe. `compress` and `export` use the stored recipe, not the file. To change their settings, use
 `--set compression.average_bits=5` or `--set quantization.min_sqnr_db=20`.

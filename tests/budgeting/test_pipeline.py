@@ -59,6 +59,13 @@ def test_budget_is_kept(digits: Any, finished: CompressionResult) -> None:
     assert {row["trial"]: row["score"] for row in finished.rows}[best.number] == best.score
 
 
+def test_kept_on_the_samples_but_not_with_certainty(digits: Any, uniform: Any) -> None:
+    result = run(digits, uniform, None, evaluate=digits.holdout, budget=Budget(max_drop=0.26, confidence=0.9999), recipe={"trials": 1})
+    (trial,) = result.trials
+    assert trial.drop <= 0.26 < trial.bound and not result.kept
+    assert any("not with a certainty of" in note for note in result.notes)
+
+
 def test_result_runs(digits: Any, finished: CompressionResult) -> None:
     images = digits.test[0][:64]
     session = load(finished.artifact.path)

@@ -367,11 +367,11 @@ def searched(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_budget_search_and_its_page(call: Call, searched: Path) -> None:
-    words = ("compress", searched, "--max-drop", "1", "--trials", "2", "--steps", "2")
+    words = ("compress", searched, "--max-drop", "1", "--confidence", "0.5", "--trials", "2", "--steps", "2")
     answer = call(*words)
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
-    assert all(word in lines[1] for word in ("width", "mIoU", "MB", "ms", "front"))
+    assert all(word in lines[1] for word in ("width", "mIoU", "at worst", "MB", "ms", "front"))
     assert [line.split()[1] for line in lines[3:6]] == ["FP32", "trial", "trial"]
     assert any(line.startswith("chosen    trial ") for line in lines) and any(line.startswith("held out  mIoU 0.") for line in lines)
     page = searched / "budget" / "front.html"
@@ -384,7 +384,9 @@ def test_budget_search_and_its_page(call: Call, searched: Path) -> None:
     low, high = document["holdout"]["interval"]
     assert low <= document["holdout"]["drop"] <= high and document["holdout"]["samples"] >= 2
 
-    assert "other settings (max_drop 1" in call("compress", searched, "--max-drop", "0.5", "--steps", "2").mistake()
+    assert (
+        "other settings (confidence 0.5, not 0.95, max_drop 1" in call("compress", searched, "--max-drop", "0.5", "--steps", "2").mistake()
+    )
     assert "other settings (recipe " in call(*words, "--set", "compression.distillation=0").mistake()
 
 
@@ -398,5 +400,7 @@ def test_budget_without_minutes(call: Call, searched: Path, tmp_path: Path) -> N
 def test_budget_options_that_do_not_fit(call: Call, searched: Path) -> None:
     assert call("compress", searched, "--minutes", "3").code == 2
     assert call("compress", searched, "--max-drop", "0.1", "--resume").code == 2
-    assert "give size or latency" in call("compress", searched, "--max-drop", "0.1", "--objective", "speed").mistake()
+    assert "give one of size, latency" in call("compress", searched, "--max-drop", "0.1", "--objective", "speed").mistake()
+    assert "confidence=1.0" in call("compress", searched, "--max-drop", "0.1", "--confidence", "1").mistake()
+    assert call("compress", searched, "--confidence", "0.9").code == 2
     assert "what can be set is" in call("compress", searched, "--max-drop", "0.1", "--set", "seed=3").mistake()

@@ -209,6 +209,46 @@ def test_notes_on_unused_files(tmp_path: Path) -> None:
     )
 
 
+def make_nested(root: Path) -> FolderPair:
+    """Pictures at two depths, two of one stem in different folders."""
+    pair = make_pair(root, 8)
+    assert pair.masks is not None
+    for folder in ("2023", "2024/may"):
+        for number in range(6):
+            for side in (pair.images, pair.masks):
+                (side / folder).mkdir(parents=True, exist_ok=True)
+                (side / folder / f"p{number}.png").write_bytes((side / f"p{number + 1}.png").read_bytes())
+    return pair
+
+
+def test_pictures_in_subfolders(tmp_path: Path) -> None:
+    pair = make_nested(tmp_path)
+    source = open_pair(pair)
+    samples = [sample for name in SPLITS for sample in source.split(name)]
+    assert sorted(sample.name for sample in samples) == sorted(
+        [f"{folder}p{n}" for folder, count in (("", 8), ("2023/", 6), ("2024/may/", 6)) for n in range(count)]
+    )
+    assert all((sample.image[:, :][:, :, 0] == 10 * sample.labels[:, :]).all() for sample in samples)
+    assert source.notes == ()
+    flat = open_pair(make_pair(tmp_path / "flat", 8))
+    for name in SPLITS:  # the pictures at the top stay in their splits
+        assert {s.name for s in flat.split(name)} == {s.name for s in source.split(name) if "/" not in s.name}
+
+
+def test_subfolders_without_counterpart_and_masks(tmp_path: Path) -> None:
+    pair = make_nested(tmp_path)
+    assert pair.masks is not None
+    (pair.images / "raw").mkdir()
+    (pair.images / "raw" / "x.png").write_bytes((pair.images / "p0.png").read_bytes())
+    (pair.images / "loop").symlink_to(pair.images)
+    (pair.masks / "loop").symlink_to(pair.masks)
+    assert f"{pair.images}: the files in its subfolders (loop, raw) are not used" in open_pair(pair).notes
+    (pair.masks / "2024" / "may" / "p3.png").unlink()
+    with pytest.raises(DataError) as error:
+        open_pair(pair).split("train")
+    check_message(error, f"{pair.images}/2024/may/p3.png has no mask: add {pair.masks}/2024/may/p3.png")
+
+
 def test_skipped_pictures(tmp_path: Path) -> None:
     """An image without a mask, an image by its mask, and a name of no picture."""
     pair = make_pair(tmp_path)

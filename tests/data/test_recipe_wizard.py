@@ -50,6 +50,35 @@ def open_recipe(path: Path) -> tuple[dict[str, Any], Any]:
     return recipe, source
 
 
+def test_subfolders_and_what_lacks_its_counterpart(tmp_path: Path) -> None:
+    for part in ("images/a", "masks/a", "images/b"):
+        (tmp_path / part).mkdir(parents=True)
+    fill(tmp_path, [0, 1], names=("images/a", "masks/a"))
+    (tmp_path / "images" / "b" / "x.png").write_bytes((tmp_path / "images" / "a" / "p0.png").read_bytes())
+    path, survey = write_recipe(tmp_path)
+    assert survey.notes == (f"{tmp_path}/images: the pictures in b are not used: {tmp_path}/masks has no such folder",)
+    _, source = open_recipe(path)
+    assert sum(len(source.split(name)) for name in SPLITS) == 10
+    path.unlink()
+    (tmp_path / "masks" / "a" / "p2.png").unlink()
+    (tmp_path / "images" / "a" / "p5.png").unlink()
+    notes = write_recipe(tmp_path)[1].notes
+    assert any("1 image without a mask: a/p2.png" in note for note in notes)
+    assert any("1 mask without an image, not used: a/p5.png" in note for note in notes)
+
+
+def test_hints_on_balance(tmp_path: Path) -> None:
+    fill(tmp_path / "maps", [0] * 200 + [1])
+    (note,) = write_recipe(tmp_path / "maps")[1].notes
+    assert note.startswith("few pixels are of 1 (0.") and "training.class_weights: auto" in note
+    fill_classes(tmp_path / "kinds", ("cat", "dog"), 20)
+    fill_classes(tmp_path / "kinds", ("cow",), 5)
+    (note,) = write_recipe(tmp_path / "kinds")[1].notes
+    assert note.startswith("few pictures are of cow (11.1 %), beside 44.4 % of the most frequent class: set training.class_weights: auto")
+    fill(tmp_path / "even", [0, 1])
+    assert write_recipe(tmp_path / "even")[1].notes == ()
+
+
 def test_documents_name_the_first_model(tmp_path: Path) -> None:
     """README and docs say which model the recipe of `init` trains, and for how long."""
     fill(tmp_path, [0, 1])

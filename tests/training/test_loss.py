@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,8 +12,16 @@ from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
 from model_helpers import LiveBytes
+from muntin.data import open_source
+from muntin.data.items import class_counts
+from muntin.errors import RecipeError
 from muntin.images import IGNORED
-from muntin.training.loss import Loss, distillation_loss, segment_loss
+from muntin.training.config import LossName
+from muntin.training.loss import Loss, class_weights, distillation_loss, loss_of, segment_loss
+from muntin.training.recipe import load_recipe
+from muntin.training.run import fit
+
+LOSSES = get_args(LossName)
 
 
 def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,3 +252,103 @@ def test_distillation_of_equal_answers() -> None:
 
 def test_distillation_of_restoration() -> None:
     assert float(distillation_loss("restore", torch.full((1, 3, 2, 2), 96.0), torch.full((1, 3, 2, 2), 32.0))) == 1.0
+
+
+# ---- focal, Dice, class weights ----
+
+KINDS = {
+    "focal": {"gamma": 2.0, "overlap": 0.7},
+    "focal, a root": {"gamma": 0.5},
+    "weights": {"weights": (0.2, 3.0, 1.0, 0.5, 7.0)},
+    "weighted focal": {"gamma": 1.5, "weights": (0.2, 3.0, 1.0, 0.5, 7.0), "overlap": 1.0},
+    "dice": {"dice": True, "overlap": 1.0, "entropy": 0.0},
+    "dice and cross-entropy": {"dice": True, "overlap": 2.0},
+}
+
+
+def plain_value(loss: Loss, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The loss of a batch of maps by PyTorch's operations and autograd."""
+    counted = target != IGNORED
+    labels, p = target.masked_fill(~counted, 0), scores.softmax(1)
+    truth = F.one_hot(labels, scores.shape[1]).permute(0, 3, 1, 2) * counted.unsqueeze(1)
+    weights = torch.tensor(loss.weights or (1.0,) * scores.shape[1], dtype=scores.dtype)[labels] * counted
+    p_true = p.gather(1, labels.unsqueeze(1)).squeeze(1)
+    value = loss.entropy * (-weights * (1 - p_true) ** loss.gamma * p_true.log()).sum() / weights.sum()
+    if loss.overlap:
+        p = p * counted.unsqueeze(1)
+        both, guessed, true = (p * truth).sum((0, 2, 3)), p.sum((0, 2, 3)), truth.sum((0, 2, 3))
+        overlap = (2 * both + 1) / (guessed + true + 1) if loss.dice else (both + 1) / (guessed + true - both + 1)
+        value = value + loss.overlap * (1 - overlap)[true > 0].mean()
+    return value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_losses_and_their_gradients_against_autograd(kind: str) -> None:
+    scores, target = example(3, batch=3, classes=5, height=6, width=7)
+    target[target == 4] = 1  # a class that is absent
+    loss = Loss(task="segment", **KINDS[kind])  # type: ignore[arg-type]
+    one, other = (scores.double().requires_grad_() for _ in range(2))
+    value, expected = loss(one, target), plain_value(loss, other, target)
+    torch.testing.assert_close(value, expected)
+    for leaf, result in ((one, value), (other, expected)):
+        result.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+    torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_losses_in_parts(kind: str) -> None:
+    scores, target = example(4, batch=4, classes=5)
+    loss = Loss(task="segment", **KINDS[kind])  # type: ignore[arg-type]
+    parts = [slice(0, 1), slice(1, 4)]
+    sums = torch.stack([loss.sums(scores[part].double(), target[part]) for part in parts]).sum(0)
+    totals = torch.stack([loss.totals(target[part], 5 if loss.overlap else 0) for part in parts]).sum(0)
+    torch.testing.assert_close(loss.value(sums, totals), loss(scores.double(), target))
+
+
+def test_focal_loss_of_a_learned_pixel_is_finite() -> None:
+    scores = torch.tensor([[100.0, -100.0], [-100.0, 100.0]]).view(1, 2, 2, 1).requires_grad_()
+    target = torch.tensor([0, 0]).view(1, 2, 1)  # one certain and right, one certain and wrong
+    Loss(task="segment", gamma=0.5)(scores, target).backward()  # type: ignore[no-untyped-call]
+    assert scores.grad is not None and scores.grad.isfinite().all() and scores.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_classify_with_weights_and_shares(gamma: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    scores, target = torch.randn(6, 3, generator=generator).double(), torch.tensor([0, 1, 2, 2, 1, 1])
+    weights = (0.5, 1.0, 4.0)
+    loss = Loss(task="classify", gamma=gamma, weights=weights)
+    value, one_hot = loss(scores, target), F.one_hot(target, 3).double()
+    torch.testing.assert_close(loss(scores, one_hot), value)
+    if not gamma:
+        torch.testing.assert_close(value, F.cross_entropy(scores, target, torch.tensor(weights).double()))
+    mixed = 0.3 * one_hot + 0.7 * one_hot.roll(1, 0)
+    torch.testing.assert_close(Loss(task="classify")(scores, mixed), F.cross_entropy(scores, mixed))
+
+
+def test_class_weights_of_a_recipe(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+    tiny = write_tiny(tmp_path)
+    recipe = load_recipe(tiny.recipe, ["training.class_weights=auto"])
+    source = open_source(recipe.data, root=tiny.root)
+    counts = class_counts(source.split("train"), 3)
+    weights = class_weights(recipe.training, source)
+    assert all(weight * number == pytest.approx(counts.sum() / 3) for weight, number in zip(weights, counts.tolist(), strict=True))
+    given = load_recipe(tiny.recipe, ["training.class_weights={field: 3}"]).training
+    assert class_weights(given, source) == (1.0, 3.0, 1.0)
+    with pytest.raises(RecipeError, match="'cow', which is no class: the classes are sea, field, roof"):
+        class_weights(load_recipe(tiny.recipe, ["training.class_weights={cow: 3}"]).training, source)
+    with pytest.raises(RecipeError, match="class_weights with loss dice"):
+        load_recipe(tiny.recipe, ["training.loss=dice", "training.class_weights=auto"])
+
+
+def test_loss_of_a_recipe(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
+    tiny = write_tiny(tmp_path)
+    made = {name: loss_of(load_recipe(tiny.recipe, [f"training.loss={name}"]).training, task="segment") for name in LOSSES}
+    assert made["cross-entropy"] == Loss(task="segment", overlap=1.0)
+    assert made["focal"] == Loss(task="segment", overlap=1.0, gamma=2.0)
+    assert made["dice"] == Loss(task="segment", overlap=1.0, entropy=0.0, dice=True)
+    assert made["dice-cross-entropy"] == Loss(task="segment", overlap=1.0, dice=True)
+    result = fit(load_recipe(tiny.recipe, ["training.loss=focal", "training.class_weights=auto", "training.steps=2"]), root=tiny.root,
+                 directory=tmp_path / "run")  # fmt: skip
+    assert any(note.startswith("class weights in the loss: sea ") for note in result.notes)

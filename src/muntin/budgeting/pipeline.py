@@ -320,6 +320,11 @@ class _BudgetedCompression:
         elif not kept:
             what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
             notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
+            if (within := sum(trial.drop <= self.budget.max_drop for trial in search.trials)) and self.reference.samples is not None:
+                notes.append(
+                    f"{within} of the trials keep it on the {len(self.reference.samples)} samples of evaluate, but not with a certainty of "
+                    f"{self.budget.confidence:.0%} on others: give more samples, a greater drop or a smaller confidence"
+                )
         elif search.stopped:
             better = "a smaller" if self.budget.objective == "size" else "a faster"
             notes.append(f"stopped at the limit of trials or minutes: with more, {better} model may be found")
@@ -383,12 +388,12 @@ class _BudgetedCompression:
 
 def _rows(reference: dict[str, Any], artifact: Path, trials: Iterable[Trial]) -> tuple[dict[str, Any], ...]:
     measured = {key: reference[key] for key in ("score", "bytes", "ms")}
-    first = {"trial": 0, "width": 1.0, "drop": 0.0, **measured, "kept": True, "artifact": str(artifact)}
+    first = {"trial": 0, "width": 1.0, "drop": 0.0, "bound": 0.0, **measured, "kept": True, "artifact": str(artifact)}
     rest = [
         {
-            "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bytes": trial.bytes,
-            "ms": trial.ms, "kept": trial.kept, "limit": trial.limit, "harm": trial.plan.harm, "cost": trial.plan.cost,
-            "artifact": str(trial.artifact),
+            "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bound": trial.bound,
+            "bytes": trial.bytes, "ms": trial.ms, "kept": trial.kept, "limit": trial.limit, "harm": trial.plan.harm,
+            "cost": trial.plan.cost, "artifact": str(trial.artifact),
         }
         for trial in trials
     ]  # fmt: skip

@@ -25,7 +25,7 @@ from muntin.errors import CheckpointError, DataError
 from muntin.models.eager import as_input
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import areas, predictions, tile_of
-from muntin.training.loss import Loss
+from muntin.training.loss import class_weights, loss_of
 from muntin.training.precision import resolve_precision
 
 FOLDER = "budget"
@@ -59,7 +59,8 @@ def compress_run(
     judged, held_out = _splits(source)
     training: dict[str, Any] = {}
     if steps:
-        measure = Loss(task=recipe.task, overlap=recipe.training.overlap_loss, distillation=stages.distillation)
+        weights = class_weights(recipe.training, source)
+        measure = loss_of(recipe.training, task=recipe.task, weights=weights, distillation=stages.distillation)
         data = _Lessons(checkpoint, source, model, steps)
         training = {"finetune": data, "loss": lambda scores, targets: measure(scores, *targets)}
     tile = tile_of(recipe.data.crop)
@@ -103,7 +104,7 @@ class _Lessons:
         self.teacher, self.steps, self.workers = teacher, steps, recipe.data.workers
         self.crops = Crops(
             source.split("train"), task=recipe.task, crop=recipe.data.crop, batch_size=recipe.training.batch_size, seed=recipe.seed + SEED,
-            augmentation=recipe.data.augmentation, rare=recipe.data.rare,
+            augmentation=recipe.data.augmentation, rare=recipe.data.rare, classes=len(source.classes),
         )  # fmt: skip
         self.precision = resolve_precision(recipe.training.precision, next(teacher.parameters()).device.type)
 

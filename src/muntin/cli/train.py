@@ -57,6 +57,13 @@ def fit_command(
         bool,
         typer.Option("--dry-run", help="Take two steps on random crops, print their memory and whether it fits, and write nothing."),
     ] = False,
+    show_crops: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Write a picture of the first training crops, augmented, with their masks or classes, and train nothing.",
+        ),
+    ] = None,
     supervise: Annotated[
         bool | None,
         typer.Option(
@@ -70,13 +77,16 @@ def fit_command(
 ) -> None:
     """Train a model by a recipe."""
     refuse_without_gradients(recipe)
-    if attempt is None and not dry_run and _supervised(supervise, recipe, set_ or ()):
+    if attempt is None and not dry_run and show_crops is None and _supervised(supervise, recipe, set_ or ()):
         raise typer.Exit(_supervise(sys.argv[1:]))
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import load_recipe
     from muntin.training.checkpoint import checkpoints_in
 
     loaded = load_recipe(recipe, set_ or ())
+    if show_crops is not None:
+        _show_crops(loaded, recipe.resolve().parent, show_crops, json=json)
+        return
     if dry_run:
         _dry_run(loaded, recipe.resolve().parent, json=json)
         return
@@ -138,6 +148,24 @@ def _supervise(words: Sequence[str]) -> int:
         reason = ", and the kernel killed no process for lack of memory in this time" if end.signal == "SIGKILL" else ""
         raise MuntinError(f"{end.signal} ended the training{reason}: with a checkpoint, --resume goes on from the newest one")
     return end.code
+
+
+def _show_crops(recipe: Recipe, root: Path, file: Path, *, json: bool) -> None:
+    """Write a picture of the first training crops of a recipe."""
+    from muntin.data import open_source
+    from muntin.deployment.pictures import write_crops
+    from muntin.training.loop import training_crops
+
+    with status("making crops"):
+        source = open_source(recipe.data, root=root)
+        number = write_crops(file, training_crops(recipe, source), source.classes, task=recipe.task)
+    if json:
+        print_json({"file": file, "crops": number, "augmentation": recipe.data.augmentation.model_dump(), "notes": source.notes})
+        return
+    out.print(
+        f"wrote     {file}: {number} of the {recipe.training.batch_size} crops of the first step (data.augment: {recipe.data.augment})"
+    )
+    print_notes(source.notes)
 
 
 def _dry_run(recipe: Recipe, root: Path, *, json: bool) -> None:
@@ -263,9 +291,11 @@ def describe_fit(result: FitResult) -> None:
     out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}")
     if result.waiting is not None:
         out.print(f"input     {100 * result.waiting:.0f} % of the time spent waiting ({count(result.workers, 'worker')})")
-    if result.validation:
-        last = result.validation[-1]
-        out.print(f"score     {last['score']:.4f} on the validation split ({'mean IoU' if 'miou' in last else 'accuracy'})")
+    if (kept := result.result) is not None:
+        out.print(f"score     {kept['score']:.4f} on the validation split ({'mean IoU' if 'miou' in kept else 'accuracy'})")
+        best = max(point["score"] for point in result.validation)
+        rank = "the best" if kept["score"] == best else f"the last (the best had {best:.4f})"
+        out.print(f"weights   of step {kept['step']}, {rank} of {count(len(result.validation), 'validation')}")
     out.print(f"wrote     {result.checkpoint}")
 
 

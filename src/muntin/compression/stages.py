@@ -33,8 +33,10 @@ from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_i
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
 from muntin.training.loop import Training
+from muntin.training.loss import class_weights
 from muntin.training.model_checks import check_maps
 from muntin.training.precision import prepare_hardware
+from muntin.training.progress.best import out_of_patience
 from muntin.training.progress.interrupt import PREPARATION, Interruption
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe
@@ -140,6 +142,7 @@ def stage_training(recipe: Recipe, stage: Stage) -> TrainingConfig:
             "average": config.average,
             "gate_budget": 1.0,  # closed channels are cut before the first stage
             "validate_every": max(1, steps),
+            "patience": None,
             "compile": False,
         }
     )
@@ -156,7 +159,7 @@ def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
     own = record is None or state.update is not None
     config = checkpoint.recipe.training if record is None or own else stage_training(checkpoint.recipe, record.stage)
     command = f"`muntin {'fit RECIPE' if own else 'compress RUN'} --resume`" if state.update is None else "the same `muntin update`"
-    if config.share_done(state.step, state.seconds) >= 1:
+    if config.share_done(state.step, state.seconds) >= 1 or (own and out_of_patience(config.patience, state.validation)):
         return () if state.judged else (f"its last step was not validated: {command} does it",)
     newest = (checkpoints_in(checkpoint.path.parent) or [checkpoint.path])[-1]  # a copied checkpoint may have another name
     rest = f"{command} goes on" if newest.name == checkpoint.path.name else f"{newest.name} is there, too"
@@ -192,6 +195,7 @@ class _Compression:
         self.notes = [] if self.precision.name == precision.name else [f"trained in {self.precision.name}: {self.precision.reason}"]
         self.source = source_of(checkpoint)
         self.calibration = calibration_of(checkpoint, self.source)
+        self.class_weights = class_weights(self.recipe.training, self.source)
 
     def run(self, interruption: Interruption, until: Stage) -> CompressionRun:
         results: list[StageResult] = []
@@ -252,7 +256,7 @@ class _Compression:
         seed = self.recipe.seed + 7919 * (STAGES.index(stage) + 1)
         trainer = Trainer(
             model, config, task=self.recipe.task, precision=self.precision, teacher=load_model(self.checkpoint),
-            distillation=self.config.distillation, seed=seed, ranks=self.ranks,
+            distillation=self.config.distillation, class_weights=self.class_weights, seed=seed, ranks=self.ranks,
         )  # fmt: skip
         training = Training(
             trainer, self.recipe, self.source, directory=folder, root=Path(self.checkpoint.state.root), start=start,

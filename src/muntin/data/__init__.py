@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from muntin.data.augmentation import Augmentation
 from muntin.data.classes import ClassSpec
-from muntin.data.config import Augmentation, DataConfig, open_source
+from muntin.data.config import DataConfig, open_source
 from muntin.data.earth import EarthSource
 from muntin.data.folders import FolderPair, FolderSource
 from muntin.data.recipe_wizard import write_recipe

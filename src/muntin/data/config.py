@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_serializer, model_validator
 
+from muntin.data.augmentation import Augmentation, Preset, Probability, fill_in
 from muntin.data.classes import ClassSpec, MaskValue
 from muntin.data.earth import EarthSource, EarthVariant
 from muntin.data.folders import FolderPair, FolderSource
@@ -16,32 +17,7 @@ from muntin.data.source import Source
 from muntin.images import IGNORED, MAX_CHANNELS
 
 SplitShare = Annotated[float, Field(gt=0, lt=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0, lt=1)]
-Zoom = Annotated[float, Field(ge=0.1, le=10)]
 
-
-class Augmentation(Section):
-    """Random changes to training crops. Flips and zoom change image and mask; brightness, contrast and saturation the image only."""
-
-    flip_horizontal: Probability = Field(default=0.5, description="probability of a left-right flip, 0-1")
-    flip_vertical: Probability = Field(default=0.0, description="probability of an upside-down flip, 0-1; 0.5 suits pictures from above")
-    scale: tuple[Zoom, Zoom] = Field(
-        default=(0.8, 1.25),
-        description="range of the zoom, 0.1-10: 2 doubles the size of objects, [1, 1] is no zoom; `classify` never zooms out",
-    )
-    brightness: Strength = Field(default=0.1, description="largest relative change of brightness, 0-1: 0.1 multiplies by 0.9 to 1.1")
-    contrast: Strength = Field(default=0.1, description="largest relative change of contrast, 0-1; pictures of 1 or 3 channels only")
-    saturation: Strength = Field(default=0.1, description="largest relative change of saturation, 0-1; pictures of 3 channels only")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale {list(self.scale)}: the smaller zoom comes first: swap them")
-        return self
-
-
-NO_AUGMENTATION = Augmentation(flip_horizontal=0, scale=(1, 1), brightness=0, contrast=0, saturation=0)
 
 _FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", "seed", "skip", "cache_mib")
 SourceName = Literal["earth", "earth:climate", "earth:shore", "folders", "shards"]
@@ -53,9 +29,14 @@ class DataConfig(Section):
     source: SourceName = Field(default="earth", description="the demonstration data, or your own pictures in `folders` or `shards` (.tar)")
     images: Path | None = Field(
         default=None,
-        description="folder of images; for `classify` it holds a folder for each class; shards: folder of .tar files, or train-*.tar",
+        description="folder of images, subfolders too; for `classify` it holds a folder for each class; shards: folder of .tar files, or "
+        "train-*.tar",
     )
-    masks: Path | None = Field(default=None, description="folders: folder of masks; a mask has the stem of its image; unset for `classify`")
+    masks: Path | None = Field(
+        default=None,
+        description="folders: folder of masks; a mask has the stem of its image, and lies in a subfolder of the same name; unset for "
+        "`classify`",
+    )
     validation: SplitShare | FolderPair = Field(default=0.15, description="share of the pictures in `images`, 0-1, or own folders")
     test: SplitShare | FolderPair = Field(default=0.15, description="like `validation`, for the test split")
     classes: tuple[ClassSpec, ...] = Field(
@@ -75,7 +56,21 @@ class DataConfig(Section):
     )
     crop: int = Field(default=256, ge=8, le=4096, description="side of the square training crops, pixels")
     rare: Probability = Field(default=0.0, description="share of crops centred on a pixel of a class drawn uniformly; segmentation only")
-    augmentation: Augmentation = Field(default=Augmentation(), description="random changes to training crops")
+    augment: Preset = Field(
+        default="light",
+        description="random changes to training crops: none; light: flips, zoom, a little colour; standard: rotation, more zoom and "
+        "colour, too; strong: more of all, mosaic (segment), mixup and cutmix (classify); `muntin fit --show-crops FILE.png` shows them",
+    )
+    augmentation: Augmentation = Field(default=Augmentation(), description="single values in place of those of `augment`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return fill_in(values)
+
+    @field_serializer("augmentation")
+    def _own_values(self, augmentation: Augmentation) -> dict[str, Any]:
+        return augmentation.changes(self.augment)  # so that another preset in a written recipe has its values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,19 +1,20 @@
 """The user's own pictures, read from folders.
 
-`segment`: a folder of images and a folder of masks, matched by stem (`a.jpg` and `a.png`). `classify`: a folder that holds one
-folder of images for each class. The validation and test splits have their own folders, or are shares of the training folder (`splits`).
+`segment`: a folder of images and a folder of masks, matched by stem (`a.jpg` and `a.png`), also in subfolders of the same names.
+`classify`: a folder that holds one folder of images for each class. The validation and test splits have their own folders,
+or are shares of the training folder (`splits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.items import Failure, Item, ItemSource
-from muntin.data.listing import composed, entries, is_picture, is_results_folder, is_utf8, subfolders
+from muntin.data.listing import composed, entries, is_picture, is_results_folder, is_utf8, paired_folders, pictures, subfolders
 from muntin.data.section import Section
 from muntin.data.source import SPLITS, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
@@ -25,8 +26,10 @@ from muntin.text import count
 class FolderPair(Section):
     """The folders of a split: images, and for segmentation masks with the same stems."""
 
-    images: Path = Field(description="folder of images; for `classify` it holds a folder for each class, and classes may be missing")
-    masks: Path | None = Field(default=None, description="folder of masks; unset for `classify`")
+    images: Path = Field(
+        description="folder of images, subfolders too; for `classify` it holds a folder for each class, and classes may be missing"
+    )
+    masks: Path | None = Field(default=None, description="folder of masks, with the same subfolders; unset for `classify`")
 
     def under(self, root: Path) -> FolderPair:
         """The same folders, with relative paths resolved against `root`."""
@@ -106,8 +109,8 @@ class FolderSource(ItemSource):
             self._notes.append(f"{pair.images}: the folders {list_some(unnamed)} are not classes of the recipe and are not used")
         items: list[Item] = []
         for label, name in enumerate(names):
-            pictures = self._pictures_by_stem(folders[name], required=split == "train") if name in folders else {}
-            used = [path for path in pictures.values() if not self._is_skipped(path)]
+            found = self._pictures_by_stem(folders[name], required=split == "train") if name in folders else {}
+            used = [path for path in found.values() if not self._is_skipped(path)]
             items += [Item(key=f"{path.parent.name}/{path.stem}", image=path, label=label) for path in used]
             if not used and name not in absent:
                 absent.append(name)
@@ -118,7 +121,18 @@ class FolderSource(ItemSource):
         return items
 
     def _image_mask_items(self, image_folder: Path, mask_folder: Path) -> list[Item]:
-        images, masks = self._pictures_by_stem(image_folder), self._pictures_by_stem(mask_folder)
+        places = paired_folders(image_folder, mask_folder)
+        items: list[Item] = []
+        for place, images, masks in places:
+            items += self._items_at(place, images, masks, {name.partition("/")[0] for name in _below(place, places)})
+        for which, folder in ((1, image_folder), (2, mask_folder)):
+            if not any(pictures(pair[which]) for pair in places):
+                raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
+        return items
+
+    def _items_at(self, place: str, image_folder: Path, mask_folder: Path, used: Collection[str]) -> list[Item]:
+        """The items of one folder of images and its folder of masks. `used`: the names of their subfolders that are read, too."""
+        images, masks = (self._pictures_by_stem(folder, required=False, used=used) for folder in (image_folder, mask_folder))
         unused = [path.name for stem, path in masks.items() if stem not in images]
         for stem in [stem for stem in images if self._is_skipped(images[stem]) or (stem in masks and self._is_skipped(masks[stem]))]:
             del images[stem]
@@ -127,32 +141,41 @@ class FolderSource(ItemSource):
             self._failures[path] = Failure(f"{path} has no mask: add {mask_folder / path.stem}.png, remove the image", "no mask")
         if unused:
             self._notes.append(f"{mask_folder}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
-        return [Item(key=path.stem, image=path, mask=masks[stem]) for stem, path in images.items()]
+        return [Item(key=f"{place}/{path.stem}".lstrip("/"), image=path, mask=masks[stem]) for stem, path in images.items()]
 
-    def _pictures_by_stem(self, folder: Path, *, required: bool = True) -> dict[str, Path]:
-        """The pictures in `folder` by stem in form NFC. Notes other entries. Raises DataError if `required` and there are none."""
-        pictures: dict[str, Path] = {}
+    def _pictures_by_stem(self, folder: Path, *, required: bool = True, used: Collection[str] = ()) -> dict[str, Path]:
+        """The pictures in `folder` by stem in form NFC. Notes other entries. Raises DataError if `required` and there are none.
+
+        `used`: names of subfolders, in form NFC, that are read elsewhere.
+        """
+        found: dict[str, Path] = {}
         other_files, folders = list[str](), list[str]()
         for path in entries(folder):
             stem = composed(path.stem)
             if path.is_dir():
-                folders.append(path.name)
+                folders += [] if composed(path.name) in used else [path.name]
             elif not is_picture(path):
                 other_files.append(path.name)
-            elif stem not in pictures or self._is_skipped(pictures[stem]):
-                pictures[stem] = path
+            elif stem not in found or self._is_skipped(found[stem]):
+                found[stem] = path
             elif not self._is_skipped(path):
-                other = pictures[stem]
+                other = found[stem]
                 self._failures[path] = Failure(
                     f"{other} and {path.name} have the same stem: rename or remove one", f"the stem of {other.name}"
                 )
-        if required and not pictures:
+        if required and not found:
             raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         if other_files:
             self._notes.append(f"{folder}: {count(len(other_files), 'file')} other than images, not used: {list_some(other_files, 3)}")
         if folders:
             self._notes.append(f"{folder}: the files in its subfolders ({list_some(folders)}) are not used")
-        return pictures
+        return found
+
+
+def _below(place: str, places: Sequence[tuple[str, Path, Path]]) -> list[str]:
+    """The places below a place, relative to it."""
+    prefix = f"{place}/" if place else ""
+    return [other.removeprefix(prefix) for other, *_ in places if other and other != place and other.startswith(prefix)]
 
 
 def class_folders(folder: Path) -> dict[str, Path]:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from muntin.data.classes import RGB, ClassSpec, code_color, color_codes, distinct_colors, list_some
 from muntin.data.folders import FolderPair, class_folders
-from muntin.data.listing import composed, is_results_folder, pictures, subfolders
+from muntin.data.listing import composed, is_results_folder, paired_folders, pictures, subfolders
 from muntin.data.shards.source import ShardContent, shard_content, shard_files
 from muntin.data.source import MAX_CLASSES, DataTask, SplitName
 from muntin.errors import DataError
@@ -64,12 +64,16 @@ class Layout:
     test: FolderPair | None
     shards: ShardContent | None = None
 
+    def places(self) -> list[tuple[str, Path, Path]]:
+        """The folders of training images and masks, with those below them (`listing.paired_folders`); none for `classify`."""
+        return [] if self.base.masks is None or self.shards is not None else paired_folders(self.base.images, self.base.masks)
+
     def training_pictures(self) -> Mapping[str, PictureFile]:
         """The training pictures by the key that decides their split, as in `items.Item`."""
         if self.shards is not None:
             return {key: file for (_, key), file in self.shards.pictures.items()}
         if self.task == "segment":
-            return {path.stem: path for path in pictures(self.base.images)}
+            return {f"{place}/{path.stem}".lstrip("/"): path for place, folder, _ in self.places() for path in pictures(folder)}
         return {f"{folder.name}/{path.stem}": path for folder in subfolders(self.base.images) for path in pictures(folder)}
 
 
@@ -195,7 +199,11 @@ def _folder_named(parent: Path, role: str) -> Path | None:
 def _pair_in(folder: Path) -> FolderPair | None:
     """The folders of images and masks in `folder`, if both hold pictures."""
     images, masks = _folder_named(folder, "images"), _folder_named(folder, "masks")
-    return FolderPair(images=images, masks=masks) if images and masks and pictures(images) and pictures(masks) else None
+    if images is None or masks is None:
+        return None
+    places = paired_folders(images, masks)
+    both = all(any(pictures(place[which]) for place in places) for which in (1, 2))
+    return FolderPair(images=images, masks=masks) if both else None
 
 
 def equal_stem_notes(folder: Path) -> list[str]:
@@ -211,10 +219,20 @@ def unpaired_notes(pair: FolderPair) -> list[str]:
     """Notes on images without a mask and on masks without an image in the folders of a split."""
     if pair.masks is None:
         return []
-    images, masks = ({composed(path.stem): path.name for path in pictures(folder)} for folder in (pair.images, pair.masks))
-    unmasked = [name for stem, name in images.items() if stem not in masks]
-    unused = [name for stem, name in masks.items() if stem not in images]
-    notes = []
+    unmasked, unused, notes = list[str](), list[str](), list[str]()
+    for place, image_folder, mask_folder in paired_folders(pair.images, pair.masks):
+        images, masks = (
+            {composed(path.stem): f"{place}/{path.name}".lstrip("/") for path in pictures(folder)} for folder in (image_folder, mask_folder)
+        )
+        unmasked += [name for stem, name in images.items() if stem not in masks]
+        unused += [name for stem, name in masks.items() if stem not in images]
+        inner, other = ({composed(path.name): path for path in subfolders(folder)} for folder in (image_folder, mask_folder))
+        for one, two, folder in ((inner, other, mask_folder), (other, inner, image_folder)):
+            alone = [path.name for name, path in one.items() if name not in two and pictures(path)]
+            if alone:
+                notes.append(
+                    f"{next(iter(one.values())).parent}: the pictures in {list_some(alone, 3)} are not used: {folder} has no such folder"
+                )
     if unmasked:
         without = f"{count(len(unmasked), 'image')} without a mask: {list_some(unmasked, 3)}"
         notes.append(f"{pair.images}: {without}; `muntin fit` refuses them: add masks, remove them, or name them under data.skip")

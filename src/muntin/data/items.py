@@ -161,6 +161,14 @@ class ItemSamples(Samples):
         return self._sizes
 
 
+def class_counts(samples: Sequence[Sample], classes: int) -> npt.NDArray[np.int64]:
+    """The number of pixels, or of pictures, of each class `(classes,)`. Reads every sample once."""
+    counts = np.zeros(max(256, classes), dtype=np.int64)
+    for sample in samples:
+        counts += _label_counts(sample, len(counts))
+    return counts[:classes]
+
+
 def _label_counts(sample: Sample, length: int) -> npt.NDArray[np.int64]:
     """The number of pixels of each label. Reads a raster once, its picture too."""
     counts = np.zeros(length, dtype=np.int64)

@@ -30,6 +30,27 @@ def pictures(folder: Path) -> list[Path]:
     return [path for path in entries(folder) if is_picture(path)]
 
 
+def paired_folders(images: Path, masks: Path) -> list[tuple[str, Path, Path]]:
+    """The folders of images and masks, and all folders below that lie in both at the same place: (place, images, masks), place "" first.
+
+    A place is a relative path with slashes, in form NFC. A link to a folder that is on the list already is left out.
+    """
+    found: list[tuple[str, Path, Path]] = []
+    seen: set[Path] = set()
+
+    def walk(place: str, images: Path, masks: Path) -> None:
+        seen.add(images.resolve())
+        found.append((place, images, masks))
+        inner_masks = {composed(path.name): path for path in subfolders(masks)}
+        for path in subfolders(images):
+            name = composed(path.name)
+            if name in inner_masks and path.resolve() not in seen:
+                walk(f"{place}/{name}".lstrip("/"), path, inner_masks[name])
+
+    walk("", images, masks)
+    return found
+
+
 def is_picture(path: Path) -> bool:
     """Return True for a file with the suffix of an image."""
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()

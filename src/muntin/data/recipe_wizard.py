@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from muntin.data.classes import as_yaml
+from muntin.data.classes import as_yaml, list_some
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
     Layout,
@@ -31,7 +31,7 @@ from muntin.data.inspection import (
     unpaired_notes,
     unused_split_notes,
 )
-from muntin.data.listing import composed, is_utf8, pictures, subfolders
+from muntin.data.listing import composed, is_utf8, paired_folders, pictures, subfolders
 from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
@@ -42,6 +42,10 @@ from muntin.text import count
 
 RECIPE_NAME = "recipe.yaml"
 _SHARE = 0.15  # share of the pictures for a split without a folder of its own
+FEW_PIXELS = 0.02
+"""Share of the pixels below which a class is called rare."""
+FEW_PICTURES = 1 / 3
+"""Share of the most frequent class's pictures below which a class is called rare."""
 _MAX_REASONS = 3  # notes on files that cannot be read
 _AFTER_DATA = """
 model:
@@ -51,6 +55,9 @@ training:
   steps: 2000  # batches to train on: about four minutes of the small model on two fast cores; a larger model needs more of both
   minutes: 10  # training ends after so many minutes at the latest; null: no limit. A run that reaches it differs from the next one
   batch_size: 16  # crops in a batch; halve it if memory runs out
+  loss: cross-entropy  # or focal, dice, dice-cross-entropy (the last two with masks only), where rare classes are missed
+  class_weights: null  # auto: rare classes count more, by their shares of the training data; or {NAME: WEIGHT}
+  patience: null  # validations without a better score after which training ends; the best weights are kept in any case
   learning_rate: 0.004  # the highest rate; it rises to this value, then falls along a cosine
   precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off
 
@@ -124,14 +131,18 @@ def _survey(layout: Layout) -> Survey:
         notes = nested_class_notes(base.images)
         folders = [folder for pair in pairs for folder in subfolders(pair.images)]
     else:
-        masks, unreadable_masks = read_some(list[PictureFile](pictures(base.masks)), mask_pixels)
+        mask_files = [path for *_, folder in layout.places() for path in pictures(folder)]
+        masks, unreadable_masks = read_some(list[PictureFile](mask_files), mask_pixels)
         unreadable |= unreadable_masks
         classes, counted = classes_in_masks(masks, base.masks), len(masks)
-        unopened = len(pictures(base.masks)) - len(masks) - len(unreadable_masks)
-        folders = [folder for pair in pairs for folder in (pair.images, pair.masks) if folder is not None]
+        unopened = len(mask_files) - len(masks) - len(unreadable_masks)
+        folders = [
+            folder for pair in pairs if pair.masks is not None for place in paired_folders(pair.images, pair.masks) for folder in place[1:]
+        ]
         unpaired = [note for pair in pairs for note in unpaired_notes(pair)]
         notes = [*unused_split_notes(base.images.parent), *ignored_value_notes(masks), *unpaired]
     notes += [note for folder in folders for note in equal_stem_notes(folder)]
+    notes += balance_notes(classes, layout.task)
     for file, error in unreadable.items():
         if not is_utf8(str(file)):  # a recipe cannot name it
             raise error
@@ -145,6 +156,33 @@ def _survey(layout: Layout) -> Survey:
         layout=layout, classes=classes, counted=counted, unopened=unopened, opened=len(images) - unopened_images,
         channels=picture_channels(facts), crop=crop_side(facts, layout.task), unreadable=unreadable, notes=tuple(notes),
     )  # fmt: skip
+
+
+def balance_notes(classes: MaskClasses, task: DataTask) -> list[str]:
+    """A note on classes of few pixels, or of few pictures beside the most frequent class, and on the settings that help."""
+    shares = {
+        entry.name if entry.value is None else as_yaml(entry.value): share
+        for entry, share in zip(classes.classes, classes.shares, strict=True)
+    }
+    bound = FEW_PIXELS if task == "segment" else FEW_PICTURES * max(shares.values())
+    few = sorted((name for name, share in shares.items() if share < bound), key=shares.__getitem__)
+    if not few:
+        return []
+    named = list_some([f"{name} ({percent(shares[name])})" for name in few], 3)
+    if task == "segment":
+        return [
+            f"few pixels are of {named}: data.rare centres crops on them; if they are still missed, set training.class_weights: auto or "
+            "training.loss: dice-cross-entropy, and look at the IoU of each class"
+        ]
+    return [
+        f"few pictures are of {named}, beside {percent(max(shares.values()))} of the most frequent class: set training.class_weights: "
+        "auto, or add pictures, and look at the recall of each class"
+    ]
+
+
+def percent(share: float) -> str:
+    """A share as a percentage of one digit after the point: 0.005 -> "0.5 %"."""
+    return f"{100 * share:.1f} %"
 
 
 def _reason(file: PictureFile, error: DataError) -> tuple[str, str]:
@@ -198,10 +236,11 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     if layout.task == "segment":
         lines.append("  rare: 0.25  # fraction of the crops centred on a class drawn uniformly: rare classes are seen more often")
     lines += [
-        "  augmentation:  # random changes to the crops, so that the model does not memorise the pictures",
+        "  augment: light  # random changes to the crops: none, light (flips, zoom, a little colour), standard, strong;",
+        f"    # `muntin fit {shlex.quote(file)} --show-crops crops.png` draws them",
+        "  augmentation:  # single values in place of the preset's: rotation, hue, mosaic and others, see docs/recipe.md",
         "    flip_horizontal: 0.5  # probability, 0-1",
-        "    flip_vertical: 0.0  # 0.5 suits pictures taken from above: satellites, microscopes",
-        "    scale: [0.8, 1.25]  # zoom between these factors",
+        "    flip_vertical: 0.0  # 0.5, with rotation: 180, suits pictures taken from above: satellites, microscopes",
     ]
     return "\n".join(lines) + "\n" + _AFTER_DATA
 

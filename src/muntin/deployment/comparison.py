@@ -44,6 +44,7 @@ from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
 from muntin.runtime.session import Labels
+from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import Evaluation, tile_of
 from muntin.training.recipe import recipe_text
@@ -196,6 +197,7 @@ class _Comparison:
             "notes": [
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
                 *broken_off(self.checkpoint),
+                *self._weights_note(),
                 *(f"Plain INT8: {note}" for note in stage_notes(self.checkpoint)),
                 *kept,
                 *self.notes,
@@ -203,6 +205,14 @@ class _Comparison:
             ],
             "recipe": recipe_text(self.recipe),
         }
+
+    def _weights_note(self) -> tuple[str, ...]:
+        """Return a note that says of which validation the weights are."""
+        state, point = self.checkpoint.state, self.checkpoint.state.result
+        if point is None:
+            return ()
+        rank = "the best" if state.averaged_at is not None or point["score"] == max(v["score"] for v in state.validation) else "the last"
+        return (f"The FP32 weights are those of step {point['step']}, {rank} of {count(len(state.validation), 'validation')}.",)
 
     def _pictures(self, session: Session, labels: list[Labels]) -> dict[str, Any]:
         self.stage("pictures")

@@ -7,19 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from muntin.artifact.classes import ClassInfo
+from muntin.data.batches import BatchMaker
 from muntin.data.source import Sample
 from muntin.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
+from muntin.images.legend import PAPER, Entry, with_legend
 from muntin.images.opening import UInt8
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, allowed_tile, predict
 from muntin.text import plain
 
 Border = tuple[int, int, str]
+CROPS_SHOWN, CROPS_ACROSS = 12, 3
+"""Crops that `write_crops` shows, and those in a row for segment; classify has twice as many."""
+CROP_SIDE, CROP_GAP = 256, 12
+"""Side of a crop in that picture, and the space between crops, pixels."""
 
 
 def draw_borders(picture_HWC: UInt8, borders: Sequence[Border]) -> UInt8:
@@ -114,6 +122,41 @@ def write_class_examples(
         truth, answer = classes[int(np.asarray(sample.target))].name, classes[numbers[index]].name
         examples.append({"name": f"{plain(sample.name)}: true {truth}, predicted {answer}", "image": f"pictures/{number}-image.png"})
     return examples
+
+
+def write_crops(file: Path, crops: BatchMaker, classes: Sequence[ClassInfo], *, task: str) -> int:
+    """Write the first training crops as one picture, as the model will get them, and return their number.
+
+    segment: each crop beside itself with its mask laid over, with a legend. classify: each crop above its class, or its shares of classes.
+    """
+    images_BCHW, target = crops.batch(0, slice(0, CROPS_SHOWN))
+    tiles = []
+    for image_CHW, truth in zip(images_BCHW, target.numpy(), strict=True):
+        image = to_rgb(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
+        if task == "segment":
+            image = np.concatenate([image, overlay(image, truth, classes)], axis=1)
+        shown = Image.fromarray(image).resize((CROP_SIDE * image.shape[1] // image.shape[0], CROP_SIDE), Image.Resampling.BILINEAR)
+        tiles.append(
+            np.asarray(shown) if task == "segment" else with_legend(np.asarray(shown), _caption(truth, classes), size=14)[: CROP_SIDE + 28]
+        )
+    across = CROPS_ACROSS if task == "segment" else 2 * CROPS_ACROSS
+    height, width = (max(tile.shape[axis] for tile in tiles) + CROP_GAP for axis in (0, 1))
+    sheet = np.full((-(-len(tiles) // across) * height, min(across, len(tiles)) * width, 3), PAPER, dtype=np.uint8)
+    for number, tile in enumerate(tiles):
+        top, left = number // across * height, number % across * width
+        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
+    if task == "segment":
+        sheet = with_legend(sheet, [(entry.name, entry.color) for entry in classes], size=18)
+    write_image(file, sheet)
+    return len(tiles)
+
+
+def _caption(truth: NDArray[Any], classes: Sequence[ClassInfo]) -> list[Entry]:
+    """The class of a picture, or its shares of classes, the largest first."""
+    if not truth.ndim:
+        return [(classes[int(truth)].name, classes[int(truth)].color)]
+    order = sorted(np.flatnonzero(truth).tolist(), key=lambda k: -truth[k])
+    return [(f"{classes[k].name} {truth[k]:.0%}", classes[k].color) for k in order]
 
 
 def write_picture(

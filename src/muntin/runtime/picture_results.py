@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import DataError, DependencyError
 from muntin.images import IGNORED, PictureSink, encode_png, open_sink, open_source, overlay, write_image, write_whole
+from muntin.images.legend import present_classes, with_legend
 from muntin.images.opening import check_pixels
 from muntin.images.rasters import WINDOWED_PIXELS, OpenRasters, is_raster, mask_raster
 from muntin.images.sources import PictureSource, raster_of
@@ -117,7 +118,7 @@ def predict_map(
 
 
 def _write_overlay(file: Path, image: PictureSource, labels: Labels | None, signature: Signature) -> str:
-    """Write the overlay of a picture; or return the reason why there is none."""
+    """Write the overlay of a picture with a legend below it; or return the reason why there is none."""
     height, width, channels = image.shape
     scale = signature.scale
     if channels not in (1, 3, 4):
@@ -130,7 +131,8 @@ def _write_overlay(file: Path, image: PictureSource, labels: Labels | None, sign
         return f"{width * scale}×{height * scale} pixels are too many for an overlay: lay the mask, which has colours, over the raster"
     pixels = image[:, :]
     shown = pixels if scale == 1 else pixels.repeat(scale, 0).repeat(scale, 1)
-    write_image(file, overlay(shown, labels, signature.classes))
+    painted = with_legend(overlay(shown, labels, signature.classes), present_classes(labels, signature.classes))
+    write_image(file, painted[:MOST_SIDE])
     return ""
 
 

@@ -94,7 +94,7 @@ def train_finalist(
         score = evaluate(session, source.split("validation"), tile=tile_of(recipe.data.crop)).score
     return Finalist(
         name=name, architecture=architecture, point=point, run=folder, artifact=artifact.path, recipe=recipe,
-        float_score=float(result.validation[-1]["score"]), score=score, bytes=artifact.bytes,
+        float_score=float((result.result or result.validation[-1])["score"]), score=score, bytes=artifact.bytes,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from muntin.searching.supernet import Supernet
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, newest_sound, write_checkpoint
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
-from muntin.training.loss import Loss
+from muntin.training.loss import class_weights, loss_of
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
 from muntin.training.recipe import Recipe
@@ -93,7 +93,7 @@ class SupernetTraining:
         self.average = WeightAverage(self.supernet, 0.0 if self.config.optimizer == "schedule-free" else self.config.average)
         self.optimizer = make_optimizer(self.supernet, self.config, precision.dtype)
         self.scaler = precision.scaler()
-        self.loss = Loss(task=recipe.task, overlap=self.config.overlap_loss, distillation=DISTILLATION)
+        self.loss = loss_of(self.config, task=recipe.task, weights=class_weights(self.config, source), distillation=DISTILLATION)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self.notes: list[str] = []
@@ -140,7 +140,7 @@ class SupernetTraining:
         data, device = self.recipe.data, self.precision.device
         crops = Crops(
             self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=self.config.batch_size, seed=self.recipe.seed,
-            augmentation=data.augmentation, rare=data.rare,
+            augmentation=data.augmentation, rare=data.rare, classes=len(self.source.classes),
         )  # fmt: skip
         workers = worker_count(data.workers, device=device)
         with closing(prefetch(crops.batch, self.step, self.step + (1 << 40), workers=workers, device=device)) as numbered:

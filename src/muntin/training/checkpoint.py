@@ -3,9 +3,10 @@
     RUN/checkpoints/step-00000250/model.safetensors      weights in training
                                   average.safetensors    averaged weights, which are evaluated, compressed and exported
                                   optimizer.safetensors  optimiser moments
+                                  best.safetensors       averaged weights of the best validation, if they are not those above
                                   checkpoint.json        recipe, step, history, sha256 of the files above and of itself
 
-Several processes write a folder in place of each of the first three files (see `stored_tensors`). A directory is written beside its place
+Several processes write a folder in place of each of the safetensors files (see `stored_tensors`). A directory is written beside its place
 and then renamed, so an incomplete one is never read. The newest two are kept.
 """
 
@@ -100,6 +101,8 @@ class CheckpointState(BaseModel):
     """State of the guard of the losses, with the number of batches that were left out."""
     memory: MemoryUse | None = None
     """The micro batch and checkpointing to which the run shrank for lack of memory."""
+    averaged_at: int | None = None
+    """Step of the averaged weights, if these are of an earlier step: of the best validation, in the last checkpoint of a run."""
     sha256: dict[str, str]
 
     @property
@@ -107,6 +110,12 @@ class CheckpointState(BaseModel):
         """sha256 of the averaged weights: of their file, or of the digests of its parts."""
         parts = {name: digest for name, digest in self.sha256.items() if name.startswith(f"{folder_of(AVERAGE)}/")}
         return self.sha256[AVERAGE] if AVERAGE in self.sha256 else hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The validation of the averaged weights; the last one if they were not validated; None if there is none."""
+        step = self.step if self.averaged_at is None else self.averaged_at
+        return next((point for point in self.validation if point["step"] == step), self.validation[-1] if self.validation else None)
 
     @property
     def judged(self) -> bool:

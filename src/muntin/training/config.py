@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
@@ -18,6 +18,8 @@ Sharding = Literal["none", "zero1", "zero2", "zero3"]
 
 
 OptimizerName = Literal["muon", "adamw", "lion", "schedule-free"]
+LossName = Literal["cross-entropy", "focal", "dice", "dice-cross-entropy"]
+ClassWeight = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 UpdateStrategy = Literal["replay", "naive", "joint", "frozen"]
 LEARNING_RATES = {"adamw": 1e-3, "lion": 2e-4, "schedule-free": 2.5e-3}
 """Default learning rates of the optimisers other than Muon: AdamW's usual one, a fifth of it for Lion (Chen et al., 2302.06675, section 5),
@@ -93,7 +95,20 @@ class TrainingConfig(Section):
         description="a batch is skipped if its loss is above this many medians of the last 100 and above the first ones; null: only NaN",
     )
     average: float = Field(default=0.995, ge=0, lt=1, description="decay a step of the averaged weights, the result; 0: no averaging")
-    overlap_loss: float = Field(default=1.0, ge=0, le=10, description="weight of the soft IoU loss beside cross-entropy; segment only")
+    loss: LossName = Field(
+        default="cross-entropy",
+        description="cross-entropy, and focal, which counts pixels more that are not learned yet, each with the soft IoU loss beside it; "
+        "dice: the soft Dice loss alone; dice-cross-entropy: cross-entropy with the Dice loss beside it",
+    )
+    focal_gamma: float = Field(default=2.0, ge=0, le=10, description="exponent of loss focal; 0 is cross-entropy")
+    class_weights: Literal["auto"] | dict[str, ClassWeight] | None = Field(
+        default=None,
+        description="weights of classes in cross-entropy and focal: auto: inverse to their shares of the training pixels (pictures for "
+        "classify), at most 100 to 1; or {NAME: WEIGHT, ...}, others 1; unset: all equal",
+    )
+    overlap_loss: float = Field(
+        default=1.0, ge=0, le=10, description="weight of the soft IoU (or Dice) loss beside cross-entropy and focal; segment only"
+    )
     gate_budget: float = Field(
         default=1.0, gt=0, le=1, description="share of the multiply-adds behind channel gates to keep; other channels are cut"
     )
@@ -102,6 +117,12 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(default=False, description="torch.compile the training step; needs a C++ compiler on CPUs")
     validate_every: int = Field(default=250, ge=1, description="steps between validations")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="validations without a better score after which the run ends; unset: all steps are taken",
+    )
     checkpoint_every: int = Field(default=250, ge=1, description="steps between checkpoints; the first is written within a minute")
     memory: ByteSize | None = Field(
         default=None,
@@ -135,6 +156,8 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _second_moments(self) -> Self:
+        if self.gate_budget < 1 and self.patience is not None:
+            raise ValueError("gate_budget with patience: gates close over the whole run, which must not end earlier: drop one")
         if self.gate_budget < 1 and self.optimizer == "lion":
             raise ValueError("gate_budget with optimizer lion: channels are ranked by Adam's second moments: choose another optimizer")
         return self
@@ -148,6 +171,12 @@ class TrainingConfig(Section):
             raise ValueError("operator_memory with compile: true: chunks are not compiled: drop one")
         if self.checkpointing == "selective" and self.operator_memory is not None:
             raise ValueError("operator_memory with checkpointing selective, which keeps the answers of products: take full, or drop one")
+        return self
+
+    @model_validator(mode="after")
+    def _weighted(self) -> Self:
+        if self.loss == "dice" and self.class_weights is not None:
+            raise ValueError("class_weights with loss dice, in which classes count alike already: drop one, or take dice-cross-entropy")
         return self
 
     @model_validator(mode="after")

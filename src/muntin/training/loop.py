@@ -31,6 +31,8 @@ from muntin.training.distributed.checkpoint_writer import CheckpointWriter
 from muntin.training.evaluation import collapse, evaluate, tile_of
 from muntin.training.memory.memory_format import keep_freed_memory
 from muntin.training.norm_recalibration import MAX_IMAGES, renew_statistics
+from muntin.training.progress.advice import after_collapse, lower_rate, where_best
+from muntin.training.progress.best import BestWeights, out_of_patience
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.metrics_log import MetricsLog, NoLog
 from muntin.training.progress.report import FitProgress, FitReport
@@ -46,6 +48,17 @@ FIRST_CHECKPOINT_S = 30.0
 """Seconds of training after which a run that has no checkpoint writes its first one; the others follow `checkpoint_every`."""
 
 
+def training_crops(
+    recipe: Recipe, source: Source, samples: Samples | None = None, *, batch_size: int | None = None, seed: int | None = None
+) -> Crops:
+    """The maker of a recipe's training batches. `samples`, `batch_size`, `seed`: in place of the training split's, the recipe's ones."""
+    return Crops(
+        source.split("train") if samples is None else samples, task=recipe.task, crop=recipe.data.crop,
+        batch_size=batch_size or recipe.training.batch_size, seed=recipe.seed if seed is None else seed,
+        augmentation=recipe.data.augmentation, rare=recipe.data.rare, classes=len(source.classes),
+    )  # fmt: skip
+
+
 class Training:
     """Runs a trainer to the last step: batches, curve, validation, checkpoints.
 
@@ -53,6 +66,8 @@ class Training:
     """
 
     update: UpdateRecord | None = None
+    keeps_best = True
+    """Whether the result has the averaged weights of the best validation, or of the last step: so do stages, and gates that close."""
 
     def __init__(
         self,
@@ -81,9 +96,9 @@ class Training:
         """Problems that did not end the run."""
         self.collapsed = False
         """True after a note on a collapse of the score."""
+        self.best = BestWeights(trainer.average, kept=self.keeps_best and compression is None and self.config.gate_budget == 1)
         if start is not None:
-            trainer.restore(start)
-            self._take(start)
+            self._restore(start)
             self.seconds = start.state.seconds
         trainer.remember(remembered_use(directory))
         self.writer = CheckpointWriter(directory / "checkpoints", self.ranks)
@@ -91,8 +106,13 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """True if no steps, or no minutes, of the run are left."""
-        return self.config.share_done(self.step, self.seconds) >= 1
+        """True if no steps, no minutes or no patience of the run is left."""
+        return self.config.share_done(self.step, self.seconds) >= 1 or out_of_patience(self.config.patience, self.validation)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The validation of the averaged weights, or the last one; None if there is none."""
+        return self.best.result(self.validation)
 
     @property
     def steps(self) -> int:
@@ -129,6 +149,7 @@ class Training:
             if self._validation_missing:
                 interruption.work = "the validation"
                 self._judge(log, samples, validation)
+                self.best.take(self.step, ended=self.finished)
                 path = self._write()
                 if self.ranks.any(interruption.requested):
                     return path
@@ -157,7 +178,7 @@ class Training:
                     self._take_notes()
                     attempt.note(self.trainer.memory)
                 self.feed.end_step()
-                self.step, self.seconds = step + 1, before + self._seconds_since(started)
+                self.step, self.seconds, self.best.averaged_at = step + 1, before + self._seconds_since(started), None
                 ended = self.finished
                 if ended:
                     self._close_gates(samples)
@@ -176,6 +197,7 @@ class Training:
                 if last and not judged:  # the checkpoint may be evaluated or exported
                     with self._saved_on_error(), self.trainer.average.whole():
                         self._renew_statistics(samples)
+                self.best.take(self.step, ended=ended)
                 first_due = path is None and self._seconds_since(started) >= FIRST_CHECKPOINT_S
                 if last or first_due or self.step % config.checkpoint_every == 0:
                     path = self._write()
@@ -190,10 +212,7 @@ class Training:
 
     def crops(self, samples: Samples) -> BatchMaker:
         """The maker of training batches."""
-        return Crops(
-            samples, task=self.recipe.task, crop=self.recipe.data.crop, batch_size=self.config.batch_size, seed=self.seed,
-            augmentation=self.recipe.data.augmentation, rare=self.recipe.data.rare,
-        )  # fmt: skip
+        return training_crops(self.recipe, self.source, samples, batch_size=self.config.batch_size, seed=self.seed)
 
     def _seconds_since(self, started: float) -> float:
         """Seconds by the first process's clock, on which the learning rate may depend."""
@@ -206,12 +225,8 @@ class Training:
             return
         self.collapsed = True
         best, text = seen
-        gates = f" or training.gate_budget ({self.config.gate_budget:g}) too low" if self.config.gate_budget < 1 else ""
-        text += f": the learning rate (now {self.config.learning_rate:g}) is probably too high{gates}; train anew with another one"
-        if newest is not None:
-            kept = next((path for path in checkpoints_in(newest.parent) if path.name == f"step-{best:08d}"), None)
-            text += f"; the checkpoint of step {best} is not kept" if kept is None else f"; {kept} has the best score"
-        self.note(text)
+        result = "" if newest is None else where_best(best, newest, kept=self.best.kept)
+        self.note(after_collapse(text, self.config, result=result))
 
     def _batches(self, crops: BatchMaker) -> Generator[ImageBatch]:
         """The batches from the present step on, without those that were left out."""
@@ -236,16 +251,18 @@ class Training:
         earlier = newest_sound(folder, ranks=self.ranks, note=self.note) if checkpoints_in(folder) else None
         guard = self.trainer.guard
         if earlier is None or not guard.go_back(earlier.state.guard, self.step - earlier.state.step):
-            raise MuntinError(f"{error}, and at {guard.state.in_a_row - 1} batches before it: {self._lower_rate()}") from error
-        self.trainer.restore(earlier)
+            advice = lower_rate(self.config, of_stage=self.compression is not None, resumable=bool(checkpoints_in(folder)))
+            raise MuntinError(f"{error}, and at {guard.state.in_a_row - 1} batches before it: {advice}") from error
+        self._restore(earlier)
         self.trainer.guard = guard
-        self._take(earlier)
         log.go_back(self.step, self.curve, self.validation)
         self.note(f"{error}, as with the batches before it: the run goes on from step {self.step}, with other batches")
 
-    def _take(self, checkpoint: Checkpoint) -> None:
-        """Continue the history of a checkpoint."""
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint."""
         state = checkpoint.state
+        self.trainer.restore(checkpoint)
+        self.best.restore(checkpoint)
         self.step, self.losses = state.step, list(state.pending)
         self.curve, self.validation = list(state.training), list(state.validation)
 
@@ -260,19 +277,6 @@ class Training:
         if text not in self.notes:
             self.notes.append(text)
             self.report(FitProgress(kind="note", step=self.step, steps=self.steps, note=text))
-
-    def _lower_rate(self) -> str:
-        """Advice after the loss has diverged."""
-        rate, final = self.config.learning_rate, self.config.final_learning_rate
-        if self.compression is not None:
-            return f"lower this stage's learning_rate in compression (now {rate:g}) and compress anew, into another --output"
-        lower = f"{rate / 4:.2g}"
-        words = ["--set", f"training.learning_rate={lower}"]
-        words += ["--set", f"training.final_learning_rate={lower}"] if final > float(lower) else []
-        self.writer.wait()
-        resumable = bool(checkpoints_in(self.directory / "checkpoints"))
-        again = "go on from the last checkpoint, by --resume" if resumable else "train anew, by"
-        return f"lower training.learning_rate (now {rate:g}) and {again} {' '.join(words)}"
 
     def _log_step(self, log: MetricsLog, loss: float, rate: float) -> None:
         point = {
@@ -312,6 +316,7 @@ class Training:
             if self.recipe.task == "segment":
                 point["miou"] = result.miou
             self.validation.append(point)
+            self.best.judge(self.validation)
             self._log(log, "validation", point)
             self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
             self._note_collapse()
@@ -342,6 +347,6 @@ class Training:
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
             "precision": self.trainer.precision.name, "seconds": self.seconds, "training": self.curve, "pending": self.losses,
             "validation": self.validation, "compression": self.compression, "memory": self.trainer.shrunk,
-            "guard": self.trainer.guard.state, "update": self.update,
+            "guard": self.trainer.guard.state, "update": self.update, "averaged_at": self.best.averaged_at,
         }  # fmt: skip
-        return self.writer.write(state, self.trainer.tensors())
+        return self.writer.write(state, {**self.trainer.tensors(), **self.best.unsaved(self.step)})

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from muntin.artifact import ClassInfo, Signature
+from muntin.data.augmentation import MIXTURES
 from muntin.data.config import DataConfig
 from muntin.data.section import Section
 from muntin.data.source import DataTask
@@ -41,6 +42,13 @@ class Recipe(Section):
             if self.task == "segment":
                 raise ValueError("task: segment needs data.masks; if each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
+        if self.task != "segment" and self.training.loss in ("dice", "dice-cross-entropy"):
+            raise ValueError(f"training.loss {self.training.loss} is for masks, and the task is {self.task}: take cross-entropy or focal")
+        for name, value in self.data.augmentation.changes(self.data.augment).items():
+            if value and MIXTURES.get(name, self.task) != self.task:
+                raise ValueError(
+                    f"data.augmentation.{name} {value:g} is for task: {MIXTURES[name]}, and the task is {self.task}: remove it"
+                )
         if self.task == "classify" and self.data.rare:
             raise ValueError(
                 f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"

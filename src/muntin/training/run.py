@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
 from muntin.training.evaluation import poor_classes
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.loop import Training
+from muntin.training.loss import class_weights, weights_note
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.precision import prepare_hardware
+from muntin.training.progress.best import out_of_patience
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe, load_recipe
@@ -48,6 +51,8 @@ class FitResult:
     """Share of the steps' time spent waiting for batches, which `workers` threads made; None before the second step."""
     workers: int
     validation: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    """The validation of the result's weights: of an ended run the best one; None if there is none."""
     notes: tuple[str, ...]
 
 
@@ -108,26 +113,30 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))) if ranks.first else ()
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
     notes += (*source.notes, *checked, *small, *unsuited, *begun)
-    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, seed=recipe.seed, ranks=ranks)
+    weights_K = class_weights(recipe.training, source)
+    notes += weights_note(weights_K, source)
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, class_weights=weights_K, seed=recipe.seed, ranks=ranks)
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
         report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
     with Interruption(answers=ranks.first) as interruption:
         path = training.run(interruption)
     if training.finished:
-        poor = () if training.collapsed else poor_classes(training.validation)
-        for note in (*ended_by_minutes(recipe.training, training.step), *poor):
+        poor = () if training.collapsed else poor_classes([] if training.result is None else [training.result])
+        for note in (*ended_early(recipe.training, training.step, training.validation), *poor):
             training.note(note)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
-        notes=(*notes, *training.notes),
+        result=training.result,        notes=(*notes, *training.notes),
     )  # fmt: skip
 
 
-def ended_by_minutes(config: TrainingConfig, step: int) -> tuple[str, ...]:
-    """A note on a run that its minutes ended before the recipe's steps."""
+def ended_early(config: TrainingConfig, step: int, validation: Sequence[Mapping[str, Any]] = ()) -> tuple[str, ...]:
+    """A note on a run that its minutes, or its patience, ended before the recipe's steps."""
+    if step < config.steps and out_of_patience(config.patience, validation):
+        return (f"training.patience ({config.patience}) ended the run after {step:,} of the recipe's {config.steps:,} steps",)
     if config.minutes is None or step >= config.steps:
         return ()
     return (f"training.minutes ({config.minutes:g}) ended the run after {step:,} of the recipe's {config.steps:,} steps",)

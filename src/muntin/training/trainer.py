@@ -25,7 +25,7 @@ from muntin.training.distributed.sharding import placement, rows_each
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.gradients import BatchGradient, buffers_kept, kept_buffers, restore_buffers
-from muntin.training.loss import Loss
+from muntin.training.loss import Loss, loss_of
 from muntin.training.memory.budget import BlockCost, block_costs, keep_to_budget
 from muntin.training.memory.checkpointing import OPERATOR_MEMORY, ActivationCheckpointing
 from muntin.training.memory.norm_groups import group_norms
@@ -50,8 +50,8 @@ class DivergedError(MuntinError):
 class Trainer:
     """A model, its averaged copy and its optimiser. `teacher`: a model whose answers enter the loss with the weight `distillation`.
 
-    `loss`: replaces the usual one, which `config` and `distillation` describe. `seed`: of random numbers that the model draws. `ranks`: the
-    processes that train it, of which each gets some rows of a batch.
+    `loss`: replaces the usual one, which `config`, `class_weights` (`loss.class_weights`) and `distillation` describe. `seed`: of random
+    numbers that the model draws. `ranks`: the processes that train it, of which each gets some rows of a batch.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Trainer:
         teacher: nn.Module | None = None,
         distillation: float = 1.0,
         loss: Loss | None = None,
+        class_weights: tuple[float, ...] = (),
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -75,7 +76,7 @@ class Trainer:
         if self.placement.communicates and precision.dtype is torch.float16:
             raise RecipeError(f"training.sharding {config.sharding} in fp16: take sharding zero1, or precision bf16 or fp32")
         self.teacher = None if teacher is None or not distillation else teacher.to(precision.device).eval().requires_grad_(False)
-        usual = Loss(task=task, overlap=config.overlap_loss, distillation=0.0 if self.teacher is None else distillation)
+        usual = loss_of(config, task=task, weights=class_weights, distillation=0.0 if self.teacher is None else distillation)
         self.loss = usual if loss is None else loss
         self.rows = rows_each(self.model, config.batch_size, ranks, config.norm_group)
         self.checkpointing = ActivationCheckpointing(self.model)

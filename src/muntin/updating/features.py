@@ -128,7 +128,7 @@ class UpdateLoss(Loss):
         added = self.scores * sums_S[-1]
         if self.taps is not None and self.features:
             own, teacher = (taps.take() for taps in self.taps)
-            counted_B = (target != IGNORED).flatten(1).sum(1) if self.task == "segment" else torch.ones_like(target)
+            counted_B = (target != IGNORED).flatten(1).sum(1) if self.task == "segment" else torch.ones(len(target), device=target.device)
             added = added + self.features * (feature_distance(own, teacher) * counted_B).sum().double()
         return torch.cat([sums_S[:-1], added[None]])
 

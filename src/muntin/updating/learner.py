@@ -35,6 +35,7 @@ from muntin.training.checkpoint import Checkpoint, UpdateRecord, checkpoints_in,
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import Training
+from muntin.training.loss import class_weights, loss_of
 from muntin.training.model_checks import check_maps
 from muntin.training.precision import prepare_hardware
 from muntin.training.progress.interrupt import Interruption
@@ -80,7 +81,8 @@ def update_recipe(plan: UpdatePlan) -> Recipe:
     strategy, base = STRATEGIES[config.strategy], base_steps(plan.parent)
     steps = base if strategy.whole else max(1, round(config.share * base))
     rate = config.learning_rate
-    changes: dict[str, Any] = {"steps": steps, "minutes": None, "compile": False, "validate_every": steps, "sharding": "none"}
+    changes: dict[str, Any] = {"steps": steps, "minutes": None, "compile": False, "validate_every": steps, "patience": None}
+    changes |= {"sharding": "none"}
     if not (strategy.whole and plan.parent.state.compression is None):
         changes |= {"learning_rate": rate, "final_learning_rate": 0.0, "average": config.average}
     if strategy.head_only:
@@ -165,14 +167,17 @@ class _Learner:
             freeze_body(model, classifier, added=bool(plan.added))
         taught = self.strategy.teacher and plan.config.distillation + plan.config.features > 0
         teacher = load_model(parent) if taught else None
+        weights_K = class_weights(recipe.training, _TrainedWith(self.source, self._samples()))
+        usual = loss_of(recipe.training, task=recipe.task, weights=weights_K, distillation=1.0)
         loss = UpdateLoss(
-            task=recipe.task, overlap=recipe.training.overlap_loss, distillation=1.0, scores=plan.config.distillation,
-            features=plan.config.features, taps=None if teacher is None else self._taps(model, teacher, classifier),
+            **vars(usual), scores=plan.config.distillation, features=plan.config.features,
+            taps=None if teacher is None else self._taps(model, teacher, classifier),
         )  # fmt: skip
         seed = recipe.seed + SEED
         trainer = Trainer(
-            model, recipe.training, task=recipe.task, precision=precision, teacher=teacher, loss=loss if taught else None, seed=seed
-        )
+            model, recipe.training, task=recipe.task, precision=precision, teacher=teacher, loss=loss if taught else None,
+            class_weights=weights_K, seed=seed,
+        )  # fmt: skip
         if loss.taps is not None:  # after the trainer has copied the model
             for taps in loss.taps:
                 taps.attach()
@@ -228,6 +233,7 @@ class _Learner:
 class _UpdateTraining(Training):
     """A `Training` whose batches `mix` may make, from a function that makes crops of some samples."""
 
+    keeps_best = False
     mix: Callable[[Callable[[Samples], BatchMaker]], BatchMaker] | None = None
 
     def crops(self, samples: Samples) -> BatchMaker:

@@ -14,7 +14,7 @@ from pathlib import Path
 from muntin.data.classes import RGB, ClassSpec, list_some
 from muntin.data.folders import FolderPair, FolderSource, class_folders
 from muntin.data.items import Item, ItemSamples
-from muntin.data.listing import composed, entries, is_picture
+from muntin.data.listing import composed, entries, is_picture, paired_folders
 from muntin.data.source import SPLITS, DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError
@@ -99,9 +99,9 @@ def _pictures(folder: Path, task: DataTask, names: Sequence[str]) -> list[Path]:
         layout = "a folder for each class" if task == "classify" else "images/ and masks/"
         raise DataError(f"--data {folder}: no such folder: name one with {layout}")
     if task == "segment":
-        places = [folder / "images"]
         if absent := [name for name in ("images", "masks") if not (folder / name).is_dir()]:
             raise DataError(f"--data {folder} has no folder {absent[0]}: put the pictures into images/ and their masks into masks/")
+        places = [images for _, images, _ in paired_folders(folder / "images", folder / "masks")]
     else:
         folders = class_folders(folder)
         if unknown := sorted(set(folders) - {composed(name) for name in names}):

@@ -104,7 +104,10 @@ def update_data_config(checkpoint: Checkpoint, specs: Sequence[ClassSpec]) -> Da
         place = Path(FOLDER) / split
         return FolderPair(images=place / "images", masks=place / "masks") if masked else FolderPair(images=place)
 
-    kept = {name: getattr(checkpoint.recipe.data, name) for name in ("channels", "cache_mib", "workers", "crop", "rare", "augmentation")}
+    kept = {
+        name: getattr(checkpoint.recipe.data, name)
+        for name in ("channels", "cache_mib", "workers", "crop", "rare", "augment", "augmentation")
+    }
     train = pair("train")
     ignore = _ignore_value(checkpoint.recipe.data.ignore, specs) if masked else IGNORED
     return DataConfig(
@@ -218,7 +221,7 @@ def _new_pieces(samples: Samples) -> Iterator[tuple[str, UInt8, UInt8 | int]]:
         whole = (window.height, window.width) == sample.image.shape[:2]
         if isinstance(target, int) and (window.top or window.left):
             continue  # a classifier sees the whole picture
-        stem = Path(sample.name).name.removeprefix(NEW)
+        stem = (Path(sample.name).name if isinstance(target, int) else sample.name.replace("/", "--")).removeprefix(NEW)
         yield f"{NEW}{stem}" if whole or isinstance(target, int) else f"{NEW}{stem}-{window.top}-{window.left}", image, target
 
 

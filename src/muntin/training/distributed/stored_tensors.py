@@ -23,7 +23,9 @@ from muntin.training.distributed.matrices import rows_at
 from muntin.training.distributed.ranks import is_sharded, local
 
 MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
-GROUPS = (MODEL, AVERAGE, OPTIMIZER)
+BEST = "best.safetensors"
+"""Averaged weights of the best validation, where they are not those of `AVERAGE`."""
+GROUPS = (MODEL, AVERAGE, OPTIMIZER, BEST)
 
 
 def folder_of(group: str) -> str:
@@ -38,10 +40,13 @@ class StoredTensors(Mapping[str, dict[str, Tensor]]):
         self.path = path
 
     def __iter__(self) -> Iterator[str]:
-        return iter(GROUPS)
+        return (group for group in GROUPS if group in self)
 
     def __len__(self) -> int:
-        return len(GROUPS)
+        return sum(1 for _ in self)
+
+    def __contains__(self, group: object) -> bool:
+        return group in GROUPS and (self._parts(str(group)) or (self.path / str(group)).is_file())
 
     def __getitem__(self, group: str) -> dict[str, Tensor]:
         if group not in GROUPS:
