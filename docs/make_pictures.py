@@ -22,7 +22,8 @@ def main() -> None:
 
 
 def drawing(width: int, height: int, parts: Iterator[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="15" fill="{INK}">'
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="15" fill="{INK}">'
     return "\n".join((head, rect(0, 0, width, height, PAPER, radius=8), *parts, "</svg>\n"))
 
 
