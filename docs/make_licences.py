@@ -1,8 +1,8 @@
 """Write docs/licences.md: the licences of all declared dependencies, extra by extra, from the metadata of the installed packages.
 
-    pip install -e '.[bench,dev]' && python docs/make_licences.py > docs/licences.md
+    python docs/make_licences.py
 
-A package that is not installed is an error, since its licence is then not known.
+A package that is not installed keeps its line of the present page, and is an error if it has none: its licence is then not known.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+PAGE = Path(__file__).parent / "licences.md"
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PERMISSIVE = re.compile(r"MIT|BSD|Apache|ISC|PSF|Python Software|HPND|Zlib|Unlicense|0BSD|CC0|CNRI", re.IGNORECASE)
 COPYLEFT = re.compile(r"GPL|MPL|Mozilla|EPL|CDDL|GNU|CC-BY", re.IGNORECASE)
@@ -32,23 +33,26 @@ It is made by `docs/make_licences.py`. Wheels may contain libraries with further
 
 
 def main() -> None:
-    missing = [name for names in declared().values() for name in names if installed(name) is None]
-    if missing:
-        sys.exit(f"not installed, so their licences are not known: {', '.join(sorted(set(missing)))}")
-    print(HEAD)
+    before = dict(re.findall(r"^\| (\S+) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    direct = {name for names in declared().values() for name in names}
+    if missing := sorted(name for name in direct - before.keys() if installed(name) is None):
+        sys.exit(f"not installed, so their licences are not known: {', '.join(missing)}")
+    parts = [HEAD]
     for extra, names in declared().items():
-        print(f"## {extra}\n\n| package | licence |\n| --- | --- |")
+        parts.append(f"## {extra}\n\n| package | licence |\n| --- | --- |")
         for name in names:
             note = f"; {NOTES[name]}" if name in NOTES else ""
-            print(f"| {name} | {licence(installed(name))}{note} |")
-        print()
-    print("## Brought along\n\nPackages that these need in turn (Linux), if their licence is not a permissive one or is not stated:\n")
-    print("| package | licence |\n| --- | --- |")
-    direct = {name for names in declared().values() for name in names}
+            parts.append(f"| {name} | {licence(installed(name)) + note if installed(name) else before[name]} |")
+        parts.append("")
+    parts.append(
+        "## Brought along\n\nPackages that these need in turn (Linux), if their licence is not a permissive one or is not stated:\n"
+    )
+    parts.append("| package | licence |\n| --- | --- |")
     for name in sorted(needed(direct) - direct):
         found = licence(installed(name))
         if COPYLEFT.search(found) or not PERMISSIVE.search(found):
-            print(f"| {name} | {found} |")
+            parts.append(f"| {name} | {found} |")
+    PAGE.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def declared() -> dict[str, list[str]]:

@@ -17,4 +17,4 @@ def test_page_has_every_declared_dependency() -> None:
     page = (DOCS / "licences.md").read_text(encoding="utf-8")
     sections = {head: re.findall(r"^\| (\S+) \|", body, re.MULTILINE)[2:] for head, body in re.findall(r"## (.+)\n([^#]*)", page)}
     del sections["Brought along"]
-    assert sections == script.declared(), "write it again: python docs/make_licences.py > docs/licences.md"
+    assert sections == script.declared(), "write it again: python docs/make_licences.py"
