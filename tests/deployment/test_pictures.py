@@ -10,8 +10,19 @@ import pytest
 from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
+from muntin.data import Crops
+from muntin.data.augmentation import NO_AUGMENTATION
 from muntin.data.source import Sample
-from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_picture
+from muntin.deployment.pictures import (
+    draw_borders,
+    example_windows,
+    worst_windows,
+    write_class_examples,
+    write_crops,
+    write_examples,
+    write_picture,
+    write_worst,
+)
 from muntin.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
@@ -133,3 +144,51 @@ def test_draw_borders() -> None:
     assert (drawn[:, 90:92] == 255).all() and (drawn[-2:, 90:200] == 255).all() and (drawn[:, 198:] == 255).all()  # a frame around the test
     assert (drawn[40:, 2:78] == 100).all()  # none around the training part
     assert (drawn[:30, 2:78] != 100).any() and (drawn[2:30, 96:190] != 100).any()  # both have their names
+
+
+def test_worst_windows_by_mean_iou() -> None:
+    truth = [np.zeros((SIDE, 2 * SIDE), np.uint8) for _ in range(3)]
+    truth[0][:, SIDE:] = 1
+    truth[2][0] = IGNORED
+    labels = [one.copy() for one in truth]
+    labels[0][:4, SIDE:] = 0  # a quarter of class 1 is lost, in the right window
+    labels[1][:, :SIDE] = 2  # half of the picture
+    labels[2][0] = 1  # ignored pixels
+    found = worst_windows([sample(one) for one in truth], labels, classes=3, side=SIDE, count=5)
+    assert [(index, top, left) for _, index, top, left in found] == [(1, 0, 0), (0, 0, SIDE)]
+    assert found[0][0] == pytest.approx((0.5 + 0) / 2) and found[1][0] == pytest.approx((16 / 20 + 0.75) / 2)
+
+
+def test_worst_pictures_are_named(tmp_path: Path) -> None:
+    truth = np.zeros((SIDE, SIDE), np.uint8)
+    labels = truth.copy()
+    labels[3, 5] = 1
+    (example,) = write_worst(tmp_path, [sample(truth, "near")], [labels], CLASSES, side=SIDE)
+    assert example["name"] == "near: mean IoU 0.498; rows 0-16, columns 0-16"
+    assert (read_image(tmp_path / example["difference"])[3, 5] == WRONG).all()
+    assert (read_image(tmp_path / example["prediction"]) == colorize(labels, CLASSES)).all()
+
+
+def test_wrong_pictures_with_the_largest_loss_first(tmp_path: Path) -> None:
+    class Scores:
+        signature = Signature(task="classify", channels=3, classes=CLASSES, side=8)
+
+        def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
+            return np.array([[float(images_BHWC[0, 0, 0, 0]) / 10, 0.0, 0.0]], np.float32)
+
+    samples = [Sample(name=f"p{level}", image=np.full((8, 8, 3), level, np.uint8), target=1) for level in (10, 90, 40)]
+    examples = write_class_examples(tmp_path, Scores(), samples, [np.array([0])] * 3, CLASSES, side=8)
+    assert [example["name"].split(":")[0] for example in examples] == ["p90", "p40", "p10"]
+
+
+def test_picture_of_training_crops(tmp_path: Path) -> None:
+    crops = Crops([sample(varied(np.random.default_rng(0), 3))], task="segment", crop=SIDE, batch_size=5, seed=0)
+    assert write_crops(tmp_path / "crops.png", crops, CLASSES, task="segment") == 5
+    picture = read_image(tmp_path / "crops.png")
+    assert picture.shape[1] == 3 * (2 * 256 + 12) and picture.shape[0] > 2 * (256 + 12)
+    pictures = [Sample(name="", image=np.full((8, 8, 3), 90, np.uint8), target=label) for label in (0, 2)]
+    mixed = Crops(
+        pictures, task="classify", crop=8, batch_size=20, seed=0, augmentation=NO_AUGMENTATION.model_copy(update={"mixup": 1.0}), classes=3
+    )
+    assert write_crops(tmp_path / "kinds.png", mixed, CLASSES, task="classify") == 12
+    assert read_image(tmp_path / "kinds.png").shape == (2 * (256 + 28 + 12), 6 * (256 + 12), 3)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from muntin.errors import DataError
+from muntin.errors import DataError, MuntinError
 from muntin.reporting import render_html, terminal_table, text
 from muntin.reporting.charts import MOST_WORST
 from muntin.reporting.page import MOST_EXAMPLES, panes
@@ -280,3 +280,21 @@ def test_missing_picture(report: dict[str, Any], drawn: Path) -> None:
     with pytest.raises(DataError, match=r"'examples/none\.png'") as caught:
         render_html(report, drawn)
     assert "\n" not in str(caught.value)
+
+
+def test_page_with_a_confusion_matrix(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
+    assert "confusion" not in read_page(render_html(report, drawn)).identifiers
+    names = [entry["name"] for entry in report["classes"]]
+    counts = [[80 if row == column else 4 for column in names] for row in names]
+    report["confusion"] = {"counts": counts, "mistakes": [{"truth": names[0], "predicted": names[1], "count": 4}]}
+    report["pictures"]["worst"] = report["pictures"]["examples"][:1]
+    report["splits"] = {"train": {"count": 3, "names": ["a", "b"]}, "test": {"count": 1, "names": ["c/d"]}}
+    html = render_html(report, drawn)
+    page = read_page(html)
+    assert {"confusion", "mistakes"} <= set(page.identifiers)
+    assert f"{names[0]} taken for {names[1]} (4, 4.0 % of the class)" in page.text
+    assert html.count('<td class="right" style="--share:0.800"') == len(names)
+    assert "3 train, 1 test" in page.text and "a, b, and 1 more: see splits.csv" in page.text and "c/d" in page.text
+    report["classes"].pop()
+    with pytest.raises(MuntinError, match=r"confusion\.counts is no table of 5 by 5"):
+        parse_report({**report, "steps": [{**step, "iou": {}} for step in report["steps"]], "validation": []})

@@ -193,3 +193,10 @@ def test_no_collapse_of_noisy_curves(learns: bool) -> None:
             drops += scores[count - 1] <= 2 / 3 * scores[:count].max()
             assert collapse(training, validation[:count]) is None
     assert drops > 300  # the scores alone would have alarmed
+
+
+def test_confusion_and_most_frequent_mistakes() -> None:
+    guess, truth = (np.array([row], np.uint8) for row in ([0, 0, 1, 2, 2, 2], [0, 1, 1, 1, 1, IGNORED]))
+    result = evaluated([(guess, truth)], 3)
+    assert result.confusion == ((1, 0, 0), (1, 1, 2), (0, 0, 0))
+    assert result.mistakes == (("land", "ice", 2), ("land", "sea", 1))

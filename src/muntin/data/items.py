@@ -155,6 +155,9 @@ class ItemSamples(Samples):
         item = self.items[index]
         return self._cache.get((self._split, index), lambda: read_sample(item, self._channels, self._mapping, self._files))
 
+    def names(self) -> Sequence[str]:
+        return [item.key for item in self.items]
+
     def sizes(self) -> Sequence[tuple[int, int]]:
         if self._sizes is None:
             self._sizes = [_size(item) for item in self.items]

@@ -69,6 +69,10 @@ class Samples(ABC, Sequence[Sample]):
     def sizes(self) -> Sequence[tuple[int, int]]:
         """(height, width) of each picture, in order."""
 
+    def names(self) -> Sequence[str]:
+        """The name of each picture, in order. Decodes all of them, unless the subclass knows better."""
+        return [self.load(index).name for index in range(len(self))]
+
     @overload
     def __getitem__(self, index: int) -> Sample: ...
     @overload
@@ -128,6 +132,10 @@ class _Selection(Samples):
 
     def load(self, index: int) -> Sample:
         return self._samples.load(self._indices[index])
+
+    def names(self) -> Sequence[str]:
+        names = self._samples.names()
+        return [names[index] for index in self._indices]
 
     def sizes(self) -> Sequence[tuple[int, int]]:
         sizes = self._samples.sizes()

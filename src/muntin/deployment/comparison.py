@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from muntin.artifact import Artifact, Signature, check_target
 from muntin.compression import freeze, load_model
 from muntin.compression.stages import broken_off
-from muntin.data import EarthSource
+from muntin.data import EarthSource, Samples
+from muntin.data.source import SPLITS
 from muntin.deployment.artifact_comparison import (
     REFERENCE,
     ROUNDS,
@@ -37,18 +38,20 @@ from muntin.deployment.artifact_comparison import (
 from muntin.deployment.checkpoint_export import export_checkpoint, export_side
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
-from muntin.deployment.pictures import write_class_examples, write_examples, write_picture
+from muntin.deployment.pictures import write_class_examples, write_examples, write_picture, write_worst
 from muntin.deployment.run_artifacts import RunArtifact, artifact_place, existing_place, finished_stages, run_artifacts, stage_notes
 from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
 from muntin.runtime.session import Labels
-from muntin.text import count
+from muntin.text import count, plain
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import Evaluation, tile_of
 from muntin.training.recipe import recipe_text
 
+NAMES_SHOWN = 200
+"""Pictures of a split that a report names."""
 PICTURE_SIDE = 512
 """Side of the windows that are shown as examples, and longest side of a classifier's pictures, pixels."""
 
@@ -113,6 +116,8 @@ class _Comparison:
             "layers": layer_rows(artifact, session, calibration[:2]),
             "counted": list((artifact.manifest.example or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
+            "confusion": self._confusion(compared.tests[subject.name]),
+            "splits": {name: _split_record(self.source.split(name)) for name in SPLITS},
             "seconds": self.seconds,
         }
 
@@ -206,6 +211,10 @@ class _Comparison:
             "recipe": recipe_text(self.recipe),
         }
 
+    def _confusion(self, result: Evaluation) -> dict[str, Any]:
+        mistakes = [{"truth": truth, "predicted": predicted, "count": number} for truth, predicted, number in result.mistakes]
+        return {"counts": result.confusion or None, "mistakes": mistakes}
+
     def _weights_note(self) -> tuple[str, ...]:
         """Return a note that says of which validation the weights are."""
         state, point = self.checkpoint.state, self.checkpoint.state.result
@@ -223,8 +232,14 @@ class _Comparison:
         pictures: dict[str, Any] = {
             "overlay": None,
             "examples": write_examples(self.directory, session, self.test, classes, side=PICTURE_SIDE, tile=self.tile),
+            "worst": write_worst(self.directory, self.test, labels, classes, side=PICTURE_SIDE),
         }
         if isinstance(self.source, EarthSource):
             write_picture(self.directory, session, *self.source.picture(), self.source.borders(), classes, tile=self.tile)
             pictures["overlay"] = "overlay.png"
         return pictures
+
+
+def _split_record(samples: Samples) -> dict[str, Any]:
+    names = samples.names()
+    return {"count": len(samples), "names": [plain(name) for name in names[:NAMES_SHOWN]]}

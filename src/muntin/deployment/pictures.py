@@ -75,17 +75,68 @@ def write_examples(
         sample = samples[index]
         image, truth = (np.ascontiguousarray(a[top : top + side, left : left + side]) for a in (sample.image, sample.labels))
         labels = predict(session, image, tile=allowed_tile(session.signature, tile))
-        views = {
-            "image": to_rgb(image),
-            "truth": colorize(truth, classes),
-            "prediction": colorize(labels, classes),
-            "difference": difference(labels, truth),
-        }
-        example = {"name": f"{plain(sample.name)}, rows {top}-{top + truth.shape[0]}, columns {left}-{left + truth.shape[1]}"}
-        for kind, view in views.items():
-            write_image(folder / f"{number}-{kind}.png", view)
-            example[kind] = f"pictures/{number}-{kind}.png"
-        examples.append(example)
+        name = f"{plain(sample.name)}, {_place(top, left, truth)}"
+        examples.append({"name": name} | _write_views(folder, f"{number}", image, truth, labels, classes))
+    return examples
+
+
+def _place(top: int, left: int, part: NDArray[Any]) -> str:
+    return f"rows {top}-{top + part.shape[0]}, columns {left}-{left + part.shape[1]}"
+
+
+def _write_views(
+    folder: Path, prefix: str, image: UInt8, truth: UInt8, labels: NDArray[Any], classes: Sequence[ClassInfo]
+) -> dict[str, str]:
+    """Write a picture, its truth, a prediction and their difference. Returns their paths from the folder above."""
+    views = {
+        "image": to_rgb(image), "truth": colorize(truth, classes), "prediction": colorize(labels, classes),
+        "difference": difference(labels, truth),
+    }  # fmt: skip
+    for kind, view in views.items():
+        write_image(folder / f"{prefix}-{kind}.png", view)
+    return {kind: f"{folder.name}/{prefix}-{kind}.png" for kind in views}
+
+
+def worst_windows(
+    samples: Sequence[Sample], labels: Sequence[Labels], *, classes: int, side: int, count: int
+) -> list[tuple[float, int, int, int]]:
+    """Return (mean IoU, sample, top, left) of the `count` pictures with the lowest mean IoU over their classes, the lowest first.
+
+    The window, of `side` pixels, is the one with the most wrong pixels. Pictures without a wrong pixel are left out. Reads every truth
+    once.
+    """
+    found: list[tuple[float, int, int, int]] = []
+    for index, (sample, answer) in enumerate(zip(samples, labels, strict=True)):
+        both, either = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+        worst = (0, 0, 0)
+        height, width = sample.labels.shape
+        for top in range(0, height, side):
+            for left in range(0, width, side):
+                truth, guess = (np.asarray(part[top : top + side, left : left + side]) for part in (sample.labels, answer))
+                counted = truth != IGNORED
+                truth, guess = truth[counted].astype(np.int64), guess[counted].astype(np.int64)
+                right = np.bincount(truth[truth == guess], minlength=classes)
+                both += right
+                either += np.bincount(truth, minlength=classes) + np.bincount(guess, minlength=classes) - right
+                worst = max(worst, (int((truth != guess).sum()), -top, -left))
+        if worst[0]:
+            present = either > 0
+            found.append((float((both[present] / either[present]).mean()), index, -worst[1], -worst[2]))
+    return sorted(found)[:count]
+
+
+def write_worst(
+    directory: Path, samples: Sequence[Sample], labels: Sequence[Labels], classes: Sequence[ClassInfo], *, side: int, count: int = 4
+) -> list[dict[str, str]]:
+    """Write the views of `write_examples` of the worst pictures to `directory/pictures`. `labels`: of each sample."""
+    folder = directory / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for number, (iou, index, top, left) in enumerate(worst_windows(samples, labels, classes=len(classes), side=side, count=count), 1):
+        sample, window = samples[index], (slice(top, top + side), slice(left, left + side))
+        image, truth, guess = (np.ascontiguousarray(part[window]) for part in (sample.image, sample.labels, labels[index]))
+        name = f"{plain(sample.name)}: mean IoU {iou:.3f}; {_place(top, left, truth)}"
+        examples.append({"name": name} | _write_views(folder, f"worst-{number}", image, truth, guess, classes))
     return examples
 
 
@@ -99,18 +150,23 @@ def write_class_examples(
     side: int,
     count: int = 12,
 ) -> list[dict[str, str]]:
-    """Write copies of a classifier's wrong pictures, of at most `side` pixels, to `directory/pictures`.
+    """Write copies of a classifier's wrong pictures, the largest loss first, of at most `side` pixels, to `directory/pictures`.
 
     Where none is wrong, those are written whose two highest scores are nearest to each other. `labels`: of each sample. Costs a prediction
-    of the split in that case.
+    of the wrong pictures, or of the split.
     """
 
     def margin(index: int) -> float:
         scores_K = np.sort(predict(session, samples[index].image))
         return float(scores_K[-1] - scores_K[-2:][0])
 
+    def gain(index: int) -> float:
+        scores_K = predict(session, samples[index].image)
+        return float(scores_K[int(np.asarray(samples[index].target))] - np.logaddexp.reduce(scores_K))
+
     numbers = [int(answer[0]) for answer in labels]
-    chosen = [index for index, number in enumerate(numbers) if number != samples[index].target] or sorted(range(len(samples)), key=margin)
+    wrong = [index for index, number in enumerate(numbers) if number != samples[index].target]
+    chosen = sorted(wrong, key=gain) if wrong else sorted(range(len(samples)), key=margin)
     folder = directory / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     examples = []

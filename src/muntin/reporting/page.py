@@ -20,6 +20,7 @@ from muntin.reporting.steps import artifact_cells, artifact_headings, has_latenc
 
 HTML_NAME = "report.html"
 MOST_EXAMPLES = 24
+MOST_COLUMNS = 20  # classes up to which a confusion matrix is open
 EXAMPLE_PARTS = {"image": "picture", "truth": "truth", "prediction": "prediction", "difference": "difference"}
 
 
@@ -52,6 +53,7 @@ def render_html(report: Report | Mapping[str, Any], directory: Path) -> str:
 
 def _context(report: Report, directory: Path) -> dict[str, Any]:
     examples = () if report.pictures is None else report.pictures.examples
+    worst = () if report.pictures is None else report.pictures.worst
     overlay = None if report.pictures is None else report.pictures.overlay
     histograms = sum(layer.histogram is not None for layer in report.layers)
     return {
@@ -71,7 +73,9 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "class_scale": _class_scale(report),
         "charts": charts.training_charts(report),
         "line_frame": charts.LINES,
-        "examples": _examples(directory, examples[:MOST_EXAMPLES]),
+        "examples": _examples(directory, examples[:MOST_EXAMPLES], parts=2 if worst else 1),
+        "worst_pictures": _examples(directory, worst[:MOST_EXAMPLES], parts=2),
+        "confusion": _confusion(report),
         "examples_left": max(0, len(examples) - MOST_EXAMPLES),
         "lanes": lane_figure(report.ranks, report.layers),
         "worst": charts.worst_layers(report.layers),
@@ -123,6 +127,20 @@ def _artifacts(report: Report) -> dict[str, Any] | None:
     }
 
 
+def _confusion(report: Report) -> dict[str, Any] | None:
+    """Return the table of a report's confusion matrix, each row with its total and cells of (count, share of the row), and its mistakes."""
+    record = report.confusion
+    if record is None:
+        return None
+    rows = []
+    for entry, counts in zip(report.classes, record.counts or (), strict=False):
+        total = sum(counts)
+        rows.append((entry, total, [(number, number / total if total else 0.0) for number in counts]))
+    true = {entry.name: total for entry, total, _ in rows}
+    mistakes = [(one, one.count / true[one.truth] if true.get(one.truth) else None) for one in record.mistakes]
+    return {"rows": rows, "wide": len(rows) > MOST_COLUMNS, "mistakes": mistakes}
+
+
 def _class_scale(report: Report) -> float:
     """Return the metric at the full length of a class's bar: 1, for PSNR the best figure; 0 where no step has figures."""
     values = [value for step in report.steps for value in step.iou.values() if value is not None]
@@ -131,13 +149,13 @@ def _class_scale(report: Report) -> float:
     return 1.0 if report.task != "restore" else max(values) or 1.0
 
 
-def _examples(directory: Path, examples: tuple[Example, ...]) -> list[tuple[str, list[tuple[str, Preview]]]]:
-    """Return the name of each example and its pictures with their captions; all share the page's limit of characters."""
+def _examples(directory: Path, examples: tuple[Example, ...], *, parts: int) -> list[tuple[str, list[tuple[str, Preview]]]]:
+    """Return the name of each example and its pictures with their captions; all share one of `parts` of the page's limit of characters."""
     paths = [
         [(caption, path) for part, caption in EXAMPLE_PARTS.items() if (path := getattr(example, part)) is not None] for example in examples
     ]
-    limit = EXAMPLES_LIMIT // max(1, sum(map(len, paths)))
+    limit = EXAMPLES_LIMIT // parts // max(1, sum(map(len, paths)))
     return [
-        (example.name, [(caption, preview(directory, path, edges=EXAMPLE_EDGES, limit=limit)) for caption, path in parts])
-        for example, parts in zip(examples, paths, strict=True)
+        (example.name, [(caption, preview(directory, path, edges=EXAMPLE_EDGES, limit=limit)) for caption, path in views])
+        for example, views in zip(examples, paths, strict=True)
     ]

@@ -211,10 +211,34 @@ class Example(Record):
 
 
 class ReportPictures(Record):
-    """The pictures of a report: one of the whole data, and examples."""
+    """The pictures of a report: one of the whole data, examples, and the worst mistakes."""
 
     overlay: RelativePath | None = None
     examples: tuple[Example, ...] = ()
+    worst: tuple[Example, ...] = ()
+
+
+class Mistake(Record):
+    """Pixels or pictures of a class that were predicted as another one."""
+
+    truth: Text
+    predicted: Text
+    count: PositiveCount
+
+
+class ConfusionRecord(Record):
+    """The mistakes of the deployed model on the test split. `counts`: pixels or pictures by true class (rows) and predicted class, in the
+    order of the report's classes; null for many classes. `mistakes`: the most frequent ones."""
+
+    counts: tuple[tuple[Count, ...], ...] | None = None
+    mistakes: tuple[Mistake, ...] = ()
+
+
+class SplitRecord(Record):
+    """The pictures of a split: their number, and the names of the first ones."""
+
+    count: Count
+    names: tuple[Text, ...] = ()
 
 
 class Report(Record):
@@ -241,6 +265,8 @@ class Report(Record):
     layers: tuple[LayerRow, ...] = ()
     counted: tuple[PositiveCount, PositiveCount] | None = None
     pictures: ReportPictures | None = None
+    confusion: ConfusionRecord | None = None
+    splits: dict[str, SplitRecord] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recipe: str | None = None
 
@@ -255,6 +281,9 @@ class Report(Record):
         check_unique("classes", names)
         check_unique("steps", [step.name for step in self.steps])
         check_unique("ranks", [row.name for row in self.ranks])
+        counts = None if self.confusion is None else self.confusion.counts
+        if counts is not None and {len(counts), *map(len, counts)} != {len(names)}:
+            raise ValueError(f"confusion.counts is no table of {len(names)} by {len(names)}, which are the classes")
         rows: list[tuple[str, StepRecord | ValidationRow]] = [(f"steps[{index}]", step) for index, step in enumerate(self.steps)]
         rows += [(f"validation[{index}]", row) for index, row in enumerate(self.validation)]
         for where, row in rows:
@@ -279,15 +308,17 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
-    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, a step's `weights`,
-    `others` of timings, a layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep
-    their content.
+    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, `confusion`, `splits`,
+    `worst` of pictures, a step's `weights`, `others` of timings, a layer's `clipped`, `histogram` and `note`) are left out where they were
+    not given, so that older reports keep their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
-    for key in {"artifacts", "counted", "ranks"} - report.model_fields_set:
+    for key in {"artifacts", "counted", "ranks", "confusion", "splits"} - report.model_fields_set:
         del values[key]
+    if report.pictures is not None and "worst" not in report.pictures.model_fields_set:
+        del values["pictures"]["worst"]
     for key, record in (("latency", report.latency), ("artifacts", report.artifacts)):
         if record is not None and "others" not in record.model_fields_set:
             del values[key]["others"]

@@ -23,6 +23,8 @@ from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, label_bands, predict
 from muntin.training.distributed.ranks import ALONE, Ranks
 
+MOST_CONFUSED, MOST_MISTAKES = 64, 20
+"""Classes of a confusion matrix, and rows of the list of mistakes."""
 COUNTED_AT_ONCE = 1 << 21
 """Pixels whose labels are counted at once, in 8 bytes each and several copies."""
 POOR = 0.1
@@ -50,6 +52,10 @@ class Evaluation:
     accuracy: float
     iou: dict[str, float | None]
     recall: dict[str, float | None]
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """Pixels or pictures by their true class (rows) and their predicted one, up to `MOST_CONFUSED` classes; empty for more."""
+    mistakes: tuple[tuple[str, str, int], ...] = ()
+    """The most frequent mistakes: true class, predicted class, and their pixels or pictures; at most `MOST_MISTAKES`."""
 
     @property
     def by_class(self) -> dict[str, float | None]:
@@ -202,7 +208,17 @@ class _Confusion:
             accuracy=int(right.sum()) / counted,
             iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
             recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
+            confusion=tuple(tuple(row) for row in total.tolist()) if len(names) <= MOST_CONFUSED else (),
+            mistakes=_most_frequent(total, names),
         )
+
+
+def _most_frequent(total: torch.Tensor, names: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
+    """The most frequent mistakes in a confusion matrix, with the names of their classes."""
+    wrong = total.clone().fill_diagonal_(0).flatten()
+    counts, places = wrong.topk(min(MOST_MISTAKES, len(wrong)))
+    pairs = zip(places.tolist(), counts.tolist(), strict=True)
+    return tuple((names[place // len(names)], names[place % len(names)], int(number)) for place, number in pairs if number)
 
 
 def poor_classes(validation: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

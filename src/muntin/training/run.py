@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,9 +13,12 @@ from typing import Any
 import torch
 
 from muntin.artifact.file_lock import folder_in_use
-from muntin.data import open_source
+from muntin.data import Source, open_source
 from muntin.data.batches import small_picture_notes
+from muntin.data.source import SPLITS
 from muntin.errors import RecipeError
+from muntin.images import write_whole
+from muntin.text import plain
 from muntin.training.checkpoint import check_classes, checkpoints_in, find_start, recipe_changes
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
@@ -30,6 +35,9 @@ from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.recovery.out_of_memory import forget_use
 from muntin.training.trainer import Trainer
 from muntin.training.weights import load_initial_weights, new_model
+
+SPLIT_LIST = "splits.csv"
+"""File in a run's folder that lists the pictures of each split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +77,8 @@ def fit(
     `directory`: the run's folder, by default `runs/NAME`; refused while another process trains in it. `root`: the folder at which relative
     paths of the recipe start, by default the file's own or the current one. `resume`: continue from the newest checkpoint, and refuse a
     directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget` and `optimizer`) are noted
-    and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`
-    and TensorBoard events. Raises kinds of `MuntinError`.
+    and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`,
+    `splits.csv` (which picture is in which split) and TensorBoard events. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
@@ -113,6 +121,8 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))) if ranks.first else ()
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
     notes += (*source.notes, *checked, *small, *unsuited, *begun)
+    if ranks.first:
+        write_splits(directory / SPLIT_LIST, source)
     weights_K = class_weights(recipe.training, source)
     notes += weights_note(weights_K, source)
     trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, class_weights=weights_K, seed=recipe.seed, ranks=ranks)
@@ -131,6 +141,15 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
         result=training.result,        notes=(*notes, *training.notes),
     )  # fmt: skip
+
+
+def write_splits(file: Path, source: Source) -> None:
+    """Write which picture is in which split, as CSV with the columns split and picture."""
+    rows = [(name, picture) for name in SPLITS for picture in source.split(name).names()]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("split", "picture"), *rows])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, plain(text.getvalue()).encode())
 
 
 def ended_early(config: TrainingConfig, step: int, validation: Sequence[Mapping[str, Any]] = ()) -> tuple[str, ...]:

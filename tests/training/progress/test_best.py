@@ -15,6 +15,7 @@ from model_helpers import assert_same_state
 from muntin.compression import load_model
 from muntin.compression.stages import broken_off
 from muntin.data import open_source
+from muntin.data.source import SPLITS
 from muntin.errors import RecipeError
 from muntin.models import TorchSession
 from muntin.training.checkpoint import read_checkpoint
@@ -59,6 +60,14 @@ def test_result_has_the_best_score(whole: tuple[Any, FitResult]) -> None:
     session = TorchSession(load_model(checkpoint), checkpoint.signature)
     score = evaluate(session, source.split("validation"), tile=tile_of(checkpoint.recipe.data.crop)).score
     assert score == pytest.approx(best["score"], abs=1e-6)
+
+
+def test_list_of_the_splits(whole: tuple[Any, FitResult]) -> None:
+    tiny, result = whole
+    source = open_source(read_checkpoint(result.checkpoint).recipe.data, root=tiny.root)
+    rows = [line.split(",") for line in (result.directory / "splits.csv").read_text().splitlines()]
+    assert rows[0] == ["split", "picture"]
+    assert rows[1:] == [[name, sample.name] for name in SPLITS for sample in source.split(name)]
 
 
 def test_resumed_run_has_the_same_best_weights(whole: tuple[Any, FitResult], tmp_path: Path) -> None:
