@@ -34,6 +34,9 @@ class ModelChoice(Section):
     """The model, and changes to it."""
 
     name: str = Field(default="hybrid-xxs", description="a preset (`muntin models`), timm:NAME, torchvision:NAME or package.module:factory")
+    encoder: str | None = Field(
+        default=None, description="timm:NAME: a network of timm in place of a preset's convolutional stages; unset: the preset's own"
+    )
     options: dict[str, Any] = Field(default={}, description="fields of ModelConfig that replace the preset's")
     size_divisor: int = Field(
         default=1,
@@ -41,7 +44,7 @@ class ModelChoice(Section):
         le=1024,
         description="divisor of the sides that a foreign model takes: pictures are padded, answers cropped",
     )
-    weights: Path | None = Field(default=None, description="a .safetensors file of initial weights; unset: random weights")
+    weights: Path | None = Field(default=None, description="a .safetensors file of initial weights, of the model or of its encoder; unset: random weights")
 
 
 class TrainingConfig(Section):
