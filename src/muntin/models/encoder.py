@@ -21,6 +21,32 @@ PHOTO = 3
 """Channels of the pictures that public weights were trained on."""
 
 
+class EndPaddedConv2d(nn.Conv2d):
+    """A convolution with ceil(size / stride) outputs, and zeros mostly at the end, `(B, C, H, W)`: TensorFlow's "SAME" without its case
+    distinction.
+
+    Sides that are multiples of the stride give TensorFlow's own answer. With other sides, TensorFlow pads at the beginning, too, so its
+    windows begin elsewhere; here they do not, and the padding is a constant, which deployed graphs fold into the convolution. Takes the
+    parameters of `conv`.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__(
+            conv.in_channels, conv.out_channels, conv.kernel_size[:2], conv.stride[:2], 0, conv.dilation[:2], conv.groups,
+            conv.bias is not None, device="meta",
+        )  # fmt: skip
+        self.weight, self.bias = conv.weight, conv.bias
+        pads: list[int] = []
+        for kernel, dilation, stride in zip(conv.kernel_size, conv.dilation, conv.stride, strict=True):
+            span = (kernel - 1) * dilation + 1
+            before = max(0, span - stride) // 2
+            pads = [before, span - 1 - before, *pads]  # F.pad begins with the last axis
+        self.pads = tuple(pads)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x_BCHW, self.pads), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
 class Encoder(nn.Module):
     """Feature maps of a timm network with random weights, from fine to coarse, `(B, C_i, H_i, W_i)` at `strides`.
 
@@ -41,6 +67,9 @@ class Encoder(nn.Module):
         self.name = name
         features: Any = timm_model(network, features_only=True, in_chans=channels)
         self.features: nn.Module = features
+        for place, conv in list(features.named_modules()):
+            if type(conv).__name__ == "Conv2dSame":  # its padding depends on the size, and would be computed in a deployed graph
+                features.set_submodule(place, EndPaddedConv2d(conv))
         mean, std = features.default_cfg.get("mean", IMAGENET_MEAN), features.default_cfg.get("std", IMAGENET_STD)
         factor, shift = (torch.tensor(values) for values in (for_channels(std, channels), for_channels(mean, channels)))
         self.register_buffer("factor", (1 / (255 * factor)).reshape(1, -1, 1, 1), persistent=False)
