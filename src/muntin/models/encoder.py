@@ -128,7 +128,7 @@ def encoder_tensors(encoder: Encoder, stored: Mapping[str, Tensor]) -> tuple[dic
     names = {_plain(key.removeprefix("model.")): key for key in own}
     tensors, others, notes = {}, [], []
     for key, tensor in stored.items():
-        name = names.get(_plain(key)) or names.get(_plain(key.removeprefix("model.").removeprefix("encoder.")))
+        name = names.get(_plain(key)) or names.get(_plain(key.removeprefix("encoder.").removeprefix("model.")))
         if name is None:
             others.append(key)
             continue

@@ -130,7 +130,8 @@ def _with_encoder(model: HybridNet, stored: dict[str, Tensor], path: Path) -> tu
     rest = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(place)}
     given = [f"{path.name}: {len(tensors)} of the encoder's {len(own)} tensors are from it; the model's other {len(rest)} are initialised at random"]
     if others:
-        given.append(f"{path.name}: not in the encoder, left out: {list_some(others, 3)}")
+        layers = sorted({key.rpartition(".")[0] or key for key in others})
+        given.append(f"{path.name}: not in the encoder, left out: {list_some(layers, 3)}")
     return rest | {f"{place}{key}": tensor for key, tensor in tensors.items()}, given + [f"{path.name}: {note}" for note in notes]
 
 
