@@ -47,6 +47,21 @@ class ModelChoice(Section):
     weights: Path | None = Field(default=None, description="a .safetensors file of initial weights, of the model or of its encoder; unset: random weights")
 
 
+class TeacherConfig(Section):
+    """A trained model whose answers are learned beside the labels (distillation), in `fit`."""
+
+    model: str = Field(
+        min_length=1,
+        description="a run, checkpoint or artefact of this task and these classes; or timm:NAME, torchvision:NAME, a preset, "
+        "package.module:factory",
+    )
+    weights: Path | None = Field(default=None, description="the .safetensors file of a named model's weights")
+    classes: int | None = Field(default=None, ge=1, description="the first classes, which a named model knows; unset: all")
+    weight: float = Field(default=1.0, gt=0, le=100, description="weight of the distance to the teacher's answers in the loss")
+    unlabelled: Path | None = Field(default=None, description="folder of pictures without labels, which are learned from the teacher alone")
+    share: float = Field(default=0.5, gt=0, le=1, description="share of `unlabelled` in a batch; 1: labels only validate")
+
+
 class TrainingConfig(Section):
     """The loop: an optimiser with warm-up and a cosine, weights averaged over time, gradients clipped."""
 

@@ -73,15 +73,16 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
         raise CheckpointError(f"{where}: weights of another model than its recipe makes: {reason}") from error
 
 
-def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
+def load_initial_weights(model: nn.Module, path: Path, *, setting: str = "model.weights", whole: bool = False) -> tuple[str, ...]:
     """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
 
     Names may be the model's or, for a foreign model, those of its package, with prefixes of DistributedDataParallel and torch.compile. A
     layer of the file for another number of classes keeps its random weights. For a hybrid with an encoder the file may hold the encoder's
-    weights alone, or those of timm's classifier, by timm's names: the rest of the model keeps its random weights. Raises `RecipeError` for an unreadable file, a missing tensor,
+    weights alone, or those of timm's classifier, by timm's names: the rest of the model keeps its random weights. `whole`: refuse a
+    file that leaves any weights random. `setting`: the recipe's key, for errors. Raises `RecipeError` for an unreadable file, a missing tensor,
     one of another shape, or NaN and infinity; the model is then unchanged.
     """
-    stored, own = _read(path), model.state_dict()
+    stored, own = _read(path, setting), model.state_dict()
     first: list[str] = []
     if isinstance(model, HybridNet) and model.config.encoder is not None and not any(_model_name(key, own) in own for key in stored):
         stored, first = _with_encoder(model, stored, path)
@@ -101,8 +102,10 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
         if _is_table(model, key) or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         random.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
+    if whole and random:
+        raise RecipeError(f"{setting} {path}: of another number of classes: {list_some(random, 3)}: give weights for the same classes")
     if unsound := not_finite(named, own):
-        raise RecipeError(f"model.weights {path}: {unsound}: training cannot begin with them; take the weights of a sound run")
+        raise RecipeError(f"{setting} {path}: {unsound}: training cannot begin with them; take the weights of a sound run")
     unknown = [key for key in named if key not in own]
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
     if first:
@@ -135,10 +138,10 @@ def _with_encoder(model: HybridNet, stored: dict[str, Tensor], path: Path) -> tu
     return rest | {f"{place}{key}": tensor for key, tensor in tensors.items()}, given + [f"{path.name}: {note}" for note in notes]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path, setting: str) -> dict[str, Tensor]:
     if path.suffix != SUFFIX:
         raise RecipeError(
-            f"model.weights {path}: give a {SUFFIX} file (muntin reads no pickles). What torch.save wrote becomes one by: python -c "
+            f"{setting} {path}: give a {SUFFIX} file (muntin reads no pickles). What torch.save wrote becomes one by: python -c "
             f"\"import torch; from safetensors.torch import save_file; save_file(torch.load('{path.name}', map_location='cpu', "
             f"weights_only=True), '{path.stem}{SUFFIX}')\""
         )
@@ -147,7 +150,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise RecipeError(f"model.weights {path}: {reason}") from error
+        raise RecipeError(f"{setting} {path}: {reason}") from error
 
 
 def not_finite(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
