@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file, save_model
@@ -197,3 +198,39 @@ def test_norms_of_other_classes(tmp_path: Path, make: Callable[[int], nn.Module]
     save_file(make(3).state_dict(), path)
     notes = load_initial_weights(make(2), path)
     assert any("of another number of classes, initialised at random" in note for note in notes)
+
+
+ENCODED = {"name": "hybrid-xs", "classes": 4, "encoder": "timm:test_efficientnet"}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_encoder_by_package_names(tmp_path: Path, prefix: str) -> None:
+    """Of timm's classifier, the encoder's tensors are taken, and the notes say which are not."""
+    stored, path = timm.create_model("test_efficientnet").state_dict(), tmp_path / "weights.safetensors"
+    save_file({prefix + key: tensor for key, tensor in apart(stored).items()}, path)
+    fresh: Any = create_model(**ENCODED)
+    before = apart(fresh.state_dict())
+    notes = load_initial_weights(fresh, path)
+    own = fresh.encoder.features.state_dict()
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in own.items())
+    others = [key for key in before if not key.startswith("encoder.")]
+    assert alike(before, fresh.state_dict()) != list(before) and set(others) <= set(alike(before, fresh.state_dict()))
+    assert f"{len(own)} of the encoder's {len(own)} tensors are from it; the model's other {len(others)} are" in notes[0]
+    assert notes[1] == "weights.safetensors: not in the encoder, left out: bn2, classifier, conv_head"
+
+
+def test_whole_hybrid_with_an_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    trained, fresh = (create_model(**{**ENCODED, "classes": classes}) for classes in (4, 3))
+    save_file(apart(trained.state_dict()), tmp_path / "weights.safetensors")
+    notes = load_initial_weights(fresh, tmp_path / "weights.safetensors")
+    assert "of another number of classes, initialised at random: head.conv.weight" in notes[1]
+    kept = {key: tensor for key, tensor in trained.state_dict().items() if not key.startswith("head.")}
+    assert alike(kept, fresh.state_dict()) == list(kept)
+
+
+@pytest.mark.parametrize("network", ["test_resnet", "test_byobnet"])
+def test_weights_of_another_encoder(tmp_path: Path, network: str) -> None:
+    save_file(apart(timm.create_model(network).state_dict()), tmp_path / "weights.safetensors")
+    with pytest.raises(RecipeError, match="it lacks .* of model.encoder timm:test_efficientnet"):
+        load_initial_weights(create_model(**ENCODED), tmp_path / "weights.safetensors")

@@ -27,15 +27,19 @@ def create_model(
     scale: int = 1,
     options: dict[str, Any] | None = None,
     size_divisor: int = 1,
+    encoder: str | None = None,
 ) -> nn.Module:
     """Create a model by name, initialised from PyTorch's global random generator.
 
     `name`: a preset (`muntin models` lists them), `timm:NAME`, `torchvision:NAME`, or `package.module:factory`. `options`: fields of
-    `ModelConfig` that replace the preset's. `size_divisor`: see `DividedSides`. The model takes raw pixels, float 0-255,
+    `ModelConfig` that replace the preset's. `size_divisor`: see `DividedSides`. `encoder`: `timm:NAME`, a network that takes the place of a
+    hybrid's convolutional stages (see `Encoder`), with random weights, too. The model takes raw pixels, float 0-255,
     `(B, channels, H, W)` and returns scores `(B, classes, H, W)`, `(B, classes)` or an image `(B, channels, scale·H, scale·W)`. Raises
     `RecipeError` for an unknown name or impossible values.
     """
     if ":" in name:
+        if encoder is not None:
+            raise RecipeError(f"encoder {encoder} is for hybrid models; '{name}' has its own: leave it out, or take a preset")
         if options:
             raise RecipeError(f"options {', '.join(options)} are for hybrid models; '{name}' takes none")
         if scale != 1:
@@ -54,7 +58,9 @@ def create_model(
         known = f"{', '.join(PRESETS)}, timm:NAME, torchvision:NAME, package.module:factory"
         raise RecipeError(f"unknown model '{name}': {_nearest(name, PRESETS)}known: {known}")
     _check_options(name, options or {})
-    fields = {**PRESETS[name], **(options or {})}
+    if unused := [key for key in ("stem", "pairs") if encoder is not None and key in (options or {})]:
+        raise RecipeError(f"model '{name}': options {', '.join(unused)} are of the convolutions that an encoder replaces: leave them out")
+    fields = {**PRESETS[name], **(options or {}), "encoder": encoder}
     return HybridNet(_checked(name, task=task, classes=classes, channels=channels, scale=scale, **fields))
 
 
@@ -75,7 +81,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
     """Raise `RecipeError` for an option that is no field of `ModelConfig`, or that `create_model` has an argument for."""
-    arguments = ("task", "classes", "channels", "scale")
+    arguments = ("task", "classes", "channels", "scale", "encoder")
     allowed = [field for field in ModelConfig.model_fields if field not in arguments]
     for key in options:
         if key in arguments:

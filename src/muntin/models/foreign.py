@@ -86,7 +86,10 @@ def timm_model(name: str, **arguments: Any) -> nn.Module:
         raise RecipeError(f"'timm:{name}': give the name of an architecture, as timm.list_models() lists them; no model is downloaded")
     try:
         model: nn.Module = timm.create_model(name, pretrained=False, **arguments)
-    except (RuntimeError, OSError) as error:
+    except (AttributeError, RuntimeError, OSError, TypeError) as error:
+        if timm.is_model(name):
+            reason, given = " ".join(str(error).split())[:200], ", ".join(f"{key}={value}" for key, value in arguments.items())
+            raise RecipeError(f"timm cannot make '{name}' with {given} ({reason}): choose another model") from error
         close = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
         raise RecipeError(f"timm does not know a model '{name}'; close: {', '.join(close) or 'none'} (timm.list_models())") from error
     return model

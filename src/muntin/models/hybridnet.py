@@ -5,7 +5,9 @@
                                               +--- skips -------------> ProgressiveUpsampler <--+ -> PixelHead -> scores
 
 A stem of two stages ends at stride 4, and blocks begin at 8. Every size H, W >= 1 works: strided convolutions round up, the decoder cuts to
-its skips.
+its skips. An encoder of timm may take the place of all convolutions before the blocks:
+
+    image, 0-255 -> Encoder -> maps at strides 4, 8, 16, 32, the coarsest of them through blocks -> ProgressiveUpsampler -> PixelHead -> scores
 
 Axes: B images, C channels, H W map, K scores, S windows, T tokens a window.
 """
@@ -16,6 +18,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from muntin.errors import RecipeError
 from muntin.layers import (
     Attention,
     ConvUnit,
@@ -34,6 +37,7 @@ from muntin.layers import (
     partition,
 )
 from muntin.models.config import ModelConfig
+from muntin.models.encoder import Encoder
 
 GAIN = 32.0
 """Gain of the class scores; see `PixelHead`."""
@@ -61,13 +65,13 @@ class Normalize(nn.Module):
 class AttentionStage(nn.Module):
     """Halves the map by a convolution, marks positions, then runs its blocks in windowed form.
 
-    `(B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))`.
+    `(B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))`; with `stride` 1 a 1x1 convolution leaves height and width as they are.
     """
 
-    def __init__(self, config: ModelConfig, channels: int, dim: int, depth: int) -> None:
+    def __init__(self, config: ModelConfig, channels: int, dim: int, depth: int, *, stride: int = 2) -> None:
         super().__init__()
         block = ParallelBlock if config.block == "parallel" else SerialBlock
-        self.reduce = ConvUnit(channels, dim, stride=2, activation=False)
+        self.reduce = ConvUnit(channels, dim, kernel=3 if stride > 1 else 1, stride=stride, activation=False)
         self.position = PositionUnit(dim)
         self.blocks = nn.ModuleList(
             block(dim, attention=build_attention(config, dim), mlp_ratio=config.mlp_ratio, gate=config.gate) for _ in range(depth)
@@ -92,23 +96,32 @@ class HybridNet(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        c2, c4, *c8 = config.stem
-        self.levels = len(config.stem[1:]) + len(config.dims) - (config.finest != 4)  # maps that the decoder reads, from the coarsest
-        self.normalize = Normalize()
-        self.stem = nn.Sequential(ConvUnit(config.channels, c2, stride=2), ConvUnit(c2, c4, stride=2))
-        self.stage4 = nn.Sequential(*(ResidualPair(c4, gate=config.gate) for _ in range(config.pairs[0])))
-        if c8:
-            self.stage8 = nn.Sequential(
-                ConvUnit(c4, c8[0], stride=2), *(ResidualPair(c8[0], gate=config.gate) for _ in range(config.pairs[1]))
-            )
-        inputs = (config.stem[-1], *config.dims)
+        attended = len(config.dims)
+        if config.encoder is None:
+            c2, c4, *c8 = config.stem
+            self.normalize = Normalize()
+            self.stem = nn.Sequential(ConvUnit(config.channels, c2, stride=2), ConvUnit(c2, c4, stride=2))
+            self.stage4 = nn.Sequential(*(ResidualPair(c4, gate=config.gate) for _ in range(config.pairs[0])))
+            if c8:
+                self.stage8 = nn.Sequential(
+                    ConvUnit(c4, c8[0], stride=2), *(ResidualPair(c8[0], gate=config.gate) for _ in range(config.pairs[1]))
+                )
+            channels = [c4, *c8, *config.dims]
+            strides = [4 * 2**level for level in range(len(channels))]
+            inputs, stride = channels[-attended - 1 : -1], 2  # a stage reads the one before
+        else:
+            self.encoder = Encoder(config.encoder, config.channels)
+            _check_encoder(self.encoder, config)
+            strides, inputs, stride = list(self.encoder.strides), list(self.encoder.channels[-attended:]), 1
+            channels = [*self.encoder.channels[:-attended], *config.dims]
         self.stages = nn.ModuleList(
-            AttentionStage(config, c, dim, depth) for c, dim, depth in zip(inputs[:-1], config.dims, config.depths, strict=True)
+            AttentionStage(config, c, dim, depth, stride=stride) for c, dim, depth in zip(inputs, config.dims, config.depths, strict=True)
         )
+        self.levels = sum(stride >= config.finest for stride in strides)  # maps that the decoder reads, from the coarsest
         if config.task == "classify":
             self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
         else:
-            self.decoder = ProgressiveUpsampler([*reversed(config.dims), *c8, c4][: self.levels], config.decoder)
+            self.decoder = ProgressiveUpsampler(channels[::-1][: self.levels], config.decoder)
             gain = GAIN if config.task == "segment" else 1.0
             self.head = PixelHead(config.decoder, config.outputs, config.finest * config.scale, gain)
         if config.task == "restore":
@@ -118,9 +131,7 @@ class HybridNet(nn.Module):
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         height, width = image_BCHW.shape[2:]
-        maps = [self.stage4(self.stem(self.normalize(image_BCHW)))]
-        for stage in (*([self.stage8] if len(self.config.stem) > 2 else []), *self.stages):
-            maps.append(stage(maps[-1]))
+        maps = self._maps(image_BCHW)
         if self.config.task == "classify":
             scores_BK: Tensor = self.head(maps[-1].mean((2, 3)))
             return scores_BK
@@ -129,3 +140,29 @@ class HybridNet(nn.Module):
         if self.config.task == "restore":
             scores = self.sum(self.enlarge(image_BCHW), scores * 64)  # the head's unit is the normalised one
         return scores
+
+    def _maps(self, image_BCHW: Tensor) -> list[Tensor]:
+        """The feature maps, from fine to coarse; the last ones come from the attention stages."""
+        if self.config.encoder is not None:
+            maps: list[Tensor] = self.encoder(image_BCHW)
+            first = len(maps) - len(self.stages)
+            return [*maps[:first], *(stage(map_) for stage, map_ in zip(self.stages, maps[first:], strict=True))]
+        maps = [self.stage4(self.stem(self.normalize(image_BCHW)))]
+        for stage in (*([self.stage8] if len(self.config.stem) > 2 else []), *self.stages):
+            maps.append(stage(maps[-1]))
+        return maps
+
+
+def _check_encoder(encoder: Encoder, config: ModelConfig) -> None:
+    """Raise `RecipeError` if an encoder has too few maps for a configuration."""
+    strides = ", ".join(map(str, encoder.strides))
+    if len(config.dims) > len(encoder.strides):
+        raise RecipeError(
+            f"encoder '{encoder.name}' has maps at strides {strides}, too few for {len(config.dims)} attention stages: give shorter "
+            "options dims and depths"
+        )
+    if config.task != "classify" and config.finest not in encoder.strides:
+        raise RecipeError(
+            f"encoder '{encoder.name}' has maps at strides {strides}, and the decoder ends at stride {config.finest}: set the option "
+            f"finest to {' or '.join(str(stride) for stride in (4, 8) if stride in encoder.strides) or '4 or 8, with another encoder'}"
+        )

@@ -341,7 +341,11 @@ class _Search:
 
 
 def base_config(recipe: Recipe, source: Source) -> ModelConfig:
-    """The configuration of a recipe's own model."""
+    """The configuration of a recipe's own model. Raises `RecipeError` for one with an encoder."""
+    if recipe.model.encoder is not None:
+        raise RecipeError(
+            f"model.encoder {recipe.model.encoder}: a search varies the convolutions that an encoder replaces: leave it out, or take `muntin fit`"
+        )
     config = new_model(recipe, tuple(source.classes)).config
     assert isinstance(config, ModelConfig)
     return config

@@ -36,6 +36,9 @@ class ModelChoice(Section):
     """The model, and changes to it."""
 
     name: str = Field(default="hybrid-xxs", description="a preset (`muntin models`), timm:NAME, torchvision:NAME or package.module:factory")
+    encoder: str | None = Field(
+        default=None, description="timm:NAME: a network of timm in place of a preset's convolutional stages; unset: the preset's own"
+    )
     options: dict[str, Any] = Field(default={}, description="fields of ModelConfig that replace the preset's")
     size_divisor: int = Field(
         default=1,
@@ -43,7 +46,22 @@ class ModelChoice(Section):
         le=1024,
         description="divisor of the sides that a foreign model takes: pictures are padded, answers cropped",
     )
-    weights: Path | None = Field(default=None, description="a .safetensors file of initial weights; unset: random weights")
+    weights: Path | None = Field(default=None, description="a .safetensors file of initial weights, of the model or of its encoder; unset: random weights")
+
+
+class TeacherConfig(Section):
+    """A trained model whose answers are learned beside the labels (distillation), in `fit`."""
+
+    model: str = Field(
+        min_length=1,
+        description="a run, checkpoint or artefact of this task and these classes; or timm:NAME, torchvision:NAME, a preset, "
+        "package.module:factory",
+    )
+    weights: Path | None = Field(default=None, description="the .safetensors file of a named model's weights")
+    classes: int | None = Field(default=None, ge=1, description="the first classes, which a named model knows; unset: all")
+    weight: float = Field(default=1.0, gt=0, le=100, description="weight of the distance to the teacher's answers in the loss")
+    unlabelled: Path | None = Field(default=None, description="folder of pictures without labels, which are learned from the teacher alone")
+    share: float = Field(default=0.5, gt=0, le=1, description="share of `unlabelled` in a batch; 1: labels only validate")
 
 
 class TrainingConfig(Section):

@@ -40,6 +40,7 @@ from muntin.training.recipe import Recipe
 from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import MemoryShortError, remember_use, remembered_use
+from muntin.training.teachers.unlabelled import add_unlabelled
 from muntin.training.trainer import DivergedError, Trainer
 
 LOG_EVERY = 10
@@ -129,6 +130,8 @@ class Training:
         """Train to the last step, or until an interruption. Returns the newest checkpoint."""
         config, samples = self.config, self.source.split("train")
         crops = self.crops(samples)
+        if self.update is None:  # an update has a mix of its own
+            crops = add_unlabelled(crops, self.trainer, self.recipe, self.root, seed=self.seed)
         validation = self.source.split("validation")
         # a checkpoint is rewritten if the recipe or the folder of its relative paths has changed
         same = self.start is not None and not recipe_changes(self.start, self.recipe) and Path(self.start.state.root) == self.root

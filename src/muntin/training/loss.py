@@ -8,6 +8,7 @@ Axes: B images, K classes, H W map, N pixels, S sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,16 +157,24 @@ class Loss:
         and `(B,)`, or `(B, K)` shares of the classes. The last one is the distance to the teacher, 0 without `teacher_scores`.
         """
         given = [scores, target] if teacher_scores is None else [scores, target, teacher_scores]
+        return self.in_parts(self._sums, given)
+
+    def in_parts(self, sums: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
+        """`sums` of scores, target and teacher's scores, in chunks within `memory`."""
         axis = -2 if self.task == "segment" else 0
-        count = target.shape[axis]
+        count = given[1].shape[axis]
         rows = count if self.memory is None else rows_within(self.memory, self._bytes(*given) // max(1, count), count)
         if rows >= count:
-            return self._sums(*given)
+            return sums(*given)
 
         def part_sums(*tensors: Tensor) -> Tensor:
-            return self._sums(*(tensor.movedim(0, axis) for tensor in tensors))
+            return sums(*(tensor.movedim(0, axis) for tensor in tensors))
 
         return in_chunks(part_sums, [tensor.movedim(axis, 0) for tensor in given], rows=rows, summed=True)
+
+    def distance(self, scores: Tensor, target: Tensor, teacher_scores: Tensor) -> Tensor:
+        """The sum of the distance to the teacher, float64 `(1,)`."""
+        return _divergence(self.task, scores, teacher_scores, target).double()[None]
 
     def _bytes(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> int:
         """Temporary bytes of the sums and their gradient: of each score copies in its type and, beside it, float32; of each pixel 64."""

@@ -19,7 +19,15 @@ from muntin.data.config import DataConfig
 from muntin.data.section import Section
 from muntin.data.source import DataTask
 from muntin.errors import RecipeError
-from muntin.training.config import BudgetConfig, CompressionConfig, ModelChoice, QuantizationConfig, TrainingConfig, UpdateConfig
+from muntin.training.config import (
+    BudgetConfig,
+    CompressionConfig,
+    ModelChoice,
+    QuantizationConfig,
+    TeacherConfig,
+    TrainingConfig,
+    UpdateConfig,
+)
 
 
 class Recipe(Section):
@@ -31,6 +39,7 @@ class Recipe(Section):
     data: DataConfig = DataConfig()
     model: ModelChoice = ModelChoice()
     training: TrainingConfig = TrainingConfig()
+    teacher: TeacherConfig | None = Field(default=None, description="a trained model to learn from, too; null: none")
     quantization: QuantizationConfig = QuantizationConfig()
     compression: CompressionConfig = CompressionConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -52,6 +61,10 @@ class Recipe(Section):
         if self.task == "classify" and self.data.rare:
             raise ValueError(
                 f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"
+            )
+        if self.teacher is not None and self.teacher.unlabelled is not None and self.task not in ("segment", "classify"):
+            raise ValueError(
+                f"teacher.unlabelled is for segment and classify: for {self.task} a photograph is its own target: put it in data.images"
             )
         return self
 

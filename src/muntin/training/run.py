@@ -33,6 +33,8 @@ from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.recovery.out_of_memory import forget_use
+from muntin.training.teachers.opening import open_teacher
+from muntin.training.teachers.unlabelled import check_unlabelled
 from muntin.training.trainer import Trainer
 from muntin.training.weights import load_initial_weights, new_model
 
@@ -117,15 +119,23 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         GateClosing(model, model, image, keep=recipe.training.gate_budget)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else load_initial_weights(model, root / weights)
+    teacher, taught = open_teacher(recipe, classes, root)
+
+    def report_checked(done: int, total: int) -> None:
+        report(FitProgress(kind="check", step=done, steps=total))
+
     # last: it may take minutes
-    checked = source.check(lambda done, total: report(FitProgress(kind="check", step=done, steps=total))) if ranks.first else ()
+    checked = (*source.check(report_checked), *check_unlabelled(recipe, root, report_checked)) if ranks.first else ()
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
-    notes += (*source.notes, *checked, *small, *unsuited, *begun)
+    notes += (*source.notes, *checked, *small, *unsuited, *begun, *taught)
     if ranks.first:
         write_splits(directory / SPLIT_LIST, source)
     weights_K = class_weights(recipe.training, source)
     notes += weights_note(weights_K, source)
-    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision, class_weights=weights_K, seed=recipe.seed, ranks=ranks)
+    trainer = Trainer(
+        model, recipe.training, task=recipe.task, precision=precision, class_weights=weights_K, teacher=teacher,
+        distillation=0.0 if recipe.teacher is None else recipe.teacher.weight, seed=recipe.seed, ranks=ranks,
+    )  # fmt: skip
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
         report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))

@@ -14,6 +14,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data.classes import list_some
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import HybridNet, create_model
+from muntin.models.encoder import encoder_tensors
 from muntin.text import count
 from muntin.training.recipe import Recipe
 
@@ -22,6 +23,8 @@ _TORCH_PREFIXES = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile add to names."""
 _WRAPPER_PREFIXES = ("model.", "model.model.")
 """Prefixes that `ForeignModel` and `DividedSides`, one or both, add to the names of the wrapped model."""
+_ENCODER = "encoder.features"
+"""The place of timm's network in a hybrid with an encoder."""
 
 
 def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
@@ -29,7 +32,7 @@ def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
     choice = recipe.model
     return create_model(
         choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, options=choice.options,
-        size_divisor=choice.size_divisor,
+        size_divisor=choice.size_divisor, encoder=choice.encoder,
     )  # fmt: skip
 
 
@@ -70,14 +73,19 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> N
         raise CheckpointError(f"{where}: weights of another model than its recipe makes: {reason}") from error
 
 
-def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
+def load_initial_weights(model: nn.Module, path: Path, *, setting: str = "model.weights", whole: bool = False) -> tuple[str, ...]:
     """Copy the tensors of a .safetensors file into a model, by name, and return notes on tensors that were not copied.
 
     Names may be the model's or, for a foreign model, those of its package, with prefixes of DistributedDataParallel and torch.compile. A
-    layer of the file for another number of classes keeps its random weights. Raises `RecipeError` for an unreadable file, a missing tensor,
+    layer of the file for another number of classes keeps its random weights. For a hybrid with an encoder the file may hold the encoder's
+    weights alone, or those of timm's classifier, by timm's names: the rest of the model keeps its random weights. `whole`: refuse a
+    file that leaves any weights random. `setting`: the recipe's key, for errors. Raises `RecipeError` for an unreadable file, a missing tensor,
     one of another shape, or NaN and infinity; the model is then unchanged.
     """
-    stored, own = _read(path), model.state_dict()
+    stored, own = _read(path, setting), model.state_dict()
+    first: list[str] = []
+    if isinstance(model, HybridNet) and model.config.encoder is not None and not any(_model_name(key, own) in own for key in stored):
+        stored, first = _with_encoder(model, stored, path)
     named = {_model_name(key, own): tensor for key, tensor in stored.items()}
     if len(named) != len(stored):
         raise RecipeError(f"{path}: some of its tensors have one name with and without a prefix: save the weights of one model")
@@ -94,10 +102,14 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
         if _is_table(model, key) or not tensor.ndim or named[key].ndim != tensor.ndim or named[key].shape[1:] != tensor.shape[1:]:
             raise RecipeError(f"{path}: {key} has the shape {tuple(named[key].shape)}, in the recipe's model {tuple(tensor.shape)}")
         random.append(f"{key} ({len(named.pop(key)):,} for {len(tensor):,})")
+    if whole and random:
+        raise RecipeError(f"{setting} {path}: of another number of classes: {list_some(random, 3)}: give weights for the same classes")
     if unsound := not_finite(named, own):
-        raise RecipeError(f"model.weights {path}: {unsound}: training cannot begin with them; take the weights of a sound run")
+        raise RecipeError(f"{setting} {path}: {unsound}: training cannot begin with them; take the weights of a sound run")
     unknown = [key for key in named if key not in own]
     load_weights(model, own | {key: tensor for key, tensor in named.items() if key in own}, path)
+    if first:
+        return tuple(first)
     notes = [f"{path.name}: {len(named) - len(unknown)} of the model's {len(own)} tensors are from it"]
     if random:
         notes.append(f"{path.name}: of another number of classes, initialised at random: {list_some(random, 3)}")
@@ -106,10 +118,30 @@ def load_initial_weights(model: nn.Module, path: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _with_encoder(model: HybridNet, stored: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """All tensors of a hybrid, those of its encoder from a file in timm's names, and notes. Raises `RecipeError` if the file lacks any."""
+    bare = {_without_torch_prefixes(key): tensor for key, tensor in stored.items()}
+    tensors, others, notes = encoder_tensors(model.encoder, bare)
+    own = model.encoder.features.state_dict()
+    missing = [key for key in own if key not in tensors and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise RecipeError(
+            f"{path}: it lacks {list_some(missing, 3)} of model.encoder {model.encoder.name}, and holds {list_some(list(stored), 3) or 'nothing'}: "
+            "give the weights of this network, by timm's names, or of the whole model"
+        )
+    place = f"{_ENCODER}."
+    rest = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(place)}
+    given = [f"{path.name}: {len(tensors)} of the encoder's {len(own)} tensors are from it; the model's other {len(rest)} are initialised at random"]
+    if others:
+        layers = sorted({key.rpartition(".")[0] or key for key in others})
+        given.append(f"{path.name}: not in the encoder, left out: {list_some(layers, 3)}")
+    return rest | {f"{place}{key}": tensor for key, tensor in tensors.items()}, given + [f"{path.name}: {note}" for note in notes]
+
+
+def _read(path: Path, setting: str) -> dict[str, Tensor]:
     if path.suffix != SUFFIX:
         raise RecipeError(
-            f"model.weights {path}: give a {SUFFIX} file (muntin reads no pickles). What torch.save wrote becomes one by: python -c "
+            f"{setting} {path}: give a {SUFFIX} file (muntin reads no pickles). What torch.save wrote becomes one by: python -c "
             f"\"import torch; from safetensors.torch import save_file; save_file(torch.load('{path.name}', map_location='cpu', "
             f"weights_only=True), '{path.stem}{SUFFIX}')\""
         )
@@ -118,7 +150,7 @@ def _read(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the file is no mapping
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise RecipeError(f"model.weights {path}: {reason}") from error
+        raise RecipeError(f"{setting} {path}: {reason}") from error
 
 
 def not_finite(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> str:
@@ -155,7 +187,11 @@ def place(tensor: Tensor) -> tuple[object, ...]:
 
 def _model_name(key: str, own: dict[str, Tensor]) -> str:
     """The model's name for a tensor of the file; the file's name if the model has none."""
-    bare = key
-    while (prefix := next((one for one in _TORCH_PREFIXES if bare.startswith(one)), None)) is not None:
-        bare = bare.removeprefix(prefix)
+    bare = _without_torch_prefixes(key)
     return next((name for ours in ("", *_WRAPPER_PREFIXES) for name in (ours + key, ours + bare) if name in own), key)
+
+
+def _without_torch_prefixes(key: str) -> str:
+    while (prefix := next((one for one in _TORCH_PREFIXES if key.startswith(one)), None)) is not None:
+        key = key.removeprefix(prefix)
+    return key

@@ -29,6 +29,7 @@ from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse
+from muntin.training.teachers.opening import open_teacher
 from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
 
@@ -106,12 +107,16 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
     model = new_model(recipe, classes)
     notes = check_model(model, recipe, classes)
     precision = check_maps(model, precision, crop=data.crop, channels=data.channels, requested=config.precision)
+    teacher, taught = open_teacher(recipe, classes, root)
     shape = (config.batch_size, data.crop, data.crop, data.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
     target = torch.randint(0, len(classes), shape[:1] if recipe.task == "classify" else shape[:3])
     machine = _machine_limit(precision.device)
     with keep_freed_memory(), memory_bound(machine if precision.device == "cpu" else None):
-        trainer = Trainer(model, config, task=recipe.task, precision=precision, seed=recipe.seed)
+        weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
+        trainer = Trainer(
+            model, config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight, seed=recipe.seed
+        )
         steps = _Steps(trainer, images, target)
         first = trainer.memory
         steps.peak(first)  # creates the optimiser's state
@@ -131,7 +136,7 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
         levers += [replace(lever, fits=_fits(lever.peak, limit)) for lever in _sharded(trainer, states, process, beyond or 0, limit)]
     return DryRun(
         device=precision.device, precision=f"{precision.name}: {precision.reason}", memory=first.text, entries=entries, held=held,
-        peak=process, limit=limit, limit_name=name, fits=fits, levers=tuple(levers), notes=(*notes, *chosen),
+        peak=process, limit=limit, limit_name=name, fits=fits, levers=tuple(levers), notes=(*notes, *taught, *chosen),
     )  # fmt: skip
 
 

@@ -1,0 +1,90 @@
+"""A hybrid with an encoder of timm: fit from a file of weights, resume, compress, export, load, agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import muntin
+from muntin.compression import load_model
+from muntin.compression.stages import compress_checkpoint
+from muntin.deployment.checkpoint_export import export_checkpoint
+from muntin.images import read_image
+from muntin.training.checkpoint import Checkpoint, read_checkpoint
+from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.recipe import load_recipe
+from muntin.training.run import fit
+
+NETWORK = "test_efficientnet"
+OPTIONS = {"dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "finest": 8}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Any:
+    root = tmp_path_factory.mktemp("encoder")
+    data = root / "data"
+    made = write_tiny(data, compression={"average_bits": 6, "low_rank": {"parameters": 0.8, "multiple": 4}})
+    torch.manual_seed(3)
+    save_file(timm.create_model(NETWORK).state_dict(), data / "network.safetensors")
+    model = {"name": "hybrid-xxs", "encoder": f"timm:{NETWORK}", "options": OPTIONS, "weights": "network.safetensors"}
+    recipe = load_recipe(made.recipe).model_dump(mode="json") | {"model": model}
+    recipe["training"] |= {"steps": 20, "validate_every": 10, "checkpoint_every": 10, "precision": "fp32"}
+    made.recipe.write_text(yaml.safe_dump(recipe))
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Any) -> Checkpoint:
+    result = fit(tiny.recipe, directory=tiny.root / "run")
+    assert any("tensors are from it; the model's other" in note for note in result.notes)
+    return read_checkpoint(result.checkpoint)
+
+
+def agreement(path: Path, model: torch.nn.Module, picture: np.ndarray[Any, Any]) -> float:
+    labels = muntin.predict(muntin.load(path), picture)
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        return float((model(pixels).argmax(1)[0].numpy() == labels).mean())
+
+
+def test_checkpoint(trained: Checkpoint) -> None:
+    model = load_model(trained)
+    assert model.config.encoder == f"timm:{NETWORK}"  # type: ignore[union-attr]
+    stored = trained.tensors[AVERAGE]
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in model.state_dict().items())
+
+
+def test_resumed(tiny: Any, trained: Checkpoint) -> None:
+    """Ten steps, and ten more, from the checkpoint's weights."""
+    recipe = load_recipe(tiny.recipe, ["training.steps=20"])
+    folder = tiny.root / "halves"
+    fit(load_recipe(tiny.recipe, ["training.steps=10"]), root=tiny.root, directory=folder)
+    resumed = read_checkpoint(fit(recipe, root=tiny.root, directory=folder, resume=True).checkpoint)
+    assert resumed.state.step == trained.state.step
+    assert resumed.tensors[AVERAGE].keys() == trained.tensors[AVERAGE].keys()
+
+
+def test_int8(tiny: Any, trained: Checkpoint) -> None:
+    artifact = export_checkpoint(trained, tiny.root / "artifact")
+    assert artifact.manifest.measured["integer_coverage"] > 0.9
+    picture = read_image(next((tiny.root / "test" / "images").iterdir()))
+    assert agreement(artifact.path, load_model(trained), picture) > 0.9
+    assert muntin.verify(artifact.path).ok
+
+
+def test_stages(tiny: Any, trained: Checkpoint) -> None:
+    run = compress_checkpoint(trained, tiny.root / "compressed")
+    assert [stage.stage for stage in run.stages] == ["low-rank", "w4a8", "mixed"]
+    last = read_checkpoint(run.checkpoint)
+    assert any(name.startswith("encoder.features.") for name in last.state.compression.qat or {})  # type: ignore[union-attr]
+    artifact = export_checkpoint(last, tiny.root / "compressed-artifact", sizes="fixed")
+    picture = read_image(next((tiny.root / "test" / "images").iterdir()))
+    assert agreement(artifact.path, load_model(last), picture) > 0.9
