@@ -38,6 +38,7 @@ from muntin.training.recipe import Recipe
 from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import MemoryShortError, remember_use, remembered_use
+from muntin.training.restoration.evaluation import RestoredScores
 from muntin.training.trainer import DivergedError, Trainer
 
 LOG_EVERY = 10
@@ -306,11 +307,14 @@ class Training:
         with self._saved_on_error(), self.trainer.average.whole():
             self._renew_statistics(samples)
             result = evaluate(
-                self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating, ranks=self.ranks
-            )
-            point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
-            if self.recipe.task == "segment":
-                point["miou"] = result.miou
+                self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating, ranks=self.ranks,
+                similarity=False,
+            )  # fmt: skip
+            point: dict[str, Any] = {"step": self.step, "score": result.score, "by_class": result.by_class}
+            if isinstance(result, RestoredScores):
+                point |= {"psnr": result.psnr, "input_psnr": result.input_psnr}
+            else:
+                point |= {"accuracy": result.accuracy} | ({"miou": result.miou} if result.task == "segment" else {})
             self.validation.append(point)
             self._log(log, "validation", point)
             self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))

@@ -1,4 +1,4 @@
-"""Losses: cross-entropy, soft IoU (a rare class counts as much as a common one), and the distance to a teacher.
+"""Losses: cross-entropy, soft IoU (a rare class counts as much as a common one), absolute error, and the distance to a teacher.
 
 A loss is a function of sums over pixels or pictures. Sums add up over micro-batches and processes, so that a batch in parts has the loss
 and the gradient of the whole.
@@ -18,6 +18,9 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.images import IGNORED
 from muntin.layers.chunks import in_chunks, rows_within
+
+UNIT = 64.0
+"""Grey levels that are 1 in the loss of restore, as in the model's own numbers."""
 
 
 class _SegmentSums(torch.autograd.Function):
@@ -87,8 +90,9 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The loss of a task: `entropy` times the cross-entropy, plus `overlap` times the soft IoU loss (segment), plus `distillation` times
-    the distance to a teacher. See `segment_loss` and `distillation_loss`.
+    """The loss of a task: `entropy` times the cross-entropy, or for restore the mean absolute error in units of 64 grey levels, plus
+    `overlap` times the soft IoU loss (segment), plus `distillation` times the distance to a teacher. See `segment_loss` and
+    `distillation_loss`.
 
     `value(sums, totals)` is the loss of a batch, from the added `sums` and `totals` of its parts. `memory`: most temporary bytes beyond the
     scores and their gradient; sums that need more are computed in chunks (rows of all maps, or pictures), again for the gradient.
@@ -110,9 +114,10 @@ class Loss:
         return not self._overlaps
 
     def totals(self, target: Tensor, classes: int) -> Tensor:
-        """Counts, float64: `(1,)` pictures or pixels, or `(1 + K,)` pixels and pixels of each class where overlaps count."""
+        """Counts, float64: `(1,)` pictures, pixels or values, or `(1 + K,)` pixels and pixels of each class where overlaps count."""
         if self.task != "segment":
-            return torch.tensor([float(len(target))], dtype=torch.float64, device=target.device)
+            count = target.numel() if self.task == "restore" else len(target)
+            return torch.tensor([float(count)], dtype=torch.float64, device=target.device)
         counted_BN = (target != IGNORED).flatten(1)
         if not self._overlaps:
             return counted_BN.sum().double()[None]
@@ -121,10 +126,10 @@ class Loss:
 
     def sums(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
         """Sums of a part, float64 `(S,)`, with gradients for `scores` of any float type: `(B, K, H, W)` and target `(B, H, W)`, or `(B, K)`
-        and `(B,)`. The last one is the distance to the teacher, 0 without `teacher_scores`.
+        and `(B,)`, or for restore two of `(B, C, H, W)`. The last one is the distance to the teacher, 0 without `teacher_scores`.
         """
         given = [scores, target] if teacher_scores is None else [scores, target, teacher_scores]
-        axis = -2 if self.task == "segment" else 0
+        axis = 0 if self.task == "classify" else -2
         count = target.shape[axis]
         rows = count if self.memory is None else rows_within(self.memory, self._bytes(*given) // max(1, count), count)
         if rows >= count:
@@ -146,6 +151,9 @@ class Loss:
             sums_S: Tensor = _SegmentSums.apply(  # type: ignore[no-untyped-call]
                 scores.contiguous().flatten(2), target.flatten(1), self._overlaps
             )
+        elif self.task == "restore":
+            difference = (at_least_float32(scores) - target) / UNIT
+            sums_S = difference.abs().sum().double()[None]
         else:
             sums_S = F.cross_entropy(at_least_float32(scores), target, reduction="sum").double()[None]
         distance = sums_S.new_zeros(()) if teacher_scores is None else _divergence(self.task, scores, teacher_scores, target).double()
@@ -193,7 +201,7 @@ def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target:
     Source: Hinton et al., 1503.02531, section 2, at temperature 1.
     """
     if task == "restore":
-        return F.mse_loss(scores.float() / 64, teacher_scores.float() / 64)
+        return F.mse_loss(scores.float() / UNIT, teacher_scores.float() / UNIT)
     if task == "segment" and target is not None:
         return _divergence(task, scores, teacher_scores, target) / (target != IGNORED).sum().clamp_min(1)
     return _divergence(task, scores, teacher_scores, None) * scores.shape[1] / scores.numel()
@@ -202,8 +210,11 @@ def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target:
 def _divergence(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None) -> Tensor:
     """The KL divergence from the teacher's probabilities, summed over the pixels or images that count; `target` None: all.
 
-    A teacher may know only the first classes: the divergence is then of the probabilities among these.
+    A teacher may know only the first classes: the divergence is then of the probabilities among these. For restore the squared difference
+    in units of 64 grey levels, summed over all values.
     """
+    if task == "restore":
+        return F.mse_loss(at_least_float32(scores) / UNIT, at_least_float32(teacher_scores) / UNIT, reduction="sum")
     known = scores[:, : teacher_scores.shape[1]]
     log_scores, log_teacher = (at_least_float32(values).log_softmax(1) for values in (known, teacher_scores))
     if task != "segment" or target is None:

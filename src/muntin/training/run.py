@@ -23,7 +23,7 @@ from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.precision import prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress, FitReport
-from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recipe import Recipe, load_recipe, settled
 from muntin.training.recovery.out_of_memory import forget_use
 from muntin.training.trainer import Trainer
 from muntin.training.weights import load_initial_weights, new_model
@@ -83,6 +83,7 @@ def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager
 
 
 def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
+    recipe = settled(recipe, root)
     start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
     if start is None and ranks.first and not restarted():
         forget_use(directory)

@@ -29,7 +29,7 @@ def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
     choice = recipe.model
     return create_model(
         choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, options=choice.options,
-        size_divisor=choice.size_divisor,
+        scale=recipe.data.output_scale, size_divisor=choice.size_divisor,
     )  # fmt: skip
 
 
