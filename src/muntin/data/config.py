@@ -33,7 +33,7 @@ class Augmentation(Section):
     flip_vertical: Probability = Field(default=0.0, description="probability of an upside-down flip, 0-1; 0.5 suits pictures from above")
     scale: tuple[Zoom, Zoom] = Field(
         default=(0.8, 1.25),
-        description="range of the zoom, 0.1-10: 2 doubles the size of objects, [1, 1] is none; `classify` never zooms out, `restore` not at all",
+        description="range of the zoom, 0.1-10: 2 doubles the size of objects, [1, 1] is none; `classify` never zooms out, `restore` never",
     )
     brightness: Strength = Field(default=0.1, description="largest relative change of brightness, 0-1: 0.1 multiplies by 0.9 to 1.1")
     contrast: Strength = Field(default=0.1, description="largest relative change of contrast, 0-1; pictures of 1 or 3 channels only")

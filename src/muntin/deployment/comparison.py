@@ -27,6 +27,7 @@ from muntin.deployment.artifact_comparison import (
     REFERENCE,
     ROUNDS,
     Announce,
+    Answers,
     ArtifactComparison,
     compare_artifacts,
     engine_words,
@@ -37,16 +38,16 @@ from muntin.deployment.artifact_comparison import (
 from muntin.deployment.checkpoint_export import export_checkpoint, export_side
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
-from muntin.deployment.pictures import write_class_examples, write_examples, write_picture
+from muntin.deployment.pictures import write_class_examples, write_examples, write_picture, write_restored_examples
 from muntin.deployment.run_artifacts import RunArtifact, artifact_place, existing_place, finished_stages, run_artifacts, stage_notes
 from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
-from muntin.runtime.session import Labels
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import Evaluation, tile_of
 from muntin.training.recipe import recipe_text
+from muntin.training.restoration.evaluation import RestoredScores
 
 PICTURE_SIDE = 512
 """Side of the windows that are shown as examples, and longest side of a classifier's pictures, pixels."""
@@ -102,8 +103,10 @@ class _Comparison:
         deployed = self._row("deployed", engine_words(subject, session), compared.tests[subject.name], deployed_sizes(artifact))
         steps.append(deployed | {"latency_ms": rows[subject.name]["median_ms"]})
         record = last.state.compression
+        deployed_scores = compared.tests[subject.name]
         return {
             **self._about(artifact),
+            **({"baseline": self._baseline(deployed_scores)} if isinstance(deployed_scores, RestoredScores) else {}),
             "steps": steps,
             "artifacts": compared.record | {"described": subject.name},
             "latency": self._latency(compared.record, subject.name) | {"others": compared.record["others"]},
@@ -146,7 +149,7 @@ class _Comparison:
         timed[-1]["name"] = "deployed"
         return {key: record[key] for key in ("height", "width", "rounds")} | {"rows": timed}
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Labels]]:
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Answers]]:
         model = load_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
@@ -160,7 +163,7 @@ class _Comparison:
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Labels]]:
+    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Answers]]:
         """Return the row of a step in PyTorch, and its labels of each test sample."""
         session = TorchSession(model, self.signature)
         result, labels = self._timed(f"evaluate {name}", lambda: score_with_labels(session, self.test, self.tile))
@@ -171,9 +174,14 @@ class _Comparison:
         gmacs = image_macs(model, self.probe) / 1e9
         return {"params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes, "gmacs": gmacs}
 
-    def _row(self, name: str, engine: str, result: Evaluation, sizes: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, name: str, engine: str, result: Evaluation | RestoredScores, sizes: dict[str, Any]) -> dict[str, Any]:
         self.notes += [f"Step {name}: {note}." for note in result.notes]
         return {"name": name, "miou": result.score, "iou": result.by_class, **sizes, "latency_ms": None, "engine": engine}
+
+    def _baseline(self, result: RestoredScores) -> dict[str, Any]:
+        """Return the scores of the input, and the deployed model's SSIM beside its own."""
+        name = "the input" if self.signature.scale == 1 else f"bicubic enlargement by {self.signature.scale}"
+        return {"name": name, "score": result.input_psnr, "ssim": result.input_ssim, "deployed_ssim": result.ssim}
 
     def _verify(self, artifact: Artifact) -> None:
         result = self._timed("verify", lambda: verify(artifact.path, layers=True))
@@ -204,9 +212,11 @@ class _Comparison:
             "recipe": recipe_text(self.recipe),
         }
 
-    def _pictures(self, session: Session, labels: list[Labels]) -> dict[str, Any]:
+    def _pictures(self, session: Session, labels: list[Answers]) -> dict[str, Any]:
         self.stage("pictures")
         classes = self.signature.classes
+        if self.recipe.task == "restore":
+            return {"overlay": None, "examples": write_restored_examples(self.directory, self.test, labels, side=PICTURE_SIDE)}
         if self.recipe.task == "classify":
             examples = write_class_examples(self.directory, session, self.test, labels, classes, side=PICTURE_SIDE)
             return {"overlay": None, "examples": examples}

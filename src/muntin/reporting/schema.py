@@ -210,6 +210,15 @@ class Example(Record):
     difference: RelativePath | None = None
 
 
+class Baseline(Record):
+    """What restored pictures are compared with: the input as it is, or enlarged. `score`: PSNR, dB; SSIM null where it was not computed."""
+
+    name: Text
+    score: float
+    ssim: float | None = None
+    deployed_ssim: float | None = None
+
+
 class ReportPictures(Record):
     """The pictures of a report: one of the whole data, and examples."""
 
@@ -232,6 +241,7 @@ class Report(Record):
     seconds: dict[str, Amount] = Field(default_factory=dict)
     classes: tuple[ClassInfo, ...] = ()
     steps: Annotated[tuple[StepRecord, ...], Field(min_length=1)]
+    baseline: Baseline | None = None
     artifacts: ArtifactsRecord | None = None
     latency: LatencyRecord | None = None
     agreement: Share | None = None
@@ -279,14 +289,14 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
-    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, a step's `weights`,
-    `others` of timings, a layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older reports keep
-    their content.
+    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `baseline`, `counted`, `ranks`, a step's
+    `weights`, `others` of timings, a layer's `clipped`, `histogram` and `note`) are left out where they were not given, so that older
+    reports keep their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
-    for key in {"artifacts", "counted", "ranks"} - report.model_fields_set:
+    for key in {"artifacts", "baseline", "counted", "ranks"} - report.model_fields_set:
         del values[key]
     for key, record in (("latency", report.latency), ("artifacts", report.artifacts)):
         if record is not None and "others" not in record.model_fields_set:

@@ -52,7 +52,7 @@ class Metric:
 METRICS: dict[Task, Metric] = {
     "segment": Metric(name="mIoU", each="IoU", unit="", digits=3),
     "classify": Metric(name="accuracy", each="recall", unit="", digits=3),
-    "restore": Metric(name="PSNR", each="PSNR", unit=" dB", digits=2, same="values within 1 level"),
+    "restore": Metric(name="PSNR", each="PSNR", unit=" dB", digits=2, same="values (± 1 level)"),
 }
 
 

@@ -82,19 +82,14 @@ def evaluate_restored(
     side, rows = allowed_tile(session.signature, tile), []
     for index in range(ranks.index, len(samples), ranks.count):
         sample = samples[index]
-        rows.append(_scores(predict(session, sample.image, tile=side), sample, similarity))
+        rows.append(picture_scores(predict(session, sample.image, tile=side), sample, similarity=similarity))
         if progress is not None:
             progress(index + 1, len(samples))
     return mean_scores(rows, ranks)
 
 
-def score_pictures(restored: Sequence[UInt8], samples: Sequence[Sample]) -> RestoredScores:
-    """Compare pictures that were restored before with the clean pictures of their samples."""
-    return mean_scores([_scores(picture, samples[index], True) for index, picture in enumerate(restored)])
-
-
 def mean_scores(rows: Sequence[tuple[float, ...]], ranks: Ranks = ALONE) -> RestoredScores:
-    """The mean of rows of PSNR, SSIM, and both of the input; NaN stands for no SSIM."""
+    """The means of `picture_scores`, of all processes. Raises `DataError` if there are none."""
     added = torch.tensor([*np.sum(rows, axis=0), len(rows)] if rows else [0.0] * 5, dtype=torch.float64)
     *sums, number = ranks.sum(added).tolist()
     if not number:
@@ -132,10 +127,11 @@ def ssim(image_HWC: UInt8, clean_HWC: UInt8) -> float:
         mean = structural_similarity_index_measure(_batch(image_HWC[part]), _batch(clean_HWC[part]), data_range=255.0)
         assert isinstance(mean, Tensor)
         total += float(mean) * (part.stop - part.start - WINDOW + 1)
-    return total / inside
+    return float(total / inside)
 
 
-def _scores(image_HWC: UInt8, sample: Sample, similarity: bool) -> tuple[float, float, float, float]:
+def picture_scores(image_HWC: UInt8, sample: Sample, *, similarity: bool = True) -> tuple[float, float, float, float]:
+    """PSNR and SSIM of a restored picture, and of its input; NaN where there is no SSIM."""
     given_HWC = enlarged(sample.image[:, :], sample.clean.shape[0] // sample.image.shape[0])
     psnrs = [psnr(picture, sample.clean) for picture in (image_HWC, given_HWC)]
     ssims = [ssim(picture, sample.clean) if similarity else math.nan for picture in (image_HWC, given_HWC)]
