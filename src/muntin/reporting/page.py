@@ -146,9 +146,7 @@ def _class_scale(report: Report) -> float:
     return 1.0 if report.task != "restore" else max(values) or 1.0
 
 
-def _examples(
-    directory: Path, examples: tuple[Example, ...], parts_shown: Mapping[str, str]
-) -> list[tuple[str, list[tuple[str, Preview]]]]:
+def _examples(directory: Path, examples: tuple[Example, ...], captions: Mapping[str, str]) -> list[tuple[str, list[tuple[str, Preview]]]]:
     """Return the name of each example and its pictures with their captions; all share the page's limit of characters."""
     paths = [
         [(caption, path) for part, caption in captions.items() if (path := getattr(example, part)) is not None] for example in examples
