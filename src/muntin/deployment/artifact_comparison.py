@@ -56,7 +56,7 @@ ROUNDING = 1e-9
 """Tolerance of a comparison of scores: 0.5 - 0.01 is not exactly 0.49."""
 ROUNDS = 30
 """Timed calls of each candidate."""
-Answers = Labels | UInt8
+Predicted = Labels | UInt8
 """What a session answers for a picture: labels, or for restore the picture (H, W, C)."""
 Announce = Callable[[str], None]
 
@@ -72,7 +72,7 @@ class ArtifactComparison:
     record: dict[str, Any]
     sessions: dict[str, Session]
     tests: dict[str, Evaluation | RestoredScores]
-    labels: list[Answers]
+    labels: list[Predicted]
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
@@ -171,7 +171,7 @@ class _Scored:
 
     scores: dict[str, dict[str, float]]
     tests: dict[str, Evaluation | RestoredScores]
-    labels: list[Answers]
+    labels: list[Predicted]
     seconds: dict[str, float]
 
 
@@ -179,7 +179,7 @@ def _score(sessions: Mapping[str, Predictor], source: Source, *, tile: int, keep
     """Evaluate sessions on both splits. Compares labels with those of the first session, the reference."""
     validation, test = source.split("validation"), source.split("test")
     scored = _Scored(scores={}, tests={}, labels=[], seconds={})
-    reference_labels: list[Answers] = []
+    reference_labels: list[Predicted] = []
     for name, session in sessions.items():
         stage(f"evaluate {name}")
         started = perf_counter()
@@ -219,13 +219,13 @@ def engine_words(entry: RunArtifact, session: Session) -> str:
     return f"{session.engine} {integers}{session.precision.upper()}, {count(session.threads, 'thread')}"
 
 
-def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[Evaluation | RestoredScores, list[Answers]]:
+def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[Evaluation | RestoredScores, list[Predicted]]:
     """Return the scores of a session and its labels (pictures, of restore) of each sample.
 
     Takes one picture at a time: a split may exceed the memory.
     """
     if session.signature.task == "restore":
-        pictures: list[Answers] = []
+        pictures: list[Predicted] = []
         side = allowed_tile(session.signature, tile)
         rows = []
         for index in range(len(samples)):
@@ -243,7 +243,7 @@ def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[
     return score(collected(), session), predicted
 
 
-def equal_labels(samples: Samples, one: Sequence[Answers], other: Sequence[Answers]) -> float:
+def equal_labels(samples: Samples, one: Sequence[Predicted], other: Sequence[Predicted]) -> float:
     """Return the share of equal labels, 0 to 1, among those that the truth does not ignore.
 
     Of restored pictures the share of values that differ by at most `CLOSE`.

@@ -27,8 +27,8 @@ from muntin.deployment.artifact_comparison import (
     REFERENCE,
     ROUNDS,
     Announce,
-    Answers,
     ArtifactComparison,
+    Predicted,
     compare_artifacts,
     engine_words,
     equal_labels,
@@ -149,7 +149,7 @@ class _Comparison:
         timed[-1]["name"] = "deployed"
         return {key: record[key] for key in ("height", "width", "rounds")} | {"rows": timed}
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Answers]]:
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Predicted]]:
         model = load_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
@@ -163,7 +163,7 @@ class _Comparison:
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Answers]]:
+    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Predicted]]:
         """Return the row of a step in PyTorch, and its labels of each test sample."""
         session = TorchSession(model, self.signature)
         result, labels = self._timed(f"evaluate {name}", lambda: score_with_labels(session, self.test, self.tile))
@@ -212,7 +212,7 @@ class _Comparison:
             "recipe": recipe_text(self.recipe),
         }
 
-    def _pictures(self, session: Session, labels: list[Answers]) -> dict[str, Any]:
+    def _pictures(self, session: Session, labels: list[Predicted]) -> dict[str, Any]:
         self.stage("pictures")
         classes = self.signature.classes
         if self.recipe.task == "restore":

@@ -81,6 +81,12 @@ class Evaluation:
         """Score of the task: mean IoU for segment, accuracy for classify. Higher is better."""
         return self.miou if self.task == "segment" else self.accuracy
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The scores of a validation."""
+        figures = {"score": self.score, "accuracy": self.accuracy, "by_class": self.by_class}
+        return figures | {"miou": self.miou} if self.task == "segment" else figures
+
 
 def tile_of(crop: int) -> int:
     """Side of the tiles for whole pictures: twice the training crop, for a context like in training."""

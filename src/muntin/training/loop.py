@@ -38,7 +38,6 @@ from muntin.training.recipe import Recipe
 from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import MemoryShortError, remember_use, remembered_use
-from muntin.training.restoration.evaluation import RestoredScores
 from muntin.training.trainer import DivergedError, Trainer
 
 LOG_EVERY = 10
@@ -306,15 +305,9 @@ class Training:
         """Recalibrate the norms and validate."""
         with self._saved_on_error(), self.trainer.average.whole():
             self._renew_statistics(samples)
-            result = evaluate(
-                self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating, ranks=self.ranks,
-                similarity=False,
-            )  # fmt: skip
-            point: dict[str, Any] = {"step": self.step, "score": result.score, "by_class": result.by_class}
-            if isinstance(result, RestoredScores):
-                point |= {"psnr": result.psnr, "input_psnr": result.input_psnr}
-            else:
-                point |= {"accuracy": result.accuracy} | ({"miou": result.miou} if result.task == "segment" else {})
+            side, report = tile_of(self.recipe.data.crop), self._report_validating
+            result = evaluate(self.session, validation, tile=side, progress=report, ranks=self.ranks, similarity=False)
+            point = {"step": self.step, **result.figures}
             self.validation.append(point)
             self._log(log, "validation", point)
             self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))

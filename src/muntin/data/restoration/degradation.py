@@ -18,14 +18,14 @@ from muntin.images.opening import UInt8
 
 MAX_SCALE = 4
 """Largest reduction, that of `ModelConfig.scale`."""
-Level = Annotated[float, Field(ge=0, le=255)]
+NoiseLevel = Annotated[float, Field(ge=0, le=255)]
 Quality = Annotated[int, Field(ge=1, le=100)]
 
 
 class Degradation(Section):
     """How the inputs of `restore` are made from clean photographs: anew for each training crop, by the picture's name elsewhere."""
 
-    noise: Level | tuple[Level, Level] = Field(
+    noise: NoiseLevel | tuple[NoiseLevel, NoiseLevel] = Field(
         default=0.0, description="standard deviation of Gaussian noise, grey levels of 255; or a range such as [5, 50]"
     )
     scale: int = Field(default=1, ge=1, le=MAX_SCALE, description="the input's sides are 1/scale of the photograph's: bicubic, antialiased")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +58,11 @@ class RestoredScores:
     def by_class(self) -> dict[str, float | None]:
         """Empty: there are no classes."""
         return {}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The scores of a validation."""
+        return {"score": self.score, "by_class": {}, "psnr": self.psnr, "input_psnr": self.input_psnr}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -127,7 +133,7 @@ def ssim(image_HWC: UInt8, clean_HWC: UInt8) -> float:
         one, other = _batch(image_HWC[part]), _batch(clean_HWC[part])
         _, map_BCHW = structural_similarity_index_measure(one, other, data_range=255.0, return_full_image=True)
         total += float(map_BCHW[:, :, border:-border, border:-border].double().mean(1).sum())
-    return total / (inside * (width - WINDOW + 1))
+    return float(total / (inside * (width - WINDOW + 1)))
 
 
 def picture_scores(image_HWC: UInt8, sample: Sample, *, similarity: bool = True) -> tuple[float, float, float, float]:
