@@ -1,0 +1,1 @@
+"""The tables of `tasks.py`, a module each. `tasks.py` says what a module holds."""
