@@ -28,7 +28,7 @@ from muntin.models import PRESETS, HybridNet, create_model
         ("hybrid-s", {"scale": 2}, "scale=2 is for task 'restore'; 'segment' answers at the input's size"),
         ("hybrid-s", {"task": "detect"}, "model 'hybrid-s', task: Input should be 'segment', 'classify' or 'restore'"),
         ("timm:resnet18", {"task": "classify", "options": {"window": 8}}, "options window are for hybrid models"),
-        ("timm:resnet18", {"task": "classify", "scale": 2}, "scale=2 is for hybrid models; 'timm:resnet18' answers at the input's size"),
+        ("timm:resnet18", {"task": "classify", "scale": 2}, "scale=2 is for hybrid models and factories; 'timm:resnet18' answers at"),
     ],
 )
 def test_mistakes(name: str, arguments: dict[str, Any], message: str) -> None:

@@ -28,6 +28,9 @@ def classifier(*, task, classes, channels):
     assert task == "classify"
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
+def enlarging(*, task, classes, channels, scale):
+    return nn.Upsample(scale_factor=scale)
+
 def positional(task, classes, channels):
     return nn.Conv2d(channels, classes, 1)
 
@@ -126,6 +129,13 @@ def test_own_factory(mine: str) -> None:
     model = create_model(f"{mine}:classifier", task="classify", classes=4, channels=2)
     assert model(torch.rand(3, 2, 5, 5)).shape == (3, 4)
     assert isinstance(create_model(f"{mine}:positional"), nn.Conv2d)
+
+
+def test_factory_of_a_larger_picture(mine: str) -> None:
+    model = create_model(f"{mine}:enlarging", task="restore", channels=2, scale=2, size_divisor=4)
+    assert model(torch.rand(1, 2, 5, 7)).shape == (1, 2, 10, 14)
+    with pytest.raises(RecipeError, match="takes task, classes, channels and scale"):
+        create_model(f"{mine}:classifier", task="restore", scale=2)
 
 
 def test_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,25 @@ def test_distillation_of_restoration() -> None:
     assert float(distillation_loss("restore", torch.full((1, 3, 2, 2), 96.0), torch.full((1, 3, 2, 2), 32.0))) == 1.0
 
 
+@pytest.mark.parametrize("memory", [None, 600])
+def test_restore_loss(memory: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 256, (4, 3, 9, 7), generator=generator, dtype=torch.uint8)
+    answer = (target + 30 * torch.randn(target.shape, generator=generator)).requires_grad_()
+    teacher = (target + torch.randn(target.shape, generator=generator)).float()
+    loss = Loss(task="restore", distillation=0.5, memory=memory)
+    expected = (answer - target).abs().mean() / 64 + 0.5 * (answer - teacher).square().mean() / 64**2
+    assert loss(answer, target, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    (given,) = torch.autograd.grad(loss(answer, target, teacher), answer)
+    (wanted,) = torch.autograd.grad(expected, answer)
+    torch.testing.assert_close(given, wanted)
+    parts = [slice(0, 1), slice(1, 4)]
+    sums = sum(loss.sums(answer[part], target[part], teacher[part]) for part in parts)
+    totals = sum(loss.totals(target[part], 0) for part in parts)
+    assert loss.value(sums, totals).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.linear
+
+
 # ---- focal, Dice, class weights ----
 
 KINDS = {

@@ -99,7 +99,7 @@ def test_unknown_key_first() -> None:
         ("data.classes.1.value", [1, 2, 300], "value.2: Input should be less than or equal to 255 (got 300)"),
         ("name", "a b", "(got 'a b')"),
         ("seed", -1, "greater than or equal to 0"),
-        ("task", "restore", "'segment' or 'classify'"),
+        ("task", "detect", "'segment', 'classify' or 'restore'"),
         ("training", None, "dictionary"),
     ],
 )
@@ -311,3 +311,32 @@ def test_boolean_for_a_number(change: str, place: str) -> None:
 def test_rare_without_masks() -> None:
     with pytest.raises(RecipeError, match=r"data\.rare 0\.5: .* classify lacks: remove it"):
         override_recipe(Recipe(), ["task=classify", "data.rare=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, "needs data.degrade"),
+        ({"degrade": {"noise": 25}, "targets": "b"}, "remove `targets`"),
+        ({"degrade": {"noise": 25}, "scale": 2}, "remove `scale`"),
+        ({"degrade": {"jpeg": 50}, "channels": 4}, "JPEG has 1 or 3"),
+        ({"degrade": {"noise": 25}, "rare": 0.5}, "restore lacks"),
+        ({"degrade": {"noise": 25}, "classes": [{"name": "sea"}]}, "restore has no classes"),
+        ({"degrade": {"scale": 2}, "source": "shards"}, "source: folders"),
+    ],
+)
+def test_data_that_do_not_suit_restore(data: dict[str, Any], says: str) -> None:
+    content = {"task": "restore", "data": {"source": "folders", "images": "a", **data}}
+    with pytest.raises(RecipeError, match=says):
+        parse_recipe(content, where="test")
+
+
+def test_scale_of_restore() -> None:
+    data = {"source": "folders", "images": "a"}
+    recipe = parse_recipe({"task": "restore", "data": {**data, "degrade": {"scale": 2, "noise": [5, 50]}}}, where="test")
+    assert (recipe.signature(()).scale, recipe.signature(()).task) == (2, "restore")
+    assert parse_recipe(recipe.model_dump(mode="json"), where="test") == recipe
+    pairs = parse_recipe({"task": "restore", "data": {**data, "targets": "b", "scale": 3}}, where="test")
+    assert pairs.signature(()).scale == 3
+    with pytest.raises(RecipeError, match="write task: restore"):
+        parse_recipe({"task": "classify", "data": {**data, "degrade": {"noise": 5}}}, where="test")

@@ -27,6 +27,7 @@ from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import areas, predictions, tile_of
 from muntin.training.loss import class_weights, loss_of
 from muntin.training.precision import resolve_precision
+from muntin.training.restoration.evaluation import picture_psnrs
 
 FOLDER = "budget"
 """Folder of the trials in a run's folder."""
@@ -86,11 +87,15 @@ def _splits(source: Source) -> tuple[Samples, Samples]:
 
 
 def _metric(samples: Samples, tile: int, task: str) -> Callable[[Any], Any]:
-    """The samples of the score of an artefact: areas of bands of pictures for segment, 1 or 0 for each picture for classify."""
+    """The samples of the score of an artefact: areas of bands of pictures for segment, 1 or 0 for each picture for classify, its
+    PSNR in dB for restore.
+    """
 
     def measure(deployed: Any) -> Any:
         if task == "segment":
             return areas(deployed.session, samples, tile=tile)
+        if task == "restore":
+            return picture_psnrs(deployed.session, samples, tile=tile)
         return [float(labels[0] == sample.target) for sample, labels in predictions(deployed.session, samples, tile=tile)]
 
     return measure

@@ -44,8 +44,8 @@ def compress_command(
         float | None,
         typer.Option(
             min=0,
-            help="Instead of the stages, search for the smallest model that loses at most this much of the validation metric, e.g. 0.01; "
-            "a search that was interrupted goes on.",
+            help="Instead of the stages, search for the smallest model that loses at most this much of the validation metric: of mIoU or "
+            "accuracy, e.g. 0.01, or for restore dB of PSNR, e.g. 0.1; a search that was interrupted goes on.",
         ),
     ] = None,
     objective: Annotated[str | None, typer.Option(help="With --max-drop: what to make least, size or latency.")] = None,
@@ -149,12 +149,15 @@ def compression_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Reci
 
 def describe_compression(run: CompressionRun) -> None:
     """Print the stages, ranks and bits of a compression."""
+    from muntin.reporting.text import METRICS
     from muntin.training import read_checkpoint
 
+    last = read_checkpoint(run.checkpoint)
+    metric = METRICS[last.recipe.task]
     for stage in run.stages:
-        score = "" if stage.score is None else f", {stage.score:.4f} on the validation split"
+        score = "" if stage.score is None else f", {metric.exact(stage.score)} on the validation split"
         out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s{score}")
-    changes = read_checkpoint(run.checkpoint).changes
+    changes = last.changes
     kept = [change.kept for change in changes if change.pass_ == "low_rank"]
     if kept:
         out.print(f"ranks     {kept.count(False)} of {len(kept)} layers are factored")
@@ -180,6 +183,7 @@ def compress_within(
     from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
     from muntin.reporting.front import write_front
+    from muntin.reporting.text import METRICS
     from muntin.training import find_checkpoint, read_checkpoint
 
     budget = Budget(**terms)
@@ -192,7 +196,7 @@ def compress_within(
     folder = output or file.parent.parent / FOLDER
     with _shown(notes_once(() if json else notes), quiet=json) as progress:
         result = compress_run(checkpoint, budget, folder, progress=progress)
-    metric = "mIoU" if recipe.task == "segment" else "accuracy"
+    metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
     page = write_front(folder, front_record(result, title=recipe.name, metric=metric))
     if json:
         print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes]})

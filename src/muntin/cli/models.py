@@ -47,8 +47,10 @@ def models_command(
 
 
 def init_command(
-    directory: Annotated[Path, typer.Argument(help="Your folder: images/ with masks/, a folder of images for each class, or .tar shards.")],
-    task: Annotated[str | None, typer.Option(help="segment or classify; by default inferred from the folder.")] = None,
+    directory: Annotated[
+        Path, typer.Argument(help="Your folder: images/ with masks/, a folder of images for each class, .tar shards, or photographs.")
+    ],
+    task: Annotated[str | None, typer.Option(help="segment or classify, by default inferred from the folder; or restore.")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="File of the recipe, with absolute paths of the images; DIRECTORY/recipe.yaml by default."),
@@ -61,8 +63,8 @@ def init_command(
     from muntin.errors import RecipeError
     from muntin.reporting.text import percent
 
-    if task not in (None, "segment", "classify"):
-        raise RecipeError(f"task '{task}': give segment or classify")
+    if task not in (None, "segment", "classify", "restore"):
+        raise RecipeError(f"task '{task}': give segment, classify or restore")
     path, survey = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
     classes, segment = survey.classes, survey.layout.task == "segment"
     if json:
@@ -72,6 +74,11 @@ def init_command(
         return
     rename = "rename the classes, " if segment else ""
     out.print(f"wrote     {path} (task: {survey.layout.task}): read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
+    if survey.layout.task == "restore":
+        made = "made from them by data.degrade" if survey.layout.base.targets is None else "beside clean ones"
+        out.print(f"pictures  {survey.counted}, of which {survey.opened} were opened; inputs are {made}")
+        print_notes(survey.notes)
+        return
     names = [as_yaml(entry.value) if segment else entry.name for entry in classes.classes]
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
     ignored = "" if classes.ignore is None else f"; {classes.ignore} in a mask counts as nothing"

@@ -86,7 +86,7 @@ def _finish(checkpoint: Path, directory: Path, json: bool, begin: Callable[[], N
     """Compare, write and print the report. `begin` is called when work begins. `before`: notes of earlier steps, repeated only in JSON."""
     from muntin.deployment.comparison import compare
     from muntin.reporting import terminal_table, write_report
-    from muntin.reporting.text import percent
+    from muntin.reporting.text import METRICS, percent
     from muntin.training import read_checkpoint
 
     with status("assessing", begin=begin) as stage:
@@ -101,6 +101,9 @@ def _finish(checkpoint: Path, directory: Path, json: bool, begin: Callable[[], N
         print_artifacts(artifacts, task=report["task"], title="deployed artefacts")
     print_size(artifacts)
     if report["agreement"] is not None:
-        out.print(f"agreement {percent(report['agreement'], 3)} of the test labels are the same deployed and in PyTorch")
+        same = (
+            "of the test labels are the same" if METRICS[report["task"]].same == "labels" else "of the restored values differ by at most 1"
+        )
+        out.print(f"agreement {percent(report['agreement'], 3)} {same} deployed and in PyTorch")
     print_notes(report["notes"])
     out.print(f"wrote     {page}")

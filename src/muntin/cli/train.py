@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import count as count_up
@@ -37,6 +37,7 @@ from muntin.text import count, number_format
 
 if TYPE_CHECKING:
     from muntin.training import FitProgress, FitResult, Recipe
+    from muntin.training.restoration.evaluation import RestoredScores
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set training.steps=200; repeatable.")]
 
@@ -276,13 +277,15 @@ def _line(description: str, progress: FitProgress, task: str) -> tuple[str, floa
 
 
 def _figures(progress: FitProgress, task: str) -> str:
+    from muntin.reporting.text import METRICS
+
     parts = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
     if (rate := progress.images_per_second) is not None:
         parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s")
     if progress.waiting is not None:
         parts.append(f"waiting for input {progress.waiting:.0%}")
     if progress.score is not None:
-        parts.append(f"validation {'mIoU' if task == 'segment' else 'accuracy'} {progress.score:.3f}")
+        parts.append(f"validation {METRICS[task].name} {METRICS[task](progress.score)}")  # type: ignore[index]
     return ", ".join(parts)
 
 
@@ -292,11 +295,18 @@ def describe_fit(result: FitResult) -> None:
     if result.waiting is not None:
         out.print(f"input     {100 * result.waiting:.0f} % of the time spent waiting ({count(result.workers, 'worker')})")
     if (kept := result.result) is not None:
-        out.print(f"score     {kept['score']:.4f} on the validation split ({'mean IoU' if 'miou' in kept else 'accuracy'})")
+        out.print(f"score     {score_words(kept)}")
         best = max(point["score"] for point in result.validation)
         rank = "the best" if kept["score"] == best else f"the last (the best had {best:.4f})"
         out.print(f"weights   of step {kept['step']}, {rank} of {count(len(result.validation), 'validation')}")
     out.print(f"wrote     {result.checkpoint}")
+
+
+def score_words(point: Mapping[str, Any]) -> str:
+    """The score of a validation in words; of restore beside the input's."""
+    if "psnr" in point:
+        return f"PSNR {point['psnr']:.2f} dB on the validation split, the input has {point['input_psnr']:.2f} dB"
+    return f"{point['score']:.4f} on the validation split ({'mean IoU' if 'miou' in point else 'accuracy'})"
 
 
 def evaluate_command(
@@ -320,12 +330,14 @@ def evaluate_command(
     from muntin.deployment.run_artifacts import run_of
     from muntin.errors import ArtifactError
     from muntin.models import TorchSession
+    from muntin.reporting.text import METRICS
     from muntin.runtime import load
     from muntin.runtime.options import DEFAULT_ENGINE
     from muntin.runtime.tiles import check_tiles
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.checkpoint import source_of
     from muntin.training.evaluation import tile_of
+    from muntin.training.restoration.evaluation import RestoredScores
 
     if split not in SPLITS:
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
@@ -354,10 +366,21 @@ def evaluate_command(
     if json:
         print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": (*start, *notes)})
         return
-    metric = "mIoU" if result.task == "segment" else "accuracy"
+    metric = METRICS[signature.task]
     numbers = number_format(session.precision, integers=artifact is not None and open_artifact(artifact).manifest.integers)
-    out.print(f"{metric} {result.score:.4f} on {split} ({count(result.samples, 'sample')}), {session.engine}, {numbers}")
-    out.print(f"  {'IoU' if result.task == 'segment' else 'recall'} of each class:")
+    out.print(f"{metric.name} {metric.exact(result.score)} on {split} ({count(result.samples, 'sample')}), {session.engine}, {numbers}")
+    if isinstance(result, RestoredScores):
+        for line in _restored_lines(result, signature.scale):
+            out.print(f"  {line}")
+    else:
+        out.print(f"  {metric.each} of each class:")
     for name, value in result.by_class.items():
         out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}")
     print_notes(notes)
+
+
+def _restored_lines(result: RestoredScores, scale: int) -> list[str]:
+    """SSIM, and the scores of the input."""
+    shown = [("restored", result.psnr, result.ssim)]
+    shown.append(("the input" if scale == 1 else "the input, enlarged bicubically", result.input_psnr, result.input_ssim))
+    return [f"{name}: PSNR {psnr:.2f} dB" + ("" if ssim is None else f", SSIM {ssim:.4f}") for name, psnr, ssim in shown]

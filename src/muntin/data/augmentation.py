@@ -20,7 +20,8 @@ MIXTURES: dict[str, DataTask] = {"mosaic": "segment", "mixup": "classify", "cutm
 class Augmentation(Section):
     """Random changes to training crops: values that replace those of the preset `data.augment`; the defaults below are those of `light`.
 
-    Flips, zoom, rotation and mosaic change image and mask; brightness, contrast, saturation and hue the image only.
+    Flips, zoom, rotation and mosaic change image and mask; brightness, contrast, saturation and hue the image only. `restore` changes the
+    clean picture before it is degraded, without zoom and rotation; its pairs (`targets`) are only flipped.
     """
 
     flip_horizontal: Probability = Field(default=0.5, description="probability of a left-right flip, 0-1")

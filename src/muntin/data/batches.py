@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from muntin.data.augmentation import NO_AUGMENTATION, Augmentation
 from muntin.data.batch_feed import ImageBatch, prefetch
+from muntin.data.restoration.crops import cut_pair
 from muntin.data.source import DataTask, HeldSamples, Sample, Samples
 from muntin.errors import DataError
 from muntin.images import IGNORED
@@ -52,6 +53,7 @@ class Draw:
     contrast: float = 1.0
     saturation: float = 1.0
     hue: float = 0.0
+    degradation_seed: int = 0  # of restore
     mix: Mix | None = None
 
 
@@ -79,8 +81,9 @@ class Crops:
 
     `segment`: pictures are drawn by area, and the window's position uniformly. A fraction `rare` of the crops is centred on a pixel of a
     class that is drawn uniformly. A picture smaller than the window lies at a random position in it, surrounded by 0 in the image and 255
-    (ignored) in the target. `classify`: pictures are drawn uniformly, and the window is the largest square that fits, divided by the zoom;
-    what a rotation brings in from outside the picture is its mirror image. `classes`: their number, for mixup and cutmix.
+    (ignored) in the target. `restore`: the same without zoom and rotation, and a smaller picture is continued by mirroring. `classify`:
+    pictures are drawn uniformly, and the window is the largest square that fits, divided by the zoom; what a rotation brings in from
+    outside the picture is its mirror image. `classes`: their number, for mixup and cutmix.
 
     The constructor reads the header of every picture; with `rare` it also reads every mask once. Raises DataError if there are no samples.
     """
@@ -103,18 +106,18 @@ class Crops:
         self._sizes = self._samples.sizes()
         self._task, self._crop, self._batch_size = task, crop, batch_size
         self._seed, self._augmentation, self._rare = seed, augmentation, rare
-        weights = np.array([height * width if task == "segment" else 1 for height, width in self._sizes], dtype=np.float64)
+        weights = np.array([1 if task == "classify" else height * width for height, width in self._sizes], dtype=np.float64)
         self._upper_edges = np.cumsum(weights) / weights.sum()
         self._classes = classes if task == "classify" and augmentation.mixup + augmentation.cutmix > 0 else 0
         self._cells = class_cells(samples) if rare > 0 and task == "segment" else []
 
     def batch(self, step: int, rows: slice = slice(None)) -> ImageBatch:
-        """Images uint8 (B, C, H, W), channels last in memory, and targets int64 (B, H, W), or (B,) for `classify`; with mixup or cutmix
-        shares of the classes float32 (B, K). `rows`: of the batch."""
+        """Images uint8 (B, C, H, W), channels last in memory, and targets: int64 (B, H, W), or (B,) for `classify`, with mixup or cutmix
+        shares of the classes float32 (B, K); or uint8 (B, C, scale*H, scale*W) for `restore`. `rows`: of the batch."""
         crops = [self._make(draw) for draw in self.draws(step)[rows]]
         images_BHWC = torch.stack([image_CHW.permute(1, 2, 0) for image_CHW, _ in crops])
         target = torch.stack([target for _, target in crops])
-        return images_BHWC.permute(0, 3, 1, 2), target if self._classes else target.long()
+        return images_BHWC.permute(0, 3, 1, 2), target if self._classes or self._task == "restore" else target.long()
 
     def _make(self, draw: Draw) -> tuple[Tensor, Tensor]:
         """The crop of a draw, with those that are joined with it."""
@@ -161,9 +164,11 @@ class Crops:
         else:
             index = min(int(np.searchsorted(self._upper_edges, generator.random(), side="right")), len(self._upper_edges) - 1)
             height, width = self._sizes[index]
-            side = max(1, round((self._crop if self._task == "segment" else min(height, width)) / zoom))
+            side = max(1, round((min(height, width) if self._task == "classify" else self._crop) / zoom))
             if self._task == "classify":
                 side = min(side, height, width)
+            elif self._task == "restore":
+                side = self._crop
             top, left = _random_start(generator, side, height), _random_start(generator, side, width)
         return Draw(
             index=index,
@@ -176,8 +181,9 @@ class Crops:
             contrast=1 + float(generator.uniform(-ranges.contrast, ranges.contrast)),
             saturation=1 + float(generator.uniform(-ranges.saturation, ranges.saturation)),
             # without these, crops have the same random numbers as before there were any
-            angle=float(generator.uniform(-ranges.rotation, ranges.rotation)) if ranges.rotation else 0.0,
+            angle=float(generator.uniform(-ranges.rotation, ranges.rotation)) if ranges.rotation and self._task != "restore" else 0.0,
             hue=float(generator.uniform(-ranges.hue, ranges.hue)) if ranges.hue else 0.0,
+            degradation_seed=int(generator.integers(1 << 32)) if self._task == "restore" else 0,
         )
 
     def _rare_pixel(self, generator: np.random.Generator) -> tuple[int, int, int]:
@@ -197,13 +203,17 @@ def small_picture_notes(samples: Samples, *, task: DataTask, crop: int) -> tuple
     if not small:
         return ()
     height, width = min(small, key=min)
-    effect = "the rest of a crop is black and ignored" if task == "segment" else "they are enlarged"
+    effect = {"segment": "the rest of a crop is black and ignored", "classify": "they are enlarged", "restore": "they are mirrored"}[task]
     share = f"{len(small)} of {count(len(sizes), 'training picture')}"
     return (f"{share} have a side shorter than data.crop {crop} (the smallest is {width}×{height}): {effect}",)
 
 
 def cut(sample: Sample, draw: Draw, crop: int) -> tuple[Tensor, Tensor]:
-    """Make the crop that `draw` describes: image uint8 (C, crop, crop), target uint8 (crop, crop), or () for `classify`."""
+    """Make the crop that `draw` describes: image uint8 (C, crop, crop), target uint8 (crop, crop), or () for `classify`, or for
+    `restore` (C, scale*crop, scale*crop).
+    """
+    if sample.restores:
+        return cut_pair(sample, draw, lambda clean_CHW: _with_color_changes(clean_CHW, draw))
     window, size = (draw, crop) if not draw.angle else _around(draw, crop)
     mirrored = draw.angle and isinstance(sample.target, int)
     image_HWC = _mirrored_window(np.asarray(sample.image), window) if mirrored else _window(sample.image, window, 0)

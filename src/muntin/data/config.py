@@ -11,6 +11,8 @@ from muntin.data.augmentation import Augmentation, Preset, Probability, fill_in
 from muntin.data.classes import ClassSpec, MaskValue
 from muntin.data.earth import EarthSource, EarthVariant
 from muntin.data.folders import FolderPair, FolderSource
+from muntin.data.restoration.degradation import MAX_SCALE, Degradation
+from muntin.data.restoration.source import RestoreSource, scale_of_pairs
 from muntin.data.section import Section
 from muntin.data.shards.source import ShardSource
 from muntin.data.source import Source
@@ -19,7 +21,7 @@ from muntin.images import IGNORED, MAX_CHANNELS
 SplitShare = Annotated[float, Field(gt=0, lt=1)]
 
 
-_FOLDER_FIELDS = ("images", "masks", "validation", "test", "classes", "ignore", "seed", "skip", "cache_mib")
+_FOLDER_FIELDS = ("images", "masks", "degrade", "targets", "scale", "validation", "test", "classes", "ignore", "seed", "skip", "cache_mib")
 SourceName = Literal["earth", "earth:climate", "earth:shore", "folders", "shards"]
 
 
@@ -36,6 +38,13 @@ class DataConfig(Section):
         default=None,
         description="folders: folder of masks; a mask has the stem of its image, and lies in a subfolder of the same name; unset for "
         "`classify`",
+    )
+    degrade: Degradation | None = Field(default=None, description="`restore`: how inputs are made from the clean photographs in `images`")
+    targets: Path | None = Field(
+        default=None, description="`restore` without `degrade`: folder of clean pictures, of the stems of the degraded ones in `images`"
+    )
+    scale: int | None = Field(
+        default=None, ge=1, le=MAX_SCALE, description="`targets`: their sides over those of `images`; unset: as of the first pair"
     )
     validation: SplitShare | FolderPair = Field(default=0.15, description="share of the pictures in `images`, 0-1, or own folders")
     test: SplitShare | FolderPair = Field(default=0.15, description="like `validation`, for the test split")
@@ -95,19 +104,56 @@ class DataConfig(Section):
             raise ValueError("a shard holds its masks itself, as NAME.mask.png beside NAME.jpg: remove `masks`")
         if self.masks is not None and len(self.classes) < 2:
             raise ValueError("masks need at least two `classes`, each with a name and a value")
+        if self.restores:
+            self._check_restore()
         shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
         if sum(shares) >= 1:
             raise ValueError(
                 f"the shares of validation and test add up to {sum(shares):g}: make them less than 1, so that pictures to train on are left"
             )
 
+    @property
+    def restores(self) -> bool:
+        """True for the data of `restore`."""
+        return self.degrade is not None or self.targets is not None
+
+    @property
+    def output_scale(self) -> int:
+        """Size of the clean pictures over that of the inputs; 1 for other tasks."""
+        return (self.scale or 1) if self.degrade is None else self.degrade.scale
+
+    def _check_restore(self) -> None:
+        if self.source != "folders":
+            raise ValueError(f"restore reads pictures from folders: write `source: folders`, not {self.source}")
+        if self.degrade is not None and (self.targets is not None or self.scale is not None):
+            key = "scale" if self.targets is None else "targets"
+            raise ValueError(f"`degrade` makes the inputs from the clean pictures in `images`: remove `{key}`, or `degrade`")
+        if self.masks is not None or self.classes:
+            raise ValueError(f"restore has no {'classes' if self.masks is None else 'masks'}: remove them")
+        if self.degrade is not None and self.degrade.jpeg is not None and self.channels not in (1, 3):
+            raise ValueError(f"degrade.jpeg with channels {self.channels}: JPEG has 1 or 3: set it to null")
+
+
+def with_scale(config: DataConfig, *, root: Path) -> DataConfig:
+    """The same section with `scale` as of the first pair of `targets`, if it is unset. Reads two headers. Raises DataError."""
+    if config.targets is None or config.scale is not None or config.images is None:
+        return config
+    pair = FolderPair(images=config.images, targets=config.targets).under(root)
+    return config.model_copy(update={"scale": scale_of_pairs(pair)})
+
 
 def open_source(config: DataConfig, *, root: Path) -> Source:
     """Open the data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
     if config.source not in ("folders", "shards"):
         return EarthSource(cast(EarthVariant, config.source.partition(":")[2] or "cover"))
-    base = FolderPair(images=Path() if config.images is None else config.images, masks=config.masks).under(root)
+    images = Path() if config.images is None else config.images
+    base = FolderPair(images=images, masks=config.masks, targets=config.targets).under(root)
     validation, test = (share.under(root) if isinstance(share, FolderPair) else share for share in (config.validation, config.test))
+    if config.restores:
+        return RestoreSource(
+            base=base, validation=validation, test=test, degrade=config.degrade, scale=config.output_scale, channels=config.channels,
+            seed=config.seed, skip=[root / path for path in config.skip], root=root, cache_bytes=config.cache_mib << 20,
+        )  # fmt: skip
     options: dict[str, Any] = {
         "classes": config.classes, "ignore": config.ignore, "channels": config.channels, "seed": config.seed,
         "skip": [root / path for path in config.skip], "root": root, "cache_bytes": config.cache_mib << 20,

@@ -29,11 +29,13 @@ class FolderPair(Section):
     images: Path = Field(
         description="folder of images, subfolders too; for `classify` it holds a folder for each class, and classes may be missing"
     )
-    masks: Path | None = Field(default=None, description="folder of masks, with the same subfolders; unset for `classify`")
+    masks: Path | None = Field(default=None, description="folder of masks, with the same subfolders; `segment` only")
+    targets: Path | None = Field(default=None, description="folder of clean pictures; `restore` with data.targets only")
 
     def under(self, root: Path) -> FolderPair:
         """The same folders, with relative paths resolved against `root`."""
-        return FolderPair(images=root / self.images, masks=None if self.masks is None else root / self.masks)
+        masks, targets = (None if folder is None else root / folder for folder in (self.masks, self.targets))
+        return FolderPair(images=root / self.images, masks=masks, targets=targets)
 
 
 class FolderSource(ItemSource):

@@ -38,7 +38,7 @@ _MAX_OPENED = 64  # files
 _LOSSY_SUFFIXES = (".jpg", ".jpeg")
 _MAX_VALUES_BETWEEN = 8  # distinct values between 0 and 255 beyond which masks with mostly these two are taken for smoothed ones
 _MIN_EXTREMES = 0.9  # fraction of the pixels that are 0 or 255 in smoothed masks of two classes
-_FOLDER_NAMES: dict[str, tuple[str, ...]] = {
+FOLDER_NAMES: dict[str, tuple[str, ...]] = {
     "images": ("images", "image", "imgs", "img"),
     "masks": ("masks", "mask", "labels", "annotations"),
     "train": ("train", "training"),
@@ -74,6 +74,8 @@ class Layout:
             return {key: file for (_, key), file in self.shards.pictures.items()}
         if self.task == "segment":
             return {f"{place}/{path.stem}".lstrip("/"): path for place, folder, _ in self.places() for path in pictures(folder)}
+        if self.task == "restore":
+            return {path.stem: path for path in pictures(self.base.images)}
         return {f"{folder.name}/{path.stem}": path for folder in subfolders(self.base.images) for path in pictures(folder)}
 
 
@@ -146,7 +148,7 @@ def _classify_layout(base: Path, split_folders: Mapping[SplitName, Path | None],
     class_folders = [folder for folder in subfolders(base) if pictures(folder)]
     if len(class_folders) < 2:
         return None
-    reserved = next((folder for folder in class_folders if any(folder.name.lower() in names for names in _FOLDER_NAMES.values())), None)
+    reserved = next((folder for folder in class_folders if any(folder.name.lower() in names for names in FOLDER_NAMES.values())), None)
     if reserved is not None and not task_given:
         raise DataError(
             f"{reserved} has the name of a split, of images or of masks, and lies beside folders that do not fit it: {_EXPECTED}; if it is "
@@ -180,7 +182,7 @@ def _shards_named(root: Path, role: str) -> Path | None:
         return folder
     for path in sorted(root.iterdir()):
         word = re.match(r"[A-Za-z]*", path.name)
-        if _is_shard(path) and word is not None and word[0].lower() in _FOLDER_NAMES[role]:
+        if _is_shard(path) and word is not None and word[0].lower() in FOLDER_NAMES[role]:
             separator = path.name[word.end()]
             return root / f"{word[0]}{separator if separator in '-_' else ''}*.tar"
     return None
@@ -193,7 +195,7 @@ def _is_shard(path: Path) -> bool:
 def _folder_named(parent: Path, role: str) -> Path | None:
     """The folder in `parent` that has one of the names for `role`."""
     by_name = {path.name.lower(): path for path in subfolders(parent)}
-    return next((by_name[name] for name in _FOLDER_NAMES[role] if name in by_name), None)
+    return next((by_name[name] for name in FOLDER_NAMES[role] if name in by_name), None)
 
 
 def _pair_in(folder: Path) -> FolderPair | None:
@@ -302,9 +304,9 @@ def picture_channels(facts: Mapping[PictureFile, PictureFacts]) -> int:
 
 def crop_side(facts: Mapping[PictureFile, PictureFacts], task: DataTask) -> int:
     """Side of the training crops, pixels: the median of the pictures' shorter sides rounded down to a multiple of 32, at least 32 and at
-    most 256 (`classify`: 224)."""
+    most 256 (`classify`: 224, `restore`: 128)."""
     shorter_side = int(median(picture.shorter_side for picture in facts.values()))
-    return min(256 if task == "segment" else 224, max(32, shorter_side // 32 * 32))
+    return min({"segment": 256, "classify": 224, "restore": 128}[task], max(32, shorter_side // 32 * 32))
 
 
 def classes_in_folders(folder: Path) -> list[ClassSpec]:

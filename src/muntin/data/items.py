@@ -173,8 +173,10 @@ def class_counts(samples: Sequence[Sample], classes: int) -> npt.NDArray[np.int6
 
 
 def _label_counts(sample: Sample, length: int) -> npt.NDArray[np.int64]:
-    """The number of pixels of each label. Reads a raster once, its picture too."""
+    """The number of pixels of each label, 0 for `restore`. Reads a raster once, its picture too."""
     counts = np.zeros(length, dtype=np.int64)
+    if sample.restores:
+        return counts
     if isinstance(sample.image, Raster):
         for _ in bands(sample.image):
             pass

@@ -32,6 +32,7 @@ from muntin.data.inspection import (
     unused_split_notes,
 )
 from muntin.data.listing import composed, is_utf8, paired_folders, pictures, subfolders
+from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
 from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
@@ -47,6 +48,8 @@ FEW_PIXELS = 0.02
 FEW_PICTURES = 1 / 3
 """Share of the most frequent class's pictures below which a class is called rare."""
 _MAX_REASONS = 3  # notes on files that cannot be read
+_FIRST_MODEL = "hybrid-xxs  # the fastest, for a first result; hybrid-xs,"
+_FIRST_RESTORER = "hybrid-xs  # the smallest whose decoder ends at a quarter of the sides;"
 _AFTER_DATA = """
 model:
   name: hybrid-xxs  # the fastest, for a first result; hybrid-xs, hybrid-s and hybrid-m are larger; `muntin models` lists them all
@@ -93,8 +96,9 @@ class Survey:
 def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> tuple[Path, Survey]:
     """Write `recipe.yaml` into the user's folder. Returns its path, and what was seen in the folder. Opens at most 64 masks and 64 images.
 
-    `task` None: segmentation if there are masks, else classification. `output`: the file to write instead, with absolute paths. Raises
-    RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too few pictures to split.
+    `task` None: segmentation if there are masks, else classification; restore by name only. `output`: the file to write instead, with
+    absolute paths. Raises RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too few
+    pictures to split.
     """
     root = Path(directory) if output is None else Path(directory).resolve()
     path = root / RECIPE_NAME if output is None else output
@@ -106,7 +110,7 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
         raise RecipeError(f"{path} cannot be written: use --output to name a file in a folder that you may write to")
     if output is not None and not (is_utf8(str(root)) and is_utf8(output.name)):
         raise DataError(f"{str(root)!a} or {str(output)!a} is not valid UTF-8, so a recipe cannot name it: rename it")
-    survey = _survey(find_layout(root, task))
+    survey = _survey(restore_layout(root) if task == "restore" else find_layout(root, task))
     write_whole(path, _recipe_text(survey, root, file=path.name, absolute=output is not None).encode())
     return path, survey
 
@@ -123,6 +127,9 @@ def _survey(layout: Layout) -> Survey:
         notes, folders = [f"{failure.reason}; `muntin fit` refuses them" for failure in failed[:_MAX_REASONS]], []
         classes, counted, unopened, unreadable_masks = shard_classes(content, base.images)
         unreadable |= unreadable_masks
+    elif layout.task == "restore":
+        classes, counted, unopened = MaskClasses(classes=(), ignore=None, shares=()), len(images), 0
+        notes, folders = restore_notes(layout), [folder for pair in pairs for folder in (pair.images, pair.targets) if folder is not None]
     elif base.masks is None:
         specs = classes_in_folders(base.images)
         numbers = [len(pictures(folder)) for folder in subfolders(base.images) if pictures(folder)]
@@ -200,14 +207,15 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     """The recipe as YAML with comments. `absolute`: write absolute paths; otherwise paths relative to `root`."""
     layout, base, ignore = survey.layout, survey.layout.base, survey.classes.ignore
     relative_to = None if absolute else root
+    checked = "degradation" if layout.task == "restore" else "class names"
     lines = [
-        "# A recipe for muntin, written by `muntin init`. Check the class names below, then run",
+        f"# A recipe for muntin, written by `muntin init`. Check the {checked} below, then run",
         f"#     muntin fit {shlex.quote(file)}     (with the path to this file; results go to `runs/` in the current folder)",
         "# The progress line shows how long training takes. A key that is left out has its default, which may differ from the value here;",
         "# docs/recipe.md lists all keys and their defaults.",
         "",
         f"name: {_quoted(run_name(root.resolve().name))}  # the run's results go to runs/ under this name",
-        f"task: {layout.task}  # segment: a class for every pixel; classify: one class for the picture",
+        f"task: {layout.task}  # segment: a class for every pixel; classify: one class for the picture; restore: a picture",
         "seed: 0  # another number gives another run: the spread between seeds shows which differences matter",
         "",
         "data:",
@@ -216,6 +224,8 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     ]
     if base.masks is not None:
         lines.append(f"  masks: {_path(base.masks, relative_to)}  # a mask has the stem of its image: a.jpg and a.png")
+    if layout.task == "restore":
+        lines += restore_lines(layout, "" if base.targets is None else _path(base.targets, relative_to))
     lines += [
         _split_line("validation", "during training", layout.validation, layout, relative_to),
         _split_line("test", "once, at the end", layout.test, layout, relative_to),
@@ -229,7 +239,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     if layout.task == "segment":
         lines.append(f"  ignore: {'null' if ignore is None else ignore}  # the mask value that belongs to no class; null: there is none")
     lines += [
-        *_class_lines(survey),
+        *([] if layout.task == "restore" else _class_lines(survey)),
         f"  channels: {survey.channels}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
         f"  crop: {survey.crop}  # side of the random training squares, pixels; larger has more context and is slower",
     ]
@@ -242,7 +252,10 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
         "    flip_horizontal: 0.5  # probability, 0-1",
         "    flip_vertical: 0.0  # 0.5, with rotation: 180, suits pictures taken from above: satellites, microscopes",
     ]
-    return "\n".join(lines) + "\n" + _AFTER_DATA
+    after = _AFTER_DATA
+    if layout.task == "restore":
+        after = after.replace(_FIRST_MODEL, _FIRST_RESTORER)
+    return "\n".join(lines) + "\n" + after
 
 
 def _class_lines(survey: Survey) -> list[str]:
@@ -261,9 +274,11 @@ def _class_lines(survey: Survey) -> list[str]:
 
 def _split_line(name: SplitName, scored: str, pair: FolderPair | None, layout: Layout, relative_to: Path | None) -> str:
     if pair is None:
-        own = f"folders of its own: {{images: ...{'' if layout.base.masks is None else ', masks: ...'}}}"
+        masks = "" if layout.base.masks is None else ", masks: ..."
+        own = f"folders of its own: {{images: ...{masks}{'' if layout.base.targets is None else ', targets: ...'}}}"
         return f"  {name}: {_SHARE}  # {100 * _SHARE:.0f} % of the pictures, not trained on, score the model {scored}; or {own}"
     masks = "" if pair.masks is None else f", masks: {_path(pair.masks, relative_to)}"
+    masks += "" if pair.targets is None else f", targets: {_path(pair.targets, relative_to)}"
     return (
         f"  {name}: {{images: {_path(pair.images, relative_to)}{masks}}}  # pictures that are not trained on and score the model {scored}"
     )

@@ -13,14 +13,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, overload
 
+import numpy as np
+
 from muntin.artifact.classes import ClassInfo
+from muntin.data.restoration.degradation import Degradation
 from muntin.images.opening import UInt8
 from muntin.images.rasters import Raster
 
-DataTask = Literal["segment", "classify"]
+DataTask = Literal["segment", "classify", "restore"]
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-MAX_CLASSES: dict[DataTask, int] = {"segment": 255, "classify": 65535}
+MAX_CLASSES: dict[DataTask, int] = {"segment": 255, "classify": 65535, "restore": 0}
 """Most classes that can be trained: masks are uint8, and their 255 is ignored."""
 _CORNER = 4096
 CheckProgress = Callable[[int, int], None]  # files checked, files in all
@@ -28,7 +31,8 @@ CheckProgress = Callable[[int, int], None]  # files checked, files in all
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One picture, uint8 (H, W, C), and its target: uint8 labels (H, W) with 255 = ignored, or for `classify` the class number.
+    """One picture, uint8 (H, W, C), and its target: uint8 labels (H, W) with 255 = ignored, for `classify` the class number, for `restore`
+    the clean picture, uint8 (scale*H, scale*W, C), and how the picture was made from it (None: it was given).
 
     The arrays may be read-only and shared with a cache: copy them before writing. Both may be rasters, which are read by window.
     """
@@ -36,6 +40,7 @@ class Sample:
     name: str
     image: UInt8 | Raster
     target: UInt8 | Raster | int
+    degradation: Degradation | None = None
 
     @property
     def bytes(self) -> int:
@@ -52,6 +57,20 @@ class Sample:
         """The labels (H, W) of a segmentation sample."""
         if isinstance(self.target, int):
             raise TypeError("a classification sample has no labels (H, W): use its `target`, a class number")
+        if self.restores:
+            raise TypeError("a sample for restore has no labels (H, W): use its `clean` picture")
+        return self.target
+
+    @property
+    def restores(self) -> bool:
+        """True for a sample of `restore`."""
+        return isinstance(self.target, np.ndarray) and self.target.ndim == 3
+
+    @property
+    def clean(self) -> UInt8:
+        """The clean picture (scale*H, scale*W, C) of a sample for `restore`."""
+        if not isinstance(self.target, np.ndarray) or self.target.ndim != 3:
+            raise TypeError("only a sample for restore has a clean picture")
         return self.target
 
 

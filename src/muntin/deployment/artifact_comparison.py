@@ -30,6 +30,7 @@ from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.deployment.run_artifacts import RunArtifact, missing_forms, run_artifacts, run_folder, stage_notes
 from muntin.errors import CheckpointError
 from muntin.images import IGNORED
+from muntin.images.opening import UInt8
 from muntin.images.rasters import Raster, bands
 from muntin.models import TorchSession
 from muntin.runtime import Session, SessionOptions, describe_hardware, load
@@ -37,25 +38,26 @@ from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, me
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.timing import latency_report
 from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor
+from muntin.runtime.tiles import Predictor, allowed_tile, predict
 from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, source_of
 from muntin.training.evaluation import Evaluation, evaluate, predictions, score, tile_of
+from muntin.training.restoration.evaluation import RestoredScores, mean_scores, picture_scores
 
 REFERENCE = "fp32"
 """Name of the row of PyTorch FP32."""
-SCORE_MARGIN = 0.01
-"""Difference from the best validation score up to which an artefact may be taken for its speed. Absolute, in the metric's units."""
+SCORE_MARGINS = {"segment": 0.01, "classify": 0.01, "restore": 0.1}
+"""Difference from the best validation score up to which an artefact may be taken for its speed, by task. Absolute, of restore in dB."""
+CLOSE = 1
+"""Grey levels by which two restored values may differ and count as equal."""
 LATENCY_MARGIN = 0.1
 """Share of the fastest latency by which another may be longer and count as equal: about the noise of a timing."""
 ROUNDING = 1e-9
 """Tolerance of a comparison of scores: 0.5 - 0.01 is not exactly 0.49."""
 ROUNDS = 30
 """Timed calls of each candidate."""
-RULE = (
-    f"the fastest whose validation score is at most {SCORE_MARGIN:g} below the best artefact's; of those within "
-    f"{100 * LATENCY_MARGIN:.0f} % of its latency, the smallest"
-)
+Predicted = Labels | UInt8
+"""What a session answers for a picture: labels, or for restore the picture (H, W, C)."""
 Announce = Callable[[str], None]
 
 
@@ -64,13 +66,13 @@ class ArtifactComparison:
     """Result of `compare_artifacts`, by the names of the rows.
 
     `record`: plain values, `ArtifactsRecord` of `muntin.reporting`. `tests`: evaluations on the test split, of the reference too. `labels`:
-    of one artefact, for each test sample. `seconds`: of the evaluations.
+    of one artefact, for each test sample; of restore the pictures. `seconds`: of the evaluations.
     """
 
     record: dict[str, Any]
     sessions: dict[str, Session]
-    tests: dict[str, Evaluation]
-    labels: list[Labels]
+    tests: dict[str, Evaluation | RestoredScores]
+    labels: list[Predicted]
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
@@ -111,7 +113,7 @@ def compare_artifacts(
     keep: str | None = None,
     stage: Announce = lambda name: None,
 ) -> ArtifactComparison:
-    """Measure artefacts in OpenVINO beside the reference, PyTorch FP32 of the run's checkpoint, and choose one by `RULE`.
+    """Measure artefacts in OpenVINO beside the reference, PyTorch FP32 of the run's checkpoint, and choose one by `rule`.
 
     `memory`: also open each candidate in a process of its own, and measure its peak. `keep`: the artefact whose test labels are returned.
     Costs a prediction of both splits for each candidate, and `rounds` timed calls.
@@ -131,7 +133,7 @@ def compare_artifacts(
         REFERENCE: (checkpoint.path, checkpoint.bytes),
         **{entry.name: (entry.artifact.path, entry.artifact.bytes) for entry in artifacts},
     }
-    rows = []
+    rows, margin = [], SCORE_MARGINS[checkpoint.recipe.task]
     for timed in latency["rows"]:
         name = timed["name"]
         path, nbytes = files[name]
@@ -144,8 +146,8 @@ def compare_artifacts(
             "size_reason": SIZE_REASON if side == export_side(checkpoint.recipe) else f"nearest to {SIZE_REASON} that the artefacts take",
             "samples": {name: len(source.split(name)) for name in ("validation", "test")},
             "rows": rows,
-            "take": choose([row for row in rows if row["name"] != REFERENCE])["name"],
-            "rule": RULE,
+            "take": choose([row for row in rows if row["name"] != REFERENCE], margin)["name"],
+            "rule": rule(margin, " dB" if checkpoint.recipe.task == "restore" else ""),
             "others": watch.others,
         },
         sessions=opened,
@@ -168,8 +170,8 @@ class _Scored:
     """Evaluations by name. `scores`: the columns of each row. `labels`: of the session that `keep` names, for each test sample."""
 
     scores: dict[str, dict[str, float]]
-    tests: dict[str, Evaluation]
-    labels: list[Labels]
+    tests: dict[str, Evaluation | RestoredScores]
+    labels: list[Predicted]
     seconds: dict[str, float]
 
 
@@ -177,7 +179,7 @@ def _score(sessions: Mapping[str, Predictor], source: Source, *, tile: int, keep
     """Evaluate sessions on both splits. Compares labels with those of the first session, the reference."""
     validation, test = source.split("validation"), source.split("test")
     scored = _Scored(scores={}, tests={}, labels=[], seconds={})
-    reference_labels: list[Labels] = []
+    reference_labels: list[Predicted] = []
     for name, session in sessions.items():
         stage(f"evaluate {name}")
         started = perf_counter()
@@ -193,10 +195,18 @@ def _score(sessions: Mapping[str, Predictor], source: Source, *, tile: int, keep
     return scored
 
 
-def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the row of the artefact to take, by `RULE`. The test score does not count."""
+def rule(margin: float, unit: str = "") -> str:
+    """Return in words how an artefact is chosen."""
+    return (
+        f"the fastest whose validation score is at most {margin:g}{unit} below the best artefact's; of those within "
+        f"{100 * LATENCY_MARGIN:.0f} % of its latency, the smallest"
+    )
+
+
+def choose(rows: Sequence[Mapping[str, Any]], margin: float = SCORE_MARGINS["segment"]) -> Mapping[str, Any]:
+    """Return the row of the artefact to take, by `rule`. The test score does not count."""
     best = max(row["validation"] for row in rows)
-    good = [row for row in rows if row["validation"] >= best - SCORE_MARGIN - ROUNDING]
+    good = [row for row in rows if row["validation"] >= best - margin - ROUNDING]
     fastest = min(row["median_ms"] for row in good)
     return min(
         (row for row in good if row["median_ms"] <= fastest * (1 + LATENCY_MARGIN)), key=lambda row: (row["bytes"], row["median_ms"])
@@ -209,8 +219,20 @@ def engine_words(entry: RunArtifact, session: Session) -> str:
     return f"{session.engine} {integers}{session.precision.upper()}, {count(session.threads, 'thread')}"
 
 
-def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[Evaluation, list[Labels]]:
-    """Return the scores of a session and its labels of each sample. Takes one picture at a time: a split may exceed the memory."""
+def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[Evaluation | RestoredScores, list[Predicted]]:
+    """Return the scores of a session and its labels (pictures, of restore) of each sample.
+
+    Takes one picture at a time: a split may exceed the memory.
+    """
+    if session.signature.task == "restore":
+        pictures: list[Predicted] = []
+        side = allowed_tile(session.signature, tile)
+        rows = []
+        for index in range(len(samples)):
+            sample = samples[index]
+            pictures.append(predict(session, sample.image, tile=side))
+            rows.append(picture_scores(pictures[-1], sample))
+        return mean_scores(rows), pictures
     predicted: list[Labels] = []
 
     def collected() -> Iterator[tuple[Sample, Labels]]:
@@ -221,10 +243,17 @@ def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[
     return score(collected(), session), predicted
 
 
-def equal_labels(samples: Samples, one: Sequence[Labels], other: Sequence[Labels]) -> float:
-    """Return the share of equal labels, 0 to 1, among those that the truth does not ignore."""
+def equal_labels(samples: Samples, one: Sequence[Predicted], other: Sequence[Predicted]) -> float:
+    """Return the share of equal labels, 0 to 1, among those that the truth does not ignore.
+
+    Of restored pictures the share of values that differ by at most `CLOSE`.
+    """
     equal = total = 0
     for index, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a.ndim == 3:
+            equal += int((np.abs(a.astype(np.int16) - b.astype(np.int16)) <= CLOSE).sum())
+            total += a.size
+            continue
         target = samples[index].target
         for row, truth in [(0, a)] if isinstance(target, int) else bands(target):
             counted = np.ones(truth.shape, bool) if isinstance(target, int) else np.asarray(truth != IGNORED)

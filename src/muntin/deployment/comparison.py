@@ -29,6 +29,7 @@ from muntin.deployment.artifact_comparison import (
     ROUNDS,
     Announce,
     ArtifactComparison,
+    Predicted,
     compare_artifacts,
     engine_words,
     equal_labels,
@@ -38,17 +39,17 @@ from muntin.deployment.artifact_comparison import (
 from muntin.deployment.checkpoint_export import export_checkpoint, export_side
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
-from muntin.deployment.pictures import write_class_examples, write_examples, write_picture, write_worst
+from muntin.deployment.pictures import write_class_examples, write_examples, write_picture, write_restored_examples, write_worst
 from muntin.deployment.run_artifacts import RunArtifact, artifact_place, existing_place, finished_stages, run_artifacts, stage_notes
 from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
-from muntin.runtime.session import Labels
 from muntin.text import count, plain
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import Evaluation, tile_of
 from muntin.training.recipe import recipe_text
+from muntin.training.restoration.evaluation import RestoredScores
 
 NAMES_SHOWN = 200
 """Pictures of a split that a report names."""
@@ -106,8 +107,10 @@ class _Comparison:
         deployed = self._row("deployed", engine_words(subject, session), compared.tests[subject.name], deployed_sizes(artifact))
         steps.append(deployed | {"latency_ms": rows[subject.name]["median_ms"]})
         record = last.state.compression
+        deployed_scores = compared.tests[subject.name]
         return {
             **self._about(artifact),
+            **({"baseline": self._baseline(deployed_scores)} if isinstance(deployed_scores, RestoredScores) else {}),
             "steps": steps,
             "artifacts": compared.record | {"described": subject.name},
             "latency": self._latency(compared.record, subject.name) | {"others": compared.record["others"]},
@@ -116,7 +119,7 @@ class _Comparison:
             "layers": layer_rows(artifact, session, calibration[:2]),
             "counted": list((artifact.manifest.example or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
-            "confusion": self._confusion(compared.tests[subject.name]),
+            **self._confusion(compared.tests[subject.name]),
             "splits": {name: _split_record(self.source.split(name)) for name in SPLITS},
             "seconds": self.seconds,
         }
@@ -152,7 +155,7 @@ class _Comparison:
         timed[-1]["name"] = "deployed"
         return {key: record[key] for key in ("height", "width", "rounds")} | {"rows": timed}
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Labels]]:
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Predicted]]:
         model = load_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
@@ -166,7 +169,7 @@ class _Comparison:
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Labels]]:
+    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Predicted]]:
         """Return the row of a step in PyTorch, and its labels of each test sample."""
         session = TorchSession(model, self.signature)
         result, labels = self._timed(f"evaluate {name}", lambda: score_with_labels(session, self.test, self.tile))
@@ -177,9 +180,14 @@ class _Comparison:
         gmacs = image_macs(model, self.probe) / 1e9
         return {"params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes, "gmacs": gmacs}
 
-    def _row(self, name: str, engine: str, result: Evaluation, sizes: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, name: str, engine: str, result: Evaluation | RestoredScores, sizes: dict[str, Any]) -> dict[str, Any]:
         self.notes += [f"Step {name}: {note}." for note in result.notes]
         return {"name": name, "miou": result.score, "iou": result.by_class, **sizes, "latency_ms": None, "engine": engine}
+
+    def _baseline(self, result: RestoredScores) -> dict[str, Any]:
+        """Return the scores of the input, and the deployed model's SSIM beside its own."""
+        name = "the input" if self.signature.scale == 1 else f"bicubic enlargement by {self.signature.scale}"
+        return {"name": name, "score": result.input_psnr, "ssim": result.input_ssim, "deployed_ssim": result.ssim}
 
     def _verify(self, artifact: Artifact) -> None:
         result = self._timed("verify", lambda: verify(artifact.path, layers=True))
@@ -211,9 +219,12 @@ class _Comparison:
             "recipe": recipe_text(self.recipe),
         }
 
-    def _confusion(self, result: Evaluation) -> dict[str, Any]:
+    def _confusion(self, result: Evaluation | RestoredScores) -> dict[str, Any]:
+        """The key `confusion` of a report; nothing for restore, which has no classes."""
+        if isinstance(result, RestoredScores):
+            return {}
         mistakes = [{"truth": truth, "predicted": predicted, "count": number} for truth, predicted, number in result.mistakes]
-        return {"counts": result.confusion or None, "mistakes": mistakes}
+        return {"confusion": {"counts": result.confusion or None, "mistakes": mistakes}}
 
     def _weights_note(self) -> tuple[str, ...]:
         """Return a note that says of which validation the weights are."""
@@ -223,9 +234,11 @@ class _Comparison:
         rank = "the best" if state.averaged_at is not None or point["score"] == max(v["score"] for v in state.validation) else "the last"
         return (f"The FP32 weights are those of step {point['step']}, {rank} of {count(len(state.validation), 'validation')}.",)
 
-    def _pictures(self, session: Session, labels: list[Labels]) -> dict[str, Any]:
+    def _pictures(self, session: Session, labels: list[Predicted]) -> dict[str, Any]:
         self.stage("pictures")
         classes = self.signature.classes
+        if self.recipe.task == "restore":
+            return {"overlay": None, "examples": write_restored_examples(self.directory, self.test, labels, side=PICTURE_SIDE)}
         if self.recipe.task == "classify":
             examples = write_class_examples(self.directory, session, self.test, labels, classes, side=PICTURE_SIDE)
             return {"overlay": None, "examples": examples}

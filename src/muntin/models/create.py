@@ -42,14 +42,14 @@ def create_model(
             raise RecipeError(f"encoder {encoder} is for hybrid models; '{name}' has its own: leave it out, or take a preset")
         if options:
             raise RecipeError(f"options {', '.join(options)} are for hybrid models; '{name}' takes none")
-        if scale != 1:
-            raise RecipeError(f"scale={scale} is for hybrid models; '{name}' answers at the input's size: use scale=1")
-        _checked(name, task=task, classes=classes, channels=channels)
         kind, _, rest = name.partition(":")
-        make, foreign_name = (FOREIGN[kind], rest) if kind in FOREIGN else (from_factory, name)
-        model = make(foreign_name, task=task, classes=classes, channels=channels)
+        if scale != 1 and kind in FOREIGN:
+            raise RecipeError(f"scale={scale} is for hybrid models and factories; '{name}' answers at the input's size: use scale=1")
+        _checked(name, task=task, classes=classes, channels=channels, scale=scale)
+        arguments: dict[str, Any] = {"task": task, "classes": classes, "channels": channels}
+        model = FOREIGN[kind](rest, **arguments) if kind in FOREIGN else from_factory(name, **arguments, scale=scale)
         try:
-            return model if size_divisor == 1 else DividedSides(model, size_divisor)
+            return model if size_divisor == 1 else DividedSides(model, size_divisor, scale=scale)
         except ValueError as error:
             raise RecipeError(str(error)) from error
     if size_divisor != 1:

@@ -53,22 +53,23 @@ class DividedSides(nn.Module):
     """Pads images to multiples of `size_divisor` by repeating the last row and column, and cuts the wrapped model's answer.
 
     Input and output are the wrapped model's, with any H, W >= 1. Operations over the whole map see the repeated pixels. Raises `ValueError`
-    for a divisor below 1.
+    for a divisor below 1. `scale`: size of an answer over that of its input.
     """
 
-    def __init__(self, model: nn.Module, size_divisor: int) -> None:
+    def __init__(self, model: nn.Module, size_divisor: int, *, scale: int = 1) -> None:
         super().__init__()
         if isinstance(size_divisor, bool) or not isinstance(size_divisor, int) or size_divisor < 1:
             raise ValueError(f"size_divisor={size_divisor!r}: give a whole number from 1")
         self.model = model
         self.size_divisor = size_divisor
+        self.scale = scale
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         H, W = image_BCHW.shape[2:]
         # without a condition, which an exported graph cannot hold
         padded = F.pad(image_BCHW, (0, -W % self.size_divisor, 0, -H % self.size_divisor), mode="replicate")
         scores: Tensor = self.model(padded)
-        return scores[:, :, :H, :W] if isinstance(scores, Tensor) and scores.ndim == 4 else scores
+        return scores[:, :, : self.scale * H, : self.scale * W] if isinstance(scores, Tensor) and scores.ndim == 4 else scores
 
 
 def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
@@ -122,13 +123,16 @@ def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> n
     return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task=task)
 
 
-def from_factory(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+def from_factory(name: str, *, task: Task, classes: int, channels: int, scale: int = 1) -> nn.Module:
     """Create the user's model: `package.module:factory` is called as `factory(task=..., classes=..., channels=...)`.
+
+    One that enlarges pictures is also given `scale=...`, if it is above 1.
 
     The model must take raw pixels 0-255 and return scores.
     """
-    advice = "write a function that takes task, classes and channels by keyword"
-    return call_factory(name, {"task": task, "classes": classes, "channels": channels}, advice=advice)
+    arguments = {"task": task, "classes": classes, "channels": channels, **({"scale": scale} if scale > 1 else {})}
+    *first, last = arguments
+    return call_factory(name, arguments, advice=f"write a function that takes {', '.join(first)} and {last} by keyword")
 
 
 def call_factory(name: str, arguments: Mapping[str, Any], *, advice: str) -> nn.Module:

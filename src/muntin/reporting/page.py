@@ -15,13 +15,14 @@ from muntin.reporting.files import REPORT_NAME, json_text, template, write_files
 from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_shares
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
-from muntin.reporting.schema import Example, Report, parse_report, report_values
+from muntin.reporting.schema import Baseline, Example, Report, parse_report, report_values
 from muntin.reporting.steps import artifact_cells, artifact_headings, has_latency, has_weights, step_cells, taken
 
 HTML_NAME = "report.html"
 MOST_EXAMPLES = 24
 MOST_COLUMNS = 20  # classes up to which a confusion matrix is open
 EXAMPLE_PARTS = {"image": "picture", "truth": "truth", "prediction": "prediction", "difference": "difference"}
+RESTORED_PARTS = {"image": "before", "prediction": "after", "truth": "clean picture", "difference": "error × 4"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
     examples = () if report.pictures is None else report.pictures.examples
     worst = () if report.pictures is None else report.pictures.worst
     overlay = None if report.pictures is None else report.pictures.overlay
+    captions = RESTORED_PARTS if report.task == "restore" else EXAMPLE_PARTS
     histograms = sum(layer.histogram is not None for layer in report.layers)
     return {
         "record": report,
@@ -73,8 +75,8 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "class_scale": _class_scale(report),
         "charts": charts.training_charts(report),
         "line_frame": charts.LINES,
-        "examples": _examples(directory, examples[:MOST_EXAMPLES], parts=2 if worst else 1),
-        "worst_pictures": _examples(directory, worst[:MOST_EXAMPLES], parts=2),
+        "examples": _examples(directory, examples[:MOST_EXAMPLES], captions, parts=2 if worst else 1),
+        "worst_pictures": _examples(directory, worst[:MOST_EXAMPLES], captions, parts=2),
         "confusion": _confusion(report),
         "examples_left": max(0, len(examples) - MOST_EXAMPLES),
         "lanes": lane_figure(report.ranks, report.layers),
@@ -108,10 +110,24 @@ def panes(report: Report) -> list[Pane]:
         changes.append(Pane(label=f"Latency {timed_at}".strip(), figure=figure, detail=detail))
     change = f"{text.change(first.miou, last.miou, metric.digits)}{metric.unit}"
     changes.append(Pane(label=text.capitalized(metric.name), figure=change, detail=text.from_to(metric(first.miou), metric(last.miou))))
+    if report.baseline is not None:
+        gain, name = last.miou - report.baseline.score, report.baseline.name
+        changes.append(
+            Pane(label=f"Over {name}", figure=text.with_minus(f"{gain:+.2f} dB"), detail=_over_baseline(report.baseline, last.miou))
+        )
     if report.agreement is not None:
         agreement = text.percent(report.agreement, 2)
-        changes.append(Pane(label="Agreement", figure=agreement, detail="of labels equal to those of the step before"))
+        detail = f"of {metric.same} equal to those of the step before"
+        changes.append(Pane(label="Agreement", figure=agreement, detail=detail))
     return changes
+
+
+def _over_baseline(baseline: Baseline, score: float) -> str:
+    """Return the PSNR and SSIM of the baseline and of the deployed model."""
+    words = text.from_to(f"{baseline.score:.2f}", f"{score:.2f} dB")
+    if baseline.ssim is None or baseline.deployed_ssim is None:
+        return words
+    return f"{words}, SSIM {text.from_to(f'{baseline.ssim:.3f}', f'{baseline.deployed_ssim:.3f}')}"
 
 
 def _artifacts(report: Report) -> dict[str, Any] | None:
@@ -149,10 +165,12 @@ def _class_scale(report: Report) -> float:
     return 1.0 if report.task != "restore" else max(values) or 1.0
 
 
-def _examples(directory: Path, examples: tuple[Example, ...], *, parts: int) -> list[tuple[str, list[tuple[str, Preview]]]]:
+def _examples(
+    directory: Path, examples: tuple[Example, ...], captions: Mapping[str, str], *, parts: int
+) -> list[tuple[str, list[tuple[str, Preview]]]]:
     """Return the name of each example and its pictures with their captions; all share one of `parts` of the page's limit of characters."""
     paths = [
-        [(caption, path) for part, caption in EXAMPLE_PARTS.items() if (path := getattr(example, part)) is not None] for example in examples
+        [(caption, path) for part, caption in captions.items() if (path := getattr(example, part)) is not None] for example in examples
     ]
     limit = EXAMPLES_LIMIT // parts // max(1, sum(map(len, paths)))
     return [

@@ -210,6 +210,15 @@ class Example(Record):
     difference: RelativePath | None = None
 
 
+class Baseline(Record):
+    """What restored pictures are compared with: the input as it is, or enlarged. `score`: PSNR, dB; SSIM null where it was not computed."""
+
+    name: Text
+    score: float
+    ssim: float | None = None
+    deployed_ssim: float | None = None
+
+
 class ReportPictures(Record):
     """The pictures of a report: one of the whole data, examples, and the worst mistakes."""
 
@@ -256,6 +265,7 @@ class Report(Record):
     seconds: dict[str, Amount] = Field(default_factory=dict)
     classes: tuple[ClassInfo, ...] = ()
     steps: Annotated[tuple[StepRecord, ...], Field(min_length=1)]
+    baseline: Baseline | None = None
     artifacts: ArtifactsRecord | None = None
     latency: LatencyRecord | None = None
     agreement: Share | None = None
@@ -308,14 +318,14 @@ def parse_report(report: Report | Mapping[str, Any]) -> Report:
 def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
-    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `counted`, `ranks`, `confusion`, `splits`,
-    `worst` of pictures, a step's `weights`, `others` of timings, a layer's `clipped`, `histogram` and `note`) are left out where they were
-    not given, so that older reports keep their content.
+    `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `baseline`, `counted`, `ranks`,
+    `confusion`, `splits`, `worst` of pictures, a step's `weights`, `others` of timings, a layer's `clipped`, `histogram` and `note`) are
+    left out where they were not given, so that older reports keep their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
-    for key in {"artifacts", "counted", "ranks", "confusion", "splits"} - report.model_fields_set:
+    for key in {"artifacts", "baseline", "counted", "ranks", "confusion", "splits"} - report.model_fields_set:
         del values[key]
     if report.pictures is not None and "worst" not in report.pictures.model_fields_set:
         del values["pictures"]["worst"]

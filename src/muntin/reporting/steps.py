@@ -73,7 +73,15 @@ def artifact_headings(artifacts: ArtifactsRecord, task: Task) -> list[str]:
     """Return the headings of the numbers of an artefact."""
     metric = text.METRICS[task].name
     peak = ["peak memory"] if has_peaks(artifacts) else []
-    return [f"validation {metric}", f"test {metric}", "labels as fp32", "on disk", "latency", "p90", *peak]
+    return [
+        f"validation {metric}",
+        f"test {metric}",
+        f"{text.METRICS[task].same} as fp32",
+        "on disk",
+        "latency",
+        "p90",
+        *peak,
+    ]
 
 
 def artifact_cells(artifacts: ArtifactsRecord, row: ArtifactRow, task: Task, *, short: bool = False) -> list[Cell]:

@@ -24,12 +24,25 @@ _UNIT = re.compile(r"(?<=\d) (?=[A-Za-z%])")
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """The metric that the field `miou` holds for a task: its name, the name of its per-class part, its unit and its digits."""
+    """The metric that the field `miou` holds for a task: its name, the name of its per-class part, its unit and its digits.
+
+    `same`: what the share of equal answers of two forms of a model counts.
+    """
 
     name: str
     each: str
     unit: str
     digits: int
+    same: str = "labels"
+
+    @property
+    def unit_after(self) -> str:
+        """The unit with what sets it off from a name: ' (dB)', or ''."""
+        return self.unit and f" ({self.unit.strip()})"
+
+    def exact(self, value: float) -> str:
+        """Return `value` for the terminal: one digit more than elsewhere, or two of dB."""
+        return f"{value:.{self.digits if self.unit else self.digits + 1}f}{self.unit}"
 
     def __call__(self, value: float | None) -> str:
         """Return `value` with the metric's digits and unit; a dash for None."""
@@ -39,7 +52,7 @@ class Metric:
 METRICS: dict[Task, Metric] = {
     "segment": Metric(name="mIoU", each="IoU", unit="", digits=3),
     "classify": Metric(name="accuracy", each="recall", unit="", digits=3),
-    "restore": Metric(name="PSNR", each="PSNR", unit=" dB", digits=2),
+    "restore": Metric(name="PSNR", each="PSNR", unit=" dB", digits=2, same="values (± 1 level)"),
 }
 
 

@@ -56,10 +56,10 @@ class CandidateScorer:
         return network.eval()
 
     def score(self, architecture: Architecture) -> float:
-        """Mean IoU or accuracy on the validation split."""
+        """Mean IoU, accuracy or PSNR on the validation split."""
         recipe = recipe_of(self.recipe, architecture)
         session = TorchSession(self.network(architecture), recipe.signature(self.classes), dtype=self.precision.dtype)
-        return evaluate(session, self.validation, tile=tile_of(recipe.data.crop)).score
+        return evaluate(session, self.validation, tile=tile_of(recipe.data.crop), similarity=False).score
 
 
 def recipe_of(recipe: Recipe, architecture: Architecture) -> Recipe:

@@ -91,7 +91,7 @@ def train_finalist(
     checkpoint = read_checkpoint(result.checkpoint)
     artifact = _exported(checkpoint, architecture, folder / ARTIFACT, source)
     with closing(load(artifact.path)) as session:
-        score = evaluate(session, source.split("validation"), tile=tile_of(recipe.data.crop)).score
+        score = evaluate(session, source.split("validation"), tile=tile_of(recipe.data.crop), similarity=False).score
     return Finalist(
         name=name, architecture=architecture, point=point, run=folder, artifact=artifact.path, recipe=recipe,
         float_score=float((result.result or result.validation[-1])["score"]), score=score, bytes=artifact.bytes,

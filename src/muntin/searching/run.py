@@ -35,7 +35,7 @@ from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
-from muntin.training.recipe import Recipe
+from muntin.training.recipe import Recipe, settled
 from muntin.training.weights import new_model
 
 SearchObjective = Literal["latency", "size", "memory"]
@@ -160,6 +160,7 @@ class _Search:
     ) -> None:  # fmt: skip
         if recipe.model.name not in PRESETS:
             raise RecipeError(f"model {recipe.model.name}: a search changes muntin's own networks: give one of {', '.join(PRESETS)}")
+        recipe = settled(recipe, root)
         self.recipe, self.folder, self.root, self.recipe_path = recipe, folder, root, recipe_path
         self.settings, self.report = settings, report
         self.source: Source = open_source(recipe.data, root=root)

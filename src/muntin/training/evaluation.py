@@ -22,6 +22,7 @@ from muntin.images.rasters import bands
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, label_bands, predict
 from muntin.training.distributed.ranks import ALONE, Ranks
+from muntin.training.restoration.evaluation import RestoredScores, evaluate_restored
 
 MOST_CONFUSED, MOST_MISTAKES = 64, 20
 """Classes of a confusion matrix, and rows of the list of mistakes."""
@@ -36,7 +37,10 @@ SCORE_LOST = 1 / 3
 LOSS_RISE = 0.5
 """Least rise of the training loss in a collapsed run, as a share of the first point of its curve."""
 SMALL_LOSS = 0.25
-"""Training loss below which no run has collapsed: that of a model that fits its pictures, where twice as much is noise."""
+"""Training loss below which no run has collapsed: that of a model that fits its pictures, where twice as much is noise. Of restore, whose
+loss is a share of 64 grey levels, no loss is too small."""
+DB_LOST = 3.0
+"""Loss of PSNR that a collapsed run of restore has lost at least, dB."""
 LOSS_POINTS = 5
 """Points of the training curve, of ten steps each, that are averaged for the loss at a step."""
 
@@ -83,6 +87,12 @@ class Evaluation:
         """Score of the task: mean IoU for segment, accuracy for classify. Higher is better."""
         return self.miou if self.task == "segment" else self.accuracy
 
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The scores of a validation."""
+        figures = {"score": self.score, "accuracy": self.accuracy, "by_class": self.by_class}
+        return figures | {"miou": self.miou} if self.task == "segment" else figures
+
 
 def tile_of(crop: int) -> int:
     """Side of the tiles for whole pictures: twice the training crop, for a context like in training."""
@@ -120,12 +130,15 @@ def evaluate(
     tile: int,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
-) -> Evaluation:
-    """Predict every sample; compute the confusion matrix, IoU, recall and accuracy.
+    similarity: bool = True,
+) -> Evaluation | RestoredScores:
+    """Predict every sample; compute the confusion matrix, IoU, recall and accuracy, or for restore PSNR and SSIM.
 
-    `tile`, `ranks`: as of `predictions`. Raises `DataError` if no pixel counts.
+    `tile`, `ranks`: as of `predictions`. `similarity`: compute SSIM, which takes longer than PSNR. Raises `DataError` if nothing counts.
     """
     check_image_session(session)
+    if session.signature.task == "restore":
+        return evaluate_restored(session, samples, tile=tile, similarity=similarity, progress=progress, ranks=ranks)
     if session.signature.task == "classify":
         return score(predictions(session, samples, tile=tile, progress=progress, ranks=ranks), session, ranks)
     confusion, side = _Confusion(session), allowed_tile(session.signature, tile)
@@ -239,15 +252,17 @@ def collapse(training: Sequence[Mapping[str, float]], validation: Sequence[Mappi
     A run has collapsed if its score is a third or more below its best one and its training loss has risen since then by half or more of its
     first value, or if the loss is twice its first value. The score alone proves nothing: with few pictures it jumps as far, and it falls in
     a run that learns its pictures by heart. But then the loss, averaged over 50 steps, stays. The loss of a model that learns nothing is
-    noisy, too, but by less than half.
+    noisy, too, but by less than half. For restore, whose score is in dB, `DB_LOST` takes the place of a third.
     """
     if not validation or not training:
         return None
     best, last = max(validation, key=lambda point: float(point["score"])), validation[-1]
     first_loss, best_loss, last_loss = training[0]["loss"], _loss_up_to(training, best), _loss_up_to(training, last)
-    if last_loss < SMALL_LOSS:
+    restores = "psnr" in last
+    if last_loss < SMALL_LOSS and not restores:
         return None
-    if last["score"] <= (1 - SCORE_LOST) * best["score"] and last_loss >= best_loss + LOSS_RISE * first_loss:
+    lost = last["score"] <= (best["score"] - DB_LOST if restores else (1 - SCORE_LOST) * best["score"])
+    if lost and last_loss >= best_loss + LOSS_RISE * first_loss:
         fall = f"the validation score fell from {best['score']:.3f} at step {best['step']} to {last['score']:.3f} at step {last['step']}"
         return int(best["step"]), f"{fall}, and the training loss rose from {best_loss:.2g} to {last_loss:.2g}"
     if last_loss >= 2 * first_loss:

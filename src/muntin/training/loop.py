@@ -312,12 +312,9 @@ class Training:
         """Recalibrate the norms and validate."""
         with self._saved_on_error(), self.trainer.average.whole():
             self._renew_statistics(samples)
-            result = evaluate(
-                self.session, validation, tile=tile_of(self.recipe.data.crop), progress=self._report_validating, ranks=self.ranks
-            )
-            point: dict[str, Any] = {"step": self.step, "score": result.score, "accuracy": result.accuracy, "by_class": result.by_class}
-            if self.recipe.task == "segment":
-                point["miou"] = result.miou
+            side, report = tile_of(self.recipe.data.crop), self._report_validating
+            result = evaluate(self.session, validation, tile=side, progress=report, ranks=self.ranks, similarity=False)
+            point = {"step": self.step, **result.figures}
             self.validation.append(point)
             self.best.judge(self.validation)
             self._log(log, "validation", point)

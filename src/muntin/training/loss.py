@@ -1,4 +1,4 @@
-"""Losses: cross-entropy, focal, soft IoU and Dice (a rare class counts as much as a common one), and the distance to a teacher.
+"""Losses: cross-entropy, focal, soft IoU and Dice (a rare class counts as much as a common one), absolute error, distance to a teacher.
 
 A loss is a function of sums over pixels or pictures. Sums add up over micro-batches and processes, so that a batch in parts has the loss
 and the gradient of the whole.
@@ -27,6 +27,9 @@ from muntin.training.config import TrainingConfig
 
 MOST_WEIGHT = 100.0
 """Largest weight of a class by `class_weights: auto`, times the smallest one."""
+
+UNIT = 64.0
+"""Grey levels that are 1 in the loss of restore, as in the model's own numbers."""
 
 
 class _SegmentSums(torch.autograd.Function):
@@ -110,8 +113,9 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The loss of a task: `entropy` times the cross-entropy, plus `overlap` times the soft IoU loss (segment), plus `distillation` times
-    the distance to a teacher. See `segment_loss` and `distillation_loss`.
+    """The loss of a task: `entropy` times the cross-entropy, or for restore the mean absolute error in units of 64 grey levels, plus
+    `overlap` times the soft IoU loss (segment), plus `distillation` times the distance to a teacher. See `segment_loss` and
+    `distillation_loss`.
 
     `gamma`: above 0 the cross-entropy is the focal loss: each pixel or picture counts by (1 - p)^gamma, p of its true class (Lin et al.,
     1708.02002, equation 4). `weights`: of the classes in the cross-entropy, which is then a weighted mean; empty: all equal. `dice`: the
@@ -141,10 +145,11 @@ class Loss:
         return not self._overlaps
 
     def totals(self, target: Tensor, classes: int) -> Tensor:
-        """Counts, float64: `(1,)` pictures or pixels, or `(1 + K,)` with those of each class, where overlaps or weights count."""
+        """Counts, float64: `(1,)` pictures, pixels or values, or `(1 + K,)` with those of each class, where overlaps or weights count."""
         classes = len(self.weights) or classes
         if self.task != "segment":
-            count = torch.tensor([float(len(target))], dtype=torch.float64, device=target.device)
+            items = target.numel() if self.task == "restore" else len(target)
+            count = torch.tensor([float(items)], dtype=torch.float64, device=target.device)
             return torch.cat([count, _class_shares(target, classes).double().sum(0)]) if self.weights else count
         counted_BN = (target != IGNORED).flatten(1)
         if not self._overlaps and not self.weights:
@@ -154,14 +159,15 @@ class Loss:
 
     def sums(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
         """Sums of a part, float64 `(S,)`, with gradients for `scores` of any float type: `(B, K, H, W)` and target `(B, H, W)`, or `(B, K)`
-        and `(B,)`, or `(B, K)` shares of the classes. The last one is the distance to the teacher, 0 without `teacher_scores`.
+        and `(B,)`, or `(B, K)` shares of the classes, or for restore two of `(B, C, H, W)`. The last one is the distance to the teacher, 0
+        without `teacher_scores`.
         """
         given = [scores, target] if teacher_scores is None else [scores, target, teacher_scores]
         return self.in_parts(self._sums, given)
 
     def in_parts(self, sums: Callable[..., Tensor], given: Sequence[Tensor]) -> Tensor:
         """`sums` of scores, target and teacher's scores, in chunks within `memory`."""
-        axis = -2 if self.task == "segment" else 0
+        axis = 0 if self.task == "classify" else -2
         count = given[1].shape[axis]
         rows = count if self.memory is None else rows_within(self.memory, self._bytes(*given) // max(1, count), count)
         if rows >= count:
@@ -188,6 +194,9 @@ class Loss:
             sums_S: Tensor = _SegmentSums.apply(  # type: ignore[no-untyped-call]
                 scores.contiguous().flatten(2), target.flatten(1), self._overlaps, self.gamma, weights_K
             )
+        elif self.task == "restore":
+            difference = (at_least_float32(scores) - target) / UNIT
+            sums_S = difference.abs().sum().double()[None]
         elif self.gamma or weights_K is not None:
             log_BK = at_least_float32(scores).log_softmax(1)
             share_BK = _class_shares(target, scores.shape[1]).to(log_BK) * (1 if weights_K is None else weights_K)
@@ -277,7 +286,7 @@ def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target:
     Source: Hinton et al., 1503.02531, section 2, at temperature 1.
     """
     if task == "restore":
-        return F.mse_loss(scores.float() / 64, teacher_scores.float() / 64)
+        return F.mse_loss(scores.float() / UNIT, teacher_scores.float() / UNIT)
     if task == "segment" and target is not None:
         return _divergence(task, scores, teacher_scores, target) / (target != IGNORED).sum().clamp_min(1)
     return _divergence(task, scores, teacher_scores, None) * scores.shape[1] / scores.numel()
@@ -286,8 +295,11 @@ def distillation_loss(task: str, scores: Tensor, teacher_scores: Tensor, target:
 def _divergence(task: str, scores: Tensor, teacher_scores: Tensor, target: Tensor | None) -> Tensor:
     """The KL divergence from the teacher's probabilities, summed over the pixels or images that count; `target` None: all.
 
-    A teacher may know only the first classes: the divergence is then of the probabilities among these.
+    A teacher may know only the first classes: the divergence is then of the probabilities among these. For restore the squared difference
+    in units of 64 grey levels, summed over all values.
     """
+    if task == "restore":
+        return F.mse_loss(at_least_float32(scores) / UNIT, at_least_float32(teacher_scores) / UNIT, reduction="sum")
     known = scores[:, : teacher_scores.shape[1]]
     log_scores, log_teacher = (at_least_float32(values).log_softmax(1) for values in (known, teacher_scores))
     if task != "segment" or target is None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.data.augmentation import MIXTURES
-from muntin.data.config import DataConfig
+from muntin.data.config import DataConfig, with_scale
 from muntin.data.section import Section
 from muntin.data.source import DataTask
 from muntin.errors import RecipeError
@@ -34,7 +34,9 @@ class Recipe(Section):
     """One run. Relative paths in it start at the recipe's folder, `root`."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder: letters, digits, . _ -")
-    task: DataTask = Field(default="segment", description="segment: a class for every pixel; classify: one class for a picture")
+    task: DataTask = Field(
+        default="segment", description="segment: a class for every pixel; classify: one class for a picture; restore: a better picture"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the crops and their order")
     data: DataConfig = DataConfig()
     model: ModelChoice = ModelChoice()
@@ -51,16 +53,24 @@ class Recipe(Section):
             if self.task == "segment":
                 raise ValueError("task: segment needs data.masks; if each class has a folder of its own, write task: classify")
             raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
+        if (self.task == "restore") != self.data.restores:
+            if self.task == "restore":
+                raise ValueError("task: restore needs data.degrade, such as {noise: 25} or {scale: 2}, or data.targets, the clean pictures")
+            raise ValueError(f"task: {self.task} has no data.{'targets' if self.data.degrade is None else 'degrade'}: write task: restore")
         if self.task != "segment" and self.training.loss in ("dice", "dice-cross-entropy"):
             raise ValueError(f"training.loss {self.training.loss} is for masks, and the task is {self.task}: take cross-entropy or focal")
+        if self.task == "restore" and (self.training.loss != "cross-entropy" or self.training.class_weights is not None):
+            raise ValueError("training.loss and class_weights are for classes; restore has the mean absolute error: leave them out")
         for name, value in self.data.augmentation.changes(self.data.augment).items():
             if value and MIXTURES.get(name, self.task) != self.task:
                 raise ValueError(
                     f"data.augmentation.{name} {value:g} is for task: {MIXTURES[name]}, and the task is {self.task}: remove it"
                 )
-        if self.task == "classify" and self.data.rare:
+            if value and name == "rotation" and self.task == "restore":
+                raise ValueError(f"data.augmentation.rotation {value:g}: crops of restore are not rotated: remove it")
+        if self.task != "segment" and self.data.rare:
             raise ValueError(
-                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which classify lacks: remove it"
+                f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which {self.task} lacks: remove it"
             )
         if self.teacher is not None and self.teacher.unlabelled is not None and self.task not in ("segment", "classify"):
             raise ValueError(
@@ -71,7 +81,13 @@ class Recipe(Section):
     def signature(self, classes: Iterable[ClassInfo]) -> Signature:
         """Inputs and outputs of a model that is trained by this recipe on data with `classes`."""
         side = self.data.crop if self.task == "classify" else None
-        return Signature(task=self.task, channels=self.data.channels, classes=tuple(classes), side=side)
+        scale = self.data.output_scale
+        return Signature(task=self.task, channels=self.data.channels, classes=tuple(classes), side=side, scale=scale)
+
+
+def settled(recipe: Recipe, root: Path) -> Recipe:
+    """The recipe with what is read from the data: `data.scale` of pairs."""
+    return recipe.model_copy(update={"data": with_scale(recipe.data, root=root)})
 
 
 def recipe_text(recipe: Recipe, *, defaults: bool = False) -> str:

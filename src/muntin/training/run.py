@@ -31,7 +31,7 @@ from muntin.training.precision import prepare_hardware
 from muntin.training.progress.best import out_of_patience
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress, FitReport
-from muntin.training.recipe import Recipe, load_recipe
+from muntin.training.recipe import Recipe, load_recipe, settled
 from muntin.training.recovery.out_of_memory import forget_use
 from muntin.training.teachers.opening import open_teacher
 from muntin.training.teachers.unlabelled import check_unlabelled
@@ -98,6 +98,7 @@ def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager
 
 
 def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
+    recipe = settled(recipe, root)
     start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
     if start is None and ranks.first and not restarted():
         forget_use(directory)

@@ -32,7 +32,7 @@ def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
     choice = recipe.model
     return create_model(
         choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, options=choice.options,
-        size_divisor=choice.size_divisor, encoder=choice.encoder,
+        scale=recipe.data.output_scale, size_divisor=choice.size_divisor, encoder=choice.encoder,
     )  # fmt: skip
 
 
@@ -131,7 +131,9 @@ def _with_encoder(model: HybridNet, stored: dict[str, Tensor], path: Path) -> tu
         )
     place = f"{_ENCODER}."
     rest = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(place)}
-    given = [f"{path.name}: {len(tensors)} of the encoder's {len(own)} tensors are from it; the model's other {len(rest)} are initialised at random"]
+    given = [
+        f"{path.name}: {len(tensors)} of the encoder's {len(own)} tensors are from it; the model's other {len(rest)} are initialised at random"
+    ]
     if others:
         layers = sorted({key.rpartition(".")[0] or key for key in others})
         given.append(f"{path.name}: not in the encoder, left out: {list_some(layers, 3)}")

@@ -120,12 +120,22 @@ def offer_update(result: UpdateResult, repository: Path, client: ServerClient | 
     return published.path, record
 
 
+def refuse_restore(recipe: Recipe) -> None:
+    """Raise `RecipeError` for a run of restore, whose pictures have no classes to compare old and new ones by."""
+    if recipe.task == "restore":
+        raise RecipeError(
+            f"{recipe.name}: updates learn classes from labelled pictures, and task restore has none: put the new pictures beside the old "
+            "ones, and train again with `muntin fit`, beginning with model.weights"
+        )
+
+
 def plan_update(run: Path, folder: Path, *, added: Sequence[ClassSpec] = (), overrides: Sequence[str] = ()) -> UpdatePlan:
     """Plan an update of a run's newest accepted model with the pictures of `folder`.
 
     `overrides`: `update.KEY=VALUE` of the recipe. Reads every new file once. Raises `DataError` for pictures that cannot be used.
     """
     parent = read_checkpoint(newest_accepted(run_directory(run)) if checkpoints_in(run / "checkpoints") else run)
+    refuse_restore(parent.recipe)
     config = update_config(parent.recipe, overrides)
     listing = read_listing(parent.path.parent.parent)
     known = () if listing is None else listing.known

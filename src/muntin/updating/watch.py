@@ -28,7 +28,17 @@ from muntin.images.writing import write_whole
 from muntin.training.checkpoint import find_checkpoint, read_checkpoint
 from muntin.training.progress.report import FitReport
 from muntin.updating.run import FOLDER as UPDATES
-from muntin.updating.run import VERSIONS, UpdateResult, newest_accepted, offer_update, root_of, run_directory, update_folders, update_run
+from muntin.updating.run import (
+    VERSIONS,
+    UpdateResult,
+    newest_accepted,
+    offer_update,
+    refuse_restore,
+    root_of,
+    run_directory,
+    update_folders,
+    update_run,
+)
 from muntin.updating.versions import ServerClient
 
 INBOX, START, DONE = "inbox", "start.json", "done.json"
@@ -64,7 +74,9 @@ class FolderWatch:
     def __init__(self, run: Path, folder: Path, settings: WatchSettings, client: ServerClient | None) -> None:
         self.run, self.folder, self.settings, self.client = root_of(run_directory(run)), folder, settings, client
         self.inbox = self.run / INBOX
-        self.task: DataTask = read_checkpoint(run).recipe.task
+        recipe = read_checkpoint(run).recipe
+        refuse_restore(recipe)
+        self.task: DataTask = recipe.task
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder: name the one in which labelled pictures arrive")
 

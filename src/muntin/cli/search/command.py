@@ -59,6 +59,7 @@ def search_command(
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.errors import RecipeError
     from muntin.reporting.front import write_search
+    from muntin.reporting.text import METRICS
     from muntin.searching import SearchSettings, load_space, search_architectures
     from muntin.searching.run import document
     from muntin.training import load_recipe
@@ -76,7 +77,7 @@ def search_command(
         result = search_architectures(
             loaded, chosen, folder=folder, root=recipe.resolve().parent, recipe_path=recipe, settings=settings, report=report
         )  # fmt: skip
-    metric = "mIoU" if loaded.task == "segment" else "accuracy"
+    metric = METRICS[loaded.task].name + METRICS[loaded.task].unit_after
     page = write_search(folder, search_record(result, title=f"{loaded.name}: search", metric=metric)) if result.finished else None
     if json:
         print_json({**document(result), "page": page, "notes": [*notes, *result.notes]})

@@ -26,7 +26,7 @@ from muntin.training.memory.peak import watch_peak
 from muntin.training.model_checks import check_maps, check_model
 from muntin.training.optimizer import Muon
 from muntin.training.precision import prepare_hardware
-from muntin.training.recipe import Recipe
+from muntin.training.recipe import Recipe, settled
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse
 from muntin.training.teachers.opening import open_teacher
@@ -98,6 +98,7 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
 
     Raises the errors that `fit` raises for a recipe, data or a model that do not suit.
     """
+    recipe = settled(recipe, root)
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
@@ -110,13 +111,15 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
     teacher, taught = open_teacher(recipe, classes, root)
     shape = (config.batch_size, data.crop, data.crop, data.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    target = torch.randint(0, len(classes), shape[:1] if recipe.task == "classify" else shape[:3])
+    if recipe.task == "restore":
+        side = data.output_scale * data.crop
+        target = torch.randint(0, 256, (config.batch_size, data.channels, side, side), dtype=torch.uint8)
+    else:
+        target = torch.randint(0, len(classes), shape[:1] if recipe.task == "classify" else shape[:3])
     machine = _machine_limit(precision.device)
     with keep_freed_memory(), memory_bound(machine if precision.device == "cpu" else None):
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        trainer = Trainer(
-            model, config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight, seed=recipe.seed
-        )
+        trainer = Trainer(model, config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight, seed=recipe.seed)
         steps = _Steps(trainer, images, target)
         first = trainer.memory
         steps.peak(first)  # creates the optimiser's state
