@@ -167,6 +167,8 @@ def _survey(layout: Layout) -> Survey:
 
 def balance_notes(classes: MaskClasses, task: DataTask) -> list[str]:
     """A note on classes of few pixels, or of few pictures beside the most frequent class, and on the settings that help."""
+    if task == "restore":
+        return []
     shares = {
         entry.name if entry.value is None else as_yaml(entry.value): share
         for entry, share in zip(classes.classes, classes.shares, strict=True)
