@@ -70,7 +70,7 @@ def _table(properties: dict[str, JsonSchema], defs: dict[str, JsonSchema], defau
     for name, entry in properties.items():
         inner = defs[entry["$ref"].rpartition("/")[2]] if "$ref" in entry else {}
         value = "keys, see below" if inner else _value(entry, defs)
-        default = _default(defaults.get(name, entry["default"])) if "default" in entry else "" if inner else "needed"
+        default = "" if inner else _default(defaults.get(name, entry["default"])) if "default" in entry else "needed"
         cells = (f"`{name}`", value, default, entry.get("description") or inner.get("description", ""))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
@@ -86,6 +86,8 @@ def _value(entry: JsonSchema, defs: dict[str, JsonSchema]) -> str:
         return "; or ".join(_value(choice, defs) for choice in entry["anyOf"])
     if "$ref" in entry:
         return f"{{{', '.join(defs[entry['$ref'].rpartition('/')[2]]['properties'])}}}"
+    if "const" in entry:
+        return f"`{entry['const']}`"
     if "enum" in entry:
         return ", ".join(f"`{choice}`" for choice in entry["enum"])
     if entry.get("type") == "array":

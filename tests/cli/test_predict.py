@@ -15,7 +15,7 @@ from PIL import Image
 from muntin.artifact import Signature, open_artifact
 from muntin.artifact.classes import ClassInfo
 from muntin.cli.predict import _print_results
-from muntin.images import colorize, read_image, read_mask, write_image
+from muntin.images import colorize, overlay, read_image, read_mask, write_image
 from muntin.runtime import ENGINES, load, predict
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.picture_results import predict_map
@@ -38,7 +38,12 @@ def test_predict_mask_overlay_and_difference(call: Call, exported: Any, tmp_path
     assert result["agreement"] == pytest.approx((mask == truth)[counted].mean())
     assert sum(result["shares"].values()) == pytest.approx(1)
     assert result["shares"]["sea"] == pytest.approx((mask == 0).mean())
-    assert read_image(result["overlay"]).shape == (48, 48, 3)
+    shown = read_image(result["overlay"])
+    assert shown.shape[1] == 160 and shown.shape[0] > 48 + 12  # a legend lies below
+    assert (
+        np.abs(shown[:48, :48].astype(int) - overlay(read_image(exported.image), mask, load(exported.artifact).signature.classes)).mean()
+        < 20
+    )
     assert len(np.unique(read_image(result["difference"])[~counted], axis=0)) == 1
 
 
@@ -269,7 +274,7 @@ def test_predict_with_a_scale(call: Call, tmp_path: Path, write_small: Write) ->
     (result,) = call(*words, tmp_path / "truth.png").document()["results"]
     assert labels.shape == (12, 8) and len(np.unique(labels)) == 2
     assert np.array_equal(read_mask(result["mask"]), labels) and result["agreement"] == 1
-    assert read_image(result["overlay"]).shape == read_image(result["difference"]).shape == (12, 8, 3)
+    assert read_image(result["difference"]).shape == (12, 8, 3) and read_image(result["overlay"]).shape[0] > 12
     assert "the mask is 4x6 and the answer 8x12" in call(*words, tmp_path / "small.png").mistake()
 
 

@@ -47,7 +47,7 @@ def test_fit_output(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.M
     assert (answer.code, answer.err) == (0, "")
     assert "trained   2 of 2 steps" in answer.out
     assert re.search(r"^input     \d+ % of the time spent waiting \(\d+ workers?\)$", answer.out, re.MULTILINE)
-    assert "score " in answer.out
+    assert "score " in answer.out and "weights   of step 2, the best of 1 validation" in answer.out
     assert "wrote     runs/tiny/checkpoints/step-00000002" in answer.out
 
 
@@ -298,6 +298,17 @@ def test_fit_after_a_kill_by_the_kernel(memory_group: Path, write_tiny: Call, tm
 
 
 @needs_linux
+def test_show_crops(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call("fit", tiny.recipe, "--show-crops", "crops.png", "--set", "data.augment=strong", "--set", "training.batch_size=2")
+    assert answer.code == 0 and "wrote     crops.png: 2 of the 2 crops of the first step (data.augment: strong)" in answer.out
+    document = call("fit", tiny.recipe, "--show-crops", "again.png", "--json").document()
+    assert document["file"] == "again.png" and document["augmentation"]["rotation"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == ".png") == ["again.png", "crops.png"]
+    assert not (tmp_path / "runs").exists()
+    assert "suffix must be one of" in call("fit", tiny.recipe, "--show-crops", "crops.txt").mistake()
+
+
 def test_dry_run(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Callable[[Path], Any]) -> None:
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)

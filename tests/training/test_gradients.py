@@ -62,6 +62,9 @@ LOSSES = [
     Loss(task="segment", overlap=0.7, distillation=0.5, memory=20_000),
     Loss(task="classify", distillation=2.0),
     Loss(task="classify", distillation=2.0, memory=100),
+    Loss(task="segment", dice=True, overlap=1.0, weights=(0.5, 1.0, 3.0, 0.1), gamma=2.0),
+    Loss(task="segment", weights=(0.5, 1.0, 3.0, 0.1)),
+    Loss(task="classify", weights=(0.5, 1.0, 3.0, 0.1), gamma=2.0, distillation=0.5, memory=100),
 ]
 
 

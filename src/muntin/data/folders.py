@@ -127,8 +127,8 @@ class FolderSource(ItemSource):
         items: list[Item] = []
         for place, images, masks in places:
             items += self._items_at(place, images, masks, {name.partition("/")[0] for name in _below(place, places)})
-        for which, folder in ((1, image_folder), (2, mask_folder)):
-            if not any(pictures(pair[which]) for pair in places):
+        for folder, inside in ((image_folder, [images for _, images, _ in places]), (mask_folder, [masks for *_, masks in places])):
+            if not any(pictures(path) for path in inside):
                 raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         return items
 

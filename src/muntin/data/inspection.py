@@ -204,7 +204,7 @@ def _pair_in(folder: Path) -> FolderPair | None:
     if images is None or masks is None:
         return None
     places = paired_folders(images, masks)
-    both = all(any(pictures(place[which]) for place in places) for which in (1, 2))
+    both = any(pictures(folder) for _, folder, _ in places) and any(pictures(folder) for *_, folder in places)
     return FolderPair(images=images, masks=masks) if both else None
 
 

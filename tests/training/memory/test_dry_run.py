@@ -28,7 +28,7 @@ def result() -> DryRun:
 
 def test_states_by_formula_and_measured(result: DryRun) -> None:
     entries = {entry.name: (entry.formula, entry.measured) for entry in result.entries}
-    for name in ("parameters and buffers", "gradients", "averaged weights"):
+    for name in ("parameters and buffers", "gradients", "averaged weights", "best averaged weights"):
         assert entries[name][0] == entries[name][1], name
     formula, measured = entries["optimiser"]
     assert formula is not None and measured is not None and formula <= measured <= 1.05 * formula  # AdamW counts its steps

@@ -26,6 +26,7 @@ from muntin.training.memory.peak import watch_peak
 from muntin.training.model_checks import check_maps, check_model
 from muntin.training.optimizer import Muon
 from muntin.training.precision import prepare_hardware
+from muntin.training.progress.best import BestWeights
 from muntin.training.recipe import Recipe, settled
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import LEVELS, MemoryUse
@@ -124,7 +125,9 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
         first = trainer.memory
         steps.peak(first)  # creates the optimiser's state
         peak = steps.peak(first)
-        states = _states(trainer, steps.gradients)
+        best = BestWeights(trainer.average, kept=config.gate_budget == 1)
+        best.judge([{"step": 0, "score": 0.0}])  # a run holds them from its first validation on
+        states = _states(trainer, steps.gradients, best)
         activations = _activations(trainer, images)
         held = steps.held()
         limit, name = (machine, "the free memory") if config.memory is None else (int(config.memory), "training.memory")
@@ -195,7 +198,7 @@ def _machine_limit(device: str) -> int | None:
     return min(limits, default=None)
 
 
-def _states(trainer: Trainer, gradients: int) -> list[MemoryEntry]:
+def _states(trainer: Trainer, gradients: int, best: BestWeights) -> list[MemoryEntry]:
     """The states of a trainer after a step."""
     trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in _weights(trainer.model))
@@ -211,6 +214,7 @@ def _states(trainer: Trainer, gradients: int) -> list[MemoryEntry]:
         MemoryEntry(name="gradients", formula=trained, measured=gradients),
         MemoryEntry(name="optimiser", formula=by_formula, measured=_bytes(kept)),
         MemoryEntry(name="averaged weights", formula=weights, measured=_bytes(_weights(trainer.average.model))),
+        MemoryEntry(name="best averaged weights", formula=weights if best.kept else 0, measured=best.bytes),
         *(
             [MemoryEntry(name="teacher", formula=_bytes(_weights(trainer.teacher)), measured=_bytes(_weights(trainer.teacher)))]
             if trainer.teacher is not None
@@ -277,7 +281,8 @@ def _measured_levers(steps: _Steps, use: MemoryUse, *, compiled: bool) -> Iterat
 
 def _sharded(trainer: Trainer, states: list[MemoryEntry], process: int, activations: int, limit: int | None) -> Iterator[Lever]:
     """The levels of sharding by formula, each over the fewest processes that make it fit, or over the most."""
-    parameters, gradients, optimizer, average = (entry.measured or 0 for entry in states[:4])
+    parameters, gradients, optimizer, average, best = (entry.measured or 0 for entry in states[:5])
+    average += best
     rest = process - parameters - gradients - optimizer - average - activations
     blocks = trainer.checkpointing.blocks.values()
     largest = max((_bytes(block.parameters()) for block in blocks), default=0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.distributed.averaging import WeightAverage
+from muntin.training.distributed.ranks import local
 from muntin.training.distributed.stored_tensors import BEST
 
 
@@ -37,6 +38,11 @@ class BestWeights:
         self._average = average
         self._step: int | None = None  # of the copy; None before the first validation
         self._copy: dict[str, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Size of the copy, of this process's part of it."""
+        return sum(local(tensor).numel() * tensor.element_size() for tensor in self._copy.values())
 
     def judge(self, validation: Sequence[Mapping[str, Any]]) -> None:
         """Copy the averaged weights if the last validation is the best one."""
