@@ -16,7 +16,7 @@ from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES
 from muntin.text import count
 
-_IMAGES = (*FOLDER_NAMES["images"], "degraded", "noisy", "lr")
+_IMAGES = (*FOLDER_NAMES["images"], "photos", "photographs", "pictures", "degraded", "noisy", "lr")
 _TARGETS = ("targets", "target", "clean", "gt", "hr", "sharp")
 _EXPECTED = (
     "expected photographs in it, in images/ or in clean/; or images/ and targets/, the degraded and the clean pictures of the same names; "
