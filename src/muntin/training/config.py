@@ -44,7 +44,9 @@ class ModelChoice(Section):
         le=1024,
         description="divisor of the sides that a foreign model takes: pictures are padded, answers cropped",
     )
-    weights: Path | None = Field(default=None, description="a .safetensors file of initial weights, of the model or of its encoder; unset: random weights")
+    weights: Path | None = Field(
+        default=None, description="a .safetensors file of initial weights, of the model or of its encoder; unset: random weights"
+    )
 
 
 class TeacherConfig(Section):

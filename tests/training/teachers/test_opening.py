@@ -57,7 +57,7 @@ def test_run_and_artifact(tiny: Any) -> None:
 
 def test_first_classes(tiny: Any) -> None:
     names = tuple(entry["name"] for entry in tiny.content["data"]["classes"])
-    teacher, notes = open_(tiny, "teacher.model=run", names=(*names, "more"))
+    _, notes = open_(tiny, "teacher.model=run", names=(*names, "more"))
     assert notes[-1] == f"the teacher knows {len(names)} of the {len(names) + 1} classes: it says nothing about more"
 
 

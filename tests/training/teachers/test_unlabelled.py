@@ -106,7 +106,8 @@ def test_empty_folder(tmp_path: Path) -> None:
 def taught(tmp_path: Path, write_tiny: Callable[..., Any], write_scenes: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A data set whose labels lack the third class, a folder without labels that shows it, and a teacher that knows it."""
     tiny = write_tiny(
-        tmp_path / "data", training={"steps": 60, "validate_every": 60, "checkpoint_every": 30, "batch_size": 4, "average": 0.9, "learning_rate": 0.01}
+        tmp_path / "data",
+        training={"steps": 60, "validate_every": 60, "checkpoint_every": 30, "batch_size": 4, "average": 0.9, "learning_rate": 0.01},
     )
     colors = [entry["color"] for entry in tiny.content["data"]["classes"]]
     for number, mask in enumerate(sorted((tiny.root / "train" / "masks").iterdir())):

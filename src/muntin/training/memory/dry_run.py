@@ -114,9 +114,7 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
     machine = _machine_limit(precision.device)
     with keep_freed_memory(), memory_bound(machine if precision.device == "cpu" else None):
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-        trainer = Trainer(
-            model, config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight, seed=recipe.seed
-        )
+        trainer = Trainer(model, config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight, seed=recipe.seed)
         steps = _Steps(trainer, images, target)
         first = trainer.memory
         steps.peak(first)  # creates the optimiser's state
