@@ -232,5 +232,5 @@ def test_whole_hybrid_with_an_encoder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("network", ["test_resnet", "test_byobnet"])
 def test_weights_of_another_encoder(tmp_path: Path, network: str) -> None:
     save_file(apart(timm.create_model(network).state_dict()), tmp_path / "weights.safetensors")
-    with pytest.raises(RecipeError, match="it lacks .* of model.encoder timm:test_efficientnet"):
+    with pytest.raises(RecipeError, match=r"it lacks .* of model.encoder timm:test_efficientnet"):
         load_initial_weights(create_model(**ENCODED), tmp_path / "weights.safetensors")

@@ -31,15 +31,14 @@ class EndPaddedConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__(
-            conv.in_channels, conv.out_channels, conv.kernel_size[:2], conv.stride[:2], 0, conv.dilation[:2], conv.groups,
-            conv.bias is not None, device="meta",
-        )  # fmt: skip
+        kernel_size, stride, dilation = ((one[0], one[-1]) for one in (conv.kernel_size, conv.stride, conv.dilation))
+        bias = conv.bias is not None
+        super().__init__(conv.in_channels, conv.out_channels, kernel_size, stride, 0, dilation, conv.groups, bias, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
         pads: list[int] = []
-        for kernel, dilation, stride in zip(conv.kernel_size, conv.dilation, conv.stride, strict=True):
-            span = (kernel - 1) * dilation + 1
-            before = max(0, span - stride) // 2
+        for size, spacing, step in zip(kernel_size, dilation, stride, strict=True):
+            span = (size - 1) * spacing + 1
+            before = max(0, span - step) // 2
             pads = [before, span - 1 - before, *pads]  # F.pad begins with the last axis
         self.pads = tuple(pads)
 
@@ -50,10 +49,11 @@ class EndPaddedConv2d(nn.Conv2d):
 class Encoder(nn.Module):
     """Feature maps of a timm network with random weights, from fine to coarse, `(B, C_i, H_i, W_i)` at `strides`.
 
-    `name`: `timm:NAME`, a network with `features_only` whose maps halve from one to the next. Input: raw pixels, float 0-255, any H, W >= 1;
-    normalised by timm's mean and standard deviation of the network, averaged if `channels` is not 3. A map has the input's height and width
-    over its stride, rounded up. A network that rounds down, or refuses odd sides, gets pictures padded to multiples of its last stride
-    (`divisor`), by repeating the last row and column, and its maps are those of the padded picture. Raises `RecipeError` for a network without such maps. Costs two or three passes of a tiny picture.
+    `name`: `timm:NAME`, a network with `features_only` whose maps halve from one to the next. Input: raw pixels, float 0-255, any
+    H, W >= 1; normalised by timm's mean and standard deviation of the network, averaged if `channels` is not 3. A map has the input's
+    height and width over its stride, rounded up. A network that rounds down, or refuses odd sides, gets pictures padded to multiples of its
+    last stride (`divisor`), by repeating the last row and column, and its maps are those of the padded picture. Raises `RecipeError` for a
+    network without such maps. Costs two to four passes of a tiny picture.
     """
 
     factor: Tensor

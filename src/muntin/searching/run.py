@@ -345,7 +345,8 @@ def base_config(recipe: Recipe, source: Source) -> ModelConfig:
     """The configuration of a recipe's own model. Raises `RecipeError` for one with an encoder."""
     if recipe.model.encoder is not None:
         raise RecipeError(
-            f"model.encoder {recipe.model.encoder}: a search varies the convolutions that an encoder replaces: leave it out, or take `muntin fit`"
+            f"model.encoder {recipe.model.encoder}: a search varies the convolutions that an encoder replaces: leave it out, or take "
+            "`muntin fit`"
         )
     config = new_model(recipe, tuple(source.classes)).config
     assert isinstance(config, ModelConfig)

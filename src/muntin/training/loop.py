@@ -40,7 +40,7 @@ from muntin.training.recipe import Recipe
 from muntin.training.recovery.attempt import Attempt
 from muntin.training.recovery.memory_bound import memory_bound
 from muntin.training.recovery.out_of_memory import MemoryShortError, remember_use, remembered_use
-from muntin.training.teachers.unlabelled import add_unlabelled
+from muntin.training.teachers.unlabelled import add_unlabelled, plain_crops
 from muntin.training.trainer import DivergedError, Trainer
 
 LOG_EVERY = 10
@@ -69,6 +69,8 @@ class Training:
     update: UpdateRecord | None = None
     keeps_best = True
     """Whether the result has the averaged weights of the best validation, or of the last step: so do stages, and gates that close."""
+    maker: BatchMaker
+    """Of the training batches."""
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class Training:
         crops = self.crops(samples)
         if self.update is None:  # an update has a mix of its own
             crops = add_unlabelled(crops, self.trainer, self.recipe, self.root, seed=self.seed)
+        self.maker = crops
         validation = self.source.split("validation")
         # a checkpoint is rewritten if the recipe or the folder of its relative paths has changed
         same = self.start is not None and not recipe_changes(self.start, self.recipe) and Path(self.start.state.root) == self.root
@@ -336,10 +339,10 @@ class Training:
 
     def _renew_statistics(self, samples: Samples) -> None:
         """Renew the statistics of the averaged model's norms."""
-        data, seen = self.recipe.data, self.step * self.config.batch_size
+        seen = self.step * self.config.batch_size
         group = min(GROUP, self.config.norm_group or GROUP)
         count = max(group, min(MAX_IMAGES, seen) // group * group)
-        batches = calibration_batches(samples, crop=data.crop, count=count, batch_size=group, seed=self.seed, task=self.recipe.task)
+        batches = plain_crops(samples, self.maker, self.recipe, count=count, batch_size=group, seed=self.seed)
         renew_statistics(self.trainer.average.model, batches, self.trainer.precision)
 
     def _write(self) -> Path:

@@ -79,8 +79,8 @@ def load_initial_weights(model: nn.Module, path: Path, *, setting: str = "model.
     Names may be the model's or, for a foreign model, those of its package, with prefixes of DistributedDataParallel and torch.compile. A
     layer of the file for another number of classes keeps its random weights. For a hybrid with an encoder the file may hold the encoder's
     weights alone, or those of timm's classifier, by timm's names: the rest of the model keeps its random weights. `whole`: refuse a
-    file that leaves any weights random. `setting`: the recipe's key, for errors. Raises `RecipeError` for an unreadable file, a missing tensor,
-    one of another shape, or NaN and infinity; the model is then unchanged.
+    file that leaves any weights random. `setting`: the recipe's key, for errors. Raises `RecipeError` for an unreadable file, a missing
+    tensor, one of another shape, or NaN and infinity; the model is then unchanged.
     """
     stored, own = _read(path, setting), model.state_dict()
     first: list[str] = []
@@ -126,14 +126,13 @@ def _with_encoder(model: HybridNet, stored: dict[str, Tensor], path: Path) -> tu
     missing = [key for key in own if key not in tensors and not key.endswith("num_batches_tracked")]
     if missing:
         raise RecipeError(
-            f"{path}: it lacks {list_some(missing, 3)} of model.encoder {model.encoder.name}, and holds {list_some(list(stored), 3) or 'nothing'}: "
-            "give the weights of this network, by timm's names, or of the whole model"
+            f"{path}: it lacks {list_some(missing, 3)} of model.encoder {model.encoder.name}, and holds "
+            f"{list_some(list(stored), 3) or 'nothing'}: give the weights of this network, by timm's names, or of the whole model"
         )
     place = f"{_ENCODER}."
     rest = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(place)}
-    given = [
-        f"{path.name}: {len(tensors)} of the encoder's {len(own)} tensors are from it; the model's other {len(rest)} are initialised at random"
-    ]
+    others_random = f"the model's other {len(rest)} are initialised at random"
+    given = [f"{path.name}: {len(tensors)} of the encoder's {len(own)} tensors are from it; {others_random}"]
     if others:
         layers = sorted({key.rpartition(".")[0] or key for key in others})
         given.append(f"{path.name}: not in the encoder, left out: {list_some(layers, 3)}")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from muntin.data.batches import Crops, calibration_batches, small_picture_notes
 from muntin.data.augmentation import NO_AUGMENTATION, Augmentation
+from muntin.data.batches import Crops, calibration_batches, small_picture_notes
 from muntin.data.restoration.degradation import Degradation, generator_of, reduced
 from muntin.data.source import HeldSamples, Sample
 from smooth_pictures import smooth_picture

@@ -5,6 +5,8 @@ Axes: B images, K classes, H W map, S sums.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from muntin.data import Crops
+from muntin.data import Crops, calibration_batches
 from muntin.data.batch_feed import ImageBatch
 from muntin.data.batches import BatchMaker
 from muntin.data.items import Item, read_sample
@@ -61,11 +63,11 @@ class UnlabelledPictures(Samples):
 class MixedCrops:
     """Batches with `share` of their rows from pictures without labels, spread evenly; the other rows are the labelled batch's first ones.
 
-    A batch depends on its step alone, as those of `labelled` and `unlabelled` do.
+    A batch depends on its step alone, as those of `labelled` and `unlabelled` do. `pictures`: the samples of `unlabelled`.
     """
 
-    def __init__(self, labelled: BatchMaker, unlabelled: BatchMaker, *, batch_size: int, share: float) -> None:
-        self.labelled, self.unlabelled = labelled, unlabelled
+    def __init__(self, labelled: BatchMaker, unlabelled: BatchMaker, *, batch_size: int, share: float, pictures: Samples) -> None:
+        self.labelled, self.unlabelled, self.share, self.pictures = labelled, unlabelled, share, pictures
         before = [round(row * share) for row in range(batch_size + 1)]  # unlabelled rows before each row
         self.rows = [(before[row + 1] > before[row], before[row]) for row in range(batch_size)]
         """For each row: whether it has no label, and the number of such rows before it."""
@@ -122,13 +124,14 @@ def add_unlabelled(crops: BatchMaker, trainer: Trainer, recipe: Recipe, root: Pa
     if config is None or config.unlabelled is None or trainer.teacher is None:
         return crops
     batch_size = trainer.config.batch_size
-    samples = _open(recipe, root / config.unlabelled)
+    samples = open_unlabelled(recipe, root)
+    assert samples is not None
     bare = Crops(
         samples, task=recipe.task, crop=recipe.data.crop, batch_size=batch_size, seed=seed + _SEED, augmentation=recipe.data.augmentation
     )
     if not isinstance(trainer.loss, PartlyLabelled):
         trainer.loss = PartlyLabelled(**{field.name: getattr(trainer.loss, field.name) for field in fields(trainer.loss)})
-    return MixedCrops(crops, bare, batch_size=batch_size, share=config.share)
+    return MixedCrops(crops, bare, batch_size=batch_size, share=config.share, pictures=samples)
 
 
 def check_unlabelled(recipe: Recipe, root: Path, progress: CheckProgress = lambda done, total: None) -> tuple[str, ...]:
@@ -141,7 +144,8 @@ def check_unlabelled(recipe: Recipe, root: Path, progress: CheckProgress = lambd
         raise RecipeError(
             f"teacher.share {config.share:g} of training.batch_size {recipe.training.batch_size} is no picture: raise either of them"
         )
-    samples = _open(recipe, root / config.unlabelled)
+    samples = open_unlabelled(recipe, root)
+    assert samples is not None
     for number in range(len(samples)):
         samples.load(number)
         progress(number + 1, len(samples))
@@ -149,5 +153,29 @@ def check_unlabelled(recipe: Recipe, root: Path, progress: CheckProgress = lambd
     return (f"teacher.unlabelled {config.unlabelled}: {found} without labels, {rows} of the {recipe.training.batch_size} crops of a batch",)
 
 
-def _open(recipe: Recipe, folder: Path) -> UnlabelledPictures:
-    return UnlabelledPictures(folder, task=recipe.task, channels=recipe.data.channels, cache_bytes=recipe.data.cache_mib << 20)
+def open_unlabelled(recipe: Recipe, root: Path) -> UnlabelledPictures | None:
+    """A recipe's pictures without labels; None if it has none."""
+    config = recipe.teacher
+    if config is None or config.unlabelled is None:
+        return None
+    folder, cache_bytes = root / config.unlabelled, recipe.data.cache_mib << 20
+    return UnlabelledPictures(folder, task=recipe.task, channels=recipe.data.channels, cache_bytes=cache_bytes)
+
+
+def plain_crops(samples: Samples, crops: BatchMaker, recipe: Recipe, *, count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Crops without augmentation for the statistics of norms, as `calibration_batches` yields them from `samples`.
+
+    If `crops` are mixed, the rows of a batch are, too: statistics are of what the model was trained on.
+    """
+    data, bare = recipe.data, round(crops.share * batch_size) if isinstance(crops, MixedCrops) else 0
+    parts = [(samples, batch_size - bare)]
+    if isinstance(crops, MixedCrops):
+        parts.append((crops.pictures, bare))
+    batches = math.ceil(count / batch_size)
+    made = [
+        calibration_batches(own, crop=data.crop, count=min(count, batches * rows), batch_size=rows, seed=seed, task=recipe.task)
+        for own, rows in parts
+        if rows
+    ]
+    for rows in zip(*made, strict=True):
+        yield torch.cat(rows).contiguous(memory_format=torch.channels_last)
