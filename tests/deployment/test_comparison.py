@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from muntin.compression import load_model
 from muntin.deployment import comparison
@@ -32,6 +33,7 @@ def test_no_report_after_a_failed_verification(monkeypatch: pytest.MonkeyPatch) 
 
 
 CLASSIFIER = """
+from scipy.special import softmax
 from torch import nn
 
 class Classifier(nn.Sequential):
@@ -73,8 +75,9 @@ def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pictures: Any = work._pictures(session, labels)
     wrong = [s for s, label in zip(work.test, labels, strict=True) if label[0] != s.target]
     names = ("cat", "dog", "emu")
+    wrong.sort(key=lambda s: float(np.log(softmax(predict(session, s.image))[int(np.asarray(s.target))])))  # the largest loss first
     assert [entry["name"].split(":")[0] for entry in pictures["examples"]] == [s.name for s in wrong]
-    assert f": true {names[int(wrong[0].target)]}, predicted " in pictures["examples"][0]["name"]
+    assert f": true {names[int(np.asarray(wrong[0].target))]}, predicted " in pictures["examples"][0]["name"]
     assert read_image(tmp_path / "report" / pictures["examples"][0]["image"]).shape == (40, 40, 3)
     right: Any = work._pictures(session, [np.array([s.target]) for s in work.test])  # none is wrong: the least sure one comes first
     margins = {s.name: float(np.diff(np.sort(predict(session, s.image))[-2:])[0]) for s in work.test}

@@ -45,7 +45,7 @@ from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
 from muntin.updating.features import FeatureTaps, UpdateLoss, feature_names, mean_features
 from muntin.updating.growth import classifier_tensors, grown_model
-from muntin.updating.strategies import STRATEGIES, MixedCrops, Strategy, freeze_body
+from muntin.updating.strategies import STRATEGIES, ReplayCrops, Strategy, freeze_body
 from muntin.updating.update_data import NEW, OLD, Describe, Relabel, UpdatePlan, of_kind, read_listing, update_data_config, write_data
 
 SEED = 15485863
@@ -227,7 +227,7 @@ class _Learner:
     def _mixed(self, crops: Callable[[Samples], BatchMaker]) -> BatchMaker:
         train, size = self.source.split("train"), self.recipe.training.batch_size
         old, new = (crops(of_kind(train, prefix)) for prefix in (OLD, NEW))
-        return MixedCrops(old, new, batch_size=size, share=self.plan.config.replay, seed=self.recipe.seed + SEED)
+        return ReplayCrops(old, new, batch_size=size, share=self.plan.config.replay, seed=self.recipe.seed + SEED)
 
 
 class _UpdateTraining(Training):

@@ -46,7 +46,7 @@ STRATEGIES: dict[UpdateStrategy, Strategy] = {
 }
 
 
-class MixedCrops:
+class ReplayCrops:
     """Batches of `batch_size` with a share of old crops, at random places of the batch. A pure function of seed and step."""
 
     def __init__(self, old: BatchMaker, new: BatchMaker, *, batch_size: int, share: float, seed: int) -> None:
