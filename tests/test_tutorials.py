@@ -22,6 +22,7 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n\n```(?P<language>[^\n]*)\n(?P<code>.*?\n)```", re.DOTALL)
 SHOWN = ("text", "yaml", "json")
 """Languages of blocks that show something and are not run."""
+pytestmark = pytest.mark.timeout(1800)  # a page of many commands beside other work
 STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
 
 
