@@ -46,7 +46,7 @@ _SHARE = 0.15  # share of the pictures for a split without a folder of its own
 _MAX_REASONS = 3  # notes on files that cannot be read
 _FIRST_MODEL = "hybrid-xxs  # the fastest, for a first result; hybrid-xs,"
 _FIRST_RESTORER = """hybrid-xs
-  options: {stem: [24, STEM4, 64], pairs: [2, 1], decoder: STEM4, dims: [128], depths: [2]}  # enough channels for every value of 4 x 4 pixels
+  options: {stem: [24, STEM4, 64], pairs: [2, 1], decoder: STEM4, dims: [128], depths: [2]}  # a channel for each value of 4 x 4 pixels
   #"""
 _AFTER_DATA = """
 model:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import CheckpointError, MuntinError, RecipeError
+from muntin.models.config import ModelConfig
 from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
-from muntin.models.config import ModelConfig
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.host.memory import no_memory
 from muntin.training.memory.memory_format import channels_last
@@ -97,7 +97,7 @@ def restore_notes(config: ModelConfig) -> tuple[str, ...]:
     options = f"{{stem: [{max(24, config.stem[0])}, {max(kept, config.stem[1])}, ...], decoder: {max(kept, config.decoder)}, finest: 4}}"
     return (
         f"{least} channels at a {'quarter' if config.finest == 4 else 'eighth'} of the sides hold less than the {values} values of "
-        f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart there: set model.options, such as {options}",
+        f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart: set model.options, such as {options}",
     )
 
 
