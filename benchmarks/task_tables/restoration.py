@@ -6,8 +6,8 @@ large ones are reduced to 1920 pixels, which removes most of what JPEG did to th
 
 Models: hybrids whose finest maps have a channel for each value of a cell of 4 x 4 pixels, and small NAFNets (`nafnet`), trained by
 `muntin fit` for the same minutes: crops, loss, optimiser, rate and averages are the same, and no rate is tuned. Each is exported by
-`muntin export` in floats and in INT8, and the form is taken that is faster at 512 x 512, INT8 only if it loses at most `ADMITTED_DB` of PSNR
-on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on whole test pictures, by tiles of 512 pixels.
+`muntin export` in floats and in INT8, and the form is taken that is faster at 512 x 512, INT8 only if it loses at most `ADMITTED_DB` of
+PSNR on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on whole test pictures, by tiles of 512 pixels.
 
 Beside them: the input, or its bicubic enlargement; of scikit-image non-local means, wavelets (BayesShrink) and total variation, which know
 the noise's level (the strength of the last is chosen on the validation split); BM3D (Dabov et al., 2007; Mäkinen et al., 2020), if the user

@@ -37,9 +37,9 @@ def root(tmp_path: Path) -> Path:
     recipe = Path(run("init", tmp_path, "--task", "restore", "-o", tmp_path / "written.yaml")["recipe"])
     content = yaml.safe_load(recipe.read_text())
     content["data"] |= {"crop": 32, "images": "photos"}
-    content |= {"name": "small", "model": {"name": "hybrid-xs", "options": MODEL}, "quantization": {"calibration_images": 8}}
+    content |= {"name": "small", "model": {"name": "hybrid-xs", "options": MODEL}, "quantization": {"calibration_images": 4}}
     content["training"] |= {"steps": 80, "batch_size": 8, "validate_every": 80, "precision": "fp32", "average": 0.95}
-    content["compression"] = {"low_rank": {"parameters": 0.9, "multiple": 4}}
+    content["compression"] = {"low_rank": None, "quantize": {"share": 0.05}, "mix": {"share": 0.05}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     return tmp_path
 
@@ -50,17 +50,12 @@ def test_photographs_to_a_verified_artefact(root: Path) -> None:
     validation = fit["validation"]
     assert validation[-1]["score"] > validation[-1]["input_psnr"] + 0.1
     stages = run("compress", root / "run")["stages"]
-    assert [stage["stage"] for stage in stages] == ["low-rank", "w4a8", "mixed"]
+    assert [stage["stage"] for stage in stages] == ["w4a8", "mixed"]
     assert all(stage["score"] > validation[-1]["input_psnr"] for stage in stages)
     run("export", root / "run", "-o", root / "run" / "artifact")
     floats, integers = run("evaluate", root / "run"), run("evaluate", root / "run" / "artifact")
     assert integers["psnr"] > floats["psnr"] - 0.1  # the residual sum keeps its precision
     assert floats["input_psnr"] == integers["input_psnr"] < integers["psnr"]
-    report = run("report", root / "run")
-    assert report["baseline"]["score"] == pytest.approx(floats["input_psnr"])
-    assert all(0.8 < row["same_labels"] <= 1 for row in report["artifacts"]["rows"])
-    page = (root / "run" / "report.html").read_text()
-    assert "before" in page and "clean picture" in page and " dB" in page
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from model_helpers import one_line
 from muntin.artifact import ClassInfo
 from muntin.errors import RecipeError
-from muntin.models import create_model
-from muntin.training.model_checks import check_maps, check_model, check_reading
+from muntin.models import ModelConfig, create_model
+from muntin.training.model_checks import check_maps, check_model, check_reading, restore_notes
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import load_recipe, parse_recipe
 from muntin.training.run import fit
@@ -325,3 +325,12 @@ def test_gradients_on_small_maps() -> None:
             loss = model(images).float().sum()
         for gradient, reference in zip(torch.autograd.grad(loss, list(model.parameters())), expected, strict=True):
             torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("options", "notes"), [({}, 1), ({"finest": 8}, 1), ({"stem": (24, 48, 64), "decoder": 48}, 0)])
+def test_channels_of_a_restorer(options: dict[str, Any], notes: int) -> None:
+    fields = {"stem": (16, 24, 48), "decoder": 64, "task": "restore", **options}
+    found = restore_notes(ModelConfig.model_validate(fields))
+    assert len(found) == notes
+    assert all("set model.options" in note for note in found)
+    assert restore_notes(ModelConfig.model_validate({**fields, "task": "segment"})) == ()

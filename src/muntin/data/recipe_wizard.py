@@ -49,7 +49,9 @@ FEW_PICTURES = 1 / 3
 """Share of the most frequent class's pictures below which a class is called rare."""
 _MAX_REASONS = 3  # notes on files that cannot be read
 _FIRST_MODEL = "hybrid-xxs  # the fastest, for a first result; hybrid-xs,"
-_FIRST_RESTORER = "hybrid-xs  # the smallest whose decoder ends at a quarter of the sides;"
+_FIRST_RESTORER = """hybrid-xs
+  options: {stem: [24, STEM4, 64], pairs: [2, 1], decoder: STEM4, dims: [128], depths: [2]}  # a channel for each value of 4 x 4 pixels
+  #"""
 _AFTER_DATA = """
 model:
   name: hybrid-xxs  # the fastest, for a first result; hybrid-xs, hybrid-s and hybrid-m are larger; `muntin models` lists them all
@@ -256,7 +258,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     ]
     after = _AFTER_DATA
     if layout.task == "restore":
-        after = after.replace(_FIRST_MODEL, _FIRST_RESTORER)
+        after = after.replace(_FIRST_MODEL, _FIRST_RESTORER.replace("STEM4", str(max(64, 16 * survey.channels))))
     return "\n".join(lines) + "\n" + after
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import CheckpointError, MuntinError, RecipeError
+from muntin.models.config import ModelConfig
 from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
@@ -33,14 +34,23 @@ _READABLE = "its factory has to make the same model each time, with all that it 
 
 
 def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
+<<<<<<< HEAD
     """Check a foreign model, or a hybrid with a foreign encoder; return notes if it can be trained but not compressed.
+=======
+    """Check a foreign model; return notes if it can be trained but not compressed, or is too narrow for restore.
+>>>>>>> restore
 
     A classifier may take the size of its crops alone, in which it is evaluated and exported. Raises `RecipeError` if it does not take crops
     or, for maps, pictures of other sizes, if its answer does not fit the task, or if it cannot be copied. Afterwards the model has its lazy
     parameters and buffers; the other checks use a copy. Costs a few forward passes.
     """
+<<<<<<< HEAD
     if isinstance(model, HybridNet) and model.config.encoder is None:
         return ()
+=======
+    if isinstance(model, HybridNet):
+        return restore_notes(model.config)
+>>>>>>> restore
     side, channels, name, signature = recipe.data.crop, recipe.data.channels, recipe.model.name, recipe.signature(classes)
     shape = (1, channels, side, side)
     notes = []
@@ -83,6 +93,21 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
         _check_answer(copied, odd, signature, name)
     model.train()
     return tuple(notes)
+
+
+def restore_notes(config: ModelConfig) -> tuple[str, ...]:
+    """A note on a hybrid for restore whose finest maps hold fewer numbers than the pixels below them, so that fine detail is lost."""
+    values = config.channels * config.finest**2
+    finest = config.stem[1] if config.finest == 4 else (config.stem[2] if len(config.stem) > 2 else config.dims[0])
+    least = min(finest, config.decoder)
+    if config.task != "restore" or least >= values:
+        return ()
+    kept = 16 * config.channels
+    options = f"{{stem: [{max(24, config.stem[0])}, {max(kept, config.stem[1])}, ...], decoder: {max(kept, config.decoder)}, finest: 4}}"
+    return (
+        f"{least} channels at a {'quarter' if config.finest == 4 else 'eighth'} of the sides hold less than the {values} values of "
+        f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart: set model.options, such as {options}",
+    )
 
 
 def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> None:
