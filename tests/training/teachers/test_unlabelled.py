@@ -22,7 +22,7 @@ from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.loss import Loss
 from muntin.training.recipe import load_recipe
 from muntin.training.run import FitResult, fit
-from muntin.training.teachers.unlabelled import UNLABELLED, MixedCrops, PartlyLabelled, UnlabelledPictures
+from muntin.training.teachers.unlabelled import UNLABELLED, PartlyLabelledCrops, PartlyLabelled, UnlabelledPictures
 
 BATCH = 6
 ORACLE = """
@@ -44,11 +44,11 @@ def sample(value: int, target: int | None) -> Sample:
     return Sample(name=str(value), image=image, target=np.ones((12, 12), np.uint8) if target is None else target)
 
 
-def mixed(task: Any, share: float) -> tuple[MixedCrops, BatchMaker, BatchMaker]:
+def mixed(task: Any, share: float) -> tuple[PartlyLabelledCrops, BatchMaker, BatchMaker]:
     target = None if task == "segment" else 1
     pictures = [HeldSamples([sample(value, target) for value in values]) for values in ((10, 20, 30), (110, 120, 130))]
     known, bare = (Crops(held, task=task, crop=16, batch_size=BATCH, seed=seed) for seed, held in enumerate(pictures))
-    return MixedCrops(known, bare, batch_size=BATCH, share=share, pictures=pictures[1]), known, bare
+    return PartlyLabelledCrops(known, bare, batch_size=BATCH, share=share, pictures=pictures[1]), known, bare
 
 
 @pytest.mark.parametrize("task", ["segment", "classify"])

@@ -60,7 +60,7 @@ class UnlabelledPictures(Samples):
         return [image_size(path) for path in self.paths]
 
 
-class MixedCrops:
+class PartlyLabelledCrops:
     """Batches with `share` of their rows from pictures without labels, spread evenly; the other rows are the labelled batch's first ones.
 
     A batch depends on its step alone, as those of `labelled` and `unlabelled` do. `pictures`: the samples of `unlabelled`.
@@ -111,7 +111,7 @@ class PartlyLabelled(Loss):
         return torch.cat([sums_S[:-1], self.in_parts(self.distance, [scores, target, teacher_scores])])
 
     def _labels(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The targets of the label's terms, and which pictures have one: of classify the others are left out, of segment they are ignored."""
+        """The targets of the label's terms, and which pictures have one: those of classify are left out, of segment ignored."""
         known_B = target.reshape(len(target), -1)[:, 0] != UNLABELLED
         if self.task == "classify":
             return target[known_B], known_B
@@ -131,7 +131,7 @@ def add_unlabelled(crops: BatchMaker, trainer: Trainer, recipe: Recipe, root: Pa
     )
     if not isinstance(trainer.loss, PartlyLabelled):
         trainer.loss = PartlyLabelled(**{field.name: getattr(trainer.loss, field.name) for field in fields(trainer.loss)})
-    return MixedCrops(crops, bare, batch_size=batch_size, share=config.share, pictures=samples)
+    return PartlyLabelledCrops(crops, bare, batch_size=batch_size, share=config.share, pictures=samples)
 
 
 def check_unlabelled(recipe: Recipe, root: Path, progress: CheckProgress = lambda done, total: None) -> tuple[str, ...]:
@@ -167,9 +167,9 @@ def plain_crops(samples: Samples, crops: BatchMaker, recipe: Recipe, *, count: i
 
     If `crops` are mixed, the rows of a batch are, too: statistics are of what the model was trained on.
     """
-    data, bare = recipe.data, round(crops.share * batch_size) if isinstance(crops, MixedCrops) else 0
+    data, bare = recipe.data, round(crops.share * batch_size) if isinstance(crops, PartlyLabelledCrops) else 0
     parts = [(samples, batch_size - bare)]
-    if isinstance(crops, MixedCrops):
+    if isinstance(crops, PartlyLabelledCrops):
         parts.append((crops.pictures, bare))
     batches = math.ceil(count / batch_size)
     made = [
