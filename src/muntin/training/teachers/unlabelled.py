@@ -111,7 +111,7 @@ class PartlyLabelled(Loss):
         return torch.cat([sums_S[:-1], self.in_parts(self.distance, [scores, target, teacher_scores])])
 
     def _labels(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The targets of the label's terms, and which pictures have one: of classify the others are left out, of segment they are ignored."""
+        """The targets of the label's terms, and which pictures have one: those of classify are left out, of segment ignored."""
         known_B = target.reshape(len(target), -1)[:, 0] != UNLABELLED
         if self.task == "classify":
             return target[known_B], known_B
