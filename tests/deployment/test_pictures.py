@@ -13,7 +13,6 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.data import Crops
 from muntin.data.augmentation import NO_AUGMENTATION
 from muntin.data.source import Sample
-<<<<<<< HEAD
 from muntin.deployment.pictures import (
     draw_borders,
     example_windows,
@@ -22,11 +21,9 @@ from muntin.deployment.pictures import (
     write_crops,
     write_examples,
     write_picture,
+    write_restored_examples,
     write_worst,
 )
-=======
-from muntin.deployment.pictures import draw_borders, example_windows, write_examples, write_picture, write_restored_examples
->>>>>>> restore
 from muntin.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
@@ -150,7 +147,6 @@ def test_draw_borders() -> None:
     assert (drawn[:30, 2:78] != 100).any() and (drawn[2:30, 96:190] != 100).any()  # both have their names
 
 
-<<<<<<< HEAD
 def test_worst_windows_by_mean_iou() -> None:
     truth = [np.zeros((SIDE, 2 * SIDE), np.uint8) for _ in range(3)]
     truth[0][:, SIDE:] = 1
@@ -197,7 +193,8 @@ def test_picture_of_training_crops(tmp_path: Path) -> None:
     )
     assert write_crops(tmp_path / "kinds.png", mixed, CLASSES, task="classify") == 12
     assert read_image(tmp_path / "kinds.png").shape == (2 * (256 + 28 + 12), 6 * (256 + 12), 3)
-=======
+
+
 def test_examples_of_restored_pictures(tmp_path: Path) -> None:
     clean = np.full((40, 24, 3), 100, np.uint8)
     clean[20:36, 4:12] = 200  # the lower window is the more varied one
@@ -210,4 +207,3 @@ def test_examples_of_restored_pictures(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shown["truth"], clean[20:, :20])
     np.testing.assert_array_equal(shown["difference"], 12)
     assert int(shown["image"][18, 18, 0]) == 109
->>>>>>> restore

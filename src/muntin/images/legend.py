@@ -27,7 +27,9 @@ def present_classes(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -
     """The classes in a map with their shares of the pixels, the most frequent first: [("road 61 %", (128, 64, 128)), ...]."""
     counts = np.bincount(labels_HW.ravel(), minlength=len(classes))[: len(classes)]
     order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    entries: list[LegendEntry] = [(f"{classes[k].name} {_percent(counts[k] / labels_HW.size)}", classes[k].color) for k in order[:MOST_ENTRIES]]
+    entries: list[LegendEntry] = [
+        (f"{classes[k].name} {_percent(counts[k] / labels_HW.size)}", classes[k].color) for k in order[:MOST_ENTRIES]
+    ]
     if len(order) > MOST_ENTRIES:
         entries.append((f"and {len(order) - MOST_ENTRIES} more", None))
     return entries

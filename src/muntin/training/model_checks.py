@@ -34,23 +34,15 @@ _READABLE = "its factory has to make the same model each time, with all that it 
 
 
 def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]) -> tuple[str, ...]:
-<<<<<<< HEAD
-    """Check a foreign model, or a hybrid with a foreign encoder; return notes if it can be trained but not compressed.
-=======
-    """Check a foreign model; return notes if it can be trained but not compressed, or is too narrow for restore.
->>>>>>> restore
+    """Check a foreign model, or a hybrid with a foreign encoder; return notes if it can be trained but not compressed, or is too narrow for
+    restore.
 
     A classifier may take the size of its crops alone, in which it is evaluated and exported. Raises `RecipeError` if it does not take crops
     or, for maps, pictures of other sizes, if its answer does not fit the task, or if it cannot be copied. Afterwards the model has its lazy
     parameters and buffers; the other checks use a copy. Costs a few forward passes.
     """
-<<<<<<< HEAD
     if isinstance(model, HybridNet) and model.config.encoder is None:
-        return ()
-=======
-    if isinstance(model, HybridNet):
         return restore_notes(model.config)
->>>>>>> restore
     side, channels, name, signature = recipe.data.crop, recipe.data.channels, recipe.model.name, recipe.signature(classes)
     shape = (1, channels, side, side)
     notes = []
