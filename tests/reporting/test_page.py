@@ -255,7 +255,7 @@ def test_page_of_a_restoration(report: dict[str, Any], drawn: Path, read_page: R
     report["baseline"] = {"name": "the input", "score": 20.5, "ssim": 0.3, "deployed_ssim": 0.7}
     html = render_html(report, drawn)
     words = read_page(html).words
-    assert "Over the input +5.46 dB" in words and "SSIM 0.300 \N{RIGHTWARDS ARROW} 0.700" in words
+    assert "+5.46 dB" in words and "Over the input" in words and "SSIM 0.300 \N{RIGHTWARDS ARROW} 0.700" in words
     assert "before" in words and "clean picture" in words and "where the two differ" not in words
     assert "PSNR 26.04 dB \N{RIGHTWARDS ARROW} 25.96 dB" in read_page(html).words
     assert '<span class="fill before" style="width:100.0%">' in html  # the best class, ocean, at its 37.92 dB
