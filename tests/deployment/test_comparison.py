@@ -73,6 +73,8 @@ def test_report_of_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pictures: Any = work._pictures(session, labels)
     wrong = [s for s, label in zip(work.test, labels, strict=True) if label[0] != s.target]
     names = ("cat", "dog", "emu")
+    loss = {s.name: -float(torch.from_numpy(predict(session, s.image)).log_softmax(0)[int(s.target)]) for s in wrong}
+    wrong.sort(key=lambda s: -loss[s.name])  # the largest loss first
     assert [entry["name"].split(":")[0] for entry in pictures["examples"]] == [s.name for s in wrong]
     assert f": true {names[int(wrong[0].target)]}, predicted " in pictures["examples"][0]["name"]
     assert read_image(tmp_path / "report" / pictures["examples"][0]["image"]).shape == (40, 40, 3)

@@ -17,7 +17,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data.batches import BatchMaker
 from muntin.data.source import Sample
 from muntin.images import IGNORED, colorize, difference, encode_png, overlay, to_rgb, write_image, write_whole
-from muntin.images.legend import PAPER, Entry, with_legend
+from muntin.images.legend import PAPER, LegendEntry, with_legend
 from muntin.images.opening import UInt8
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import Predictor, allowed_tile, predict
@@ -207,7 +207,7 @@ def write_crops(file: Path, crops: BatchMaker, classes: Sequence[ClassInfo], *, 
     return len(tiles)
 
 
-def _caption(truth: NDArray[Any], classes: Sequence[ClassInfo]) -> list[Entry]:
+def _caption(truth: NDArray[Any], classes: Sequence[ClassInfo]) -> list[LegendEntry]:
     """The class of a picture, or its shares of classes, the largest first."""
     if not truth.ndim:
         return [(classes[int(truth)].name, classes[int(truth)].color)]

@@ -19,15 +19,16 @@ LEAST_WIDTH = 160
 PAPER, INK, FRAME = (255, 255, 255), (30, 30, 30), (150, 150, 150)
 
 Color = tuple[int, int, int]
-Entry = tuple[str, Color | None]
+LegendEntry = tuple[str, Color | None]
 """A name and its colour; None: words without one."""
 
 
-def present_classes(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -> list[Entry]:
+def present_classes(labels_HW: npt.NDArray[Any], classes: Sequence[ClassInfo]) -> list[LegendEntry]:
     """The classes in a map with their shares of the pixels, the most frequent first: [("road 61 %", (128, 64, 128)), ...]."""
     counts = np.bincount(labels_HW.ravel(), minlength=len(classes))[: len(classes)]
     order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    entries: list[Entry] = [(f"{classes[k].name} {_percent(counts[k] / labels_HW.size)}", classes[k].color) for k in order[:MOST_ENTRIES]]
+    shares = [(classes[k], counts[k] / labels_HW.size) for k in order[:MOST_ENTRIES]]
+    entries: list[LegendEntry] = [(f"{entry.name} {_percent(share)}", entry.color) for entry, share in shares]
     if len(order) > MOST_ENTRIES:
         entries.append((f"and {len(order) - MOST_ENTRIES} more", None))
     return entries
@@ -37,7 +38,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.095 else f"{100 * share:.1f} %" if share >= 0.0005 else "< 0.1 %"
 
 
-def with_legend(picture_HWC: UInt8, entries: Sequence[Entry], *, size: int | None = None) -> UInt8:
+def with_legend(picture_HWC: UInt8, entries: Sequence[LegendEntry], *, size: int | None = None) -> UInt8:
     """The RGB picture with a strip below that names the entries: (H + strip, max(W, 160), 3). The picture's pixels stay as they are.
 
     `size`: of the letters, pixels; by default a sixtieth of the picture's longer side, at least 12 and at most 64.
@@ -51,7 +52,7 @@ def with_legend(picture_HWC: UInt8, entries: Sequence[Entry], *, size: int | Non
     return out
 
 
-def _strip(entries: Sequence[Entry], width: int, size: int) -> UInt8:
+def _strip(entries: Sequence[LegendEntry], width: int, size: int) -> UInt8:
     """A strip of the width with all entries, in as many rows as they take."""
     font = ImageFont.load_default(size=size)
     gap, swatch, line = size // 2, size, size + size // 2
