@@ -687,6 +687,7 @@ def test_crop_and_thread_settings(tmp_path: Path, tiny: Any, monkeypatch: pytest
     data = recipe.data
     assert options_of_crops[0] == {
         "task": "segment", "crop": data.crop, "batch_size": 3, "seed": recipe.seed, "augmentation": data.augmentation, "rare": 0.25,
+        "classes": 3,
     }  # fmt: skip
     assert data.augmentation.brightness == 0.125
     assert set(seen) == {2}
