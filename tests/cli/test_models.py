@@ -92,7 +92,11 @@ def test_init_never_overwrites(call: Call, pictures: Path) -> None:
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [([], "holds nothing to make a recipe of"), (["--task", "classify"], "holds nothing"), (["--task", "x"], "give segment or classify")],
+    [
+        ([], "holds nothing to make a recipe of"),
+        (["--task", "classify"], "holds nothing"),
+        (["--task", "x"], "segment, classify or restore"),
+    ],
 )
 def test_init_of_an_empty_folder(call: Call, tmp_path: Path, words: list[str], says: str) -> None:
     (tmp_path / "empty" / "images").mkdir(parents=True)
