@@ -72,7 +72,7 @@ def test_unknown_key_with_a_near_one(place: str, near: str) -> None:
 
 
 def test_unknown_key_first() -> None:
-    assert mistake(changed("model.zzz", 1)) == "unknown key 'model.zzz'; known here: name, options, size_divisor, weights"
+    assert mistake(changed("model.zzz", 1)) == "unknown key 'model.zzz'; known here: name, encoder, options, size_divisor, weights"
     content = changed("training.steps", -1)
     content["quantization"]["kep"] = []
     assert "unknown key 'quantization.kep'; did you mean 'keep'?" in mistake(content)

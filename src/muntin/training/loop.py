@@ -55,7 +55,6 @@ class Training:
 
     update: UpdateRecord | None = None
     maker: BatchMaker
-    """Of the training batches."""
 
     def __init__(
         self,
@@ -111,10 +110,7 @@ class Training:
     def run(self, interruption: Interruption) -> Path:
         """Train to the last step, or until an interruption. Returns the newest checkpoint."""
         config, samples = self.config, self.source.split("train")
-        crops = self.crops(samples)
-        if self.update is None:  # an update has a mix of its own
-            crops = add_unlabelled(crops, self.trainer, self.recipe, self.root, seed=self.seed)
-        self.maker = crops
+        crops = self.maker = add_unlabelled(self.crops(samples), self.trainer, self.recipe, self.root, seed=self.seed)
         validation = self.source.split("validation")
         # a checkpoint is rewritten if the recipe or the folder of its relative paths has changed
         same = self.start is not None and not recipe_changes(self.start, self.recipe) and Path(self.start.state.root) == self.root

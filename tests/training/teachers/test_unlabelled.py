@@ -22,7 +22,7 @@ from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.loss import Loss
 from muntin.training.recipe import load_recipe
 from muntin.training.run import FitResult, fit
-from muntin.training.teachers.unlabelled import UNLABELLED, PartlyLabelledCrops, PartlyLabelled, UnlabelledPictures
+from muntin.training.teachers.unlabelled import UNLABELLED, PartlyLabelled, PartlyLabelledCrops, UnlabelledPictures
 
 BATCH = 6
 ORACLE = """
