@@ -70,7 +70,6 @@ class Training:
     keeps_best = True
     """Whether the result has the averaged weights of the best validation, or of the last step: so do stages, and gates that close."""
     maker: BatchMaker
-    """Of the training batches."""
 
     def __init__(
         self,
@@ -131,10 +130,7 @@ class Training:
     def run(self, interruption: Interruption) -> Path:
         """Train to the last step, or until an interruption. Returns the newest checkpoint."""
         config, samples = self.config, self.source.split("train")
-        crops = self.crops(samples)
-        if self.update is None:  # an update has a mix of its own
-            crops = add_unlabelled(crops, self.trainer, self.recipe, self.root, seed=self.seed)
-        self.maker = crops
+        crops = self.maker = add_unlabelled(self.crops(samples), self.trainer, self.recipe, self.root, seed=self.seed)
         validation = self.source.split("validation")
         # a checkpoint is rewritten if the recipe or the folder of its relative paths has changed
         same = self.start is not None and not recipe_changes(self.start, self.recipe) and Path(self.start.state.root) == self.root

@@ -121,8 +121,8 @@ class PartlyLabelled(Loss):
 def add_unlabelled(crops: BatchMaker, trainer: Trainer, recipe: Recipe, root: Path, *, seed: int) -> BatchMaker:
     """Mix a recipe's pictures without labels into the batches of a trainer that has a teacher, and change its loss accordingly."""
     config = recipe.teacher
-    if config is None or config.unlabelled is None or trainer.teacher is None:
-        return crops
+    if config is None or config.unlabelled is None or trainer.teacher is None or type(trainer.loss) not in (Loss, PartlyLabelled):
+        return crops  # an update has a loss and a mix of its own
     batch_size = trainer.config.batch_size
     samples = open_unlabelled(recipe, root)
     assert samples is not None
