@@ -27,7 +27,7 @@ from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of
 from muntin.training.recipe import Recipe, parse_recipe
-from segmentation_peers.budget import ENDLESS, train
+from segmentation_peers.budget import ENDLESS, Interrupted, train
 from segmentation_peers.deployment import Variant, parameters_of, precisions
 from segmentation_peers.latency import measure_latency
 
@@ -72,6 +72,8 @@ def measure_models(
             variants = _deployed(checkpoint, place)
             scores = {name: _score(variant, checkpoint, "validation") for name, variant in variants.items()}
             made[contender.name] = checkpoint, variants, scores
+        except Interrupted:
+            sys.exit("interrupted; the same command goes on")
         except MuntinError as error:
             rows.append({"data": data, "model": contender.name, "cannot": str(error)})
     if not made:
