@@ -143,8 +143,8 @@ def _read(path: Path, setting: str) -> dict[str, Tensor]:
     if path.suffix != SUFFIX:
         raise RecipeError(
             f"{setting} {path}: give a {SUFFIX} file (muntin reads no pickles). What torch.save wrote becomes one by: python -c "
-            f"\"import torch; from safetensors.torch import save_file; save_file(torch.load('{path.name}', map_location='cpu', "
-            f"weights_only=True), '{path.stem}{SUFFIX}')\""
+            f"\"import torch; from safetensors.torch import save_file; saved = torch.load('{path.name}', map_location='cpu', "
+            f"weights_only=True); save_file({{name: one.contiguous() for name, one in saved.items()}}, '{path.stem}{SUFFIX}')\""
         )
     try:
         with safe_open(path, framework="pt") as file:
