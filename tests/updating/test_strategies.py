@@ -13,7 +13,7 @@ from muntin.data.source import HeldSamples, Sample
 from muntin.layers.norm import MapNorm
 from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import make_optimizer
-from muntin.updating.strategies import MixedCrops, freeze_body
+from muntin.updating.strategies import ReplayCrops, freeze_body
 
 
 def crops(value: int, size: int) -> Crops:
@@ -22,7 +22,7 @@ def crops(value: int, size: int) -> Crops:
 
 
 def test_share_of_old_crops() -> None:
-    mixed = MixedCrops(crops(1, 5), crops(2, 5), batch_size=5, share=0.3, seed=0)
+    mixed = ReplayCrops(crops(1, 5), crops(2, 5), batch_size=5, share=0.3, seed=0)
     olds = [int((mixed.batch(step)[1][:, 0, 0] == 1).sum()) for step in range(10)]
     assert sum(olds) == 15 and set(olds) == {1, 2}
     images, target = mixed.batch(3)

@@ -147,10 +147,11 @@ def update_with_progress(
     notes: Sequence[str],
 ) -> UpdateResult:  # fmt: skip
     """Run `update_run` and show its progress. `notes` are printed when work begins."""
+    from muntin.training import read_checkpoint
     from muntin.updating.run import update_run
 
     begin = notes_once(notes)
-    with training_bar("update") as bar:
+    with training_bar(read_checkpoint(run).recipe.task) as bar:
 
         def report(progress: FitProgress) -> None:
             begin()
