@@ -119,4 +119,5 @@ def check_predictions(root: Path, artifact: Path) -> None:
     whole = predict(load(artifact), read_image(image_path))
     assert (mask == whole).mean() > 0.8  # tiles see less context, and no more than that
     assert not np.array_equal(mask, np.full_like(mask, mask[0, 0]))
-    assert read_image(result["overlay"]).shape == read_image(result["difference"]).shape == (SIDE, SIDE, 3)
+    overlay, difference = (read_image(result[part]) for part in ("overlay", "difference"))
+    assert overlay[:SIDE].shape == difference.shape == (SIDE, SIDE, 3) and len(overlay) > SIDE  # a legend is below the overlay
