@@ -239,8 +239,17 @@ def unpaired_notes(pair: FolderPair) -> list[str]:
         without = f"{count(len(unmasked), 'image')} without a mask: {list_some(unmasked, 3)}"
         notes.append(f"{pair.images}: {without}; `muntin fit` refuses them: add masks, remove them, or name them under data.skip")
     if unused:
-        notes.append(f"{pair.masks}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
+        without = f"{count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}"
+        notes.append(f"{pair.masks}: {without}{_ending(unmasked, unused)}")
     return notes
+
+
+def _ending(images: Sequence[str], masks: Sequence[str]) -> str:
+    """Advice if most of the masks are named as an image with one more ending: a.jpg and a_mask.png. Otherwise empty."""
+    stems, named = ({name.rpartition(".")[0] for name in names} for names in (images, masks))
+    endings = Counter(mask[end:] for mask in named if (end := max((n for n in range(len(mask)) if mask[:n] in stems), default=0)))
+    ending, uses = endings.most_common(1)[0] if endings else ("", 0)
+    return f"; {uses} of these names fit without their ending {ending!r}: rename them" if 2 * uses > len(masks) else ""
 
 
 def spread(paths: Sequence[File]) -> Sequence[File]:
