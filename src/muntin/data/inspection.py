@@ -102,7 +102,8 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
     with_pictures = [folder for folder in subfolders(root if train is None else train) if pictures(folder)]
     single = f" (it has one folder with pictures, {with_pictures[0].name}: at least two classes are needed)" if with_pictures else ""
     reason = single if len(with_pictures) == 1 else ""
-    raise DataError(f"{root} holds nothing to make {'a recipe' if task is None else f'a {task} recipe'} of{reason}: {_EXPECTED}")
+    recipe, hint = ("a recipe", "; photographs alone: --task restore") if task is None else (f"a {task} recipe", "")
+    raise DataError(f"{root} holds nothing to make {recipe} of{reason}: {_EXPECTED}{hint}")
 
 
 def unused_split_notes(base: Path) -> list[str]:
