@@ -81,6 +81,11 @@ def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     artifacts, notes = run_artifacts(checkpoint)
     assert ([entry.name for entry in artifacts], notes) == (["int8 in artifact", "int8 in kept"], [])
     assert len(run_artifacts(checkpoint, run)[0]) == 2  # the run's folder given again
+    (run / "budget").mkdir()
+    (run / "budget" / "front.html").touch()
+    (note,) = run_artifacts(checkpoint)[1]
+    assert note.startswith(f"left out, of `muntin compress --max-drop`: {run / 'budget' / 'front.html'} compares them")
+    shutil.rmtree(run / "budget")
     (run / "kept" / "weights.safetensors").write_bytes(b"")
     artifacts, notes = run_artifacts(checkpoint)
     assert [entry.name for entry in artifacts] == ["int8"] and notes[0].startswith(f"left out: {run / 'kept' / 'weights.safetensors'}: ")

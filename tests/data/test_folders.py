@@ -198,7 +198,7 @@ def test_check_of_several_kinds_of_failures(tmp_path: Path) -> None:
 
 def test_notes_on_unused_files(tmp_path: Path) -> None:
     pair = make_pair(tmp_path)
-    for name in ("Thumbs.db", ".hidden.png", "a.txt", "b.txt", "c.txt"):
+    for name in ("Thumbs.db", ".hidden.png", "a.txt", "b.txt", "c.txt", "recipe.yaml"):
         (tmp_path / "images" / name).touch()
     (tmp_path / "images" / "more").mkdir()
     write_image(tmp_path / "masks" / "unused.png", np.zeros((6, 8), dtype=np.uint8))

@@ -202,6 +202,9 @@ def test_notes_on_unpaired_files(tmp_path: Path) -> None:
         "remove them, or name them under data.skip",
         f"{tmp_path}/masks: 1 mask without an image, not used: z.png",
     ]
+    touch(tmp_path, "masks/a_mask.png", "masks/b_mask.png")
+    masks = "3 masks without an image, not used: a_mask.png, b_mask.png, z.png"
+    assert unpaired_notes(pair(tmp_path))[1].endswith(f"{masks}; 2 of these names fit without their ending '_mask': rename them")
     touch(tmp_path, "images/a.png", "images/c.png")
     assert equal_stem_notes(tmp_path / "masks") == []
     assert equal_stem_notes(tmp_path / "images") == [

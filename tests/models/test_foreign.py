@@ -179,6 +179,7 @@ def test_error_inside_a_factory(mine: str) -> None:
     ("name", "task", "channels", "message"),
     [
         ("timm:mobilenetv3_smal_050", "classify", 3, "timm does not know a model 'mobilenetv3_smal_050'; close: mobilenetv3_"),
+        ("timm:test_eficientnet", "classify", 3, "close: test_efficientnet, "),
         ("timm:nope", "classify", 3, "timm does not know a model 'nope'; close: none (timm.list_models())"),
         ("timm:resnet18", "segment", 3, "is a classifier, not for task 'segment': use task 'classify'"),
         ("timm:resnet18", "restore", 3, "is a classifier, not for task 'restore': use task 'classify'"),

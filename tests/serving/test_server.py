@@ -511,6 +511,15 @@ def test_picture_sent_by_curl_as_a_form(pixels: Server, format: str) -> None:
     assert b"--data-binary" not in answer
 
 
+def test_refused_picture_sent_by_curl(pixels: Server) -> None:
+    """A whole file of 16 bits a channel: how it was sent is not the mistake."""
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((7, 9), np.uint16)).save(file, "TIFF")
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    status, _, answer = fetch(pixels, "/predict", file.getvalue(), form)
+    assert (status, b"more than 8 bits" in answer, b"--data-binary" in answer) == (400, True, False), answer
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [

@@ -206,6 +206,7 @@ def test_resuming_a_finished_run(tmp_path: Path, tiny: Any) -> None:
     assert (again.step, again.interrupted, again.checkpoint) == (2, False, first.checkpoint)
     assert {path: path.read_bytes() for path in first.checkpoint.iterdir()} == before
     assert again.validation == first.validation
+    assert again.notes == ("ended at step 2 before, nothing was trained: to go on, raise training.steps (or minutes, patience)",)
 
 
 def test_finished_run_with_moved_data(tmp_path: Path, tiny: Any) -> None:
@@ -214,7 +215,8 @@ def test_finished_run_with_moved_data(tmp_path: Path, tiny: Any) -> None:
     recipe = load_recipe(root / tiny.recipe.name, ["training.steps=2"])
     result = fit(recipe, root=root, directory=tmp_path / "run", resume=True)
     again = read_checkpoint(tmp_path / "run")
-    assert (result.checkpoint, result.step, result.notes) == (first.path, 2, ())
+    assert (result.checkpoint, result.step) == (first.path, 2)
+    assert all("nothing was trained" in note for note in result.notes)
     assert (first.state.root, again.state.root) == (str(tiny.root), str(root))
     assert again.state.model_dump(exclude={"root", "sha256"}) == first.state.model_dump(exclude={"root", "sha256"})
     changed = [name for name, digest in again.state.sha256.items() if digest != first.state.sha256[name]]
@@ -257,7 +259,8 @@ def test_recipe_changes(tmp_path: Path, tiny: Any) -> None:
     checkpoint = read_checkpoint(tmp_path / "run")
     assert (checkpoint.state.step, checkpoint.recipe) == (6, load_recipe(tiny.recipe, changed))
     assert checkpoint.state.training[-1]["learning_rate"] == checkpoint.recipe.training.rate_at(5.5 / 6)
-    assert train(tiny, tmp_path / "run", *changed, resume=True).notes == ()
+    (note,) = train(tiny, tmp_path / "run", *changed, resume=True).notes
+    assert "ended at step 6 before, nothing was trained" in note  # and no change
 
 
 @pytest.mark.parametrize(("steps", "reached"), [(9, 9), (6, 6), (4, 6)])

@@ -186,11 +186,20 @@ def test_overrides(tmp_path: Path) -> None:
         ("name.steps=3", "'name' holds a value, not keys"),
         ("training.steps=[1", "is not a YAML value"),
         ("training.step=3", "did you mean 'steps'?"),
+        ("steps=3", "unknown key 'steps'; did you mean 'training.steps'?"),
         ("training.steps=0", "training.steps: Input should be greater than or equal to 1"),
     ],
 )
 def test_wrong_override(tmp_path: Path, override: str, says: str) -> None:
     assert says in file_mistake(write(tmp_path, {"name": "a", **FOLDERS}), override)
+
+
+def test_folder_in_place_of_its_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"give the path of a YAML file"):
+        load_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match=r"did you mean .*recipe\.yaml\?"):
+        load_recipe(tmp_path)
 
 
 # ---- what is written reads back ----

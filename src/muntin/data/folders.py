@@ -14,7 +14,7 @@ from pydantic import Field
 
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.items import Failure, Item, ItemSource
-from muntin.data.listing import composed, entries, is_picture, is_results_folder, is_utf8, paired_folders, pictures, subfolders
+from muntin.data.listing import RECIPE_NAME, composed, entries, is_picture, is_results_folder, is_utf8, paired_folders, pictures, subfolders
 from muntin.data.section import Section
 from muntin.data.source import SPLITS, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
@@ -140,7 +140,7 @@ class FolderSource(ItemSource):
             del images[stem]
         for stem in [stem for stem in images if stem not in masks]:
             path = images.pop(stem)
-            self._failures[path] = Failure(f"{path} has no mask: add {mask_folder / path.stem}.png, remove the image", "no mask")
+            self._failures[path] = Failure(f"{path} has no mask: add {mask_folder / path.stem}.png or remove the image", "no mask")
         if unused:
             self._notes.append(f"{mask_folder}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
         return [Item(key=f"{place}/{path.stem}".lstrip("/"), image=path, mask=masks[stem]) for stem, path in images.items()]
@@ -157,7 +157,8 @@ class FolderSource(ItemSource):
             if path.is_dir():
                 folders += [] if composed(path.name) in used else [path.name]
             elif not is_picture(path):
-                other_files.append(path.name)
+                if path.name != RECIPE_NAME:
+                    other_files.append(path.name)
             elif stem not in found or self._is_skipped(found[stem]):
                 found[stem] = path
             elif not self._is_skipped(path):

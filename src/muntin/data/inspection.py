@@ -102,7 +102,8 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
     with_pictures = [folder for folder in subfolders(root if train is None else train) if pictures(folder)]
     single = f" (it has one folder with pictures, {with_pictures[0].name}: at least two classes are needed)" if with_pictures else ""
     reason = single if len(with_pictures) == 1 else ""
-    raise DataError(f"{root} holds nothing to make {'a recipe' if task is None else f'a {task} recipe'} of{reason}: {_EXPECTED}")
+    recipe, hint = ("a recipe", "; photographs alone: --task restore") if task is None else (f"a {task} recipe", "")
+    raise DataError(f"{root} holds nothing to make {recipe} of{reason}: {_EXPECTED}{hint}")
 
 
 def unused_split_notes(base: Path) -> list[str]:
@@ -239,8 +240,17 @@ def unpaired_notes(pair: FolderPair) -> list[str]:
         without = f"{count(len(unmasked), 'image')} without a mask: {list_some(unmasked, 3)}"
         notes.append(f"{pair.images}: {without}; `muntin fit` refuses them: add masks, remove them, or name them under data.skip")
     if unused:
-        notes.append(f"{pair.masks}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
+        without = f"{count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}"
+        notes.append(f"{pair.masks}: {without}{_ending(unmasked, unused)}")
     return notes
+
+
+def _ending(images: Sequence[str], masks: Sequence[str]) -> str:
+    """Advice if most of the masks are named as an image with one more ending: a.jpg and a_mask.png. Otherwise empty."""
+    stems, named = ({name.rpartition(".")[0] for name in names} for names in (images, masks))
+    endings = Counter(mask[end:] for mask in named if (end := max((n for n in range(len(mask)) if mask[:n] in stems), default=0)))
+    ending, uses = endings.most_common(1)[0] if endings else ("", 0)
+    return f"; {uses} of these names fit without their ending {ending!r}: rename them" if 2 * uses > len(masks) else ""
 
 
 def spread(paths: Sequence[File]) -> Sequence[File]:

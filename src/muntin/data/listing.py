@@ -8,6 +8,8 @@ from pathlib import Path
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES
 
+RECIPE_NAME = "recipe.yaml"
+"""The file that `muntin init` writes; it may lie beside the pictures."""
 _RUNS = "runs"  # the folder that `muntin fit` writes results to; it may lie beside the pictures
 
 

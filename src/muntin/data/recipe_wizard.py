@@ -31,7 +31,7 @@ from muntin.data.inspection import (
     unpaired_notes,
     unused_split_notes,
 )
-from muntin.data.listing import composed, is_utf8, paired_folders, pictures, subfolders
+from muntin.data.listing import RECIPE_NAME, composed, is_utf8, paired_folders, pictures, subfolders
 from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
 from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
@@ -41,7 +41,6 @@ from muntin.images import write_whole
 from muntin.images.opening import PictureFile
 from muntin.text import count
 
-RECIPE_NAME = "recipe.yaml"
 _SHARE = 0.15  # share of the pictures for a split without a folder of its own
 FEW_PIXELS = 0.02
 """Share of the pixels below which a class is called rare."""
@@ -52,7 +51,11 @@ _FIRST_MODEL = "hybrid-xxs  # the fastest, for a first result; hybrid-xs,"
 _FIRST_RESTORER = """hybrid-xs
   options: {stem: [24, STEM4, 64], pairs: [2, 1], decoder: STEM4, dims: [128], depths: [2]}  # a channel for each value of 4 x 4 pixels
   #"""
-_AFTER_DATA = """
+_CLASS_LOSS = """\
+  loss: cross-entropy  # or focal, dice, dice-cross-entropy (the last two with masks only), where rare classes are missed
+  class_weights: null  # auto: rare classes count more, by their shares of the training data; or {NAME: WEIGHT}
+"""
+_AFTER_DATA = f"""
 model:
   name: hybrid-xxs  # the fastest, for a first result; hybrid-xs, hybrid-s and hybrid-m are larger; `muntin models` lists them all
 
@@ -60,8 +63,7 @@ training:
   steps: 2000  # batches to train on: about four minutes of the small model on two fast cores; a larger model needs more of both
   minutes: 10  # training ends after so many minutes at the latest; null: no limit. A run that reaches it differs from the next one
   batch_size: 16  # crops in a batch; halve it if memory runs out
-  loss: cross-entropy  # or focal, dice, dice-cross-entropy (the last two with masks only), where rare classes are missed
-  class_weights: null  # auto: rare classes count more, by their shares of the training data; or {NAME: WEIGHT}
+{_CLASS_LOSS}\
   patience: null  # validations without a better score after which training ends; the best weights are kept in any case
   learning_rate: 0.004  # the highest rate; it rises to this value, then falls along a cosine
   precision: auto  # 16-bit where this machine is fast at it; fp32 to switch that off
@@ -70,7 +72,7 @@ quantization:
   calibration_images: 64  # training crops that set the ranges of the 8-bit numbers
 
 compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, more bits where needed; change later with its --set
-  low_rank: {parameters: 0.35}  # fraction of the parameters to keep; null: keep the layers as they are
+  low_rank: {{parameters: 0.35}}  # fraction of the parameters to keep; null: keep the layers as they are
   average_bits: 4.8  # bits of a weight on average; 4 is the least, more makes the model larger
 """
 
@@ -257,7 +259,8 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
         "    flip_vertical: 0.0  # 0.5, with rotation: 180, suits pictures taken from above: satellites, microscopes",
     ]
     after = _AFTER_DATA
-    if layout.task == "restore":
+    if layout.task == "restore":  # which learns by the distance to the clean picture
+        after = after.replace(_CLASS_LOSS, "")
         after = after.replace(_FIRST_MODEL, _FIRST_RESTORER.replace("STEM4", str(max(64, 16 * survey.channels))))
     return "\n".join(lines) + "\n" + after
 

@@ -29,6 +29,8 @@ from muntin.errors import ArtifactError, CheckpointError
 from muntin.models.compression_record import STAGES, Stage
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
 
+BUDGET_PAGE = Path("budget", "front.html")
+"""The page of a search for a budget, in the run's folder."""
 PARENTS = 3
 """Folders above an artefact in which its run is looked for: RUN/compressed/3-mixed/artifact is three below RUN."""
 
@@ -131,6 +133,8 @@ def run_artifacts(checkpoint: Checkpoint, *folders: Path) -> tuple[list[RunArtif
             form = form_name(origin, integer=quantized_at_export(artifact.manifest))
             artifacts.append(RunArtifact(name=form, form=form, artifact=artifact, checkpoint=origin))
     notes += _stale_notes(run_folder(checkpoint), stale, stale_stages)
+    if (page := run_folder(checkpoint) / BUDGET_PAGE).is_file():
+        notes.append(f"left out, of `muntin compress --max-drop`: {page} compares them; `muntin bench` takes them, too")
     places = [entry.path for entry in checkpoints]
     artifacts.sort(key=lambda entry: places.index(entry.checkpoint.path))
     return _distinct(artifacts), notes

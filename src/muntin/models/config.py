@@ -20,7 +20,7 @@ class ModelConfig(BaseModel):
     classes: Annotated[int, Field(ge=1, le=65535, description="K, the classes of segment and classify; unused by restore")] = 2
     channels: Annotated[int, Field(ge=1, le=16, description="channels of the input image")] = 3
     scale: Annotated[int, Field(ge=1, le=4, description="output size over input size; above 1 only for restore")] = 1
-    encoder: Annotated[str | None, Field(pattern="^timm:.+")] = None
+    encoder: str | None = None
     """timm:NAME: a network whose maps replace `stem` and `pairs`; the attention stages are then at its coarsest strides."""
     stem: Annotated[tuple[AtLeastOne, ...], Field(min_length=2, max_length=3)] = (16, 32, 64)
     """Channels of the convolutional stages at strides 2, 4 and, with a third entry, 8."""
@@ -51,6 +51,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.encoder is not None and not self.encoder.startswith("timm:"):
+            raise ValueError(f"encoder '{self.encoder}' names no package: give timm:NAME, as in timm:tf_efficientnet_lite0")
         if len(self.pairs) != len(self.stem) - 1:
             raise ValueError(
                 f"pairs has {len(self.pairs)} entries for a stem of {len(self.stem)} stages: give one for each stage from stride 4 on, "

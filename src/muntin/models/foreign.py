@@ -5,6 +5,7 @@ Axes: B images, C channels, H W map, K scores.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -91,7 +92,7 @@ def timm_model(name: str, **arguments: Any) -> nn.Module:
         if timm.is_model(name):
             reason, given = " ".join(str(error).split())[:200], ", ".join(f"{key}={value}" for key, value in arguments.items())
             raise RecipeError(f"timm cannot make '{name}' with {given} ({reason}): choose another model") from error
-        close = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), 5, cutoff=0.7)
         raise RecipeError(f"timm does not know a model '{name}'; close: {', '.join(close) or 'none'} (timm.list_models())") from error
     return model
 

@@ -162,7 +162,8 @@ def _check_encoder(encoder: Encoder, config: ModelConfig) -> None:
             "options dims and depths"
         )
     if config.task != "classify" and config.finest not in encoder.strides:
+        ends = [str(stride) for stride in (4, 8) if stride in encoder.strides]
+        advice = f"set the option finest to {' or '.join(ends)}" if ends else "take an encoder that has stride 4 or 8"
         raise RecipeError(
-            f"encoder '{encoder.name}' has maps at strides {strides}, and the decoder ends at stride {config.finest}: set the option "
-            f"finest to {' or '.join(str(stride) for stride in (4, 8) if stride in encoder.strides) or '4 or 8, with another encoder'}"
+            f"encoder '{encoder.name}' has maps at strides {strides}, and the decoder ends at stride {config.finest}: {advice}"
         )

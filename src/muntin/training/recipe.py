@@ -107,9 +107,9 @@ def load_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_EachKeyOnce)  # noqa: S506 - it is a SafeLoader
     except OSError as error:
-        raise RecipeError(
-            f"recipe {path}: {error.strerror or error}; give the path of a YAML file, or write one with `muntin init DIR`"
-        ) from error
+        inside = path / "recipe.yaml"
+        advice = f"did you mean {inside}?" if inside.is_file() else "give the path of a YAML file, or write one with `muntin init DIR`"
+        raise RecipeError(f"recipe {path}: {error.strerror or error}; {advice}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none (2024-13-45)
         raise RecipeError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -173,6 +173,8 @@ def _explain(error: ValidationError) -> str:
         place, model = _follow(parents)
         known = list(model.model_fields)
         near = difflib.get_close_matches(str(key), known, 1, cutoff=0.5)
+        if not place:  # a key without its section
+            near = [f"{name}.{key}" for name in known if str(key) in _follow([name])[1].model_fields] or near
         meant = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown key '{f'{place}.{key}' if place else key}'; {meant}known here: {', '.join(known)}"
     place, _ = _follow(first["loc"])

@@ -140,9 +140,12 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     training = Training(trainer, recipe, source, directory=directory, root=root, start=start, report=report)
     for note in notes:
         report(FitProgress(kind="note", step=training.step, steps=training.steps, note=note))
+    first_step = training.step
     with Interruption(answers=ranks.first) as interruption:
         path = training.run(interruption)
     if training.finished:
+        if start is not None and training.step == first_step:
+            training.note(f"ended at step {first_step} before, nothing was trained: to go on, raise training.steps (or minutes, patience)")
         poor = () if training.collapsed else poor_classes([] if training.result is None else [training.result])
         for note in (*ended_early(recipe.training, training.step, training.validation), *poor):
             training.note(note)

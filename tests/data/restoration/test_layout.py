@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from muntin.data.config import open_source
 from muntin.data.recipe_wizard import write_recipe
 from muntin.errors import DataError
 from muntin.images import write_image
@@ -25,6 +26,8 @@ def test_photographs_in_the_folder(photographs: Path) -> None:
     assert recipe.data.degrade is not None
     assert recipe.data.degrade.noise == 25
     assert recipe.model.name == "hybrid-xs"
+    assert "cross-entropy" not in (photographs / "recipe.yaml").read_text()
+    assert open_source(recipe.data, root=photographs).notes == ()  # none on the recipe
 
 
 def test_pairs_in_split_folders(photographs: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_other_classes(tiny: Any, names: tuple[str, ...], words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("teacher.model=nothing",), "is no folder, and it is no model's name"),
+        (("teacher.model=nothing",), r"start at the recipe's folder\), and it is no model's name"),
         (("teacher.model=run", "teacher.weights=w.safetensors"), "teacher.weights: .* leave it out"),
         (("teacher.model=run", "teacher.classes=2"), "teacher.classes: .* leave it out"),
         (("teacher.model=run", "data.channels=1"), "with 3 channels, and the recipe has task segment with 1"),

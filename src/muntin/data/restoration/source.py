@@ -66,7 +66,7 @@ class RestoreSource(FolderSource):
             if stem in targets:
                 items.append(Item(key=path.stem, image=path, mask=targets[stem]))
             else:
-                advice = f"add {pair.targets / path.stem}.png, remove the image"
+                advice = f"add {pair.targets / path.stem}.png or remove the image"
                 self._failures[path] = Failure(f"{path} has no clean picture: {advice}", "no clean picture")
         if unused:
             self._notes.append(f"{pair.targets}: {count(len(unused), 'picture')} without an image, not used: {list_some(unused, 3)}")

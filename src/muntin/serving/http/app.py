@@ -253,9 +253,11 @@ class HttpApp:
         try:
             return await self._pictures.answer(body, query)
         except ProtocolError as error:
-            # curl sends this type with --data-binary too; -d removes line ends.
+            # curl sends this type with --data-binary too; -d removes line ends and zeros.
             encoded = content_type.startswith("application/x-www-form-urlencoded")
-            if not (encoded and isinstance(error.__cause__, DataError) and error.status == 400 and not (b"\n" in body or b"\r" in body)):
+            if not (
+                encoded and isinstance(error.__cause__, DataError) and error.status == 400 and not any(byte in body for byte in b"\n\r\0")
+            ):
                 raise
             raise ProtocolError(f"{error}; curl changes a file that -d sends: give --data-binary @FILE") from error
 

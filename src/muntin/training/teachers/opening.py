@@ -110,8 +110,8 @@ def _named(config: TeacherConfig, recipe: Recipe, known: int, classes: int, root
     kind = config.model.partition(":")[0]
     if ":" not in config.model and config.model not in PRESETS:
         raise RecipeError(
-            f"teacher.model {config.model}: {root / config.model} is no folder, and it is no model's name: give a run, a checkpoint or an "
-            "artefact, or timm:NAME, torchvision:NAME, a preset or package.module:factory"
+            f"teacher.model {config.model}: {root / config.model} is no folder (relative paths start at the recipe's folder), and it is no "
+            "model's name: give a run, a checkpoint or an artefact, or timm:NAME, torchvision:NAME, a preset or package.module:factory"
         )
     if known > classes:
         raise RecipeError(f"teacher.classes {known}: the recipe has {classes}: a teacher knows the recipe's classes, or the first of them")
