@@ -55,12 +55,13 @@ _CLASS_LOSS = """\
   loss: cross-entropy  # or focal, dice, dice-cross-entropy (the last two with masks only), where rare classes are missed
   class_weights: null  # auto: rare classes count more, by their shares of the training data; or {NAME: WEIGHT}
 """
+_STEPS_TIME = ": about four minutes of the small model on two fast cores; a larger model needs more of both"
 _AFTER_DATA = f"""
 model:
   name: hybrid-xxs  # the fastest, for a first result; hybrid-xs, hybrid-s and hybrid-m are larger; `muntin models` lists them all
 
 training:
-  steps: 2000  # batches to train on: about four minutes of the small model on two fast cores; a larger model needs more of both
+  steps: 2000  # batches to train on{_STEPS_TIME}
   minutes: 10  # training ends after so many minutes at the latest; null: no limit. A run that reaches it differs from the next one
   batch_size: 16  # crops in a batch; halve it if memory runs out
 {_CLASS_LOSS}\
@@ -260,7 +261,8 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     ]
     after = _AFTER_DATA
     if layout.task == "restore":  # which learns by the distance to the clean picture
-        after = after.replace(_CLASS_LOSS, "")
+        lines = [line.replace("flips, zoom, a little colour", "flips, a little colour") for line in lines]
+        after = after.replace(_CLASS_LOSS, "").replace(_STEPS_TIME, "")
         after = after.replace(_FIRST_MODEL, _FIRST_RESTORER.replace("STEM4", str(max(64, 16 * survey.channels))))
     return "\n".join(lines) + "\n" + after
 

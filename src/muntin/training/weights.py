@@ -140,7 +140,7 @@ def _with_encoder(model: HybridNet, stored: dict[str, Tensor], path: Path) -> tu
 
 
 def _read(path: Path, setting: str) -> dict[str, Tensor]:
-    if path.suffix != SUFFIX:
+    if path.suffix != SUFFIX and path.is_file():
         raise RecipeError(
             f"{setting} {path}: give a {SUFFIX} file (muntin reads no pickles). What torch.save wrote becomes one by: python -c "
             f"\"import torch; from safetensors.torch import save_file; saved = torch.load('{path.name}', map_location='cpu', "
