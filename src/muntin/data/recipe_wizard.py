@@ -14,23 +14,18 @@ import yaml
 from muntin.data.classes import as_yaml, list_some
 from muntin.data.folders import FolderPair
 from muntin.data.inspection import (
-    Layout,
     MaskArray,
     MaskClasses,
     classes_in_folders,
     classes_in_masks,
     crop_side,
-    equal_stem_notes,
-    find_layout,
     ignored_value_notes,
     mask_pixels,
-    nested_class_notes,
     picture_channels,
     picture_facts,
     read_some,
-    unpaired_notes,
-    unused_split_notes,
 )
+from muntin.data.layout import Layout, equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
 from muntin.data.listing import RECIPE_NAME, composed, is_utf8, paired_folders, pictures, subfolders
 from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
 from muntin.data.shards.inspection import shard_classes

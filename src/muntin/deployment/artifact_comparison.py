@@ -57,7 +57,7 @@ ROUNDING = 1e-9
 ROUNDS = 30
 """Timed calls of each candidate."""
 Predicted = Labels | UInt8
-"""What a session answers for a picture: labels, or for restore the picture (H, W, C)."""
+"""The answer of a session for a picture: labels, or for restore the picture (H, W, C)."""
 Announce = Callable[[str], None]
 
 

@@ -95,7 +95,7 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def _fault(self) -> str:
-        """What is wrong with the maps of small pictures; empty if nothing is."""
+        """Describe a fault in the maps of small pictures; empty if there is none."""
         training, far = self.training, self.strides[-1]
         self.eval()
         try:

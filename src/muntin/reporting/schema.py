@@ -211,7 +211,7 @@ class Example(Record):
 
 
 class Baseline(Record):
-    """What restored pictures are compared with: the input as it is, or enlarged. `score`: PSNR, dB; SSIM null where it was not computed."""
+    """Scores that restored pictures are compared with: of the input as it is, or enlarged. `score`: PSNR, dB; SSIM null where it was not computed."""
 
     name: Text
     score: float

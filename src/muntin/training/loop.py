@@ -68,7 +68,7 @@ class Training:
 
     update: UpdateRecord | None = None
     keeps_best = True
-    """Whether the result has the averaged weights of the best validation, or of the last step: so do stages, and gates that close."""
+    """True if the result has the averaged weights of the best validation; False: of the last step, as of stages and of gates that close."""
     maker: BatchMaker
 
     def __init__(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from muntin.data.classes import list_some
 from muntin.data.folders import FolderPair
-from muntin.data.inspection import FOLDER_NAMES, Layout
+from muntin.data.layout import FOLDER_NAMES, Layout
 from muntin.data.listing import composed, pictures, subfolders
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES

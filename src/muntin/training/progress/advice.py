@@ -18,7 +18,7 @@ def after_collapse(text: str, config: TrainingConfig, *, result: str) -> str:
 
 
 def where_best(step: int, newest: Path, *, kept: bool) -> str:
-    """Where the weights of the best step are. `newest`: the last checkpoint. `kept`: the result has them."""
+    """Say where the weights of the best step are. `newest`: the last checkpoint. `kept`: the result has them."""
     if kept:
         return f"the result has the weights of step {step}, of the best score"
     path = next((path for path in checkpoints_in(newest.parent) if path.name == step_name(step)), None)

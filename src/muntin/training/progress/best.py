@@ -77,7 +77,7 @@ class BestWeights:
         self.averaged_at = self._step
 
     def unsaved(self, step: int) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint of a step has to hold beside the averaged weights: the copy, or nothing if these are it."""
+        """Tensors that a checkpoint of a step has to hold beside the averaged weights: the copy, or none if these are it."""
         return {} if self._step in (None, step, self.averaged_at) else {BEST: self._copy}
 
     def result(self, validation: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -126,7 +126,7 @@ def _named(config: TeacherConfig, recipe: Recipe, known: int, classes: int, root
 
 @torch.no_grad()
 def _fault(model: nn.Module, recipe: Recipe, known: int) -> str:
-    """What is wrong with a teacher's answer to a crop; empty if nothing is."""
+    """Describe a fault in a teacher's answer to a crop; empty if there is none."""
     side = recipe.data.crop
     try:
         answer = model(torch.zeros(1, recipe.data.channels, side, side))
