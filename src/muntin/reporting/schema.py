@@ -211,7 +211,7 @@ class Example(Record):
 
 
 class Baseline(Record):
-    """Scores that restored pictures are compared with: of the input as it is, or enlarged. `score`: PSNR, dB; SSIM null where it was not computed."""
+    """Scores to compare restored pictures with: of the input as it is, or enlarged. `score`: PSNR, dB; SSIM null where not computed."""
 
     name: Text
     score: float
