@@ -323,7 +323,7 @@ class _BudgetedCompression:
             if (within := sum(trial.drop <= self.budget.max_drop for trial in search.trials)) and self.reference.samples is not None:
                 notes.append(
                     f"{within} of the trials keep it on the {len(self.reference.samples)} samples of evaluate, but not with a certainty of "
-                    f"{self.budget.confidence:.0%} on others: give more samples, a greater drop or a smaller confidence"
+                    f"{self.budget.confidence} on others: give more samples, a greater drop or a smaller confidence"
                 )
         elif search.stopped:
             better = "a smaller" if self.budget.objective == "size" else "a faster"

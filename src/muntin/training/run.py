@@ -153,7 +153,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
-        result=training.result,        notes=(*notes, *training.notes),
+        result=training.result, notes=(*notes, *training.notes),
     )  # fmt: skip
 
 

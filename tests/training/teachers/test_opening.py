@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import nn
 
 from muntin.artifact.classes import ClassInfo
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.errors import MuntinError, RecipeError
+from muntin.images import write_image
 from muntin.models import create_model
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.recipe import Recipe, load_recipe
@@ -113,3 +116,26 @@ def test_factory(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, str
 
 def test_none(tiny: Any) -> None:
     assert open_teacher(Recipe(), (), tiny.root) == (None, ())
+
+
+def test_teacher_of_restored_pictures(tmp_path: Path) -> None:
+    """A run and its artefact teach a model that doubles the sides; classes are refused."""
+    (tmp_path / "photos").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(8):
+        write_image(tmp_path / f"photos/{number}.png", generator.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    content = {
+        "task": "restore",
+        "data": {"source": "folders", "images": "photos", "degrade": {"scale": 2}, "validation": 0.3, "test": 0.3, "crop": 32},
+        "training": {"steps": 1, "batch_size": 2, "threads": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    run = read_checkpoint(fit(tmp_path / "recipe.yaml", directory=tmp_path / "run").checkpoint)
+    export_checkpoint(run, tmp_path / "artifact", integer=False, sizes="fixed")
+    for teacher in ("run", "artifact"):
+        taught = load_recipe(tmp_path / "recipe.yaml", [f"teacher.model={teacher}", f"name={teacher}"])
+        result = fit(taught, root=tmp_path, directory=tmp_path / f"by-{teacher}")
+        assert f"teacher: {teacher}" in result.notes and result.step == 1
+    refused = load_recipe(tmp_path / "recipe.yaml", ["teacher.model=hybrid-xxs", "teacher.classes=2"])
+    with pytest.raises(RecipeError, match="restore has no classes"):
+        open_teacher(refused, (), tmp_path)

@@ -113,11 +113,15 @@ def _named(config: TeacherConfig, recipe: Recipe, known: int, classes: int, root
             f"teacher.model {config.model}: {root / config.model} is no folder (relative paths start at the recipe's folder), and it is no "
             "model's name: give a run, a checkpoint or an artefact, or timm:NAME, torchvision:NAME, a preset or package.module:factory"
         )
+    if config.classes is not None and recipe.task == "restore":
+        raise RecipeError(f"teacher.classes {config.classes}: restore has no classes: leave it out")
     if known > classes:
         raise RecipeError(f"teacher.classes {known}: the recipe has {classes}: a teacher knows the recipe's classes, or the first of them")
     if config.weights is None and (kind in TRAINED_ELSEWHERE or config.model in PRESETS):
         raise RecipeError(f"teacher.model {config.model}: it has random weights: name its .safetensors file by teacher.weights")
-    model = create_model(config.model, task=recipe.task, classes=max(1, known), channels=recipe.data.channels)
+    model = create_model(
+        config.model, task=recipe.task, classes=max(1, known), channels=recipe.data.channels, scale=recipe.data.output_scale
+    )
     if config.weights is None:
         return model, [f"teacher: {config.model}, with the weights that it is made with"]
     notes = load_initial_weights(model, root / config.weights, setting="teacher.weights", whole=True)
@@ -133,8 +137,9 @@ def _fault(model: nn.Module, recipe: Recipe, known: int) -> str:
     except (AssertionError, MuntinError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"it fails on a crop of data.crop {side} ({reason}): take another crop, or a teacher that takes any size"
-    expected = (1, known) if recipe.task == "classify" else (1, known, side, side)
+    large = recipe.data.output_scale * side
+    expected = (1, known) if recipe.task == "classify" else (1, known or recipe.data.channels, large, large)  # restore has no classes
     if not isinstance(answer, Tensor) or tuple(answer.shape) != expected:
         received = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        return f"it answers {received} to a crop of {side} x {side}, not {expected}: give one of the recipe's task, with {known} classes"
+        return f"it answers {received} to a crop of {side} x {side}, not {expected}: give one of the recipe's task, classes and channels"
     return ""
