@@ -4,7 +4,8 @@
                                [--minutes 4] [--samples N] [--output runs/benchmark-peers] [--json]
 
 Peers: segmentation_models_pytorch's Linknet-resnet18, PAN-mobilenet_v2, Unet-resnet18, FPN-efficientvit_b0, FPN-mobilenetv4_conv_small,
-Segformer-mit_b0 and DeepLabV3+-efficientnet-b0. All models start from random weights and are trained by `muntin fit` with the
+Segformer-mit_b0 and DeepLabV3+-efficientnet-b0; YOLO26n-sem where the package ultralytics is installed (AGPL-3.0).
+All models start from random weights and are trained by `muntin fit` with the
 demonstration's recipe: crops, augmentation, loss, optimiser (Muon and AdamW), schedule, averaged weights and BF16 are the same code
 (DeepLabV3+ trains in FP32 on CPUs, see `check_maps`). --recipe names a recipe of yours, with your own pictures (`muntin init` writes one).
 This command replaces its model, rate, precision, threads and length of training. Two budgets, each with tables of its own (either or both

@@ -1,7 +1,7 @@
-"""Search networks in the minutes in which others are trained by hand: muntin search, random search, presets, a preset of other widths.
+"""Search networks in the minutes in which others are trained by hand: muntin search, random search, presets, other widths, peers.
 
     python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--space FILE.yaml] [--candidates 200]
-                                [--networks 4] [--checked 10] [--output runs/benchmark-search] [--json]
+                                [--networks 4] [--peers NAME ...] [--checked 10] [--output runs/benchmark-search] [--json]
 
 Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise. The table of
 latencies is measured once a machine and comes on top; its minutes are in the output.
@@ -9,6 +9,8 @@ latencies is measured once a machine and comes on top; its minutes are in the ou
     random    `--networks` random architectures of the same space, trained alone, each for its share of the minutes
     presets   hybrid-xxs, hybrid-xs and hybrid-s, likewise
     width     `--model` with half, all and one and a half times its channels (in multiples of a head), likewise
+    peers     those of `--peers` (`segmentation_peers/models.py`), likewise, each by `muntin export` in INT8; YOLO26n-sem needs the package
+              ultralytics (AGPL-3.0)
 All networks are exported in INT8, scored on the validation and the test split as artefacts, and those of a seed are timed in turns.
 
     test, ms       mIoU of the test split; median milliseconds of one picture of twice the training crop
@@ -34,6 +36,7 @@ import random
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,10 @@ from scipy.stats import spearmanr
 
 import muntin
 from kept import Row, kept_row, now
+from muntin.compression import load_model
 from muntin.data import open_source
+from muntin.data.source import SplitName
+from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.host.hardware import physical_cores
@@ -50,10 +56,12 @@ from muntin.searching import SearchSettings, Space, default_space, load_space, s
 from muntin.searching.finalists import Finalist, train_finalist, with_latencies
 from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, base_config, document
 from muntin.searching.space import Architecture, UnbuildableError
-from muntin.training import Recipe, evaluate, load_recipe
+from muntin.training import Recipe, evaluate, fit, load_recipe, read_checkpoint
+from muntin.training.checkpoint import checkpoints_in
 from muntin.training.evaluation import tile_of
 from muntin.training.recipe import override_recipe
 from options import at_least
+from segmentation_peers.models import ENTRIES
 
 PROTOCOL = 1
 """Version of the rows."""
@@ -61,7 +69,8 @@ RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
 WIDTHS = (0.5, 1.0, 1.5)
 NOT_SLOWER = 1.02
-CONTENDERS = ("search", "random", "presets", "width")
+CONTENDERS = ("search", "random", "presets", "width", "peers")
+PEERS = ("linknet-resnet18", "fpn-mobilenetv4-conv-small", "yolo26n-sem")
 FIGURES = ("seconds", "table_seconds", "scored", "correlation", "latency_error", "importances")
 
 
@@ -116,9 +125,34 @@ class Bench:
             self.say(f"{contender}: {name} {rows[-1]['test']:.4f}")
         return {"networks": rows}
 
+    def peers(self) -> Row:
+        """Networks of others, trained alone, each for its share of the minutes."""
+        rows = []
+        for name in self.arguments.peers:
+            folder = self.folder / "peers" / name
+            recipe = override_recipe(self._limited(TRAINING_SHARE * self.arguments.minutes / len(self.arguments.peers)), [
+                f"model={{name: '{ENTRIES[name].model}'}}",
+            ])  # fmt: skip
+            result = fit(recipe, directory=folder, root=self.root, resume=bool(checkpoints_in(folder / "checkpoints")))
+            if result.interrupted or result.stop_requested:
+                raise SystemExit("interrupted: the same command goes on")
+            checkpoint = read_checkpoint(result.checkpoint)
+            artifact = export_checkpoint(checkpoint, folder / ARTIFACT)
+            score, test = (self._score(artifact.path, recipe, split) for split in ("validation", "test"))
+            parameters = sum(parameter.numel() for parameter in load_model(checkpoint).parameters())
+            rows.append({
+                "name": name, "float_score": float((result.result or result.validation[-1])["score"]), "score": score, "test": test,
+                "bytes": artifact.bytes, "parameters": parameters, "run": str(folder), "artifact": str(artifact.path),
+            })  # fmt: skip
+            self.say(f"peers: {name} {test:.4f}")
+        return {"networks": rows}
+
+    def _limited(self, minutes: float) -> Recipe:
+        return override_recipe(self.recipe, [f"training.minutes={minutes}", f"training.steps={MANY_STEPS}"])
+
     def _recipe(self, architecture: Architecture, minutes: float) -> Recipe:
         options = {**self.recipe.model.options, **architecture.options(self.base)}
-        limited = override_recipe(self.recipe, [f"training.minutes={minutes}", f"training.steps={MANY_STEPS}"])
+        limited = self._limited(minutes)
         return limited.model_copy(update={"model": limited.model.model_copy(update={"options": options})})
 
     def _architectures(self, contender: str) -> dict[str, Architecture]:
@@ -151,10 +185,11 @@ class Bench:
         }  # fmt: skip
 
     def _tested(self, network: Finalist) -> Row:
-        session = load(network.artifact, threads=self.arguments.threads)
-        score = evaluate(session, self.source.split("test"), tile=tile_of(network.recipe.data.crop)).score
-        session.close()
-        return {"test": score}
+        return {"test": self._score(network.artifact, network.recipe, "test")}
+
+    def _score(self, artifact: Path, recipe: Recipe, split: SplitName) -> float:
+        with closing(load(artifact, threads=self.arguments.threads)) as session:
+            return evaluate(session, self.source.split(split), tile=tile_of(recipe.data.crop)).score
 
     def timed(self, rows: Mapping[str, Row]) -> Row:
         """Latency of all networks of this seed in turns, by their names."""
@@ -197,7 +232,10 @@ def measure(arguments: argparse.Namespace, seed: int, settings: Row, machine: Ro
     bench = Bench(arguments, seed)
     keep = partial(kept_row, settings=settings, hardware=machine)
     rows = {"search": keep(bench.folder / "search.json", measure=bench.search)}
-    rows |= {name: keep(bench.folder / f"{name}.json", measure=partial(bench.trained, name)) for name in CONTENDERS[1:]}
+    rows |= {
+        name: keep(bench.folder / f"{name}.json", measure=bench.peers if name == "peers" else partial(bench.trained, name))
+        for name in CONTENDERS[1:]
+    }
     ms = keep(bench.folder / "latency.json", measure=partial(bench.timed, rows))["ms"]
     timed = {
         contender: [{**row, "ms": ms[f"{contender}/{row['name']}"]} for row in content["networks"]] for contender, content in rows.items()
@@ -247,6 +285,7 @@ def main() -> None:
     parser.add_argument("--space", type=Path, help="a YAML file of choices; by default the task's")
     parser.add_argument("--candidates", type=at_least(1), default=200)
     parser.add_argument("--networks", type=at_least(1), default=4, help="trained alone by search and by random")
+    parser.add_argument("--peers", nargs="+", choices=[name for name, entry in ENTRIES.items() if not entry.hybrid], default=[*PEERS])
     parser.add_argument("--checked", type=at_least(0), default=10, help="whole networks that show the error of the predicted latency")
     parser.add_argument("--threads", type=at_least(1), default=physical_cores())
     parser.add_argument("--set", action="append", help="a value of the recipe, such as data.crop=128; for smoke tests")
@@ -254,7 +293,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
     machine = describe_hardware()
-    keys = ("source", "model", "minutes", "candidates", "networks", "checked", "threads", "set")
+    keys = ("source", "model", "minutes", "candidates", "networks", "peers", "checked", "threads", "set")
     settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
     settings["space"] = None if arguments.space is None else {n: list(v) for n, v in load_space(arguments.space).choices.items()}
     seeds = [measure(arguments, seed, settings, machine) for seed in range(arguments.seeds)]

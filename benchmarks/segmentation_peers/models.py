@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the usual name
 
 from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, DividedSides, ForeignModel
 
@@ -46,6 +47,32 @@ def _peer(architecture: str, encoder: str, *, task: str, classes: int, channels:
     return DividedSides(ForeignModel(model, mean=mean, std=std, task="segment"), STRIDE)
 
 
+class _Enlarged(nn.Module):
+    """A network whose answer is a fraction of the picture's size, enlarged to it, bilinearly."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        return F.interpolate(self.model(image_BCHW), image_BCHW.shape[2:], mode="bilinear")
+
+
+def yolo26n_sem(*, task: str, classes: int, channels: int) -> nn.Module:
+    """Ultralytics' YOLO26n-sem from its YAML, randomly initialised, without the head that only its own training uses.
+
+    Needs the package ultralytics (AGPL-3.0): a user installs it beside the benchmark, muntin does not depend on it.
+    """
+    from ultralytics.nn.tasks import SemanticSegmentationModel
+
+    if task != "segment":
+        raise ValueError(f"task '{task}': YOLO26n-sem segments")
+    model = SemanticSegmentationModel("yolo26n-sem.yaml", ch=channels, nc=classes, verbose=False)
+    model.model[-1].aux_head = None
+    none, one = (0.0,) * channels, (1.0,) * channels  # pixels 0 to 1, as in its own training
+    return DividedSides(ForeignModel(_Enlarged(model), mean=none, std=one, task="segment"), STRIDE)
+
+
 linknet_resnet18 = partial(_peer, "linknet", "resnet18")
 pan_mobilenet_v2 = partial(_peer, "pan", "mobilenet_v2")
 unet_resnet18 = partial(_peer, "unet", "resnet18")
@@ -78,5 +105,6 @@ ENTRIES = {
         # NNCF takes the tokens between its linear layers and depthwise convolutions for channels: such a model fits one image size only.
         _entry("segformer_mit_b0", "int8-tensor", "int8-attention-tensor"),
         _entry("deeplabv3plus_efficientnet_b0"),
+        _entry("yolo26n_sem"),
     )
 }
