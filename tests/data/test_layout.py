@@ -43,6 +43,8 @@ def test_layout_of_images_and_masks(tmp_path: Path) -> None:
     layout = find_layout(tmp_path, None)
     assert (layout.task, layout.base, layout.validation, layout.test) == ("segment", pair(tmp_path), None, None)
     assert layout.training_pictures() == {"a": tmp_path / "images/a.jpg", "b": tmp_path / "images/b.png"}
+    with pytest.raises(DataError, match=f"{tmp_path} holds both images and masks: name it"):
+        find_layout(tmp_path / "images", None)
 
 
 def test_layout_of_three_split_folders(tmp_path: Path) -> None:

@@ -40,6 +40,9 @@ def test_pictures_count_when_they_are_complete(run: Path, tmp_path: Path, write_
 def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     watch = make_watch(run, tmp_path)
     write_scenes(watch.folder, "a", 12, 900)
+    for kind in ("images", "masks"):
+        (watch.folder / kind / "site").mkdir()
+        (watch.folder / kind / "a-1.png").rename(watch.folder / kind / "site" / "a-1.png")
     later = time.time() + 10
 
     def killed(*arguments: object) -> None:
@@ -48,6 +51,7 @@ def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[...,
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("muntin.updating.watch.offer_update", killed)
         watch.step(now=later)
+    assert len([*(watch.inbox / "1").rglob("*.png")]) == 24 and (watch.inbox / "1" / "masks" / "site" / "a-1.png").is_file()
     assert not (watch.inbox / "1" / "done.json").exists() and (watch.run / "updates" / "1" / "verdict.json").is_file()
     write_scenes(watch.folder, "b", 3, 1200)
     again = FolderWatch(watch.run, watch.folder, watch.settings, None)

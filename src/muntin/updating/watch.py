@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muntin.data.classes import ClassSpec
-from muntin.data.listing import composed, entries, is_picture, subfolders
+from muntin.data.listing import composed, paired_folders, pictures, subfolders
 from muntin.data.source import DataTask
 from muntin.errors import DataError
 from muntin.images.writing import write_whole
@@ -174,12 +174,17 @@ def _labelled(folder: Path, task: DataTask) -> dict[str, tuple[Path, ...]]:
     """The labelled pictures of a folder by name."""
     if task == "classify":
         folders = subfolders(folder)
-        return {f"{place.name}/{path.name}": (path,) for place in folders for path in entries(place) if is_picture(path)}
+        return {f"{place.name}/{path.name}": (path,) for place in folders for path in pictures(place)}
     images, masks = folder / "images", folder / "masks"
     if not images.is_dir() or not masks.is_dir():
         return {}
-    by_stem = {composed(path.stem): path for path in entries(masks) if is_picture(path)}
-    return {path.name: (path, by_stem[stem]) for path in entries(images) if is_picture(path) and (stem := composed(path.stem)) in by_stem}
+    found: dict[str, tuple[Path, ...]] = {}
+    for place, inside, inside_masks in paired_folders(images, masks):
+        by_stem = {composed(path.stem): path for path in pictures(inside_masks)}
+        for path in pictures(inside):
+            if (mask := by_stem.get(composed(path.stem))) is not None:
+                found[f"{place}/{path.name}"] = (path, mask)
+    return found
 
 
 def _settled(file: Path, now: float) -> bool:
