@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,13 @@ def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     assert ([entry.name for entry in artifacts], notes) == (["int8 in artifact", "int8 in kept"], [])
     assert len(run_artifacts(checkpoint, run)[0]) == 2  # the run's folder given again
     (run / "budget").mkdir()
-    (run / "budget" / "front.html").touch()
-    (note,) = run_artifacts(checkpoint)[1]
-    assert note.startswith(f"left out, of `muntin compress --max-drop`: {run / 'budget' / 'front.html'} compares them")
+    record = run / "budget" / "front.json"
+    front = {"chosen": 1, "weights": checkpoint.state.weights, "points": [{"number": 1, "artifact": "../kept"}]}
+    record.write_text(json.dumps(front))
+    assert [entry.name for entry in run_artifacts(checkpoint)[0]] == ["int8 in artifact", "int8 in kept", "in budget"]
+    for other, words in (({"weights": "0"}, "of other weights than the run's newest"), ({"points": []}, f"{record}: ")):
+        record.write_text(json.dumps(front | other))
+        assert words in run_artifacts(checkpoint)[1][0]
     shutil.rmtree(run / "budget")
     (run / "kept" / "weights.safetensors").write_bytes(b"")
     artifacts, notes = run_artifacts(checkpoint)

@@ -93,7 +93,6 @@ def test_init_never_overwrites(call: Call, pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "holds nothing to make a recipe of"),
         ([], "photographs alone: --task restore"),
         (["--task", "classify"], "holds nothing"),
         (["--task", "x"], "segment, classify or restore"),

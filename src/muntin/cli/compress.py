@@ -197,11 +197,12 @@ def compress_within(
     with _shown(notes_once(() if json else notes), quiet=json) as progress:
         result = compress_run(checkpoint, budget, folder, progress=progress)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
-    page = write_front(folder, front_record(result, title=recipe.name, metric=metric))
+    page = write_front(folder, front_record(result, title=recipe.name, weights=checkpoint.state.weights, metric=metric))
     if json:
         print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes]})
     else:
         describe_search(result, metric)
+        out.print(f"size      ms are of one picture of {recipe.data.crop}x{recipe.data.crop}, as in training")
         print_notes(broken_off(checkpoint))
         out.print(f"page      {page}")
     if not result.kept:
@@ -271,7 +272,7 @@ def _figures(held: Holdout, metric: str) -> str:
     return f"{metric} {held.score:.4f}, FP32 {held.reference:.4f} ({-held.drop:+.4f}){within}"
 
 
-def front_record(result: CompressionResult, *, title: str, metric: str) -> FrontRecord:
+def front_record(result: CompressionResult, *, title: str, weights: str, metric: str) -> FrontRecord:
     """The values of the page of a search."""
     from importlib.metadata import version
 
@@ -289,7 +290,8 @@ def front_record(result: CompressionResult, *, title: str, metric: str) -> Front
     held = "" if result.holdout is None else f"On held-out data: {_figures(result.holdout, metric)}."
     return FrontRecord.model_validate(
         {
-            "muntin": version("muntin"), "created": datetime.now(UTC).isoformat(timespec="seconds"), "title": title, "metric": metric,
+            "muntin": version("muntin"), "created": datetime.now(UTC).isoformat(timespec="seconds"), "title": title,
+            "weights": weights, "metric": metric,
             "objective": result.budget.objective, "max_drop": result.budget.max_drop,
             "chosen": None if result.best is None else result.best.number, "held_out": held, "notes": result.notes,
             "hardware": describe_hardware(), "points": points,

@@ -4,10 +4,12 @@ form        the checkpoint that an artefact was exported from, and whether it wa
 int8        of the checkpoint of `muntin fit`, quantised without further training; `float` with --float
 low-rank    of the first stage of `muntin compress`; `low-rank int8` where it was quantised
 w4a8, mixed of the other stages
+in budget   the one that `muntin compress --max-drop` chose
 """
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -29,8 +31,9 @@ from muntin.errors import ArtifactError, CheckpointError
 from muntin.models.compression_record import STAGES, Stage
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoint
 
-BUDGET_PAGE = Path("budget", "front.html")
-"""The page of a search for a budget, in the run's folder."""
+BUDGET = Path("budget", "front.json")
+"""The record of a search for a budget, in the run's folder."""
+IN_BUDGET = "in budget"
 PARENTS = 3
 """Folders above an artefact in which its run is looked for: RUN/compressed/3-mixed/artifact is three below RUN."""
 
@@ -133,11 +136,29 @@ def run_artifacts(checkpoint: Checkpoint, *folders: Path) -> tuple[list[RunArtif
             form = form_name(origin, integer=quantized_at_export(artifact.manifest))
             artifacts.append(RunArtifact(name=form, form=form, artifact=artifact, checkpoint=origin))
     notes += _stale_notes(run_folder(checkpoint), stale, stale_stages)
-    if (page := run_folder(checkpoint) / BUDGET_PAGE).is_file():
-        notes.append(f"left out, of `muntin compress --max-drop`: {page} compares them; `muntin bench` takes them, too")
     places = [entry.path for entry in checkpoints]
     artifacts.sort(key=lambda entry: places.index(entry.checkpoint.path))
-    return _distinct(artifacts), notes
+    chosen, told = _chosen_in_budget(checkpoint)
+    return _distinct([*artifacts, *chosen]), [*notes, *told]
+
+
+def _chosen_in_budget(checkpoint: Checkpoint) -> tuple[list[RunArtifact], list[str]]:
+    """Return the artefact that a search for a budget chose for these weights, if there is one, and notes."""
+    record = run_folder(checkpoint) / BUDGET
+    if not record.is_file():
+        return [], []
+    again = f"`{_command('compress', run_folder(checkpoint))} --max-drop DROP -o FOLDER` searches again"
+    try:
+        content = json.loads(record.read_bytes())
+        if content["chosen"] is None:
+            return [], []
+        if content.get("weights") != checkpoint.state.weights:
+            return [], [f"left out, of other weights than the run's newest: the models of {record.with_suffix('.html')}; {again}"]
+        place = {point["number"]: point["artifact"] for point in content["points"]}[content["chosen"]]
+        artifact = open_artifact(record.parent / place)
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
+        return [], [f"left out: {record}: {error}; {again}"]
+    return [RunArtifact(name=IN_BUDGET, form=IN_BUDGET, artifact=artifact, checkpoint=checkpoint)], []
 
 
 def _checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:

@@ -26,12 +26,17 @@ class FrontPoint(Record):
 
 
 class FrontRecord(Record):
-    """A search. `chosen`: the number of a point, None if nothing was tried. `held_out`: the figures to report, in words."""
+    """A search.
+
+    `chosen`: the number of a point, None if nothing was tried. `held_out`: the figures to report, in words. `weights`: of the checkpoint
+    that was compressed (`CheckpointState.weights`); empty in pages of muntin 0.1.
+    """
 
     format: Literal[1] = FORMAT
     muntin: Text
     created: IsoTime
     title: Text
+    weights: str = ""
     metric: Text
     objective: Literal["size", "latency", "memory"]
     max_drop: Amount
