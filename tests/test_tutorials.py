@@ -81,6 +81,27 @@ def test_own_data(own_data: Path) -> None:
 
 
 @pytest.mark.slow
+def test_report_of_own_data(own_data: Path) -> None:
+    """The page says what the deployed model does: that it is as good as the trained one, smaller, and runs in integers."""
+    done = subprocess.run(
+        [sys.executable, "-m", "muntin", "report", "runs/photos", "--json"],
+        cwd=own_data, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    run_folder, said = own_data / "runs" / "photos", json.loads(done.stdout)
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report.items() <= said.items() and (run_folder / "report.html").stat().st_size > 10_000
+    assert [step["name"] for step in report["steps"]] == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
+    first, last = report["steps"][0], report["steps"][-1]
+    assert "FP32" in first["engine"] and "openvino" in last["engine"]
+    assert first["miou"] > 0.15 and abs(last["miou"] - first["miou"]) < 0.1  # after 40 steps
+    assert report["agreement"] >= 0.97
+    assert last["bytes"] < first["bytes"] / 5
+    assert (run_folder / "artifact" / "weights.safetensors").stat().st_size < first["bytes"] / 3.5  # INT8
+    assert {layer["executed"] for layer in report["layers"] if layer["activation_bits"] == 8} == {"i8"}
+
+
+@pytest.mark.slow
 def test_serve_and_swap(own_data: Path) -> None:
     printed = run("serve-and-swap.md", own_data)
     assert re.findall(r"(?i)x-model-version: (\d)", printed) == ["2", "1"]

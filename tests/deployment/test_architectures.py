@@ -27,7 +27,6 @@ SIZES = {
     "timm:test_mambaout": 64,
     "timm:test_vit": 96,
     "timm:edgenext_xx_small": 64,
-    "timm:pvt_v2_b0": 64,
     "torchvision:squeezenet1_1": 64,
     "smp:FPN:tu-test_convnext": 64,
 }
