@@ -210,9 +210,10 @@ def test_predict_images_and_folders(call: Call, tmp_path: Path, write_small: Wri
     assert [Path(result["source"]).name for result in results] == ["b.png", "a.png", "c.png"]
     assert sorted(p.name for p in (tmp_path / "out").glob("*.mask.png")) == ["a.mask.png", "b.mask.png", "c.mask.png"]
     twice = call(*words, photos / ".." / "photos" / "a.png", photos, "--json").document()["results"]
-    assert [Path(result["source"]).name for result in twice] == ["b.png", "a.png", "c.png"]
+    assert [Path(result["source"]).name for result in twice] == ["b.png", "a.png", "c.png", "a.png"]  # that of `other`
     (photos / "linked.png").symlink_to(photos / "a.png")  # as stores of data link what is the same twice
-    assert len(call("predict", artifact, photos, "-o", tmp_path / "out", "--json").document()["results"]) == 3
+    for _ in range(2):  # the results in the folder are no images
+        assert len(call("predict", artifact, photos, "-o", photos / "out", "--json").document()["results"]) == 5
     assert "is the folder of the images" in call(*words[:5], "-o", photos / "more").mistake()
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
 

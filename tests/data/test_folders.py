@@ -301,6 +301,11 @@ def test_classes_of_folders(tmp_path: Path) -> None:
     assert source.check() == ()
     swapped = open_classes(tmp_path, "dog", "cat")
     assert all(sample.image[0, 0, 0] == 1 - int(np.asarray(sample.target)) for sample in swapped.split("train"))
+    (tmp_path / "cat" / "2024").mkdir()
+    (tmp_path / "cat" / "0.png").rename(tmp_path / "cat" / "2024" / "1.png")
+    nested = open_classes(tmp_path)
+    samples = {sample.name: sample for name in SPLITS for sample in nested.split(name)}
+    assert nested.notes == () and len(samples) == 20 and samples["cat/2024/1"].target == samples["cat/1"].target
 
 
 def test_classes_that_differ_from_the_folders(tmp_path: Path) -> None:

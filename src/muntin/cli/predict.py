@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from muntin.runtime.bulk.items import ItemOutcome
     from muntin.runtime.picture_results import Result
 
+RESULTS = Path("predictions")
+"""Folder of the results where none is named."""
+
 
 def predict_command(
     artifact: ArtifactArgument,
-    image: Annotated[list[Path], typer.Argument(help="Images, folders of them, or videos.")],
+    image: Annotated[list[Path], typer.Argument(help="Images, folders of them with the folders inside, or videos.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep results that are there, if artefact, options and image are those that made them.")
@@ -91,12 +94,12 @@ def predict_command(
     from muntin.runtime.options import SessionOptions
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
-    images, address = _images(image, truth), _ray_address(on)
+    images, address = _images(image, truth, output or RESULTS), _ray_address(on)
     if resume and truth:
         raise DataError("--resume goes with several images, and --truth with one: leave one of them out")
     opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams or 1, shapes=(), dynamic=True)
     manifest = open_artifact(artifact).manifest
-    signature, folder = manifest.signature, output or Path("predictions")
+    signature, folder = manifest.signature, output or RESULTS
     chosen = {"--output": output, "--resume": resume or None, "--truth": truth, "--no-overlay": no_overlay or None}
     _refuse_unused(signature.task, chosen | {"--tile": tile, "--overlap": overlap, "--exact": exact or None})
     usual = None if exact else allowed_tile(signature, max((manifest.example or (1, TILE, TILE))[1:]))
@@ -176,20 +179,26 @@ def _print_results(results: Iterable[Result]) -> None:
             out.print(f"the truth's numbers were taken for class numbers, not for a recipe's `value`s: {shown}")
 
 
-def _images(paths: Iterable[Path], truth: Path | None) -> list[Path]:
-    """Return the named images and those of the folders, each once. Raises DataError without images, or for several and one truth.
+def _images(paths: Iterable[Path], truth: Path | None, results: Path) -> list[Path]:
+    """Return the named images and those of the folders and the folders in them, each once.
 
-    Hidden files of a folder are skipped: macOS leaves "._a.jpg" beside "a.jpg".
+    Hidden files and folders in a folder are skipped (macOS leaves "._a.jpg" beside "a.jpg"), and the results, where they are written into
+    it. Raises DataError without images, or for several and one truth.
     """
     from muntin.images import IMAGE_SUFFIXES
     from muntin.images.rasters import RASTER_SUFFIXES
 
     def is_image(path: Path) -> bool:
-        return path.suffix.lower() in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+        return path.suffix.lower() in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES) and path.is_file()
+
+    def shown(path: Path, folder: Path) -> bool:
+        real, target = folder.resolve(), results.resolve()
+        written = target != real and target.is_relative_to(real) and path.resolve().is_relative_to(target)
+        return not written and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
     images: dict[Path, Path] = {}
     for path in paths:
-        candidates = sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
+        candidates = sorted(file for file in path.rglob("*") if is_image(file) and shown(file, path)) if path.is_dir() else [path]
         if not candidates:
             raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
         for image in candidates:

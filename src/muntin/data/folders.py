@@ -1,8 +1,8 @@
 """The user's own pictures, read from folders.
 
 `segment`: a folder of images and a folder of masks, matched by stem (`a.jpg` and `a.png`), also in subfolders of the same names.
-`classify`: a folder that holds one folder of images for each class. The validation and test splits have their own folders,
-or are shares of the training folder (`splits`).
+`classify`: a folder that holds one folder of images for each class, also in subfolders of it. The validation and test splits have their
+own folders, or are shares of the training folder (`splits`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from pydantic import Field
 
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.items import Failure, Item, ItemSource
-from muntin.data.listing import RECIPE_NAME, composed, entries, is_picture, is_results_folder, is_utf8, paired_folders, pictures, subfolders
+from muntin.data.listing import (
+    RECIPE_NAME,
+    composed,
+    entries,
+    folders_below,
+    is_picture,
+    is_results_folder,
+    is_utf8,
+    paired_folders,
+    pictures,
+    subfolders,
+)
 from muntin.data.section import Section
 from muntin.data.source import SPLITS, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
@@ -111,9 +122,9 @@ class FolderSource(ItemSource):
             self._notes.append(f"{pair.images}: the folders {list_some(unnamed)} are not classes of the recipe and are not used")
         items: list[Item] = []
         for label, name in enumerate(names):
-            found = self._pictures_by_stem(folders[name], required=split == "train") if name in folders else {}
-            used = [path for path in found.values() if not self._is_skipped(path)]
-            items += [Item(key=f"{path.parent.name}/{path.stem}", image=path, label=label) for path in used]
+            found = self._pictures_below(folders[name], required=split == "train") if name in folders else {}
+            used = {place: path for place, path in found.items() if not self._is_skipped(path)}
+            items += [Item(key=f"{folders[name].name}/{place}{path.stem}", image=path, label=label) for (place, _), path in used.items()]
             if not used and name not in absent:
                 absent.append(name)
         if not items:
@@ -145,6 +156,17 @@ class FolderSource(ItemSource):
             self._notes.append(f"{mask_folder}: {count(len(unused), 'mask')} without an image, not used: {list_some(unused, 3)}")
         return [Item(key=f"{place}/{path.stem}".lstrip("/"), image=path, mask=masks[stem]) for stem, path in images.items()]
 
+    def _pictures_below(self, folder: Path, *, required: bool, apart: Collection[Path] = ()) -> dict[tuple[str, str], Path]:
+        """The pictures in `folder` and all folders in it, by their place (`2024/`, or empty) and stem. Otherwise as `_pictures_by_stem`."""
+        found: dict[tuple[str, str], Path] = {}
+        for place, path in folders_below(folder, apart=apart):
+            inner = {composed(inside.name) for inside in subfolders(path)}
+            stems = self._pictures_by_stem(path, required=False, used=inner)
+            found |= {(f"{place}/" if place else "", stem): file for stem, file in stems.items()}
+        if required and not found:
+            raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
+        return found
+
     def _pictures_by_stem(self, folder: Path, *, required: bool = True, used: Collection[str] = ()) -> dict[str, Path]:
         """The pictures in `folder` by stem in form NFC. Notes other entries. Raises DataError if `required` and there are none.
 
@@ -173,6 +195,14 @@ class FolderSource(ItemSource):
         if folders:
             self._notes.append(f"{folder}: the files in its subfolders ({list_some(folders)}) are not used")
         return found
+
+
+def folders_apart(base: FolderPair, others: Sequence[FolderPair]) -> set[Path]:
+    """Resolved folders inside that of the training pictures that hold others: of the clean pictures, the other splits, and the results."""
+    named = [folder for pair in (base, *others) for folder in (pair.images, pair.masks, pair.targets) if folder is not None]
+    own = base.images.resolve()
+    results = [folder for folder in subfolders(base.images) if is_results_folder(folder)] if base.images.is_dir() else []
+    return {folder.resolve() for folder in (*named, *results)} - {own}
 
 
 def _below(place: str, places: Sequence[tuple[str, Path, Path]]) -> list[str]:

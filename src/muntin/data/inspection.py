@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 from muntin.data.classes import RGB, ClassSpec, code_color, color_codes, distinct_colors
 from muntin.data.folders import class_folders
-from muntin.data.listing import pictures
 from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.images import IGNORED, read_image, read_mask
@@ -99,9 +98,9 @@ def crop_side(facts: Mapping[PictureFile, PictureFacts], task: DataTask) -> int:
     return min({"segment": 256, "classify": 224, "restore": 128}[task], max(32, shorter_side // 32 * 32))
 
 
-def classes_in_folders(folder: Path) -> list[ClassSpec]:
-    """A class for each folder in `folder` that holds pictures."""
-    names = [path.name for path in class_folders(folder).values() if pictures(path)]
+def classes_in_folders(folder: Path, chosen: Sequence[Path]) -> list[ClassSpec]:
+    """A class for each of the chosen folders in `folder`."""
+    names = [path.name for path in class_folders(folder).values() if path in chosen]
     return [ClassSpec(name=name, color=color) for name, color in zip(names, distinct_colors(len(names)), strict=True)]
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muntin.data.classes import list_some
-from muntin.data.folders import FolderPair
-from muntin.data.listing import composed, is_results_folder, paired_folders, pictures, subfolders
+from muntin.data.folders import FolderPair, folders_apart
+from muntin.data.listing import composed, is_results_folder, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.shards.source import ShardContent, shard_content, shard_files
 from muntin.data.source import DataTask, SplitName
 from muntin.errors import DataError
@@ -40,7 +40,8 @@ _EXPECTED = (
 class Layout:
     """The folders of the training pictures, and of validation and test where these have folders of their own.
 
-    `shards`: the content of the training shards; None for pictures in folders.
+    `shards`: the content of the training shards; None for pictures in folders. `deep`: a folder is a class even
+    if only folders below it hold pictures.
     """
 
     task: DataTask
@@ -48,6 +49,16 @@ class Layout:
     validation: FolderPair | None
     test: FolderPair | None
     shards: ShardContent | None = None
+    deep: bool = False
+
+    def class_folders(self) -> list[Path]:
+        """The folders of the classes of `classify`."""
+        return _class_folders(self.base.images, deep=self.deep)
+
+    def apart(self) -> set[Path]:
+        """Resolved folders in that of the training pictures of `restore` which hold no training pictures."""
+        pairs = [pair for pair in (self.validation, self.test) if pair is not None]
+        return folders_apart(self.base, pairs)
 
     def places(self) -> list[tuple[str, Path, Path]]:
         """The folders of training images and masks, with those below them (`listing.paired_folders`); none for `classify`."""
@@ -60,8 +71,8 @@ class Layout:
         if self.task == "segment":
             return {f"{place}/{path.stem}".lstrip("/"): path for place, folder, _ in self.places() for path in pictures(folder)}
         if self.task == "restore":
-            return {path.stem: path for path in pictures(self.base.images)}
-        return {f"{folder.name}/{path.stem}": path for folder in subfolders(self.base.images) for path in pictures(folder)}
+            return {name: path for path, name in pictures_below(self.base.images, apart=self.apart()).items()}
+        return {f"{folder.name}/{name}": path for folder in self.class_folders() for path, name in pictures_below(folder).items()}
 
 
 def find_layout(root: Path, task: DataTask | None) -> Layout:
@@ -87,9 +98,12 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
     with_pictures = [folder for folder in subfolders(root if train is None else train) if pictures(folder)]
     single = f" (it has one folder with pictures, {with_pictures[0].name}: at least two classes are needed)" if with_pictures else ""
     reason = single if len(with_pictures) == 1 else ""
+    deep = _class_folders(root, deep=True) if task is None else []
     recipe, hint = ("a recipe", "; photographs alone: --task restore") if task is None else (f"a {task} recipe", "")
     if root.name.lower() in FOLDER_NAMES["images"] + FOLDER_NAMES["masks"] and _pair_in(root.resolve().parent):
         hint = f"; {root.resolve().parent} holds both images and masks: name it"
+    elif len(deep) > 1:
+        hint = f"; if {list_some([folder.name for folder in deep], 3)} are classes, whose pictures lie in folders below: --task classify"
     raise DataError(f"{root} holds nothing to make {recipe} of{reason}: {_EXPECTED}{hint}")
 
 
@@ -116,7 +130,7 @@ def nested_class_notes(base: Path) -> list[str]:
         inner = [subfolder.name for subfolder in subfolders(folder) if pictures(subfolder)]
         if inner and not pictures(folder) and not is_results_folder(folder):
             only = f"only its subfolders ({list_some(inner, 3)}) hold pictures"
-            notes.append(f"{folder.name} is not a class: {only}; if it is a class, move them up into it")
+            notes.append(f"{folder.name} is not a class: {only}; if it is a class, give --task classify")
     return notes
 
 
@@ -133,7 +147,7 @@ def _segment_layout(base: Path, split_folders: Mapping[SplitName, Path | None], 
 
 
 def _classify_layout(base: Path, split_folders: Mapping[SplitName, Path | None], *, task_given: bool) -> Layout | None:
-    class_folders = [folder for folder in subfolders(base) if pictures(folder)]
+    class_folders = _class_folders(base, deep=task_given)
     if len(class_folders) < 2:
         return None
     reserved = next((folder for folder in class_folders if any(folder.name.lower() in names for names in FOLDER_NAMES.values())), None)
@@ -143,7 +157,16 @@ def _classify_layout(base: Path, split_folders: Mapping[SplitName, Path | None],
             "a class, use --task classify"
         )
     splits = {name: None if folder is None else FolderPair(images=folder) for name, folder in split_folders.items()}
-    return Layout(task="classify", base=FolderPair(images=base), validation=splits.get("validation"), test=splits.get("test"))
+    return Layout(
+        task="classify", base=FolderPair(images=base), validation=splits.get("validation"), test=splits.get("test"), deep=task_given
+    )  # fmt: skip
+
+
+def _class_folders(base: Path, *, deep: bool) -> list[Path]:
+    """The folders in `base` that hold pictures, `deep`: or whose folders below do."""
+    return [
+        folder for folder in subfolders(base) if pictures(folder) or (deep and not is_results_folder(folder) and pictures_below(folder))
+    ]
 
 
 def _shard_layout(root: Path, task: DataTask | None) -> Layout | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 
 from muntin.errors import DataError
@@ -51,6 +52,29 @@ def paired_folders(images: Path, masks: Path) -> list[tuple[str, Path, Path]]:
 
     walk("", images, masks)
     return found
+
+
+def folders_below(folder: Path, *, apart: Collection[Path] = ()) -> list[tuple[str, Path]]:
+    """A folder and all folders in it, as (place, path) like `paired_folders`. `apart`: resolved folders that are left out."""
+    found: list[tuple[str, Path]] = []
+    seen = set(apart)
+
+    def walk(place: str, folder: Path) -> None:
+        if (real := folder.resolve()) in seen:
+            return
+        seen.add(real)
+        found.append((place, folder))
+        for path in subfolders(folder):
+            walk(f"{place}/{composed(path.name)}".lstrip("/"), path)
+
+    walk("", folder)
+    return found
+
+
+def pictures_below(folder: Path, *, apart: Collection[Path] = ()) -> dict[Path, str]:
+    """The pictures in a folder and in all folders in it, with their names: place and stem, such as `2024/a`."""
+    places = folders_below(folder, apart=apart)
+    return {path: f"{place}/{path.stem}".lstrip("/") for place, inside in places for path in pictures(inside)}
 
 
 def is_picture(path: Path) -> bool:

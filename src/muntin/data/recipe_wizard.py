@@ -26,7 +26,7 @@ from muntin.data.inspection import (
     read_some,
 )
 from muntin.data.layout import Layout, equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
-from muntin.data.listing import RECIPE_NAME, composed, is_utf8, paired_folders, pictures, subfolders
+from muntin.data.listing import RECIPE_NAME, composed, folders_below, is_utf8, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
 from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
@@ -131,12 +131,13 @@ def _survey(layout: Layout) -> Survey:
         classes, counted, unopened = MaskClasses(classes=(), ignore=None, shares=()), len(images), 0
         notes, folders = restore_notes(layout), [folder for pair in pairs for folder in (pair.images, pair.targets) if folder is not None]
     elif base.masks is None:
-        specs = classes_in_folders(base.images)
-        numbers = [len(pictures(folder)) for folder in subfolders(base.images) if pictures(folder)]
+        class_folders = layout.class_folders()
+        specs = classes_in_folders(base.images, class_folders)
+        numbers = [len(pictures_below(folder)) for folder in class_folders]
         counted, unopened = sum(numbers), 0
         classes = MaskClasses(classes=tuple(specs), ignore=None, shares=tuple(number / counted for number in numbers))
-        notes = nested_class_notes(base.images)
-        folders = [folder for pair in pairs for folder in subfolders(pair.images)]
+        notes = [] if layout.deep else nested_class_notes(base.images)
+        folders = [inside for pair in pairs for folder in subfolders(pair.images) for _, inside in folders_below(folder)]
     else:
         mask_files = [path for *_, folder in layout.places() for path in pictures(folder)]
         masks, unreadable_masks = read_some(list[PictureFile](mask_files), mask_pixels)

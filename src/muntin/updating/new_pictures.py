@@ -14,7 +14,7 @@ from pathlib import Path
 from muntin.data.classes import RGB, ClassSpec, list_some
 from muntin.data.folders import FolderPair, FolderSource, class_folders
 from muntin.data.items import Item, ItemSamples
-from muntin.data.listing import composed, entries, is_picture, paired_folders
+from muntin.data.listing import composed, entries, folders_below, is_picture, paired_folders
 from muntin.data.source import SPLITS, DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError
@@ -109,7 +109,7 @@ def _pictures(folder: Path, task: DataTask, names: Sequence[str]) -> list[Path]:
                 f"--data {folder}: the folders {list_some(unknown)} are no classes of the model, which are {list_some(list(names))}: "
                 f"`--class {unknown[0]}` adds a class, otherwise remove the folder"
             )
-        places = list(folders.values())
+        places = [inside for own in folders.values() for _, inside in folders_below(own)]
     files = [path for place in places for path in entries(place) if is_picture(path)]
     if not files:
         raise DataError(f"--data {folder} holds no picture: put some there")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muntin.data.classes import ClassSpec
-from muntin.data.listing import composed, paired_folders, pictures, subfolders
+from muntin.data.listing import composed, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.source import DataTask
 from muntin.errors import DataError
 from muntin.images.writing import write_whole
@@ -174,7 +174,7 @@ def _labelled(folder: Path, task: DataTask) -> dict[str, tuple[Path, ...]]:
     """The labelled pictures of a folder by name."""
     if task == "classify":
         folders = subfolders(folder)
-        return {f"{place.name}/{path.name}": (path,) for place in folders for path in pictures(place)}
+        return {path.relative_to(folder).as_posix(): (path,) for place in folders for path in pictures_below(place)}
     images, masks = folder / "images", folder / "masks"
     if not images.is_dir() or not masks.is_dir():
         return {}

@@ -28,6 +28,14 @@ def test_photographs_in_the_folder(photographs: Path) -> None:
     assert recipe.model.name == "hybrid-xs"
     assert "cross-entropy" not in (photographs / "recipe.yaml").read_text()
     assert open_source(recipe.data, root=photographs).notes == ()  # none on the recipe
+    for folder, name in (("2024", "p1.png"), ("2024", "p2.png"), ("test", "p3.png")):
+        (photographs / folder).mkdir(exist_ok=True)
+        (photographs / name).rename(photographs / folder / name)
+    (photographs / "recipe.yaml").unlink()
+    recipe = read(photographs)
+    source = open_source(recipe.data, root=photographs)
+    assert [sample.name for sample in source.split("test")] == ["p3"]
+    assert {"2024/p1", "2024/p2"} < {sample.name for name in ("train", "validation") for sample in source.split(name)}
 
 
 def test_pairs_in_split_folders(photographs: Path, tmp_path: Path) -> None:

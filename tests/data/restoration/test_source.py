@@ -49,6 +49,11 @@ def test_degraded_photographs(photographs: Path) -> None:
             assert sample.restores
             with pytest.raises(TypeError, match="clean"):
                 _ = sample.labels
+    (photographs / "test").mkdir()  # a folder inside that of the training pictures
+    (photographs / "p0.png").rename(photographs / "test" / "p0.png")
+    apart = open_data(photographs.parent, images="photos", degrade={"noise": 10, "scale": 2}, test={"images": "photos/test"})
+    assert [sample.name for sample in apart.split("test")] == ["p0"] and len(apart.split("train")) + len(apart.split("validation")) == 9
+    (photographs / "test" / "p0.png").rename(photographs / "p0.png")
     again = open_data(photographs.parent, images="photos", degrade={"noise": 10, "scale": 2}, cache_mib=0)
     np.testing.assert_array_equal(source.split("test")[0].image, again.split("test")[0].image)
 
@@ -71,6 +76,14 @@ def test_own_folders_of_splits(pairs: Path, photographs: Path) -> None:
         open_data(pairs, **fields, validation={"images": "photos"})
     source = open_data(pairs, **fields, validation=own)
     assert len(source.split("validation")) == 10
+    for folder in ("images", "targets"):
+        (pairs / folder / "2024").mkdir()
+        (pairs / folder / "p3.png").rename(pairs / folder / "2024" / "p0.png")
+    nested = open_data(pairs, **{**fields, "seed": 2}, validation=own)
+    assert {sample.name for name in ("train", "test") for sample in nested.split(name)} == {
+        "2024/p0",
+        *(f"p{number}" for number in range(8) if number != 3),
+    }
 
 
 def test_unpaired_and_unequal_pictures(pairs: Path) -> None:

@@ -1,7 +1,8 @@
 """Find photographs for `restore` in a user's folder, and what a recipe says of them (`muntin init --task restore`).
 
 Recognised, names in any case: pictures in the folder itself or in its `images/` (or `clean/`), which are degraded by the recipe; `images/`
-and `targets/` with the degraded and the clean pictures of the same stems; both also in `train/`, `val/` and `test/`.
+and `targets/` with the degraded and the clean pictures of the same stems; both also in `train/`, `val/` and `test/`. Pictures in subfolders
+of these count, too.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from muntin.data.classes import list_some
-from muntin.data.folders import FolderPair
+from muntin.data.folders import FolderPair, folders_apart
 from muntin.data.layout import FOLDER_NAMES, Layout
-from muntin.data.listing import composed, pictures, subfolders
+from muntin.data.listing import composed, pictures_below, subfolders
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES
 from muntin.text import count
@@ -31,13 +32,13 @@ def restore_layout(root: Path) -> Layout:
     train, validation, test = (_named(root, FOLDER_NAMES[name]) for name in ("train", "validation", "test"))
     base = None if train is None else _photographs(train)
     if base is None:
-        base, validation, test = _photographs(root), None, None
+        base = _photographs(root)
     if base is None:
         raise DataError(f"{root} holds nothing to make a restore recipe of: {_EXPECTED}")
     splits = [None if folder is None else _photographs(folder) for folder in (validation, test)]
     for folder, pair in zip((validation, test), splits, strict=True):
         if folder is not None and (pair is None or (pair.targets is None) != (base.targets is None)):
-            raise DataError(f"{folder} does not hold pictures as {train} does: {_EXPECTED}")
+            raise DataError(f"{folder} does not hold pictures as {base.images} does: {_EXPECTED}")
     return Layout(task="restore", base=base, validation=splits[0], test=splits[1])
 
 
@@ -46,7 +47,10 @@ def restore_notes(layout: Layout) -> list[str]:
     notes = []
     for pair in (layout.base, layout.validation, layout.test):
         if pair is not None and pair.targets is not None:
-            images, targets = ({composed(path.stem): path.name for path in pictures(folder)} for folder in (pair.images, pair.targets))
+            images, targets = (
+                {composed(name): path.relative_to(folder).as_posix() for path, name in pictures_below(folder).items()}
+                for folder in (pair.images, pair.targets)
+            )
             for folder, own, other in ((pair.images, images, targets), (pair.targets, targets, images)):
                 alone = [name for stem, name in own.items() if stem not in other]
                 if alone:
@@ -74,9 +78,9 @@ def _photographs(folder: Path) -> FolderPair | None:
     alone = images or targets
     if alone is not None:
         return FolderPair(images=alone)
-    return FolderPair(images=folder) if pictures(folder) else None
+    return FolderPair(images=folder) if pictures_below(folder, apart=folders_apart(FolderPair(images=folder), [])) else None
 
 
 def _named(parent: Path, names: tuple[str, ...]) -> Path | None:
-    by_name = {path.name.lower(): path for path in subfolders(parent) if pictures(path) or names not in (_IMAGES, _TARGETS)}
+    by_name = {path.name.lower(): path for path in subfolders(parent) if pictures_below(path) or names not in (_IMAGES, _TARGETS)}
     return next((by_name[name] for name in names if name in by_name), None)

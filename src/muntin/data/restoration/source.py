@@ -1,6 +1,7 @@
 """The user's own photographs for `restore`, read from folders: clean ones that are degraded here, or degraded and clean ones in pairs.
 
-A pair has one stem (`a.jpg` and `a.png`). A clean picture has `scale` times the sides of its input.
+Pictures in subfolders count, too. A pair has one stem (`a.jpg` and `a.png`), and lies in subfolders of the same names. A clean picture has
+`scale` times the sides of its input.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from muntin.data.classes import MaskMapping, list_some
-from muntin.data.folders import FolderPair, FolderSource
+from muntin.data.folders import FolderPair, FolderSource, folders_apart
 from muntin.data.items import Failure, Item, ItemSamples, ItemSource
-from muntin.data.listing import composed, pictures
+from muntin.data.listing import composed, pictures_below
 from muntin.data.restoration.degradation import MAX_SCALE, Degradation, generator_of
 from muntin.data.source import SPLITS, Sample, SampleCache, SplitName
 from muntin.errors import DataError
@@ -43,6 +44,7 @@ class RestoreSource(FolderSource):
         ItemSource.__init__(self, "restore", channels=channels, skip=skip, root=root)
         self.classes = ()
         self.degrade, self.scale = degrade, scale if degrade is None else degrade.scale
+        self._apart = folders_apart(base, [pair for pair in (validation, test) if isinstance(pair, FolderPair)])
         for name, other in (("validation", validation), ("test", test)):
             if isinstance(other, FolderPair) and (other.targets is None) != (base.targets is None):
                 raise DataError(f"`{name}` must name targets exactly where the training images have targets")
@@ -54,19 +56,19 @@ class RestoreSource(FolderSource):
         self._splits = {name: RestoreSamples(name, items[name], self.channels, cache, self.degrade, self.scale) for name in SPLITS}
 
     def _items(self, pair: FolderPair, split: SplitName = "train") -> list[Item]:
-        images = self._pictures_by_stem(pair.images)
+        images = self._pictures_below(pair.images, required=True, apart=self._apart - {pair.images.resolve()})
         if pair.targets is None:
-            return [Item(key=path.stem, image=path) for path in images.values() if not self._is_skipped(path)]
-        targets = self._pictures_by_stem(pair.targets)
-        unused = [path.name for stem, path in targets.items() if stem not in images]
+            return [Item(key=f"{place}{path.stem}", image=path) for (place, _), path in images.items() if not self._is_skipped(path)]
+        targets = self._pictures_below(pair.targets, required=True)
+        unused = [f"{name[0]}{path.name}" for name, path in targets.items() if name not in images]
         items = []
-        for stem, path in images.items():
-            if self._is_skipped(path) or (stem in targets and self._is_skipped(targets[stem])):
+        for name, path in images.items():
+            if self._is_skipped(path) or (name in targets and self._is_skipped(targets[name])):
                 continue
-            if stem in targets:
-                items.append(Item(key=path.stem, image=path, mask=targets[stem]))
+            if name in targets:
+                items.append(Item(key=f"{name[0]}{path.stem}", image=path, mask=targets[name]))
             else:
-                advice = f"add {pair.targets / path.stem}.png or remove the image"
+                advice = f"add {pair.targets / name[0] / path.stem}.png or remove the image"
                 self._failures[path] = Failure(f"{path} has no clean picture: {advice}", "no clean picture")
         if unused:
             self._notes.append(f"{pair.targets}: {count(len(unused), 'picture')} without an image, not used: {list_some(unused, 3)}")
@@ -116,7 +118,7 @@ class RestoreSamples(ItemSamples):
 def scale_of_pairs(pair: FolderPair) -> int:
     """The scale of the first pair of pictures, from the headers of their files; 1 where there is no pair. Raises DataError for another."""
     assert pair.targets is not None
-    images, targets = (_by_stem(folder) for folder in (pair.images, pair.targets))
+    images, targets = ({composed(name): path for path, name in pictures_below(folder).items()} for folder in (pair.images, pair.targets))
     stem = next((stem for stem in images if stem in targets), None)
     if stem is None:
         return 1
@@ -128,7 +130,3 @@ def scale_of_pairs(pair: FolderPair) -> int:
             f"picture are 1 to {MAX_SCALE} times the image's, the same for both"
         )
     return scale
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    return {composed(path.stem): path for path in pictures(folder)}

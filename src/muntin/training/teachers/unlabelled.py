@@ -18,7 +18,7 @@ from muntin.data import Crops, calibration_batches
 from muntin.data.batch_feed import ImageBatch
 from muntin.data.batches import BatchMaker
 from muntin.data.items import Item, read_sample
-from muntin.data.listing import pictures
+from muntin.data.listing import pictures_below
 from muntin.data.source import CheckProgress, Sample, SampleCache, Samples
 from muntin.errors import DataError, RecipeError
 from muntin.images import IGNORED, image_size
@@ -35,10 +35,10 @@ _SEED = 15485863
 
 
 class UnlabelledPictures(Samples):
-    """The pictures directly in a folder, decoded on access; targets are 0. Raises DataError if there are none."""
+    """The pictures in a folder and its subfolders, decoded on access; targets are 0. Raises DataError if there are none."""
 
     def __init__(self, folder: Path, *, task: str, channels: int, cache_bytes: int) -> None:
-        self.paths = pictures(folder)
+        self.paths = list(pictures_below(folder))
         if not self.paths:
             raise DataError(f"teacher.unlabelled {folder} holds no picture: put pictures into it, or leave it out")
         self._task, self._channels, self._cache, self._files = task, channels, SampleCache(cache_bytes), OpenRasters()
