@@ -374,6 +374,12 @@ def test_restoration(open_page: Open, start_server: Serve, write_pixels: Write, 
         np.testing.assert_allclose(colors[:, 17:], PICTURE[4:10, 17:], atol=2.5)  # the model is the identity, in BF16
         assert page.locator("#classes").is_hidden()
         save_picture(page, "restoration")
+        tiff = io.BytesIO()
+        Image.fromarray(PICTURE).save(tiff, "TIFF")
+        give(page, "photo.tif", tiff.getvalue())  # which the browser cannot show: the answer is shown alone, and whole
+        text_of(page, "#file-size", "cannot show")
+        text_of(page, "#by", "version 1")
+        np.testing.assert_allclose(seen(page)[4:10], PICTURE[4:10], atol=2.5)
 
 
 def test_polling_stops_in_a_hidden_tab(open_page: Open, server: Server) -> None:

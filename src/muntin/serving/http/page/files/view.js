@@ -23,6 +23,7 @@ export class View {
     if (bitmap) stage.drawPicture(bitmap, item.name);
     else stage.clearPicture();
     byId("file-size").textContent = bitmap ? `${bitmap.width} × ${bitmap.height}` : "this browser cannot show such a file; its answer is shown alone";
+    besidePicture &&= bitmap !== null; // a picture that the browser cannot show is no half of the stage
     const divided = model.task !== "classify" && one !== null && (besidePicture || two !== null);
     const sides = besidePicture ? [null, one] : [one, two]; // before on the left, after on the right
     sides.forEach((answer, side) => stage.paint(side, this.layer(answer)));
