@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from muntin.artifact.classes import ClassInfo
 from muntin.images.legend import MOST_ENTRIES, present_classes, with_legend
@@ -31,6 +32,17 @@ def test_legend_below_an_unchanged_picture(height: int, width: int) -> None:
     for entry in CLASSES:
         assert 50 < (strip == entry.color).all(1).sum() < 2000  # one swatch
     assert (strip < 100).all(1).sum() > 50  # letters
+
+
+def test_legend_of_letters_beyond_ascii() -> None:
+    """Two words of one width in boxes differ where the system has a font for them."""
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 12)
+    except OSError:
+        pytest.skip("the system has no DejaVu Sans")
+    picture = np.zeros((10, 200, 3), np.uint8)
+    one, two = (with_legend(picture, [(word, None)], size=24) for word in ("вода", "лёд!"))
+    assert one.shape != two.shape or (one != two).any()
 
 
 def test_legend_of_many_and_long_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ MOST_ENTRIES = 24
 """Classes that a legend names; the others are counted."""
 LEAST_WIDTH = 160
 """Least width of a picture with a legend, pixels: a narrower picture gets a margin on its right."""
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "arialuni.ttf", "arial.ttf")
+"""Files of fonts for names beyond ASCII, where Pillow looks for fonts of the system."""
+NO_LETTER = "\U0010ffff"
+"""A code point that no font has: drawn as the box for missing letters."""
 PAPER, INK, FRAME = (255, 255, 255), (30, 30, 30), (150, 150, 150)
 
 Color = tuple[int, int, int]
@@ -55,7 +60,7 @@ def with_legend(picture_HWC: UInt8, entries: Sequence[LegendEntry], *, size: int
 
 def _strip(entries: Sequence[LegendEntry], width: int, size: int) -> UInt8:
     """A strip of the width with all entries, in as many rows as they take."""
-    font = ImageFont.load_default(size=size)
+    font = _font("".join(name for name, _ in entries), size)
     gap, swatch, line = size // 2, size, size + size // 2
     places: list[tuple[int, int, str, Color | None]] = []
     x = y = gap
@@ -75,6 +80,21 @@ def _strip(entries: Sequence[LegendEntry], width: int, size: int) -> UInt8:
             x += swatch + gap // 2
         pen.text((x, y + swatch // 2), name, fill=INK, font=font, anchor="lm")
     return np.asarray(image)
+
+
+def _font(text: str, size: int) -> Any:
+    """The first font that has every letter of a text: Pillow's own, or one of `FONTS` of the system; Pillow's, with boxes, if none has."""
+    own = ImageFont.load_default(size=size)
+    letters = sorted({letter for letter in text if not letter.isspace() and letter.isprintable()})
+    if "".join(letters).isascii():
+        return own
+    for name in FONTS:
+        with suppress(OSError):  # the system lacks it
+            font = ImageFont.truetype(name, size)
+            box = bytes(font.getmask(NO_LETTER))
+            if all(bytes(font.getmask(letter)) != box for letter in letters):
+                return font
+    return own
 
 
 def _shortened(name: str, font: Any, width: int) -> str:
