@@ -83,6 +83,8 @@ def test_unknown_key_first() -> None:
     [
         ("training.steps", 0, "greater than or equal to 1 (got 0)"),
         ("training.steps", "ten", "(got 'ten')"),
+        ("training.class_weights", "balanced", "Input should be 'auto' or keys with values (got 'balanced')"),
+        ("training.loss", "crossentropy", "(got 'crossentropy'); did you mean 'cross-entropy'?"),
         ("training.batch_size", 5000, "less than or equal to 4096"),
         ("training.learning_rate", 0, "greater than 0"),
         ("training.learning_rate", float("nan"), "(got nan)"),
@@ -94,13 +96,13 @@ def test_unknown_key_first() -> None:
         ("quantization.min_sqnr_db", -1, "greater than or equal to 0"),
         ("quantization.calibration_images", 0, "greater than or equal to 1"),
         ("data.source", "mars", "'earth', 'earth:climate', 'earth:shore', 'folders' or 'shards' (got 'mars')"),
-        ("data.validation", 2, "less than 1 (got 2)"),
+        ("data.validation", 2, "less than 1 or keys with values (got 2)"),
         ("data.classes.1.color", [1, 2, 300], "less than or equal to 255 (got 300)"),
         ("data.classes.1.value", [1, 2, 300], "value.2: Input should be less than or equal to 255 (got 300)"),
         ("name", "a b", "(got 'a b')"),
         ("seed", -1, "greater than or equal to 0"),
         ("task", "detect", "'segment', 'classify' or 'restore'"),
-        ("training", None, "dictionary"),
+        ("training", None, "keys with values"),
     ],
 )
 def test_value_out_of_range(place: str, value: Any, says: str) -> None:

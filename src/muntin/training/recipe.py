@@ -6,6 +6,7 @@ The fields of each section are in `data.config` and `training.config`. Errors ar
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
@@ -164,6 +165,9 @@ def set_value(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"'{override:.80}': '{value:.80}' is not a YAML value") from error
 
 
+_ALLOWED = "Input should be "
+
+
 def _explain(error: ValidationError) -> str:
     """The first mistake in one line: unknown keys first, then the deepest one."""
     mistakes = sorted(error.errors(include_url=False), key=lambda e: (e["type"] != "extra_forbidden", -len(e["loc"])))
@@ -179,9 +183,14 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key '{f'{place}.{key}' if place else key}'; {meant}known here: {', '.join(known)}"
     place, _ = _follow(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    same = [one for one in mistakes if one["msg"].startswith(_ALLOWED) and _follow(one["loc"])[0] == place]
+    allowed = ["keys with values" if one["type"] in ("model_type", "dict_type") else one["msg"].removeprefix(_ALLOWED) for one in same]
+    if message.startswith(_ALLOWED):  # of a union, each member's own
+        message = _ALLOWED + " or ".join(dict.fromkeys(allowed))
     value = first.get("input")
     shown = "" if isinstance(value, dict | list) or value is None else f" (got {value!r})"
-    return f"{place or 'recipe'}: {message}{shown}"
+    near = difflib.get_close_matches(value, re.findall("'([^']+)'", message), 1, cutoff=0.5) if isinstance(value, str) else []
+    return f"{place or 'recipe'}: {message}{shown}{f'; did you mean {near[0]!r}?' if near else ''}"
 
 
 def _follow(location: Iterable[int | str]) -> tuple[str, type[BaseModel]]:
