@@ -193,6 +193,13 @@ def test_picture_of_training_crops(tmp_path: Path) -> None:
     )
     assert write_crops(tmp_path / "kinds.png", mixed, CLASSES, task="classify") == 12
     assert read_image(tmp_path / "kinds.png").shape == (2 * (256 + 28 + 12), 6 * (256 + 12), 3)
+    clean = np.ascontiguousarray(np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None, None], (32, 32, 3)))
+    doubled = Sample(name="", image=clean[::2, ::2], target=clean)
+    pairs = Crops([doubled], task="restore", crop=8, batch_size=3, seed=0, augmentation=NO_AUGMENTATION)
+    assert write_crops(tmp_path / "pairs.png", pairs, (), task="restore") == 3
+    sheet = read_image(tmp_path / "pairs.png", 3)
+    assert sheet.shape == (256 + 12, 3 * (2 * 256 + 12), 3)
+    assert np.abs(sheet[:256, :256].astype(int) - sheet[:256, 256:512]).mean() < 40  # the input, and the same place clean
 
 
 def test_examples_of_restored_pictures(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model_helpers import one_line
 from muntin.artifact import ClassInfo
 from muntin.errors import RecipeError
-from muntin.models import ModelConfig, create_model
+from muntin.models import HybridNet, ModelConfig, create_model
 from muntin.training.model_checks import check_maps, check_model, check_reading, restore_notes
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.recipe import load_recipe, parse_recipe
@@ -330,7 +330,13 @@ def test_gradients_on_small_maps() -> None:
 @pytest.mark.parametrize(("options", "notes"), [({}, 1), ({"finest": 8}, 1), ({"stem": (24, 48, 64), "decoder": 48}, 0)])
 def test_channels_of_a_restorer(options: dict[str, Any], notes: int) -> None:
     fields = {"stem": (16, 24, 48), "decoder": 64, "task": "restore", **options}
-    found = restore_notes(ModelConfig.model_validate(fields))
+    found = restore_notes(HybridNet(ModelConfig.model_validate(fields)))
     assert len(found) == notes
     assert all("set model.options" in note for note in found)
-    assert restore_notes(ModelConfig.model_validate({**fields, "task": "segment"})) == ()
+    assert restore_notes(HybridNet(ModelConfig.model_validate({**fields, "task": "segment"}))) == ()
+
+
+def test_channels_of_a_restorer_with_an_encoder() -> None:
+    model = create_model("hybrid-xs", task="restore", encoder="timm:test_efficientnet")
+    (note,) = restore_notes(model)  # type: ignore[arg-type]
+    assert note.startswith("24 channels at a quarter") and "take an encoder with 48 channels" in note

@@ -156,8 +156,10 @@ def _show_crops(recipe: Recipe, root: Path, file: Path, *, json: bool) -> None:
     from muntin.data import open_source
     from muntin.deployment.pictures import write_crops
     from muntin.training.loop import training_crops
+    from muntin.training.recipe import settled
 
     with status("making crops"):
+        recipe = settled(recipe, root)
         source = open_source(recipe.data, root=root)
         number = write_crops(file, training_crops(recipe, source), source.classes, task=recipe.task)
     if json:

@@ -27,7 +27,7 @@ from muntin.training.restoration.evaluation import psnr
 
 Border = tuple[int, int, str]
 CROPS_SHOWN, CROPS_ACROSS = 12, 3
-"""Crops that `write_crops` shows, and those in a row for segment; classify has twice as many."""
+"""Crops that `write_crops` shows, and those in a row; classify has twice as many."""
 CROP_SIDE, CROP_GAP = 256, 12
 """Side of a crop in that picture, and the space between crops, pixels."""
 
@@ -215,18 +215,23 @@ def write_crops(file: Path, crops: BatchMaker, classes: Sequence[ClassInfo], *, 
     """Write the first training crops as one picture, as the model will get them, and return their number.
 
     segment: each crop beside itself with its mask laid over, with a legend. classify: each crop above its class, or its shares of classes.
+    restore: each input, enlarged to the size of the clean picture, beside it.
     """
     images_BCHW, target = crops.batch(0, slice(0, CROPS_SHOWN))
     tiles = []
     for image_CHW, truth in zip(images_BCHW, target.numpy(), strict=True):
-        image = to_rgb(np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy()))
+        image = np.ascontiguousarray(image_CHW.permute(1, 2, 0).numpy())
+        if task == "restore":
+            clean = np.ascontiguousarray(truth.transpose(1, 2, 0))
+            image = np.concatenate([enlarged(image, clean.shape[0] // image.shape[0]), clean], axis=1)
+        image = to_rgb(image)
         if task == "segment":
             image = np.concatenate([image, overlay(image, truth, classes)], axis=1)
         shown = Image.fromarray(image).resize((CROP_SIDE * image.shape[1] // image.shape[0], CROP_SIDE), Image.Resampling.BILINEAR)
         tiles.append(
-            np.asarray(shown) if task == "segment" else with_legend(np.asarray(shown), _caption(truth, classes), size=14)[: CROP_SIDE + 28]
+            np.asarray(shown) if task != "classify" else with_legend(np.asarray(shown), _caption(truth, classes), size=14)[: CROP_SIDE + 28]
         )
-    across = CROPS_ACROSS if task == "segment" else 2 * CROPS_ACROSS
+    across = CROPS_ACROSS if task != "classify" else 2 * CROPS_ACROSS
     height, width = (max(tile.shape[axis] for tile in tiles) + CROP_GAP for axis in (0, 1))
     sheet = np.full((-(-len(tiles) // across) * height, min(across, len(tiles)) * width, 3), PAPER, dtype=np.uint8)
     for number, tile in enumerate(tiles):

@@ -100,7 +100,9 @@ def timm_model(name: str, **arguments: Any) -> nn.Module:
 def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """Create a classifier of timm with random weights."""
     if task != "classify":
-        raise RecipeError(f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify' or another model")
+        raise RecipeError(
+            f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify', or a hybrid with it as model.encoder"
+        )
     model: Any = timm_model(name, num_classes=classes, in_chans=channels)
     mean, std = model.default_cfg.get("mean", IMAGENET_MEAN), model.default_cfg.get("std", IMAGENET_STD)
     return ForeignModel(model, mean=for_channels(mean, channels), std=for_channels(std, channels), task=task)

@@ -56,7 +56,7 @@ class TeacherConfig(Section):
 
     model: str = Field(
         min_length=1,
-        description="a run, checkpoint or artefact of this task and these classes; or timm:NAME, torchvision:NAME, a preset, "
+        description="a run, checkpoint or artefact of this task and these classes; or timm:NAME (classify), torchvision:NAME, a preset, "
         "package.module:factory",
     )
     weights: Path | None = Field(default=None, description="the .safetensors file of a named model's weights")
@@ -141,7 +141,7 @@ class TrainingConfig(Section):
         default=None,
         ge=1,
         le=100_000,
-        description="validations without a better score after which the run ends; unset: all steps are taken",
+        description="early stopping: validations without a better score after which the run ends; unset: all steps are taken",
     )
     checkpoint_every: int = Field(default=250, ge=1, description="steps between checkpoints; the first is written within a minute")
     memory: ByteSize | None = Field(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature
 from muntin.errors import CheckpointError, MuntinError, RecipeError
-from muntin.models.config import ModelConfig
 from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
@@ -41,11 +40,12 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     or, for maps, pictures of other sizes, if its answer does not fit the task, or if it cannot be copied. Afterwards the model has its lazy
     parameters and buffers; the other checks use a copy. Costs a few forward passes.
     """
+    narrow = restore_notes(model) if isinstance(model, HybridNet) else ()
     if isinstance(model, HybridNet) and model.config.encoder is None:
-        return restore_notes(model.config)
+        return narrow
     side, channels, name, signature = recipe.data.crop, recipe.data.channels, recipe.model.name, recipe.signature(classes)
     shape = (1, channels, side, side)
-    notes = []
+    notes = [*narrow]
     try:
         check_eager(model)
     except MuntinError as error:
@@ -87,18 +87,26 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     return tuple(notes)
 
 
-def restore_notes(config: ModelConfig) -> tuple[str, ...]:
+def restore_notes(model: HybridNet) -> tuple[str, ...]:
     """A note on a hybrid for restore whose finest maps hold fewer numbers than the pixels below them, so that fine detail is lost."""
+    config = model.config
     values = config.channels * config.finest**2
     finest = config.stem[1] if config.finest == 4 else (config.stem[2] if len(config.stem) > 2 else config.dims[0])
+    if config.encoder is not None:
+        finest = dict(zip(model.encoder.strides, model.encoder.channels, strict=True)).get(config.finest, config.dims[0])
     least = min(finest, config.decoder)
     if config.task != "restore" or least >= values:
         return ()
     kept = 16 * config.channels
-    options = f"{{stem: [{max(24, config.stem[0])}, {max(kept, config.stem[1])}, ...], decoder: {max(kept, config.decoder)}, finest: 4}}"
+    if config.encoder is None:
+        stem, decoder = [max(24, config.stem[0]), max(kept, config.stem[1])], max(kept, config.decoder)
+        advice = f"set model.options, such as {{stem: [{stem[0]}, {stem[1]}, ...], decoder: {decoder}, finest: 4}}"
+    else:
+        options = f"{{decoder: {kept}, finest: 4}}"
+        advice = f"take an encoder with {kept} channels at stride 4 and model.options {options}, or leave the encoder out"
     return (
         f"{least} channels at a {'quarter' if config.finest == 4 else 'eighth'} of the sides hold less than the {values} values of "
-        f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart: set model.options, such as {options}",
+        f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart: {advice}",
     )
 
 
