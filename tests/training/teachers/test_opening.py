@@ -103,6 +103,19 @@ def test_named_with_weights(tiny: Any) -> None:
     assert "knows 2 of the 3 classes" in notes[-1]
 
 
+def test_networks_of_packages(tiny: Any) -> None:
+    """A segmenter of torchvision for segment, a classifier of timm for classify."""
+    segmenter = create_model("torchvision:lraspp_mobilenet_v3_large", classes=3)
+    save_file(segmenter.state_dict(), tiny.root / "lraspp.safetensors")
+    teacher, _ = open_(tiny, "teacher.model=torchvision:lraspp_mobilenet_v3_large", "teacher.weights=lraspp.safetensors")
+    assert all(torch.equal(tensor, teacher.state_dict()[key]) for key, tensor in segmenter.state_dict().items())
+    classifier = create_model("timm:test_resnet", task="classify", classes=3)
+    save_file(classifier.state_dict(), tiny.root / "resnet.safetensors")
+    words = ("task=classify", "data.masks=null", "teacher.model=timm:test_resnet", "teacher.weights=resnet.safetensors")
+    teacher, _ = open_(tiny, *words)
+    assert all(torch.equal(tensor, teacher.state_dict()[key]) for key, tensor in classifier.state_dict().items())
+
+
 @pytest.mark.parametrize(("stride", "message"), [(1, ""), (2, "not \\(1, 3, 32, 32\\)")])
 def test_factory(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int, message: str) -> None:
     (tmp_path / f"teacher_of_{stride}.py").write_text(FACTORY.replace("STRIDE", str(stride)))
