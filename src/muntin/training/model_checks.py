@@ -105,7 +105,7 @@ def restore_notes(model: HybridNet) -> tuple[str, ...]:
         options = f"{{decoder: {kept}, finest: 4}}"
         advice = f"take an encoder with {kept} channels at stride 4 and model.options {options}, or leave the encoder out"
     return (
-        f"{least} channels at a {'quarter' if config.finest == 4 else 'eighth'} of the sides hold less than the {values} values of "
+        f"{least} channels at {'a quarter' if config.finest == 4 else 'an eighth'} of the sides hold less than the {values} values of "
         f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart: {advice}",
     )
 
