@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_compressed_run(trained: Checkpoint, tmp_path: Path) -> None:
     assert result.kept and len(result.trials) == 1 and result.holdout is not None
     assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is not None and result.holdout.interval is not None
     assert result.artifact.manifest.signature.classes == trained.signature.classes  # type: ignore[union-attr]
+
+
+def test_steps_of_a_run_that_ended_early(trained: Checkpoint, tmp_path: Path) -> None:
+    shares = [f"compression.{stage}.share={share}" for stage, share in (("recover", 0.2), ("quantize", 0.1), ("mix", 0.2))]
+    recipe = override_recipe(trained.recipe, ["training.steps=10000000", "budget.minutes=0", *shares])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
+    assert json.loads((result.folder / "settings.json").read_text())["steps"] == round(0.5 * trained.state.step) > 0
 
 
 def test_batches_are_the_same_in_every_iteration(trained: Checkpoint) -> None:

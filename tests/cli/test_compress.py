@@ -180,7 +180,7 @@ def test_compress_notes_stages_without_steps(call: Call, exported: Any, tmp_path
     """The fit had 6 steps: a share of 0.05 is none of them, and a share of 0 asks for none."""
     shares = [word for key in ("recover", "mix") for word in ("--set", f"compression.{key}.share=0")]
     answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.05", *shares)
-    assert "note      no training in w4a8: a share of training.steps 6 is less than a step: set training.steps" in answer.out
+    assert "note      no training in w4a8: a share of the 6 steps of fit is less than a step: set training.steps" in answer.out
     document = call("compress", exported.run, "-o", tmp_path / "more", *CHANGES, *shares[:2], "--until", "low-rank", "--json").document()
     assert document["notes"] == []
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from muntin.budgeting.budget import Budget
 from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, TablePlans, compress
 from muntin.compression.loading import load_model
+from muntin.compression.stages import trained_steps
 from muntin.data import Crops
 from muntin.data.batch_feed import prefetch, worker_count
 from muntin.data.source import Samples, Source
@@ -45,8 +46,9 @@ def compress_run(
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
-    `plans`: as of `compress`. Without steps in that section, each candidate is trained for the share of the recipe's steps that its three
-    stages would take. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
+    `plans`: as of `compress`. Without steps in that section, each candidate is trained for as many steps as the three stages together:
+    shares of the steps that the run took. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few
+    validation pictures.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
@@ -54,7 +56,7 @@ def compress_run(
     stages, config = recipe.compression, recipe.budget
     steps = config.steps
     if steps is None:
-        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * recipe.training.steps))
+        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * trained_steps(checkpoint)))
     rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
     model = load_model(checkpoint)
     judged, held_out = _splits(source)

@@ -93,7 +93,7 @@ def compress_checkpoint(
     resume: bool = False,
     report: StageReport = lambda stage, progress: None,
 ) -> CompressionRun:
-    """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`.
+    """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`, each a share of `trained_steps`.
 
     `quantization`: replaces the recipe's; only its `calibration_images` and `keep` are used. `directory`: each stage gets a folder in it.
     `until`: the last stage. `resume`: continue from the stages in `directory`; without it, such a directory is refused, and so is one that
@@ -117,6 +117,11 @@ def stage_checkpoints(directory: Path) -> dict[Stage, Path]:
     """The newest checkpoint of each stage in `directory`, in the stages' order."""
     paths = {stage: checkpoints_in(stage_folder(directory, stage) / "checkpoints") for stage in STAGES}
     return {stage: checkpoints[-1] for stage, checkpoints in paths.items() if checkpoints}
+
+
+def trained_steps(checkpoint: Checkpoint) -> int:
+    """Steps that a run took to train a model, at least 1: fewer than its recipe's if `training.minutes` or `patience` ended it."""
+    return max(1, min(checkpoint.state.step, checkpoint.recipe.training.steps))
 
 
 def stage_steps(recipe: Recipe, stage: Stage) -> int:
@@ -179,7 +184,9 @@ def stage_folder(directory: Path, stage: Stage) -> Path:
 class _Compression:
     def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: StageReport, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.checkpoint, self.recipe, self.directory, self.report = checkpoint, checkpoint.recipe, directory, report
+        self.checkpoint, self.directory, self.report = checkpoint, directory, report
+        trained = checkpoint.recipe.training.model_copy(update={"steps": trained_steps(checkpoint)})
+        self.recipe = checkpoint.recipe.model_copy(update={"training": trained})
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
         self.origin = checkpoint.state.weights
@@ -222,7 +229,7 @@ class _Compression:
         if not untrained:
             return []
         return [
-            f"no training in {', '.join(untrained)}: a share of training.steps {self.recipe.training.steps} is less than a step: set "
+            f"no training in {', '.join(untrained)}: a share of the {self.recipe.training.steps} steps of fit is less than a step: set "
             "training.steps, or that share (compression.recover, .quantize, .mix), higher"
         ]
 
