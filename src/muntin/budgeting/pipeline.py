@@ -137,6 +137,7 @@ def compress(
     signature: Signature | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    step_seconds: float = 0.0,
     progress: SearchReport = lambda progress: None,
     plans: OpenBase = TablePlans,
 ) -> CompressionResult:
@@ -151,7 +152,9 @@ def compress(
     `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers, or of (inputs, targets) with
     `loss(answer, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
     (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. The search ends at the nearer limit of trials and
-    minutes; no trial begins that would end later, if it takes as long as the longest one.
+    minutes; no trial begins that would end later, if it takes as long as the longest one, and no tables of a width. `step_seconds`: time of
+    a step of training, if known, by which the first trial is judged. What has begun is finished: the scores of the FP32 model, the tables
+    of the first width.
 
     `signature`: of an image model, by default inferred. `folder`: of all trials, each with its artefact; by default a new temporary one. A
     search that was interrupted goes on if it is called again with the same arguments and folder, and the result is the same; a search of
@@ -179,7 +182,7 @@ def compress(
     with folder_in_use(place, "muntin.compress") as notes:
         work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
-            evaluate=evaluate, training=training, open_base=plans, seed=seed, progress=progress,
+            evaluate=evaluate, training=training, open_base=plans, step_seconds=step_seconds, seed=seed, progress=progress,
         )  # fmt: skip
         result = work.run(config, holdout=holdout)
     kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()
@@ -221,12 +224,17 @@ class _BudgetedCompression:
         evaluate: Evaluate,
         training: CandidateTraining | None,
         open_base: OpenBase,
+        step_seconds: float,
         seed: int,
         progress: SearchReport,
     ) -> None:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
         self.evaluate, self.training, self.make_base, self.seed, self.progress = evaluate, training, open_base, seed, progress
         self.narrowed: dict[float, nn.Module] = {}
+        self.first_seconds = 0.0 if training is None else training.steps * step_seconds
+        """Time that the first trial takes at least."""
+        self.base_seconds = 0.0
+        """The longest recorded time of the tables of a width."""
         self.seconds = 0.0
         """Recorded time of everything so far, also of runs before this one."""
         self.trials: tuple[Trial, ...] = ()
@@ -236,12 +244,11 @@ class _BudgetedCompression:
         record = self.folder.reference(self._reference)
         self.seconds += record["seconds"]
         self.reference = Score(record["score"], None if record["samples"] is None else np.asarray(record["samples"]))
-        last, minutes = 0.0, config.minutes
+        minutes = config.minutes
 
-        def may_go_on(done: Sequence[Trial]) -> bool:
-            nonlocal last
-            last = max((trial.seconds for trial in done), default=0.0)
-            return len(done) < config.trials and (minutes is None or self.seconds + last <= 60 * minutes) and minutes != 0
+        def may_go_on(done: Sequence[Trial], opening: bool) -> bool:
+            ahead = max((trial.seconds for trial in done), default=self.first_seconds) + (self.base_seconds if opening else 0.0)
+            return len(done) < config.trials and (minutes is None or self.seconds + ahead <= 60 * minutes) and minutes != 0
 
         search = Search(list(config.widths), self._open_base, self._attempt, self.budget, may_go_on=may_go_on)
         search.run()
@@ -251,7 +258,7 @@ class _BudgetedCompression:
         started = time.perf_counter()
         deploy(self.teacher, self.interface, self.batches[0], part / ARTIFACT)
         with self._deployed(part / ARTIFACT, precision="f32") as deployed:
-            first, second = (score_of(self.evaluate, deployed, called="evaluate", what="the FP32 model") for _ in range(2))
+            first, second = (self._score(self.evaluate, deployed, "evaluate", "the FP32 model") for _ in range(2))
             return {
                 "score": first.value, "noise": abs(first.value - second.value), "bytes": deployed.bytes,
                 "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
@@ -273,6 +280,7 @@ class _BudgetedCompression:
         report("pruning" if width < 1 else "forms", 0, 1)
         place, record = self.folder.base(width, make)
         self.seconds += record["seconds"]
+        self.base_seconds = max(self.base_seconds, record["seconds"])
         return open_in(place)
 
     def _narrowed(self, width: float) -> nn.Module:
@@ -300,12 +308,15 @@ class _BudgetedCompression:
         deploy(model, self.interface, self.batches[0], part / ARTIFACT)
         save(model, part / MODEL)
         with self._deployed(part / ARTIFACT) as deployed:
-            score = score_of(self.evaluate, deployed, called="evaluate", what=f"trial {number}")
+            score = self._score(self.evaluate, deployed, "evaluate", f"trial {number}")
             bound = drop_bound(self.reference, score, self.budget.confidence)
             return {
                 "score": score.value, "drop": self.reference.value - score.value, "bound": bound, "kept": bound <= self.budget.max_drop,
                 "bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
             }  # fmt: skip
+
+    def _score(self, function: Evaluate, deployed: Deployed, called: str, what: str) -> Score:
+        return score_of(function, deployed, called=called, what=what, folder=self.folder.folder)
 
     def _deployed(self, path: Path, *, precision: str = "recorded") -> Deployed:
         return Deployed(path, self.interface, precision=precision)
@@ -316,7 +327,11 @@ class _BudgetedCompression:
         outcome: SearchOutcome = "not tried" if best is None else "kept" if kept else "not reachable"
         notes = [*self._noise(record["noise"]), *self._uncertain(), *search.notes]
         if best is None:
-            notes.append("nothing was tried: " + ("minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"))
+            why = "minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"
+            if minutes and self.seconds <= 60 * minutes < self.seconds + self.first_seconds:
+                why = f"minutes is {minutes:g}, of which {self.seconds / 60:.2g} are used, and a candidate's training takes at least "
+                why += f"{self.first_seconds / 60:.2g}, at the speed of the first one: give more minutes, or fewer steps"
+            notes.append(f"nothing was tried: {why}")
         elif not kept:
             what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
             notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
@@ -362,7 +377,7 @@ class _BudgetedCompression:
     def _held_out(self, holdout: Evaluate, best: Trial) -> Holdout:
         def measure(path: Path, what: str, precision: str) -> dict[str, Any]:
             with self._deployed(path, precision=precision) as deployed:
-                score = score_of(holdout, deployed, called="holdout", what=what)
+                score = self._score(holdout, deployed, "holdout", what)
             return {"score": score.value, "samples": None if score.samples is None else score.samples.tolist()}
 
         records = (

@@ -72,7 +72,7 @@ def compress_run(
         holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature,
         recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
         settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed, progress=progress,
-        plans=plans, **training,
+        step_seconds=checkpoint.state.seconds / max(1, checkpoint.state.step), plans=plans, **training,
     )  # fmt: skip
 
 
