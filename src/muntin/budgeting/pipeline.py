@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
+from muntin.compression.quantization.embeddings import tables
+from muntin.compression.rewrite import check_kept, keepable, named
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
@@ -45,14 +48,15 @@ OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, T
 class TablePlans:
     """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none.
 
-    Bytes include those of the other parameters, in 16 bits: widths differ in them, too.
+    Bytes include those of the other parameters, in 16 bits: widths differ in them, too. `keep`, `dense`: as of `compress`.
     """
 
     def __init__(
-        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress
-    ) -> None:
+        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress,
+        *, keep: Sequence[str] = (), dense: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.width, self.objective = width, objective
-        self.tables = build_tables(model, batches, folder, objective=objective, progress=report)
+        self.tables = build_tables(model, batches, folder, objective=objective, progress=report).without(keep, dense)
         rows = self.tables.layers.values()
         self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
         chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
@@ -137,9 +141,11 @@ def compress(
     signature: Signature | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    keep: Sequence[str] = (),
+    dense: Sequence[str] = (),
     step_seconds: float = 0.0,
     progress: SearchReport = lambda progress: None,
-    plans: OpenBase = TablePlans,
+    plans: OpenBase | None = None,
 ) -> CompressionResult:
     """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
 
@@ -159,7 +165,8 @@ def compress(
     `signature`: of an image model, by default inferred. `folder`: of all trials, each with its artefact; by default a new temporary one. A
     search that was interrupted goes on if it is called again with the same arguments and folder, and the result is the same; a search of
     other settings in the folder is an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate` depend
-    on. `plans`: makes the plans of a width; by default from tables of harm and cost.
+    on. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all their outputs, and of embeddings and products that
+    stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of a width; by default from tables of harm and cost.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
@@ -168,6 +175,9 @@ def compress(
     check_eager(model)
     if not isinstance(budget, Budget):
         raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
+    check_kept(keep, {**keepable(model), **tables(model)})
+    check_kept(dense, dict(named(model, nn.Linear, nn.Conv2d)), argument="dense")
+    plans = plans or partial(TablePlans, keep=keep, dense=dense)
     config = budget_config(recipe)
     training = _training(finetune, loss, config)
     batches = calibration_list(calibration)
@@ -177,12 +187,14 @@ def compress(
         "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
         "confidence": budget.confidence, "steps": None if training is None else training.steps, "loss": loss is not None,
         "learning_rate": None if training is None else training.learning_rate, "widths": list(config.widths), "seed": seed,
+        **{name: list(entries) for name, entries in (("keep", keep), ("dense", dense)) if entries},
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     with folder_in_use(place, "muntin.compress") as notes:
         work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
-            evaluate=evaluate, training=training, open_base=plans, step_seconds=step_seconds, seed=seed, progress=progress,
+            evaluate=evaluate, training=training, open_base=plans, step_seconds=step_seconds, seed=seed, keep=keep,
+            progress=progress,
         )  # fmt: skip
         result = work.run(config, holdout=holdout)
     kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()
@@ -226,11 +238,12 @@ class _BudgetedCompression:
         open_base: OpenBase,
         step_seconds: float,
         seed: int,
+        keep: Sequence[str],
         progress: SearchReport,
     ) -> None:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
         self.evaluate, self.training, self.make_base, self.seed, self.progress = evaluate, training, open_base, seed, progress
-        self.narrowed: dict[float, nn.Module] = {}
+        self.keep, self.narrowed = keep, dict[float, nn.Module]()
         self.first_seconds = 0.0 if training is None else training.steps * step_seconds
         """Time that the first trial takes at least."""
         self.base_seconds = 0.0
@@ -285,7 +298,7 @@ class _BudgetedCompression:
 
     def _narrowed(self, width: float) -> nn.Module:
         if width not in self.narrowed:
-            self.narrowed[width] = narrowed(self.teacher, width, self.batches)
+            self.narrowed[width] = narrowed(self.teacher, width, self.batches, keep=self.keep)
         return self.narrowed[width]
 
     def _attempt(self, number: int, plan: Plan, limit: float) -> Trial:
@@ -303,8 +316,9 @@ class _BudgetedCompression:
             self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=step, steps=steps, loss=loss))
 
         model = apply_plan(
-            self._narrowed(plan.width), plan, self.batches, teacher=self.teacher, training=self.training, seed=self.seed, report=report
-        )
+            self._narrowed(plan.width), plan, self.batches, teacher=self.teacher, keep=self.keep, training=self.training, seed=self.seed,
+            report=report,
+        )  # fmt: skip
         deploy(model, self.interface, self.batches[0], part / ARTIFACT)
         save(model, part / MODEL)
         with self._deployed(part / ARTIFACT) as deployed:

@@ -51,9 +51,9 @@ def _value(total: NDArray[np.float64], count: int) -> NDArray[np.float64]:
 
 
 def score_of(function: Evaluate, model: nn.Module, *, called: str, what: str, folder: Path) -> Score:
-    """Call a user's function. Raises `MuntinError`, with `called`, the function's name, `what`, the model's, and `folder`, of the search, if it fails.
+    """Call a user's function. Raises `MuntinError` if it fails, or returns something else than finite numbers of one dimension.
 
-    It also fails if it returns something else than a finite number or finite numbers of one dimension.
+    `called`: the function's name; `what`: the model's; `folder`: of the search.
     """
     try:
         value = function(model)
