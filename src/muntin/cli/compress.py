@@ -56,10 +56,13 @@ def compress_command(
             "counts as it is. 0.95 by default; few validation pictures need less, or a greater drop."
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="With --max-drop: no trial begins that would end later.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --max-drop: no trial begins that is expected to end later; one that has begun is finished."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(min=0, help="With --max-drop: most models to try; 12 by default.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the recipe's stages together.")
+        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the stages together.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
