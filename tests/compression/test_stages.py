@@ -543,7 +543,8 @@ def test_stage_limited_by_minutes(write_tiny: Callable[..., Any], tmp_path: Path
     origin = train(write_tiny, tmp_path, training=limits, compression={**COMPRESSION, "low_rank": None})
     run = compress_checkpoint(origin, origin.path.parent.parent / FOLDER)
     last = read_checkpoint(run.stages[-1].checkpoint)
-    assert not run.interrupted and last.state.step <= stage_steps(last.recipe, "mixed") == origin.state.step < 10**6
+    assert not run.interrupted and last.state.step < stage_steps(last.recipe, "mixed") == 10**6
+    assert base_steps(last) < 10**5
     assert stage_finished(last, "mixed")
     assert set(finished_stages(origin)) == {"w4a8", "mixed"}
 

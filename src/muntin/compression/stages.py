@@ -93,7 +93,7 @@ def compress_checkpoint(
     resume: bool = False,
     report: StageReport = lambda stage, progress: None,
 ) -> CompressionRun:
-    """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`, each a share of `trained_steps`.
+    """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`, each a share of its training.
 
     `quantization`: replaces the recipe's; only its `calibration_images` and `keep` are used. `directory`: each stage gets a folder in it.
     `until`: the last stage. `resume`: continue from the stages in `directory`; without it, such a directory is refused, and so is one that
@@ -185,8 +185,7 @@ class _Compression:
     def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: StageReport, ranks: Ranks) -> None:
         self.ranks = ranks
         self.checkpoint, self.directory, self.report = checkpoint, directory, report
-        trained = checkpoint.recipe.training.model_copy(update={"steps": trained_steps(checkpoint)})
-        self.recipe = checkpoint.recipe.model_copy(update={"training": trained})
+        self.recipe = _of_trained_steps(checkpoint)
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
         self.origin = checkpoint.state.weights
@@ -355,6 +354,14 @@ class _Compression:
             f"a weight has {average:.2f} bits on average, not compression.average_bits {self.config.average_bits:g}: {floats:,} of "
             f"{weights:,} weights are in layers that stay in 16 bits (compression.keep, quantization.keep, or no integer form)"
         ]
+
+
+def _of_trained_steps(checkpoint: Checkpoint) -> Recipe:
+    """The recipe of a checkpoint, with the steps of a run that ended before its limits (`training.patience`, an interruption)."""
+    recipe, state = checkpoint.recipe, checkpoint.state
+    if recipe.training.share_done(state.step, state.seconds) >= 1:  # after training.minutes, stages are shares of these
+        return recipe
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": trained_steps(checkpoint)})})
 
 
 def _result(stage: Stage, checkpoint: Checkpoint) -> StageResult:
