@@ -14,6 +14,7 @@ from muntin import load_compressed, save
 from muntin.budgeting.candidate import CandidateTraining, apply_plan, narrowed
 from muntin.budgeting.forms import Form, Plan
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
+from muntin.compression.quantization.embeddings import QuantizedEmbedding
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
 from muntin.errors import MuntinError
 from muntin.models.eager import eager_copy
@@ -84,6 +85,22 @@ def test_narrower_model(digits: Any) -> None:
     model = apply_plan(base, Plan(width=0.6, forms={"8": Form(None, 4)}), digits.calibration, teacher=digits.model)
     assert forms_of(model) == {"1": 8, "4": 8, "8": 4, "10": 8}
     assert digits.evaluate(model) > 0.3
+
+
+def test_kept_layers_keep_their_outputs(digits: Any) -> None:
+    base = narrowed(digits.model, 0.7, digits.calibration, keep=["8", "embedding"])
+    assert base.get_submodule("8").out_features == 64 and count(base) <= 0.7 * count(digits.model)
+
+
+@pytest.mark.parametrize("training", [None, CandidateTraining(data=[{"input": torch.arange(50).reshape(10, 5)}], steps=1)])
+def test_kept_embedding(training: CandidateTraining | None) -> None:
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 8)).eval()
+    batch = [{"input": torch.arange(50).reshape(10, 5)}]
+    kept, usual = (
+        apply_plan(model, Plan(forms={"1": Form(None, 8)}), batch, teacher=model, training=training, keep=keep) for keep in (["0"], [])
+    )
+    assert type(kept[0]) is nn.Embedding and type(usual[0]) is QuantizedEmbedding  # type: ignore[index]
+    assert all(type(one[1]) is QuantizedLinear for one in (kept, usual))  # type: ignore[index]
 
 
 def test_plan_of_another_model(digits: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,14 @@ def test_evaluate_that_fails(digits: Any, uniform: Any, begun: Path, value: Any,
     assert (begun / "reference" / "reference.json").is_file() and (begun / "trials" / ".001.partial" / "artifact").is_dir()
 
 
+def test_evaluate_that_fails_in_a_folder_of_the_search(digits: Any, uniform: Any) -> None:
+    with pytest.raises(MuntinError) as error:
+        run(digits, uniform, None, evaluate=lambda model: 1 / 0)
+    place = Path(one_line(error).partition("kept in ")[2].partition(": a second run")[0])
+    assert place.is_absolute() and (place / "settings.json").is_file()
+    shutil.rmtree(place)
+
+
 def test_other_settings(digits: Any, uniform: Any, begun: Path) -> None:
     with pytest.raises(MuntinError) as error:
         run(digits, uniform, begun, budget=replace(BUDGET, max_drop=0.5))
@@ -142,6 +151,24 @@ def test_no_minutes(digits: Any, uniform: Any, begun: Path) -> None:
 def test_too_few_minutes(digits: Any, uniform: Any, begun: Path) -> None:
     result = run(digits, uniform, begun, recipe={"minutes": 1e-6})
     assert result.outcome == "not tried" and "the limit of trials or minutes was reached before" in result.notes[0]
+
+
+def test_first_trial_that_would_take_too_long(digits: Any, uniform: Any, tmp_path: Path) -> None:
+    training = {"finetune": digits.train[:1], "step_seconds": 60.0, "recipe": {"minutes": 9, "steps": 10}}
+    result = run(digits, uniform, tmp_path / "slow", **training)
+    assert result.outcome == "not tried" and "a candidate's training takes at least 10, at the speed of the first one" in result.notes[-1]
+    assert not (tmp_path / "slow" / "tables").exists()
+
+
+def test_tables_that_would_take_too_long(digits: Any, uniform: Any, tmp_path: Path) -> None:
+    folder, widths = tmp_path / "slow", [1.0, 0.8]
+    first = run(digits, uniform, folder, evaluate=digits.evaluate, recipe={"widths": widths, "trials": 1})
+    base = folder / "tables" / "1" / "base.json"
+    base.write_text(json.dumps(json.loads(base.read_text()) | {"seconds": 3000.0}))
+    result = run(digits, uniform, folder, recipe={"widths": widths, "trials": 9, "minutes": 99})
+    assert result.trials[:1] == first.trials and 1 < len(result.trials) <= 4 and {trial.plan.width for trial in result.trials} == {1.0}
+    assert [path.name for path in (folder / "tables").iterdir()] == ["1"]
+    assert any(note.startswith("stopped at the limit of trials or minutes") for note in result.notes)
 
 
 def test_noisy_evaluate(digits: Any, uniform: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from muntin import Budget
+from muntin.budgeting.forms import Form
 from muntin.budgeting.run import _Lessons, _splits, compress_run
 from muntin.compression import load_model
 from muntin.data.source import HeldSamples, Sample
-from muntin.errors import DataError
+from muntin.errors import DataError, MuntinError
 from muntin.training import Checkpoint, fit, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.recipe import override_recipe
@@ -28,7 +31,7 @@ class Small(nn.Sequential):
         return super().forward(x / 128 - 1)
 
 def make(*, task, classes, channels):
-    return Small(nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, classes, 1))
+    return Small(nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, classes, 3, padding=1))
 """
 
 
@@ -51,6 +54,29 @@ def test_compressed_run(trained: Checkpoint, tmp_path: Path) -> None:
     assert result.kept and len(result.trials) == 1 and result.holdout is not None
     assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is not None and result.holdout.interval is not None
     assert result.artifact.manifest.signature.classes == trained.signature.classes  # type: ignore[union-attr]
+
+
+def test_kept_layers_and_values_of_the_stages(trained: Checkpoint, tmp_path: Path) -> None:
+    search = ["budget.steps=0", "budget.trials=1", "budget.widths=[1]"]
+    changes = ["quantization.keep=['0']", "compression.low_rank=null", "compression.weight_bits=3"]
+    recipe = override_recipe(trained.recipe, [*search, *changes])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
+    forms = result.trials[0].plan.forms
+    assert forms["0"] == Form(None, 16) and forms["2"].rank is None and forms["2"].bits < 16
+    assert type(result.model.get_submodule("0")) is nn.Conv2d and type(result.model.get_submodule("2")) is not nn.Conv2d
+    assert "not used with a budget, which chooses ranks and bits itself: compression.weight_bits" in result.notes
+    unknown = override_recipe(recipe, ["compression.keep=['head']"])
+    with pytest.raises(MuntinError, match="keep names no layer: head"):
+        compress_run(replace(trained, state=trained.state.model_copy(update={"recipe": unknown})), Budget(max_drop=1), tmp_path / "other")
+
+
+def test_steps_of_a_run_that_ended_early(trained: Checkpoint, tmp_path: Path) -> None:
+    shares = [f"compression.{stage}.share={share}" for stage, share in (("recover", 0.2), ("quantize", 0.1), ("mix", 0.2))]
+    recipe = override_recipe(trained.recipe, ["training.steps=10000000", "budget.minutes=0", *shares])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
+    assert json.loads((result.folder / "settings.json").read_text())["steps"] == round(0.5 * trained.state.step) > 0
 
 
 def test_batches_are_the_same_in_every_iteration(trained: Checkpoint) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ MODEL = nn.Identity()
 
 
 def score(value: Any) -> Score:
-    return score_of(lambda model: value, MODEL, called="evaluate", what="trial 3")
+    return score_of(lambda model: value, MODEL, called="evaluate", what="trial 3", folder=Path("search"))
 
 
 @pytest.mark.parametrize("value", [0.5, np.float32(0.5), torch.tensor(0.5), np.array(0.5)])
@@ -81,7 +82,7 @@ def test_function_that_raises() -> None:
         raise KeyError("the label\nof a picture")
 
     with pytest.raises(MuntinError) as error:
-        score_of(evaluate, MODEL, called="holdout", what="the FP32 model")
+        score_of(evaluate, MODEL, called="holdout", what="the FP32 model", folder=Path("search"))
     assert one_line(error).startswith("holdout raised KeyError on the FP32 model: 'the label")
 
 

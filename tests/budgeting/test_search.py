@@ -44,7 +44,7 @@ def searched(drop: Callable[[int, Plan], float], bases: Sequence[Base] = (Smooth
             kept=lost <= budget.max_drop, seconds=1.0, folder=Path(str(number)),
         )  # fmt: skip
 
-    search = Search(list(by_width), by_width.__getitem__, attempt, budget, may_go_on=lambda done: len(done) < trials)
+    search = Search(list(by_width), by_width.__getitem__, attempt, budget, may_go_on=lambda done, opening: len(done) < trials)
     search.run()
     return search
 

@@ -75,6 +75,15 @@ def test_plans_within_a_limit() -> None:
         assign_forms(TABLES, -1.0, "size")
 
 
+def test_table_without_forms_of_named_layers() -> None:
+    rows = [FormRow(form=Form(rank, bits), parameters=1, bytes=1, macs=1, harm=0) for rank, bits in ((None, 16), (None, 4), (8, 4))]
+    tables = Tables(layers={"a.0": tuple(rows), "a.1": tuple(rows), "b": tuple(rows)}, reasons={}, model="", calibration="")
+    found = tables.without(["a.0"], ["a.*"]).layers
+    assert {name: [row.form for row in left] for name, left in found.items()} == {
+        "a.0": [Form(None, 16)], "a.1": [Form(None, 16), Form(None, 4)], "b": [Form(None, 16), Form(None, 4), Form(8, 4)],
+    }  # fmt: skip
+
+
 def test_table_is_read_again_and_a_changed_model_is_noticed(tmp_path: Path) -> None:
     model, calibration = network(), batches()
     digest, steps = model_digest(model), []

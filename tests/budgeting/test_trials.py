@@ -47,6 +47,21 @@ def test_killed_trial_leaves_no_record(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "trials").iterdir()] == ["001"]
 
 
+def test_tables_go_on_after_an_interruption(tmp_path: Path) -> None:
+    def killed(place: Path) -> dict[str, Any]:
+        (place / "tables.csv").write_text("harm")
+        raise KeyboardInterrupt
+
+    def rest(place: Path) -> dict[str, Any]:
+        assert (place / "tables.csv").read_text() == "harm"
+        return {"seconds": 1.0}
+
+    folder = TrialFolder(tmp_path, SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        folder.base(0.8, killed)
+    assert folder.base(0.8, rest) == folder.base(0.8, never) == (tmp_path / "tables" / "0.8", {"seconds": 1.0})
+
+
 def test_other_settings(tmp_path: Path) -> None:
     TrialFolder(tmp_path, SETTINGS)
     with pytest.raises(MuntinError) as error:

@@ -8,17 +8,22 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from muntin.artifact import open_artifact
 from muntin.artifact.file_lock import folder_in_use
-from muntin.cli import app
+from muntin.budgeting.forms import Plan
+from muntin.budgeting.pipeline import SearchProgress
+from muntin.budgeting.trials import Trial
+from muntin.cli import app, compress, console
 from muntin.compression import load_model
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.counting import parameter_count
@@ -180,7 +185,7 @@ def test_compress_notes_stages_without_steps(call: Call, exported: Any, tmp_path
     """The fit had 6 steps: a share of 0.05 is none of them, and a share of 0 asks for none."""
     shares = [word for key in ("recover", "mix") for word in ("--set", f"compression.{key}.share=0")]
     answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.05", *shares)
-    assert "note      no training in w4a8: a share of training.steps 6 is less than a step: set training.steps" in answer.out
+    assert "note      no training in w4a8: a share of the 6 steps of fit is less than a step: set training.steps" in answer.out
     document = call("compress", exported.run, "-o", tmp_path / "more", *CHANGES, *shares[:2], "--until", "low-rank", "--json").document()
     assert document["notes"] == []
 
@@ -388,6 +393,25 @@ def test_budget_search_and_its_page(call: Call, searched: Path) -> None:
         "other settings (confidence 0.5, not 0.95, max_drop 1" in call("compress", searched, "--max-drop", "0.5", "--steps", "2").mistake()
     )
     assert "other settings (recipe " in call(*words, "--set", "compression.distillation=0").mistake()
+
+
+@pytest.mark.parametrize(("objective", "least"), [("size", "smallest so far 0.100 MB"), ("latency", "fastest so far 2.00 ms")])
+def test_progress_of_a_budget_search(monkeypatch: pytest.MonkeyPatch, objective: str, least: str) -> None:
+    measured = [(0.3, 90_000, 1.0, False), (0.9, 300_000, 4.0, True), (0.5, 100_000, 3.0, True), (0.8, 200_000, 2.0, True)]
+    trials = tuple(
+        Trial(number=number, plan=Plan(), limit=0, score=score, drop=0, bound=0, bytes=size, ms=ms, kept=kept, seconds=1, folder=Path())
+        for number, (score, size, ms, kept) in enumerate(measured, start=1)
+    )
+    terminal = Console(file=StringIO(), force_terminal=True, width=200, markup=False, highlight=False)
+    for module in (console, compress):
+        monkeypatch.setattr(module, "err", terminal)
+    with compress._shown(lambda: None, objective, quiet=False) as show:
+        show(SearchProgress(stage="trial", trials=trials[:2], number=3))
+        show(SearchProgress(stage="trial", trials=trials, number=5))
+    text = terminal.file.getvalue()  # type: ignore[attr-defined]
+    fronts = [line.partition("front so far: ")[2].strip() for line in text.splitlines() if "front so far" in line]
+    assert fronts == (["1", "1, 2", "1, 3, 2", "1, 3, 4, 2"] if objective == "size" else ["1", "1, 2", "1, 3, 2", "1, 4, 2"])
+    assert compress._stage(SearchProgress(stage="trial", trials=trials, number=5), objective) == f"trial 5; {least}"
 
 
 def test_budget_without_minutes(call: Call, searched: Path, tmp_path: Path) -> None:

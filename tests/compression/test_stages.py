@@ -42,6 +42,7 @@ from muntin.training.loop import LOG_EVERY
 from muntin.training.progress.report import FitProgress
 from muntin.training.run import fit
 from muntin.training.trainer import Trainer
+from muntin.updating.learner import base_steps
 
 STEPS = LOG_EVERY + 1
 FULL = {"share": 1.0, "learning_rate": 1e-3}
@@ -542,9 +543,20 @@ def test_stage_limited_by_minutes(write_tiny: Callable[..., Any], tmp_path: Path
     origin = train(write_tiny, tmp_path, training=limits, compression={**COMPRESSION, "low_rank": None})
     run = compress_checkpoint(origin, origin.path.parent.parent / FOLDER)
     last = read_checkpoint(run.stages[-1].checkpoint)
-    assert not run.interrupted and last.state.step < stage_steps(last.recipe, "mixed")
+    assert not run.interrupted and last.state.step < stage_steps(last.recipe, "mixed") == 10**6
+    assert base_steps(last) < 10**5
     assert stage_finished(last, "mixed")
     assert set(finished_stages(origin)) == {"w4a8", "mixed"}
+
+
+def test_stages_of_a_run_that_ended_early(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    training = {"steps": 40, "patience": 1, "validate_every": 2, "learning_rate": 1e-9}  # no validation is better than the first
+    origin = train(write_tiny, tmp_path, training=training, compression={**COMPRESSION, "low_rank": None, "mix": {"share": 0.5}})
+    run = compress_checkpoint(origin, tmp_path / "compressed")
+    assert origin.state.step == 4 and [stage.step for stage in run.stages] == [4, 2] and not run.interrupted
+    assert base_steps(read_checkpoint(run.checkpoint)) == 4
+    again = compress_checkpoint(origin, tmp_path / "compressed", resume=True)
+    assert [stage.step for stage in again.stages] == [4, 2]
 
 
 def test_closed_channels_are_cut_first(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:

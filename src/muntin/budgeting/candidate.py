@@ -8,7 +8,7 @@ Bits are chosen before training, and the learning rate falls once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from muntin.budgeting.forms import Plan
 from muntin.budgeting.layer_forms import KEPT, ranks_of
 from muntin.compression.channels.pruning import prune
+from muntin.compression.channels.sizes import prunable
 from muntin.compression.distillation import distil
 from muntin.compression.equivalent.batch_norm import fold_batch_norms
 from muntin.compression.equivalent.fold import fold
@@ -27,9 +28,9 @@ from muntin.compression.quantization.embeddings import quantize_tables, tables
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
 from muntin.compression.quantization.reconstruction import reconstruct
-from muntin.compression.rewrite import EVERY, named
+from muntin.compression.rewrite import EVERY, is_kept, named
 from muntin.errors import MuntinError
-from muntin.layers import ChannelGate
+from muntin.layers import ChannelGate, Product, SoftmaxProduct
 from muntin.models.eager import ModelInputs, call, eager_copy, first_row
 
 TABLE_BITS = 8
@@ -59,19 +60,26 @@ class CandidateTraining:
             raise MuntinError(f"learning_rate={self.learning_rate!r}: give a number above 0, at most 1")
 
 
-def narrowed(model: nn.Module, width: float, calibration: Sequence[ModelInputs]) -> nn.Module:
+def narrowed(model: nn.Module, width: float, calibration: Sequence[ModelInputs], *, keep: Sequence[str] = ()) -> nn.Module:
     """A copy of a model, in `eval` mode, pruned to the share `width` of its parameters, with its norms and gates folded.
 
-    Closed channels of gated models are cut at every width. Raises `MuntinError` if the width is out of reach.
+    Closed channels of gated models are cut at every width. The layers named in `keep` keep their outputs. Raises `MuntinError` if the width
+    is out of reach.
     """
     copied = eager_copy(model).eval()
     remember(copied, plain_convolutions(copied, first_row(calibration[0])))
     if dict(named(copied, ChannelGate)):
         prune(copied)
     if width < 1:
-        prune(copied, calibration, parameters=width)
+        layers = {name: layer for name, layer in copied.named_modules() if prunable(type(layer))}
+        prune(copied, calibration, parameters=width, keep=_naming(keep, layers))
     remember(copied, fold(copied) + fold_batch_norms(copied, calibration[0]))  # ranks are chosen for the weights that are deployed
     return copied
+
+
+def _naming(entries: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """The entries that name one of the modules."""
+    return [entry for entry in entries if any(is_kept(name, (entry,)) for name in modules)]
 
 
 def apply_plan(
@@ -80,6 +88,7 @@ def apply_plan(
     calibration: Sequence[ModelInputs],
     *,
     teacher: nn.Module,
+    keep: Sequence[str] = (),
     training: CandidateTraining | None = None,
     seed: int = 0,
     report: Callable[[int, float], None] = lambda step, loss: None,
@@ -88,7 +97,8 @@ def apply_plan(
 
     Embeddings get `TABLE_BITS`.
 
-    `teacher`: the FP32 model. `report`: called with the number and the loss of each step of training. Its changes are in its history
+    `teacher`: the FP32 model. `keep`: names or patterns of embeddings and of attention's products that stay in floats; of layers the plan
+    decides. `report`: called with the number and the loss of each step of training. Its changes are in its history
     (`compression.history`). The same arguments give the same model on one machine. Raises `MuntinError` for a plan of another model.
     """
     model = eager_copy(base).eval()
@@ -96,18 +106,20 @@ def apply_plan(
     if ranks:
         factor(model, calibration, ranks)
     bits = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
-    keep = [name for name, form in plan.forms.items() if form.bits >= KEPT]
+    kept_tables = _naming(keep, tables(model))
+    kept = [name for name, form in plan.forms.items() if form.bits >= KEPT]
+    kept += _naming(keep, dict(named(model, Product, SoftmaxProduct)))
     if training is None:
         embeddings = TABLE_BITS if tables(model) else None
-        quantize(model, calibration, bits=bits, keep=keep, min_sqnr_db=0.0, embedding_bits=embeddings)
+        quantize(model, calibration, bits=bits, keep=[*kept, *kept_tables], min_sqnr_db=0.0, embedding_bits=embeddings)
         return model
-    prepare_qat(model, calibration, bits=bits, keep=keep)
+    prepare_qat(model, calibration, bits=bits, keep=kept)
     layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
     remember(model, reconstruct(model, layers, calibration))
     _train(model, teacher, training, seed, report)
     freeze(model, calibration)
     if tables(model):
-        remember(model, quantize_tables(model, calibration[0], TABLE_BITS, min_sqnr_db=0.0, only=EVERY, keep=()))
+        remember(model, quantize_tables(model, calibration[0], TABLE_BITS, min_sqnr_db=0.0, only=EVERY, keep=kept_tables))
     return model
 
 

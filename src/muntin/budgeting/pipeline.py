@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
+from muntin.compression.quantization.embeddings import tables
+from muntin.compression.rewrite import check_kept, keepable, named
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
@@ -45,14 +48,15 @@ OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, T
 class TablePlans:
     """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none.
 
-    Bytes include those of the other parameters, in 16 bits: widths differ in them, too.
+    Bytes include those of the other parameters, in 16 bits: widths differ in them, too. `keep`, `dense`: as of `compress`.
     """
 
     def __init__(
-        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress
-    ) -> None:
+        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress,
+        *, keep: Sequence[str] = (), dense: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.width, self.objective = width, objective
-        self.tables = build_tables(model, batches, folder, objective=objective, progress=report)
+        self.tables = build_tables(model, batches, folder, objective=objective, progress=report).without(keep, dense)
         rows = self.tables.layers.values()
         self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
         chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
@@ -137,8 +141,11 @@ def compress(
     signature: Signature | None = None,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    keep: Sequence[str] = (),
+    dense: Sequence[str] = (),
+    step_seconds: float = 0.0,
     progress: SearchReport = lambda progress: None,
-    plans: OpenBase = TablePlans,
+    plans: OpenBase | None = None,
 ) -> CompressionResult:
     """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
 
@@ -151,12 +158,15 @@ def compress(
     `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers, or of (inputs, targets) with
     `loss(answer, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
     (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. The search ends at the nearer limit of trials and
-    minutes; no trial begins that would end later, if it takes as long as the longest one.
+    minutes; no trial begins that would end later, if it takes as long as the longest one, and no tables of a width. `step_seconds`: time of
+    a step of training, if known, by which the first trial is judged. What has begun is finished: the scores of the FP32 model, the tables
+    of the first width.
 
     `signature`: of an image model, by default inferred. `folder`: of all trials, each with its artefact; by default a new temporary one. A
     search that was interrupted goes on if it is called again with the same arguments and folder, and the result is the same; a search of
     other settings in the folder is an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate` depend
-    on. `plans`: makes the plans of a width; by default from tables of harm and cost.
+    on. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all their outputs, and of embeddings and products that
+    stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of a width; by default from tables of harm and cost.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
@@ -165,6 +175,9 @@ def compress(
     check_eager(model)
     if not isinstance(budget, Budget):
         raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
+    check_kept(keep, {**keepable(model), **tables(model)})
+    check_kept(dense, dict(named(model, nn.Linear, nn.Conv2d)), argument="dense")
+    plans = plans or partial(TablePlans, keep=keep, dense=dense)
     config = budget_config(recipe)
     training = _training(finetune, loss, config)
     batches = calibration_list(calibration)
@@ -174,12 +187,14 @@ def compress(
         "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
         "confidence": budget.confidence, "steps": None if training is None else training.steps, "loss": loss is not None,
         "learning_rate": None if training is None else training.learning_rate, "widths": list(config.widths), "seed": seed,
+        **{name: list(entries) for name, entries in (("keep", keep), ("dense", dense)) if entries},
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     with folder_in_use(place, "muntin.compress") as notes:
         work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
-            evaluate=evaluate, training=training, open_base=plans, seed=seed, progress=progress,
+            evaluate=evaluate, training=training, open_base=plans, step_seconds=step_seconds, seed=seed, keep=keep,
+            progress=progress,
         )  # fmt: skip
         result = work.run(config, holdout=holdout)
     kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()
@@ -221,12 +236,18 @@ class _BudgetedCompression:
         evaluate: Evaluate,
         training: CandidateTraining | None,
         open_base: OpenBase,
+        step_seconds: float,
         seed: int,
+        keep: Sequence[str],
         progress: SearchReport,
     ) -> None:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
         self.evaluate, self.training, self.make_base, self.seed, self.progress = evaluate, training, open_base, seed, progress
-        self.narrowed: dict[float, nn.Module] = {}
+        self.keep, self.narrowed = keep, dict[float, nn.Module]()
+        self.first_seconds = 0.0 if training is None else training.steps * step_seconds
+        """Time that the first trial takes at least."""
+        self.base_seconds = 0.0
+        """The longest recorded time of the tables of a width."""
         self.seconds = 0.0
         """Recorded time of everything so far, also of runs before this one."""
         self.trials: tuple[Trial, ...] = ()
@@ -236,12 +257,11 @@ class _BudgetedCompression:
         record = self.folder.reference(self._reference)
         self.seconds += record["seconds"]
         self.reference = Score(record["score"], None if record["samples"] is None else np.asarray(record["samples"]))
-        last, minutes = 0.0, config.minutes
+        minutes = config.minutes
 
-        def may_go_on(done: Sequence[Trial]) -> bool:
-            nonlocal last
-            last = max((trial.seconds for trial in done), default=0.0)
-            return len(done) < config.trials and (minutes is None or self.seconds + last <= 60 * minutes) and minutes != 0
+        def may_go_on(done: Sequence[Trial], opening: bool) -> bool:
+            ahead = max((trial.seconds for trial in done), default=self.first_seconds) + (self.base_seconds if opening else 0.0)
+            return len(done) < config.trials and (minutes is None or self.seconds + ahead <= 60 * minutes) and minutes != 0
 
         search = Search(list(config.widths), self._open_base, self._attempt, self.budget, may_go_on=may_go_on)
         search.run()
@@ -251,7 +271,7 @@ class _BudgetedCompression:
         started = time.perf_counter()
         deploy(self.teacher, self.interface, self.batches[0], part / ARTIFACT)
         with self._deployed(part / ARTIFACT, precision="f32") as deployed:
-            first, second = (score_of(self.evaluate, deployed, called="evaluate", what="the FP32 model") for _ in range(2))
+            first, second = (self._score(self.evaluate, deployed, "evaluate", "the FP32 model") for _ in range(2))
             return {
                 "score": first.value, "noise": abs(first.value - second.value), "bytes": deployed.bytes,
                 "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
@@ -273,11 +293,12 @@ class _BudgetedCompression:
         report("pruning" if width < 1 else "forms", 0, 1)
         place, record = self.folder.base(width, make)
         self.seconds += record["seconds"]
+        self.base_seconds = max(self.base_seconds, record["seconds"])
         return open_in(place)
 
     def _narrowed(self, width: float) -> nn.Module:
         if width not in self.narrowed:
-            self.narrowed[width] = narrowed(self.teacher, width, self.batches)
+            self.narrowed[width] = narrowed(self.teacher, width, self.batches, keep=self.keep)
         return self.narrowed[width]
 
     def _attempt(self, number: int, plan: Plan, limit: float) -> Trial:
@@ -295,17 +316,21 @@ class _BudgetedCompression:
             self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=step, steps=steps, loss=loss))
 
         model = apply_plan(
-            self._narrowed(plan.width), plan, self.batches, teacher=self.teacher, training=self.training, seed=self.seed, report=report
-        )
+            self._narrowed(plan.width), plan, self.batches, teacher=self.teacher, keep=self.keep, training=self.training, seed=self.seed,
+            report=report,
+        )  # fmt: skip
         deploy(model, self.interface, self.batches[0], part / ARTIFACT)
         save(model, part / MODEL)
         with self._deployed(part / ARTIFACT) as deployed:
-            score = score_of(self.evaluate, deployed, called="evaluate", what=f"trial {number}")
+            score = self._score(self.evaluate, deployed, "evaluate", f"trial {number}")
             bound = drop_bound(self.reference, score, self.budget.confidence)
             return {
                 "score": score.value, "drop": self.reference.value - score.value, "bound": bound, "kept": bound <= self.budget.max_drop,
                 "bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
             }  # fmt: skip
+
+    def _score(self, function: Evaluate, deployed: Deployed, called: str, what: str) -> Score:
+        return score_of(function, deployed, called=called, what=what, folder=self.folder.folder)
 
     def _deployed(self, path: Path, *, precision: str = "recorded") -> Deployed:
         return Deployed(path, self.interface, precision=precision)
@@ -316,7 +341,11 @@ class _BudgetedCompression:
         outcome: SearchOutcome = "not tried" if best is None else "kept" if kept else "not reachable"
         notes = [*self._noise(record["noise"]), *self._uncertain(), *search.notes]
         if best is None:
-            notes.append("nothing was tried: " + ("minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"))
+            why = "minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"
+            if minutes and self.seconds <= 60 * minutes < self.seconds + self.first_seconds:
+                why = f"minutes is {minutes:g}, of which {self.seconds / 60:.2g} are used, and a candidate's training takes at least "
+                why += f"{self.first_seconds / 60:.2g}, at the speed of the first one: give more minutes, or fewer steps"
+            notes.append(f"nothing was tried: {why}")
         elif not kept:
             what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
             notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
@@ -362,7 +391,7 @@ class _BudgetedCompression:
     def _held_out(self, holdout: Evaluate, best: Trial) -> Holdout:
         def measure(path: Path, what: str, precision: str) -> dict[str, Any]:
             with self._deployed(path, precision=precision) as deployed:
-                score = score_of(holdout, deployed, called="holdout", what=what)
+                score = self._score(holdout, deployed, "holdout", what)
             return {"score": score.value, "samples": None if score.samples is None else score.samples.tolist()}
 
         records = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, TablePlans, compress
+from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, compress
 from muntin.compression.loading import load_model
+from muntin.compression.rewrite import EVERY
+from muntin.compression.stages import trained_steps
 from muntin.data import Crops
 from muntin.data.batch_feed import prefetch, worker_count
 from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
 from muntin.models.eager import as_input
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
+from muntin.training.config import CompressionConfig, QuantizationConfig
 from muntin.training.evaluation import areas, predictions, tile_of
 from muntin.training.loss import class_weights, loss_of
 from muntin.training.precision import resolve_precision
+from muntin.training.recipe import Recipe
 from muntin.training.restoration.evaluation import picture_psnrs
 
 FOLDER = "budget"
@@ -41,12 +46,13 @@ def compress_run(
     folder: Path,
     *,
     progress: SearchReport = lambda progress: None,
-    plans: OpenBase = TablePlans,
+    plans: OpenBase | None = None,
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
-    `plans`: as of `compress`. Without steps in that section, each candidate is trained for the share of the recipe's steps that its three
-    stages would take. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
+    `plans`: as of `compress`. Without steps in that section, each candidate is trained for as many steps as the three stages together:
+    shares of the steps that the run took. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few
+    validation pictures.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
@@ -54,7 +60,7 @@ def compress_run(
     stages, config = recipe.compression, recipe.budget
     steps = config.steps
     if steps is None:
-        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * recipe.training.steps))
+        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * trained_steps(checkpoint)))
     rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
     model = load_model(checkpoint)
     judged, held_out = _splits(source)
@@ -65,13 +71,33 @@ def compress_run(
         data = _Lessons(checkpoint, source, model, steps)
         training = {"finetune": data, "loss": lambda scores, targets: measure(scores, *targets)}
     tile = tile_of(recipe.data.crop)
-    return compress(
+    ranks = stages.low_rank
+    result = compress(
         model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
         holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature,
         recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
         settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed, progress=progress,
-        plans=plans, **training,
+        step_seconds=checkpoint.state.seconds / max(1, checkpoint.state.step), keep=(*stages.keep, *recipe.quantization.keep),
+        dense=EVERY if ranks is None else ranks.keep, plans=plans, **training,
     )  # fmt: skip
+    return replace(result, notes=(*result.notes, *_unused(recipe)))
+
+
+def _unused(recipe: Recipe) -> tuple[str, ...]:
+    """A note on values of the recipe that only the stages, or export, use."""
+    stages, plain = recipe.compression, CompressionConfig()
+    sections = [
+        ("compression", stages, plain, ("weight_bits", "average_bits", "average")),
+        ("compression.low_rank", stages.low_rank, plain.low_rank, ("criterion", "parameters", "macs", "threshold", "multiple")),
+        ("quantization", recipe.quantization, QuantizationConfig(), ("min_sqnr_db",)),
+    ]  # fmt: skip
+    names = [
+        f"{section}.{key}"
+        for section, own, default, keys in sections
+        for key in keys
+        if own is not None and getattr(own, key) != getattr(default, key)
+    ]
+    return (f"not used with a budget, which chooses ranks and bits itself: {', '.join(names)}",) if names else ()
 
 
 def _splits(source: Source) -> tuple[Samples, Samples]:

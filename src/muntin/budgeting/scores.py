@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,10 @@ def _value(total: NDArray[np.float64], count: int) -> NDArray[np.float64]:
     return np.asarray(ratio.sum(-1) / np.maximum((union > 0).sum(-1), 1))
 
 
-def score_of(function: Evaluate, model: nn.Module, *, called: str, what: str) -> Score:
-    """Call a user's function. Raises `MuntinError`, with `called`, the function's name, and `what`, the model's, if it fails.
+def score_of(function: Evaluate, model: nn.Module, *, called: str, what: str, folder: Path) -> Score:
+    """Call a user's function. Raises `MuntinError` if it fails, or returns something else than finite numbers of one dimension.
 
-    It also fails if it returns something else than a finite number or finite numbers of one dimension.
+    `called`: the function's name; `what`: the model's; `folder`: of the search.
     """
     try:
         value = function(model)
@@ -60,7 +61,7 @@ def score_of(function: Evaluate, model: nn.Module, *, called: str, what: str) ->
         reason = " ".join(str(error).split())[:300]
         raise MuntinError(
             f"{called} raised {type(error).__name__} on {what}: {reason or 'no message'}; it is called with a callable that takes the "
-            "model's inputs. What was measured before is kept: a second run with the same folder goes on"
+            f"model's inputs. What was measured before is kept in {folder}: a second run with this folder goes on"
         ) from error
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()

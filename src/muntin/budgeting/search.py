@@ -50,7 +50,7 @@ class Search:
     """A search over bases, the first of which is the unpruned model.
 
     `open_base`: makes the base of a width, which may take minutes; raises `MuntinError` where the model has none. `may_go_on`: asked
-    before each trial and each base, with the trials so far.
+    before each trial and each base, with the trials so far, and True before a base.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Search:
         attempt: TryPlan,
         budget: Budget,
         *,
-        may_go_on: Callable[[Sequence[Trial]], bool],
+        may_go_on: Callable[[Sequence[Trial], bool], bool],
     ) -> None:
         self.widths, self.open_base, self.attempt, self.budget, self.may_go_on = widths, open_base, attempt, budget, may_go_on
         self.trials: list[Trial] = []
@@ -88,7 +88,7 @@ class Search:
         first: _Bracket | None = None
         brackets: dict[float, _Bracket] = {}
         for width in self.widths:
-            if not self._goes_on():
+            if not self._goes_on(opening=True):
                 return
             try:
                 bracket = _Bracket(self.open_base(width))
@@ -110,8 +110,8 @@ class Search:
         if (best := self.best) is not None:
             self._bisect(brackets[best.plan.width])
 
-    def _goes_on(self) -> bool:
-        self.stopped = not self.may_go_on(self.trials)
+    def _goes_on(self, *, opening: bool = False) -> bool:
+        self.stopped = not self.may_go_on(self.trials, opening)
         return not self.stopped
 
     def _none_kept(self) -> bool:

@@ -12,7 +12,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -26,8 +26,9 @@ from muntin.budgeting.budget import Objective
 from muntin.budgeting.forms import Form, Plan
 from muntin.budgeting.harm import BLIND, measure_harm
 from muntin.budgeting.latency import latency_settings, measured_latencies
-from muntin.budgeting.layer_forms import FormLayers, layer_forms
+from muntin.budgeting.layer_forms import KEPT, FormLayers, layer_forms
 from muntin.compression.calibration import calibration_list
+from muntin.compression.rewrite import is_kept
 from muntin.errors import DataError, MuntinError
 from muntin.models.eager import ModelInputs, check_eager, tensors_of
 
@@ -81,6 +82,19 @@ class Tables:
             most_ms = sum(max(row.cost(objective) for row in rows) for rows in layers)
             each = BYTES_SHARE * most_ms / max(1, sum(max(row.bytes for row in rows) for rows in layers))
         return {name: [Option(row.harm, row.cost(objective) + each * row.bytes) for row in rows] for name, rows in self.layers.items()}
+
+    def without(self, keep: Sequence[str], dense: Sequence[str]) -> Self:
+        """The table with one form, unfactored and in 16 bits, of the layers named in `keep`, and without ranks of those in `dense`."""
+        present = Form(None, KEPT)
+        layers = {
+            name: tuple(
+                row
+                for row in rows
+                if row.form == present or not (is_kept(name, keep) or (row.form.rank is not None and is_kept(name, dense)))
+            )
+            for name, rows in self.layers.items()
+        }
+        return replace(self, layers=layers)
 
     def write(self, folder: Path) -> None:
         """Write the file, whole or not at all. Raises OSError."""

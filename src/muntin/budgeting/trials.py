@@ -28,7 +28,7 @@ from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, tensors_of
 
 SETTINGS, REFERENCE, TRIALS, TRIAL, HOLDOUT = "settings.json", "reference", "trials", "trial.json", "holdout.json"
-BASES = "tables"
+BASES, BASE = "tables", "base.json"
 ARTIFACT, MODEL = "artifact", "model"
 
 
@@ -99,9 +99,16 @@ class TrialFolder:
         return Trial(number=number, plan=plan_of(record), folder=folder, **measured)
 
     def base(self, width: float, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-        """The folder of the tables of a width, and its record; `make` fills a folder if there is none."""
+        """The folder of the tables of a width, and its record; `make` fills the folder if there is none.
+
+        `make` may find what an interrupted call has written whole, and goes on from it.
+        """
         folder = self.folder / BASES / f"{width:g}"
-        return folder, self._once(folder, "base.json", make)
+        if (record := _read(folder / BASE)) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            record = make(folder)
+            _write(folder, BASE, record)
+        return folder, record
 
     def holdout(self, number: int | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The scores on held-out data of a trial, or of the reference (None); measured by `make` if they are not there."""

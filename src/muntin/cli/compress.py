@@ -56,10 +56,13 @@ def compress_command(
             "counts as it is. 0.95 by default; few validation pictures need less, or a greater drop."
         ),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(min=0, help="With --max-drop: no trial begins that would end later.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --max-drop: no trial begins that is expected to end later; one that has begun is finished."),
+    ] = None,
     trials: Annotated[int | None, typer.Option(min=0, help="With --max-drop: most models to try; 12 by default.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the recipe's stages together.")
+        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the stages together.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -194,7 +197,7 @@ def compress_within(
     recipe = compression_recipe(checkpoint, overrides)
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
     folder = output or file.parent.parent / FOLDER
-    with _shown(notes_once(() if json else notes), quiet=json) as progress:
+    with _shown(notes_once(() if json else notes), budget.objective, quiet=json) as progress:
         result = compress_run(checkpoint, budget, folder, progress=progress)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
     page = write_front(folder, front_record(result, title=recipe.name, weights=checkpoint.state.weights, metric=metric))
@@ -210,25 +213,29 @@ def compress_within(
 
 
 @contextmanager
-def _shown(begin: Callable[[], None], *, quiet: bool) -> Iterator[SearchReport]:
-    """Show what is tried, and on a terminal a line for each trial that has ended."""
+def _shown(begin: Callable[[], None], objective: str, *, quiet: bool) -> Iterator[SearchReport]:
+    """Show what is tried, and on a terminal a line for each trial that has ended, with the front so far."""
+    from muntin.budgeting.search import front
+
     told: set[int] = set()
     with status("reference") as stage:
 
         def show(progress: SearchProgress) -> None:
             begin()
-            for trial in progress.trials:
+            for index, trial in enumerate(progress.trials, start=1):
                 if trial.number not in told and err.is_terminal and not quiet:
-                    say(f"trial {trial.number:<3} {_words(trial)}")
+                    points = ", ".join(str(point.number) for point in front(progress.trials[:index], objective))
+                    say(f"trial {trial.number:<3} {_words(trial)}; front so far: {points}")
                 told.add(trial.number)
-            stage(_stage(progress))
+            stage(_stage(progress, objective))
 
         yield show
 
 
-def _stage(progress: SearchProgress) -> str:
-    kept = [trial.bytes for trial in progress.trials if trial.kept]
-    best = f"; smallest so far {min(kept) / 1e6:.3f} MB" if kept else ""
+def _stage(progress: SearchProgress, objective: str) -> str:
+    costs, best = [trial.cost(objective) for trial in progress.trials if trial.kept], ""
+    if costs:
+        best = f"; smallest so far {min(costs) / 1e6:.3f} MB" if objective == "size" else f"; fastest so far {min(costs):.2f} ms"
     if progress.stage == "train":
         return f"trial {progress.number}, step {progress.step} of {progress.steps}{best}"
     if progress.stage == "tables":

@@ -93,7 +93,7 @@ def compress_checkpoint(
     resume: bool = False,
     report: StageReport = lambda stage, progress: None,
 ) -> CompressionRun:
-    """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`.
+    """Take a trained checkpoint through the stages of `config`, by default its recipe's `compression`, each a share of its training.
 
     `quantization`: replaces the recipe's; only its `calibration_images` and `keep` are used. `directory`: each stage gets a folder in it.
     `until`: the last stage. `resume`: continue from the stages in `directory`; without it, such a directory is refused, and so is one that
@@ -117,6 +117,11 @@ def stage_checkpoints(directory: Path) -> dict[Stage, Path]:
     """The newest checkpoint of each stage in `directory`, in the stages' order."""
     paths = {stage: checkpoints_in(stage_folder(directory, stage) / "checkpoints") for stage in STAGES}
     return {stage: checkpoints[-1] for stage, checkpoints in paths.items() if checkpoints}
+
+
+def trained_steps(checkpoint: Checkpoint) -> int:
+    """Steps that a run took to train a model, at least 1: fewer than its recipe's if `training.minutes` or `patience` ended it."""
+    return max(1, min(checkpoint.state.step, checkpoint.recipe.training.steps))
 
 
 def stage_steps(recipe: Recipe, stage: Stage) -> int:
@@ -179,7 +184,8 @@ def stage_folder(directory: Path, stage: Stage) -> Path:
 class _Compression:
     def __init__(self, checkpoint: Checkpoint, directory: Path, resume: bool, report: StageReport, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.checkpoint, self.recipe, self.directory, self.report = checkpoint, checkpoint.recipe, directory, report
+        self.checkpoint, self.directory, self.report = checkpoint, directory, report
+        self.recipe = _of_trained_steps(checkpoint)
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
         self.origin = checkpoint.state.weights
@@ -222,7 +228,7 @@ class _Compression:
         if not untrained:
             return []
         return [
-            f"no training in {', '.join(untrained)}: a share of training.steps {self.recipe.training.steps} is less than a step: set "
+            f"no training in {', '.join(untrained)}: a share of the {self.recipe.training.steps} steps of fit is less than a step: set "
             "training.steps, or that share (compression.recover, .quantize, .mix), higher"
         ]
 
@@ -348,6 +354,14 @@ class _Compression:
             f"a weight has {average:.2f} bits on average, not compression.average_bits {self.config.average_bits:g}: {floats:,} of "
             f"{weights:,} weights are in layers that stay in 16 bits (compression.keep, quantization.keep, or no integer form)"
         ]
+
+
+def _of_trained_steps(checkpoint: Checkpoint) -> Recipe:
+    """The recipe of a checkpoint, with the steps of a run that ended before its limits (`training.patience`, an interruption)."""
+    recipe, state = checkpoint.recipe, checkpoint.state
+    if recipe.training.share_done(state.step, state.seconds) >= 1:  # after training.minutes, stages are shares of these
+        return recipe
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": trained_steps(checkpoint)})})
 
 
 def _result(stage: Stage, checkpoint: Checkpoint) -> StageResult:

@@ -273,7 +273,9 @@ class LowRankConfig(Section):
 class StageConfig(Section):
     """One stage of compression: length of its training, and learning rate."""
 
-    share: float = Field(default=0.2, ge=0, le=10, description="steps (and minutes), as a share of training's; 0: no training")
+    share: float = Field(
+        default=0.2, ge=0, le=10, description="steps, as a share of those that fit took, and of training.minutes; 0: no training"
+    )
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="at the end of the stage's warm-up")
 
 
@@ -303,7 +305,9 @@ class BudgetConfig(Section):
     """The search of `muntin.compress` and `muntin compress --max-drop`."""
 
     trials: int = Field(default=12, ge=0, description="most candidates to make, train, export and score")
-    minutes: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="no candidate begins that would end later")
+    minutes: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="no candidate begins that is expected to end later; 0: none"
+    )
     widths: tuple[float, ...] = Field(default=(1.0, 0.8, 0.6), description="shares of the parameters that pruning leaves; the first is 1")
     steps: int | None = Field(
         default=None,
