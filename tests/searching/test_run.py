@@ -11,7 +11,7 @@ from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.finalists import Finalist, rank_correlation, spread
-from muntin.searching.run import ArchitectureSearch, SearchStage, unused_settings
+from muntin.searching.run import SearchStage, unused_settings
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe
@@ -82,17 +82,8 @@ def test_rank_correlation(tiny: Any, tmp_path: Path) -> None:
     assert rank_correlation([network(*pair) for pair in pairs[:3]]) is None
 
 
-def test_commands_and_notes(tiny: Any, tmp_path: Path) -> None:
+def test_notes(tiny: Any) -> None:
     recipe = load_recipe(tiny.recipe, ["training.micro_batch=1"])
-    base = ModelConfig(task="classify")
-    result = ArchitectureSearch(
-        folder=tmp_path, settings=SearchSettings(), finished=True, base=base, recipe=recipe, recipe_path=Path("my recipe.yaml")
-    )
-    config = base.model_copy(update={"dims": (128,), "depths": (2,)})
-    one = StudyPoint(number=4, chosen={}, architecture=Architecture(config=config, resolution=0.5), score=0.5, cost=1)
-    command = result.command(one)
-    assert command.startswith("muntin fit 'my recipe.yaml' --set 'model.options.dims=[128]' --set 'model.options.depths=[2]'")
-    assert "--set data.crop=16" in command and command.endswith(f"muntin export {tmp_path / 'networks' / '005'}")
     assert unused_settings(recipe) == ["training.micro_batch: not used for the shared weights, but for the networks trained alone"]
 
 

@@ -3,6 +3,7 @@
     supernet/            checkpoints of the shared weights
     study.log            proposals, scores and costs
     latency.json         how well the table of parts predicts whole networks
+    networks/NNN.yaml    recipes of the points of the front
     networks/NNN/        runs of `muntin fit` of the best few, each with its artefact; networks/recipe: of the recipe's own model
     search.json          the settings and, at the end, the results
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,10 +26,11 @@ from muntin.data import Source, open_source
 from muntin.deployment.checkpoint_export import export_side
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import PRESETS, ModelConfig
-from muntin.searching.candidates import CandidateScorer, recipe_of
+from muntin.searching.candidates import CandidateScorer
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
 from muntin.searching.latency_table import ArchitectureLatency, PredictionError
+from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
 from muntin.searching.space import Architecture, Space, default_space
 from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
@@ -111,8 +112,6 @@ class ArchitectureSearch:
     settings: SearchSettings
     finished: bool
     base: ModelConfig
-    recipe: Recipe
-    recipe_path: Path | None
     front: tuple[StudyPoint, ...] = ()
     points: tuple[StudyPoint, ...] = ()
     networks: tuple[Finalist, ...] = ()
@@ -124,13 +123,8 @@ class ArchitectureSearch:
     notes: tuple[str, ...] = ()
 
     def command(self, point: StudyPoint) -> str:
-        """The commands that train and export a point of the front."""
-        one = point.architecture
-        sets = [f"model.options.{name}={json.dumps(value)}" for name, value in one.options(self.base).items()]
-        sets += [f"data.crop={recipe_of(self.recipe, one).data.crop}"] if one.resolution != 1 else []
-        place = str(self.folder / "networks" / place_name(point))
-        words = ["muntin", "fit", str(self.recipe_path or "RECIPE.yaml"), *(word for change in sets for word in ("--set", change))]
-        return f"{shlex.join([*words, '-o', place])} && {shlex.join(['muntin', 'export', place])}"
+        """The commands that train and export a point of the front by its recipe, `networks/NNN.yaml`."""
+        return commands(self.folder / NETWORKS, place_name(point), point.architecture)
 
 
 def search_architectures(
@@ -139,7 +133,6 @@ def search_architectures(
     *,
     folder: Path | str,
     root: Path | str = ".",
-    recipe_path: Path | None = None,
     settings: SearchSettings | None = None,
     report: SearchStageReport = lambda stage: None,
 ) -> ArchitectureSearch:
@@ -150,18 +143,18 @@ def search_architectures(
     settings = SearchSettings() if settings is None else settings
     folder, root = Path(folder), Path(root).resolve()
     with folder_in_use(folder, "muntin search"):
-        return _Search(recipe, space, folder, root, recipe_path, settings, report).run()
+        return _Search(recipe, space, folder, root, settings, report).run()
 
 
 class _Search:
     def __init__(
-        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, recipe_path: Path | None, settings: SearchSettings,
+        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, settings: SearchSettings,
         report: SearchStageReport,
     ) -> None:  # fmt: skip
         if recipe.model.name not in PRESETS:
             raise RecipeError(f"model {recipe.model.name}: a search changes muntin's own networks: give one of {', '.join(PRESETS)}")
         recipe = settled(recipe, root)
-        self.recipe, self.folder, self.root, self.recipe_path = recipe, folder, root, recipe_path
+        self.recipe, self.folder, self.root = recipe, folder, root
         self.settings, self.report = settings, report
         self.source: Source = open_source(recipe.data, root=root)
         if self.source.task != recipe.task:
@@ -302,8 +295,14 @@ class _Search:
         own: list[tuple[str, Architecture, StudyPoint | None]] = [("recipe", Architecture(config=self.base), None)]
         chosen = [(place_name(point), point.architecture, point) for point in spread(study.front, self.settings.finalists)]
         wanted = [*(own if self.settings.own else ()), *chosen]
-        share = 1 - SUPERNET_SHARE - STUDY_SHARE
-        minutes = None if self.settings.minutes is None else share * TRAINING_SHARE * self.settings.minutes / len(wanted)
+        share = (1 - SUPERNET_SHARE - STUDY_SHARE) * TRAINING_SHARE / len(wanted)
+        recipe = self._limited(None if self.settings.minutes is None else share * self.settings.minutes)
+
+        def recipe_of(name: str, one: Architecture) -> Recipe:
+            return network_recipe(recipe, one, one.options(self.base), name)
+
+        front = [(recipe_of(place_name(point), point.architecture), point.architecture) for point in study.front]
+        write_recipes(self.folder / NETWORKS, front, root=self.root)
         networks: list[Finalist] = []
         for done, (name, architecture, point) in enumerate(wanted):
 
@@ -311,11 +310,9 @@ class _Search:
                 self.report(SearchStage(stage="train", done=done, total=len(wanted), text=f"{name}{text}", front=study.front))
 
             show("")
-            limited = self._limited(minutes)
-            model = limited.model.model_copy(update={"options": {**self.recipe.model.options, **architecture.options(self.base)}})
-            recipe = recipe_of(limited.model_copy(update={"model": model, "name": name}), architecture)
             finalist = train_finalist(
-                recipe, architecture, name=name, folder=self.folder / "networks" / name, root=self.root, source=self.source, point=point,
+                recipe_of(name, architecture), architecture, name=name, folder=self.folder / NETWORKS / name, root=self.root,
+                source=self.source, point=point,
                 report=lambda progress, show=show: show(f", step {progress.step} of {progress.steps}"),  # type: ignore[misc]
             )  # fmt: skip
             self._save(used())
@@ -332,8 +329,8 @@ class _Search:
         finished: bool,
     ) -> ArchitectureSearch:  # fmt: skip
         return ArchitectureSearch(
-            folder=self.folder, settings=self.settings, finished=finished, base=self.base, recipe=self.recipe,
-            recipe_path=self.recipe_path, front=() if study is None else tuple(study.front),
+            folder=self.folder, settings=self.settings, finished=finished, base=self.base,
+            front=() if study is None else tuple(study.front),
             points=() if study is None else tuple(study.points), networks=networks,
             importances={} if study is None else study.importances(),
             latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), seconds=self.seconds,
@@ -366,11 +363,6 @@ def unused_settings(recipe: Recipe) -> list[str]:
     return [f"training.{', training.'.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []
 
 
-def place_name(point: StudyPoint) -> str:
-    """Name of a point, and of the folder of its run."""
-    return f"{point.number + 1:03d}"
-
-
 def document(result: ArchitectureSearch) -> dict[str, Any]:
     """The result as plain values."""
     return {
@@ -388,5 +380,5 @@ def _point_row(result: ArchitectureSearch, point: StudyPoint) -> dict[str, Any]:
     return {
         "number": point.number + 1, "score": point.score, "cost": point.cost, "choices": dict(point.chosen),
         "options": one.options(result.base), "parameters": parameters_of(one.config), "macs": layer_macs(one.config, one.resolution),
-        "command": result.command(point),
+        "command": result.command(point) if result.finished else None,
     }  # fmt: skip

@@ -33,7 +33,7 @@ def search(tiny: Any, output: Path, *words: str) -> Any:
 @pytest.mark.slow
 def test_search(tiny: Any, tmp_path: Path) -> None:
     output = tmp_path / "search"
-    first = search(tiny, output, "--json")
+    first = search(tiny, output, "--json", "--set", "seed=3")
     assert first.exit_code == 0, first.output
     result = json.loads(first.stdout)
     own, best = result["networks"]
@@ -42,12 +42,19 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     trained = read_checkpoint(Path(best["run"]))
     point = next(one for one in result["front"] if f"{one['number']:03d}" == best["name"])
     assert {name: trained.recipe.model.options[name] for name in point["options"]} == point["options"]
+    for one in result["front"]:  # the command's recipe is that of the network
+        file = output / "networks" / f"{one['number']:03d}.yaml"
+        written = load_recipe(file)
+        assert one["command"].startswith(f"muntin fit {file} -o ") and written.seed == 3
+        assert {name: written.model.options[name] for name in one["options"]} == one["options"]
+        if one is point:
+            assert written.model_copy(update={"data": trained.recipe.data}) == trained.recipe
     assert Path(result["page"]).read_text(encoding="utf-8").count("muntin fit") == len(result["front"])
 
-    again = search(tiny, output)  # everything is done
+    again = search(tiny, output, "--set", "seed=3")  # everything is done
     assert again.exit_code == 0 and "wrote" in again.output and best["name"] in again.output
     assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
-    other = search(tiny, output, "--candidates", "7")
+    other = search(tiny, output, "--candidates", "7", "--set", "seed=3")
     assert isinstance(other.exception, RecipeError) and "holds a search with another settings" in str(other.exception)
 
 
@@ -61,11 +68,6 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         show(SearchStage(stage="study", done=1, total=9, front=[point]))
     assert "shared weights: step 3 of 9, loss 1.2" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
     assert "007" in file.getvalue() and "2.25 ms" in file.getvalue() and "stem [8, 16]" in file.getvalue()
-
-
-def test_command_of_a_point_is_a_recipe(tiny: Any) -> None:
-    recipe = load_recipe(tiny.recipe, ["model.options.depths=[2, 1]", 'model.options.attention="local"'])
-    assert recipe.model.options["depths"] == [2, 1] and recipe.model.options["attention"] == "local"
 
 
 @pytest.mark.parametrize(

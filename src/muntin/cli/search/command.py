@@ -75,7 +75,7 @@ def search_command(
     refuse_unwritable(folder)
     with _shown(notes_once(() if json else notes), objective) as report:
         result = search_architectures(
-            loaded, chosen, folder=folder, root=recipe.resolve().parent, recipe_path=recipe, settings=settings, report=report
+            loaded, chosen, folder=folder, root=recipe.resolve().parent, settings=settings, report=report
         )  # fmt: skip
     metric = METRICS[loaded.task].name + METRICS[loaded.task].unit_after
     page = write_search(folder, search_record(result, title=f"{loaded.name}: search", metric=metric)) if result.finished else None
