@@ -33,7 +33,7 @@ def test_recipe_in_another_folder(tiny: Any, tmp_path: Path) -> None:
     assert found.compression == recipe.compression and found.data.crop == recipe.data.crop
     here, there = open_source(recipe.data, root=tiny.root), open_source(found.data, root=tmp_path / "networks")
     for split in ("train", "validation", "test"):
-        assert here.split(split).names() == there.split(split).names()  # type: ignore[arg-type]
+        assert here.split(split).names() == there.split(split).names()
     assert len(there.split("train")) == 3
     assert found.teacher is not None and found.teacher.model == str(tiny.root / "train")
     assert found.teacher.unlabelled == tiny.root / "more" and found.teacher.weights is None

@@ -91,8 +91,8 @@ class SearchSettings:
             raise RecipeError(f"objective '{self.objective}': give latency, size or memory")
         if self.sampler not in ("nsga2", "random"):
             raise RecipeError(f"sampler '{self.sampler}': give nsga2 or random")
-        if self.minutes is not None and not self.minutes > 0:
-            raise RecipeError(f"minutes {self.minutes:g}: give a number above 0")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise RecipeError(f"minutes {self.minutes:g}: give a number above 0, or leave it out for no limit")
         for name in ("candidates", "finalists"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} {getattr(self, name)}: give a whole number from 1")

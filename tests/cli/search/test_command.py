@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from muntin.cli import app
 from muntin.cli.search import command
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
+from muntin.searching import SearchSettings
 from muntin.searching.run import SearchStage
 from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
@@ -58,6 +60,16 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     assert isinstance(other.exception, RecipeError) and "holds a search with another settings" in str(other.exception)
 
 
+def test_command_that_goes_on() -> None:
+    given = SearchSettings(objective="size", minutes=0.5, candidates=9)
+    words = shlex.split(command._same_command(Path("a b.yaml"), Path("s.yaml"), given, Path("out"), ["seed=3"]))
+    assert words[:3] == ["muntin", "search", "a b.yaml"] and words[-2:] == ["--set", "seed=3"]
+    pairs = dict(zip(words[3::2], words[4::2], strict=True))
+    options = {"--space": "s.yaml", "--output": "out", "--objective": "size", "--minutes": "0.5", "--candidates": "9"}
+    assert pairs == {**options, "--set": "seed=3"}
+    assert command._same_command(Path("r.yaml"), None, SearchSettings(), None, ()) == "muntin search r.yaml"
+
+
 def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     file = StringIO()
     monkeypatch.setattr(command, "err", Console(file=file, force_terminal=True, width=120, markup=False))
@@ -73,6 +85,7 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--minutes", "0"], "minutes 0: give a number above 0, or leave it out"),
         (["--objective", "beauty"], "objective 'beauty': give latency, size or memory"),
         (["--set", "model.name=timm:resnet18", "--set", "model.options={}"], "model timm:resnet18: a search changes muntin's own networks"),
     ],

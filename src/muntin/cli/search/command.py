@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from muntin.cli.search.description import amount, choices, describe_architecture
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 
 if TYPE_CHECKING:
+    from muntin.searching import SearchSettings
     from muntin.searching.run import SearchStage, SearchStageReport
 
 FOLDER = "search"
@@ -68,7 +70,7 @@ def search_command(
         raise RecipeError("muntin search works in one process: start it without torchrun")
     loaded = load_recipe(recipe, set_ or ())
     settings = SearchSettings(
-        objective=objective, minutes=minutes or None, candidates=candidates, finalists=finalists, checked=checked,  # type: ignore[arg-type]
+        objective=objective, minutes=minutes, candidates=candidates, finalists=finalists, checked=checked,  # type: ignore[arg-type]
     )  # fmt: skip
     chosen = None if space is None else load_space(space)
     folder = output or Path("runs") / f"{loaded.name}-{FOLDER}"
@@ -86,8 +88,16 @@ def search_command(
         if page is not None:
             out.print(f"page      {page}")
     if not result.finished:
-        say(f"muntin: interrupted; the same command goes on: {shlex.join(['muntin', 'search', str(recipe), '-o', str(folder)])} ...")
+        say(f"muntin: interrupted; `{_same_command(recipe, space, settings, output, set_ or ())}` goes on")
         raise typer.Exit(1)
+
+
+def _same_command(recipe: Path, space: Path | None, settings: SearchSettings, output: Path | None, changes: Sequence[str]) -> str:
+    """The command of a search, without options that have their default."""
+    options = {"space": space, "output": output, **asdict(settings)}
+    usual = {"space": None, "output": None, **asdict(type(settings)())}
+    given = [word for name, value in options.items() if value != usual[name] for word in (f"--{name}", str(value))]
+    return shlex.join(["muntin", "search", str(recipe), *given, *(word for change in changes for word in ("--set", change))])
 
 
 @contextmanager
