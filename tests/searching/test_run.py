@@ -11,7 +11,7 @@ from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.finalists import Finalist, rank_correlation, spread
-from muntin.searching.run import SearchStage, unused_settings
+from muntin.searching.run import SearchStage
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe
@@ -80,11 +80,6 @@ def test_rank_correlation(tiny: Any, tmp_path: Path) -> None:
     pairs = [(None, 0.0), (0.1, 0.5), (0.2, 0.6), (0.3, 0.55)]
     assert rank_correlation([network(*pair) for pair in pairs]) == pytest.approx(0.5)
     assert rank_correlation([network(*pair) for pair in pairs[:3]]) is None
-
-
-def test_notes(tiny: Any) -> None:
-    recipe = load_recipe(tiny.recipe, ["training.micro_batch=1"])
-    assert unused_settings(recipe) == ["training.micro_batch: not used for the shared weights, but for the networks trained alone"]
 
 
 @pytest.mark.parametrize(

@@ -25,19 +25,19 @@ from muntin.artifact.file_lock import folder_in_use
 from muntin.data import Source, open_source
 from muntin.deployment.checkpoint_export import export_side
 from muntin.errors import MuntinError, RecipeError
-from muntin.models import PRESETS, ModelConfig
+from muntin.models import ModelConfig
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
 from muntin.searching.latency_table import ArchitectureLatency, PredictionError
 from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
+from muntin.searching.preparation import base_config, check_data, check_gates, check_model, unused_settings
 from muntin.searching.space import Architecture, Space, default_space
 from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.recipe import Recipe, settled
-from muntin.training.weights import new_model
 
 SearchObjective = Literal["latency", "size", "memory"]
 FILE = "search.json"
@@ -54,7 +54,7 @@ MANY_STEPS = 10_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage:
-    """Progress of a search. `stage`: "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or a name.
+    """Progress of a search. `stage`: "data", "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or name.
 
     `front`: the best points so far.
     """
@@ -151,8 +151,7 @@ class _Search:
         self, recipe: Recipe, space: Space | None, folder: Path, root: Path, settings: SearchSettings,
         report: SearchStageReport,
     ) -> None:  # fmt: skip
-        if recipe.model.name not in PRESETS:
-            raise RecipeError(f"model {recipe.model.name}: a search changes muntin's own networks: give one of {', '.join(PRESETS)}")
+        check_model(recipe)
         recipe = settled(recipe, root)
         self.recipe, self.folder, self.root = recipe, folder, root
         self.settings, self.report = settings, report
@@ -162,7 +161,11 @@ class _Search:
         self.base = base_config(recipe, self.source)
         self.space = default_space(recipe.task, self.base.head_dim) if space is None else space
         self.space.check(self.base)
-        self.notes: list[str] = [*unused_settings(recipe)]
+        check_gates(recipe, self.space, self.base)
+        self.notes = check_data(
+            recipe, self.source, root, lambda done, total: report(SearchStage(stage="data", done=done, total=total))
+        )  # fmt: skip
+        self.notes += unused_settings(recipe)
         self.table_seconds = 0.0
         self.seconds, self.table_seconds = self._begin()
 
@@ -318,6 +321,7 @@ class _Search:
             self._save(used())
             if finalist is None:
                 return self._result(study, latency, finished=False)
+            self.notes += [f"{name}: {note}" for note in finalist.notes if note not in self.notes]
             networks.append(finalist)
         networks = with_latencies(networks, threads=self.recipe.training.threads)
         result = self._result(study, latency, tuple(networks), finished=True)
@@ -336,31 +340,6 @@ class _Search:
             latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), seconds=self.seconds,
             table_seconds=self.table_seconds, notes=tuple(self.notes),
         )  # fmt: skip
-
-
-def base_config(recipe: Recipe, source: Source) -> ModelConfig:
-    """The configuration of a recipe's own model. Raises `RecipeError` for one with an encoder."""
-    if recipe.model.encoder is not None:
-        raise RecipeError(
-            f"model.encoder {recipe.model.encoder}: a search varies the convolutions that an encoder replaces: leave it out, or take "
-            "`muntin fit`"
-        )
-    config = new_model(recipe, tuple(source.classes)).config
-    assert isinstance(config, ModelConfig)
-    return config
-
-
-def unused_settings(recipe: Recipe) -> list[str]:
-    """Notes on settings of a recipe that the training of a supernet does not use."""
-    training = recipe.training
-    given = [
-        name for name, set_ in (
-            ("micro_batch", training.micro_batch is not None), ("checkpointing", training.checkpointing != "none"),
-            ("compile", training.compile), ("memory", training.memory is not None), ("gate_budget", training.gate_budget < 1),
-            ("sharding", training.sharding != "none"),
-        ) if set_
-    ]  # fmt: skip
-    return [f"training.{', training.'.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []
 
 
 def document(result: ArchitectureSearch) -> dict[str, Any]:
