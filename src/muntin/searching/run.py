@@ -12,19 +12,17 @@ A search that was interrupted goes on when it is started again with the same set
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from muntin.artifact.atomic_files import write_files
 from muntin.artifact.file_lock import folder_in_use
 from muntin.data import Source, open_source
 from muntin.deployment.checkpoint_export import export_side
-from muntin.errors import MuntinError, RecipeError
+from muntin.errors import RecipeError
 from muntin.models import ModelConfig
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
@@ -32,18 +30,14 @@ from muntin.searching.finalists import Finalist, rank_correlation, spread, train
 from muntin.searching.latency_table import ArchitectureLatency, PredictionError
 from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
 from muntin.searching.preparation import base_config, check_data, check_gates, check_model, unused_settings
+from muntin.searching.settings import SearchFile, SearchSettings
 from muntin.searching.space import Architecture, Space, default_space
-from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
+from muntin.searching.study import ArchitectureStudy, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.recipe import Recipe, settled
 
-SearchObjective = Literal["latency", "size", "memory"]
-FILE = "search.json"
-FORMAT = 1
-CANDIDATES, FINALISTS, CHECKED = 200, 3, 6
-"""Defaults: architectures that are scored, those that are trained alone, and whole networks that check the predicted latency."""
 SUPERNET_SHARE, STUDY_SHARE = 0.4, 0.2
 """Shares of the minutes for the supernet and for the table and the study; the rest is for the networks that are trained alone."""
 TRAINING_SHARE = 0.75
@@ -67,37 +61,6 @@ class SearchStage:
 
 
 SearchStageReport = Callable[[SearchStage], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """Settings of a search besides recipe and space. `objective`: what is made least.
-
-    `minutes`: of the whole search, without the measurement of latencies, which is kept for other searches on this machine. `candidates`:
-    architectures that are scored. `finalists`: those that are trained alone. `checked`: whole networks that check predicted latencies.
-    `own`: train the recipe's own model, too, for comparison.
-    """
-
-    objective: SearchObjective = "latency"
-    minutes: float | None = None
-    candidates: int = CANDIDATES
-    finalists: int = FINALISTS
-    checked: int = CHECKED
-    sampler: Sampler = "nsga2"
-    own: bool = True
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("latency", "size", "memory"):
-            raise RecipeError(f"objective '{self.objective}': give latency, size or memory")
-        if self.sampler not in ("nsga2", "random"):
-            raise RecipeError(f"sampler '{self.sampler}': give nsga2 or random")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise RecipeError(f"minutes {self.minutes:g}: give a number above 0, or leave it out for no limit")
-        for name in ("candidates", "finalists"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} {getattr(self, name)}: give a whole number from 1")
-        if self.checked < 0:
-            raise RecipeError(f"checked {self.checked}: give a whole number from 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,41 +129,11 @@ class _Search:
             recipe, self.source, root, lambda done, total: report(SearchStage(stage="data", done=done, total=total))
         )  # fmt: skip
         self.notes += unused_settings(recipe)
-        self.table_seconds = 0.0
-        self.seconds, self.table_seconds = self._begin()
-
-    def _begin(self) -> tuple[float, float]:
-        """Write the settings, or compare them with those that are there.
-
-        Returns the seconds that the search and the measurement of latencies took so far.
-        """
-        file = self.folder / FILE
-        content = {
-            "format": FORMAT, "recipe": self.recipe.model_dump(mode="json"),
-            "space": {name: list(values) for name, values in self.space.choices.items()},
-            "settings": asdict(self.settings),
-        }  # fmt: skip
-        self.content: dict[str, Any] = json.loads(json.dumps(content))
-        if file.is_file():
-            try:
-                earlier = json.loads(file.read_text(encoding="utf-8"))
-                different = [key for key in self.content if earlier[key] != self.content[key]]
-                seconds = float(earlier["seconds"]), float(earlier["table_seconds"])
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise MuntinError(f"{file}: not the settings of a search ({error}): give another --output") from error
-            if different:
-                raise RecipeError(
-                    f"{self.folder} holds a search with another {' and '.join(different)}: give those again to go on with it, or another "
-                    "--output"
-                )
-            return seconds
-        self._save(0.0)
-        return 0.0, 0.0
+        self.file = SearchFile(folder, recipe, self.space, settings)
+        self.seconds, self.table_seconds = self.file.seconds, self.file.table_seconds
 
     def _save(self, seconds: float, **results: Any) -> None:
-        times = {"seconds": seconds, "table_seconds": self.table_seconds}
-        text = json.dumps({**self.content, **times, **results}, indent=1, default=str)
-        write_files(self.folder, {FILE: text.encode()})
+        self.file.save(seconds, self.table_seconds, **results)
 
     def run(self) -> ArchitectureSearch:
         started, before, table_before = time.perf_counter(), self.seconds, self.table_seconds
@@ -225,13 +158,13 @@ class _Search:
             if not trained.finished:
                 return self._result(finished=False)
             scorer = CandidateScorer(trained.supernet, self.recipe, self.source, precision)
-            candidates, sampler = self.settings.candidates, self.settings.sampler
             study = ArchitectureStudy(
-                self.space, self.base, self.folder, candidates=candidates, seed=self.recipe.seed, sampler=sampler
+                self.space, self.base, self.folder, candidates=self.file.first_candidates, seed=self.recipe.seed,
+                sampler=self.settings.sampler,
             )  # fmt: skip
             interruption.work = "this candidate"
             measuring = time.perf_counter()
-            latency = self._latency(scorer, lambda: interruption.requested)
+            latency = self._latency(study, scorer, lambda: interruption.requested)
             self.table_seconds += time.perf_counter() - measuring
             self._study(study, scorer, latency, stopped=lambda: interruption.requested, used=used)
             self._save(used())
@@ -252,11 +185,16 @@ class _Search:
         limits = {"minutes": minutes, "steps": MANY_STEPS}
         return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
 
-    def _latency(self, scorer: CandidateScorer, stopped: Callable[[], bool]) -> ArchitectureLatency | None:
+    def _latency(
+        self, study: ArchitectureStudy, scorer: CandidateScorer, stopped: Callable[[], bool]
+    ) -> ArchitectureLatency | None:  # fmt: skip
         if self.settings.objective != "latency":
             return None
         side = export_side(self.recipe)
         model = ArchitectureLatency(self.base, side, self.folder, threads=self.recipe.training.threads)
+        if model.notes and study.points:
+            model.notes.append("candidates scored before keep their predicted latencies: search anew, with another --output, to renew them")
+        self.notes += model.notes
         model.prepare(
             self.space, seed=self.recipe.seed, stopped=stopped,
             progress=lambda done, total: self.report(SearchStage(stage="parts", done=done, total=total)),

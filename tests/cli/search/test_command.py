@@ -56,8 +56,8 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     again = search(tiny, output, "--set", "seed=3")  # everything is done
     assert again.exit_code == 0 and "wrote" in again.output and best["name"] in again.output
     assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
-    other = search(tiny, output, "--candidates", "7", "--set", "seed=3")
-    assert isinstance(other.exception, RecipeError) and "holds a search with another settings" in str(other.exception)
+    other = search(tiny, output, "--candidates", "5", "--set", "seed=3")
+    assert isinstance(other.exception, RecipeError) and "settings.candidates was 6, is 5" in str(other.exception)
 
 
 def test_command_that_goes_on() -> None:
