@@ -60,6 +60,13 @@ def test_minutes_end_the_study(tiny: Any, tmp_path: Path) -> None:
     assert len(front) == 1
 
 
+def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:
+    folders = {f"{name}": {"images": f"{name}/images"} for name in ("validation", "test")}
+    tiny = write_tiny(tmp_path / "data", data=folders | {"degrade": {"noise": 25}, "masks": None, "classes": []}, task="restore")
+    front = search(tiny, tmp_path / "search", until=("train", 0), objective="size", candidates=3)
+    assert front and all(one.architecture.config.task == "restore" and one.score > 0 for one in front)
+
+
 def point(number: int, score: float, cost: float = 1.0) -> StudyPoint:
     return StudyPoint(number=number, chosen={}, architecture=Architecture(config=ModelConfig()), score=score, cost=cost)
 

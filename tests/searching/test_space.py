@@ -109,8 +109,9 @@ def test_default_spaces(task: Any) -> None:
     base, space = ModelConfig(task=task), default_space(task)
     space.check(base)
     generator = random.Random(0)  # noqa: S311 - no secret
-    for _ in range(50):
-        space.architecture(space.sample(generator), base)
+    drawn = [space.architecture(space.sample(generator), base).config for _ in range(50)]
+    assert {config.gate for config in drawn} == {True, False} and {config.window for config in drawn} == {4, 8}
+    assert default_space(task, gated=True).choices["gate"] == (True,)
 
 
 def test_sampled_values_are_those_of_the_choices(space: Space, base: ModelConfig) -> None:

@@ -243,8 +243,11 @@ def parse_space(content: Any, *, where: str = "space") -> Space:
         raise RecipeError(f"{where}: {reason}") from error
 
 
-def default_space(task: Task, head_dim: int = 64) -> Space:
-    """The space around the presets, up to hybrid-s, for a task. Widths of attention stages are multiples of `head_dim`."""
+def default_space(task: Task, head_dim: int = 64, *, gated: bool = False) -> Space:
+    """The space around the presets, up to hybrid-s, for a task. Widths of attention stages are multiples of `head_dim`.
+
+    `gated`: all networks have channel gates, as `training.gate_budget` needs.
+    """
     unit = head_dim
     choices: dict[str, tuple[Any, ...]] = {
         "stem": ((8, 16, 32), (16, 24, 48), (16, 32, 64)),
@@ -257,7 +260,9 @@ def default_space(task: Task, head_dim: int = 64) -> Space:
         "depths.1": (1, 2),
         "attention": ("hybrid", "local", "global"),
         "block": ("parallel", "serial"),
+        "window": (4, 8),
         "latents": (8, 16, 32),
+        "gate": (True,) if gated else (True, False),
         "mlp_ratio": (1.0, 2.0),
     }
     if task == "classify":
