@@ -36,6 +36,7 @@ from muntin.searching.study import ArchitectureStudy, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
+from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe, settled
 
 SUPERNET_SHARE, STUDY_SHARE = 0.4, 0.2
@@ -122,7 +123,7 @@ class _Search:
         if self.source.task != recipe.task:
             raise RecipeError(f"task: the data are for '{self.source.task}' and the recipe says '{recipe.task}'; make them agree")
         self.base = base_config(recipe, self.source)
-        self.space = default_space(recipe.task, self.base.head_dim) if space is None else space
+        self.space = space or default_space(recipe.task, self.base.head_dim, gated=recipe.training.gate_budget < 1)
         self.space.check(self.base)
         check_gates(recipe, self.space, self.base)
         self.notes = check_data(
@@ -250,11 +251,15 @@ class _Search:
             def show(text: str, done: int = done, name: str = name) -> None:
                 self.report(SearchStage(stage="train", done=done, total=len(wanted), text=f"{name}{text}", front=study.front))
 
+            def show_step(progress: FitProgress, show: Callable[[str], None] = show) -> None:
+                if progress.kind == "step":
+                    show(f", step {progress.step} of {progress.steps}")
+
             show("")
             finalist = train_finalist(
                 recipe_of(name, architecture), architecture, name=name, folder=self.folder / NETWORKS / name, root=self.root,
                 source=self.source, point=point,
-                report=lambda progress, show=show: show(f", step {progress.step} of {progress.steps}"),  # type: ignore[misc]
+                report=show_step,
             )  # fmt: skip
             self._save(used())
             if finalist is None:

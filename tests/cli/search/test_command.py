@@ -1,4 +1,4 @@
-"""`muntin search`, whole: by size, which measures nothing, on a tiny data set."""
+"""`muntin search`, whole: by latency, on a tiny data set, and killed while the best few are trained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -16,28 +17,53 @@ from muntin.cli import app
 from muntin.cli.search import command
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
-from muntin.searching import SearchSettings
+from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.run import SearchStage
-from muntin.searching.space import Architecture
+from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe, read_checkpoint
 
-SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\nattention: [hybrid, local]\n"
+SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\n"
+SETTINGS = {"objective": "latency", "candidates": 4, "finalists": 1, "checked": 1}
+CHANGES = [
+    "seed=3", "training.class_weights=auto", "model.options.attention=local", "model.options.dims=[32]", "model.options.depths=[1]",
+]  # fmt: skip
 
 
-def search(tiny: Any, output: Path, *words: str) -> Any:
+class Stopped(BaseException):
+    """The end of a process."""
+
+
+def search(tiny: Any, output: Path, *words: str, **settings: Any) -> Any:
     space = tiny.root / "space.yaml"
     space.write_text(SPACE)
-    fixed = ["--space", str(space), "--objective", "size", "-o", str(output), "--candidates", "6", "--finalists", "1"]
-    return CliRunner().invoke(app, ["search", str(tiny.recipe), *fixed, *words])
+    given = [word for name, value in {**SETTINGS, **settings}.items() for word in (f"--{name}", str(value))]
+    changes = [word for change in CHANGES for word in ("--set", change)]
+    return CliRunner().invoke(app, ["search", str(tiny.recipe), "--space", str(space), "-o", str(output), *given, *changes, *words])
+
+
+def stop_after_one(stage: SearchStage) -> None:
+    if (stage.stage, stage.done) == ("train", 1):
+        raise Stopped
 
 
 @pytest.mark.slow
 def test_search(tiny: Any, tmp_path: Path) -> None:
     output = tmp_path / "search"
-    first = search(tiny, output, "--json", "--set", "seed=3")
+    with pytest.raises(Stopped):
+        search_architectures(
+            load_recipe(tiny.recipe, CHANGES), parse_space(yaml.safe_load(SPACE)), folder=output, root=tiny.root,
+            settings=SearchSettings(**SETTINGS), report=stop_after_one,
+        )  # fmt: skip
+    done = output / "networks" / "recipe" / "artifact" / "manifest.json"
+    written = done.stat().st_mtime_ns
+    first = search(tiny, output, "--json")
     assert first.exit_code == 0, first.output
+    assert done.stat().st_mtime_ns == written  # neither trained nor exported again
     result = json.loads(first.stdout)
+    assert result["objective"] == "latency" and all(0 < one["cost"] < 1000 for one in result["front"])
+    assert any(note.startswith("recipe: class weights in the loss: ") for note in result["notes"])
+    assert not any("ended at step" in note for note in result["notes"])
     own, best = result["networks"]
     assert result["finished"] and own["name"] == "recipe"
     assert Path(best["artifact"], "manifest.json").is_file() and best["bytes"] > 0 and best["ms"] > 0
@@ -46,18 +72,18 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     assert {name: trained.recipe.model.options[name] for name in point["options"]} == point["options"]
     for one in result["front"]:  # the command's recipe is that of the network
         file = output / "networks" / f"{one['number']:03d}.yaml"
-        written = load_recipe(file)
-        assert one["command"].startswith(f"muntin fit {file} -o ") and written.seed == 3
-        assert {name: written.model.options[name] for name in one["options"]} == one["options"]
+        recipe = load_recipe(file)
+        assert one["command"].startswith(f"muntin fit {file} -o ") and recipe.seed == 3
+        assert {name: recipe.model.options[name] for name in one["options"]} == one["options"]
         if one is point:
-            assert written.model_copy(update={"data": trained.recipe.data}) == trained.recipe
+            assert recipe.model_copy(update={"data": trained.recipe.data}) == trained.recipe
     assert Path(result["page"]).read_text(encoding="utf-8").count("muntin fit") == len(result["front"])
 
-    again = search(tiny, output, "--set", "seed=3")  # everything is done
+    again = search(tiny, output)  # everything is done
     assert again.exit_code == 0 and "wrote" in again.output and best["name"] in again.output
     assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
-    other = search(tiny, output, "--candidates", "5", "--set", "seed=3")
-    assert isinstance(other.exception, RecipeError) and "settings.candidates was 6, is 5" in str(other.exception)
+    other = search(tiny, output, candidates=3)
+    assert isinstance(other.exception, RecipeError) and "settings.candidates was 4, is 3" in str(other.exception)
 
 
 def test_command_that_goes_on() -> None:

@@ -43,10 +43,12 @@ def search_command(
     minutes: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Minutes of the search, without the table of latencies, which is kept; unset: each training has the recipe's steps."
+            help="Minutes of the search, above 0, without the table of latencies, which is kept; unset: each training has the recipe's steps."
         ),
     ] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="Architectures to score with the shared weights.")] = 200,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Architectures to score with the shared weights; a search goes on with more.")
+    ] = 200,
     finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,
     checked: Annotated[int, typer.Option(min=0, help="Whole networks that show the error of the predicted latency.")] = 6,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the search; runs/NAME-search by default.")] = None,
