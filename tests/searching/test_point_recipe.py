@@ -55,8 +55,8 @@ def test_ranks_and_bits(tiny: Any, tmp_path: Path) -> None:
 def test_commands() -> None:
     folder = Path("my runs")
     fit = "muntin fit 'my runs/005.yaml' -o 'my runs/005'"
-    export = "muntin export 'my runs/005/compressed'"
+    export = "muntin export 'my runs/005/compressed"
     assert commands(folder, "005", ONE) == f"{fit} && muntin export 'my runs/005'"
     low, both = replace(ONE, rank_share=0.6), replace(ONE, rank_share=0.6, bits=4)
-    assert commands(folder, "005", low) == f"{fit} && muntin compress 'my runs/005' --until low-rank && {export}"
-    assert commands(folder, "005", both) == f"{fit} && muntin compress 'my runs/005' --until w4a8 && {export}"
+    assert commands(folder, "005", low) == f"{fit} && muntin compress 'my runs/005' --until low-rank && {export}/1-low-rank'"
+    assert commands(folder, "005", both) == f"{fit} && muntin compress 'my runs/005' --until w4a8 && {export}/2-w4a8'"

@@ -12,6 +12,7 @@ from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.finalists import Finalist, rank_correlation, spread
+from muntin.searching.point_recipe import place_name
 from muntin.searching.run import SearchStage
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint, pareto_front
@@ -58,6 +59,8 @@ def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
 def test_minutes_end_the_study(tiny: Any, tmp_path: Path) -> None:
     front = search(tiny, tmp_path, until=("train", 0), minutes=0.01, candidates=1000)
     assert len(front) == 1
+    written = load_recipe(tmp_path / "networks" / f"{place_name(front[0])}.yaml")  # of the two networks trained alone each has half
+    assert written.training.minutes == pytest.approx(0.01 * 0.4 * 0.75 / 2) and written.training.steps > 1000
 
 
 def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from muntin.artifact.atomic_files import write_files
-from muntin.compression.stages import FOLDER
+from muntin.compression.stages import FOLDER, stage_folder
 from muntin.data.folders import FolderPair
 from muntin.models.compression_record import STAGES, Stage
 from muntin.searching.candidates import recipe_of
@@ -50,7 +50,7 @@ def commands(folder: Path, name: str, architecture: Architecture) -> str:
     run = str(folder / name)
     steps = [["muntin", "fit", str(folder / f"{name}.yaml"), "-o", run], ["muntin", "export", run]]
     if (stage := _last_stage(architecture)) is not None:
-        steps[1:] = [["muntin", "compress", run, "--until", stage], ["muntin", "export", str(folder / name / FOLDER)]]
+        steps[1:] = [["muntin", "compress", run, "--until", stage], ["muntin", "export", str(stage_folder(folder / name / FOLDER, stage))]]
     return " && ".join(map(shlex.join, steps))
 
 

@@ -42,9 +42,7 @@ def search_command(
     objective: Annotated[str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")] = "latency",
     minutes: Annotated[
         float | None,
-        typer.Option(
-            help="Minutes of the search, above 0, without the table of latencies, which is kept; unset: each training has the recipe's steps."
-        ),
+        typer.Option(help="Minutes of the search without the table of latencies, above 0; unset: each training has the recipe's steps."),
     ] = None,
     candidates: Annotated[
         int, typer.Option(min=1, help="Architectures to score with the shared weights; a search goes on with more.")
