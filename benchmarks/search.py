@@ -54,7 +54,8 @@ from muntin.runtime import describe_hardware, load
 from muntin.runtime.host.hardware import physical_cores
 from muntin.searching import SearchSettings, Space, default_space, load_space, search_architectures
 from muntin.searching.finalists import Finalist, train_finalist, with_latencies
-from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, base_config, document
+from muntin.searching.preparation import base_config
+from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, document
 from muntin.searching.space import Architecture, UnbuildableError
 from muntin.training import Recipe, evaluate, fit, load_recipe, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in

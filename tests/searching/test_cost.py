@@ -38,3 +38,9 @@ def test_memory_grows_with_the_picture(task: str) -> None:
     small, large = memory_bytes(one, 64), memory_bytes(one, 128)
     weights = parameters_of(one.config)
     assert large - weights == pytest.approx(4 * (small - weights), rel=0.05)
+
+
+def test_memory_of_ranks_and_bits() -> None:
+    one = Architecture(config=base_of("segment"))
+    small = replace(one, bits=4, rank_share=0.5)
+    assert memory_bytes(one, 64) - memory_bytes(small, 64) == parameters_of(one.config) * 3 / 4

@@ -9,7 +9,7 @@ import pytest
 from muntin.models import HybridNet, ModelConfig
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import Kernel
-from muntin.searching.latency_table import ArchitectureLatency, PredictionError, attributed, drawn, fitted, measured
+from muntin.searching.latency_table import FILE, ArchitectureLatency, PredictionError, attributed, drawn, fitted, measured
 from muntin.searching.parts import parts_of
 from muntin.searching.space import Architecture, Space
 from small_space import base_of
@@ -64,6 +64,19 @@ def test_fit() -> None:
     assert offset == 0 and 1 < factor < 2
     error = PredictionError(rows=((1, 1.0, 1.0), (1, 1.05, 1.0), (1, 1.5, 1.0), (1, 0.9, 1.0)))
     assert error.within_tenth == pytest.approx(0.75) and error.row()["largest"] == pytest.approx(0.5)
+
+
+def test_latencies_of_other_conditions(base: ModelConfig, tmp_path: Path) -> None:
+    first = ArchitectureLatency(base, 64, tmp_path, threads=1)
+    first._measured = {"a network": 2.0}
+    first._write()
+    again = ArchitectureLatency(base, 64, tmp_path, threads=1)
+    assert again._measured == {"a network": 2.0} and not again.notes
+    for side, threads, change in ((32, 1, "side was 64, is 32"), (64, 2, "threads was 1, is 2")):
+        other = ArchitectureLatency(base, side, tmp_path, threads=threads)
+        assert not other._measured and change in other.notes[0] and "measured anew" in other.notes[0]
+    (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace('"cpu": "', '"cpu": "Another '))
+    assert "cpu was 'Another" in ArchitectureLatency(base, 64, tmp_path, threads=1).notes[0]
 
 
 @pytest.mark.slow

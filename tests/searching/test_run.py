@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.finalists import Finalist, rank_correlation, spread
-from muntin.searching.run import ArchitectureSearch, SearchStage, unused_settings
+from muntin.searching.point_recipe import place_name
+from muntin.searching.run import SearchStage
 from muntin.searching.space import Architecture, parse_space
-from muntin.searching.study import StudyPoint
+from muntin.searching.study import StudyPoint, pareto_front
 from muntin.training import load_recipe
 
 SPACE = parse_space({"dims.0": [32, 48], "depths.0": [1, 2], "latents": [2, 4], "decoder": [8, 16]})
@@ -44,8 +46,11 @@ def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
     search(tiny, tmp_path / "parts", until=("study", 3))
     resumed = search(tiny, tmp_path / "parts", until=("train", 0))
     assert resumed == whole and whole
-    with pytest.raises(RecipeError, match="holds a search with another settings: give those again"):
-        search(tiny, tmp_path / "parts", until=("train", 0), candidates=9)
+    more = search(tiny, tmp_path / "parts", until=("train", 0), candidates=11)
+    assert json.loads((tmp_path / "parts" / "search.json").read_text())["first_candidates"] == 8
+    assert pareto_front([*resumed, *more]) == more  # no point got lost
+    with pytest.raises(RecipeError, match=r"with other settings \(settings\.candidates was 11, is 8\): give those again"):
+        search(tiny, tmp_path / "parts", until=("train", 0))
     (tmp_path / "parts" / "search.json").write_text("{}")
     with pytest.raises(MuntinError, match="not the settings of a search"):
         search(tiny, tmp_path / "parts", until=("train", 0))
@@ -54,6 +59,15 @@ def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
 def test_minutes_end_the_study(tiny: Any, tmp_path: Path) -> None:
     front = search(tiny, tmp_path, until=("train", 0), minutes=0.01, candidates=1000)
     assert len(front) == 1
+    written = load_recipe(tmp_path / "networks" / f"{place_name(front[0])}.yaml")  # of the two networks trained alone each has half
+    assert written.training.minutes == pytest.approx(0.01 * 0.4 * 0.75 / 2) and written.training.steps > 1000
+
+
+def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:
+    folders = {f"{name}": {"images": f"{name}/images"} for name in ("validation", "test")}
+    tiny = write_tiny(tmp_path / "data", data=folders | {"degrade": {"noise": 25}, "masks": None, "classes": []}, task="restore")
+    front = search(tiny, tmp_path / "search", until=("train", 0), objective="size", candidates=3)
+    assert front and all(one.architecture.config.task == "restore" and one.score > 0 for one in front)
 
 
 def point(number: int, score: float, cost: float = 1.0) -> StudyPoint:
@@ -80,27 +94,3 @@ def test_rank_correlation(tiny: Any, tmp_path: Path) -> None:
     pairs = [(None, 0.0), (0.1, 0.5), (0.2, 0.6), (0.3, 0.55)]
     assert rank_correlation([network(*pair) for pair in pairs]) == pytest.approx(0.5)
     assert rank_correlation([network(*pair) for pair in pairs[:3]]) is None
-
-
-def test_commands_and_notes(tiny: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(tiny.recipe, ["training.micro_batch=1"])
-    base = ModelConfig(task="classify")
-    result = ArchitectureSearch(
-        folder=tmp_path, settings=SearchSettings(), finished=True, base=base, recipe=recipe, recipe_path=Path("my recipe.yaml")
-    )
-    config = base.model_copy(update={"dims": (128,), "depths": (2,)})
-    one = StudyPoint(number=4, chosen={}, architecture=Architecture(config=config, resolution=0.5), score=0.5, cost=1)
-    command = result.command(one)
-    assert command.startswith("muntin fit 'my recipe.yaml' --set 'model.options.dims=[128]' --set 'model.options.depths=[2]'")
-    assert "--set data.crop=16" in command and command.endswith(f"muntin export {tmp_path / 'networks' / '005'}")
-    assert unused_settings(recipe) == ["training.micro_batch: not used for the shared weights, but for the networks trained alone"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"objective": "speed"}, "objective 'speed'"), ({"minutes": 0}, "minutes 0"), ({"candidates": 0}, "candidates 0"),
-     ({"checked": -1}, "checked -1"), ({"sampler": "grid"}, "sampler 'grid'")],
-)  # fmt: skip
-def test_refused_settings(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
-        SearchSettings(**settings)

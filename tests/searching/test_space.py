@@ -30,6 +30,13 @@ from small_space import base_of
         ({"rank_share": [0.05]}, "rank_share 0.05: give numbers from 0.1 to 1"),
         ({"stem": [{"a": 1}]}, "stem: .* is neither a number nor a name"),
         (["latents"], "holds list, not choices"),
+        ({"depths.0": [2.0]}, r"depths\.0 2\.0: give whole numbers"),
+        ({"depths.0": [1, 2.0]}, r"depths\.0 2\.0: give whole numbers"),
+        ({"latents": ["8", 16]}, 'latents "8": give whole numbers'),
+        ({"dims": [128]}, "dims 128: give lists of whole numbers"),
+        ({"gate": [0, 1]}, "gate 0: give true or false"),
+        ({"mlp_ratio": [True]}, "mlp_ratio True: give numbers"),
+        ({"block": [1]}, "block 1: give names"),
     ],
 )
 def test_refused_spaces(content: Any, message: str) -> None:
@@ -48,11 +55,27 @@ def test_refused_spaces(content: Any, message: str) -> None:
         ({"dims.3": [32], "depths.3": [1]}, "dims.3 32: with it no network can be built"),
         ({"resolution": [0.5]}, "resolution 0.5: with it no network can be built .*pictures of segment keep their size"),
         ({"finest": [4, 16]}, "finest 16: with it no network can be built"),
+        ({"latents": [2, 4], "dims.0": [40]}, r"dims\.0 40: with it no network can be built \(dim 40 must be"),
+        ({"block": ["parallel", "serial"], "depths.2": [1, 2]}, r"depths\.2 1: with it no network can be built \(dims names 2"),
+        ({"stages": [1, 2, 3], "dims.0": [24, 40]}, r"dims\.0 24: with it no network can be built \(dim 24 must be"),
+        ({"stages": [1, 3]}, r"stages 3: with it no network can be built"),
+        ({"stem": [[8, 16]], "pairs": [[1]], "dims.0": [40]}, r"dims\.0 40: with it no network can be built"),
+        ({"dims.0": [16, 32], "attention": ["hybrid"]}, r"dims\.0 16: with it no network can be built"),
     ],
 )
 def test_choices_that_make_no_network(content: Any, message: str, base: ModelConfig) -> None:
     with pytest.raises(RecipeError, match=message) as error:
         parse_space(content).check(base)
+    one_line(error)
+
+
+def test_choices_that_exclude_each_other(base: ModelConfig) -> None:
+    local = base.model_copy(update={"attention": "local"})
+    space = parse_space({"latents": [2, 4], "dims.0": [16], "attention": ["local", "hybrid"]})
+    with pytest.raises(
+        RecipeError, match=r"attention hybrid with dims\.0 16: no network can be built \(dim 16 must be .*remove one"
+    ) as error:
+        space.check(local)
     one_line(error)
 
 
@@ -86,8 +109,9 @@ def test_default_spaces(task: Any) -> None:
     base, space = ModelConfig(task=task), default_space(task)
     space.check(base)
     generator = random.Random(0)  # noqa: S311 - no secret
-    for _ in range(50):
-        space.architecture(space.sample(generator), base)
+    drawn = [space.architecture(space.sample(generator), base).config for _ in range(50)]
+    assert {config.gate for config in drawn} == {True, False} and {config.window for config in drawn} == {4, 8}
+    assert default_space(task, gated=True).choices["gate"] == (True,)
 
 
 def test_sampled_values_are_those_of_the_choices(space: Space, base: ModelConfig) -> None:

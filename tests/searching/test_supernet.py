@@ -77,6 +77,19 @@ def test_heads_and_latents_keep_their_role(base: ModelConfig) -> None:
     assert torch.equal(projection, torch.cat([values[:16], read[:2], write[:2]])[:, :32])
 
 
+def test_gates_and_windows(base: ModelConfig) -> None:
+    space, images = parse_space({"gate": [True, False], "window": [2, 4]}), pixels(2, 3, 48, 32)
+    supernet = Supernet(space, base).train()
+    for parameter in supernet.parameters():  # gates begin with 1
+        torch.nn.init.normal_(parameter, std=0.1)
+    configs = [space.architecture({"gate": gate, "window": window}, base).config for gate in (True, False) for window in (2, 4)]
+    scores = [supernet.run(config, images) for config in configs]
+    assert all(torch.equal(one, supernet.extract(config).train()(images)) for one, config in zip(scores, configs, strict=True))
+    assert not any(torch.equal(scores[0], other) for other in scores[1:])
+    gated, plain = (dict(supernet.weights(config)) for config in (configs[0], configs[2]))
+    assert gated.keys() > plain.keys() and all(torch.equal(gated[name], weights) for name, weights in plain.items())
+
+
 def test_kinds_of_attention_share_nothing(space: Space, base: ModelConfig) -> None:
     supernet = Supernet(space, base)
     kinds = {key.split("/attention/")[1].split("/")[0] for key in supernet.layers if "/attention/" in key}

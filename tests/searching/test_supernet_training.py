@@ -14,7 +14,7 @@ from muntin.data import open_source
 from muntin.models import ModelConfig
 from muntin.searching.candidates import CandidateScorer, recipe_of
 from muntin.searching.cost import layer_macs
-from muntin.searching.run import base_config
+from muntin.searching.preparation import base_config
 from muntin.searching.space import Space, UnbuildableError, parse_space
 from muntin.searching.supernet_training import ROUND, SAMPLED, SupernetTraining, draw_round, sampled_from
 from muntin.training import Recipe, load_recipe

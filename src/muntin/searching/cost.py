@@ -50,11 +50,13 @@ def artifact_bytes(architecture: Architecture) -> float:
 
 
 def memory_bytes(architecture: Architecture, side: int) -> float:
-    """Bytes of weights and activations at the peak in 8 bits, an estimate from shapes: the layer with the largest input and output, and
-    the maps that the decoder waits for, for one picture of `side` pixels a side.
+    """Bytes of the weights, with their ranks and bits, and of the activations at the peak in 8 bits, an estimate from shapes: the layer
+    with the largest input and output, and the maps that the decoder waits for, for one picture of `side` pixels a side.
+
+    Weights count as they are stored: OpenVINO expands those of fewer than 8 bits to 8 when it loads them.
     """
     side = max(1, round(architecture.resolution * side))
-    return parameters_of(architecture.config) + _activations(architecture.config, side)
+    return artifact_bytes(architecture) + _activations(architecture.config, side)
 
 
 @lru_cache(maxsize=_KEPT)

@@ -26,10 +26,12 @@ from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_i
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.progress.report import FitReport
 from muntin.training.recipe import Recipe
-from muntin.training.run import fit
+from muntin.training.run import FitResult, ended_early, fit
 
 ROUNDS = 40
 """Timed calls of each network."""
+ENDED_BEFORE = "ended at step "
+"""Begins the note of `fit` on a run that it found finished."""
 FEWEST_RANKED = 3
 """Networks below which a rank correlation says nothing."""
 
@@ -39,7 +41,7 @@ class Finalist:
     """A network that was trained alone. `score`: of the artefact on the validation split; `float_score`: of the checkpoint.
 
     `bytes`: of the artefact. `ms`: median latency of one picture of `export_side` pixels, all networks in turns. `point`: None for the
-    recipe's own model.
+    recipe's own model. `notes`: of its training.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Finalist:
     score: float
     bytes: int
     ms: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """The figures as plain values."""
@@ -95,7 +98,14 @@ def train_finalist(
     return Finalist(
         name=name, architecture=architecture, point=point, run=folder, artifact=artifact.path, recipe=recipe,
         float_score=float((result.result or result.validation[-1])["score"]), score=score, bytes=artifact.bytes,
+        notes=_notes(result, recipe),
     )  # fmt: skip
+
+
+def _notes(result: FitResult, recipe: Recipe) -> tuple[str, ...]:
+    """Notes of a training, without those on its length, which the search has set."""
+    of_length = ended_early(recipe.training, result.step, result.validation)
+    return tuple(note for note in result.notes if note not in of_length and not note.startswith(ENDED_BEFORE))
 
 
 def _exported(checkpoint: Checkpoint, architecture: Architecture, path: Path, source: Source) -> Artifact:

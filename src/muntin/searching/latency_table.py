@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.atomic_files import write_files
-from muntin.budgeting.latency import LatencyCache
+from muntin.budgeting.latency import LatencyCache, latency_settings
 from muntin.compression import low_rank, quantize
 from muntin.deployment import export
 from muntin.errors import MuntinError
@@ -42,6 +42,7 @@ from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.searching.candidates import CandidateScorer, recipe_of
 from muntin.searching.parts import BLOCK, PartProbe, parts_of
 from muntin.searching.space import Architecture, Space, UnbuildableError
+from muntin.training.checkpoint import value_changes
 
 BRANCHES = 12
 """Parts that are measured in one graph, at most: an export costs much more than a part."""
@@ -99,6 +100,9 @@ class ArchitectureLatency:
         self.base, self.side, self.folder = base, side, folder
         self.options = SessionOptions(threads=threads, cache=False)
         self.cache = LatencyCache(self.options.thread_count, "parts")
+        self.conditions = {"side": side, **latency_settings(self.options.thread_count)}
+        """Conditions of the latencies of whole networks: side of the picture, engine, version, CPU and threads."""
+        self.notes: list[str] = []
         self._measured = self._read()
         self.error: PredictionError | None = None
         self.offset, self.factor = 0.0, 1.0
@@ -185,15 +189,20 @@ class ArchitectureLatency:
             self.error = PredictionError(rows=tuple(rows))
 
     def _read(self) -> dict[str, float]:
+        """The stored latencies of whole networks; none, and a note, if they were measured under other conditions than this object's."""
         try:
             content = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
-            return {str(key): float(ms) for key, ms in content["networks"].items()}
+            networks = {str(key): float(ms) for key, ms in content["networks"].items()}
+            stored = {key: content.get(key) for key in self.conditions}
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return {}
+        if networks and (changes := value_changes(stored, self.conditions)):
+            self.notes.append(f"{FILE} holds latencies of whole networks under other conditions ({changes}): they are measured anew")
+            return {}
+        return networks
 
     def _write(self) -> None:
-        content = {"side": self.side, "threads": self.options.thread_count, "networks": self._measured}
-        write_files(self.folder, {FILE: json.dumps(content, indent=1).encode()})
+        write_files(self.folder, {FILE: json.dumps({**self.conditions, "networks": self._measured}, indent=1).encode()})
 
 
 def drawn(space: Space, base: ModelConfig, count: int, seed: int) -> list[Architecture]:

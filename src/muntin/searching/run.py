@@ -3,6 +3,7 @@
     supernet/            checkpoints of the shared weights
     study.log            proposals, scores and costs
     latency.json         how well the table of parts predicts whole networks
+    networks/NNN.yaml    recipes of the points of the front
     networks/NNN/        runs of `muntin fit` of the best few, each with its artefact; networks/recipe: of the recipe's own model
     search.json          the settings and, at the end, the results
 
@@ -11,38 +12,33 @@ A search that was interrupted goes on when it is started again with the same set
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from muntin.artifact.atomic_files import write_files
 from muntin.artifact.file_lock import folder_in_use
 from muntin.data import Source, open_source
 from muntin.deployment.checkpoint_export import export_side
-from muntin.errors import MuntinError, RecipeError
-from muntin.models import PRESETS, ModelConfig
-from muntin.searching.candidates import CandidateScorer, recipe_of
+from muntin.errors import RecipeError
+from muntin.models import ModelConfig
+from muntin.searching.candidates import CandidateScorer
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
 from muntin.searching.latency_table import ArchitectureLatency, PredictionError
+from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
+from muntin.searching.preparation import base_config, check_data, check_gates, check_model, unused_settings
+from muntin.searching.settings import SearchFile, SearchSettings
 from muntin.searching.space import Architecture, Space, default_space
-from muntin.searching.study import ArchitectureStudy, Sampler, StudyPoint
+from muntin.searching.study import ArchitectureStudy, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
+from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe, settled
-from muntin.training.weights import new_model
 
-SearchObjective = Literal["latency", "size", "memory"]
-FILE = "search.json"
-FORMAT = 1
-CANDIDATES, FINALISTS, CHECKED = 200, 3, 6
-"""Defaults: architectures that are scored, those that are trained alone, and whole networks that check the predicted latency."""
 SUPERNET_SHARE, STUDY_SHARE = 0.4, 0.2
 """Shares of the minutes for the supernet and for the table and the study; the rest is for the networks that are trained alone."""
 TRAINING_SHARE = 0.75
@@ -53,7 +49,7 @@ MANY_STEPS = 10_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage:
-    """Progress of a search. `stage`: "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or a name.
+    """Progress of a search. `stage`: "data", "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or name.
 
     `front`: the best points so far.
     """
@@ -69,37 +65,6 @@ SearchStageReport = Callable[[SearchStage], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """Settings of a search besides recipe and space. `objective`: what is made least.
-
-    `minutes`: of the whole search, without the measurement of latencies, which is kept for other searches on this machine. `candidates`:
-    architectures that are scored. `finalists`: those that are trained alone. `checked`: whole networks that check predicted latencies.
-    `own`: train the recipe's own model, too, for comparison.
-    """
-
-    objective: SearchObjective = "latency"
-    minutes: float | None = None
-    candidates: int = CANDIDATES
-    finalists: int = FINALISTS
-    checked: int = CHECKED
-    sampler: Sampler = "nsga2"
-    own: bool = True
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("latency", "size", "memory"):
-            raise RecipeError(f"objective '{self.objective}': give latency, size or memory")
-        if self.sampler not in ("nsga2", "random"):
-            raise RecipeError(f"sampler '{self.sampler}': give nsga2 or random")
-        if self.minutes is not None and not self.minutes > 0:
-            raise RecipeError(f"minutes {self.minutes:g}: give a number above 0")
-        for name in ("candidates", "finalists"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} {getattr(self, name)}: give a whole number from 1")
-        if self.checked < 0:
-            raise RecipeError(f"checked {self.checked}: give a whole number from 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ArchitectureSearch:
     """The result. `finished`: False after an interruption. `networks`: trained and deployed, the recipe's own model first.
 
@@ -111,8 +76,6 @@ class ArchitectureSearch:
     settings: SearchSettings
     finished: bool
     base: ModelConfig
-    recipe: Recipe
-    recipe_path: Path | None
     front: tuple[StudyPoint, ...] = ()
     points: tuple[StudyPoint, ...] = ()
     networks: tuple[Finalist, ...] = ()
@@ -124,13 +87,8 @@ class ArchitectureSearch:
     notes: tuple[str, ...] = ()
 
     def command(self, point: StudyPoint) -> str:
-        """The commands that train and export a point of the front."""
-        one = point.architecture
-        sets = [f"model.options.{name}={json.dumps(value)}" for name, value in one.options(self.base).items()]
-        sets += [f"data.crop={recipe_of(self.recipe, one).data.crop}"] if one.resolution != 1 else []
-        place = str(self.folder / "networks" / place_name(point))
-        words = ["muntin", "fit", str(self.recipe_path or "RECIPE.yaml"), *(word for change in sets for word in ("--set", change))]
-        return f"{shlex.join([*words, '-o', place])} && {shlex.join(['muntin', 'export', place])}"
+        """The commands that train and export a point of the front by its recipe, `networks/NNN.yaml`."""
+        return commands(self.folder / NETWORKS, place_name(point), point.architecture)
 
 
 def search_architectures(
@@ -139,7 +97,6 @@ def search_architectures(
     *,
     folder: Path | str,
     root: Path | str = ".",
-    recipe_path: Path | None = None,
     settings: SearchSettings | None = None,
     report: SearchStageReport = lambda stage: None,
 ) -> ArchitectureSearch:
@@ -150,61 +107,34 @@ def search_architectures(
     settings = SearchSettings() if settings is None else settings
     folder, root = Path(folder), Path(root).resolve()
     with folder_in_use(folder, "muntin search"):
-        return _Search(recipe, space, folder, root, recipe_path, settings, report).run()
+        return _Search(recipe, space, folder, root, settings, report).run()
 
 
 class _Search:
     def __init__(
-        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, recipe_path: Path | None, settings: SearchSettings,
+        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, settings: SearchSettings,
         report: SearchStageReport,
     ) -> None:  # fmt: skip
-        if recipe.model.name not in PRESETS:
-            raise RecipeError(f"model {recipe.model.name}: a search changes muntin's own networks: give one of {', '.join(PRESETS)}")
+        check_model(recipe)
         recipe = settled(recipe, root)
-        self.recipe, self.folder, self.root, self.recipe_path = recipe, folder, root, recipe_path
+        self.recipe, self.folder, self.root = recipe, folder, root
         self.settings, self.report = settings, report
         self.source: Source = open_source(recipe.data, root=root)
         if self.source.task != recipe.task:
             raise RecipeError(f"task: the data are for '{self.source.task}' and the recipe says '{recipe.task}'; make them agree")
         self.base = base_config(recipe, self.source)
-        self.space = default_space(recipe.task, self.base.head_dim) if space is None else space
+        self.space = space or default_space(recipe.task, self.base.head_dim, gated=recipe.training.gate_budget < 1)
         self.space.check(self.base)
-        self.notes: list[str] = [*unused_settings(recipe)]
-        self.table_seconds = 0.0
-        self.seconds, self.table_seconds = self._begin()
-
-    def _begin(self) -> tuple[float, float]:
-        """Write the settings, or compare them with those that are there.
-
-        Returns the seconds that the search and the measurement of latencies took so far.
-        """
-        file = self.folder / FILE
-        content = {
-            "format": FORMAT, "recipe": self.recipe.model_dump(mode="json"),
-            "space": {name: list(values) for name, values in self.space.choices.items()},
-            "settings": asdict(self.settings),
-        }  # fmt: skip
-        self.content: dict[str, Any] = json.loads(json.dumps(content))
-        if file.is_file():
-            try:
-                earlier = json.loads(file.read_text(encoding="utf-8"))
-                different = [key for key in self.content if earlier[key] != self.content[key]]
-                seconds = float(earlier["seconds"]), float(earlier["table_seconds"])
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise MuntinError(f"{file}: not the settings of a search ({error}): give another --output") from error
-            if different:
-                raise RecipeError(
-                    f"{self.folder} holds a search with another {' and '.join(different)}: give those again to go on with it, or another "
-                    "--output"
-                )
-            return seconds
-        self._save(0.0)
-        return 0.0, 0.0
+        check_gates(recipe, self.space, self.base)
+        self.notes = check_data(
+            recipe, self.source, root, lambda done, total: report(SearchStage(stage="data", done=done, total=total))
+        )  # fmt: skip
+        self.notes += unused_settings(recipe)
+        self.file = SearchFile(folder, recipe, self.space, settings)
+        self.seconds, self.table_seconds = self.file.seconds, self.file.table_seconds
 
     def _save(self, seconds: float, **results: Any) -> None:
-        times = {"seconds": seconds, "table_seconds": self.table_seconds}
-        text = json.dumps({**self.content, **times, **results}, indent=1, default=str)
-        write_files(self.folder, {FILE: text.encode()})
+        self.file.save(seconds, self.table_seconds, **results)
 
     def run(self) -> ArchitectureSearch:
         started, before, table_before = time.perf_counter(), self.seconds, self.table_seconds
@@ -229,13 +159,13 @@ class _Search:
             if not trained.finished:
                 return self._result(finished=False)
             scorer = CandidateScorer(trained.supernet, self.recipe, self.source, precision)
-            candidates, sampler = self.settings.candidates, self.settings.sampler
             study = ArchitectureStudy(
-                self.space, self.base, self.folder, candidates=candidates, seed=self.recipe.seed, sampler=sampler
+                self.space, self.base, self.folder, candidates=self.file.first_candidates, seed=self.recipe.seed,
+                sampler=self.settings.sampler,
             )  # fmt: skip
             interruption.work = "this candidate"
             measuring = time.perf_counter()
-            latency = self._latency(scorer, lambda: interruption.requested)
+            latency = self._latency(study, scorer, lambda: interruption.requested)
             self.table_seconds += time.perf_counter() - measuring
             self._study(study, scorer, latency, stopped=lambda: interruption.requested, used=used)
             self._save(used())
@@ -256,11 +186,16 @@ class _Search:
         limits = {"minutes": minutes, "steps": MANY_STEPS}
         return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
 
-    def _latency(self, scorer: CandidateScorer, stopped: Callable[[], bool]) -> ArchitectureLatency | None:
+    def _latency(
+        self, study: ArchitectureStudy, scorer: CandidateScorer, stopped: Callable[[], bool]
+    ) -> ArchitectureLatency | None:  # fmt: skip
         if self.settings.objective != "latency":
             return None
         side = export_side(self.recipe)
         model = ArchitectureLatency(self.base, side, self.folder, threads=self.recipe.training.threads)
+        if model.notes and study.points:
+            model.notes.append("candidates scored before keep their predicted latencies: search anew, with another --output, to renew them")
+        self.notes += model.notes
         model.prepare(
             self.space, seed=self.recipe.seed, stopped=stopped,
             progress=lambda done, total: self.report(SearchStage(stage="parts", done=done, total=total)),
@@ -302,25 +237,34 @@ class _Search:
         own: list[tuple[str, Architecture, StudyPoint | None]] = [("recipe", Architecture(config=self.base), None)]
         chosen = [(place_name(point), point.architecture, point) for point in spread(study.front, self.settings.finalists)]
         wanted = [*(own if self.settings.own else ()), *chosen]
-        share = 1 - SUPERNET_SHARE - STUDY_SHARE
-        minutes = None if self.settings.minutes is None else share * TRAINING_SHARE * self.settings.minutes / len(wanted)
+        share = (1 - SUPERNET_SHARE - STUDY_SHARE) * TRAINING_SHARE / len(wanted)
+        recipe = self._limited(None if self.settings.minutes is None else share * self.settings.minutes)
+
+        def recipe_of(name: str, one: Architecture) -> Recipe:
+            return network_recipe(recipe, one, one.options(self.base), name)
+
+        front = [(recipe_of(place_name(point), point.architecture), point.architecture) for point in study.front]
+        write_recipes(self.folder / NETWORKS, front, root=self.root)
         networks: list[Finalist] = []
         for done, (name, architecture, point) in enumerate(wanted):
 
             def show(text: str, done: int = done, name: str = name) -> None:
                 self.report(SearchStage(stage="train", done=done, total=len(wanted), text=f"{name}{text}", front=study.front))
 
+            def show_step(progress: FitProgress, show: Callable[[str], None] = show) -> None:
+                if progress.kind == "step":
+                    show(f", step {progress.step} of {progress.steps}")
+
             show("")
-            limited = self._limited(minutes)
-            model = limited.model.model_copy(update={"options": {**self.recipe.model.options, **architecture.options(self.base)}})
-            recipe = recipe_of(limited.model_copy(update={"model": model, "name": name}), architecture)
             finalist = train_finalist(
-                recipe, architecture, name=name, folder=self.folder / "networks" / name, root=self.root, source=self.source, point=point,
-                report=lambda progress, show=show: show(f", step {progress.step} of {progress.steps}"),  # type: ignore[misc]
+                recipe_of(name, architecture), architecture, name=name, folder=self.folder / NETWORKS / name, root=self.root,
+                source=self.source, point=point,
+                report=show_step,
             )  # fmt: skip
             self._save(used())
             if finalist is None:
                 return self._result(study, latency, finished=False)
+            self.notes += [f"{name}: {note}" for note in finalist.notes if note not in self.notes]
             networks.append(finalist)
         networks = with_latencies(networks, threads=self.recipe.training.threads)
         result = self._result(study, latency, tuple(networks), finished=True)
@@ -332,43 +276,13 @@ class _Search:
         finished: bool,
     ) -> ArchitectureSearch:  # fmt: skip
         return ArchitectureSearch(
-            folder=self.folder, settings=self.settings, finished=finished, base=self.base, recipe=self.recipe,
-            recipe_path=self.recipe_path, front=() if study is None else tuple(study.front),
+            folder=self.folder, settings=self.settings, finished=finished, base=self.base,
+            front=() if study is None else tuple(study.front),
             points=() if study is None else tuple(study.points), networks=networks,
             importances={} if study is None else study.importances(),
             latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), seconds=self.seconds,
             table_seconds=self.table_seconds, notes=tuple(self.notes),
         )  # fmt: skip
-
-
-def base_config(recipe: Recipe, source: Source) -> ModelConfig:
-    """The configuration of a recipe's own model. Raises `RecipeError` for one with an encoder."""
-    if recipe.model.encoder is not None:
-        raise RecipeError(
-            f"model.encoder {recipe.model.encoder}: a search varies the convolutions that an encoder replaces: leave it out, or take "
-            "`muntin fit`"
-        )
-    config = new_model(recipe, tuple(source.classes)).config
-    assert isinstance(config, ModelConfig)
-    return config
-
-
-def unused_settings(recipe: Recipe) -> list[str]:
-    """Notes on settings of a recipe that the training of a supernet does not use."""
-    training = recipe.training
-    given = [
-        name for name, set_ in (
-            ("micro_batch", training.micro_batch is not None), ("checkpointing", training.checkpointing != "none"),
-            ("compile", training.compile), ("memory", training.memory is not None), ("gate_budget", training.gate_budget < 1),
-            ("sharding", training.sharding != "none"),
-        ) if set_
-    ]  # fmt: skip
-    return [f"training.{', training.'.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []
-
-
-def place_name(point: StudyPoint) -> str:
-    """Name of a point, and of the folder of its run."""
-    return f"{point.number + 1:03d}"
 
 
 def document(result: ArchitectureSearch) -> dict[str, Any]:
@@ -388,5 +302,5 @@ def _point_row(result: ArchitectureSearch, point: StudyPoint) -> dict[str, Any]:
     return {
         "number": point.number + 1, "score": point.score, "cost": point.cost, "choices": dict(point.chosen),
         "options": one.options(result.base), "parameters": parameters_of(one.config), "macs": layer_macs(one.config, one.resolution),
-        "command": result.command(point),
+        "command": result.command(point) if result.finished else None,
     }  # fmt: skip

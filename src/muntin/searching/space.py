@@ -38,6 +38,7 @@ SEQUENCES = ("stem", "pairs", "dims", "depths")
 RANGES: dict[str, tuple[float, float]] = {"stages": (1, 8), "resolution": (0.25, 1), "rank_share": (0.1, 1), "bits": (2, 8)}
 """Choices beside the fields of ModelConfig, with their least and greatest value."""
 WHOLE = ("stages", "bits")
+WHOLE_FIELDS = ("window", "latents", "decoder", "finest")
 EXHAUSTIVE = 2000
 """Most combinations that are all tried when a space is checked; of more, `SAMPLES` are drawn."""
 SAMPLES = 300
@@ -85,8 +86,7 @@ class Space(BaseModel):
                 raise ValueError(f"{name} is an empty list: give its values, or leave it out to keep the recipe's")
             if len({json.dumps(value) for value in values}) != len(values):
                 raise ValueError(f"{name} names a value twice: {list(values)}")
-            if name in RANGES:
-                _check_range(name, values)
+            _check_values(name, values)
         return self
 
     @property
@@ -130,35 +130,60 @@ class Space(BaseModel):
     def check(self, base: ModelConfig) -> None:
         """Raise `RecipeError`, which names the choice, for a value with which no architecture can be built.
 
-        Tries all combinations of a small space; of a large one some hundred random ones for each value.
+        Tries all combinations of a small space; of a large one some hundred random ones for each value. The choice to blame is the one
+        without which a network can be built; if there are two, they exclude each other and both are named.
         """
         buildable: set[tuple[str, str]] = set()
-        reasons: dict[tuple[str, str], str] = {}
-
-        def attempt(chosen: Mapping[str, Value]) -> None:
-            pairs = {(name, json.dumps(value)) for name, value in chosen.items()}
-            try:
-                self.architecture(chosen, base)
-                buildable.update(pairs)
-            except UnbuildableError as error:
-                reasons.update(dict.fromkeys(pairs, str(error)))
-
         if self.size <= EXHAUSTIVE:
             for values in itertools.product(*self.choices.values()):
-                attempt(dict(zip(self.choices, values, strict=True)))
-        generator = random.Random(0)  # noqa: S311 - no secret
+                chosen = dict(zip(self.choices, values, strict=True))
+                if self._reason(chosen, base) is None:
+                    buildable.update((name, json.dumps(value)) for name, value in chosen.items())
         for name, values in self.choices.items():
             for value in values:
-                pair = name, json.dumps(value)
-                for _ in range(SAMPLES if self.size > EXHAUSTIVE else 0):
-                    if pair in buildable:
-                        break
-                    attempt({**self.sample(generator), name: value})
-                if pair not in buildable:
-                    shown = list(value) if isinstance(value, tuple) else value
-                    raise RecipeError(
-                        f"space: {name} {shown}: with it no network can be built ({reasons[pair]}): remove it, or change that"
-                    )
+                if (name, json.dumps(value)) in buildable or (self.size > EXHAUSTIVE and self._with(name, value, base)):
+                    continue
+                raise RecipeError(f"space: {self._blame(name, value, base)}")
+
+    def _reason(self, chosen: Mapping[str, Value], base: ModelConfig) -> str | None:
+        """Why some choices make no network; None if they make one."""
+        try:
+            self.architecture(chosen, base)
+        except UnbuildableError as error:
+            return str(error)
+        return None
+
+    def _with(self, name: str, value: Value, base: ModelConfig, without: str = "") -> bool:
+        """Return True if some architecture has this value. `without`: a choice to leave to `base`."""
+        choices = {other: values for other, values in {**self.choices, name: (value,)}.items() if other != without}
+        if math.prod(map(len, choices.values())) <= EXHAUSTIVE:
+            combinations: Iterable[Iterable[Value]] = itertools.product(*choices.values())
+        else:
+            generator = random.Random(0)  # noqa: S311 - no secret
+            combinations = ([generator.choice(values) for values in choices.values()] for _ in range(SAMPLES))
+        return any(self._reason(dict(zip(choices, values, strict=True)), base) is None for values in combinations)
+
+    def _blame(self, name: str, value: Value, base: ModelConfig) -> str:
+        """Say in one line why no architecture has this value, by the choice that is at fault."""
+        helpful = [other for other in self.choices if self._with(name, value, base, without=other)]
+        others = [other for other in helpful if other != name]
+        if others and name not in helpful and not any(self._with(others[0], one, base) for one in self.choices[others[0]]):
+            name, value = others[0], self.choices[others[0]][0]
+        elif others:
+            excluded = self.choices[others[0]]
+            reason = self._why({name: value, others[0]: excluded[0]}, base)
+            pair = f"{name} {_shown(value)} with {others[0]} {' or '.join(map(_shown, excluded))}"
+            return f"{pair}: no network can be built ({reason}): remove one of them"
+        elif name not in helpful:  # several faults: the first value that fails alone, too
+            alone = ((key, one) for key, values in self.choices.items() for one in values if self._reason({key: one}, base))
+            name, value = next((pair for pair in alone if not self._with(*pair, base)), (name, value))
+        return f"{name} {_shown(value)}: with it no network can be built ({self._why({name: value}, base)}): remove it, or change that"
+
+    def _why(self, chosen: Mapping[str, Value], base: ModelConfig) -> str:
+        """Why no architecture has these values: as the only changes of `base`, or else with the first value of each other choice."""
+        return str(
+            self._reason(chosen, base) or self._reason({**{name: values[0] for name, values in self.choices.items()}, **chosen}, base)
+        )
 
     # bounds of the fields, from which the shared weights are made
 
@@ -218,8 +243,11 @@ def parse_space(content: Any, *, where: str = "space") -> Space:
         raise RecipeError(f"{where}: {reason}") from error
 
 
-def default_space(task: Task, head_dim: int = 64) -> Space:
-    """The space around the presets, up to hybrid-s, for a task. Widths of attention stages are multiples of `head_dim`."""
+def default_space(task: Task, head_dim: int = 64, *, gated: bool = False) -> Space:
+    """The space around the presets, up to hybrid-s, for a task. Widths of attention stages are multiples of `head_dim`.
+
+    `gated`: all networks have channel gates, as `training.gate_budget` needs.
+    """
     unit = head_dim
     choices: dict[str, tuple[Any, ...]] = {
         "stem": ((8, 16, 32), (16, 24, 48), (16, 32, 64)),
@@ -232,7 +260,9 @@ def default_space(task: Task, head_dim: int = 64) -> Space:
         "depths.1": (1, 2),
         "attention": ("hybrid", "local", "global"),
         "block": ("parallel", "serial"),
+        "window": (4, 8),
         "latents": (8, 16, 32),
+        "gate": (True,) if gated else (True, False),
         "mlp_ratio": (1.0, 2.0),
     }
     if task == "classify":
@@ -256,12 +286,36 @@ def _check_name(name: str) -> None:
     raise ValueError(f"unknown choice '{name}': {meant}known: {', '.join(known)}, and entries such as depths.0")
 
 
-def _check_range(name: str, values: tuple[Value, ...]) -> None:
-    least, most = RANGES[name]
+def _check_values(name: str, values: tuple[Value, ...]) -> None:
+    """Raise ValueError, which names choice and value, for a value of another kind. Ranges of the fields are ModelConfig's."""
+    field, entry, _ = name.partition(".")
+    least, most = RANGES.get(name, (-math.inf, math.inf))
     for value in values:
-        number = isinstance(value, int if name in WHOLE else int | float) and not isinstance(value, bool)
-        if not number or not least <= value <= most:  # type: ignore[operator]
-            raise ValueError(f"{name} {value}: give {'whole ' if name in WHOLE else ''}numbers from {least:g} to {most:g}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field in RANGES:
+            kind = f"{'whole ' if name in WHOLE else ''}numbers from {least:g} to {most:g}"
+            sound = isinstance(value, int if name in WHOLE else int | float) and number and least <= value <= most
+        elif field in SEQUENCES and not entry:
+            kind, sound = "lists of whole numbers, such as [16, 32]", isinstance(value, tuple)
+        elif field in WHOLE_FIELDS or entry:
+            kind, sound = "whole numbers, such as 2", number and isinstance(value, int)
+        elif field == "gate":
+            kind, sound = "true or false", isinstance(value, bool)
+        elif field == "mlp_ratio":
+            kind, sound = "numbers, such as 1.5", number
+        else:
+            kind, sound = "names", isinstance(value, str)
+        if not sound:
+            raise ValueError(f"{name} {_shown(value)}: give {kind}")
+
+
+def _shown(value: Value) -> str:
+    """A value as it is written in YAML: "8" with quotes is no number."""
+    return (
+        json.dumps(value)
+        if isinstance(value, str) and not value.isidentifier()
+        else str(list(value) if isinstance(value, tuple) else value)
+    )
 
 
 def _with_entry(field: str, values: Any, position: int, value: Any) -> tuple[Any, ...]:

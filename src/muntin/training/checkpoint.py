@@ -309,7 +309,7 @@ def find_start(
     if not resume:
         raise CheckpointError(f"{directory} already holds a run; --resume goes on with it, another --output starts anew")
     checkpoint = newest_sound(folder, ranks=ranks, note=note)
-    difference = _difference(_fixed(checkpoint.recipe), _fixed(recipe))
+    difference = value_changes(_fixed(checkpoint.recipe), _fixed(recipe))
     if difference:
         raise CheckpointError(
             f"{checkpoint.path} was trained by another recipe ({difference}), and a resumed run can change only keys of training, except "
@@ -348,7 +348,7 @@ def _read_newest(paths: list[Path]) -> tuple[Checkpoint, list[tuple[Path, Damage
 
 def recipe_changes(start: Checkpoint, recipe: Recipe) -> str:
     """Differences of `recipe` from the recipe of `start`, with both values; empty if they are equal."""
-    return _difference(start.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    return value_changes(start.recipe.model_dump(mode="json"), recipe.model_dump(mode="json"))
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
@@ -357,11 +357,11 @@ def _fixed(recipe: Recipe) -> dict[str, Any]:
     return {**content, "data": data, "training": {key: content["training"][key] for key in FIXED}}
 
 
-def _difference(trained: Any, given: Any, where: str = "") -> str:
-    """The first three values of each section in which two recipes differ."""
+def value_changes(trained: Any, given: Any, where: str = "") -> str:
+    """The first three values of each section in which two recipes, or other nested values, differ; empty if they are equal."""
     if isinstance(trained, dict) and isinstance(given, dict):
         keys = [key for key in {**trained, **given} if trained.get(key) != given.get(key)]
-        shown = ", ".join(_difference(trained.get(key), given.get(key), f"{where}.{key}".lstrip(".")) for key in keys[:3])
+        shown = ", ".join(value_changes(trained.get(key), given.get(key), f"{where}.{key}".lstrip(".")) for key in keys[:3])
         return shown + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     return f"{where} was {trained!r:.60}, is {given!r:.60}"
 

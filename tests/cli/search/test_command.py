@@ -1,13 +1,15 @@
-"""`muntin search`, whole: by size, which measures nothing, on a tiny data set."""
+"""`muntin search`, whole: by latency, on a tiny data set, and killed while the best few are trained."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -15,40 +17,83 @@ from muntin.cli import app
 from muntin.cli.search import command
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
+from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.run import SearchStage
-from muntin.searching.space import Architecture
+from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe, read_checkpoint
 
-SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\nattention: [hybrid, local]\n"
+SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\n"
+SETTINGS = {"objective": "latency", "candidates": 4, "finalists": 1, "checked": 1}
+CHANGES = [
+    "seed=3", "training.class_weights=auto", "model.options.attention=local", "model.options.dims=[32]", "model.options.depths=[1]",
+]  # fmt: skip
 
 
-def search(tiny: Any, output: Path, *words: str) -> Any:
+class Stopped(BaseException):
+    """The end of a process."""
+
+
+def search(tiny: Any, output: Path, *words: str, **settings: Any) -> Any:
     space = tiny.root / "space.yaml"
     space.write_text(SPACE)
-    fixed = ["--space", str(space), "--objective", "size", "-o", str(output), "--candidates", "6", "--finalists", "1"]
-    return CliRunner().invoke(app, ["search", str(tiny.recipe), *fixed, *words])
+    given = [word for name, value in {**SETTINGS, **settings}.items() for word in (f"--{name}", str(value))]
+    changes = [word for change in CHANGES for word in ("--set", change)]
+    return CliRunner().invoke(app, ["search", str(tiny.recipe), "--space", str(space), "-o", str(output), *given, *changes, *words])
+
+
+def stop_after_one(stage: SearchStage) -> None:
+    if (stage.stage, stage.done) == ("train", 1):
+        raise Stopped
 
 
 @pytest.mark.slow
 def test_search(tiny: Any, tmp_path: Path) -> None:
     output = tmp_path / "search"
+    with pytest.raises(Stopped):
+        search_architectures(
+            load_recipe(tiny.recipe, CHANGES), parse_space(yaml.safe_load(SPACE)), folder=output, root=tiny.root,
+            settings=SearchSettings(**SETTINGS), report=stop_after_one,
+        )  # fmt: skip
+    done = output / "networks" / "recipe" / "artifact" / "manifest.json"
+    written = done.stat().st_mtime_ns
     first = search(tiny, output, "--json")
     assert first.exit_code == 0, first.output
+    assert done.stat().st_mtime_ns == written  # neither trained nor exported again
     result = json.loads(first.stdout)
+    assert result["objective"] == "latency" and all(0 < one["cost"] < 1000 for one in result["front"])
+    assert any(note.startswith("recipe: class weights in the loss: ") for note in result["notes"])
+    assert not any("ended at step" in note for note in result["notes"])
     own, best = result["networks"]
     assert result["finished"] and own["name"] == "recipe"
     assert Path(best["artifact"], "manifest.json").is_file() and best["bytes"] > 0 and best["ms"] > 0
     trained = read_checkpoint(Path(best["run"]))
     point = next(one for one in result["front"] if f"{one['number']:03d}" == best["name"])
     assert {name: trained.recipe.model.options[name] for name in point["options"]} == point["options"]
+    for one in result["front"]:  # the command's recipe is that of the network
+        file = output / "networks" / f"{one['number']:03d}.yaml"
+        recipe = load_recipe(file)
+        assert one["command"].startswith(f"muntin fit {file} -o ") and recipe.seed == 3
+        assert {name: recipe.model.options[name] for name in one["options"]} == one["options"]
+        if one is point:
+            assert recipe.model_copy(update={"data": trained.recipe.data}) == trained.recipe
     assert Path(result["page"]).read_text(encoding="utf-8").count("muntin fit") == len(result["front"])
 
     again = search(tiny, output)  # everything is done
     assert again.exit_code == 0 and "wrote" in again.output and best["name"] in again.output
     assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
-    other = search(tiny, output, "--candidates", "7")
-    assert isinstance(other.exception, RecipeError) and "holds a search with another settings" in str(other.exception)
+    other = search(tiny, output, candidates=3)
+    assert isinstance(other.exception, RecipeError) and "settings.candidates was 4, is 3" in str(other.exception)
+
+
+def test_command_that_goes_on() -> None:
+    given = SearchSettings(objective="size", minutes=0.5, candidates=9)
+    words = shlex.split(command._same_command(Path("a b.yaml"), Path("s.yaml"), given, Path("out"), ["seed=3"]))
+    assert words[:3] == ["muntin", "search", "a b.yaml"] and words[-2:] == ["--set", "seed=3"]
+    pairs = dict(zip(words[3::2], words[4::2], strict=True))
+    options = {"--space": "s.yaml", "--output": "out", "--objective": "size", "--minutes": "0.5", "--candidates": "9"}
+    assert pairs == {**options, "--set": "seed=3"}
+    assert command._same_command(Path("r.yaml"), None, SearchSettings(), None, ()) == "muntin search r.yaml"
 
 
 def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +108,10 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "007" in file.getvalue() and "2.25 ms" in file.getvalue() and "stem [8, 16]" in file.getvalue()
 
 
-def test_command_of_a_point_is_a_recipe(tiny: Any) -> None:
-    recipe = load_recipe(tiny.recipe, ["model.options.depths=[2, 1]", 'model.options.attention="local"'])
-    assert recipe.model.options["depths"] == [2, 1] and recipe.model.options["attention"] == "local"
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--minutes", "0"], "minutes 0: give a number above 0, or leave it out"),
         (["--objective", "beauty"], "objective 'beauty': give latency, size or memory"),
         (["--set", "model.name=timm:resnet18", "--set", "model.options={}"], "model timm:resnet18: a search changes muntin's own networks"),
     ],

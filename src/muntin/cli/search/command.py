@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,11 +21,13 @@ from muntin.cli.search.description import amount, choices, describe_architecture
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 
 if TYPE_CHECKING:
+    from muntin.searching import SearchSettings
     from muntin.searching.run import SearchStage, SearchStageReport
 
 FOLDER = "search"
 """Folder of a search beside the run's name: runs/NAME-search."""
 STAGES = {
+    "data": "checking data: {done} of {total}",
     "supernet": "shared weights: step {done} of {total}, {text}",
     "parts": "latency of parts: {done} of {total}",
     "check": "latency of whole networks: {done} of {total}",
@@ -39,11 +42,11 @@ def search_command(
     objective: Annotated[str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")] = "latency",
     minutes: Annotated[
         float | None,
-        typer.Option(
-            min=0, help="Minutes of the search, without the table of latencies, which is kept; unset: each training has the recipe's steps."
-        ),
+        typer.Option(help="Minutes of the search without the table of latencies, above 0; unset: each training has the recipe's steps."),
     ] = None,
-    candidates: Annotated[int, typer.Option(min=1, help="Architectures to score with the shared weights.")] = 200,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Architectures to score with the shared weights; a search goes on with more.")
+    ] = 200,
     finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,
     checked: Annotated[int, typer.Option(min=0, help="Whole networks that show the error of the predicted latency.")] = 6,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the search; runs/NAME-search by default.")] = None,
@@ -68,14 +71,14 @@ def search_command(
         raise RecipeError("muntin search works in one process: start it without torchrun")
     loaded = load_recipe(recipe, set_ or ())
     settings = SearchSettings(
-        objective=objective, minutes=minutes or None, candidates=candidates, finalists=finalists, checked=checked,  # type: ignore[arg-type]
+        objective=objective, minutes=minutes, candidates=candidates, finalists=finalists, checked=checked,  # type: ignore[arg-type]
     )  # fmt: skip
     chosen = None if space is None else load_space(space)
     folder = output or Path("runs") / f"{loaded.name}-{FOLDER}"
     refuse_unwritable(folder)
     with _shown(notes_once(() if json else notes), objective) as report:
         result = search_architectures(
-            loaded, chosen, folder=folder, root=recipe.resolve().parent, recipe_path=recipe, settings=settings, report=report
+            loaded, chosen, folder=folder, root=recipe.resolve().parent, settings=settings, report=report
         )  # fmt: skip
     metric = METRICS[loaded.task].name + METRICS[loaded.task].unit_after
     page = write_search(folder, search_record(result, title=f"{loaded.name}: search", metric=metric)) if result.finished else None
@@ -86,8 +89,16 @@ def search_command(
         if page is not None:
             out.print(f"page      {page}")
     if not result.finished:
-        say(f"muntin: interrupted; the same command goes on: {shlex.join(['muntin', 'search', str(recipe), '-o', str(folder)])} ...")
+        say(f"muntin: interrupted; `{_same_command(recipe, space, settings, output, set_ or ())}` goes on")
         raise typer.Exit(1)
+
+
+def _same_command(recipe: Path, space: Path | None, settings: SearchSettings, output: Path | None, changes: Sequence[str]) -> str:
+    """The command of a search, without options that have their default."""
+    options = {"space": space, "output": output, **asdict(settings)}
+    usual = {"space": None, "output": None, **asdict(type(settings)())}
+    given = [word for name, value in options.items() if value != usual[name] for word in (f"--{name}", str(value))]
+    return shlex.join(["muntin", "search", str(recipe), *given, *(word for change in changes for word in ("--set", change))])
 
 
 @contextmanager

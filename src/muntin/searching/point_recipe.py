@@ -1,0 +1,95 @@
+"""The recipe of a point of the front, a file from which `muntin fit` trains the network, and the commands that do it.
+
+    networks/NNN.yaml    all values of the search's recipe, with absolute paths, and the network's own
+
+Ranks and bits are in the section `compression` of the file: `muntin compress` trains them, the search did not.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from muntin.artifact.atomic_files import write_files
+from muntin.compression.stages import FOLDER, stage_folder
+from muntin.data.folders import FolderPair
+from muntin.models.compression_record import STAGES, Stage
+from muntin.searching.candidates import recipe_of
+from muntin.searching.space import Architecture
+from muntin.searching.study import StudyPoint
+from muntin.training.config import CompressionConfig, LowRankConfig
+from muntin.training.recipe import Recipe, recipe_text
+
+NETWORKS = "networks"
+"""Folder of the recipes and runs of a search's networks."""
+
+
+def place_name(point: StudyPoint) -> str:
+    """Name of a point, of its recipe and of the folder of its run."""
+    return f"{point.number + 1:03d}"
+
+
+def network_recipe(recipe: Recipe, architecture: Architecture, options: dict[str, Any], name: str) -> Recipe:
+    """The recipe with the name, the crop and the model of an architecture. `options`: fields that the architecture changes."""
+    model = recipe.model.model_copy(update={"options": {**recipe.model.options, **options}})
+    return recipe_of(recipe.model_copy(update={"model": model, "name": name}), architecture)
+
+
+def write_recipes(folder: Path, recipes: Iterable[tuple[Recipe, Architecture]], *, root: Path) -> None:
+    """Write the recipes of some networks into `folder`, by their names. `root`: where relative paths of the recipes start."""
+    files = {f"{recipe.name}.yaml": recipe_text(_file_recipe(recipe, one, root)).encode() for recipe, one in recipes}
+    if files:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(folder, files)
+
+
+def commands(folder: Path, name: str, architecture: Architecture) -> str:
+    """The commands that train and export a network of `write_recipes`, with its ranks and bits if it has any."""
+    run = str(folder / name)
+    steps = [["muntin", "fit", str(folder / f"{name}.yaml"), "-o", run], ["muntin", "export", run]]
+    if (stage := _last_stage(architecture)) is not None:
+        steps[1:] = [["muntin", "compress", run, "--until", stage], ["muntin", "export", str(stage_folder(folder / name / FOLDER, stage))]]
+    return " && ".join(map(shlex.join, steps))
+
+
+def _last_stage(architecture: Architecture) -> Stage | None:
+    """The last stage of `muntin compress` that an architecture needs."""
+    if architecture.bits is not None:
+        return STAGES[1]
+    return STAGES[0] if architecture.rank_share < 1 else None
+
+
+def _file_recipe(recipe: Recipe, architecture: Architecture, root: Path) -> Recipe:
+    compression = recipe.compression
+    if _last_stage(architecture) is not None:
+        compression = _compression(recipe.compression, architecture)
+    return recipe.model_copy(update={"compression": compression, **_absolute(recipe, root)})
+
+
+def _compression(config: CompressionConfig, architecture: Architecture) -> CompressionConfig:
+    share, bits = architecture.rank_share, architecture.bits or config.weight_bits
+    ranks = (config.low_rank or LowRankConfig()).model_copy(update={"parameters": share, "threshold": None}) if share < 1 else None
+    changes = {"low_rank": ranks, "weight_bits": bits, "average_bits": max(config.average_bits, bits)}
+    return config.model_copy(update=changes)
+
+
+def _absolute(recipe: Recipe, root: Path) -> dict[str, Any]:
+    """The sections of a recipe that hold paths, with absolute ones."""
+
+    def place(path: Path | None) -> Path | None:
+        return None if path is None else root / path
+
+    data, teacher = recipe.data, recipe.teacher
+    changes: dict[str, Any] = {name: place(getattr(data, name)) for name in ("images", "masks", "targets")}
+    changes["skip"] = tuple(root / path for path in data.skip)
+    for name in ("validation", "test"):
+        split = getattr(data, name)
+        changes[name] = split.under(root) if isinstance(split, FolderPair) else split
+    sections: dict[str, Any] = {"data": data.model_copy(update=changes)}
+    if teacher is not None:
+        model = str(root / teacher.model) if (root / teacher.model).is_dir() else teacher.model
+        paths = {"weights": place(teacher.weights), "unlabelled": place(teacher.unlabelled)}
+        sections["teacher"] = teacher.model_copy(update={"model": model, **paths})
+    return sections
