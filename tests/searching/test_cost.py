@@ -43,4 +43,4 @@ def test_memory_grows_with_the_picture(task: str) -> None:
 def test_memory_of_ranks_and_bits() -> None:
     one = Architecture(config=base_of("segment"))
     small = replace(one, bits=4, rank_share=0.5)
-    assert memory_bytes(one, 64) - memory_bytes(small, 64) == parameters_of(one.config) * 3 / 4
+    assert memory_bytes(one, 64) - memory_bytes(small, 64) == parameters_of(one.config) / 2

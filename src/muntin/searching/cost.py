@@ -50,13 +50,14 @@ def artifact_bytes(architecture: Architecture) -> float:
 
 
 def memory_bytes(architecture: Architecture, side: int) -> float:
-    """Bytes of the weights, with their ranks and bits, and of the activations at the peak in 8 bits, an estimate from shapes: the layer
-    with the largest input and output, and the maps that the decoder waits for, for one picture of `side` pixels a side.
+    """Bytes of the weights, with their ranks, and of the activations at the peak, an estimate from shapes: the layer with the largest input
+    and output, and the maps that the decoder waits for, for one picture of `side` pixels a side.
 
-    Weights count as they are stored: OpenVINO expands those of fewer than 8 bits to 8 when it loads them.
+    All in 8 bits: OpenVINO expands weights of fewer bits when it loads them.
     """
     side = max(1, round(architecture.resolution * side))
-    return artifact_bytes(architecture) + _activations(architecture.config, side)
+    weights = architecture.rank_share * parameters_of(architecture.config)
+    return weights * DEPLOYED_BITS / 8 + _activations(architecture.config, side)
 
 
 @lru_cache(maxsize=_KEPT)
