@@ -294,9 +294,10 @@ def main() -> None:
     machine = describe_hardware()
     rows = measure(arguments, settings, machine)
     hardware = machine | {"created": now()}
-    print_table(rows, hardware)
     if arguments.json:
         print(json.dumps({"settings": settings, "hardware": hardware, "rows": rows}, indent=1))
+    else:
+        print_table(rows, hardware)
 
 
 if __name__ == "__main__":
