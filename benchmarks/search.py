@@ -9,8 +9,8 @@ latencies is measured once a machine and comes on top; its minutes are in the ou
     random    `--networks` random architectures of the same space, trained alone, each for its share of the minutes
     presets   hybrid-xxs, hybrid-xs and hybrid-s, likewise
     width     `--model` with half, all and one and a half times its channels (in multiples of a head), likewise
-    peers     those of `--peers` (`segmentation_peers/models.py`), likewise, each by `muntin export` in INT8; YOLO26n-sem needs the package
-              ultralytics (AGPL-3.0)
+    peers     those of `--peers` (`segmentation_peers/models.py`), likewise, each by `muntin export` in INT8, at the demonstration's rate,
+              which `peers.py` tunes for each; YOLO26n-sem needs the package ultralytics (AGPL-3.0)
 All networks are exported in INT8, scored on the validation and the test split as artefacts, and those of a seed are timed in turns.
 
     test, ms       mIoU of the test split; median milliseconds of one picture of twice the training crop
@@ -38,6 +38,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-search"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
+    if "yolo26n-sem" in arguments.peers and find_spec("ultralytics") is None:
+        parser.error("yolo26n-sem needs the package ultralytics (AGPL-3.0): install it, or name other --peers")
     machine = describe_hardware()
     keys = ("source", "model", "minutes", "candidates", "networks", "peers", "checked", "threads", "set")
     settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}

@@ -84,10 +84,14 @@ def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     assert len(run_artifacts(checkpoint, run)[0]) == 2  # the run's folder given again
     (run / "budget").mkdir()
     record = run / "budget" / "front.json"
-    front = {"chosen": 1, "weights": checkpoint.state.weights, "points": [{"number": 1, "artifact": "../kept"}]}
+    front = {"chosen": 1, "weights": checkpoint.state.weights, "points": [{"number": 1, "artifact": "../kept", "kept": True}]}
     record.write_text(json.dumps(front))
     assert [entry.name for entry in run_artifacts(checkpoint)[0]] == ["int8 in artifact", "int8 in kept", "in budget"]
-    for other, words in (({"weights": "0"}, "of other weights than the run's newest"), ({"points": []}, f"{record}: ")):
+    missed = [{"number": 1, "artifact": "../kept", "kept": False}]
+    for other, words in (
+        ({"weights": "0"}, "of other weights than the run's newest"), ({"weights": ""}, "did not record its weights"),
+        ({"points": []}, f"{record}: "), ({"points": missed}, "keeps its budget"),
+    ):  # fmt: skip
         record.write_text(json.dumps(front | other))
         assert words in run_artifacts(checkpoint)[1][0]
     shutil.rmtree(run / "budget")

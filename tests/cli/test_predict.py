@@ -212,8 +212,12 @@ def test_predict_images_and_folders(call: Call, tmp_path: Path, write_small: Wri
     twice = call(*words, photos / ".." / "photos" / "a.png", photos, "--json").document()["results"]
     assert [Path(result["source"]).name for result in twice] == ["b.png", "a.png", "c.png", "a.png"]  # that of `other`
     (photos / "linked.png").symlink_to(photos / "a.png")  # as stores of data link what is the same twice
+    (photos / "more" / "loop").symlink_to(photos)
     for _ in range(2):  # the results in the folder are no images
         assert len(call("predict", artifact, photos, "-o", photos / "out", "--json").document()["results"]) == 5
+    (photos / "more" / "loop").unlink()
+    for inside in (photos, photos / "more"):
+        assert "is the folder of the images" in call("predict", artifact, photos, "-o", inside).mistake()
     assert "is the folder of the images" in call(*words[:5], "-o", photos / "more").mistake()
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
 

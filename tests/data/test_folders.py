@@ -306,6 +306,11 @@ def test_classes_of_folders(tmp_path: Path) -> None:
     nested = open_classes(tmp_path)
     samples = {sample.name: sample for name in SPLITS for sample in nested.split(name)}
     assert nested.notes == () and len(samples) == 20 and samples["cat/2024/1"].target == samples["cat/1"].target
+    for spelling in ("caf\u00e9", "cafe\u0301"):
+        (tmp_path / "dog" / spelling).mkdir()
+        (tmp_path / "dog" / spelling / "1.png").write_bytes((tmp_path / "dog" / "1.png").read_bytes())
+    with pytest.raises(DataError, match="have the same name: rename or remove one"):
+        open_classes(tmp_path).split("train")
 
 
 def test_classes_that_differ_from_the_folders(tmp_path: Path) -> None:

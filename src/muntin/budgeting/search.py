@@ -89,7 +89,7 @@ class Search:
         brackets: dict[float, _Bracket] = {}
         for width in self.widths:
             if not self._goes_on(opening=True):
-                return
+                break  # the best width may still have room for trials
             try:
                 bracket = _Bracket(self.open_base(width))
             except MuntinError as error:
@@ -107,8 +107,10 @@ class Search:
                 self._probe(bracket)
             if self.unreachable:
                 return
+        ended = self.stopped
         if (best := self.best) is not None:
             self._bisect(brackets[best.plan.width])
+        self.stopped |= ended
 
     def _goes_on(self, *, opening: bool = False) -> bool:
         self.stopped = not self.may_go_on(self.trials, opening)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 RESULTS = Path("predictions")
 """Folder of the results where none is named."""
+_RESULT = re.compile(r"\.(mask|overlay|difference|restored)\.\w+$")
+"""The ends of their names."""
 
 
 def predict_command(
@@ -182,23 +186,14 @@ def _print_results(results: Iterable[Result]) -> None:
 def _images(paths: Iterable[Path], truth: Path | None, results: Path) -> list[Path]:
     """Return the named images and those of the folders and the folders in them, each once.
 
-    Hidden files and folders in a folder are skipped (macOS leaves "._a.jpg" beside "a.jpg"), and the results, where they are written into
-    it. Raises DataError without images, or for several and one truth.
+    Hidden files and folders in a folder are skipped (macOS leaves "._a.jpg" beside "a.jpg"), and so are results that are in the folder
+    `results` already. Raises DataError without images, or for several and one truth.
     """
     from muntin.images import IMAGE_SUFFIXES
-    from muntin.images.rasters import RASTER_SUFFIXES
-
-    def is_image(path: Path) -> bool:
-        return path.suffix.lower() in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES) and path.is_file()
-
-    def shown(path: Path, folder: Path) -> bool:
-        real, target = folder.resolve(), results.resolve()
-        written = target != real and target.is_relative_to(real) and path.resolve().is_relative_to(target)
-        return not written and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
     images: dict[Path, Path] = {}
     for path in paths:
-        candidates = sorted(file for file in path.rglob("*") if is_image(file) and shown(file, path)) if path.is_dir() else [path]
+        candidates = _images_below(path, results.resolve()) if path.is_dir() else [path]
         if not candidates:
             raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
         for image in candidates:
@@ -206,6 +201,29 @@ def _images(paths: Iterable[Path], truth: Path | None, results: Path) -> list[Pa
     if truth is not None and len(images) != 1:
         raise DataError(f"--truth goes with one image, and these are {len(images)}: name one")
     return list(images.values())
+
+
+def _images_below(top: Path, results: Path) -> list[Path]:
+    """Return the images in a folder and the folders in it, in order; each folder counts once, links included."""
+    from muntin.images import IMAGE_SUFFIXES
+    from muntin.images.rasters import RASTER_SUFFIXES
+
+    found: list[Path] = []
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(top, followlinks=True):
+        folder = Path(place)
+        if (real := folder.resolve()) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        written = results != top.resolve() and real.is_relative_to(results)
+        for name in sorted(files):
+            if name.startswith(".") or Path(name).suffix.lower() not in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES):
+                continue
+            if not (written and _RESULT.search(name)) and (folder / name).is_file():
+                found.append(folder / name)
+    return found
 
 
 def _result_names(images: Iterable[Path]) -> dict[Path, str]:
@@ -247,6 +265,7 @@ def _refuse_overwriting(
     from muntin.runtime.bulk.items import item_files
 
     folders = {path.resolve() for path in named if path.is_dir()}
+    folders |= {parent for path in targets if any((parent := path.parent.resolve()).is_relative_to(folder) for folder in folders)}
     inputs = {path.resolve() for path in (*targets, *([] if truth is None else [truth]))}
     for path, target in targets.items():
         if (folder := target.parent.resolve()) in folders:

@@ -189,6 +189,8 @@ class _Compression:
         self.config = self.recipe.compression
         self.keep = (*self.config.keep, *self.recipe.quantization.keep)
         self.origin = checkpoint.state.weights
+        if any(read_checkpoint(path).recipe == checkpoint.recipe for path in stage_checkpoints(directory).values()):
+            self.recipe = checkpoint.recipe  # stages of muntin 0.1, whose steps are shares of the recipe's
         if not resume and (existing := stage_checkpoints(directory)):
             for path in existing.values():
                 self._own_record(read_checkpoint(path))  # raises if --resume would be refused, too

@@ -161,8 +161,10 @@ class FolderSource(ItemSource):
         found: dict[tuple[str, str], Path] = {}
         for place, path in folders_below(folder, apart=apart):
             inner = {composed(inside.name) for inside in subfolders(path)}
-            stems = self._pictures_by_stem(path, required=False, used=inner)
-            found |= {(f"{place}/" if place else "", stem): file for stem, file in stems.items()}
+            for stem, file in self._pictures_by_stem(path, required=False, used=inner).items():
+                other = found.setdefault((f"{place}/" if place else "", stem), file)
+                if other is not file:  # two folders of one name, with its accents encoded in two ways
+                    self._failures[file] = Failure(f"{other} and {file} have the same name: rename or remove one", f"the name of {other}")
         if required and not found:
             raise DataError(f"{folder} holds no images: put some there ({', '.join(IMAGE_SUFFIXES)})")
         return found
@@ -198,11 +200,9 @@ class FolderSource(ItemSource):
 
 
 def folders_apart(base: FolderPair, others: Sequence[FolderPair]) -> set[Path]:
-    """Resolved folders inside that of the training pictures that hold others: of the clean pictures, the other splits, and the results."""
+    """Resolved folders that may lie inside that of the training pictures and hold others: the clean pictures and the other splits."""
     named = [folder for pair in (base, *others) for folder in (pair.images, pair.masks, pair.targets) if folder is not None]
-    own = base.images.resolve()
-    results = [folder for folder in subfolders(base.images) if is_results_folder(folder)] if base.images.is_dir() else []
-    return {folder.resolve() for folder in (*named, *results)} - {own}
+    return {folder.resolve() for folder in named} - {base.images.resolve()}
 
 
 def _below(place: str, places: Sequence[tuple[str, Path, Path]]) -> list[str]:

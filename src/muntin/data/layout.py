@@ -15,7 +15,7 @@ from pathlib import Path
 
 from muntin.data.classes import list_some
 from muntin.data.folders import FolderPair, folders_apart
-from muntin.data.listing import composed, is_results_folder, paired_folders, pictures, pictures_below, subfolders
+from muntin.data.listing import composed, holds_results, is_results_folder, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.shards.source import ShardContent, shard_content, shard_files
 from muntin.data.source import DataTask, SplitName
 from muntin.errors import DataError
@@ -164,9 +164,7 @@ def _classify_layout(base: Path, split_folders: Mapping[SplitName, Path | None],
 
 def _class_folders(base: Path, *, deep: bool) -> list[Path]:
     """The folders in `base` that hold pictures, `deep`: or whose folders below do."""
-    return [
-        folder for folder in subfolders(base) if pictures(folder) or (deep and not is_results_folder(folder) and pictures_below(folder))
-    ]
+    return [folder for folder in subfolders(base) if pictures(folder) or (deep and not holds_results(folder) and pictures_below(folder))]
 
 
 def _shard_layout(root: Path, task: DataTask | None) -> Layout | None:

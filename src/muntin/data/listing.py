@@ -11,6 +11,7 @@ from muntin.images import IMAGE_SUFFIXES
 
 RECIPE_NAME = "recipe.yaml"
 """The file that `muntin init` writes; it may lie beside the pictures."""
+_PREDICTIONS = "predictions"  # the folder of `muntin predict`, if none is named
 _RUNS = "runs"  # the folder that `muntin fit` writes results to; it may lie beside the pictures
 
 
@@ -55,7 +56,10 @@ def paired_folders(images: Path, masks: Path) -> list[tuple[str, Path, Path]]:
 
 
 def folders_below(folder: Path, *, apart: Collection[Path] = ()) -> list[tuple[str, Path]]:
-    """A folder and all folders in it, as (place, path) like `paired_folders`. `apart`: resolved folders that are left out."""
+    """A folder and all folders in it, as (place, path) like `paired_folders`. `apart`: resolved folders that are left out.
+
+    So are folders of results (`holds_results`).
+    """
     found: list[tuple[str, Path]] = []
     seen = set(apart)
 
@@ -65,7 +69,8 @@ def folders_below(folder: Path, *, apart: Collection[Path] = ()) -> list[tuple[s
         seen.add(real)
         found.append((place, folder))
         for path in subfolders(folder):
-            walk(f"{place}/{composed(path.name)}".lstrip("/"), path)
+            if not holds_results(path):
+                walk(f"{place}/{composed(path.name)}".lstrip("/"), path)
 
     walk("", folder)
     return found
@@ -85,6 +90,11 @@ def is_picture(path: Path) -> bool:
 def is_results_folder(folder: Path) -> bool:
     """Return True for the folder of the results of `muntin fit`: it is called `runs` and holds no pictures."""
     return folder.name == _RUNS and not pictures(folder)
+
+
+def holds_results(folder: Path) -> bool:
+    """Return True for a folder that muntin wrote: `runs` without pictures of its own, a run, or the `predictions` of `muntin predict`."""
+    return is_results_folder(folder) or folder.name == _PREDICTIONS or (folder / "checkpoints").is_dir()
 
 
 def composed(name: str) -> str:

@@ -129,7 +129,8 @@ def _survey(layout: Layout) -> Survey:
         unreadable |= unreadable_masks
     elif layout.task == "restore":
         classes, counted, unopened = MaskClasses(classes=(), ignore=None, shares=()), len(images), 0
-        notes, folders = restore_notes(layout), [folder for pair in pairs for folder in (pair.images, pair.targets) if folder is not None]
+        own = [folder for pair in pairs for folder in (pair.images, pair.targets) if folder is not None]
+        notes, folders = restore_notes(layout), [inside for folder in own for _, inside in folders_below(folder, apart=layout.apart())]
     elif base.masks is None:
         class_folders = layout.class_folders()
         specs = classes_in_folders(base.images, class_folders)

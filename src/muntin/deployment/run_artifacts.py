@@ -147,15 +147,19 @@ def _chosen_in_budget(checkpoint: Checkpoint) -> tuple[list[RunArtifact], list[s
     record = run_folder(checkpoint) / BUDGET
     if not record.is_file():
         return [], []
-    again = f"`{_command('compress', run_folder(checkpoint))} --max-drop DROP -o FOLDER` searches again"
+    again = f"to search again, remove {record.parent}, then `{_command('compress', run_folder(checkpoint))} --max-drop DROP`"
     try:
         content = json.loads(record.read_bytes())
         if content["chosen"] is None:
             return [], []
+        page = record.with_suffix(".html")
         if content.get("weights") != checkpoint.state.weights:
-            return [], [f"left out, of other weights than the run's newest: the models of {record.with_suffix('.html')}; {again}"]
-        place = {point["number"]: point["artifact"] for point in content["points"]}[content["chosen"]]
-        artifact = open_artifact(record.parent / place)
+            whose = "of other weights than the run's newest" if content.get("weights") else "of a version that did not record its weights"
+            return [], [f"left out, {whose}: the models of {page}; {again}"]
+        point = {point["number"]: point for point in content["points"]}[content["chosen"]]
+        if not point["kept"]:
+            return [], [f"left out: no model of {page} keeps its budget"]
+        artifact = open_artifact(record.parent / point["artifact"])
     except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
         return [], [f"left out: {record}: {error}; {again}"]
     return [RunArtifact(name=IN_BUDGET, form=IN_BUDGET, artifact=artifact, checkpoint=checkpoint)], []

@@ -70,7 +70,7 @@ def _file_recipe(recipe: Recipe, architecture: Architecture, root: Path) -> Reci
 
 def _compression(config: CompressionConfig, architecture: Architecture) -> CompressionConfig:
     share, bits = architecture.rank_share, architecture.bits or config.weight_bits
-    ranks = (config.low_rank or LowRankConfig()).model_copy(update={"parameters": share, "threshold": None}) if share < 1 else None
+    ranks = LowRankConfig(parameters=share) if share < 1 else None  # as candidates are factored
     changes = {"low_rank": ranks, "weight_bits": bits, "average_bits": max(config.average_bits, bits)}
     return config.model_copy(update=changes)
 

@@ -222,6 +222,8 @@ class _Search:
             done = len(study.proposals)
             self._save(used())  # of a search that is killed, too, no minute counts twice
             self.report(SearchStage(stage="study", done=done, total=self.settings.candidates, front=study.front))
+        if (missing := self.settings.candidates - len(study.proposals)) > 0 and not stopped():
+            self.notes.append(f"the minutes of the study ended with {missing} of {self.settings.candidates} candidates not scored")
         if not study.points and not stopped():
             raise RecipeError(
                 f"space: none of {self.settings.candidates} proposals makes a network: remove choices that exclude each other"

@@ -31,11 +31,18 @@ def test_photographs_in_the_folder(photographs: Path) -> None:
     for folder, name in (("2024", "p1.png"), ("2024", "p2.png"), ("test", "p3.png")):
         (photographs / folder).mkdir(exist_ok=True)
         (photographs / name).rename(photographs / folder / name)
+    for results in ("predictions", "run/pictures"):  # what muntin wrote
+        (photographs / results).mkdir(parents=True)
+        shutil.copy(photographs / "p4.png", photographs / results / "p4.png")
+    (photographs / "run" / "checkpoints").mkdir()
+    (photographs / "val").mkdir()  # without pictures: no split
     (photographs / "recipe.yaml").unlink()
     recipe = read(photographs)
+    assert isinstance(recipe.data.validation, float)
     source = open_source(recipe.data, root=photographs)
     assert [sample.name for sample in source.split("test")] == ["p3"]
-    assert {"2024/p1", "2024/p2"} < {sample.name for name in ("train", "validation") for sample in source.split(name)}
+    trained = {sample.name for name in ("train", "validation") for sample in source.split(name)}
+    assert trained == {"2024/p1", "2024/p2", *(f"p{number}" for number in (0, *range(4, 10)))}
 
 
 def test_pairs_in_split_folders(photographs: Path, tmp_path: Path) -> None:

@@ -31,14 +31,17 @@ def restore_layout(root: Path) -> Layout:
         raise DataError(f"the folder {root} does not exist: name the folder that holds your pictures")
     train, validation, test = (_named(root, FOLDER_NAMES[name]) for name in ("train", "validation", "test"))
     base = None if train is None else _photographs(train)
+    required = base is not None
     if base is None:
         base = _photographs(root)
     if base is None:
         raise DataError(f"{root} holds nothing to make a restore recipe of: {_EXPECTED}")
     splits = [None if folder is None else _photographs(folder) for folder in (validation, test)]
-    for folder, pair in zip((validation, test), splits, strict=True):
+    for index, (folder, pair) in enumerate(zip((validation, test), splits, strict=True)):
         if folder is not None and (pair is None or (pair.targets is None) != (base.targets is None)):
-            raise DataError(f"{folder} does not hold pictures as {base.images} does: {_EXPECTED}")
+            if required:
+                raise DataError(f"{folder} does not hold pictures as {train} does: {_EXPECTED}")
+            splits[index] = None  # beside photographs in the folder itself: no split
     return Layout(task="restore", base=base, validation=splits[0], test=splits[1])
 
 
@@ -82,5 +85,6 @@ def _photographs(folder: Path) -> FolderPair | None:
 
 
 def _named(parent: Path, names: tuple[str, ...]) -> Path | None:
-    by_name = {path.name.lower(): path for path in subfolders(parent) if pictures_below(path) or names not in (_IMAGES, _TARGETS)}
+    chosen = [path for path in subfolders(parent) if path.name.lower() in names]
+    by_name = {path.name.lower(): path for path in chosen if names not in (_IMAGES, _TARGETS) or pictures_below(path)}
     return next((by_name[name] for name in names if name in by_name), None)
