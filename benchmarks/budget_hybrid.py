@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,9 @@ class Bench:
         changes = [f"budget.trials={trials}", f"budget.steps={self.settings['steps'] // trials}", f"budget.widths={widths}"]
         return self._compressed(name, max_drop, changes, {} if name == "muntin" else {"plans": partial(uniform, name)})
 
-    def one_stage(self, max_drop: float, found: Row) -> Row:
+    def one_stage(self, max_drop: float, made: dict[str, Row]) -> Row:
+        """The plan that muntin's search chose, trained in one go."""
+        found = made["muntin"]
         forms = {name: Form(*form) for name, form in found["forms"].items()}
         plan = Plan(width=found["width"], forms=forms, harm=1.0, cost=1.0)
 
@@ -159,8 +161,9 @@ class Bench:
             "parameters": None, "minutes": (time.perf_counter() - started) / 60,
         }  # fmt: skip
 
-    def scratch(self, max_drop: float, found: Row, minutes: float) -> Row:
-        """A small network whose bytes are those of the found artefact, trained for the minutes."""
+    def scratch(self, max_drop: float, made: dict[str, Row]) -> Row:
+        """A small network whose bytes are those of muntin's artefact, trained for the minutes of FP32 and the search."""
+        found, minutes = made["muntin"], made["fp32"]["minutes"] + made["muntin"]["minutes"]
         sizes = {index: self._integer_bytes(options) for index, options in enumerate(SMALL)}
         fitting = [index for index, size in sizes.items() if size <= found["bytes"]] or [min(sizes, key=lambda index: sizes[index])]
         options = SMALL[max(fitting, key=lambda index: sizes[index])]
@@ -204,14 +207,13 @@ def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], 
     rows: dict[str, dict[str, Row]] = {}
     for budget in arguments.budgets:
         made = dict(shared)
-        for name in ("muntin", "bits", "ranks", "channels"):
-            made[name] = keep(folder / f"{name}-{budget:g}.json", measure=partial(bench.search, name, budget))
-            _tell(seed, budget, name, made[name], shared["fp32"])
-        found = made["muntin"]
-        minutes = shared["fp32"]["minutes"] + found["minutes"]
-        made["one stage"] = keep(folder / f"one-stage-{budget:g}.json", measure=partial(bench.one_stage, budget, found))
-        made["scratch"] = keep(folder / f"scratch-{budget:g}.json", measure=partial(bench.scratch, budget, found, minutes))
-        for name in ("stages", "cumulative stages", "one stage", "scratch"):
+        works: dict[str, Callable[[], Row]] = {
+            "muntin": partial(bench.search, "muntin", budget), "one stage": partial(bench.one_stage, budget, made),
+            **{name: partial(bench.search, name, budget) for name in ("bits", "ranks", "channels")},
+            "scratch": partial(bench.scratch, budget, made),
+        }  # fmt: skip
+        for name, work in works.items():  # what answers the question of the stages first
+            made[name] = keep(folder / f"{name.replace(' ', '-')}-{budget:g}.json", measure=work)
             _tell(seed, budget, name, made[name], shared["fp32"])
         timed = keep(folder / f"latency-{budget:g}.json", measure=partial(_timed, folder, made, arguments.rounds))
         rows[f"{budget:g}"] = {name: {**row, "ms": timed["ms"][name]} for name, row in made.items()}
