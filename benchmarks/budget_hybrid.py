@@ -153,6 +153,8 @@ class Bench:
         config = override_recipe(self.recipe, changes).compression
         started = time.perf_counter()
         run = compress_checkpoint(self.fp32, self.folder / f"stages-{criterion}", config=config, resume=True)
+        if run.interrupted or run.stop_requested:
+            raise SystemExit("interrupted: the same command goes on")
         last = read_checkpoint(run.checkpoint)
         artifact = export_checkpoint(last, self.folder / f"stages-{criterion}-artifact")
         record = last.state.compression
@@ -191,7 +193,9 @@ class Bench:
 
 
 def _fit(recipe: Recipe, folder: Path) -> None:
-    muntin.fit(recipe, directory=folder, resume=bool(checkpoints_in(folder / "checkpoints")))
+    result = muntin.fit(recipe, directory=folder, resume=bool(checkpoints_in(folder / "checkpoints")))
+    if result.interrupted or result.stop_requested:
+        raise SystemExit("interrupted: the same command goes on")
 
 
 def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], recipe: Recipe, machine: Row) -> dict[str, dict[str, Row]]:
