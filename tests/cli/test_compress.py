@@ -72,7 +72,8 @@ def test_compress_output(call: Call, exported: Any, tmp_path: Path) -> None:
     ]
     assert "of 3 layers are factored" in answer.out
     assert "layers W4A8" in answer.out
-    assert answer.out.endswith(f"wrote     {tmp_path / 'out' / '3-mixed' / 'checkpoints' / 'step-00000002'}\n")
+    stage = tmp_path / "out" / "3-mixed"
+    assert answer.out.endswith(f"wrote     {stage / 'checkpoints' / 'step-00000002'}\nnext      `muntin export {stage}`\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == list(FOLDERS)
     assert not (exported.run / "compressed").exists()
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from queue import Queue
+from time import sleep
 
 import pytest
 from rich.console import Console
@@ -49,9 +51,19 @@ def test_progress_of_short_work_in_a_pipe(capsys: pytest.CaptureFixture[str]) ->
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_progress_beside_silenced_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "FIRST_S", 0.01)
+    shown, silenced = StringIO(), StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    with status("exporting"), redirect_stderr(silenced):
+        while not shown.getvalue():
+            sleep(0.01)
+    assert shown.getvalue().startswith("exporting, 0:00:0") and not silenced.getvalue()
+
+
 def test_progress_of_long_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: Queue[str] = Queue()
-    for name, value in (("FIRST_S", 0.01), ("EVERY_S", 0.01), ("say", lines.put)):
+    for name, value in (("FIRST_S", 0.01), ("EVERY_S", 0.01), ("say", lambda text, stream: lines.put(text))):
         monkeypatch.setattr(console, name, value)
 
     def await_line(pattern: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,18 @@ def test_disjoint_splits_with_shared_files(tmp_path: Path) -> None:
     second[0].symlink_to(first[2])
     with pytest.raises(DataError, match=r"b/0\.png is in the train and in the validation split: give"):
         check_disjoint({"train": first, "validation": second})
+
+
+def test_balanced_seed() -> None:
+    shares: dict[SplitName, float] = {"validation": 0.15, "test": 0.15}
+    for count in (15, 60):
+        keys = [f"p{number}" for number in range(count)]
+        seed = filling_seed(keys, shares, balanced=True)
+        assert seed is not None
+        sizes = Counter(split_of(key, seed, shares) for key in keys)
+        assert abs(sizes["test"] - 0.15 * count) <= 1 and abs(sizes["validation"] - 0.15 * count) <= 1
+    classes = [f"{name}/{number}" for name, number in (*(("a", n) for n in range(40)), *(("b", n) for n in range(4)))]
+    seed = filling_seed(classes, shares, by_class=True, balanced=True)
+    assert seed is not None
+    placed = [(split_of(key, seed, shares), key[0]) for key in classes]
+    assert len(set(placed)) == 6 and 4 <= sum(split == "test" for split, _ in placed) <= 9

@@ -12,7 +12,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.training.evaluation import Evaluation, areas, collapse, evaluate, poor_classes, predictions, tile_of
+from muntin.training.evaluation import Evaluation, areas, collapse, evaluate, poor_classes, predictions, tile_of, worse_than_input
 
 NAMES = ("sea", "land", "ice", "rock")
 
@@ -143,6 +143,12 @@ def test_classes_hardly_ever_found() -> None:
     (note,) = poor_classes([{"step": 4, "by_class": {"sea": 0.0}}, last])
     assert note.startswith("hardly ever found in the validation split: ice (less than 10% of it)")
     assert poor_classes([]) == poor_classes([last | {"step": 40}]) == ()
+
+
+def test_restored_pictures_worse_than_their_input() -> None:
+    (note,) = worse_than_input({"psnr": 30.0, "input_psnr": 31.5})
+    assert note.startswith("the restored pictures are 1.50 dB worse than the input")
+    assert worse_than_input({"psnr": 32.0, "input_psnr": 31.5}) == worse_than_input({"score": 0.5}) == worse_than_input(None) == ()
 
 
 # ---- a collapse of the score ----

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, progress_bar
+from muntin.cli.console import out, print_json, print_notes, progress_bar, say_notes
 from muntin.cli.options import EngineOption, JsonOption, PrecisionOption
 from muntin.cli.profile import parse_dims, parse_size
+from muntin.cli.start import prepare_torch
 from muntin.errors import DataError
 from muntin.text import count, number_format
 
@@ -56,6 +57,7 @@ def bench_command(
     json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput, memory and loading time of artefacts and runs, one after the other in turns."""
+    start = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.store import MANIFEST
     from muntin.runtime.profiling.bench import bench
 
@@ -64,6 +66,7 @@ def bench_command(
     if compile and all((path / MANIFEST).is_file() for path in candidates):
         raise DataError("--compile is for runs, which compute in PyTorch, and all of these are artefacts: leave it out")
     opened = [_candidate(path, compile, engine, precision) for path in candidates]
+    say_notes(() if json else start)
     with progress_bar("measuring") as advance:
         result = bench(
             opened,

@@ -104,6 +104,8 @@ def compress_command(
         print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": [*notes, *run.notes]})
     else:
         describe_compression(run)
+        if not run.interrupted:
+            out.print(f"next      `{shlex.join(['muntin', 'export', str(run.checkpoint.parent.parent)])}`")
     if run.interrupted:
         changes = [word for change in set_ or () for word in ("--set", change)]
         places = [*(() if output is None else ("--output", str(output))), *(() if until == "mixed" else ("--until", until))]
@@ -251,7 +253,12 @@ def _words(trial: Trial) -> str:
 
 def describe_search(result: CompressionResult, metric: str) -> None:
     """Print the trials, the chosen one and its figures."""
-    table = Table("", *(Column(name, justify="right") for name in ("width", metric, "change", "at worst", "MB", "ms")), "budget", "front")
+    table = Table(
+        "",
+        *(Column(name, justify="right", no_wrap=True) for name in ("width", metric, "change", "at worst", "MB", "ms")),
+        "budget",
+        "front",
+    )
     on_front = {trial.number for trial in result.front}
     for row in result.rows:
         number = row["trial"]

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from io import TextIOWrapper
 from math import isfinite
@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import wrap
 from threading import Event, Thread
 from time import monotonic
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -93,9 +93,12 @@ def print_notes(notes: Iterable[object]) -> None:
         out.print(f"note      {note}")
 
 
-def say(text: str) -> None:
-    """Print a line on standard error, because standard output holds only results."""
-    err.print(text)
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line on standard error, because standard output holds only results; or on `stream`."""
+    if stream is None:
+        err.print(text)
+    else:
+        print(text, file=stream, flush=True)
 
 
 def say_notes(notes: Iterable[object]) -> None:
@@ -123,6 +126,7 @@ def progress_lines(text: str) -> Iterator[Callable[[str, float | None], None]]:
     """
     shown: tuple[str, float | None] = (text, None)
     ended, started = Event(), monotonic()
+    stream = sys.stderr  # not that of the moment: PyTorch's exporter is silenced by another one
 
     def show(text: str, left: float | None) -> None:
         nonlocal shown
@@ -132,7 +136,9 @@ def progress_lines(text: str) -> Iterator[Callable[[str, float | None], None]]:
         pause = FIRST_S
         while not ended.wait(pause):
             (text, left), pause = shown, EVERY_S
-            say(f"{text}, {_clock(monotonic() - started)} so far" if left is None else f"{text}, {_clock(left)} left")
+            line = f"{text}, {_clock(monotonic() - started)} so far" if left is None else f"{text}, {_clock(left)} left"
+            with suppress(ValueError):  # it is closed
+                say(line, stream)
 
     thread = Thread(target=print_lines, name="muntin-progress", daemon=True)
     thread.start()

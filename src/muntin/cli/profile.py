@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, status
+from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say_notes, status
 from muntin.cli.options import JsonOption, PrecisionOption, ThreadsOption
+from muntin.cli.start import prepare_torch
 from muntin.errors import DataError
 from muntin.text import count, number_format
 
@@ -44,6 +45,7 @@ def profile_command(
     json: JsonOption = False,
 ) -> None:
     """Show where an artefact's time goes: every kernel that the engine executes, compared with the limits of this machine."""
+    start = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.store import MANIFEST
     from muntin.reporting import write_profile
     from muntin.reporting.files import write_files
@@ -55,6 +57,7 @@ def profile_command(
 
     target = _target(artifact, output)
     refuse_unwritable(target)
+    say_notes(() if json else start)
     if artifact.is_dir() and not (artifact / MANIFEST).exists():
         if engine != "openvino" or precision != "recorded":
             raise DataError(f"{artifact} is no artefact but a run, whose live model has no --engine and no --precision: leave them out")

@@ -101,6 +101,9 @@ def fit_command(
         print_json({**asdict(result), "validation": result.validation, "notes": [*notes, *result.notes]})
     else:
         describe_fit(result)
+        if not result.interrupted:
+            folder = str(result.directory)
+            out.print(f"next      `{shlex.join(['muntin', 'export', folder])}`, or smaller: `{shlex.join(['muntin', 'compress', folder])}`")
     if result.interrupted:
         places = [] if output is None else ["--output", str(output)]
         changes = [word for change in set_ or () for word in ("--set", change)]
@@ -296,8 +299,10 @@ def describe_fit(result: FitResult) -> None:
     out.print(f"trained   {result.step} of {result.steps} steps in {result.seconds:.0f} s, {result.precision}")
     if result.waiting is not None:
         out.print(f"input     {100 * result.waiting:.0f} % of the time spent waiting ({count(result.workers, 'worker')})")
+    out.print(f"samples   {', '.join(f'{number} {name}' for name, number in result.splits.items())}")
     if (kept := result.result) is not None:
-        out.print(f"score     {score_words(kept)}")
+        low = result.precision.split()[0] in ("bf16", "fp16")
+        out.print(f"score     {score_words(kept)}{f', in {result.precision.split()[0]}: `evaluate` computes in fp32' if low else ''}")
         best = max(point["score"] for point in result.validation)
         rank = "the best" if kept["score"] == best else f"the last (the best had {best:.4f})"
         out.print(f"weights   of step {kept['step']}, {rank} of {count(len(result.validation), 'validation')}")
@@ -338,7 +343,7 @@ def evaluate_command(
     from muntin.runtime.tiles import check_tiles
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.checkpoint import source_of
-    from muntin.training.evaluation import tile_of
+    from muntin.training.evaluation import Evaluation, tile_of
     from muntin.training.restoration.evaluation import RestoredScores
 
     if split not in SPLITS:
@@ -376,8 +381,10 @@ def evaluate_command(
             out.print(f"  {line}")
     else:
         out.print(f"  {metric.each} of each class:")
-    for name, value in result.by_class.items():
-        out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}")
+    pictures = [sum(row) for row in result.confusion] if signature.task == "classify" and isinstance(result, Evaluation) else []
+    for number, (name, value) in enumerate(result.by_class.items()):
+        of = f"  of {count(pictures[number], 'picture')}" if pictures else ""
+        out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}{of}")
     print_notes(notes)
 
 

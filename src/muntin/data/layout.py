@@ -130,7 +130,7 @@ def nested_class_notes(base: Path) -> list[str]:
         inner = [subfolder.name for subfolder in subfolders(folder) if pictures(subfolder)]
         if inner and not pictures(folder) and not is_results_folder(folder):
             only = f"only its subfolders ({list_some(inner, 3)}) hold pictures"
-            notes.append(f"{folder.name} is not a class: {only}; if it is a class, give --task classify")
+            notes.append(f"{folder.name} is not a class: {only}; if it is a class, run init with --task classify, without this recipe")
     return notes
 
 

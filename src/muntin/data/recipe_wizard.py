@@ -300,7 +300,7 @@ def _split_seed(layout: Layout, left_out: Mapping[PictureFile, DataError]) -> in
     ]  # fmt: skip
     splits: dict[SplitName, FolderPair | None] = {"validation": layout.validation, "test": layout.test}
     shares = {name: _SHARE for name, pair in splits.items() if pair is None}
-    seed = filling_seed(keys, shares, by_class=by_class)
+    seed = filling_seed(keys, shares, by_class=by_class, balanced=True)
     if seed is None:
         raise DataError(f"{layout.base.images} holds {len(keys)} pictures, too few to split into {1 + len(shares)} parts: add pictures")
     return seed

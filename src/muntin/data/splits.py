@@ -6,7 +6,9 @@ A hash of a picture's key and the seed alone decides its split, so adding pictur
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from muntin.data.source import SplitName
 from muntin.errors import DataError
 
 _MAX_SEEDS = 1000  # seeds tried
+_BALANCE_HASHES = 50_000  # pictures hashed in search of a seed that keeps the shares: about half a second
 _MAX_HASHES = 200_000  # pictures hashed in search of a seed with which no split lacks a class: about two seconds
 
 
@@ -29,23 +32,32 @@ def split_of(key: str, seed: int, shares: Mapping[SplitName, float]) -> SplitNam
     return "train"
 
 
-def filling_seed(keys: Sequence[str], shares: Mapping[SplitName, float], first: int = 0, *, by_class: bool = False) -> int | None:
+def filling_seed(
+    keys: Sequence[str], shares: Mapping[SplitName, float], first: int = 0, *, by_class: bool = False, balanced: bool = False
+) -> int | None:
     """The first seed from `first` on that leaves no split empty, or None if 1,000 seeds all leave one empty.
 
     `by_class`: keys are `class/stem`; the result is the seed whose splits lack the fewest classes, among as many as 200,000 hashes allow.
+    `balanced`: of these seeds the one whose splits are nearest to their shares, without more than 50,000 hashes.
     """
     all_splits = {"train", *shares}
     class_count = len({key.partition("/")[0] for key in keys})
-    seeds_compared = min(_MAX_SEEDS, 1 + _MAX_HASHES // max(1, len(keys))) if by_class else 0
-    best_seed, best_score = None, (0, 0)
+    hashes = _MAX_HASHES if by_class else _BALANCE_HASHES if balanced else 0
+    seeds_compared = min(_MAX_SEEDS, 1 + hashes // max(1, len(keys))) if hashes else 0
+    seeds_balanced = min(_MAX_SEEDS, _BALANCE_HASHES // max(1, len(keys))) if balanced else 0
+    best_seed, best_score = None, (0, 0, -math.inf)
     for seed in range(first, first + _MAX_SEEDS):
-        filled = {(split_of(key, seed, shares), key.partition("/")[0] if by_class else "") for key in keys}
+        placed = [(split_of(key, seed, shares), key.partition("/")[0] if by_class else "") for key in keys]
+        filled = set(placed)
         if {split for split, _ in filled} != all_splits:
             continue
-        score = sum(split == "train" for split, _ in filled), len(filled)
+        sizes = Counter(split for split, _ in placed)
+        off = sum(abs(sizes[name] - share * len(keys)) for name, share in shares.items()) if balanced else 0.0
+        score = sum(split == "train" for split, _ in filled), len(filled), -off
         if score > best_score:
             best_seed, best_score = seed, score
-        if seed - first >= seeds_compared or len(filled) == len(all_splits) * class_count:
+        whole = not by_class or len(filled) == len(all_splits) * class_count
+        if seed - first >= (seeds_balanced if whole else seeds_compared):
             break
     return best_seed
 

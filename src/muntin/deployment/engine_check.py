@@ -68,8 +68,9 @@ def _limits(content: dict[str, Any], *, integers: bool) -> tuple[Tolerances, lis
     if wider == limits:
         return limits, []
     return wider, [
-        f"one grey level of noise moves a score by up to {error:.2g} standard deviations and changes {1 - labels:.0%} of the labels, as in "
-        f"a network without training; so engines may differ by {wider['bf16'].max_error:.2g}"
+        f"one grey level of noise moves an answer by up to {error:.2g} standard deviations"
+        + ("" if content["signature"].task == "restore" else f" and changes {1 - labels:.0%} of the labels")
+        + f", as in a network with little training; so engines may differ by {wider['bf16'].max_error:.2g}, less after more training"
     ]
 
 

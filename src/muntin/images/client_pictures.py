@@ -38,7 +38,7 @@ def opened_bytes(content: bytes, max_pixels: int) -> Iterator[ImageFile.ImageFil
     head = content[:HEAD_BYTES]
     decoder = decoder_of(head)
     if decoder is None:
-        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG, WebP, TIFF or BMP picture: send the bytes of such a file")
+        raise DataError(f"{len(content):,} bytes that are no PNG, JPEG, WebP, TIFF or BMP picture: send such a file")
     if decoder is JpegImagePlugin.JpegImageFile:
         _check_jpeg(content)
     elif decoder is PngImagePlugin.PngImageFile and not _chunks_fit(content):

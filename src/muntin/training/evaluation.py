@@ -246,6 +246,14 @@ def poor_classes(validation: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     )
 
 
+def worse_than_input(point: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """A note if a validation of restore is worse than its input."""
+    lost = 0.0 if point is None or "psnr" not in point else float(point["input_psnr"]) - float(point["psnr"])
+    if lost <= 0:
+        return ()
+    return (f"the restored pictures are {lost:.2f} dB worse than the input, enlarged bicubically where the model enlarges: train longer",)
+
+
 def collapse(training: Sequence[Mapping[str, float]], validation: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
     """Return the step of the best score and a description if the run has collapsed at its last validation, otherwise None.
 

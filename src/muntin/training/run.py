@@ -22,7 +22,7 @@ from muntin.text import plain
 from muntin.training.checkpoint import check_classes, checkpoints_in, find_start, recipe_changes
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
-from muntin.training.evaluation import poor_classes
+from muntin.training.evaluation import poor_classes, worse_than_input
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights, weights_note
@@ -64,6 +64,8 @@ class FitResult:
     result: dict[str, Any] | None
     """The validation of the result's weights: of an ended run the best one; None if there is none."""
     notes: tuple[str, ...]
+    splits: dict[str, int]
+    """Pictures, or windows of one, of each split."""
 
 
 def fit(
@@ -146,14 +148,15 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     if training.finished:
         if start is not None and training.step == first_step:
             training.note(f"ended at step {first_step} before, nothing was trained: to go on, raise training.steps (or minutes, patience)")
+        worse = worse_than_input(training.result)
         poor = () if training.collapsed else poor_classes([] if training.result is None else [training.result])
-        for note in (*ended_early(recipe.training, training.step, training.validation), *poor):
+        for note in (*ended_early(recipe.training, training.step, training.validation), *poor, *worse):
             training.note(note)
     return FitResult(
         directory=directory, checkpoint=path, step=training.step, steps=training.steps, interrupted=not training.finished,
         stop_requested=interruption.requested, precision=f"{precision.name} on {precision.device}: {precision.reason}",
         seconds=training.seconds, waiting=training.feed.waiting, workers=training.feed.workers, validation=training.validation,
-        result=training.result, notes=(*notes, *training.notes),
+        result=training.result, notes=(*notes, *training.notes), splits={name: len(source.split(name)) for name in SPLITS},
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def front_picture(record: FrontRecord) -> FrontPicture:
     panel = (WIDTH - _LEFT - _RIGHT - _BETWEEN) / 2
     kinds: list[tuple[str, Callable[[FrontPoint], float], Callable[[float], str]]] = [
         ("Bytes of the artefact", lambda point: float(max(1, point.bytes)), lambda value: text.size(round(value))),
-        ("Milliseconds for one row", lambda point: max(1e-6, point.ms), lambda value: f"{value:g} ms"),
+        ("Milliseconds for one picture or row", lambda point: max(1e-6, point.ms), lambda value: f"{value:g} ms"),
     ]
     panels = [
         _panel(record, title, cost, label, y_axis, left=_LEFT + index * (panel + _BETWEEN), width=panel)

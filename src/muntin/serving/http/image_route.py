@@ -287,7 +287,7 @@ async def _run(pool: Threads, call: Callable[[], T], cancel: Callable[[], None] 
 def _check_output(output: str | None, signature: Signature) -> str:
     allowed = OUTPUTS[signature.task]
     if output is not None and output not in allowed:
-        raise ProtocolError(f"output={shown(output)}: this model gives {', '.join(allowed)}")
+        raise ProtocolError(f"output={shown(output)}: this model's task is {signature.task}, for which output may be {', '.join(allowed)}")
     return output or allowed[0]
 
 

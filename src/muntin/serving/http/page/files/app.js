@@ -154,7 +154,7 @@ async function answerOf(item, version) {
 }
 
 function fail(message, bitmap, item) {
-  byId("failure").textContent = message;
+  byId("failure").textContent = item ? `${item.name}: ${message}` : message;
   byId("failure").hidden = false;
   view.draw(item, { bitmap, model });
   byId("by").textContent = "–";
