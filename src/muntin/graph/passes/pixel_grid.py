@@ -1,7 +1,7 @@
 """Puts the grids of products that read the image on the levels of its pixels, so that rounding changes no pixel.
 
 OpenVINO 2026.4 omits the rounding on a signed grid within about 1 % of the pixels' step, so values would be up to two levels from the
-calibrated ones. Where no pixel level is 0, it omits the rounding within 0.2 %, and a slightly coarser scale is taken.
+calibrated ones. Where no pixel level is 0, it omits the rounding within 0.4 %, and a slightly coarser scale is taken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from muntin.graph.insertion import GridPlan, ProductGrids
 from muntin.graph.onnx_graph import Array, Graph
 from muntin.graph.products import GraphProduct
 
-NEAR, NEAR_OFF_GRID = 0.02, 0.0035
+NEAR, NEAR_OFF_GRID = 0.02, 0.0045
 """Maximum relative difference of a scale from the pixels' step, to be set to it: pixels on a grid with a 0, and beside one."""
 _COARSER = 127.5 / 127
 _LINEAR = ("Cast", "Transpose", "Mul", "Div", "Add", "Sub", "Identity", "Reshape", "Unsqueeze", "Squeeze")
