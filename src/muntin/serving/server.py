@@ -185,9 +185,8 @@ class Server:
         versions = self._repository.scan()
         if not versions:
             if not self.config.watch:
-                raise ArtifactError(
-                    f"{self._repository.path}: neither an artefact nor a directory of numbered ones: name one{such_as(self._repository.path)}"
-                )
+                path = self._repository.path
+                raise ArtifactError(f"{path}: neither an artefact nor a directory of numbered ones: name one{such_as(path)}")
             self._notify(f"{self._repository.path}: no version yet; the first that comes is served")
         if self._watcher is not None:
             self._watcher.step()
