@@ -263,6 +263,12 @@ def test_compiled_model_inside_of_a_model(write: Write, model: onnx.ModelProto, 
         artifact.model_bytes()
 
 
+def test_folder_of_artefacts(write: Write, tmp_path: Path) -> None:
+    write(tmp_path / "run" / "artifact")
+    with pytest.raises(ArtifactError, match=f"holds no manifest.json: .*, such as {tmp_path / 'run' / 'artifact'}"):
+        open_artifact(tmp_path / "run")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
 @pytest.mark.parametrize("name", ["golden.safetensors", "manifest.json"])
 def test_pipe_instead_of_a_file(write: Write, tmp_path: Path, name: str) -> None:

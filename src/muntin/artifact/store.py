@@ -213,7 +213,7 @@ def read_manifest(path: Path) -> AnyManifest:
         if not path.is_dir():
             raise ArtifactError(f"{path}: no such artefact directory: name a directory that muntin exported")
         if not (path / MANIFEST).is_file():
-            raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported")
+            raise ArtifactError(f"{path}: it holds no {MANIFEST}: name a directory that muntin exported{such_as(path)}")
         size = (path / MANIFEST).stat().st_size
     except OSError as error:  # missing permissions, an impossible name
         raise ArtifactError(f"{str(path)[:200]}: cannot be read ({error.strerror}): check the path and its permissions") from error
@@ -222,6 +222,12 @@ def read_manifest(path: Path) -> AnyManifest:
             f"{path / MANIFEST}: {size:,} bytes, more than the {LARGEST_MANIFEST:,} that are read: export the artefact again"
         )
     return parse_manifest(_read(path / MANIFEST), str(path / MANIFEST))
+
+
+def such_as(folder: Path) -> str:
+    """Words that name an artefact directly in a folder, such as a run's; empty if there is none."""
+    found = sorted(file.parent for file in folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else []
+    return f", such as {found[0]}" if found else ""
 
 
 def check_target(path: str | Path) -> None:

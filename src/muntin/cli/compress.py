@@ -17,6 +17,7 @@ from muntin.cli.console import err, notes_once, out, print_json, print_notes, pr
 from muntin.cli.options import JsonOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
+from muntin.text import count
 
 if TYPE_CHECKING:
     from muntin.budgeting.pipeline import CompressionResult, Holdout, SearchProgress, SearchReport
@@ -168,7 +169,7 @@ def describe_compression(run: CompressionRun) -> None:
         out.print(f"ranks     {kept.count(False)} of {len(kept)} layers are factored")
     bits = [change.done for change in changes if change.pass_ == "mix"]
     if bits:
-        out.print("bits      " + ", ".join(f"{bits.count(kind)} layers {kind}" for kind in sorted(set(bits))))
+        out.print("bits      " + ", ".join(f"{count(bits.count(kind), 'layer')} {kind}" for kind in sorted(set(bits))))
     print_notes(run.notes)
     out.print(f"wrote     {run.checkpoint}")
 
@@ -282,8 +283,12 @@ def describe_search(result: CompressionResult, metric: str) -> None:
 
 
 def _figures(held: Holdout, metric: str) -> str:
-    within = "" if held.interval is None else f", 95 % interval of the change {-held.interval[1]:+.4f} to {-held.interval[0]:+.4f}"
+    within = "" if held.interval is None else f", 95 % interval of the change {_signed(-held.interval[1])} to {_signed(-held.interval[0])}"
     return f"{metric} {held.score:.4f}, FP32 {held.reference:.4f} ({-held.drop:+.4f}){within}"
+
+
+def _signed(change: float) -> str:
+    return f"{round(change, 4) + 0.0:+.4f}"  # no -0.0000
 
 
 def front_record(result: CompressionResult, *, title: str, weights: str, metric: str) -> FrontRecord:

@@ -21,6 +21,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
+from muntin.artifact.store import such_as
 from muntin.errors import ArtifactError
 from muntin.serving.assembly import assemble, make_loader, make_slot, model_name
 from muntin.serving.config import Bounds, ServeConfig, read_tokens
@@ -219,7 +220,7 @@ def app(args: RayOptions) -> Any:
     config, repository = args.server(), Repository(args.artifact)
     version = args.version or next(reversed(repository.scan()), None)
     if version is None:
-        raise ArtifactError(f"{args.artifact}: neither an artefact nor a directory of numbered ones: name one")
+        raise ArtifactError(f"{args.artifact}: neither an artefact nor a directory of numbered ones: name one{such_as(args.artifact)}")
     opened = make_loader(config).open(repository.find(version))
     try:
         scaling = args.scaling(opened)

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from muntin.artifact.store import such_as
 from muntin.errors import ArtifactError, DataError, MuntinError
 from muntin.serving.assembly import assemble, make_slot
 from muntin.serving.config import ServeConfig
@@ -184,7 +185,8 @@ class Server:
         versions = self._repository.scan()
         if not versions:
             if not self.config.watch:
-                raise ArtifactError(f"{self._repository.path}: neither an artefact nor a directory of numbered ones: name one")
+                path = self._repository.path
+                raise ArtifactError(f"{path}: neither an artefact nor a directory of numbered ones: name one{such_as(path)}")
             self._notify(f"{self._repository.path}: no version yet; the first that comes is served")
         if self._watcher is not None:
             self._watcher.step()
