@@ -90,5 +90,6 @@ def test_killed_process(tmp_path: Path, plain: Path) -> None:
         os.kill(last, signal.SIGKILL)
         output, _ = job.communicate()
     assert job.returncode == 0, output
-    assert "lost the others" in output
+    # torchrun may end the others before they notice
+    assert any(words in output for words in ("lost the others", "closing signal SIGTERM")), output
     assert read_checkpoint(run).state.step == steps
