@@ -284,7 +284,7 @@ def describe_search(result: CompressionResult, metric: str) -> None:
 
 def _figures(held: Holdout, metric: str) -> str:
     within = "" if held.interval is None else f", 95 % interval of the change {_signed(-held.interval[1])} to {_signed(-held.interval[0])}"
-    return f"{metric} {held.score:.4f}, FP32 {held.reference:.4f} ({-held.drop:+.4f}){within}"
+    return f"{metric} {held.score:.4f}, FP32 {held.reference:.4f} ({_signed(-held.drop)}){within}"
 
 
 def _signed(change: float) -> str:

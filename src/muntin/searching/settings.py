@@ -98,7 +98,7 @@ class SearchFile:
 
 
 def _compared(content: dict[str, Any]) -> dict[str, Any]:
-    """What has to stay the same while a search goes on: all but the keys of `data` that do not change a batch."""
+    """Return what has to stay the same while a search goes on: all but the keys of `data` that do not change a batch."""
     recipe = content["recipe"]
     data = {key: value for key, value in recipe["data"].items() if key not in FREE}
     return {**{key: content[key] for key in ("format", "space", "settings")}, "recipe": {**recipe, "data": data}}

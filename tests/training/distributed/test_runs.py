@@ -78,7 +78,8 @@ def test_lack_of_memory_in_one_process(tmp_path: Path, plain: Path) -> None:
 def test_killed_process(tmp_path: Path, plain: Path) -> None:
     """The others end with a message, and torchrun starts all again, from the newest checkpoint."""
     run, steps = tmp_path / "run", 400
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2", "-m", "muntin"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    words += ["--monitor-interval", "3", "-m", "muntin"]  # otherwise torchrun may end the others before they notice
     changes = [f"training.steps={steps}", f"training.validate_every={steps}", "training.checkpoint_every=5", "training.sharding=zero3"]
     words += ["fit", str(plain), "--output", str(run), *(word for change in changes for word in ("--set", change))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
@@ -90,6 +91,5 @@ def test_killed_process(tmp_path: Path, plain: Path) -> None:
         os.kill(last, signal.SIGKILL)
         output, _ = job.communicate()
     assert job.returncode == 0, output
-    # torchrun may end the others before they notice
-    assert any(words in output for words in ("lost the others", "closing signal SIGTERM")), output
+    assert "lost the others" in output
     assert read_checkpoint(run).state.step == steps
