@@ -29,3 +29,8 @@ def test_refused(values: Any, words: str) -> None:
 def test_values() -> None:
     budget = Budget(max_drop=0)
     assert (budget.max_drop, budget.objective, budget.confidence) == (0, "size", 0.95)
+
+
+def test_drop_that_is_the_budget() -> None:
+    budget = Budget(max_drop=0.01)
+    assert budget.keeps(0.91 - 0.9) and not budget.keeps(0.0101)  # 0.010000000000000009

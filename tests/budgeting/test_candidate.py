@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from muntin.models.eager import eager_copy
 PLAN = Plan(forms={"1": Form(None, 8), "4": Form(16, 4), "8": Form(32, 5), "10": Form(None, 16)})
 
 
-def applied(digits: Any, plan: Plan = PLAN, **arguments: Any) -> nn.Module:
+def applied(digits: Any, plan: Plan = PLAN, training: CandidateTraining | None = None, **arguments: Any) -> nn.Module:
     base = narrowed(digits.model, plan.width, digits.calibration)
-    return apply_plan(base, plan, digits.calibration, teacher=digits.model, **arguments)
+    train = None if training is None else partial(training.train, teacher=digits.model, **arguments)
+    return apply_plan(base, plan, digits.calibration, train=train)
 
 
 def forms_of(model: nn.Module) -> dict[str, int]:
@@ -76,13 +78,13 @@ def test_model_without_gradients_is_trained(digits: Any) -> None:
     frozen = eager_copy(digits.model).requires_grad_(False)
     base = narrowed(frozen, 1.0, digits.calibration)
     training = CandidateTraining(data=[x for x, _ in digits.train], steps=2)
-    assert forms_of(apply_plan(base, PLAN, digits.calibration, teacher=frozen, training=training)) == BITS
+    assert forms_of(apply_plan(base, PLAN, digits.calibration, train=partial(training.train, teacher=frozen))) == BITS
 
 
 def test_narrower_model(digits: Any) -> None:
     base = narrowed(digits.model, 0.6, digits.calibration)
     assert count(base) <= 0.6 * count(digits.model)
-    model = apply_plan(base, Plan(width=0.6, forms={"8": Form(None, 4)}), digits.calibration, teacher=digits.model)
+    model = apply_plan(base, Plan(width=0.6, forms={"8": Form(None, 4)}), digits.calibration)
     assert forms_of(model) == {"1": 8, "4": 8, "8": 4, "10": 8}
     assert digits.evaluate(model) > 0.3
 
@@ -96,9 +98,8 @@ def test_kept_layers_keep_their_outputs(digits: Any) -> None:
 def test_kept_embedding(training: CandidateTraining | None) -> None:
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 8)).eval()
     batch = [{"input": torch.arange(50).reshape(10, 5)}]
-    kept, usual = (
-        apply_plan(model, Plan(forms={"1": Form(None, 8)}), batch, teacher=model, training=training, keep=keep) for keep in (["0"], [])
-    )
+    train = None if training is None else partial(training.train, teacher=model)
+    kept, usual = (apply_plan(model, Plan(forms={"1": Form(None, 8)}), batch, keep=keep, train=train) for keep in (["0"], []))
     assert type(kept[0]) is nn.Embedding and type(usual[0]) is QuantizedEmbedding  # type: ignore[index]
     assert all(type(one[1]) is QuantizedLinear for one in (kept, usual))  # type: ignore[index]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +17,11 @@ from torch import nn
 
 from muntin import Budget
 from muntin.budgeting.forms import Form
-from muntin.budgeting.run import _Lessons, _splits, compress_run
+from muntin.budgeting.run import RecipeCourse, _splits, compress_run
 from muntin.compression import load_model
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError, MuntinError
+from muntin.models.eager import eager_copy
 from muntin.training import Checkpoint, fit, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.recipe import override_recipe
@@ -79,12 +82,70 @@ def test_steps_of_a_run_that_ended_early(trained: Checkpoint, tmp_path: Path) ->
     assert json.loads((result.folder / "settings.json").read_text())["steps"] == round(0.5 * trained.state.step) > 0
 
 
-def test_batches_are_the_same_in_every_iteration(trained: Checkpoint) -> None:
-    lessons = _Lessons(trained, source_of(trained), load_model(trained), 3)
-    first, second = list(lessons), list(lessons)
-    assert len(lessons) == len(first) == 3 and not torch.equal(first[0][0], first[1][0])
-    for (images, targets), (same_images, same_targets) in zip(first, second, strict=True):
-        assert torch.equal(images, same_images) and all(map(torch.equal, targets, same_targets))
+def interrupted_twice(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The result of a search that a Ctrl-C ends in the training of the first candidate, and a kill after it, before its artefact."""
+    course, train = [], RecipeCourse.train
+
+    def signalled(self: RecipeCourse, model: nn.Module, teacher: nn.Module, *, report: Any, **places: Any) -> float:
+        def tell(step: int, loss: float) -> None:
+            report(step, loss)
+            if step == 2 and not course:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        earlier = train(self, model, teacher, report=tell, **places)
+        course.append(earlier)
+        if len(course) == 1:
+            raise SystemExit
+        return earlier
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeCourse, "train", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            compress_run(checkpoint, Budget(max_drop=1), folder)
+        (written,) = (folder / "training" / "001" / "checkpoints").iterdir()
+        assert written.name == "step-00000002"
+        with pytest.raises(SystemExit):
+            compress_run(checkpoint, Budget(max_drop=1), folder)
+        result = compress_run(checkpoint, Budget(max_drop=1), folder)
+    assert 0 < course[0] <= course[1]
+    return result
+
+
+def test_interrupted_candidate_goes_on(trained: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = override_recipe(trained.recipe, ["budget.steps=5", "budget.trials=1"])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    whole = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "whole")
+    result = interrupted_twice(checkpoint, tmp_path / "parts", monkeypatch)
+    assert not (tmp_path / "parts" / "training").exists()
+    states = [one.model.state_dict() for one in (whole, result)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert whole.trials[0].score == result.trials[0].score
+
+
+def test_candidate_is_trained_by_the_recipe(trained: Checkpoint, tmp_path: Path) -> None:
+    """Lack of memory at the second step shrinks the micro-batches of this candidate and of those after it."""
+    recipe = override_recipe(trained.recipe, ["training.optimizer=lion", "training.micro_batch=null"])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    course = RecipeCourse(checkpoint, source_of(checkpoint), steps=3, learning_rate=1e-3)
+    model, teacher = load_model(checkpoint), load_model(checkpoint)
+    before = eager_copy(model).state_dict()
+    calls = []
+
+    class Short(type(model)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training and x.shape[0] > 1:
+                calls.append(x.shape[0])
+                if len(calls) == 2:
+                    raise MemoryError
+            result: torch.Tensor = super().forward(x)
+            return result
+
+    model.__class__ = Short
+    course.train(model, teacher, seed=0, folder=tmp_path / "001", report=lambda *_: None)
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert any(note.startswith("trial 1: out of memory at step 2") for note in course.notes)
+    assert course.shrunk is not None and course.shrunk.micro_batch < recipe.training.batch_size
 
 
 class Splits:

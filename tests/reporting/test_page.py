@@ -44,6 +44,21 @@ def test_page_is_self_contained(report: dict[str, Any], drawn: Path, read_page: 
     assert len(html.encode()) < 3_000_000
 
 
+def test_front_of_a_budget(report: dict[str, Any], drawn: Path, read_page: ReadPage) -> None:
+    points = [
+        {"number": number, "name": name, "width": 1.0, "score": 0.7 - number / 100, "drop": number / 100, "bytes": 10 ** (6 - number),
+         "ms": 4.0 - number, "kept": True, "artifact": name}
+        for number, name in enumerate(("FP32", "trial 1"))
+    ]  # fmt: skip
+    hardware = {"cpu": "a CPU", "cores": 2, "memory_gib": 8.0, "features": []}
+    about = {"muntin": "1.0", "created": "2026-11-30T12:00:00+00:00", "title": "a run", "metric": "mIoU", "objective": "size"}
+    search = {**about, "max_drop": 0.02, "chosen": 1, "hardware": hardware, "points": points}
+    html = render_html(report | {"search": search}, drawn)
+    assert len([attrs for attrs in read_page(html).all("svg") if attrs.get("class") == "front"]) == 1
+    assert "muntin compress --max-drop 0.02" in html and ".front .dot" in html
+    assert "--max-drop" not in (plain := render_html(report, drawn)) and ".front .dot" not in plain
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="lays the page out in Chromium")
 @pytest.mark.parametrize("width", [1200, 800])
 def test_page_tables_fit_the_window(report: dict[str, Any], drawn: Path, tmp_path: Path, width: int) -> None:

@@ -12,6 +12,9 @@ Objective = Literal["size", "latency"]
 """Quantity to make least: bytes of the artefact, or milliseconds of a call of one row in the engine."""
 
 
+ROUNDING = 1e-9
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """An accuracy budget.
@@ -34,3 +37,7 @@ class Budget:
         confidence = self.confidence
         if confidence is not None and (not isinstance(confidence, int | float) or not 0.5 <= confidence < 1):
             raise MuntinError(f"confidence={confidence!r}: give a number from 0.5 to below 1, such as 0.95, or None")
+
+    def keeps(self, drop: float) -> bool:
+        """Return True for a drop within the budget, up to the rounding of a difference of two scores."""
+        return drop <= self.max_drop + ROUNDING

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -37,13 +38,35 @@ TABLE_BITS = 8
 """Bits of embeddings, which have no forms to choose from."""
 TargetLoss = Callable[[Any, Any], Tensor]
 """From the model's answer and the targets to a scalar."""
+StepReport = Callable[[int, float], None]
+"""Called with the number and the loss of each step."""
+
+
+class Course(Protocol):
+    """The training that every candidate gets."""
+
+    @property
+    def steps(self) -> int:
+        """Training steps."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Plain values on which the result depends."""
+
+    def train(self, model: nn.Module, teacher: nn.Module, *, seed: int, folder: Path, report: StepReport) -> float:
+        """Train a candidate in place, in quantisation-aware training, and leave it in `eval` mode on its device.
+
+        `teacher`: the FP32 model, which stays as it is. `folder`: for what an interrupted training goes on from; it is removed when the
+        candidate has been measured. Returns the seconds that were trained before this call.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateTraining:
-    """CandidateTraining of a candidate: `steps` on `data`, batches of inputs, or of (inputs, targets) if there is a `loss`.
+    """A `Course` of `steps` on `data`: batches of inputs, or of (inputs, targets) if there is a `loss`.
 
-    Without a loss the candidate learns the FP32 model's answers. The learning rate rises to `learning_rate`, then falls to 0.
+    Without a loss the candidate learns the FP32 model's answers. The learning rate rises to `learning_rate`, then falls to 0. An
+    interrupted training begins anew.
     """
 
     data: Iterable[Any]
@@ -58,6 +81,24 @@ class CandidateTraining:
             raise MuntinError(f"steps={self.steps!r}: give a whole number from 1")
         if not 0 < self.learning_rate <= 1:
             raise MuntinError(f"learning_rate={self.learning_rate!r}: give a number above 0, at most 1")
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"loss": self.loss is not None, "learning_rate": self.learning_rate}
+
+    def train(
+        self, model: nn.Module, teacher: nn.Module, *, seed: int = 0, folder: Path | None = None, report: StepReport = lambda *_: None
+    ) -> float:
+        if not any(parameter.requires_grad for parameter in model.parameters()):  # a model that was made ready for inference
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+        course: dict[str, Any] = {"steps": self.steps, "learning_rate": self.learning_rate, "seed": seed, "report": report}
+        if (loss := self.loss) is None:
+            distil(model, teacher, self.data, **course)
+        else:
+            distil(_WithTargets(model), _Silent(), self.data, loss=lambda answer, _: loss(*answer), **course)
+        model.eval()
+        return 0.0
 
 
 def narrowed(model: nn.Module, width: float, calibration: Sequence[ModelInputs], *, keep: Sequence[str] = ()) -> nn.Module:
@@ -87,19 +128,16 @@ def apply_plan(
     plan: Plan,
     calibration: Sequence[ModelInputs],
     *,
-    teacher: nn.Module,
     keep: Sequence[str] = (),
-    training: CandidateTraining | None = None,
-    seed: int = 0,
-    report: Callable[[int, float], None] = lambda step, loss: None,
+    train: Callable[[nn.Module], Any] | None = None,
 ) -> nn.Module:
     """The model that a plan describes: a copy of `base`, which `narrowed` has given the plan's width, in integers.
 
     Embeddings get `TABLE_BITS`.
 
-    `teacher`: the FP32 model. `keep`: names or patterns of embeddings and of attention's products that stay in floats; of layers the plan
-    decides. `report`: called with the number and the loss of each step of training. Its changes are in its history
-    (`compression.history`). The same arguments give the same model on one machine. Raises `MuntinError` for a plan of another model.
+    `keep`: names or patterns of embeddings and of attention's products that stay in floats; of layers the plan decides. `train`: trains
+    the model in place, in quantisation-aware training. Its changes are in its history (`compression.history`). The same arguments give the
+    same model on one machine. Raises `MuntinError` for a plan of another model.
     """
     model = eager_copy(base).eval()
     ranks = {name: _ranks(model, name, form.rank) for name, form in plan.forms.items() if form.rank is not None}
@@ -109,14 +147,14 @@ def apply_plan(
     kept_tables = _naming(keep, tables(model))
     kept = [name for name, form in plan.forms.items() if form.bits >= KEPT]
     kept += _naming(keep, dict(named(model, Product, SoftmaxProduct)))
-    if training is None:
+    if train is None:
         embeddings = TABLE_BITS if tables(model) else None
         quantize(model, calibration, bits=bits, keep=[*kept, *kept_tables], min_sqnr_db=0.0, embedding_bits=embeddings)
         return model
     prepare_qat(model, calibration, bits=bits, keep=kept)
     layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
     remember(model, reconstruct(model, layers, calibration))
-    _train(model, teacher, training, seed, report)
+    train(model)
     freeze(model, calibration)
     if tables(model):
         remember(model, quantize_tables(model, calibration[0], TABLE_BITS, min_sqnr_db=0.0, only=EVERY, keep=kept_tables))
@@ -144,19 +182,6 @@ class _WithTargets(nn.Module):
 
     def forward(self, inputs: ModelInputs, targets: Any) -> tuple[Any, Any]:
         return call(self.model, inputs), targets
-
-
-def _train(model: nn.Module, teacher: nn.Module, training: CandidateTraining, seed: int, report: Callable[[int, float], None]) -> None:
-    if not any(parameter.requires_grad for parameter in model.parameters()):  # a model that was made ready for inference
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-    course: dict[str, Any] = {"steps": training.steps, "learning_rate": training.learning_rate, "seed": seed, "report": report}
-    if training.loss is None:
-        distil(model, teacher, training.data, **course)
-        return
-    loss = training.loss
-    distil(_WithTargets(model), _Silent(), training.data, loss=lambda answer, _: loss(*answer), **course)
-    model.eval()
 
 
 class _Silent(nn.Module):

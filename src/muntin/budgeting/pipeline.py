@@ -19,9 +19,10 @@ from torch import nn
 from muntin.artifact import AnyArtifact, Signature, open_any_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
-from muntin.budgeting.candidate import CandidateTraining, TargetLoss, apply_plan, narrowed
+from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
 from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.latency import latency_settings
 from muntin.budgeting.layer_forms import KEPT
 from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, score_of
 from muntin.budgeting.search import Base, Search, front
@@ -146,6 +147,7 @@ def compress(
     step_seconds: float = 0.0,
     progress: SearchReport = lambda progress: None,
     plans: OpenBase | None = None,
+    course: Course | None = None,
 ) -> CompressionResult:
     """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
 
@@ -167,6 +169,7 @@ def compress(
     other settings in the folder is an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate` depend
     on. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all their outputs, and of embeddings and products that
     stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of a width; by default from tables of harm and cost.
+    `course`: trains candidates, in place of `finetune` and `loss`.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
@@ -179,21 +182,22 @@ def compress(
     check_kept(dense, dict(named(model, nn.Linear, nn.Conv2d)), argument="dense")
     plans = plans or partial(TablePlans, keep=keep, dense=dense)
     config = budget_config(recipe)
-    training = _training(finetune, loss, config)
+    course = course or _training(finetune, loss, config)
     batches = calibration_list(calibration)
     teacher = eager_copy(model).eval()
     agreed = {
         **(settings or {}),
         "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
-        "confidence": budget.confidence, "steps": None if training is None else training.steps, "loss": loss is not None,
-        "learning_rate": None if training is None else training.learning_rate, "widths": list(config.widths), "seed": seed,
+        "confidence": budget.confidence, "steps": None if course is None else course.steps, "loss": False, "learning_rate": None,
+        **({} if course is None else course.settings), "widths": list(config.widths), "seed": seed,
         **{name: list(entries) for name, entries in (("keep", keep), ("dense", dense)) if entries},
+        **(latency_settings(None) if budget.objective == "latency" else {}),  # milliseconds of two machines do not compare
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     with folder_in_use(place, "muntin.compress") as notes:
         work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
-            evaluate=evaluate, training=training, open_base=plans, step_seconds=step_seconds, seed=seed, keep=keep,
+            evaluate=evaluate, course=course, open_base=plans, step_seconds=step_seconds, seed=seed, keep=keep,
             progress=progress,
         )  # fmt: skip
         result = work.run(config, holdout=holdout)
@@ -234,7 +238,7 @@ class _BudgetedCompression:
         budget: Budget,
         *,
         evaluate: Evaluate,
-        training: CandidateTraining | None,
+        course: Course | None,
         open_base: OpenBase,
         step_seconds: float,
         seed: int,
@@ -242,9 +246,9 @@ class _BudgetedCompression:
         progress: SearchReport,
     ) -> None:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
-        self.evaluate, self.training, self.make_base, self.seed, self.progress = evaluate, training, open_base, seed, progress
+        self.evaluate, self.course, self.make_base, self.seed, self.progress = evaluate, course, open_base, seed, progress
         self.keep, self.narrowed = keep, dict[float, nn.Module]()
-        self.first_seconds = 0.0 if training is None else training.steps * step_seconds
+        self.first_seconds = 0.0 if course is None else course.steps * step_seconds
         """Time that the first trial takes at least."""
         self.base_seconds = 0.0
         """The longest recorded time of the tables of a width."""
@@ -304,29 +308,33 @@ class _BudgetedCompression:
     def _attempt(self, number: int, plan: Plan, limit: float) -> Trial:
         self.progress(SearchProgress(stage="trial", trials=self.trials, number=number))
         trial = self.folder.trial(number, plan, limit, lambda part: self._measure(number, plan, part))
+        self.folder.forget_training(number)
         self.trials = (*self.trials, trial)
         self.seconds += trial.seconds
         return trial
 
     def _measure(self, number: int, plan: Plan, part: Path) -> dict[str, Any]:
-        started = time.perf_counter()
-        steps = 0 if self.training is None else self.training.steps
+        started, course, earlier = time.perf_counter(), self.course, 0.0
 
         def report(step: int, loss: float) -> None:
+            steps = 0 if course is None else course.steps
             self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=step, steps=steps, loss=loss))
 
-        model = apply_plan(
-            self._narrowed(plan.width), plan, self.batches, teacher=self.teacher, keep=self.keep, training=self.training, seed=self.seed,
-            report=report,
-        )  # fmt: skip
+        def train(model: nn.Module) -> None:
+            nonlocal earlier
+            assert course is not None
+            earlier = course.train(model, self.teacher, seed=self.seed, folder=self.folder.training(number), report=report)
+
+        base = self._narrowed(plan.width)
+        model = apply_plan(base, plan, self.batches, keep=self.keep, train=None if course is None else train)
         deploy(model, self.interface, self.batches[0], part / ARTIFACT)
         save(model, part / MODEL)
         with self._deployed(part / ARTIFACT) as deployed:
             score = self._score(self.evaluate, deployed, "evaluate", f"trial {number}")
             bound = drop_bound(self.reference, score, self.budget.confidence)
             return {
-                "score": score.value, "drop": self.reference.value - score.value, "bound": bound, "kept": bound <= self.budget.max_drop,
-                "bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0]), "seconds": time.perf_counter() - started,
+                "score": score.value, "drop": self.reference.value - score.value, "bound": bound, "kept": self.budget.keeps(bound),
+                "bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0]), "seconds": earlier + time.perf_counter() - started,
             }  # fmt: skip
 
     def _score(self, function: Evaluate, deployed: Deployed, called: str, what: str) -> Score:
@@ -349,7 +357,7 @@ class _BudgetedCompression:
         elif not kept:
             what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
             notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
-            if (within := sum(trial.drop <= self.budget.max_drop for trial in search.trials)) and self.reference.samples is not None:
+            if (within := sum(self.budget.keeps(trial.drop) for trial in search.trials)) and self.reference.samples is not None:
                 notes.append(
                     f"{within} of the trials keep it on the {len(self.reference.samples)} samples of evaluate, but not with a certainty of "
                     f"{self.budget.confidence} on others: give more samples, a greater drop or a smaller confidence"

@@ -7,32 +7,37 @@ test           -> holdout; without a test split the second half of the validatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from muntin.budgeting.budget import Budget
+from muntin.budgeting.candidate import StepReport
 from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, compress
 from muntin.compression.loading import load_model
 from muntin.compression.rewrite import EVERY
 from muntin.compression.stages import trained_steps
-from muntin.data import Crops
-from muntin.data.batch_feed import prefetch, worker_count
 from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
-from muntin.models.eager import as_input
-from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
+from muntin.models.eager import eager_copy
+from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig
 from muntin.training.evaluation import areas, predictions, tile_of
-from muntin.training.loss import class_weights, loss_of
-from muntin.training.precision import resolve_precision
+from muntin.training.loop import Training
+from muntin.training.loss import class_weights
+from muntin.training.model_checks import check_maps
+from muntin.training.precision import prepare_hardware
+from muntin.training.progress.interrupt import Interruption
+from muntin.training.progress.metrics_log import MetricsLog
+from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe
+from muntin.training.recovery.out_of_memory import MemoryUse
 from muntin.training.restoration.evaluation import picture_psnrs
+from muntin.training.trainer import Trainer
+from muntin.training.weights import load_weights
 
 FOLDER = "budget"
 """Folder of the trials in a run's folder."""
@@ -50,9 +55,9 @@ def compress_run(
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
-    `plans`: as of `compress`. Without steps in that section, each candidate is trained for as many steps as the three stages together:
-    shares of the steps that the run took. Raises `CheckpointError` for a model that is compressed already, `DataError` for too few
-    validation pictures.
+    `plans`: as of `compress`. Candidates are trained as by a stage of the recipe (`RecipeCourse`), without steps in the section `budget`
+    for as many as the three stages together: shares of the steps that the run took. Ctrl-C ends after the step in progress. Raises
+    `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
@@ -64,12 +69,7 @@ def compress_run(
     rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
     model = load_model(checkpoint)
     judged, held_out = _splits(source)
-    training: dict[str, Any] = {}
-    if steps:
-        weights = class_weights(recipe.training, source)
-        measure = loss_of(recipe.training, task=recipe.task, weights=weights, distillation=stages.distillation)
-        data = _Lessons(checkpoint, source, model, steps)
-        training = {"finetune": data, "loss": lambda scores, targets: measure(scores, *targets)}
+    course = RecipeCourse(checkpoint, source, steps=steps, learning_rate=rate) if steps else None
     tile = tile_of(recipe.data.crop)
     ranks = stages.low_rank
     result = compress(
@@ -78,9 +78,9 @@ def compress_run(
         recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
         settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed, progress=progress,
         step_seconds=checkpoint.state.seconds / max(1, checkpoint.state.step), keep=(*stages.keep, *recipe.quantization.keep),
-        dense=EVERY if ranks is None else ranks.keep, plans=plans, **training,
+        dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
     )  # fmt: skip
-    return replace(result, notes=(*result.notes, *_unused(recipe)))
+    return replace(result, notes=(*result.notes, *(() if course is None else course.notes), *_unused(recipe)))
 
 
 def _unused(recipe: Recipe) -> tuple[str, ...]:
@@ -97,7 +97,10 @@ def _unused(recipe: Recipe) -> tuple[str, ...]:
         for key in keys
         if own is not None and getattr(own, key) != getattr(default, key)
     ]
-    return (f"not used with a budget, which chooses ranks and bits itself: {', '.join(names)}",) if names else ()
+    notes = [f"not used with a budget, which chooses ranks and bits itself: {', '.join(names)}"] if names else []
+    if recipe.training.compile:
+        notes.append("training.compile is for fit: candidates are trained without it")
+    return tuple(notes)
 
 
 def _splits(source: Source) -> tuple[Samples, Samples]:
@@ -127,24 +130,66 @@ def _metric(samples: Samples, tile: int, task: str) -> Callable[[Any], Any]:
     return measure
 
 
-class _Lessons:
-    """Batches (images, (targets, the FP32 model's scores)) for `steps` steps, the same in every iteration."""
+class _CandidateRun(Training):
+    """Training of a candidate, whose artefact is scored afterwards: nothing is validated."""
 
-    def __init__(self, checkpoint: Checkpoint, source: Source, teacher: nn.Module, steps: int) -> None:
+    keeps_best = False
+
+    def _judge(self, log: MetricsLog, samples: Samples, validation: Samples) -> None:
+        with self.trainer.average.whole():
+            self._renew_statistics(samples)
+
+
+class RecipeCourse:
+    """A `Course` by a run's recipe, as that of a stage: its optimiser, precision, use of memory, recovery, averages, unlabelled pictures.
+
+    The learning rate falls once. Candidates see other crops than `fit` drew, each the same ones. An interrupted training goes on from its
+    newest checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, source: Source, *, steps: int, learning_rate: float) -> None:
         recipe = checkpoint.recipe
-        self.teacher, self.steps, self.workers = teacher, steps, recipe.data.workers
-        self.crops = Crops(
-            source.split("train"), task=recipe.task, crop=recipe.data.crop, batch_size=recipe.training.batch_size, seed=recipe.seed + SEED,
-            augmentation=recipe.data.augmentation, rare=recipe.data.rare, classes=len(source.classes),
+        self.checkpoint, self.source, self.steps = checkpoint, source, steps
+        alone: dict[str, Any] = {"minutes": None, "patience": None, "compile": False, "sharding": "none"}
+        alone |= {"gate_budget": 1.0, "validate_every": steps}  # closed channels are cut before
+        rates = {"learning_rate": learning_rate, "final_learning_rate": 0.0, "average": recipe.compression.average}
+        self.config = recipe.training.model_copy(update={"steps": steps, **alone, **rates})
+        precision = prepare_hardware(self.config, begun=checkpoint.state.precision)
+        crop, channels = recipe.data.crop, recipe.data.channels
+        model = load_model(checkpoint)
+        self.precision = check_maps(model, precision, crop=crop, channels=channels, requested=self.config.precision)
+        self.class_weights = class_weights(recipe.training, source)
+        self.shrunk: MemoryUse | None = None
+        """How an earlier candidate had to use memory, if it was less than the recipe allows."""
+        self.notes: list[str] = []
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"loss": True, "learning_rate": self.config.learning_rate, "training": "by the recipe"}
+
+    def train(self, model: nn.Module, teacher: nn.Module, *, seed: int, folder: Path, report: StepReport) -> float:
+        recipe, written = self.checkpoint.recipe, folder / "checkpoints"
+        start = newest_sound(written, note=self.notes.append) if checkpoints_in(written) else None
+        trainer = Trainer(
+            eager_copy(model), self.config, task=recipe.task, precision=self.precision, teacher=eager_copy(teacher),
+            distillation=recipe.compression.distillation, class_weights=self.class_weights, seed=seed,
         )  # fmt: skip
-        self.precision = resolve_precision(recipe.training.precision, next(teacher.parameters()).device.type)
+        trainer.remember(self.shrunk)
 
-    def __len__(self) -> int:
-        return self.steps
+        def tell(progress: FitProgress) -> None:
+            if progress.kind == "step":
+                report(progress.step, progress.loss or 0.0)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        with closing(prefetch(self.crops.batch, 0, self.steps, workers=worker_count(self.workers, device="cpu"))) as batches:
-            for _, (images_BCHW, target) in batches:
-                with torch.no_grad(), self.precision.autocast():
-                    scores: Tensor = self.teacher(as_input(self.teacher, images_BCHW))
-                yield images_BCHW, (target, scores)
+        root = Path(self.checkpoint.state.root)
+        training = _CandidateRun(
+            trainer, recipe, self.source, directory=folder, root=root, start=start, report=tell, seed=recipe.seed + SEED
+        )
+        with Interruption() as interruption:
+            training.run(interruption)
+        if interruption.requested:
+            raise KeyboardInterrupt
+        self.shrunk = trainer.shrunk or self.shrunk
+        self.notes += (f"trial {int(folder.name)}: {note}" for note in training.notes)
+        load_weights(model, trainer.average.tensors(), folder)
+        model.eval()
+        return 0.0 if start is None else start.state.seconds

@@ -5,6 +5,7 @@ FOLDER/reference/                the FP32 model's artefact and its scores
 FOLDER/trials/001/artifact/      an artefact, ready to run
 FOLDER/trials/001/model/         the same model for PyTorch (`muntin.load_compressed`)
 FOLDER/trials/001/trial.json     its forms, predictions and measurements
+FOLDER/training/002/             what the training of a trial goes on from after an interruption; removed when the trial is measured
 FOLDER/tables/1/                 harm and cost of the forms of each layer, for each width
 FOLDER/holdout.json              the scores that are reported
 """
@@ -15,6 +16,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from muntin.models.eager import ModelInputs, tensors_of
 
 SETTINGS, REFERENCE, TRIALS, TRIAL, HOLDOUT = "settings.json", "reference", "trials", "trial.json", "holdout.json"
 BASES, BASE = "tables", "base.json"
-ARTIFACT, MODEL = "artifact", "model"
+ARTIFACT, MODEL, TRAINING = "artifact", "model", "training"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,16 @@ class TrialFolder:
             raise MuntinError(f"{folder} is of another plan than this search proposes (another version or machine?): give another folder")
         measured = {key: record[key] for key in ("limit", "score", "drop", "bound", "bytes", "ms", "kept", "seconds")}
         return Trial(number=number, plan=plan_of(record), folder=folder, **measured)
+
+    def training(self, number: int) -> Path:
+        """The folder for the training of a trial that is not measured yet."""
+        return self.folder / TRAINING / f"{number:03d}"
+
+    def forget_training(self, number: int) -> None:
+        """Remove the folder of a trial's training, and that of all if it is empty."""
+        shutil.rmtree(self.training(number), ignore_errors=True)
+        with suppress(OSError):
+            (self.folder / TRAINING).rmdir()
 
     def base(self, width: float, make: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
         """The folder of the tables of a width, and its record; `make` fills the folder if there is none.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from muntin.budgeting.trials import Trial
     from muntin.compression.stages import CompressionRun
     from muntin.models.compression_record import Stage
-    from muntin.reporting.front import FrontRecord
+    from muntin.reporting.front.schema import FrontRecord
     from muntin.training import Checkpoint, FitProgress, Recipe
 
 QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
@@ -188,7 +188,7 @@ def compress_within(
     from muntin.budgeting.run import FOLDER, compress_run
     from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
-    from muntin.reporting.front import write_front
+    from muntin.reporting.front.page import write_front
     from muntin.reporting.text import METRICS
     from muntin.training import find_checkpoint, read_checkpoint
 
@@ -295,7 +295,7 @@ def front_record(result: CompressionResult, *, title: str, weights: str, metric:
     """The values of the page of a search."""
     from importlib.metadata import version
 
-    from muntin.reporting.front import FrontRecord
+    from muntin.reporting.front.schema import FrontRecord
     from muntin.runtime import describe_hardware
 
     points = [

@@ -102,8 +102,11 @@ def fit_command(
     else:
         describe_fit(result)
         if not result.interrupted:
-            folder = str(result.directory)
-            out.print(f"next      `{shlex.join(['muntin', 'export', folder])}`, or smaller: `{shlex.join(['muntin', 'compress', folder])}`")
+            from muntin.deployment.artifact_comparison import SCORE_MARGINS
+
+            folder, drop = str(result.directory), f"{SCORE_MARGINS[loaded.task]:g}"
+            smaller = shlex.join(["muntin", "compress", folder, "--max-drop", drop])
+            out.print(f"next      `{shlex.join(['muntin', 'export', folder])}`, or smaller: `{smaller}`")
     if result.interrupted:
         places = [] if output is None else ["--output", str(output)]
         changes = [word for change in set_ or () for word in ("--set", change)]

@@ -40,7 +40,15 @@ from muntin.deployment.checkpoint_export import export_checkpoint, export_side
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
 from muntin.deployment.pictures import write_class_examples, write_examples, write_picture, write_restored_examples, write_worst
-from muntin.deployment.run_artifacts import RunArtifact, artifact_place, existing_place, finished_stages, run_artifacts, stage_notes
+from muntin.deployment.run_artifacts import (
+    RunArtifact,
+    artifact_place,
+    budget_record,
+    existing_place,
+    finished_stages,
+    run_artifacts,
+    stage_notes,
+)
 from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
@@ -120,6 +128,7 @@ class _Comparison:
             "counted": list((artifact.manifest.example or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
             **self._confusion(compared.tests[subject.name]),
+            "search": budget_record(self.checkpoint),
             "splits": {name: _split_record(self.source.split(name)) for name in SPLITS},
             "seconds": self.seconds,
         }

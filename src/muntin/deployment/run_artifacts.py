@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from muntin.artifact import Artifact, open_artifact
 from muntin.artifact.store import MANIFEST
@@ -140,6 +141,15 @@ def run_artifacts(checkpoint: Checkpoint, *folders: Path) -> tuple[list[RunArtif
     artifacts.sort(key=lambda entry: places.index(entry.checkpoint.path))
     chosen, told = _chosen_in_budget(checkpoint)
     return _distinct([*artifacts, *chosen]), [*notes, *told]
+
+
+def budget_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the record of a search for a budget that began with these weights (a front's `front.json`), if there is a readable one."""
+    try:
+        content = json.loads((run_folder(checkpoint) / BUDGET).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("weights") == checkpoint.state.weights else None
 
 
 def _chosen_in_budget(checkpoint: Checkpoint) -> tuple[list[RunArtifact], list[str]]:

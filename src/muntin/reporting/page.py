@@ -12,6 +12,7 @@ from typing import Any
 
 from muntin.reporting import charts, text
 from muntin.reporting.files import REPORT_NAME, json_text, template, write_files
+from muntin.reporting.front.picture import front_picture
 from muntin.reporting.lanes import lane_figure
 from muntin.reporting.layers import layer_shares
 from muntin.reporting.pictures import EXAMPLE_EDGES, EXAMPLES_LIMIT, OVERLAY_EDGES, OVERLAY_LIMIT, Preview, preview
@@ -71,6 +72,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
         "has_weights": has_weights(report),
         "has_latency": has_latency(report),
         "artifacts": _artifacts(report),
+        "front": None if report.search is None else front_picture(report.search),
         "disturbance": text.disturbance(report),
         "class_scale": _class_scale(report),
         "charts": charts.training_charts(report),

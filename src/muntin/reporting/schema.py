@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import Task
+from muntin.reporting.front.schema import FrontRecord
 from muntin.reporting.records import Amount, Count, Hardware, IsoTime, PositiveCount, Record, Share, Text, check_unique, parse_record
 from muntin.runtime.profiling.contention import BUSY
 
@@ -253,7 +254,8 @@ class SplitRecord(Record):
 class Report(Record):
     """A whole report. The first step is the FP32 model, which `ranks` describe; the last is the deployed model, which `layers` describe.
 
-    `counted`: height and width of the picture for which multiply-adds are counted.
+    `counted`: height and width of the picture for which multiply-adds are counted. `search`: the models that were tried within an accuracy
+    budget.
     """
 
     format: Literal[1] = 1
@@ -276,6 +278,7 @@ class Report(Record):
     counted: tuple[PositiveCount, PositiveCount] | None = None
     pictures: ReportPictures | None = None
     confusion: ConfusionRecord | None = None
+    search: FrontRecord | None = None
     splits: dict[str, SplitRecord] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recipe: str | None = None
@@ -319,13 +322,13 @@ def report_values(report: Report) -> dict[str, Any]:
     """Return the report as plain values for `report.json`, in the schema's order.
 
     `recipe` is left out where it is null. Keys that were added to the schema later (`artifacts`, `baseline`, `counted`, `ranks`,
-    `confusion`, `splits`, `worst` of pictures, a step's `weights`, `others` of timings, a layer's `clipped`, `histogram` and `note`) are
-    left out where they were not given, so that older reports keep their content.
+    `confusion`, `search`, `splits`, `worst` of pictures, a step's `weights`, `others` of timings, a layer's `clipped`, `histogram` and
+    `note`) are left out where they were not given, so that older reports keep their content.
     """
     values = report.model_dump(mode="json")
     if report.recipe is None:
         del values["recipe"]
-    for key in {"artifacts", "baseline", "counted", "ranks", "confusion", "splits"} - report.model_fields_set:
+    for key in {"artifacts", "baseline", "counted", "ranks", "confusion", "search", "splits"} - report.model_fields_set:
         del values[key]
     if report.pictures is not None and "worst" not in report.pictures.model_fields_set:
         del values["pictures"]["worst"]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from muntin.reporting.front import FrontRecord, write_front
-from muntin.reporting.front.page import render_front
+from muntin.reporting.front.page import render_front, write_front
+from muntin.reporting.front.schema import FrontRecord
 
 RECORD = {
     "muntin": "1.0", "created": "2026-11-30T12:00:00+00:00", "title": "a <run>", "metric": "mIoU", "objective": "latency", "max_drop": 0.02,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from muntin.errors import MuntinError
-from muntin.reporting.front import FrontRecord, front_svg
-from muntin.reporting.front.picture import front_picture, on_front
+from muntin.reporting.front.picture import front_picture, front_svg, on_front
+from muntin.reporting.front.schema import FrontRecord
 from muntin.reporting.records import parse_record
 
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from muntin.reporting.front import SearchRecord, write_search
-from muntin.reporting.front.search_page import render_search
+from muntin.reporting.front.search_page import SearchRecord, render_search, write_search
 
 HEAD = {
     "muntin": "1.0", "created": "2026-11-30T12:00:00+00:00", "title": "a <search>", "metric": "mIoU", "objective": "latency",

@@ -61,7 +61,7 @@ def search_command(
     refuse_without_gradients(recipe)
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.errors import RecipeError
-    from muntin.reporting.front import write_search
+    from muntin.reporting.front.search_page import write_search
     from muntin.reporting.text import METRICS
     from muntin.searching import SearchSettings, load_space, search_architectures
     from muntin.searching.run import document

@@ -12,7 +12,7 @@ from rich.table import Table
 from muntin.cli.console import out, print_notes, print_table, print_wrapped
 
 if TYPE_CHECKING:
-    from muntin.reporting.front import SearchRecord
+    from muntin.reporting.front.search_page import SearchRecord
     from muntin.searching import ArchitectureSearch
 
 
@@ -66,7 +66,8 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
     """The values of a search's page."""
     from importlib.metadata import version
 
-    from muntin.reporting.front import FrontRecord, SearchRecord
+    from muntin.reporting.front.schema import FrontRecord
+    from muntin.reporting.front.search_page import SearchRecord
     from muntin.runtime import describe_hardware
     from muntin.searching.run import document
 
