@@ -57,6 +57,15 @@ def test_kernels_without_a_name_count_for_the_part_before(base: ModelConfig) -> 
     assert times == {stem.keys[0]: 3, stage.keys[0]: 96, stage.keys[1]: 384}
 
 
+def test_beginning_in_two_branches(base: ModelConfig) -> None:
+    """Stages that differ in their block alone begin alike."""
+    others = (base, base.model_copy(update={"mlp_ratio": 4.0}))
+    probes = [next(probe for key, _, probe in parts_of(Architecture(config=one), 64) if "block" in key) for one in others]
+    assert probes[0].keys[0] == probes[1].keys[0] and probes[0].keys[1] != probes[1].keys[1]
+    kernels = [kernel("branches.0.part.reduce.conv", 2), kernel("branches.1.part.reduce.conv", 4)]
+    assert attributed(probes, kernels)[probes[0].keys[0]] == 3
+
+
 def test_fit() -> None:
     assert fitted([(1, 2), (2, 4)]) == pytest.approx((0, 2))
     assert fitted([(1, 2.5), (2, 4.5), (4, 8.5)]) == pytest.approx((0.5, 2))

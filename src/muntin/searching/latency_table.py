@@ -57,6 +57,8 @@ FEWEST_FITTED = 3
 CALIBRATION_BATCHES, EXAMPLES = 2, 2
 """Batches that calibrate a whole network, whose accuracy does not matter here, and pictures of its golden pairs."""
 FILE = "latency.json"
+CACHE = "network-parts"
+"""Folder of the user's cache."""
 _CEILINGS = Ceilings(gmacs={}, copy_gb_s=1.0, threads=1, others=None)
 """Not used: the profile would measure the machine's."""
 _BRANCH = re.compile(r"branches\.(\d+)\.(before|part|after)(?:\.|$)")
@@ -99,7 +101,7 @@ class ArchitectureLatency:
     def __init__(self, base: ModelConfig, side: int, folder: Path, *, threads: int | None = None) -> None:
         self.base, self.side, self.folder = base, side, folder
         self.options = SessionOptions(threads=threads, cache=False)
-        self.cache = LatencyCache(self.options.thread_count, "parts")
+        self.cache = LatencyCache(self.options.thread_count, CACHE)
         self.conditions = {"side": side, **latency_settings(self.options.thread_count)}
         """Conditions of the latencies of whole networks: side of the picture, engine, version, CPU and threads."""
         self.notes: list[str] = []
@@ -145,7 +147,8 @@ class ArchitectureLatency:
                 progress(done, total)
                 part = all_[start : start + BRANCHES]
                 for key, ms in measured(part, self.options).items():
-                    self.cache.add(key, {_FORM: ms})
+                    if key not in self.cache.ms:  # the beginning of a stage, measured with another block: costs of a study stay as they are
+                        self.cache.add(key, {_FORM: ms})
                 done += len(part)
         if total:
             progress(total, total)
@@ -283,18 +286,25 @@ def measured(probes: Sequence[PartProbe], options: SessionOptions, rounds: int =
 
 
 def attributed(probes: Sequence[PartProbe], kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Milliseconds of each part from the kernels of a graph of branches, in the order of execution."""
-    times = {key: 0.0 for probe in probes for key in probe.keys}
-    current: str | None = None
+    """Milliseconds of each part from the kernels of a graph of branches, in the order of execution.
+
+    A part that several branches have gets the mean of them.
+    """
+    times = {(index, key): 0.0 for index, probe in enumerate(probes) for key in probe.keys}
+    current: tuple[int, str] | None = None
     for kernel in kernels:
         match = _BRANCH.search(kernel.label) or _BRANCH.search(kernel.name)
         if match:
-            keys = probes[int(match[1])].keys
+            index = int(match[1])
+            keys = probes[index].keys
             in_block = len(keys) > 1 and BLOCK in f"{kernel.label}."
-            current = (keys[1] if in_block else keys[0]) if match[2] == "part" else None
+            current = (index, keys[1] if in_block else keys[0]) if match[2] == "part" else None
         if current is not None:
             times[current] += kernel.ms
-    return {key: round(ms, 4) for key, ms in times.items()}
+    of_key: dict[str, list[float]] = {}
+    for (_, key), ms in times.items():
+        of_key.setdefault(key, []).append(ms)
+    return {key: round(statistics.fmean(branches), 4) for key, branches in of_key.items()}
 
 
 def whole_latency(architecture: Architecture, scorer: CandidateScorer, side: int, options: SessionOptions) -> float:

@@ -34,6 +34,7 @@ from muntin.searching.settings import SearchFile, SearchSettings
 from muntin.searching.space import Architecture, Space, default_space
 from muntin.searching.study import ArchitectureStudy, StudyPoint
 from muntin.searching.supernet_training import SupernetTraining
+from muntin.training.checkpoint import checkpoints_in, newest_sound
 from muntin.training.precision import TrainingPrecision, prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress
@@ -45,6 +46,8 @@ TRAINING_SHARE = 0.75
 """Share of a network's minutes that its training may take; the rest is for its export."""
 MANY_STEPS = 10_000_000
 """Steps of a training that its minutes end."""
+SUPERNET = "supernet"
+"""Folder of the shared weights in that of a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +146,9 @@ class _Search:
             self.seconds = before + time.perf_counter() - started - (self.table_seconds - table_before)
             return self.seconds
 
-        precision = prepare_hardware(self.recipe.training, begun=None)
-        training = self._training(precision)
+        written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
+        begun = newest_sound(written[0].parent, note=self.notes.append).state.precision if written else None
+        training = self._training(precision := prepare_hardware(self.recipe.training, begun=begun))
         with Interruption() as interruption:
             interruption.work = "this step"
             trained = training.run(
@@ -176,7 +180,7 @@ class _Search:
     def _training(self, precision: TrainingPrecision) -> SupernetTraining:
         recipe = self._limited(None if self.settings.minutes is None else SUPERNET_SHARE * self.settings.minutes)
         return SupernetTraining(
-            self.space, self.base, recipe, self.source, folder=self.folder / "supernet", root=self.root, precision=precision
+            self.space, self.base, recipe, self.source, folder=self.folder / SUPERNET, root=self.root, precision=precision
         )  # fmt: skip
 
     def _limited(self, minutes: float | None) -> Recipe:
