@@ -26,7 +26,10 @@ def export_command(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the artefact; RUN/artifact or MODEL-artifact by default.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of the artefact; by default RUN/artifact, or FILE-artifact of FILE.onnx. Other models need it."
+        ),
     ] = None,
     floating: Annotated[
         bool, typer.Option("--float", help="Do not quantise: keep all layers in floating point. Refused for a quantised checkpoint.")
