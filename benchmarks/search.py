@@ -18,8 +18,9 @@ All networks are exported in INT8, scored on the validation and the test split a
                    network of the other contender with the best validation score among those that are not slower, within 2 %
     times faster   ms of the fastest network of the other contender that scores no less on the validation split, over that of a found
                    network: mean over the found networks that have such a rival
-    ranks          Spearman of the scores with shared weights, of the parameters and of the multiply-adds with the score of the networks
-                   trained alone; of the predicted latency, the parameters and the multiply-adds with the measured latency
+    ranks          over the found and the random networks, Spearman of the scores with shared weights, of the parameters and of the
+                   multiply-adds with the score of the networks trained alone; of the predicted latency, the parameters and the
+                   multiply-adds with the measured latency
     latency        share of whole networks whose latency is predicted within 10 %, each left out of the fit, and their median error
 Goals: a point beyond the spread or 1.3 times as fast against presets and width; ahead of random; rank correlation 0.7; 90 % of latencies
 within 10 %. What the parameter count predicts as well is not worth a table of latencies.
@@ -49,23 +50,28 @@ from kept import Row, kept_row, now
 from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.data.source import SplitName
-from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint
+from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import describe_hardware, load
 from muntin.runtime.host.hardware import physical_cores
 from muntin.searching import SearchSettings, Space, default_space, load_space, search_architectures
+from muntin.searching.candidates import CandidateScorer
 from muntin.searching.finalists import Finalist, train_finalist, with_latencies
+from muntin.searching.latency_table import ArchitectureLatency
 from muntin.searching.preparation import base_config
 from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, document
 from muntin.searching.space import Architecture, UnbuildableError
+from muntin.searching.supernet import Supernet
+from muntin.searching.supernet_training import SupernetTraining
 from muntin.training import Recipe, evaluate, fit, load_recipe, read_checkpoint
 from muntin.training.checkpoint import checkpoints_in
 from muntin.training.evaluation import tile_of
+from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import override_recipe
 from options import at_least
 from segmentation_peers.models import ENTRIES
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the rows."""
 RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
@@ -193,6 +199,24 @@ class Bench:
         with closing(load(artifact, threads=self.arguments.threads)) as session:
             return evaluate(session, self.source.split(split), tile=tile_of(recipe.data.crop)).score
 
+    def rated(self) -> Row:
+        """Score and latency of the random networks as the search predicts them: by its shared weights and its table."""
+        given, folder = self.arguments, self.folder / "search"
+        newest = read_checkpoint(folder / "supernet")
+        precision = prepare_hardware(self.recipe.training, begun=newest.state.precision)
+        training = SupernetTraining(
+            self.space, self.base, self.recipe, self.source, folder=folder / "supernet", root=self.root, precision=precision
+        )  # fmt: skip
+        supernet = training.average.model
+        assert isinstance(supernet, Supernet)
+        scorer = CandidateScorer(supernet, self.recipe, self.source, precision)
+        latency = ArchitectureLatency(self.base, export_side(self.recipe), folder, threads=given.threads)
+        latency.check(self.space, scorer, count=given.checked, seed=self.recipe.seed)
+        return {
+            name: {"shared_score": scorer.score(one), "predicted": latency.predict(one)}
+            for name, one in self._architectures("random").items()
+        }  # fmt: skip
+
     def timed(self, rows: Mapping[str, Row]) -> Row:
         """Latency of all networks of this seed in turns, by their names."""
         networks = [
@@ -242,9 +266,11 @@ def measure(arguments: argparse.Namespace, seed: int, settings: Row, machine: Ro
     timed = {
         contender: [{**row, "ms": ms[f"{contender}/{row['name']}"]} for row in content["networks"]] for contender, content in rows.items()
     }
+    rated = keep(bench.folder / "rated.json", measure=bench.rated)
+    timed["random"] = [{**row, **rated[row["name"].removeprefix("random-")]} for row in timed["random"]]
     return {
         "networks": timed, "against": {name: against(timed["search"], timed[name]) for name in CONTENDERS[1:]},
-        "ranks": ranks(timed["search"]), **{key: rows["search"][key] for key in FIGURES},
+        "ranks": ranks([*timed["search"], *timed["random"]]), **{key: rows["search"][key] for key in FIGURES},
     }  # fmt: skip
 
 
