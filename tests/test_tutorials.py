@@ -1,13 +1,14 @@
 """The code blocks of docs/tutorials/ run in order, as a reader would run them.
 
-```bash blocks run in a shell, ```python blocks each in a Python of its own. A block of plain `muntin` commands runs in this process, since
-each start of PyTorch takes seconds; a page that starts a server is one script, whose jobs outlive their block. Pages that go on in the
+```bash blocks run in a shell. ```python blocks, each with names of its own, and blocks of plain `muntin` commands run in this process:
+each start of PyTorch takes seconds. A page that starts a server is one script, whose jobs outlive their block. Pages that go on in the
 folder of another one run there. A block that cannot run here is not left out silently: the line before it begins with `*Not run by the
 tests:` and gives the reason to the reader, too.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import shlex
 import socket
 import subprocess
 import sys
-from contextlib import chdir
+import warnings
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -34,16 +36,19 @@ COMMANDS = re.compile(r"(muntin [^|&;<>$`*~\\\n]+\n)+")
 """Commands that need no shell."""
 
 
-def blocks(page: Path) -> list[str]:
-    """Return the code of a page's blocks, Python as a command of bash; in one piece if a job runs in the background."""
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Return language and code of a page's blocks; if a job runs in the background, one of bash, with Python as commands."""
     parts = []
     for number, block in enumerate(BLOCK.finditer(page.read_text(encoding="utf-8")), start=1):
         language, code = block["language"], block["code"]
         assert language in ("bash", "python", *SHOWN), f"{page.name}, block {number}: name its language, not '{language}'"
         if language in SHOWN or re.match(r"\*Not run by the tests: .+", block["before"]):
             continue
-        parts.append(code if language == "bash" else f"python - <<'END_OF_BLOCK'\n{code}END_OF_BLOCK\n")
-    return ["".join(parts)] if any(re.search("[^&]&$", code, re.MULTILINE) for code in parts) else parts
+        parts.append((language, code))
+    if not any(language == "bash" and re.search("[^&]&$", code, re.MULTILINE) for language, code in parts):
+        return parts
+    codes = (code if language == "bash" else f"python - <<'END_OF_BLOCK'\n{code}END_OF_BLOCK\n" for language, code in parts)
+    return [("bash", "".join(codes))]
 
 
 def free_port() -> int:
@@ -63,11 +68,26 @@ def run(page: str, folder: Path) -> str:
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), ".", os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": paths}
     port = str(free_port())
-    return "".join(run_block(code.replace("8000", port), folder, environment) for code in blocks(TUTORIALS / page))
+    return "".join(run_block(language, code.replace("8000", port), folder, environment) for language, code in blocks(TUTORIALS / page))
 
 
-def run_block(code: str, folder: Path, environment: dict[str, str]) -> str:
+def run_python(code: str, folder: Path) -> str:
+    """Run a block of Python and return what it printed. Modules of the folder are imported anew by the next block."""
+    printed, before = io.StringIO(), set(sys.modules)
+    with chdir(folder), pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), warnings.catch_warnings():
+        warnings.simplefilter("default")
+        patch.syspath_prepend(folder)
+        exec(compile(code, "block", "exec"), {"__name__": "__main__"})  # noqa: S102 - the page's own code
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
+            del sys.modules[name]
+    return printed.getvalue()
+
+
+def run_block(language: str, code: str, folder: Path, environment: dict[str, str]) -> str:
     """Run a block and return what it printed."""
+    if language == "python":
+        return run_python(code, folder)
     if COMMANDS.fullmatch(code) is None:
         words = ["bash", "-c", f"set -euo pipefail\n{STOP}\n{code}"]
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, encoding="utf-8")
@@ -145,6 +165,6 @@ def test_script_of_a_page(tmp_path: Path) -> None:
     page.write_text(
         "Do\n\n```bash\necho a\n```\n\n*Not run by the tests: needs a GPU.*\n\n```bash\nfalse\n```\n\nThen\n\n```python\nprint('b')\n```\n"
     )
-    assert "".join(run_block(code, tmp_path, dict(os.environ)) for code in blocks(page)) == "a\nb\n"
+    assert "".join(run_block(*block, tmp_path, dict(os.environ)) for block in blocks(page)) == "a\nb\n"
     page.write_text(f"{page.read_text()}\n```bash\ntrue &\n```\n")
     assert len(blocks(page)) == 1
