@@ -115,6 +115,9 @@ def test_own_data(own_data: Path) -> None:
     assert {path.name for path in (own_data / "predictions").iterdir()} == {"40_0.mask.png", "40_0.overlay.jpg"}
     classes = json.loads((own_data / "runs/photos/small/manifest.json").read_text())["signature"]["classes"]
     assert [entry["name"] for entry in classes] == ["ocean", "moist land", "steppe", "desert", "tundra", "ice"]
+    floats = next((own_data / "runs/photos/checkpoints").glob("*/average.safetensors")).stat().st_size
+    assert (own_data / "runs/photos/artifact/weights.safetensors").stat().st_size < floats / 3.5  # INT8
+    assert sum(path.stat().st_size for path in (own_data / "runs/photos/small").iterdir()) < floats / 4
 
 
 @pytest.mark.slow
