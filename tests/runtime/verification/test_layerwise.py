@@ -79,7 +79,7 @@ def export(model: nn.Module, path: Path, *, bits: int, widths: dict[str, int]) -
     changes = prepare_qat(model, [example], bits=bits)
     set_bits(model, widths)
     changes += freeze(model, [example])
-    return muntin.export(model, example, path, changes=changes), model
+    return muntin.export(model, example, path, changes=changes, sizes="fixed"), model  # one size: a third of the time
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +106,8 @@ def test_layers_of_a_sound_artefact(everything: tuple[Artifact, nn.Module]) -> N
 def test_export_equals_the_frozen_model(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, model = everything
     session = muntin.load(artifact.path, precision="f32", threads=1)
-    for height, width, seed in ((40, 56, 0), (33, 41, 5)):
-        x = smooth(2, height, width, seed)
+    for seed in (0, 5):
+        x = smooth(2, 40, 56, seed)
         with torch.inference_mode():
             expected = model(x).numpy()
         scores = session(np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy().astype(np.uint8)))
