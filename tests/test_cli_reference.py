@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import io
+import runpy
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    done = subprocess.run([sys.executable, DOCS / "make_cli_reference.py"], capture_output=True, encoding="utf-8", check=True)
-    assert not done.stderr
-    return done.stdout
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(str(DOCS / "make_cli_reference.py"), run_name="__main__")
+    return printed.getvalue()
 
 
 def test_committed_page_is_current(page: str) -> None:

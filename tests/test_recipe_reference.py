@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
-import subprocess
-import sys
+import runpy
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,10 @@ PARTS: tuple[type[BaseModel], ...] = (
 @pytest.fixture(scope="module")
 def page() -> str:
     """The page that the command writes."""
-    done = subprocess.run([sys.executable, DOCS / "make_recipe_reference.py"], capture_output=True, encoding="utf-8", check=True)
-    assert not done.stderr
-    return done.stdout
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(str(DOCS / "make_recipe_reference.py"), run_name="__main__")
+    return printed.getvalue()
 
 
 def test_page_is_current(page: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import subprocess
@@ -21,6 +22,16 @@ from muntin.cli import main
 
 BUSY_NOTE = "note      other processes use "
 """Begins a note that depends on what else the machine does."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ceilings_measured_once() -> Iterator[None]:
+    """A profile measures the machine's ceilings for seconds, each time the same ones."""
+    from muntin.runtime.profiling.ceilings import measure_ceilings
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("muntin.runtime.profiling.ceilings.measure_ceilings", functools.cache(measure_ceilings))
+        yield
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ def test_models_table(call: Call) -> None:
     small = {row["name"]: row for row in document["models"]}["hybrid-xs"]
     assert small["params"] == sum(p.numel() for p in create_model("hybrid-xs", classes=6).parameters())
     assert all(row["gmacs"] > 0 for row in document["models"])
-    text = call("models", "--size", "64")
+    text = call("models", "--size", "32")
     assert (text.code, text.err) == (0, "")
     assert all(name in text.out for name in PRESETS)
-    tiny = call("models", "--size", "32")
-    assert tiny.code == 0 and " 0.00 " not in tiny.out  # a small image takes little, not nothing
+    assert " 0.00 " not in text.out  # a small image takes little, not nothing
 
 
 @pytest.fixture

@@ -136,15 +136,18 @@ def test_smaller_tiles_where_memory_is_short(call_process: Call, tmp_path: Path,
     """In one tile the scores of 28 classes alone take 1.8 GiB, in tiles of half the side less than a third of the bound: close to it
     OpenVINO crashes."""
     artifact, photo = write_small(tmp_path / "artifact", names=tuple(map(str, range(28)))), tmp_path / "x.png"
-    write_image(photo, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8).repeat(64, 0).repeat(64, 1))
+    small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    write_image(photo, small.repeat(64, 0).repeat(64, 1))
     words = ("predict", artifact, photo, "-o", tmp_path / "out", "--tile", 4096, "--precision", "f32", "--threads", 1)
     answer = call_process(*words, "--json", before=LIMITED)
     (result,) = answer.document()["results"]
     (note,) = result["notes"]
     tile = int(note.split("computed in tiles of ")[1].split(",")[0])
     assert tile < 4096 and f"{photo}: not enough memory for tiles of 4096 pixels" in note
-    session = load(artifact, precision="f32", threads=1, shapes=(), dynamic=True)
-    assert np.array_equal(read_mask(result["mask"]), predict(session, read_image(photo), tile=tile))
+    scores = small.astype(int).cumsum(2) * (6, 3, 2)  # of the first classes; the others have less
+    is_best = scores == scores.max(2, keepdims=True)
+    differs = read_mask(result["mask"]) != is_best.argmax(2).repeat(64, 0).repeat(64, 1)
+    assert not differs[(is_best.sum(2) == 1).repeat(64, 0).repeat(64, 1)].any()
 
 
 def write_film(path: Path, frames: int = 7, *, height: int = 48, width: int = 64) -> None:

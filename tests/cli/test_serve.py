@@ -160,15 +160,14 @@ def test_serve_stops_while_loading(artifact: Path, stop: signal.Signals) -> None
         (["--dims", "tokens=8"], "--dims: the model takes images: give --sizes, or leave it out"),
     ],
 )
-def test_serve_mistakes(artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
+def test_serve_mistakes(call: Any, artifact: Path, tmp_path: Path, options: list[str], message: str) -> None:
     files = {"empty": tmp_path / "empty", "words": tmp_path / "words"}
     files["empty"].write_text("\n")
     files["words"].write_text("secret\ntwo words\n")
-    command = [sys.executable, "-m", "muntin", "serve", str(artifact), *(option.format(**files) for option in options)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert message in ended.stderr
-    assert ended.stderr.count("\n") == 1
+    answer = call("serve", artifact, *(option.format(**files) for option in options))
+    assert answer.code == 1
+    assert message in answer.err
+    assert answer.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -162,24 +162,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(call: Call, tiny: Any, 
     assert [point["loss"] for point in whole.state.training] == [point["loss"] for point in resumed.state.training]
 
 
-def test_fit_to_a_full_disk(call_process: Call, call: Call, tiny: Any, tmp_path: Path) -> None:
+def test_fit_to_a_full_disk(call: Call, full_disk: Call, tiny: Any, tmp_path: Path) -> None:
     def ctrl_c(progress: Any) -> None:
         if progress.kind == "validation":
             os.kill(os.getpid(), signal.SIGINT)
 
     run = tmp_path / "run"
     assert fit(tiny.recipe, directory=run, report=ctrl_c).step == 3
-    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
-    text = call_process("fit", tiny.recipe, "-o", run, "--resume", before=limit).mistake()
+    with full_disk(60_000):
+        text = call("fit", tiny.recipe, "-o", run, "--resume").mistake()
     assert "step-00000006 cannot be written (File too large): make room" in text
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
     assert read_checkpoint(run).state.step == 3
     assert call("fit", tiny.recipe, "-o", run, "--resume", "--json").document()["step"] == 6
 
 
-def test_fit_without_a_compiler(call_process: Call, tiny: Any, tmp_path: Path) -> None:
-    words = ("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true")
-    text = call_process(*words, env={"PATH": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}).mistake()
+def test_fit_without_a_compiler(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    text = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true").mistake()
     assert "needs a C++ compiler on CPUs" in text
     assert "leave `compile` false" in text
     assert not (tmp_path / "run").exists()
@@ -195,6 +195,7 @@ def test_fit_with_a_failing_compiler(call_process: Call, tiny: Any, tmp_path: Pa
         "HOME": str(tmp_path),
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # in the process itself: a pool of others takes seconds to start
     }
     text = call_process("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true", env=env).mistake()
     assert "cannot compile this model" in text
@@ -289,13 +290,13 @@ def test_fit_after_a_kill_by_the_kernel(memory_group: Path, write_tiny: Call, tm
     tiny = write_tiny(tmp_path / "data", data={"crop": 256})
     (memory_group / "memory.limit_in_bytes").write_text(str(800 << 20))
     words = [MUNTIN, "fit", str(tiny.recipe), "-o", str(tmp_path / "run"), "--supervise", "--json"]
-    words += [word for change in ("steps=2", "batch_size=128", "precision=fp32") for word in ("--set", f"training.{change}")]
+    words += [word for change in ("steps=1", "batch_size=128", "precision=fp32") for word in ("--set", f"training.{change}")]
     group = shlex.quote(str(memory_group / "cgroup.procs"))
     done = subprocess.run(["sh", "-c", f'echo $$ > {group}; exec "$@"', "sh", *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "muntin: the kernel killed the training for lack of memory" in done.stderr
     document = json.loads(done.stdout)
-    assert document["step"] == 2
+    assert document["step"] == 1
     assert any(note.startswith("an earlier attempt was killed for lack of memory with micro-batches of ") for note in document["notes"])
 
 

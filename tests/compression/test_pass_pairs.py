@@ -152,12 +152,9 @@ def test_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 @pytest.mark.parametrize(
     "order",
     [
-        ("prune", "low_rank", "quantize"),
         ("prune", "prepare_qat", "freeze"),
-        ("prune", "quantize_w4"),
         ("quantize", "low_rank", "prune"),
         ("prune", "sparsify", "quantize_w4"),
-        ("quantize", "sparsify", "prune"),
     ],
 )
 def test_export_after_passes(order: tuple[str, ...], tmp_path: Path) -> None:

@@ -241,14 +241,6 @@ def test_resuming_a_finished_run(compressed: Compressed) -> None:
     assert tree(compressed.run.directory) == before
 
 
-def test_one_stage_at_a_time(compressed: Compressed, tmp_path: Path) -> None:
-    for number, stage in enumerate(STAGES):
-        run = compress_checkpoint(compressed.origin, tmp_path / "stages", until=stage, resume=number > 0)
-        assert not run.interrupted
-        assert [result.stage for result in run.stages] == list(STAGES[: number + 1])
-        assert_same_state(compressed.stage(stage), read_checkpoint(run.checkpoint))
-
-
 # ---- what is refused ----
 
 

@@ -171,4 +171,4 @@ def hybrid_float(export_model: Callable[..., Exported]) -> Exported:
 @pytest.fixture(scope="session")
 def hybrid_int8(export_model: Callable[..., Exported]) -> Exported:
     torch.manual_seed(0)
-    return export_model(as_trained(create_model("hybrid-xxs", classes=5)), quantized=True)
+    return export_model(as_trained(create_model("hybrid-xxs", classes=5, options={"depths": (1,)})), quantized=True)

@@ -20,10 +20,8 @@ LEAST_DB = 12.0
 COVERED = 0.95
 """Share of the multiply-adds in integers."""
 SIZES = {
-    "timm:test_resnet": 64,
     "timm:test_byobnet": 64,
     "timm:test_nfnet": 64,
-    "timm:test_convnext": 64,
     "timm:test_mambaout": 64,
     "timm:test_vit": 96,
     "timm:edgenext_xx_small": 64,

@@ -183,6 +183,7 @@ def test_int8_accuracy_at_64_times_the_calibrated_area(tmp_path: Path) -> None:
     changes = [
         "data.crop=64",
         "model.name=hybrid-xxs",
+        "model.options={depths: [1]}",
         "training.steps=120",
         "training.validate_every=120",
         "training.checkpoint_every=120",

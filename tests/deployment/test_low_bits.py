@@ -49,12 +49,14 @@ def network(build: type[nn.Module]) -> nn.Module:
 class Deployed:
     """A network in integers of so many bits, and its artefact."""
 
-    def __init__(self, model: nn.Module, example: Tensor, path: Path, *, bits: int, widths: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, example: Tensor, path: Path, *, bits: int, widths: dict[str, int] | None = None, sizes: Any = None
+    ) -> None:
         changes = prepare_qat(model, [example], bits=bits)
         set_bits(model, widths or {})
         changes += freeze(model, [example])
         self.model = model
-        self.artifact: Artifact = muntin.export(model, example, path, changes=changes)
+        self.artifact: Artifact = muntin.export(model, example, path, changes=changes, sizes=sizes)
 
     @property
     def records(self) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def test_standalone_of_low_bits(deployed: dict[str, Deployed], name: str, plain_
 def test_attention_in_8_bits(trained: Any, pixels: Any, tmp_path: Path) -> None:
     options = {"depths": (1,), "dims": (64,), "head_dim": 32, "stem": (16, 16, 32), "latents": 8, "decoder": 16}
     model, example = trained(create_model("hybrid-xs", classes=4, options=options)), pixels(2, 3, 48, 48)
-    made = Deployed(model, example, tmp_path / "artifact", bits=4)
+    made = Deployed(model, example, tmp_path / "artifact", bits=4, sizes="fixed")
     attention = "stages.0.blocks.0.attention"
     kinds = {name: record.kind for name, record in made.records.items() if record.kind in ("Product", "SoftmaxProduct")}
     assert kinds == {

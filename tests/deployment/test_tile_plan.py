@@ -19,6 +19,8 @@ from muntin.errors import ArtifactError, DataError
 SMALL: dict[str, Any] = {
     "stem": [8, 8, 16], "dims": [32, 32], "depths": [1, 1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1],
 }  # fmt: skip
+ONE_STAGE: dict[str, Any] = {"dims": [32], "depths": [1]}
+"""A second stage adds half of the time of an export."""
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Tensor:
@@ -71,7 +73,7 @@ class Convolutions(nn.Module):
 MODELS: dict[str, Any] = {
     "hybrid": hybrid,
     "restoring serial blocks": lambda: lively(
-        muntin.create_model("hybrid-xs", task="restore", scale=2, options={**SMALL, "block": "serial"})
+        muntin.create_model("hybrid-xs", task="restore", scale=2, options={**SMALL, **ONE_STAGE, "block": "serial"})
     ),
     "convolutions": lambda: lively(Convolutions(excite=False)),
     "excitation": lambda: lively(Convolutions(excite=True)),
@@ -81,7 +83,7 @@ MODELS: dict[str, Any] = {
 @pytest.fixture(scope="module", params=[*MODELS, "integers"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     name, path = request.param, tmp_path_factory.mktemp("exact") / "artifact"
-    model = MODELS.get(name, hybrid)()
+    model = MODELS[name]() if name in MODELS else hybrid(**ONE_STAGE)
     return muntin.export(
         model, smooth(96, 96), path, calibration=[smooth(96, 96, seed) for seed in range(3)] if name == "integers" else None
     )
@@ -102,9 +104,14 @@ def test_answer_of_one_call(exported: Artifact, height: int, width: int, tile: i
         assert (muntin.predict(session, picture, exact=True, tile=tile) == tiled.argmax(0)).all()
 
 
-def test_openvino(tmp_path: Path) -> None:
-    artifact = muntin.export(hybrid(attention="global"), smooth(96, 96), tmp_path / "artifact")
-    session = muntin.load(artifact.path, precision="f32", shapes=(), cache=False)
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = hybrid(**ONE_STAGE, attention="global")
+    artifact = muntin.export(model, smooth(96, 96), tmp_path_factory.mktemp("exact") / "artifact")
+    return muntin.load(artifact.path, precision="f32", shapes=(), cache=False)
+
+
+def test_openvino(session: Any) -> None:
     steps: list[tuple[int, int]] = []
     tiled = muntin.predict(session, pixels(150, 170), output="scores", exact=True, tile=64, progress=lambda *done: steps.append(done))
     whole = muntin.predict(session, pixels(150, 170), output="scores")
@@ -143,9 +150,7 @@ def test_model_without_a_plan(make: Any, reason: str, tmp_path: Path) -> None:
         muntin.predict(session, pixels(64, 64), exact=True)
 
 
-def test_arguments(tmp_path: Path) -> None:
-    artifact = muntin.export(Convolutions(excite=False), smooth(64, 64), tmp_path / "artifact")
-    session = muntin.load(artifact.path, shapes=(), cache=False)
+def test_arguments(session: Any) -> None:
     with pytest.raises(DataError, match="exact tiles share no pixels"):
         muntin.predict(session, pixels(64, 64), exact=True, overlap=4)
     with pytest.raises(DataError, match="give a whole number of pixels from 1"):

@@ -1,4 +1,4 @@
-"""A hybrid with an encoder of timm: fit from a file of weights, resume, compress, export, load, agreement."""
+"""A hybrid with an encoder of timm: fit from a file of weights, compress, export, load, agreement."""
 
 from __future__ import annotations
 
@@ -62,16 +62,6 @@ def test_checkpoint(trained: Checkpoint) -> None:
     assert model.config.encoder == f"timm:{NETWORK}"  # type: ignore[union-attr]
     stored = trained.tensors[AVERAGE]
     assert all(torch.equal(tensor, stored[key]) for key, tensor in model.state_dict().items())
-
-
-def test_resumed(tiny: Any, trained: Checkpoint) -> None:
-    """Half of the steps, and the other half, from the checkpoint's weights."""
-    recipe = load_recipe(tiny.recipe, ["training.steps=60"])
-    folder = tiny.root / "halves"
-    fit(load_recipe(tiny.recipe, ["training.steps=30"]), root=tiny.root, directory=folder)
-    resumed = read_checkpoint(fit(recipe, root=tiny.root, directory=folder, resume=True).checkpoint)
-    assert resumed.state.step == trained.state.step
-    assert resumed.tensors[AVERAGE].keys() == trained.tensors[AVERAGE].keys()
 
 
 def test_int8(tiny: Any, trained: Checkpoint) -> None:

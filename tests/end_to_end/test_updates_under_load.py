@@ -45,7 +45,6 @@ SWAPPED, WORSE = {1: 2, 2: 1}, {2: 0}
 PLAN: tuple[tuple[dict[int, int], bool, list[str]], ...] = (
     ({}, True, []),
     (SWAPPED, False, []),
-    ({}, True, []),
     (WORSE, False, ["--set", "update.share=0.5", "--set", "update.learning_rate=0.01", "--set", "update.strategy=naive"]),
     ({}, True, []),
 )
@@ -118,7 +117,7 @@ class Client:
         connection.close()
 
 
-def test_five_updates(
+def test_four_updates(
     tmp_path: Path, write_tiny: Callable[..., Any], write_scenes: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "two_layers_under_load.py").write_text(MODEL)
@@ -147,8 +146,8 @@ def test_five_updates(
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/v2/repository/index", b"{}", timeout=30) as answer:
             index = {entry["version"]: entry for entry in json.loads(answer.read())}
     assert set(client.statuses) == {200} and len(client.statuses) > 50
-    assert set(index) == {"1", "2", "3", "4"}  # three of five updates were accepted
-    assert index["4"]["state"] == "READY" and "accepted: old data" in index["4"]["reason"]
+    assert set(index) == {"1", "2", "3"}  # two of four updates were accepted
+    assert index["3"]["state"] == "READY" and "accepted: old data" in index["3"]["reason"]
     image = read_image(tiny.root / "test" / "images" / "test-0.png")
     expected = [predict(load(versions / name, threads=1), image) for name in index]
     for body in client.bodies:  # 0 wrong: each answer is that of a version

@@ -66,10 +66,11 @@ def test_other_grids(net: Net) -> None:
     assert float(net.stem.input.scale) == before
 
 
-@pytest.mark.parametrize("mean", [127.5, 128.0])
-@pytest.mark.parametrize("share", [0.993, 0.995, 0.998, 0.9995, 1.0, 1.0006, 1.002, 1.0036, 1.0039, 1.005])
+@pytest.mark.parametrize(
+    ("share", "mean"), [(0.993, 127.5), (0.9995, 127.5), (1.0036, 127.5), (1.005, 127.5), (0.993, 128.0), (1.005, 128.0)]
+)
 def test_runtime_result(share: float, mean: float, tmp_path: object) -> None:
-    """OpenVINO omits the rounding for grids within 1 % of the pixels' grid."""
+    """OpenVINO omits the rounding for grids within 1 % of the pixels' grid; beside it (127.5), within 0.4 %."""
     net = Net(share / 64, mean=mean).eval()
     align_with_pixels(net, IMAGES)
     artifact = muntin.export(net, IMAGES, f"{tmp_path}/artifact")

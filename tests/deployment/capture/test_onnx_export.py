@@ -169,9 +169,7 @@ def cases() -> dict[str, tuple[Callable[[Any, Tensor], Any], str]]:
 
 
 POOLS = {
-    "mean": nn.AvgPool2d(2, 2, ceil_mode=True),
     "mean of overlapping windows": nn.AvgPool2d(3, (2, 1), (1, 1), ceil_mode=True, count_include_pad=False),
-    "maximum": nn.MaxPool2d(2, 2, ceil_mode=True),
     "maximum of overlapping windows": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
     "a window that PyTorch drops": nn.AvgPool2d(1, 2, ceil_mode=True),
 }

@@ -63,12 +63,6 @@ def test_macs_scaled_by_the_area(convolutions: Any, tmp_path: Path, engine: str)
     }
 
 
-def test_default_ceilings(convolutions: Any) -> None:
-    result = profile(convolutions.path, SessionOptions(threads=1), shape=(1, 8, 8), rounds=1)
-    assert result.ceilings.gmacs["f32"] > 0
-    assert result.ceilings.copy_gb_s > 0
-
-
 def test_shape_that_is_not_allowed(convolutions: Any, tmp_path: Path) -> None:
     signature = convolutions.artifact.manifest.signature.model_copy(update={"sizes": Sizes.both(multiple=4)})
     golden = [(images[:, :4, :4], scores[:, :, :4, :4]) for images, scores in convolutions.artifact.golden()]

@@ -42,14 +42,14 @@ def one_thread() -> Iterator[None]:
 class Everything(nn.Module):
     """Convolutions with a stride, groups, a dilation, depthwise, with and without a bias; Linears; attention among a map's positions."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(seed)
-        width, groups, dilation, kernel = 32, (2, 4, 8)[seed % 3], 1 + seed % 2, (3, 5, 2)[seed % 3]
-        self.stem = nn.Conv2d(3, width, 3, 2, 1, bias=bool(seed % 2))
-        self.grouped = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, groups=groups)
-        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width, bias=not seed % 2)
-        self.project = nn.Linear(width, 3 * width, bias=bool(seed % 2))
+        torch.manual_seed(1)
+        width = 32
+        self.stem = nn.Conv2d(3, width, 3, 2, 1)
+        self.grouped = nn.Conv2d(width, width, 3, padding=2, dilation=2, groups=4)
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width, bias=False)
+        self.project = nn.Linear(width, 3 * width)
         self.scores, self.values = Product(), SoftmaxProduct()
         self.out = nn.Linear(width, width)
         self.head = nn.Conv2d(width, 4, 1)
@@ -72,21 +72,21 @@ def smooth(batch: int, height: int, width: int, seed: int) -> Tensor:
     return (F.interpolate(coarse, (height, width), mode="bilinear") * 255).round()
 
 
-def export(model: nn.Module, path: Path, *, bits: int, widths: dict[str, int] | None = None) -> tuple[Artifact, nn.Module]:
+def export(model: nn.Module, path: Path, *, bits: int, widths: dict[str, int]) -> tuple[Artifact, nn.Module]:
     """A model in integers of so many bits, and its artefact."""
     example = smooth(2, 40, 56, seed=0)
     model.eval()
     changes = prepare_qat(model, [example], bits=bits)
-    set_bits(model, widths or {})
+    set_bits(model, widths)
     changes += freeze(model, [example])
-    return muntin.export(model, example, path, changes=changes), model
+    return muntin.export(model, example, path, changes=changes, sizes="fixed"), model  # one size: a third of the time
 
 
-@pytest.fixture(scope="module", params=range(2))
-def everything(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, nn.Module]:
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, nn.Module]:
     """Random layers of 4 bits; of 2, 3 and 8 beside them."""
-    widths = ({}, {"grouped": 8, "out": 2, "stem": 8, "project": 3})[request.param]
-    return export(Everything(request.param), tmp_path_factory.mktemp("everything") / "artifact", bits=4, widths=widths)
+    widths = {"grouped": 8, "out": 2, "stem": 8, "project": 3}
+    return export(Everything(), tmp_path_factory.mktemp("everything") / "artifact", bits=4, widths=widths)
 
 
 def golden(artifact: Artifact) -> list[NDArray[np.uint8]]:
@@ -106,8 +106,8 @@ def test_layers_of_a_sound_artefact(everything: tuple[Artifact, nn.Module]) -> N
 def test_export_equals_the_frozen_model(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, model = everything
     session = muntin.load(artifact.path, precision="f32", threads=1)
-    for height, width, seed in ((40, 56, 0), (33, 41, 5)):
-        x = smooth(2, height, width, seed)
+    for seed in (0, 5):
+        x = smooth(2, 40, 56, seed)
         with torch.inference_mode():
             expected = model(x).numpy()
         scores = session(np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy().astype(np.uint8)))

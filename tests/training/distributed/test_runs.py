@@ -49,7 +49,7 @@ def test_resume_with_other_numbers_of_processes(tmp_path: Path, plain: Path) -> 
 
     part = next((newest / "optimizer").iterdir())
     part.write_bytes(part.read_bytes()[:-9])  # the newest is damaged: the run goes on from step 3
-    for count, sharding in ((1, "zero3"), (2, "zero2"), (3, "zero1")):
+    for count, sharding in ((1, "zero3"), (3, "zero2")):
         folder = tmp_path / f"resumed-{count}"
         shutil.copytree(tmp_path / "four", folder)
         arguments = plain, folder, [f"training.sharding={sharding}"], True
@@ -77,10 +77,10 @@ def test_lack_of_memory_in_one_process(tmp_path: Path, plain: Path) -> None:
 @pytest.mark.slow
 def test_killed_process(tmp_path: Path, plain: Path) -> None:
     """The others end with a message, and torchrun starts all again, from the newest checkpoint."""
-    run, steps = tmp_path / "run", 400
+    run, steps = tmp_path / "run", 200
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
     words += ["--monitor-interval", "3", "-m", "muntin"]  # otherwise torchrun may end the others before they notice
-    changes = [f"training.steps={steps}", f"training.validate_every={steps}", "training.checkpoint_every=5", "training.sharding=zero3"]
+    changes = [f"training.steps={steps}", f"training.validate_every={steps}", "training.checkpoint_every=20", "training.sharding=zero3"]
     words += ["fit", str(plain), "--output", str(run), *(word for change in changes for word in ("--set", change))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:

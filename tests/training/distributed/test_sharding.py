@@ -16,7 +16,7 @@ from muntin.training.recipe import parse_recipe
 from muntin.training.weights import new_model
 from rank_processes import Plain, curves, run_ranks
 
-STEPS = 50
+STEPS = 20
 RUNS: dict[str, dict[str, Any]] = {
     "none": {"steps": STEPS},
     "zero1": {"steps": STEPS, "sharding": "zero1"},

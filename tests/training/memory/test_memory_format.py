@@ -25,10 +25,10 @@ def faults(steps):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 step()
-usual = faults(20)
+usual = faults(5)
 with keep_freed_memory():
     step()
-    inside = faults(20)
+    inside = faults(5)
     held = resident()[0]
 print(usual, inside, (held - resident()[0]) >> 20)
 """
