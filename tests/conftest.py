@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
-import functools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,26 +42,6 @@ def no_progress_lines() -> Iterator[None]:
     """A command prints no line of progress, however slow this machine is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("muntin.cli.console.FIRST_S", 3600.0)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def operators_translated_once() -> Iterator[None]:
-    """Keep PyTorch's table of ONNX operators: an export builds it anew, which takes a third of the time of a small model's export."""
-    if "torch" not in sys.modules:  # no test that was collected exports
-        yield
-        return
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    built = functools.cache(ONNXRegistry.from_torchlib)
-
-    def copied(**options: Any) -> ONNXRegistry:
-        registry = copy.copy(built(**options))
-        registry.functions = {operator: list(forms) for operator, forms in registry.functions.items()}  # an export adds its own forms
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
         yield
 
 
