@@ -216,7 +216,7 @@ class _Learner:
         return FeatureTaps(model, names), FeatureTaps(teacher, names)
 
     def _samples(self) -> Samples:
-        """The pictures to train with: of the run's folder, and for `joint` all of the parent's."""
+        """The pictures to train with: of the run's folder, for `joint` all of the parent's, for `frozen` see `strategies`."""
         train = self.source.split("train")
         if self.strategy.old == "none" and not (self.strategy.head_only and not self.plan.added):
             return of_kind(train, NEW)

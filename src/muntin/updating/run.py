@@ -33,6 +33,7 @@ from muntin.training.recipe import Recipe, override_recipe
 from muntin.updating.gate import GateVerdict, judge_artifact, read_verdict, write_verdict
 from muntin.updating.learner import learn
 from muntin.updating.new_pictures import NewPictures
+from muntin.updating.strategies import STRATEGIES
 from muntin.updating.update_data import NEW, OLD, UpdatePlan, all_classes, of_kind, read_listing, windows_to_judge
 from muntin.updating.versions import ServerClient, publish, push
 
@@ -170,6 +171,12 @@ def update_run(
     Raises kinds of `MuntinError`; a refusal is in the result.
     """
     plan = plan_update(run, folder, added=added, overrides=overrides)
+    if STRATEGIES[plan.config.strategy].old == "all" and plan.parent.state.update is not None:
+        raise RecipeError(
+            f"update.strategy={plan.config.strategy} takes all old pictures, and {plan.parent.path.parent.parent} is an update, which keeps a "
+            "part of them: put the pictures of all updates into one folder, and update the first run by RUN/checkpoints; or set another "
+            "strategy"
+        )
     directory = directory or next_folder(run_directory(run), plan)
     with folder_in_use(directory, "muntin update") as notes:
         learned = learn(plan, directory, report=report)
