@@ -39,8 +39,8 @@ from muntin.images.writing import encode_png, write_image, write_whole
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
-from muntin.updating.memory import PictureWindow, remember_windows, windows_of
-from muntin.updating.new_pictures import NewPictures
+from muntin.updating.memory import PictureWindow, class_shares, remember_windows, windows_of
+from muntin.updating.new_pictures import NewPictures, NewPicturesError
 
 FOLDER, LISTING = "data", "listing.json"
 OLD, NEW = "old-", "new-"
@@ -221,7 +221,8 @@ def _new_pieces(samples: Samples) -> Iterator[tuple[str, UInt8, UInt8 | int]]:
         whole = (window.height, window.width) == sample.image.shape[:2]
         if isinstance(target, int) and (window.top or window.left):
             continue  # a classifier sees the whole picture
-        stem = (Path(sample.name).name if isinstance(target, int) else sample.name.replace("/", "--")).removeprefix(NEW)
+        place = sample.name.partition("/")[2] if isinstance(target, int) else sample.name  # below the folder of its class
+        stem = place.replace("/", "--")
         yield f"{NEW}{stem}" if whole or isinstance(target, int) else f"{NEW}{stem}-{window.top}-{window.left}", image, target
 
 
@@ -249,7 +250,10 @@ class _PictureWriter:
     def write(self, split: SplitName, name: str, image: UInt8, target: UInt8 | int) -> None:
         folder = self._folder / split
         place = folder / self._specs[target].name if isinstance(target, int) else folder / "images"
-        write_image(place / f"{name}{self._suffix}", image)
+        file = place / f"{name}{self._suffix}"
+        if file.exists():
+            raise NewPicturesError(f"two new pictures would both be written as {split}/{place.name}/{file.name}: rename one")
+        write_image(file, image)
         if not isinstance(target, int):
             write_whole(folder / "masks" / f"{name}.png", encode_png(self._table[target]))
 
