@@ -31,6 +31,7 @@ from muntin.data.classes import RGB, ClassSpec
 from muntin.data.config import DataConfig
 from muntin.data.folders import FolderPair
 from muntin.data.items import ItemSamples
+from muntin.data.listing import EMPTY_MARK
 from muntin.data.source import SPLITS, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
 from muntin.images import IGNORED
@@ -73,6 +74,8 @@ class Listing(BaseModel):
     """New pictures by split."""
     relabelled: int = 0
     """Background pixels of new pictures in which the old model found an old class."""
+    unseen: tuple[str, ...] = ()
+    """Classes that no picture to train with shows."""
 
 
 def class_specs(checkpoint: Checkpoint) -> tuple[ClassSpec, ...]:
@@ -186,7 +189,9 @@ def write_data(
     new: dict[str, int] = {}
     relabelled = 0
     writer = _PictureWriter(part, plan)
-    limits = {"train": plan.config.memory, "validation": max(2, plan.config.held_out // 4), "test": plan.config.held_out}
+    seen = np.zeros(len(plan.classes), bool)
+    memory = plan.config.memory if plan.side is not None else max(plan.config.memory, len(plan.parent.state.classes))  # one of each class
+    limits = {"train": memory, "validation": max(2, plan.config.held_out // 4), "test": plan.config.held_out}
     for split in SPLITS:
         report(f"keeping old pictures ({split})")
         samples = plan.old.split(split)
@@ -195,7 +200,9 @@ def write_data(
             features=describe if split == "train" else None,
         )  # fmt: skip
         for number, window in enumerate(chosen):
-            writer.write(split, f"{OLD}{number:05d}", *window.cut(samples))
+            image, labels = window.cut(samples)
+            writer.write(split, f"{OLD}{number:05d}", image, labels)
+            seen |= (class_shares(labels, len(seen)) > 0) & (split == "train")
         report(f"writing new pictures ({split})")
         new[split] = 0
         for name, image, labels in _new_pieces(plan.new.split(split)):
@@ -204,9 +211,13 @@ def write_data(
                 relabelled += int((changed != labels).sum())
                 labels = changed
             writer.write(split, name, image, labels)
+            seen |= (class_shares(labels, len(seen)) > 0) & (split == "train")
             new[split] += 1
         old[split] = len(chosen)
-    listing = plan.listing(old=old, new=new, relabelled=relabelled)
+    unseen = tuple(entry.name for entry, is_seen in zip(plan.classes, seen, strict=True) if not is_seen)
+    for name in unseen if plan.side is None else ():
+        write_whole(part / "train" / name / EMPTY_MARK, b"")
+    listing = plan.listing(old=old, new=new, relabelled=relabelled, unseen=unseen)
     write_whole(part / LISTING, listing.model_dump_json(indent=1).encode())
     shutil.rmtree(target, ignore_errors=True)  # without a listing, as it is not complete
     part.rename(target)
