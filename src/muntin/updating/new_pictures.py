@@ -23,11 +23,11 @@ from muntin.text import count
 
 
 class NewPicturesError(DataError):
-    """New pictures cannot be used. `files`: those that are at fault, at most ten of them; empty if it is all of them together."""
+    """New pictures cannot be used. `files`: those at fault with the reasons, ten at most; empty if it is all of them together."""
 
-    def __init__(self, message: str, files: Collection[PictureFile] = ()) -> None:
+    def __init__(self, message: str, files: Mapping[Path, str] | None = None) -> None:
         super().__init__(message)
-        self.files = tuple(files)
+        self.files = files or {}
 
 
 class NewPictures(FolderSource):
@@ -93,7 +93,8 @@ class NewPictures(FolderSource):
             raise NewPicturesError(str(error)) from error
 
     def _failure_error(self, failures: Mapping[PictureFile, Failure]) -> DataError:
-        return NewPicturesError(str(super()._failure_error(failures)), failures)
+        files = {path: failure.reason for path, failure in failures.items() if isinstance(path, Path)}
+        return NewPicturesError(str(super()._failure_error(failures)), files)
 
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float)}
