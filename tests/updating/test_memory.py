@@ -54,6 +54,11 @@ def test_balance_of_labels() -> None:
     features = np.random.default_rng(0).normal(size=(43, 4)).astype(np.float32)
     first = [start + int(herding(features[start:end], 1)[0]) for start, end in ((0, 30), (30, 40), (40, 43))]
     assert balanced_labels(labels, 3, features) == first
+    pictures = [Sample(name=f"{n}", image=np.full((4, 4, 3), 9 * n, np.uint8), target=int(n > 1)) for n in range(9)]
+    chosen = remember_windows(
+        HeldSamples(pictures), count=3, classes=2, side=None, seed=0, features=lambda image: np.append(image[0, 0], 50).astype(np.float32)
+    )
+    assert [pictures[window.index].target for window in chosen] in ([0, 0, 1], [0, 1, 1])
 
 
 def test_every_class_of_pictures_is_kept_without_decoding(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ class NewPictures(FolderSource):
         digests = {path: digest_of(path) for path in files}
         skip = [path for path, digest in digests.items() if digest in known]
         if len(skip) == len(files):
-            raise NewPicturesError(f"{folder} holds no new picture: its {count(len(files), 'picture')} are in an earlier update: add others")
+            raise NewPicturesError(
+                f"{folder} holds no new picture: its {count(len(files), 'picture')} are in an earlier update: add others"
+            )
         self.digests = {path: digest for path, digest in digests.items() if digest not in known}
         base = FolderPair(images=folder) if task == "classify" else FolderPair(images=folder / "images", masks=folder / "masks")
         super().__init__(

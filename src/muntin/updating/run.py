@@ -200,10 +200,10 @@ def update_run(
     """
     plan = plan_update(run, folder, added=added, overrides=overrides)
     if STRATEGIES[plan.config.strategy].old == "all" and plan.parent.state.update is not None:
+        parent = plan.parent.path.parent.parent
         raise RecipeError(
-            f"update.strategy={plan.config.strategy} takes all old pictures, and {plan.parent.path.parent.parent} is an update, which keeps a "
-            "part of them: put the pictures of all updates into one folder, and update the first run by RUN/checkpoints; or set another "
-            "strategy"
+            f"strategy '{plan.config.strategy}' takes all old pictures, and {parent} is an update, which keeps a part of them: put "
+            "the pictures of all updates into one folder, and name the first run by RUN/checkpoints; or set another update.strategy"
         )
     directory = directory or next_folder(run_directory(run), plan)
     with folder_in_use(directory, "muntin update") as notes:

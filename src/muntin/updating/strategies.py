@@ -30,8 +30,9 @@ from muntin.training.config import UpdateStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """`old`: the old pictures to train with; of `head_only` without new classes the memory. `teacher`: the old model's answers enter the loss. `head_only`: other weights are frozen.
-    `whole`: take all steps of the first training; a model that is not compressed then begins with random weights."""
+    """`old`: the old pictures to train with; of `head_only` without new classes the memory. `teacher`: the old model's answers enter the
+    loss. `head_only`: other weights are frozen. `whole`: take all steps of the first training; a model that is not compressed then begins
+    with random weights."""
 
     old: Literal["memory", "all", "none"]
     teacher: bool = False
