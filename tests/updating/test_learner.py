@@ -132,6 +132,7 @@ def test_compressed_model_keeps_ranks_and_bits(tmp_path: Path, write_tiny: Calla
 
 
 def test_classifier_learns_a_class_of_its_own_folder(tmp_path: Path) -> None:
+    """Beside it: a class that the memory is too small for, one without pictures, and pictures of one name in subfolders."""
     generator = np.random.default_rng(0)
 
     def write(folder: Path, color: int, count: int) -> None:
@@ -140,10 +141,14 @@ def test_classifier_learns_a_class_of_its_own_folder(tmp_path: Path) -> None:
             picture = np.clip(generator.normal((color, 255 - color, 100), 15, (24, 20, 3)), 0, 255).astype(np.uint8)
             write_image(folder / f"{folder.name}-{number}.png", picture)
 
-    for name, color in (("dark", 30), ("light", 220)):
-        write(tmp_path / "old" / name, color, 16)
+    for name, color, count in (("dark", 30, 16), ("light", 220, 16), ("rare", 175, 4)):
+        write(tmp_path / "old" / name, color, count)
     for name, color in (("dark", 40), ("middle", 128)):
         write(tmp_path / "new" / name, color, 12)
+    twins = [tmp_path / "new" / "dark" / place / "new-dark-0.png" for place in ("", "2024", "2025")]
+    for number, path in enumerate(twins):
+        path.parent.mkdir(exist_ok=True)
+        write_image(path, np.full((20, 20, 3), (40, 215, 100 + number), np.uint8))
     recipe = {
         "task": "classify", "data": {"source": "folders", "images": "old", "crop": 16}, "model": {"name": "classifier_of_updates:make"},
         "training": {"steps": 60, "batch_size": 8, "learning_rate": 0.01, "threads": 1, "precision": "fp32"},
@@ -153,8 +158,15 @@ def test_classifier_learns_a_class_of_its_own_folder(tmp_path: Path) -> None:
         patch.syspath_prepend(tmp_path)
         fit(parse_recipe(recipe, where="test"), directory=tmp_path / "run", root=tmp_path)
         parent = read_checkpoint(tmp_path / "run")
-        plan = plan_of(parent, tmp_path / "new", (ClassSpec(name="middle"),), share=4, learning_rate=0.02, features=0)
-        learned = learn(plan, tmp_path / "update").checkpoint
-        assert [entry.name for entry in learned.state.classes] == ["dark", "light", "middle"]
+        added = (ClassSpec(name="middle"), ClassSpec(name="none"))
+        plan = plan_of(parent, tmp_path / "new", added, share=4, learning_rate=0.02, features=0, memory=2)
+        result = learn(plan, tmp_path / "update")
+        learned, listing = result.checkpoint, read_listing(tmp_path / "update")
+        assert [entry.name for entry in learned.state.classes] == ["dark", "light", "rare", "middle", "none"]
+        assert listing is not None and listing.old["train"] == 3 and listing.unseen == ("none",)  # one of each old class
+        assert any("no picture to train with shows none" in note for note in result.notes)
+        files = [path.name for path in (tmp_path / "update" / "data").rglob(f"{NEW}*.png")]
+        assert len(files) == sum(listing.new.values()) == 12 + 12 + 3
+        assert {"new-new-dark-0.png", "new-2024--new-dark-0.png", "new-2025--new-dark-0.png", "new-dark-0.png"} <= set(files)
         old, new = source_of(parent).split("test"), of_kind(source_of(learned).split("test"), NEW)
         assert score(learned, old) > 0.9 and score(learned, new) > 0.9

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
-from muntin.data.source import HeldSamples, Sample
-from muntin.updating.memory import balanced_choice, class_shares, herding, remember_windows, windows_of
+from muntin.data.items import Item, ItemSamples
+from muntin.data.source import HeldSamples, Sample, SampleCache
+from muntin.updating.memory import balanced_choice, balanced_labels, class_shares, herding, remember_windows, windows_of
 
 
 def picture(height: int, width: int, label: int, name: str = "a") -> Sample:
@@ -42,6 +45,32 @@ def test_balance() -> None:
     assert np.bincount(shares[chosen].argmax(1)).tolist() == [5, 4, 3]
     assert len(balanced_choice(shares, 100)) == 43
     assert balanced_choice(np.zeros((4, 2)), 3) == []
+
+
+def test_balance_of_labels() -> None:
+    labels = np.array([0] * 30 + [1] * 10 + [300] * 3)
+    assert np.bincount(labels[balanced_labels(labels, 12)])[[0, 1, 300]].tolist() == [5, 4, 3]
+    assert balanced_labels(labels, 3) == [0, 30, 40] and len(balanced_labels(labels, 100)) == 43
+    features = np.random.default_rng(0).normal(size=(43, 4)).astype(np.float32)
+    first = [start + int(herding(features[start:end], 1)[0]) for start, end in ((0, 30), (30, 40), (40, 43))]
+    assert balanced_labels(labels, 3, features) == first
+    pictures = [Sample(name=f"{n}", image=np.full((4, 4, 3), 9 * n, np.uint8), target=int(n > 1)) for n in range(9)]
+    chosen = remember_windows(
+        HeldSamples(pictures), count=3, classes=2, side=None, seed=0, features=lambda image: np.append(image[0, 0], 50).astype(np.float32)
+    )
+    assert [pictures[window.index].target for window in chosen] in ([0, 0, 1], [0, 1, 1])
+
+
+def test_every_class_of_pictures_is_kept_without_decoding(tmp_path: Path) -> None:
+    items = [Item(key=f"{number}", image=tmp_path / f"{number}.png", label=number // 600) for number in range(1201)]
+
+    class Unread(ItemSamples):
+        def sizes(self) -> list[tuple[int, int]]:
+            return [(8, 8)] * len(self)
+
+    samples = Unread("train", items, 3, None, SampleCache(0))  # the files do not exist
+    chosen = remember_windows(samples, count=5, classes=3, side=None, seed=0)
+    assert np.bincount([items[window.index].label for window in chosen]).tolist() == [2, 2, 1]
 
 
 def test_herding_is_closer_to_the_mean_than_chance() -> None:

@@ -84,6 +84,11 @@ def test_new_class_that_no_held_out_picture_shows(own_run: Path, write_new: Call
     assert "add pictures" in check.note
 
 
+def test_joint_needs_all_old_pictures(accepted: UpdateResult, own_run: Path, write_new: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match=r"updates/1 is an update, which keeps a part .* by RUN/checkpoints"):
+        update_run(own_run, write_new("joint", seed=3500), overrides=["update.strategy=joint"], threads=1)
+
+
 def test_other_sections_cannot_be_set(parent: Checkpoint) -> None:
     with pytest.raises(RecipeError, match=r"only update\.KEY=VALUE"):
         update_config(parent.recipe, ["training.steps=3"])

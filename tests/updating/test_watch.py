@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,8 @@ def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[...,
     assert len([*(watch.inbox / "1").rglob("*.png")]) == 24 and (watch.inbox / "1" / "masks" / "site" / "a-1.png").is_file()
     assert not (watch.inbox / "1" / "done.json").exists() and (watch.run / "updates" / "1" / "verdict.json").is_file()
     write_scenes(watch.folder, "b", 3, 1200)
+    edited = watch.folder / "images" / "a-0.png"
+    edited.write_bytes((watch.folder / "images" / "b-0.png").read_bytes())  # in place: the round has copies
     again = FolderWatch(watch.run, watch.folder, watch.settings, None)
     done = again.step(now=later)
     assert done is not None and done.result is not None and done.result.accepted and done.version == watch.run / "versions" / "1"
@@ -65,15 +68,37 @@ def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[...,
     told: list[WatchedUpdate] = []
     for path in watch.folder.rglob("*.png"):
         os.utime(path, (0, 0))
-    keep_watching(again, tell=told.append, rounds=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("muntin.updating.run.export_checkpoint", killed)
+        again.step()
+    changed = replace(watch.settings, overrides=(*QUICK, "update.memory=9"))
+    keep_watching(FolderWatch(watch.run, watch.folder, changed, None), tell=told.append, rounds=1)
     assert [update.number for update in told] == [2] and told[0].result is not None
+    assert told[0].result.directory.name == "3" and not (watch.run / "updates" / "2" / "verdict.json").exists()
     assert told[0].result.parent.path.parent.parent.resolve() == (watch.run / "updates" / "1").resolve()
 
 
-def test_unusable_pictures_end_their_round_alone(run: Path, tmp_path: Path, write_scenes: Callable[..., None]) -> None:
+def test_unusable_pictures_are_dropped_alone(run: Path, tmp_path: Path, write_scenes: Callable[..., None]) -> None:
     watch = make_watch(run, tmp_path, every=3)
     write_scenes(watch.folder, "a", 3, 900)
-    (watch.folder / "images" / "a-0.png").write_bytes(b"no picture")
-    update = watch.step(now=time.time() + 10)
-    assert update is not None and update.result is None and "a-0.png" in update.problem
-    assert watch.step(now=time.time() + 10) is None
+    damaged, sound = watch.folder / "images" / "a-0.png", (watch.folder / "images" / "a-0.png").read_bytes()
+    damaged.write_bytes(b"no picture")
+    later = time.time() + 10
+    verdict = watch.run / "updates" / "1" / "verdict.json"
+    verdict.parent.mkdir(parents=True)
+    verdict.write_text("{}")
+    with pytest.raises(DataError, match=r"verdict\.json: damaged"):  # no fault of the pictures
+        watch.step(now=later)
+    verdict.unlink()
+    update = watch.step(now=later)
+    assert update is not None and update.result is None and "2 new pictures: at least 3" in update.problem
+    assert len(update.dropped) == 1 and "a-0.png" in update.dropped[0] and update.number == 1
+    assert watch.waiting(now=later) == 2 and watch.step(now=later) is None  # the others wait for more
+    write_scenes(watch.folder, "b", 2, 1200)
+    later = time.time() + 10
+    (watch.folder / "masks" / "b-0.png").write_bytes(b"no mask")
+    done = watch.step(now=later)
+    assert done is not None and done.number == 2 and done.result is not None and len(done.dropped) == 1
+    assert len([*(watch.inbox / "2" / "images").iterdir()]) == 3 and watch.waiting(now=later) == 0
+    damaged.write_bytes(sound)
+    assert watch.waiting(now=time.time() + 10) == 1

@@ -15,6 +15,7 @@ from pydantic import Field
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.items import Failure, Item, ItemSource
 from muntin.data.listing import (
+    EMPTY_MARK,
     RECIPE_NAME,
     composed,
     entries,
@@ -122,7 +123,8 @@ class FolderSource(ItemSource):
             self._notes.append(f"{pair.images}: the folders {list_some(unnamed)} are not classes of the recipe and are not used")
         items: list[Item] = []
         for label, name in enumerate(names):
-            found = self._pictures_below(folders[name], required=split == "train") if name in folders else {}
+            required = split == "train" and name in folders and not (folders[name] / EMPTY_MARK).is_file()
+            found = self._pictures_below(folders[name], required=required) if name in folders else {}
             used = {place: path for place, path in found.items() if not self._is_skipped(path)}
             items += [Item(key=f"{folders[name].name}/{place}{path.stem}", image=path, label=label) for (place, _), path in used.items()]
             if not used and name not in absent:

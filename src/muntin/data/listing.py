@@ -11,6 +11,8 @@ from muntin.images import IMAGE_SUFFIXES
 
 RECIPE_NAME = "recipe.yaml"
 """The file that `muntin init` writes; it may lie beside the pictures."""
+EMPTY_MARK = ".no-pictures"
+"""A file in the folder of a class that has no training pictures on purpose; updates write it."""
 _PREDICTIONS = "predictions"  # the folder of `muntin predict`, if none is named
 _RUNS = "runs"  # the folder that `muntin fit` writes results to; it may lie beside the pictures
 

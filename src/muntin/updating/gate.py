@@ -31,6 +31,8 @@ from muntin.updating.comparison import Differences, Estimate, compare_counts, co
 VERDICT = "verdict.json"
 ROUNDS = 30
 """Timed calls of each artefact."""
+ROUNDING = 1e-9
+"""Amount by which a value may miss its bound: 18/20 - 17/20 is 0.050000000000000044."""
 FEW = 10
 """Held-out pictures below which a note says that little is certain."""
 
@@ -142,11 +144,11 @@ def judge_artifact(
     swaps = ", ".join(f"'{names[truth]}' is found as '{names[found]}'" for truth, found in renamed.items())
     checks = [
         *_old_checks(on_old, names[:known], accept),
-        _at_least("gain on new data", on_new.gain, accept.min_gain, accept.certain),
+        check_at_least("gain on new data", on_new.gain, accept.min_gain, accept.certain),
         *_new_class_checks(on_new, names, known, accept),
         GateCheck(
             name="swapped labels in new data", value=gain, limit="at most", bound=accept.max_relabel_gain,
-            passed=gain <= accept.max_relabel_gain, note=swaps if gain > accept.max_relabel_gain else "",
+            passed=_within(gain, accept.max_relabel_gain), note="" if _within(gain, accept.max_relabel_gain) else swaps,
         ),
         *_artifact_checks(new, old, latency["new"].median_ms / latency["old"].median_ms, accept, threads),
     ]  # fmt: skip
@@ -161,9 +163,9 @@ def judge_artifact(
 
 def _old_checks(on_old: Differences, names: Sequence[str], accept: AcceptConfig) -> list[GateCheck]:
     return [
-        _at_most("loss on old data", _negative(on_old.gain), accept.max_drop, accept.certain),
+        check_at_most("loss on old data", _negative(on_old.gain), accept.max_drop, accept.certain),
         *(
-            _at_most(f"loss of '{names[label]}' on old data", _negative(gain), accept.max_class_drop, accept.certain)
+            check_at_most(f"loss of '{names[label]}' on old data", _negative(gain), accept.max_class_drop, accept.certain)
             for label, (_, _, gain) in on_old.by_class.items()
             if label < len(names)
         ),
@@ -175,7 +177,7 @@ def _new_class_checks(on_new: Differences, names: Sequence[str], known: int, acc
     for label in range(known, len(names)):
         name = f"new class '{names[label]}' on new data"
         if label in on_new.by_class:
-            checks.append(_at_least(name, on_new.by_class[label][1], accept.min_new_class, accept.certain))
+            checks.append(check_at_least(name, on_new.by_class[label][1], accept.min_new_class, accept.certain))
         else:
             note = "no held-out picture shows it: add pictures of it"
             checks.append(GateCheck(name=name, value=0, limit="at least", bound=accept.min_new_class, passed=False, note=note))
@@ -194,7 +196,7 @@ def _artifact_checks(new: Artifact, old: Artifact, slowdown: float, accept: Acce
     ratios = (("latency, times the old", slowdown, accept.max_slowdown), ("size, times the old", growth, accept.max_growth))
     return [
         found,
-        *(GateCheck(name=name, value=ratio, limit="at most", bound=bound, passed=ratio <= bound) for name, ratio, bound in ratios),
+        *(GateCheck(name=name, value=ratio, limit="at most", bound=bound, passed=_within(ratio, bound)) for name, ratio, bound in ratios),
     ]
 
 
@@ -202,18 +204,25 @@ def _negative(estimate: Estimate) -> Estimate:
     return Estimate(-estimate.value, -estimate.high, -estimate.low)
 
 
-def _at_most(name: str, estimate: Estimate, bound: float, certain: bool) -> GateCheck:
+def check_at_most(name: str, estimate: Estimate, bound: float, certain: bool) -> GateCheck:
+    """A check of an upper bound; `certain`: of the upper end of the interval, too."""
     judged = estimate.high if certain else estimate.value
     return GateCheck(
-        name=name, value=estimate.value, low=estimate.low, high=estimate.high, limit="at most", bound=bound, passed=judged <= bound
+        name=name, value=estimate.value, low=estimate.low, high=estimate.high, limit="at most", bound=bound, passed=_within(judged, bound)
     )
 
 
-def _at_least(name: str, estimate: Estimate, bound: float, certain: bool) -> GateCheck:
+def check_at_least(name: str, estimate: Estimate, bound: float, certain: bool) -> GateCheck:
+    """A check of a lower bound; `certain`: of the lower end of the interval, too."""
     judged = estimate.low if certain else estimate.value
     return GateCheck(
-        name=name, value=estimate.value, low=estimate.low, high=estimate.high, limit="at least", bound=bound, passed=judged >= bound
+        name=name, value=estimate.value, low=estimate.low, high=estimate.high, limit="at least", bound=bound, passed=_within(bound, judged)
     )
+
+
+def _within(lower: float, upper: float) -> bool:
+    """True if `lower` is at most `upper`, rounding apart."""
+    return lower <= upper + ROUNDING
 
 
 def _notes(on_old: Differences, names: Sequence[str], old: int, new: int) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from muntin.compression.stages import stage_steps, trained_steps
 from muntin.compression.structure import structure_fields
 from muntin.data import Crops, calibration_batches, open_source
 from muntin.data.batches import BatchMaker
+from muntin.data.classes import list_some
 from muntin.data.source import Sample, Samples, Source, SplitName
 from muntin.errors import CheckpointError
 from muntin.images import IGNORED
@@ -153,6 +154,11 @@ class _Learner:
         self.recipe = update_recipe(plan)
         self.source = open_source(self.recipe.data, root=self.directory)
         self.notes: list[str] = [*plan.new.notes]
+        listing = read_listing(directory)
+        if listing is not None and listing.unseen and self.strategy.old != "all":
+            self.notes.append(
+                f"no picture to train with shows {list_some(listing.unseen)}: add pictures of it, or keep more old ones (update.memory)"
+            )
 
     def run(self) -> Learned:
         plan, parent, recipe = self.plan, self.plan.parent, self.recipe
@@ -216,7 +222,7 @@ class _Learner:
         return FeatureTaps(model, names), FeatureTaps(teacher, names)
 
     def _samples(self) -> Samples:
-        """The pictures to train with: of the run's folder, and for `joint` all of the parent's."""
+        """The pictures to train with: of the run's folder, for `joint` all of the parent's, for `frozen` see `strategies`."""
         train = self.source.split("train")
         if self.strategy.old == "none" and not (self.strategy.head_only and not self.plan.added):
             return of_kind(train, NEW)

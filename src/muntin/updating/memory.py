@@ -1,10 +1,12 @@
 """Replay memory: a bounded number of pictures, or windows of large ones, in which the classes are balanced.
 
-    pictures -> windows of one side, in random order -> counts of each class -> the rarest kept class gets the next window, again and again
+    segment   windows of one side, in random order -> counts of each class -> the rarest kept class gets the next window, again and again
+    classify  labels of all pictures -> one picture of each class, a second one of each, ...
 
 The order within a class is random (a reservoir of the windows), or by herding: each next window brings the mean of the kept features
 closest to the class's mean. Source of herding: Welling (ICML 2009), as in iCaRL (Rebuffi et al., 1611.07725, algorithm 4). Deviation: for
-maps a window belongs to every class that covers `LEAST_SHARE` of it.
+maps a window belongs to every class that covers `LEAST_SHARE` of it. Of maps, `CANDIDATES` windows are looked at for each kept one: a class
+that none of these shows is not in the memory.
 
 Axes: N windows, K classes, F features.
 """
@@ -18,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from muntin.data.items import ItemSamples
 from muntin.data.source import Sample, Samples
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
@@ -83,11 +86,14 @@ def remember_windows(
 ) -> list[PictureWindow]:
     """Choose at most `count` windows with balanced classes, in the order of their pictures.
 
-    `features`: of one window, `(F,)`: choose by herding; None: at random. Decodes the pictures of at most `CANDIDATES` · `count` windows.
+    `side`: None for classify. `features`: of one window, `(F,)`: choose by herding; None: at random. Decodes the pictures of at most
+    `CANDIDATES` · `count` windows; for classify without features none.
     """
     every = windows_of(samples, side)
-    order = np.random.default_rng(seed).permutation(len(every))[: CANDIDATES * count]
-    candidates = [every[number] for number in order]
+    order = np.random.default_rng(seed).permutation(len(every))
+    if side is None:
+        return [every[number] for number in sorted(_balanced_pictures(samples, order, count, features))]
+    candidates = [every[number] for number in order[: CANDIDATES * count]]
     shares = np.zeros((len(candidates), classes))
     rows: list[NDArray[np.float32]] = []
     by_picture = sorted(range(len(candidates)), key=lambda number: candidates[number].index)  # each picture is decoded once
@@ -100,6 +106,37 @@ def remember_windows(
     rows = [described[number] for number in range(len(candidates))] if features is not None else []
     chosen = balanced_choice(shares, count, np.stack(rows) if rows else None)
     return sorted((candidates[number] for number in chosen), key=lambda window: (window.index, window.top, window.left))
+
+
+def _balanced_pictures(
+    samples: Samples, order: NDArray[np.intp], count: int, features: Callable[[UInt8], NDArray[np.float32]] | None
+) -> list[int]:
+    labels = np.array(picture_labels(samples))
+    if features is None:
+        return [int(order[row]) for row in balanced_labels(labels[order], count)]
+    candidates = sorted(int(order[row]) for row in balanced_labels(labels[order], CANDIDATES * count))
+    features_NF = np.stack([features(samples[index].image[:, :]) for index in candidates])
+    return [candidates[row] for row in balanced_labels(labels[candidates], count, features_NF)]
+
+
+def picture_labels(samples: Samples) -> list[int]:
+    """The class number of each picture of a classifier. Decodes nothing that lies in files."""
+    if isinstance(samples, ItemSamples):
+        return [item.label for item in samples.items]
+    return [sample.target for sample in samples if isinstance(sample.target, int)]
+
+
+def balanced_labels(labels_N: NDArray[np.intp], count: int, features_NF: NDArray[np.float32] | None = None) -> list[int]:
+    """Choose at most `count` rows: one of each class, then a second one of each, and so on.
+
+    The order within a class is that of the rows, or by herding if there are features.
+    """
+    round_N = np.full(len(labels_N), len(labels_N))
+    by_label = np.argsort(labels_N, kind="stable")
+    for own in np.split(by_label, np.flatnonzero(np.diff(labels_N[by_label])) + 1):
+        ordered = own if features_NF is None else own[herding(features_NF[own], count)]
+        round_N[ordered] = np.arange(len(ordered))
+    return [int(row) for row in np.argsort(round_N, kind="stable")[:count]]
 
 
 def balanced_choice(shares_NK: NDArray[np.float64], count: int, features_NF: NDArray[np.float32] | None = None) -> list[int]:

@@ -13,18 +13,28 @@ from pathlib import Path
 
 from muntin.data.classes import RGB, ClassSpec, list_some
 from muntin.data.folders import FolderPair, FolderSource, class_folders
-from muntin.data.items import Item, ItemSamples
+from muntin.data.items import Failure, Item, ItemSamples
 from muntin.data.listing import composed, entries, folders_below, is_picture, paired_folders
-from muntin.data.source import SPLITS, DataTask, SplitName
+from muntin.data.source import SPLITS, CheckProgress, DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError
+from muntin.images.opening import PictureFile
 from muntin.text import count
+
+
+class NewPicturesError(DataError):
+    """New pictures cannot be used. `files`: those at fault with the reasons, ten at most; empty if it is all of them together."""
+
+    def __init__(self, message: str, files: Mapping[Path, str] | None = None) -> None:
+        super().__init__(message)
+        self.files = files or {}
 
 
 class NewPictures(FolderSource):
     """A `Source` of a folder of new pictures. `classes`: the old ones, then the new ones. `known`: sha256 of pictures to leave out.
 
-    Reads every file once for its digest. Raises `DataError` for a folder of a class that `classes` lacks, and if too few pictures are new.
+    Reads every file once for its digest. Raises `DataError` for a folder of a class that `classes` lacks, and for a file that cannot be
+    opened; its kind `NewPicturesError` if too few pictures are new, and, also from `check` and `split`, for damaged ones.
     """
 
     def __init__(
@@ -47,7 +57,9 @@ class NewPictures(FolderSource):
         digests = {path: digest_of(path) for path in files}
         skip = [path for path, digest in digests.items() if digest in known]
         if len(skip) == len(files):
-            raise DataError(f"{folder} holds no new picture: its {count(len(files), 'picture')} are in an earlier update: add others")
+            raise NewPicturesError(
+                f"{folder} holds no new picture: its {count(len(files), 'picture')} are in an earlier update: add others"
+            )
         self.digests = {path: digest for path, digest in digests.items() if digest not in known}
         base = FolderPair(images=folder) if task == "classify" else FolderPair(images=folder / "images", masks=folder / "masks")
         super().__init__(
@@ -73,13 +85,26 @@ class NewPictures(FolderSource):
         assert isinstance(samples, ItemSamples)
         return samples.items
 
+    def check(self, progress: CheckProgress | None = None) -> tuple[str, ...]:
+        """As of every source; all errors are `NewPicturesError`."""
+        try:
+            return super().check(progress)
+        except NewPicturesError:
+            raise
+        except DataError as error:  # of all pictures of a split together
+            raise NewPicturesError(str(error)) from error
+
+    def _failure_error(self, failures: Mapping[PictureFile, Failure]) -> DataError:
+        files = {path: failure.reason for path, failure in failures.items() if isinstance(path, Path)}
+        return NewPicturesError(str(super()._failure_error(failures)), files)
+
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float)}
         keys = [item.key for item in self._items(base)]
         self._notes.clear()  # the second listing notes the same
         filling = filling_seed(keys, shares, by_class=self.task == "classify")
         if filling is None:
-            raise DataError(
+            raise NewPicturesError(
                 f"{self.folder} holds {count(len(keys), 'new picture')}: at least {1 + len(shares)} are needed, and more to judge by: some "
                 "to train with, some for validation, some for the gate"
             )

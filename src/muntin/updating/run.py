@@ -7,12 +7,14 @@
     RUN/updates/2/...                            goes on from the newest accepted one
     RUN/versions/2                               a copy of an accepted artefact, for `muntin serve RUN/versions`
 
-A killed update goes on: data, checkpoints, artefacts and verdict that are there are not made again.
+A killed update goes on: data, checkpoints, artefacts and verdict that are there are not made again. So does one that was accepted, but not
+pushed since its server was away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from muntin.artifact.file_lock import folder_in_use
 from muntin.data.classes import ClassSpec
 from muntin.data.config import open_source
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported
-from muntin.errors import DataError, RecipeError
+from muntin.errors import CheckpointError, DataError, RecipeError
 from muntin.images.writing import write_whole
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint, read_checkpoint, source_of
 from muntin.training.config import UpdateConfig
@@ -33,6 +35,7 @@ from muntin.training.recipe import Recipe, override_recipe
 from muntin.updating.gate import GateVerdict, judge_artifact, read_verdict, write_verdict
 from muntin.updating.learner import learn
 from muntin.updating.new_pictures import NewPictures
+from muntin.updating.strategies import STRATEGIES
 from muntin.updating.update_data import NEW, OLD, UpdatePlan, all_classes, of_kind, read_listing, windows_to_judge
 from muntin.updating.versions import ServerClient, publish, push
 
@@ -132,9 +135,35 @@ def refuse_restore(recipe: Recipe) -> None:
 def plan_update(run: Path, folder: Path, *, added: Sequence[ClassSpec] = (), overrides: Sequence[str] = ()) -> UpdatePlan:
     """Plan an update of a run's newest accepted model with the pictures of `folder`.
 
-    `overrides`: `update.KEY=VALUE` of the recipe. Reads every new file once. Raises `DataError` for pictures that cannot be used.
+    If that model is itself the update of this plan, accepted but not pushed, this is its plan again: what follows the verdict was
+    interrupted. `overrides`: `update.KEY=VALUE` of the recipe. Reads every new file once, in this case twice. Raises `DataError` for
+    pictures that cannot be used.
     """
-    parent = read_checkpoint(newest_accepted(run_directory(run)) if checkpoints_in(run / "checkpoints") else run)
+    if not checkpoints_in(run / "checkpoints"):
+        return _plan(read_checkpoint(run), folder, added, overrides)
+    newest = newest_accepted(run)
+    return _repeated(run, newest, folder, added, overrides) or _plan(read_checkpoint(newest), folder, added, overrides)
+
+
+def _repeated(run: Path, newest: Path, folder: Path, added: Sequence[ClassSpec], overrides: Sequence[str]) -> UpdatePlan | None:
+    """The plan that the newest accepted update was made by, if it has these pictures and settings and was not pushed."""
+    verdict, listing = read_verdict(newest), read_listing(newest)
+    if newest == run or verdict is None or listing is None or read_push(newest) is not None:
+        return None
+    for place in (*reversed(update_folders(run)), run):
+        with suppress(CheckpointError):  # an update that was interrupted early has none
+            parent = read_checkpoint(place, check=False)
+            if parent.state.weights != listing.parent:
+                continue
+            try:
+                plan = _plan(read_checkpoint(place), folder, added, overrides)
+                return plan if plan.same(listing) and plan.config.accept == verdict.conditions else None
+            except DataError:  # of pictures or classes that this update did not have
+                return None
+    return None
+
+
+def _plan(parent: Checkpoint, folder: Path, added: Sequence[ClassSpec], overrides: Sequence[str]) -> UpdatePlan:
     refuse_restore(parent.recipe)
     config = update_config(parent.recipe, overrides)
     listing = read_listing(parent.path.parent.parent)
@@ -170,6 +199,12 @@ def update_run(
     Raises kinds of `MuntinError`; a refusal is in the result.
     """
     plan = plan_update(run, folder, added=added, overrides=overrides)
+    if STRATEGIES[plan.config.strategy].old == "all" and plan.parent.state.update is not None:
+        parent = plan.parent.path.parent.parent
+        raise RecipeError(
+            f"strategy '{plan.config.strategy}' takes all old pictures, and {parent} is an update, which keeps a part of them: put "
+            "the pictures of all updates into one folder, and name the first run by RUN/checkpoints; or set another update.strategy"
+        )
     directory = directory or next_folder(run_directory(run), plan)
     with folder_in_use(directory, "muntin update") as notes:
         learned = learn(plan, directory, report=report)

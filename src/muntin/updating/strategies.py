@@ -3,7 +3,8 @@
     replay   kept old pictures in every batch, and the old model as teacher of scores and pooled features (DER++, PLOP)
     naive    new pictures alone: fine-tuning, which forgets
     joint    all old and new pictures, and all steps of the first training: the bound, at its price
-    frozen   the last layer alone, of new classes alone if there are any (DFT*)
+    frozen   the last layer alone: of new classes, with new pictures alone (DFT*); if there are none, of all classes, with kept old pictures
+             too, without which the rows of classes that new pictures lack would be forgotten
 
 Sources: DER++ (Buzzega et al., 2004.07211, section 3; deviation: the old model answers anew for each augmented crop, no scores are stored),
 PLOP (Douillard et al., 2011.11390), DFT* (2508.04267).
@@ -29,8 +30,9 @@ from muntin.training.config import UpdateStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """`old`: the old pictures to train with. `teacher`: the old model's answers enter the loss. `head_only`: other weights are frozen.
-    `whole`: take all steps of the first training; a model that is not compressed then begins with random weights."""
+    """`old`: the old pictures to train with; of `head_only` without new classes the memory. `teacher`: the old model's answers enter the
+    loss. `head_only`: other weights are frozen. `whole`: take all steps of the first training; a model that is not compressed then begins
+    with random weights."""
 
     old: Literal["memory", "all", "none"]
     teacher: bool = False

@@ -31,6 +31,7 @@ from muntin.data.classes import RGB, ClassSpec
 from muntin.data.config import DataConfig
 from muntin.data.folders import FolderPair
 from muntin.data.items import ItemSamples
+from muntin.data.listing import EMPTY_MARK
 from muntin.data.source import SPLITS, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
 from muntin.images import IGNORED
@@ -39,8 +40,8 @@ from muntin.images.writing import encode_png, write_image, write_whole
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
-from muntin.updating.memory import PictureWindow, remember_windows, windows_of
-from muntin.updating.new_pictures import NewPictures
+from muntin.updating.memory import PictureWindow, class_shares, remember_windows, windows_of
+from muntin.updating.new_pictures import NewPictures, NewPicturesError
 
 FOLDER, LISTING = "data", "listing.json"
 OLD, NEW = "old-", "new-"
@@ -73,6 +74,8 @@ class Listing(BaseModel):
     """New pictures by split."""
     relabelled: int = 0
     """Background pixels of new pictures in which the old model found an old class."""
+    unseen: tuple[str, ...] = ()
+    """Classes that no picture to train with shows."""
 
 
 def class_specs(checkpoint: Checkpoint) -> tuple[ClassSpec, ...]:
@@ -186,7 +189,9 @@ def write_data(
     new: dict[str, int] = {}
     relabelled = 0
     writer = _PictureWriter(part, plan)
-    limits = {"train": plan.config.memory, "validation": max(2, plan.config.held_out // 4), "test": plan.config.held_out}
+    seen = np.zeros(len(plan.classes), bool)
+    memory = plan.config.memory if plan.side is not None else max(plan.config.memory, len(plan.parent.state.classes))  # one of each class
+    limits = {"train": memory, "validation": max(2, plan.config.held_out // 4), "test": plan.config.held_out}
     for split in SPLITS:
         report(f"keeping old pictures ({split})")
         samples = plan.old.split(split)
@@ -195,7 +200,9 @@ def write_data(
             features=describe if split == "train" else None,
         )  # fmt: skip
         for number, window in enumerate(chosen):
-            writer.write(split, f"{OLD}{number:05d}", *window.cut(samples))
+            image, labels = window.cut(samples)
+            writer.write(split, f"{OLD}{number:05d}", image, labels)
+            seen |= (class_shares(labels, len(seen)) > 0) & (split == "train")
         report(f"writing new pictures ({split})")
         new[split] = 0
         for name, image, labels in _new_pieces(plan.new.split(split)):
@@ -204,9 +211,13 @@ def write_data(
                 relabelled += int((changed != labels).sum())
                 labels = changed
             writer.write(split, name, image, labels)
+            seen |= (class_shares(labels, len(seen)) > 0) & (split == "train")
             new[split] += 1
         old[split] = len(chosen)
-    listing = plan.listing(old=old, new=new, relabelled=relabelled)
+    unseen = tuple(entry.name for entry, is_seen in zip(plan.classes, seen, strict=True) if not is_seen)
+    for name in unseen if plan.side is None else ():
+        write_whole(part / "train" / name / EMPTY_MARK, b"")
+    listing = plan.listing(old=old, new=new, relabelled=relabelled, unseen=unseen)
     write_whole(part / LISTING, listing.model_dump_json(indent=1).encode())
     shutil.rmtree(target, ignore_errors=True)  # without a listing, as it is not complete
     part.rename(target)
@@ -221,7 +232,8 @@ def _new_pieces(samples: Samples) -> Iterator[tuple[str, UInt8, UInt8 | int]]:
         whole = (window.height, window.width) == sample.image.shape[:2]
         if isinstance(target, int) and (window.top or window.left):
             continue  # a classifier sees the whole picture
-        stem = (Path(sample.name).name if isinstance(target, int) else sample.name.replace("/", "--")).removeprefix(NEW)
+        place = sample.name.partition("/")[2] if isinstance(target, int) else sample.name  # below the folder of its class
+        stem = place.replace("/", "--")
         yield f"{NEW}{stem}" if whole or isinstance(target, int) else f"{NEW}{stem}-{window.top}-{window.left}", image, target
 
 
@@ -249,7 +261,10 @@ class _PictureWriter:
     def write(self, split: SplitName, name: str, image: UInt8, target: UInt8 | int) -> None:
         folder = self._folder / split
         place = folder / self._specs[target].name if isinstance(target, int) else folder / "images"
-        write_image(place / f"{name}{self._suffix}", image)
+        file = place / f"{name}{self._suffix}"
+        if file.exists():
+            raise NewPicturesError(f"two new pictures would both be written as {split}/{place.name}/{file.name}: rename one")
+        write_image(file, image)
         if not isinstance(target, int):
             write_whole(folder / "masks" / f"{name}.png", encode_png(self._table[target]))
 

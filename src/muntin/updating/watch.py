@@ -1,13 +1,15 @@
 """The loop: new labelled pictures in a folder -> an update when enough have come -> gate -> push.
 
     FOLDER/images, masks (or CLASS/)     where pictures arrive; only read
-    RUN/inbox/1/...                      the pictures of one update: links to those that were new, fixed while it lasts
-                start.json, done.json    its parent and folder, set once; what became of it
+    RUN/inbox/1/...                      the pictures of one update: copies of those that were new, fixed while it lasts
+                start.json, done.json    its parent, set once; what became of it
+                dropped.json             its pictures that cannot be used, and why
     RUN/updates/1, RUN/versions/2        as of `muntin update`
 
 A picture counts once its mask is there and both files have been unchanged for `SETTLED_S`. State is what lies in the run's folder, so a
-process may be killed at any moment: the next one goes on with the inbox that is not done.
-Pictures of a refused update are not tried again; new ones begin a new update.
+process may be killed at any moment: the next one goes on with the inbox that is not done; with other settings, in another folder of
+updates. So it does after any error that is not of these pictures.
+Pictures of a refused update are not tried again; new ones begin a new update. Those that cannot be used are, once their files change.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from muntin.data.classes import ClassSpec
 from muntin.data.listing import composed, paired_folders, pictures, pictures_below, subfolders
@@ -27,21 +31,11 @@ from muntin.errors import DataError
 from muntin.images.writing import write_whole
 from muntin.training.checkpoint import find_checkpoint, read_checkpoint
 from muntin.training.progress.report import FitReport
-from muntin.updating.run import FOLDER as UPDATES
-from muntin.updating.run import (
-    VERSIONS,
-    UpdateResult,
-    newest_accepted,
-    offer_update,
-    refuse_restore,
-    root_of,
-    run_directory,
-    update_folders,
-    update_run,
-)
+from muntin.updating.new_pictures import NewPicturesError, digest_of
+from muntin.updating.run import VERSIONS, UpdateResult, newest_accepted, offer_update, refuse_restore, root_of, run_directory, update_run
 from muntin.updating.versions import ServerClient
 
-INBOX, START, DONE = "inbox", "start.json", "done.json"
+INBOX, START, DROPPED, DONE = "inbox", "start.json", "dropped.json", "done.json"
 SETTLED_S = 2.0
 """Seconds that a file must have been unchanged, so that none is read while it is written."""
 
@@ -59,13 +53,29 @@ class WatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedUpdate:
-    """One round: the update, or why its pictures could not be used; the version's folder and the server's words, if it was offered."""
+    """One round: the update, or why its pictures could not be used; the version's folder and the server's words, if it was offered.
+
+    `dropped`: the pictures that were left out, with reasons.
+    """
 
     number: int
     result: UpdateResult | None
     problem: str = ""
     version: Path | None = None
     server: str = ""
+    dropped: tuple[str, ...] = ()
+
+
+class _Dropped(BaseModel):
+    """A picture that cannot be used. `files`: size and time of the image in the watched folder, and of its mask, when it was dropped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reason: str
+    files: tuple[tuple[int, int] | None, ...]
+
+
+_DROPPED = TypeAdapter(dict[str, _Dropped])
 
 
 class FolderWatch:
@@ -83,7 +93,8 @@ class FolderWatch:
     def step(self, *, now: float | None = None, report: FitReport = lambda progress: None) -> WatchedUpdate | None:
         """Look once: go on with an unfinished round, or begin one if enough pictures are new. None: there is nothing to do.
 
-        Blocks as `update_run` does. Raises `PushError` if the server does not answer; the round is then not done.
+        Blocks as `update_run` does. Raises `PushError` if the server does not answer, and other kinds of `MuntinError` for what is not the
+        fault of the new pictures, such as a full disk; the round is then not done.
         """
         number = self._unfinished() or self._collect(time.time() if now is None else now)
         return None if number is None else self._update(number, report)
@@ -100,7 +111,7 @@ class FolderWatch:
         return next((int(path.name) for path in self._rounds() if not (path / DONE).is_file()), None)
 
     def _collect(self, now: float) -> int | None:
-        """Link the new pictures into the next inbox, if there are enough. Returns its number."""
+        """Copy the new pictures into the next inbox, if there are enough. Returns its number."""
         new = self._new(now)
         if len(new) < self.settings.every:
             return None
@@ -111,55 +122,95 @@ class FolderWatch:
         for files in new.values():
             for file in files:
                 place = part / file.relative_to(self.folder)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _link(file, place)
+                try:
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, place)  # no link: a picture that is edited in place would change while it is learned
+                except FileNotFoundError:  # it was removed: look again
+                    return None
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise DataError(f"cannot copy {file} to {place}: {reason}: check its permissions, and make room") from error
         part.rename(target)
         return number
 
-    def _start(self, place: Path) -> tuple[Path, Path]:
-        """The checkpoint that a round goes on from, and the folder of its update; the same after a kill."""
+    def _parent(self, place: Path) -> Path:
+        """The checkpoint that a round goes on from, the same after a kill."""
         file = place / START
         if not file.is_file():
-            parent, folders = find_checkpoint(newest_accepted(self.run)), update_folders(self.run)
-            number = int(folders[-1].name) + 1 if folders else 1
-            content = {"parent": os.path.relpath(parent, self.run), "update": f"{UPDATES}/{number}"}
-            write_whole(file, json.dumps(content, indent=1).encode() + b"\n")
+            parent = find_checkpoint(newest_accepted(self.run))
+            write_whole(file, json.dumps({"parent": os.path.relpath(parent, self.run)}, indent=1).encode() + b"\n")
         try:
-            content = json.loads(file.read_bytes())
-            return self.run / content["parent"], self.run / content["update"]
+            return self.run / str(json.loads(file.read_bytes())["parent"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: damaged ({error}): remove {place}, and its pictures are taken again") from error
 
     def _new(self, now: float) -> dict[str, tuple[Path, ...]]:
         """New complete pictures by name: image and mask, or the image in its class's folder."""
-        own = (START, DONE)
-        taken = {str(path.relative_to(one)) for one in self._rounds() for path in one.rglob("*") if path.is_file() and path.name not in own}
-        pictures = {
-            name: files
-            for name, files in _labelled(self.folder, self.task).items()
-            if str(files[0].relative_to(self.folder)) not in taken and all(_settled(file, now) for file in files)
-        }
-        return dict(sorted(pictures.items()))
+        own, rounds = (START, DROPPED, DONE), self._rounds()
+        taken = {str(path.relative_to(one)) for one in rounds for path in one.rglob("*") if path.is_file() and path.name not in own}
+        dropped = {name: entry.files for one in rounds for name, entry in _read_dropped(one).items()}
+        new = {}
+        for name, files in _labelled(self.folder, self.task).items():
+            image = str(files[0].relative_to(self.folder))
+            unchanged = image in dropped and dropped[image] == tuple(_stamp(file) for file in files)
+            if image not in taken and not unchanged and all(_settled(file, now) for file in files):
+                new[name] = files
+        return dict(sorted(new.items()))
 
     def _update(self, number: int, report: FitReport) -> WatchedUpdate:
         place, settings = self.inbox / str(number), self.settings
-        parent, directory = self._start(place)
+        parent = self._parent(place)
         try:
-            result = update_run(
-                parent, place, directory=directory, added=self._added(parent), overrides=settings.overrides, threads=settings.threads,
-                report=report,
-            )  # fmt: skip
-        except DataError as error:  # these pictures can never be used; others may
-            self._finish(place, {"problem": str(error)})
-            return WatchedUpdate(number=number, result=None, problem=str(error))
+            result = self._learned(place, parent, report)
+        except NewPicturesError as error:  # of all pictures together
+            return self._give_up(number, str(error))
+        dropped = tuple(entry.reason for entry in _read_dropped(place).values())
         if result.verdict is None:
-            return WatchedUpdate(number=number, result=result, problem="interrupted")
+            return WatchedUpdate(number=number, result=result, problem="interrupted", dropped=dropped)
         version, server = None, ""
         if result.accepted:
             version, record = offer_update(result, settings.repository or self.run / VERSIONS, self.client)
             server = "" if record is None else record.reason
         self._finish(place, {"update": result.directory.name, "verdict": result.verdict.summary, "server": server})
-        return WatchedUpdate(number=number, result=result, version=version, server=server)
+        return WatchedUpdate(number=number, result=result, version=version, server=server, dropped=dropped)
+
+    def _learned(self, place: Path, parent: Path, report: FitReport) -> UpdateResult:
+        """The update of a round with the pictures that can be used. Raises `NewPicturesError` if they are too few."""
+        settings = self.settings
+        while _labelled(place, self.task):
+            try:
+                return update_run(
+                    parent, place, added=self._added(parent), overrides=settings.overrides, threads=settings.threads, report=report
+                )
+            except NewPicturesError as error:
+                if not error.files:
+                    raise
+                self._drop(place, error.files)
+        raise NewPicturesError(f"{place}: no picture is left that can be used")
+
+    def _drop(self, place: Path, reasons: Mapping[Path, str]) -> None:
+        """Remove pictures from a round. Raises `DataError` if their files cannot be read, which says nothing about the pictures."""
+        pictures = {files[0]: files for files in _labelled(place, self.task).values()}
+        dropped = dict(_read_dropped(place))
+        for image, reason in reasons.items():
+            stamps = []
+            for copy in pictures.get(image, (image,)):
+                file, digest = self.folder / copy.relative_to(place), digest_of(copy)
+                stamps.append(_stamp(file) if file.is_file() and digest_of(file) == digest else None)  # None: it was changed since
+            dropped[str(image.relative_to(place))] = _Dropped(reason=reason, files=tuple(stamps))
+        write_whole(place / DROPPED, _DROPPED.dump_json(dropped, indent=1) + b"\n")
+        for image in reasons:
+            image.unlink()
+
+    def _give_up(self, number: int, problem: str) -> WatchedUpdate:
+        """End a round without an update. If pictures were dropped, the others are new again, and wait for more."""
+        place = self.inbox / str(number)
+        dropped = tuple(entry.reason for entry in _read_dropped(place).values())
+        if dropped:
+            for image, *_ in _labelled(place, self.task).values():
+                image.unlink()
+        self._finish(place, {"problem": problem})
+        return WatchedUpdate(number=number, result=None, problem=problem, dropped=dropped)
 
     def _added(self, parent: Path) -> Sequence[ClassSpec]:
         """The classes to add that the parent lacks."""
@@ -194,12 +245,23 @@ def _settled(file: Path, now: float) -> bool:
         return False
 
 
-def _link(file: Path, place: Path) -> None:
-    """A hard link, or a copy on another file system."""
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Size and time of the last change, which tell whether a file was changed; None if it is gone."""
     try:
-        os.link(file, place)
+        status = file.stat()
     except OSError:
-        shutil.copy2(file, place)
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _read_dropped(place: Path) -> dict[str, _Dropped]:
+    """The dropped pictures of a round by the path of their images."""
+    file = place / DROPPED
+    try:
+        return _DROPPED.validate_json(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValidationError) as error:
+        problem = " ".join(str(error).split())[:120]
+        raise DataError(f"{file}: damaged ({problem}): remove it, and its pictures are taken again") from error
 
 
 def keep_watching(

@@ -80,6 +80,23 @@ def test_reference_of_a_folder(call: Callable[..., Any], write_small: Callable[.
     assert call("drift", artifact, train, "--threads", 1).code == 0
 
 
+def test_reference_is_spread_over_a_folder(
+    call: Callable[..., Any], write_small: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second half of the pictures is dark: of the first ones alone, the reference would have no deviation."""
+    from muntin.artifact import open_artifact
+    from muntin.updating.drift.reference import read_reference
+
+    monkeypatch.setattr("muntin.updating.drift.reference.REFERENCE_PICTURES", 64)
+    artifact, train = write_small(tmp_path / "artifact", task="classify", side=24), pictures(tmp_path / "train", 64, 0)
+    for number in range(63):
+        write_image(train / f"z{number:03d}.png", np.zeros((24, 24, 3), np.uint8))
+    assert call("drift", artifact, "--reference", train, "--threads", 1, "--json").document()["windows"] == 64
+    opened = open_artifact(artifact)
+    reference = read_reference(opened, opened.manifest.signature)
+    assert reference is not None and 0.15 < reference.mean[0] < 0.3  # 110/255 of half of the pictures
+
+
 def test_reference_of_a_run(
     call: Callable[..., Any], write_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

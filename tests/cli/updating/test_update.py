@@ -48,8 +48,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., 
 
 def test_accepted_refused_and_json(trained: Path) -> None:
     words = ["update", trained / "run", "--data", trained / "new", *THREAD]
-    done = invoke(*words, *LOOSE, *LABELS, "--repository", trained / "versions")
+    accepted = invoke(*words, *LOOSE, *LABELS)
+    assert accepted.exit_code == 0, accepted.output
+    done = invoke(*words, *LOOSE, *LABELS, "--repository", trained / "versions")  # as after a kill between verdict and version
     assert done.exit_code == 0, done.output
+    assert [path.name for path in (trained / "run" / "updates").iterdir()] == ["1"]
     for text in ("gain on new data", "size, times the old", "accepted", f"version   {trained / 'versions' / '1'}"):
         assert text in done.stdout
     assert (trained / "versions" / "1" / "manifest.json").is_file()

@@ -83,6 +83,22 @@ def test_pictures_that_cannot_be_read(
         compare_folder(session, reference, folder)
 
 
+def test_raster_damaged_in_a_window(session: Session, draw_scene: Scene, tmp_path: Path) -> None:
+    """Its header is sound, and some of its windows can be read."""
+    rasterio = pytest.importorskip("rasterio", reason="the extra `raster` is not installed")
+    whole, path = tmp_path / "whole.tif", tmp_path / "broken.tif"
+    size = {"width": 768, "height": 768, "count": 3, "dtype": "uint8"}
+    layout = {"driver": "GTiff", "tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"}
+    warned = pytest.warns(rasterio.errors.NotGeoreferencedWarning)
+    with warned, rasterio.open(whole, "w", **size, **layout, crs="EPSG:4326") as dataset:
+        dataset.write(np.tile(draw_scene(0), (16, 16, 1)).transpose(2, 0, 1))
+    content = whole.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + bytes(len(content) // 4) + content[3 * len(content) // 4 :])
+    features, places, skipped = describe_files(session, [whole, path], windows=32)
+    assert len(features) == len(places) == 16 and {place for place, _ in places} == {whole}
+    assert [name for name, _ in skipped] == [path] and "damaged" in skipped[0][1]
+
+
 def test_few_large_pictures(session: Session, reference: DriftReference, draw_scene: Scene, tmp_path: Path) -> None:
     for number in range(2):
         write_image(tmp_path / f"{number}.png", np.tile(draw_scene(number), (20, 20, 1)))

@@ -96,9 +96,8 @@ def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels
             features, count = describe_training(session, checkpoint, progress=advance)
     else:
         paths = pictures_in(source)
-        step = max(1, len(paths) // REFERENCE_PICTURES)
-        paths = paths[::step][:REFERENCE_PICTURES]
-        count = len(paths)
+        count = min(REFERENCE_PICTURES, len(paths))
+        paths = [paths[number * len(paths) // count] for number in range(count)]  # spread over all, in order of names
         windows = REFERENCE_PICTURES if count < LEAST_REFERENCE else 1
         with progress_bar("describing pictures", "pictures/s") as advance:
             features, _, skipped = describe_files(session, paths, windows=windows, max_pixels=max_pixels, progress=advance)

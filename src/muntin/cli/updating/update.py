@@ -126,9 +126,11 @@ def watch_command(
         accepted = update.version is not None
         documents.append(
             {"number": update.number, "accepted": accepted, "summary": line, "version": update.version, "server": update.server}
+            | {"left_out": update.dropped}
         )
         if not json:
             out.print(f"update {update.number}: {line}{place}{f'; server: {update.server}' if update.server else ''}")
+            print_notes([f"left out: {reason}" for reason in update.dropped])
 
     with folder_in_use(watch.inbox, "muntin watch") as taken_over:
         for note in (*notes, *taken_over):

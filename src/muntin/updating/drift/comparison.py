@@ -116,13 +116,13 @@ def describe_files(
     for number, path in enumerate(paths):
         try:
             picture = open_source(path, session.signature.channels, max_pixels=max_pixels)
-        except DataError as error:  # damaged, of other channels, or removed meanwhile
+            chosen = list(corners(min(each, most_windows(picture.shape, session.signature)), number))
+            described = [describe(session, picture, corner) for corner in chosen]
+        except DataError as error:  # damaged, perhaps in a window of a raster alone, of other channels, or removed meanwhile
             skipped.append((path, str(error)))
             continue
-        count = min(each, most_windows(picture.shape, session.signature))
-        for corner in corners(count, number):
-            rows.append(describe(session, picture, corner))
-            places.append((path, corner))
+        rows += described
+        places += [(path, corner) for corner in chosen]
         progress(number + 1, len(paths))
     return np.array(rows).reshape(len(rows), -1), places, skipped
 
