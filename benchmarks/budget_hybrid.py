@@ -213,10 +213,10 @@ def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], 
         made = dict(shared)
         works: dict[str, Callable[[], Row]] = {
             "muntin": partial(bench.search, "muntin", budget), "one stage": partial(bench.one_stage, budget, made),
-            **{name: partial(bench.search, name, budget) for name in ("bits", "ranks", "channels")},
             "scratch": partial(bench.scratch, budget, made),
+            **{name: partial(bench.search, name, budget) for name in ("bits", "ranks", "channels")},
         }  # fmt: skip
-        for name, work in works.items():  # what answers the question of the stages first
+        for name, work in works.items():  # those that answer the question of the stages and the goals first
             made[name] = keep(folder / f"{name.replace(' ', '-')}-{budget:g}.json", measure=work)
             _tell(seed, budget, name, made[name], shared["fp32"])
         timed = keep(folder / f"latency-{budget:g}.json", measure=partial(_timed, folder, made, arguments.rounds))
