@@ -35,8 +35,8 @@ from muntin.training.checkpoint import Checkpoint, checkpoints_in, read_checkpoi
 BUDGET = Path("budget", "front.json")
 """The record of a search for a budget, in the run's folder."""
 IN_BUDGET = "in budget"
-PARENTS = 3
-"""Folders above an artefact in which its run is looked for: RUN/compressed/3-mixed/artifact is three below RUN."""
+PARENTS = 4
+"""Folders above an artefact in which its run is looked for: RUN/budget/trials/003/artifact is four below RUN."""
 
 
 @dataclass(frozen=True, kw_only=True)
