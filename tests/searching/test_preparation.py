@@ -61,8 +61,8 @@ def test_notes_on_the_data(tiny: Any) -> None:
 
 
 def test_unused_settings(tiny: Any) -> None:
-    changes = ["training.micro_batch=1", "training.operator_memory=1MiB", "training.spike=4", "training.patience=2", "teacher.model=run"]
-    names = "training.micro_batch, training.operator_memory, training.spike, training.patience, teacher"
+    changes = ["training.micro_batch=1", "training.operator_memory=1MiB", "training.patience=2", "teacher.model=run"]
+    names = "training.micro_batch, training.operator_memory, training.patience, teacher"
     assert unused_settings(load_recipe(tiny.recipe, changes)) == [
         f"{names}: not used for the shared weights, but for the networks trained alone"
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from muntin.data import open_source
+from muntin.errors import MuntinError
 from muntin.models import ModelConfig
 from muntin.searching.candidates import CandidateScorer, recipe_of
 from muntin.searching.cost import layer_macs
 from muntin.searching.preparation import base_config
 from muntin.searching.space import Space, UnbuildableError, parse_space
+from muntin.searching.supernet import Supernet
 from muntin.searching.supernet_training import ROUND, SAMPLED, SupernetTraining, draw_round, sampled_from
 from muntin.training import Recipe, load_recipe
 from muntin.training.precision import resolve_precision
@@ -53,6 +56,30 @@ def test_killed_and_resumed(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(UnbuildableError, match=r"rank_share 0\.3"):
         scorer.score(replace(small, rank_share=0.3))
     assert any(hasattr(layer, "bits") for layer in scorer.network(small).modules())
+
+
+def test_unsound_batches(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in a row are left out, and the batches after them are others; too many end the search."""
+    recipe, count = load_recipe(tiny.recipe), 2
+    run, calls = Supernet.run, []
+
+    def unsound(self: Supernet, config: ModelConfig, images: torch.Tensor) -> torch.Tensor:
+        scores = run(self, config, images)
+        if config is self.largest:
+            calls.append(images)
+        return scores * torch.nan if config is self.largest and 2 < len(calls) <= 2 + count else scores
+
+    monkeypatch.setattr(Supernet, "run", unsound)
+    result, *_ = trained(recipe, tmp_path / "two", tiny.root)
+    assert result.step == recipe.training.steps and len(calls) == result.step + 2 and len(result.notes) == 2
+    assert "the loss is nan at step 3: its batch is skipped" in result.notes[0]
+    assert all(parameter.isfinite().all() for parameter in result.supernet.parameters())
+    assert all(buffer.isfinite().all() for buffer in result.supernet.buffers())
+    assert not any(torch.equal(one, other) for one, other in pairwise(calls))
+    count = 99
+    calls.clear()
+    with pytest.raises(MuntinError, match="the loss is nan at step 3, after 5 other unsound batches: lower"):
+        trained(recipe, tmp_path / "many", tiny.root)
 
 
 def test_classify_at_other_resolutions(write_tiny: Callable[..., Any], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def check_data(recipe: Recipe, source: Source, root: Path, progress: CheckProgre
 def unused_settings(recipe: Recipe) -> list[str]:
     """Notes on settings of a recipe that the training of a supernet does not use."""
     training, usual = recipe.training, TrainingConfig()
-    names = ("micro_batch", "checkpointing", "operator_memory", "compile", "memory", "gate_budget", "sharding", "spike", "patience")
+    names = ("micro_batch", "checkpointing", "operator_memory", "compile", "memory", "gate_budget", "sharding", "patience")
     given = [f"training.{name}" for name in names if getattr(training, name) not in (None, getattr(usual, name))]
     given += [] if recipe.teacher is None else ["teacher"]
     return [f"{', '.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []

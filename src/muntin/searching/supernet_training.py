@@ -7,7 +7,8 @@ sizes, ascending in one round and descending in the next. Sources: the sandwich 
 section 3), neighbouring steps of similar sizes (ElasticViT, Tang et al., 2303.09730, section 3.2). Deviation: no smallest network, which
 the sampling reaches in each round.
 
-Batches and networks depend on the seed and the step alone, so that a resumed run ends in the same bits, except with `minutes`.
+Batches and networks depend on the seed, the step and the number of batches that were left out, so that a resumed run ends in the same bits,
+except with `minutes`. A batch whose loss or gradient is not sound is left out.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from muntin.searching.supernet import Supernet
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, newest_sound, write_checkpoint
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
+from muntin.training.gradients import kept_buffers, restore_buffers
 from muntin.training.loss import class_weights, loss_of
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision
 from muntin.training.recipe import Recipe
-from muntin.training.recovery.instability import GuardState
+from muntin.training.recovery.instability import SKIPPED_IN_A_ROW, LossGuard
 from muntin.training.weights import load_weights
 
 SAMPLED = 2
@@ -96,6 +98,7 @@ class SupernetTraining:
         self.loss = loss_of(self.config, task=recipe.task, weights=class_weights(self.config, source), distillation=DISTILLATION)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
+        self.guard = LossGuard(self.config.spike)
         self.notes: list[str] = []
         self._rounds = cache(lambda round_: draw_round(space, base, recipe.seed, round_))
         if checkpoints_in(folder / "checkpoints"):
@@ -106,6 +109,7 @@ class SupernetTraining:
         load_weights(self.average.model, checkpoint.tensors[AVERAGE], checkpoint.path / AVERAGE)
         load_optimizer(self.supernet, self.optimizer, self.scaler, checkpoint.tensors[OPTIMIZER])
         self.step, self.seconds, self.curve = checkpoint.state.step, checkpoint.state.seconds, list(checkpoint.state.training)
+        self.guard = LossGuard(self.config.spike, checkpoint.state.guard)
 
     @property
     def finished(self) -> bool:
@@ -120,7 +124,8 @@ class SupernetTraining:
             while not self.finished and not stopped():
                 images, target = next(batches)
                 done = self.config.share_done(self.step + 0.5, self.seconds)
-                loss = self._update(images, target, done)
+                if (loss := self._update(images, target, done)) is None:
+                    continue
                 self.step, self.seconds = self.step + 1, before + time.perf_counter() - started
                 self.curve.append({"step": self.step, "seconds": self.seconds, "loss": loss})
                 progress(self.step, self.config.steps_expected(self.step, self.seconds), loss)
@@ -142,13 +147,14 @@ class SupernetTraining:
             self.source.split("train"), task=self.recipe.task, crop=data.crop, batch_size=self.config.batch_size, seed=self.recipe.seed,
             augmentation=data.augmentation, rare=data.rare, classes=len(self.source.classes),
         )  # fmt: skip
-        workers = worker_count(data.workers, device=device)
-        with closing(prefetch(crops.batch, self.step, self.step + (1 << 40), workers=workers, device=device)) as numbered:
+        workers, first = worker_count(data.workers, device=device), self.step + self.guard.state.skipped
+        with closing(prefetch(crops.batch, first, first + (1 << 40), workers=workers, device=device)) as numbered:
             for _, batch in numbered:
                 yield batch
 
-    def _update(self, images: Tensor, target: Tensor, done: float) -> float:
-        """Take one optimiser step; returns the loss of the largest network."""
+    def _update(self, images: Tensor, target: Tensor, done: float) -> float | None:
+        """Take one optimiser step; returns the loss of the largest network, None if the batch was left out."""
+        kept = kept_buffers(self.supernet)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate_at(done)
         self.supernet.train()
@@ -158,6 +164,9 @@ class SupernetTraining:
         share = 1 / (1 + len(networks))
         scores = self._scores(self.supernet.largest, images)
         largest = self.loss(scores, target)
+        if fault := self.guard.fault(value := float(largest.detach())):
+            self._leave_out(fault, kept)
+            return None
         self.scaler.scale(share * largest).backward()  # type: ignore[no-untyped-call]
         taught = scores.detach()
         for one in networks:
@@ -166,16 +175,26 @@ class SupernetTraining:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.supernet.parameters(), self.config.clip)
         if not (norm.isfinite() or self.scaler.is_enabled()):
-            raise MuntinError(
-                f"the supernet's gradient is {float(norm)} at step {self.step + 1}: lower training.learning_rate (now "
-                f"{self.config.learning_rate:g}) and search anew, with another --output"
-            )
+            self._leave_out(f"the gradient is {float(norm)}", kept)
+            return None
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         with averaged_weights(self.optimizer):
             self.average.update(self.supernet, self.step)
-        return float(largest.detach())
+        self.guard.accept(value)
+        return value
+
+    def _leave_out(self, fault: str, kept: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Leave a batch out, with a note. Raises `MuntinError` after several in a row."""
+        self.optimizer.zero_grad()
+        restore_buffers(self.supernet, kept)
+        if not self.guard.skip():
+            raise MuntinError(
+                f"supernet: {fault} at step {self.step + 1}, after {SKIPPED_IN_A_ROW} other unsound batches: lower training.learning_rate "
+                f"(now {self.config.learning_rate:g}) and search anew, with another --output"
+            )
+        self.notes.append(f"shared weights: {fault} at step {self.step + 1}: its batch is skipped")
 
     def _scores(self, config: ModelConfig, images: Tensor) -> Tensor:
         with self.precision.autocast():
@@ -185,7 +204,7 @@ class SupernetTraining:
         state = {
             "step": self.step, "recipe": self.recipe, "root": str(self.root), "classes": tuple(self.source.classes),
             "precision": self.precision.name, "seconds": self.seconds, "training": self.curve, "pending": [], "validation": [],
-            "compression": None, "memory": None, "guard": GuardState(),
+            "compression": None, "memory": None, "guard": self.guard.state,
         }  # fmt: skip
         tensors = {
             MODEL: dict(self.supernet.state_dict()), AVERAGE: self.average.tensors(),
