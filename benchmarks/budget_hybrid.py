@@ -10,9 +10,9 @@ its candidates, chooses by the mean IoU of its artefacts on the validation part,
     one stage       muntin's plan again, with all the steps in one training
     stages, cumulative stages   the recipe's three stages, with ranks by its criterion or by the cumulative energy of each weight
     scratch         a HybridNet whose INT8 artefact has the bytes of muntin's, trained for the seconds of FP32 and muntin's search together
-The last four know no budget: their drop is what it is. Columns: drop on validation and test (95 % interval of the first seed), parameters,
-bytes and how many times fewer than FP32's weights, milliseconds, minutes of the contender. Run it alone: hours on two cores. A row that is
-measured already is not measured again.
+The last four know no budget: their drop is what it is. Columns: drop on validation and test, parameters of the artefact, bytes and how many
+times fewer than FP32's weights, milliseconds, minutes of the contender. Run it alone: hours on two cores. A row that is measured already is
+not measured again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ from torch import nn
 
 import muntin
 from kept import Row, kept_row, now
+from muntin.artifact import open_artifact
 from muntin.budgeting.forms import Form, Plan
 from muntin.budgeting.layer_forms import KEPT, layer_forms, offered_ranks
 from muntin.budgeting.run import compress_run
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.checkpoint_export import export_checkpoint
+from muntin.deployment.layer_rows import deployed_sizes
 from muntin.runtime import describe_hardware
 from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.training import Checkpoint, read_checkpoint
+from muntin.training import read_checkpoint
 from muntin.training.checkpoint import checkpoints_in, source_of
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.recipe import Recipe, load_recipe, override_recipe
@@ -108,10 +110,7 @@ class Bench:
     def reference(self) -> Row:
         artifact = export_checkpoint(self.fp32, self.folder / "float", integer=False)
         minutes = float(self.fp32.state.seconds) / 60
-        return {**self._judged(artifact.path), "parameters": self.parameters(self.fp32), "minutes": minutes}
-
-    def parameters(self, checkpoint: Checkpoint) -> int:
-        return sum(one.numel() for one in new_model(checkpoint.recipe, checkpoint.state.classes).parameters())
+        return {**self._judged(artifact.path), "minutes": minutes}
 
     def search(self, name: str, max_drop: float) -> Row:
         """muntin's search, or a pass alone."""
@@ -141,7 +140,7 @@ class Bench:
         return {
             **self._judged(result.artifact.path), "outcome": result.outcome, "width": best.plan.width, "interval": held.interval,
             "forms": {layer: [form.rank, form.bits] for layer, form in best.plan.forms.items()}, "trials": len(result.trials),
-            "parameters": sum(one.numel() for one in result.model.parameters()), "minutes": (time.perf_counter() - started) / 60,
+            "minutes": (time.perf_counter() - started) / 60,
         }  # fmt: skip
 
     def stages(self, criterion: str) -> Row:
@@ -160,7 +159,7 @@ class Bench:
         record = last.state.compression
         return {
             **self._judged(artifact.path), "outcome": "no budget", "record": None if record is None else record.model_dump(mode="json"),
-            "parameters": None, "minutes": (time.perf_counter() - started) / 60,
+            "minutes": (time.perf_counter() - started) / 60,
         }  # fmt: skip
 
     def scratch(self, max_drop: float, made: dict[str, Row]) -> Row:
@@ -176,8 +175,7 @@ class Bench:
         checkpoint = read_checkpoint(self.folder / f"scratch-{max_drop:g}")
         artifact = export_checkpoint(checkpoint, self.folder / f"scratch-{max_drop:g}-artifact")
         return {
-            **self._judged(artifact.path), "outcome": "no budget", "options": options, "parameters": self.parameters(checkpoint),
-            "minutes": minutes,
+            **self._judged(artifact.path), "outcome": "no budget", "options": options, "minutes": minutes,
         }  # fmt: skip
 
     def _integer_bytes(self, options: dict[str, Any]) -> int:
@@ -220,7 +218,11 @@ def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], 
             made[name] = keep(folder / f"{name.replace(' ', '-')}-{budget:g}.json", measure=work)
             _tell(seed, budget, name, made[name], shared["fp32"])
         timed = keep(folder / f"latency-{budget:g}.json", measure=partial(_timed, folder, made, arguments.rounds))
-        rows[f"{budget:g}"] = {name: {**row, "ms": timed["ms"][name]} for name, row in made.items()}
+        counted = {name: deployed_sizes(open_artifact(folder / row["path"])) for name, row in made.items()}
+        rows[f"{budget:g}"] = {
+            name: {**row, "ms": timed["ms"][name], "parameters": counted[name]["params"], "gmacs": counted[name]["gmacs"]}
+            for name, row in made.items()
+        }  # fmt: skip
     return rows
 
 
@@ -239,14 +241,15 @@ def print_table(rows: dict[str, dict[str, list[Row]]], hardware: Row) -> None:
     fp32 = next(iter(rows.values()))["fp32"]
     weights = 4 * fp32[0]["parameters"]
     print(f"{MODEL}: test mIoU {statistics.mean(row['test'] for row in fp32):.4f} in FP32, weights {weights / 1e6:.2f} MB")
-    head = {"drop, validation": 18, "drop, test": 18, "MB": 8, "smaller": 9, "ms": 8, "minutes": 9}
+    head = {"drop, validation": 18, "drop, test": 18, "parameters": 12, "MB": 8, "smaller": 9, "ms": 8, "minutes": 9}
     print(f"{'budget':<8}{'contender':<19}{''.join(f'{title:>{width}}' for title, width in head.items())}")
     for budget, contenders in rows.items():
         for name, seeds in contenders.items():
             drops = [[base[part] - row[part] for base, row in zip(fp32, seeds, strict=True)] for part in ("validation", "test")]
             size = statistics.mean(row["bytes"] for row in seeds)
             print(
-                f"{budget:<8}{name:<19}{_over(drops[0]):>18}{_over(drops[1]):>18}{size / 1e6:>8.3f}{weights / size:>9.1f}"
+                f"{budget:<8}{name:<19}{_over(drops[0]):>18}{_over(drops[1]):>18}{seeds[0]['parameters']:>12,}{size / 1e6:>8.3f}"
+                f"{weights / size:>9.1f}"
                 f"{statistics.mean(row['ms'] for row in seeds):>8.2f}{statistics.mean(row['minutes'] for row in seeds):>9.1f}"
             )
     print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
