@@ -56,7 +56,7 @@ def test_photographs_to_a_verified_artefact(root: Path) -> None:
     floats, integers = run("evaluate", root / "run"), run("evaluate", root / "run" / "artifact")
     assert integers["psnr"] > floats["psnr"] - 0.1  # the residual sum keeps its precision
     assert floats["input_psnr"] == integers["input_psnr"] < integers["psnr"]
-    words = ("--max-drop", "1", "--confidence", "0.5", "--objective", "latency", "--trials", "1", "--steps", "4")
+    words = ("--max-drop", "1", "--confidence", "0.5", "--trials", "1", "--steps", "4")
     chosen = run("compress", root / "run", *words, "--set", "budget.widths=[1]")
     assert chosen["kept"] and run("evaluate", chosen["artifact"])["psnr"] > integers["psnr"] - 1
     picture = next(iter((root / "photos").glob("*.png")))
