@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 
+from muntin.artifact import open_artifact
+from muntin.data import open_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
-from muntin.searching.finalists import Finalist, rank_correlation, spread
+from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist
 from muntin.searching.point_recipe import place_name
+from muntin.searching.preparation import base_config
 from muntin.searching.run import SearchStage
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint, pareto_front
 from muntin.training import load_recipe
+from muntin.training.progress.report import FitProgress
 
 SPACE = parse_space({"dims.0": [32, 48], "depths.0": [1, 2], "latents": [2, 4], "decoder": [8, 16]})
 
@@ -68,6 +72,26 @@ def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:
     tiny = write_tiny(tmp_path / "data", data=folders | {"degrade": {"noise": 25}, "masks": None, "classes": []}, task="restore")
     front = search(tiny, tmp_path / "search", until=("train", 0), objective="size", candidates=3)
     assert front and all(one.architecture.config.task == "restore" and one.score > 0 for one in front)
+
+
+def test_finalist_with_ranks_and_bits(tiny: Any, tmp_path: Path) -> None:
+    """They are trained by stages of compression; an interruption before the last one goes on."""
+    recipe = load_recipe(tiny.recipe, ["compression.recover.share=0.5", "compression.quantize.share=0.5"])
+    source = open_source(recipe.data, root=tiny.root)
+    one = Architecture(config=base_config(recipe, source), rank_share=0.95, bits=4)
+    arguments: dict[str, Any] = {"name": "001", "folder": tmp_path / "001", "root": tiny.root, "source": source}
+
+    def stop(progress: FitProgress) -> None:
+        if (tmp_path / "001" / "compressed" / "1-low-rank").exists():
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train_finalist(recipe, one, report=stop, **arguments)
+    finalist = train_finalist(recipe, one, **arguments)
+    assert finalist is not None and 0 <= finalist.score <= 1
+    assert [stage.name for stage in sorted((tmp_path / "001" / "compressed").iterdir())] == ["1-low-rank", "2-w4a8"]
+    artifact = open_artifact(finalist.artifact)
+    assert 4 in {record.bits for record in artifact.manifest.tensors.values()}
 
 
 def point(number: int, score: float, cost: float = 1.0) -> StudyPoint:

@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from muntin.artifact import Artifact
-from muntin.compression import load_model, low_rank, quantize
+from muntin.compression.stages import FOLDER, compress_checkpoint, stage_checkpoints
 from muntin.data import Source
-from muntin.deployment import export
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
-from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
 from muntin.runtime import load
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.searching.cost import layer_macs, parameters_of
+from muntin.searching.point_recipe import compression_of, last_stage
 from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
-from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, read_checkpoint
+from muntin.training.checkpoint import checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.progress.report import FitReport
 from muntin.training.recipe import Recipe
@@ -87,18 +85,30 @@ def train_finalist(
     point: StudyPoint | None = None,
     report: FitReport = lambda progress: None,
 ) -> Finalist | None:
-    """Train a network by a recipe, or go on with it, and export it; None if the training was interrupted. `folder`: of its run."""
+    """Train a network by a recipe, with ranks or bits of its own by stages of compression, too, or go on with it, and export it in INT8.
+
+    Returns None if the training was interrupted. `folder`: of its run.
+    """
     result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")), report=report)
     if result.interrupted or result.stop_requested:
         return None
-    checkpoint = read_checkpoint(result.checkpoint)
-    artifact = _exported(checkpoint, architecture, folder / ARTIFACT, source)
+    checkpoint, notes = read_checkpoint(result.checkpoint), _notes(result, recipe)
+    if (stage := last_stage(architecture)) is not None:
+        compressed = folder / FOLDER
+        run = compress_checkpoint(
+            checkpoint, compressed, config=compression_of(recipe.compression, architecture), until=stage,
+            resume=bool(stage_checkpoints(compressed)), report=lambda stage, progress: report(progress),
+        )  # fmt: skip
+        if run.interrupted or run.stop_requested:
+            return None
+        checkpoint, notes = read_checkpoint(run.checkpoint), (*notes, *run.notes)
+    artifact = export_checkpoint(checkpoint, folder / ARTIFACT)
     with closing(load(artifact.path)) as session:
         score = evaluate(session, source.split("validation"), tile=tile_of(recipe.data.crop), similarity=False).score
     return Finalist(
         name=name, architecture=architecture, point=point, run=folder, artifact=artifact.path, recipe=recipe,
         float_score=float((result.result or result.validation[-1])["score"]), score=score, bytes=artifact.bytes,
-        notes=_notes(result, recipe),
+        notes=notes,
     )  # fmt: skip
 
 
@@ -106,19 +116,6 @@ def _notes(result: FitResult, recipe: Recipe) -> tuple[str, ...]:
     """Notes of a training, without those on its length, which the search has set."""
     of_length = ended_early(recipe.training, result.step, result.validation)
     return tuple(note for note in result.notes if note not in of_length and not note.startswith(ENDED_BEFORE))
-
-
-def _exported(checkpoint: Checkpoint, architecture: Architecture, path: Path, source: Source) -> Artifact:
-    """Export in INT8, with the ranks and bits of the architecture; ranks and bits are not trained afterwards."""
-    if architecture.bits is None and architecture.rank_share == 1:
-        return export_checkpoint(checkpoint, path)
-    recipe = checkpoint.recipe
-    model, calibration, side = load_model(checkpoint), calibration_of(checkpoint, source), export_side(recipe)
-    if architecture.rank_share < 1:
-        low_rank(model, calibration, parameters=architecture.rank_share)
-    quantize(model, calibration, bits=architecture.bits or 8)
-    sizes = parse_sizes(usual_sizes(recipe.task))
-    return export(model, calibration[0], path, signature=checkpoint.signature, shape=(1, side, side), sizes=sizes)
 
 
 def with_latencies(networks: Sequence[Finalist], *, threads: int | None = None) -> list[Finalist]:

@@ -2,7 +2,7 @@
 
     networks/NNN.yaml    all values of the search's recipe, with absolute paths, and the network's own
 
-Ranks and bits are in the section `compression` of the file: `muntin compress` trains them, the search did not.
+Ranks and bits are in the section `compression` of the file: `muntin compress` trains them, as it does for the best few of the search.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def commands(folder: Path, name: str, architecture: Architecture) -> str:
     """The commands that train and export a network of `write_recipes`, with its ranks and bits if it has any."""
     run = str(folder / name)
     steps = [["muntin", "fit", str(folder / f"{name}.yaml"), "-o", run], ["muntin", "export", run]]
-    if (stage := _last_stage(architecture)) is not None:
+    if (stage := last_stage(architecture)) is not None:
         steps[1:] = [["muntin", "compress", run, "--until", stage], ["muntin", "export", str(stage_folder(folder / name / FOLDER, stage))]]
     return " && ".join(map(shlex.join, steps))
 
 
-def _last_stage(architecture: Architecture) -> Stage | None:
+def last_stage(architecture: Architecture) -> Stage | None:
     """The last stage of `muntin compress` that an architecture needs."""
     if architecture.bits is not None:
         return STAGES[1]
@@ -63,12 +63,13 @@ def _last_stage(architecture: Architecture) -> Stage | None:
 
 def _file_recipe(recipe: Recipe, architecture: Architecture, root: Path) -> Recipe:
     compression = recipe.compression
-    if _last_stage(architecture) is not None:
-        compression = _compression(recipe.compression, architecture)
+    if last_stage(architecture) is not None:
+        compression = compression_of(recipe.compression, architecture)
     return recipe.model_copy(update={"compression": compression, **_absolute(recipe, root)})
 
 
-def _compression(config: CompressionConfig, architecture: Architecture) -> CompressionConfig:
+def compression_of(config: CompressionConfig, architecture: Architecture) -> CompressionConfig:
+    """The section `compression` of a network with ranks or bits of its own."""
     share, bits = architecture.rank_share, architecture.bits or config.weight_bits
     ranks = LowRankConfig(parameters=share) if share < 1 else None  # as candidates are factored
     changes = {"low_rank": ranks, "weight_bits": bits, "average_bits": max(config.average_bits, bits)}
