@@ -112,7 +112,7 @@ VARIANTS = {
     **{f"latents {latents}": Variant(options={"latents": latents}) for latents in (8, 16, 32, 64)},
     "LayerNorm": Variant(factory="with_layer_norm"),
     "GELU": Variant(factory="with_gelu"),
-    "one-step decoder": Variant(factory="with_one_step_decoder"),
+    "one-step decoder": Variant(options={"fusion": "one-step"}),
     "UPerNet head": Variant(factory="with_uper_decoder"),
     **{f"gate budget {share}": Variant(gate_budget=share) for share in (0.5, 0.25)},
 }

@@ -8,16 +8,13 @@ Axes: B images, C channels, H W map, S windows, T tokens a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.manifest import Task
-from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, Sum, TokenNorm
+from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, PyramidFusion, Sum, TokenNorm
 from muntin.models import HybridNet, create_model
 from muntin.models.hybridnet import GAIN, AttentionStage
 
@@ -55,54 +52,6 @@ class ConvolutionBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.first(x_BCHW))))
-        return out
-
-
-class OneStepUpsampler(nn.Module):
-    """Every map to the size of the finest by one bilinear step, summed, then smoothed once: a decoder without stages.
-
-    `(B, C_i, H_i, W_i)` coarse to fine -> `(B, dim, H, W)` of the finest; the projections are those of `ProgressiveUpsampler`.
-    """
-
-    def __init__(self, lateral: nn.ModuleList, dim: int) -> None:
-        super().__init__()
-        self.lateral = lateral
-        self.sum = Sum()
-        self.smooth = ConvUnit(dim, dim)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        projected = [lateral(x_BCHW) for lateral, x_BCHW in zip(self.lateral, maps, strict=True)]
-        size = projected[-1].shape[2:]
-        coarse = [F.interpolate(x_BCHW, size, mode="bilinear") for x_BCHW in projected[:-1]]
-        out: Tensor = self.smooth(self.sum(projected[-1], *coarse))
-        return out
-
-
-class UperDecoder(nn.Module):
-    """A head like UPerNet's (Xiao et al., 1807.10221, section 3.1): a pyramid with a global context, all of its levels fused at the finest.
-
-    `(B, C_i, H_i, W_i)` coarse to fine -> `(B, dim, H, W)` of the finest. Deviation: of the pyramid pooling only the global mean, since
-    pooling to a fixed number of bins does not export with free sizes.
-    """
-
-    def __init__(self, channels: Sequence[int], dim: int) -> None:
-        super().__init__()
-        self.lateral = nn.ModuleList(ConvUnit(c, dim, kernel=1) for c in channels)
-        self.context = nn.Conv2d(dim, dim, 1)
-        self.smooth = nn.ModuleList(ConvUnit(dim, dim) for _ in channels)
-        self.sum = nn.ModuleList(Sum() for _ in channels)
-        self.fuse = ConvUnit(len(channels) * dim, dim)
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        x_BCHW = self.lateral[0](maps[0])
-        x_BCHW = self.sum[0](x_BCHW, self.context(x_BCHW.mean((2, 3), keepdim=True)))
-        levels = [self.smooth[0](x_BCHW)]
-        for skip, lateral, smooth, add in zip(maps[1:], self.lateral[1:], self.smooth[1:], self.sum[1:], strict=True):
-            x_BCHW = add(lateral(skip), F.interpolate(x_BCHW, skip.shape[2:], mode="bilinear"))
-            levels.append(smooth(x_BCHW))
-        size = levels[-1].shape[2:]
-        coarse = [F.interpolate(level, size, mode="bilinear") for level in levels[:-1]]
-        out: Tensor = self.fuse(torch.cat([*coarse, levels[-1]], dim=1))
         return out
 
 
@@ -153,26 +102,19 @@ def with_gelu(preset: str, *, task: Task, classes: int, channels: int) -> nn.Mod
     return model
 
 
-def with_one_step_decoder(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """A decoder without stages; the last step to the pixel stays."""
-    model = _hybrid(preset, task, classes, channels)
-    model.decoder = cast(ProgressiveUpsampler, OneStepUpsampler(model.decoder.lateral, model.config.decoder))
-    return model
-
-
 def with_uper_decoder(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """A head like UPerNet's, half as wide, which has about as many multiply-adds; the last step to the pixel stays."""
     model = _hybrid(preset, task, classes, channels)
     config = model.config
     maps = [lateral.conv.in_channels for lateral in cast("list[ConvUnit]", list(model.decoder.lateral))]
-    model.decoder = cast(ProgressiveUpsampler, UperDecoder(maps, config.decoder // 2))
+    model.decoder = cast(ProgressiveUpsampler, PyramidFusion(maps, config.decoder // 2))
     model.head = PixelHead(config.decoder // 2, config.outputs, config.finest * config.scale, GAIN)
     return model
 
 
 BASES = ("hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m")
 """Presets that can be taken apart."""
-KINDS = (without_position, with_convolutions, with_layer_norm, with_gelu, with_one_step_decoder, with_uper_decoder)
+KINDS = (without_position, with_convolutions, with_layer_norm, with_gelu, with_uper_decoder)
 
 
 def factory_name(kind: str, preset: str) -> str:

@@ -17,6 +17,8 @@ CHOICES = {
     "window": [2, 4],
     "mlp_ratio": [1, 2],
     "gate": [True, False],
+    "latent_share": [0.5, 0.75],
+    "fusion": ["progressive", "one-step", "upernet"],
 }
 """Every kind of choice of a network. A stem of two stages needs one pair, so some combinations make no network."""
 

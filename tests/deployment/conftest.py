@@ -165,7 +165,7 @@ def plain_scores() -> Callable[[Path, NDArray[np.uint8]], NDArray[np.float32]]:
 @pytest.fixture(scope="session")
 def hybrid_float(export_model: Callable[..., Exported]) -> Exported:
     torch.manual_seed(0)
-    return export_model(as_trained(create_model("hybrid-xs", classes=5, options=HYBRID)), quantized=False)
+    return export_model(as_trained(create_model("hybrid-xs", classes=5, options={**HYBRID, "fusion": "one-step"})), quantized=False)
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ class Convolutions(nn.Module):
 MODELS: dict[str, Any] = {
     "hybrid": hybrid,
     "restoring serial blocks": lambda: lively(
-        muntin.create_model("hybrid-xs", task="restore", scale=2, options={**SMALL, **ONE_STAGE, "block": "serial"})
+        muntin.create_model("hybrid-xs", task="restore", scale=2, options={**SMALL, **ONE_STAGE, "block": "serial", "fusion": "upernet"})
     ),
     "convolutions": lambda: lively(Convolutions(excite=False)),
     "excitation": lambda: lively(Convolutions(excite=True)),

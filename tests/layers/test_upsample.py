@@ -1,4 +1,4 @@
-"""ProgressiveUpsampler: sizes and alignment. PixelHead: initialisation, gain, order of channels. Axes as in the module."""
+"""Decoders: sizes and alignment. PixelHead: initialisation, gain, order of channels. Axes as in the module."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from muntin.layers import PixelHead, ProgressiveUpsampler
+from muntin.layers import OneStepUpsampler, PixelHead, ProgressiveUpsampler, PyramidFusion
 
 CHANNELS = [7, 5, 4, 3]  # coarse to fine
+Decoder = type[OneStepUpsampler] | type[ProgressiveUpsampler] | type[PyramidFusion]
+decoders = pytest.mark.parametrize("decoder", [ProgressiveUpsampler, OneStepUpsampler, PyramidFusion])
 
 
 def halved(height: int, width: int, stages: int) -> list[tuple[int, int]]:
@@ -25,16 +27,18 @@ def chain(height: int, width: int, stages: int, batch: int = 1) -> list[Tensor]:
     return [torch.randn(batch, c, *size) for c, size in zip(CHANNELS[-stages:], halved(height, width, stages), strict=True)]
 
 
+@decoders
 @settings(deadline=None, max_examples=60)
 @given(height=st.integers(1, 40), width=st.integers(1, 40), stages=st.integers(1, 4))
-def test_upsampler_output_size(height: int, width: int, stages: int) -> None:
-    out = ProgressiveUpsampler(CHANNELS[-stages:], 6).eval()(chain(height, width, stages))
+def test_upsampler_output_size(decoder: Decoder, height: int, width: int, stages: int) -> None:
+    out = decoder(CHANNELS[-stages:], 6).eval()(chain(height, width, stages))
     assert out.shape == (1, 6, height, width) and out.isfinite().all()
 
 
-def test_upsampler_gradient_to_every_map() -> None:
+@decoders
+def test_upsampler_gradient_to_every_map(decoder: Decoder) -> None:
     maps = [m.requires_grad_() for m in chain(9, 13, 4, batch=2)]
-    ProgressiveUpsampler(CHANNELS, 6)(maps).square().sum().backward()
+    decoder(CHANNELS, 6)(maps).square().sum().backward()
     assert all(m.grad is not None and (m.grad != 0).any() for m in maps)
 
 
@@ -52,8 +56,9 @@ def test_upsampler_alignment_of_a_coarse_pixel(pixel: tuple[int, int]) -> None:
     assert not differs_HW.any()
 
 
-def test_upsampler_of_one_image_and_of_a_batch() -> None:
-    upsampler = ProgressiveUpsampler(CHANNELS, 6).double().eval()
+@decoders
+def test_upsampler_of_one_image_and_of_a_batch(decoder: Decoder) -> None:
+    upsampler = decoder(CHANNELS, 6).double().eval()
     maps = [m.double() for m in chain(9, 13, 4, batch=3)]
     alone = torch.cat([upsampler([m[i : i + 1] for m in maps]) for i in range(3)])
     torch.testing.assert_close(upsampler(maps), alone, rtol=0, atol=1e-12)

@@ -60,7 +60,7 @@ def test_training_a_network_moves_the_shared_weights(base: ModelConfig) -> None:
     supernet.train().run(small, pixels(2, 3, 32, 32)).square().mean().backward()
     torch.optim.SGD(supernet.parameters(), 0.1).step()
     moved = {name for name, parameter in supernet.named_parameters() if not torch.equal(parameter, before[name])}
-    assert any(name.startswith("layers.stages/16/of-3/blocks/0/attention/hybrid/project_latent") for name in moved)
+    assert any(name.startswith("layers.stages/16/of-3/blocks/0/attention/hybrid-0_5/project_latent") for name in moved)
     assert not any("blocks/1" in name for name in moved)
     name = "layers.stages/16/of-3/blocks/0/mlp/expand.weight"
     after = dict(supernet.named_parameters())[name]
@@ -72,7 +72,7 @@ def test_heads_and_latents_keep_their_role(base: ModelConfig) -> None:
     supernet = Supernet(space, base)
     small = space.architecture({"dims.0": 32, "latents": 2}, base).config
     projection = supernet.weights(small)["stages.0.blocks.0.attention.project_latent.weight"]
-    shared = supernet.layers["stages/16/of-3/blocks/0/attention/hybrid/project_latent"].weight
+    shared = supernet.layers["stages/16/of-3/blocks/0/attention/hybrid-0_5/project_latent"].weight
     values, read, write = torch.split(shared, [2 * 16, 2 * 4, 2 * 4])  # type: ignore[arg-type]
     assert torch.equal(projection, torch.cat([values[:16], read[:2], write[:2]])[:, :32])
 
@@ -93,7 +93,7 @@ def test_gates_and_windows(base: ModelConfig) -> None:
 def test_kinds_of_attention_share_nothing(space: Space, base: ModelConfig) -> None:
     supernet = Supernet(space, base)
     kinds = {key.split("/attention/")[1].split("/")[0] for key in supernet.layers if "/attention/" in key}
-    assert kinds == {"hybrid", "local", "global", "dense"}
+    assert kinds == {"hybrid-0_5", "hybrid-0_75", "local", "global", "dense"}
     configs = list(largest_configs(space, base))
     assert {len(config.stem) for config in configs} == {2, 3} and {len(config.dims) for config in configs} == {2}
     assert {len(config.dims) for config in largest_configs(space, base_of("classify"))} == {1, 2}

@@ -14,14 +14,15 @@ from muntin.layers.latent import GlobalAttention
 from muntin.layers.local import LocalAttention
 from muntin.layers.norm import MapNorm, TokenNorm
 from muntin.layers.ops import DenseProduct, Gain, Product, SoftmaxProduct, Sum
-from muntin.layers.upsample import PixelHead, ProgressiveUpsampler
+from muntin.layers.upsample import OneStepUpsampler, PixelHead, ProgressiveUpsampler, PyramidFusion
 from muntin.layers.windows import Grid, merge, partition
 
 Gated = Perceptron | ResidualPair
 """Modules with a `ChannelGate` between the two layers in `ends`."""
 
 __all__ = [
-    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "DenseProduct", "Gain", "Gated", "GlobalAttention", "Grid", "HybridAttention",
-    "LocalAttention", "MapNorm", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit", "Product", "ProgressiveUpsampler",
-    "ResidualPair", "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "chunked", "merge", "partition",
+    "Attention", "ChannelGate", "ConvUnit", "DenseAttention", "DenseProduct", "Gain", "Gated", "GlobalAttention", "Grid",
+    "HybridAttention", "LocalAttention", "MapNorm", "OneStepUpsampler", "ParallelBlock", "Perceptron", "PixelHead", "PositionUnit",
+    "Product", "ProgressiveUpsampler", "PyramidFusion", "ResidualPair", "SerialBlock", "SoftmaxProduct", "Sum", "TokenNorm", "chunked",
+    "merge", "partition",
 ]  # fmt: skip

@@ -16,20 +16,22 @@ from muntin.layers.windows import Grid
 
 
 class HybridAttention(Attention):
-    """out(concat(window_mixer(x), latent_mixer(x))): half of the heads attend inside windows, half to the whole map through latents.
+    """out(concat(window_mixer(x), latent_mixer(x))): some heads attend inside windows, `latent_heads` to the whole map through latents.
 
-    Input and output `(B, H, W, C)`, any H, W >= 1. `heads` >= 2; of an odd number, the windows get one more. Memory and time are O(H·W):
+    Input and output `(B, H, W, C)`, any H, W >= 1. `heads` >= 2; by default half of them, rounded down, have latents. Memory, time: O(H·W):
     with C_l channels in local heads and C_g channels in E_g global heads, C·(3·C_l + C_g + 2·E_g·M) + C² multiply-adds a token for the
     three projections and 2·window²·C_l + 2·M·C_g for mixing. Source: HiLo, which splits heads between a local and a global path (Pan et
     al., 2205.13213, section 3.2). Deviation: the global path is linear in the tokens, not quadratic (see `GlobalAttention`).
     """
 
-    def __init__(self, dim: int, *, heads: int, window: int, latents: int) -> None:
+    def __init__(self, dim: int, *, heads: int, window: int, latents: int, latent_heads: int | None = None) -> None:
         super().__init__(dim, heads)
         if heads < 2:
             raise ValueError(f"heads={heads}: a hybrid needs at least 2, one for windows and one for latents")
         self.window = check_size("window", window)
-        global_heads = heads // 2
+        global_heads = heads // 2 if latent_heads is None else latent_heads
+        if not 0 < global_heads < heads:
+            raise ValueError(f"latent_heads={latent_heads}: give 1 to {heads - 1} of {heads} heads, so that some have windows")
         global_dim = dim // heads * global_heads
         self.local = WindowMixer(dim - global_dim, heads - global_heads)
         self.latent = LatentMixer(global_dim, global_heads, check_size("latents", latents))

@@ -1,4 +1,4 @@
-"""ProgressiveUpsampler: the decoder that doubles the resolution stage by stage. PixelHead: scores for each pixel.
+"""Decoders, which join feature maps at the size of the finest: ProgressiveUpsampler, OneStepUpsampler, PyramidFusion. PixelHead: scores.
 
 Axes: B images, C channels, H W map, K scores.
 """
@@ -39,6 +39,63 @@ class ProgressiveUpsampler(nn.Module):
             doubled = F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
             x_BCHW = smooth(add(lateral(skip), doubled[:, :, : skip.shape[2], : skip.shape[3]]))  # the size of a skip may be odd
         return x_BCHW
+
+
+def enlarged(x_BCHW: Tensor, factor: int, like: Tensor) -> Tensor:
+    """Enlarge a map bilinearly by a factor and crop it to the height and width of another one, which is up to that much larger.
+
+    The factor is the same for all sizes, odd ones too, so that a tile is enlarged as the whole is.
+    """
+    return F.interpolate(x_BCHW, scale_factor=float(factor), mode="bilinear")[:, :, : like.shape[2], : like.shape[3]]
+
+
+class OneStepUpsampler(nn.Module):
+    """fuse(sum_i upsample(lateral_i(map_i))): each feature map is enlarged to the size of the finest by one bilinear step.
+
+    `channels`, input and output as of `ProgressiveUpsampler`. `lateral` is a 1x1 convolution, `fuse` a 3x3 convolution of the sum. Source:
+    semantic FPNs (Kirillov et al., 1901.02446, section 3). Deviation: no convolutions before the enlargement.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(ConvUnit(c, dim, kernel=1, activation=False) for c in channels)
+        self.sum = nn.ModuleList(Sum() for _ in channels[1:])
+        self.fuse = ConvUnit(dim, dim)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        x_BCHW: Tensor = self.lateral[-1](maps[-1])
+        for level, (map_, lateral, add) in enumerate(zip(maps[:-1], self.lateral[:-1], self.sum, strict=True)):
+            x_BCHW = add(x_BCHW, enlarged(lateral(map_), 2 ** (len(maps) - 1 - level), maps[-1]))
+        out: Tensor = self.fuse(x_BCHW)
+        return out
+
+
+class PyramidFusion(nn.Module):
+    """fuse(concat_i upsample(smooth_i(p_i))), p_i = lateral_i(map_i) + upsample(p_(i-1)), with a global mean added to the coarsest p_0.
+
+    `channels`, input and output as of `ProgressiveUpsampler`. All enlargements are bilinear. Source: UPerNet (Xiao et al., 1807.10221,
+    section 3.1). Deviation: of the pyramid pooling only the global mean, since pooling to a fixed number of bins does not export with free
+    sizes. With it, a tile depends on the whole picture.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(ConvUnit(c, dim, kernel=1) for c in channels)
+        self.context = nn.Conv2d(dim, dim, 1)
+        self.smooth = nn.ModuleList(ConvUnit(dim, dim) for _ in channels)
+        self.sum = nn.ModuleList(Sum() for _ in channels)
+        self.fuse = ConvUnit(len(channels) * dim, dim)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        x_BCHW = self.lateral[0](maps[0])
+        x_BCHW = self.sum[0](x_BCHW, self.context(x_BCHW.mean((2, 3), keepdim=True)))
+        levels = [self.smooth[0](x_BCHW)]
+        for skip, lateral, smooth, add in zip(maps[1:], self.lateral[1:], self.smooth[1:], self.sum[1:], strict=True):
+            x_BCHW = add(lateral(skip), enlarged(x_BCHW, 2, skip))
+            levels.append(smooth(x_BCHW))
+        coarse = [enlarged(map_, 2 ** (len(levels) - 1 - level), levels[-1]) for level, map_ in enumerate(levels[:-1])]
+        out: Tensor = self.fuse(torch.cat([*coarse, levels[-1]], dim=1))
+        return out
 
 
 class PixelHead(nn.Module):

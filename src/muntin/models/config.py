@@ -40,12 +40,16 @@ class ModelConfig(BaseModel):
     """Side of the windows, tokens."""
     latents: AtLeastOne = 32
     """Latents that exchange with the whole map."""
+    latent_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the heads of hybrid attention that have latents, rounded down; at least one has latents, and one windows."""
     mlp_ratio: Annotated[float, Field(gt=0, le=8)] = 2.0
     """Width of the perceptrons over the width of their stage."""
     gate: bool = True
     """Channel gates, which `training.gate_budget` closes."""
     decoder: AtLeastOne = 64
     """Channels of the decoder."""
+    fusion: Literal["progressive", "one-step", "upernet"] = "progressive"
+    """How the decoder joins its maps: doubling step by step; enlarging all at once for a sum; or a pyramid with a global context."""
     finest: Literal[4, 8] = 4
     """Stride at which the decoder ends and the last layer, `PixelHead`, begins; like `decoder`, unused by classify."""
 
@@ -69,6 +73,11 @@ class ModelConfig(BaseModel):
             if round(dim * self.mlp_ratio) < 1:
                 raise ValueError(f"mlp_ratio={self.mlp_ratio:g} leaves nothing of dim {dim}: give at least {1 / dim:g}")
         return self
+
+    def latent_heads(self, dim: int) -> int:
+        """Heads with latents of a stage of `dim` channels with hybrid attention."""
+        heads = dim // self.head_dim
+        return min(heads - 1, max(1, int(heads * self.latent_share)))
 
     @property
     def outputs(self) -> int:

@@ -1,19 +1,20 @@
-"""HybridNet: convolutions where resolution is high, hybrid attention where it is low, a progressive decoder back to the pixel.
+"""HybridNet: convolutions where resolution is high, hybrid attention where it is low, a decoder back to the pixel.
 
     image, 0-255 -> normalise -> convolutions at strides 2, 4, 8 -> blocks at stride 16 -> blocks at stride 32 -> ...
                                               |                         |                       |
-                                              +--- skips -------------> ProgressiveUpsampler <--+ -> PixelHead -> scores
+                                              +--- skips -----------------> decoder <-----------+ -> PixelHead -> scores
 
 A stem of two stages ends at stride 4, and blocks begin at 8. Every size H, W >= 1 works: strided convolutions round up, the decoder cuts to
 its skips. An encoder of timm may take the place of all convolutions before the blocks:
 
-    image, 0-255 -> Encoder -> maps at strides 4, 8, 16, 32, the coarsest of them through blocks -> ProgressiveUpsampler -> PixelHead
+    image, 0-255 -> Encoder -> maps at strides 4, 8, 16, 32, the coarsest of them through blocks -> decoder -> PixelHead
 
 Axes: B images, C channels, H W map, K scores, S windows, T tokens a window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 from torch import Tensor, nn
@@ -26,10 +27,12 @@ from muntin.layers import (
     GlobalAttention,
     HybridAttention,
     LocalAttention,
+    OneStepUpsampler,
     ParallelBlock,
     PixelHead,
     PositionUnit,
     ProgressiveUpsampler,
+    PyramidFusion,
     ResidualPair,
     SerialBlock,
     Sum,
@@ -39,6 +42,10 @@ from muntin.layers import (
 from muntin.models.config import ModelConfig
 from muntin.models.encoder import Encoder
 
+FUSIONS: dict[str, Callable[[list[int], int], nn.Module]] = {
+    "progressive": ProgressiveUpsampler, "one-step": OneStepUpsampler, "upernet": PyramidFusion,
+}  # fmt: skip
+"""Decoders by `ModelConfig.fusion`."""
 GAIN = 32.0
 """Gain of the class scores; see `PixelHead`."""
 
@@ -52,7 +59,7 @@ def build_attention(config: ModelConfig, dim: int) -> Attention:
         return GlobalAttention(dim, heads=heads, latents=config.latents)
     if config.attention == "dense":
         return DenseAttention(dim, heads=heads)
-    return HybridAttention(dim, heads=heads, window=config.window, latents=config.latents)
+    return HybridAttention(dim, heads=heads, window=config.window, latents=config.latents, latent_heads=config.latent_heads(dim))
 
 
 class Normalize(nn.Module):
@@ -121,7 +128,7 @@ class HybridNet(nn.Module):
         if config.task == "classify":
             self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
         else:
-            self.decoder = ProgressiveUpsampler(channels[::-1][: self.levels], config.decoder)
+            self.decoder = FUSIONS[config.fusion](channels[::-1][: self.levels], config.decoder)
             gain = GAIN if config.task == "segment" else 1.0
             self.head = PixelHead(config.decoder, config.outputs, config.finest * config.scale, gain)
         if config.task == "restore":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.models import HybridNet, ModelConfig
-from muntin.searching.slices import strides
+from muntin.searching.slices import decoder_stride, strides
 from muntin.searching.space import Architecture
 
 DEPLOYED_BITS = 8
@@ -91,5 +91,5 @@ def _stride(name: str, config: ModelConfig, maps: tuple[int, ...]) -> int:
     if parts[0] == "stages":
         return maps[len(config.stem) - 1 + int(parts[1])]
     if parts[0] == "decoder":
-        return maps[::-1][int(parts[2]) + (parts[1] == "smooth")]
+        return decoder_stride(parts[1:], config)
     return 0 if config.task == "classify" else config.finest

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.layers import ConvUnit, PixelHead, ResidualPair, Sum
+from muntin.layers.upsample import enlarged
 from muntin.models import ModelConfig
 from muntin.models.hybridnet import GAIN, AttentionStage, Normalize
 from muntin.searching.slices import strides
@@ -57,6 +59,30 @@ class DecoderLevel(nn.Module):
         doubled = F.interpolate(x_BDHW, scale_factor=2.0, mode="nearest")
         out: Tensor = self.smooth(self.sum(self.lateral(skip_BCHW), doubled[:, :, : skip_BCHW.shape[2], : skip_BCHW.shape[3]]))
         return out
+
+
+class PyramidLevel(nn.Module):
+    """One level of a `PyramidFusion`, enlarged `factor` times: `(B, D, H/2, W/2), (B, C, H, W) -> (B, D, factor·H, factor·W)`.
+
+    The first one takes no level before it, and has the context.
+    """
+
+    def __init__(self, channels: int, dim: int, factor: int, *, first: bool) -> None:
+        super().__init__()
+        self.factor = factor
+        self.lateral = ConvUnit(channels, dim, kernel=1)
+        self.context: nn.Module | None = nn.Conv2d(dim, dim, 1) if first else None
+        self.smooth = ConvUnit(dim, dim)
+        self.sum = Sum()
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        x_BDHW: Tensor = self.lateral(maps[-1])
+        if self.context is None:
+            x_BDHW = self.sum(x_BDHW, enlarged(maps[0], 2, x_BDHW))
+        else:
+            x_BDHW = self.sum(x_BDHW, self.context(x_BDHW.mean((2, 3), keepdim=True)))
+        x_BDHW = self.smooth(x_BDHW)
+        return x_BDHW if self.factor == 1 else F.interpolate(x_BDHW, scale_factor=float(self.factor), mode="bilinear")
 
 
 def parts_of(architecture: Architecture, side: int) -> list[tuple[str, int, PartProbe]]:
@@ -104,6 +130,7 @@ def _stage(
     """Beginning and blocks of an attention stage, which one probe measures."""
     windows = f"window {config.window}, " if config.attention in ("hybrid", "local") else ""
     latents = f"latents {config.latents}, " if config.attention in ("hybrid", "global") else ""
+    latents += f"in {config.latent_heads(dim)} heads, " if config.attention == "hybrid" else ""
     cut = config.window if windows else 0
     map_ = f"{ceil(side / 2)}x{ceil(side / 2)}"
     begin = f"beginning of an attention stage, {channels} to {dim} channels, windows {cut}, {map_}{ranks}"
@@ -120,19 +147,30 @@ def _stage(
 
 
 def _decoder(config: ModelConfig, sides: dict[int, int]) -> list[tuple[str, Callable[[], nn.Module], dict[str, Any]]]:
-    """Key, module and sizes of each level of the decoder, from the coarsest, and of the last layer."""
-    dim, finest = config.decoder, config.finest
+    """Key, module and sizes of each level of the decoder, from the coarsest, of what joins them, and of the last layer."""
+    dim, finest, fusion = config.decoder, config.finest, config.fusion
     maps = list(zip(strides(config), (*config.stem[1:], *config.dims), strict=True))
     levels = [(stride, channels) for stride, channels in maps if stride >= finest][::-1]
     parts: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = []
     for index, (stride, channels) in enumerate(levels):
-        side = sides[stride]
-        sizes = {"channels": channels, "side": side, "outputs": dim}
-        if index == 0:
-            parts.append((f"coarsest map of the decoder, {channels} to {dim} channels, {side}x{side}", _Lateral(channels, dim), sizes))
+        side, sizes = sides[stride], {"channels": channels, "side": sides[stride], "outputs": dim}
+        what, factor = f"{channels} to {dim} channels, {side}x{side}", stride // finest
+        if fusion == "one-step":
+            parts.append((f"map of a one-step decoder, {what} by {factor}", partial(_enlarged, channels, dim, factor), sizes))
+        elif fusion == "upernet":
+            first, two = index == 0, {} if index == 0 else {"low": dim}
+            key = f"{'coarsest' if first else 'next'} level of a pyramid, {what} by {factor}"
+            parts.append((key, partial(PyramidLevel, channels, dim, factor, first=first), {**sizes, **two}))
+        elif index == 0:
+            parts.append((f"coarsest map of the decoder, {what}", partial(_lateral, channels, dim), sizes))
         else:
-            key = f"level of the decoder, {channels} to {dim} channels, {side}x{side}"
-            parts.append((key, _Level(channels, dim), {**sizes, "low": dim}))
+            parts.append((f"level of the decoder, {what}", partial(DecoderLevel, channels, dim), {**sizes, "low": dim}))
+    if fusion != "progressive":
+        joined = dim if fusion == "one-step" else dim * len(levels)
+        sizes = {"channels": joined, "side": sides[finest], "outputs": dim}
+        parts.append(
+            (f"end of the decoder, {joined} to {dim} channels, {sides[finest]}x{sides[finest]}", partial(ConvUnit, joined, dim), sizes)
+        )
     gain = GAIN if config.task == "segment" else 1.0
     factor = finest * config.scale
     key = f"last layer, {dim} channels to {config.outputs} of {factor}x{factor}, {sides[finest]}x{sides[finest]}"
@@ -140,19 +178,11 @@ def _decoder(config: ModelConfig, sides: dict[int, int]) -> list[tuple[str, Call
     return parts
 
 
-@dataclass(frozen=True)
-class _Lateral:
-    channels: int
-    dim: int
-
-    def __call__(self) -> nn.Module:
-        return ConvUnit(self.channels, self.dim, kernel=1, activation=False)
+def _lateral(channels: int, dim: int) -> nn.Module:
+    return ConvUnit(channels, dim, kernel=1, activation=False)
 
 
-@dataclass(frozen=True)
-class _Level:
-    channels: int
-    dim: int
-
-    def __call__(self) -> nn.Module:
-        return DecoderLevel(self.channels, self.dim)
+def _enlarged(channels: int, dim: int, factor: int) -> nn.Module:
+    """One map of a `OneStepUpsampler`, without the sum."""
+    lateral = _lateral(channels, dim)
+    return lateral if factor == 1 else nn.Sequential(lateral, nn.Upsample(scale_factor=float(factor), mode="bilinear"))

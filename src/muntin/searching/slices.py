@@ -22,21 +22,38 @@ def strides(config: ModelConfig) -> tuple[int, ...]:
 
 
 def shared_layer(name: str, config: ModelConfig) -> str:
-    """The name of the shared layer for a layer of the network, such as `stages.16.of-3.blocks.0.attention.hybrid.out`."""
+    """The name of the shared layer for a layer of the network, such as `stages.16.of-3.blocks.0.attention.hybrid-0_5.out`."""
     parts = name.split(".")
     of = f"of-{len(config.stem)}"
     maps = strides(config)
     if parts[0] == "stages":
         parts[1:2] = [str(maps[len(config.stem) - 1 + int(parts[1])]), of]
         if "attention" in parts:
-            parts.insert(parts.index("attention") + 1, config.attention)
+            split = f"-{config.latent_share:g}".replace(".", "_") if config.attention == "hybrid" else ""
+            parts.insert(parts.index("attention") + 1, config.attention + split)
     elif parts[0] == "decoder":
-        coarse_first = maps[::-1]
-        stride = coarse_first[int(parts[2]) + (parts[1] == "smooth")]
-        parts[2:3] = [str(stride), of]
+        if parts[1] in ("lateral", "smooth"):
+            parts[2:3] = [str(decoder_stride(parts[1:], config)), of]
+        elif parts[1] == "fuse":
+            parts[2:2] = [str(config.finest), of]
+        parts[1:1] = [config.fusion]
     elif parts[0] == "head":
         parts[1:1] = [str(maps[-1]), of] if config.task == "classify" else [str(config.finest)]
     return ".".join(parts)
+
+
+def decoder_stride(parts: Sequence[str], config: ModelConfig) -> int:
+    """The stride of the map that a layer of the decoder is applied to; 0 for the context, which is applied to a mean.
+
+    `parts`: of the layer's name inside the decoder.
+    """
+    coarse_first = strides(config)[::-1]
+    if parts[0] == "context":
+        return 0
+    if parts[0] == "fuse":
+        return config.finest
+    finer = config.fusion == "progressive" and parts[0] == "smooth"  # the coarsest map is not smoothed
+    return coarse_first[int(parts[1]) + finer]
 
 
 def coordinates(name: str, shape: Sequence[int], config: ModelConfig) -> list[Coordinates]:
@@ -44,10 +61,15 @@ def coordinates(name: str, shape: Sequence[int], config: ModelConfig) -> list[Co
     axes: list[Coordinates] = [range(length) for length in shape]
     layer, _, last = name.rpartition(".")
     module = layer.rpartition(".")[2]
+    if name.startswith("decoder.fuse.") and config.fusion == "upernet" and len(shape) == 4:
+        joined = [stride for stride in strides(config)[::-1] if stride >= config.finest]
+        axes[1] = [(stride, channel) for stride in joined for channel in range(config.decoder)]
+        return axes
     if ".attention." not in name:
         return axes
-    heads = config.dims[int(name.split(".")[1])] // config.head_dim
-    latent_heads = heads // 2 if config.attention == "hybrid" else heads
+    dim = config.dims[int(name.split(".")[1])]
+    heads = dim // config.head_dim
+    latent_heads = config.latent_heads(dim) if config.attention == "hybrid" else heads
     local_heads = heads - latent_heads
     if module == "out" and last == "weight" and config.attention == "hybrid":
         axes[1] = [*_grid("local", local_heads, config.head_dim), *_grid("latent", latent_heads, config.head_dim)]

@@ -32,7 +32,10 @@ from muntin.errors import RecipeError
 from muntin.models import ModelConfig
 
 Value = bool | int | float | str | tuple[int, ...]
-FIELDS = ("stem", "pairs", "dims", "depths", "attention", "block", "window", "latents", "mlp_ratio", "gate", "decoder", "finest")
+FIELDS = (
+    "stem", "pairs", "dims", "depths", "attention", "block", "window", "latents", "latent_share", "mlp_ratio", "gate", "decoder", "fusion",
+    "finest",
+)  # fmt: skip
 """Fields of ModelConfig that may be searched. `head_dim` is the unit in which heads are shared, and the others are the task's."""
 SEQUENCES = ("stem", "pairs", "dims", "depths")
 RANGES: dict[str, tuple[float, float]] = {"stages": (1, 8), "resolution": (0.25, 1), "rank_share": (0.1, 1), "bits": (2, 8)}
@@ -268,7 +271,7 @@ def default_space(task: Task, head_dim: int = 64, *, gated: bool = False) -> Spa
     if task == "classify":
         choices["resolution"] = (0.75, 1.0)
     else:
-        choices |= {"decoder": (32, 48, 64), "finest": (4, 8)}
+        choices |= {"decoder": (32, 48, 64), "fusion": ("progressive", "one-step", "upernet"), "finest": (4, 8)}
     return Space(choices=choices)
 
 
@@ -301,7 +304,7 @@ def _check_values(name: str, values: tuple[Value, ...]) -> None:
             kind, sound = "whole numbers, such as 2", number and isinstance(value, int)
         elif field == "gate":
             kind, sound = "true or false", isinstance(value, bool)
-        elif field == "mlp_ratio":
+        elif field in ("mlp_ratio", "latent_share"):
             kind, sound = "numbers, such as 1.5", number
         else:
             kind, sound = "names", isinstance(value, str)
@@ -326,8 +329,12 @@ def _with_entry(field: str, values: Any, position: int, value: Any) -> tuple[Any
 
 def _without_effect(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]:
     """The fields, with the base's value where they have no effect."""
-    unused = {"local": ("latents",), "global": ("window",), "dense": ("window", "latents")}.get(str(fields["attention"]), ())
-    names = (*unused, *(("decoder", "finest") if base.task == "classify" else ()))
+    unused = {
+        "local": ("latents", "latent_share"),
+        "global": ("window", "latent_share"),
+        "dense": ("window", "latents", "latent_share"),
+    }.get(str(fields["attention"]), ())
+    names = (*unused, *(("decoder", "fusion", "finest") if base.task == "classify" else ()))
     return {**fields, **{name: getattr(base, name) for name in names}}
 
 

@@ -26,7 +26,7 @@ from muntin.searching.slices import coordinates, shared_layer
 from muntin.searching.space import Space
 from muntin.training.memory.norm_groups import group_norms
 
-KINDS = ("attention", "block", "finest")
+KINDS = ("attention", "block", "finest", "fusion", "latent_share")
 """Fields whose values make layers of other shapes or names."""
 AMOUNTS = ("latents", "mlp_ratio", "decoder", "gate")
 """Fields of which the greatest value holds the others."""

@@ -234,6 +234,16 @@ def test_channel_gates() -> None:
     assert count(model) < parameters and all(change.kept for change in prune(model))
 
 
+@pytest.mark.parametrize("fusion", ["progressive", "one-step", "upernet"])
+def test_hybrid_without_gates(fusion: str) -> None:
+    """Its residual path holds a depthwise convolution, whose inputs and outputs leave together."""
+    options = {"depths": (1, 1), "dims": (64, 64), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "gate": False}
+    model = create_model("hybrid-xs", classes=3, options={**options, "fusion": fusion, "latent_share": 0.25}).eval()
+    before = count(model)
+    prune(model, [pixels(4, 3, 32, 32)], parameters=0.9)
+    assert count(model) <= 0.9 * before and answer(model, pixels(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
 SWIN = """
 import resource, torch, torchvision
 from pathlib import Path

@@ -35,6 +35,8 @@ def head_groups(model: nn.Module, row: ModelInputs, pending: Sequence[str], *, s
     outputs, inputs = _run_in_pieces(model, row, layers)
     forms = {}
     for writers, readers in _components(outputs, inputs, pending):
+        if any(getattr(layers[name], "groups", 1) > 1 for name in (*writers, *readers)):
+            continue  # their inputs and outputs leave together: a residual path, no heads
         read = {name: _channels_last(layers[name], inputs[name][0]) for name in readers}
         written = {name: outputs[name][0] for name in writers}
         widths = {tensor.shape[-1] for tensor in read.values()}
