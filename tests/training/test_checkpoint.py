@@ -11,11 +11,12 @@ import torch
 
 from muntin.compression import load_model
 from muntin.errors import CheckpointError
+from muntin.models import PRESETS
 from muntin.training.checkpoint import STATE, checkpoints_in, digest_of, find_checkpoint, read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.recipe import Recipe
-from muntin.training.weights import build_model
+from muntin.training.weights import build_model, structure_of
 
 Save = Callable[..., Path]
 
@@ -180,8 +181,23 @@ def test_weights_of_another_model(tmp_path: Path, save_step: Save, recipe: Recip
     path = save_step(tmp_path, 1)
     other = recipe.model_dump(mode="json")
     other["model"]["options"]["decoder"] = 24
-    rewrite(path, recipe=other)
-    assert "weights of another model than its recipe makes" in mistake(path)
+    rewrite(path, recipe=other, structure=None)
+    text = mistake(path)
+    assert "weights of another model than its recipe makes" in text and "use the version that trained it" in text
+
+
+def test_preset_that_changed(tmp_path: Path, save_step: Save, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint keeps the network that was trained, and its recipe then says all of its options."""
+    path = save_step(tmp_path, 1)
+    before = load_model(read_checkpoint(path))
+    monkeypatch.setitem(PRESETS, recipe.model.name, {**PRESETS[recipe.model.name], "latents": 5, "finest": 8})
+    checkpoint = read_checkpoint(path)
+    after = load_model(checkpoint)
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255
+    assert torch.equal(before(x), after(x))
+    assert checkpoint.recipe.model.options.keys() > recipe.model.options.keys()
+    assert structure_of(checkpoint.recipe, checkpoint.state.classes) == checkpoint.state.structure
+    assert structure_of(recipe, checkpoint.state.classes) != checkpoint.state.structure
 
 
 def test_mixed_files(tmp_path: Path, save_step: Save) -> None:

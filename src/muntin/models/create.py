@@ -15,6 +15,10 @@ from muntin.models.config import PRESETS, ModelConfig
 from muntin.models.foreign import DividedSides, from_factory, from_timm, from_torchvision
 from muntin.models.hybridnet import HybridNet
 
+ARGUMENTS = ("task", "classes", "channels", "scale", "encoder")
+"""Fields of `ModelConfig` that are no options, but arguments of `create_model`."""
+REPLACED = ("stem", "pairs")
+"""Options of the convolutions that an encoder replaces."""
 FOREIGN: dict[str, Callable[..., nn.Module]] = {"timm": from_timm, "torchvision": from_torchvision}
 
 
@@ -54,14 +58,28 @@ def create_model(
             raise RecipeError(str(error)) from error
     if size_divisor != 1:
         raise RecipeError(f"size_divisor={size_divisor} is for models that refuse some sizes; '{name}' takes all: leave it out")
+    return HybridNet(
+        preset_config(name, task=task, classes=classes, channels=channels, scale=scale, options=options or {}, encoder=encoder)
+    )
+
+
+def preset_config(
+    name: str, *, task: Task, classes: int, channels: int, scale: int, options: dict[str, Any], encoder: str | None
+) -> ModelConfig:
+    """Return the structure of a preset with the options of a recipe, as of `create_model`."""
     if name not in PRESETS:
         known = f"{', '.join(PRESETS)}, timm:NAME, torchvision:NAME, package.module:factory"
         raise RecipeError(f"unknown model '{name}': {_nearest(name, PRESETS)}known: {known}")
-    _check_options(name, options or {})
-    if unused := [key for key in ("stem", "pairs") if encoder is not None and key in (options or {})]:
+    _check_options(name, options)
+    if unused := [key for key in REPLACED if encoder is not None and key in options]:
         raise RecipeError(f"model '{name}': options {', '.join(unused)} are of the convolutions that an encoder replaces: leave them out")
-    fields = {**PRESETS[name], **(options or {}), "encoder": encoder}
-    return HybridNet(_checked(name, task=task, classes=classes, channels=channels, scale=scale, **fields))
+    fields = {**PRESETS[name], **options, "encoder": encoder}
+    return _checked(name, task=task, classes=classes, channels=channels, scale=scale, **fields)
+
+
+def preset_options(config: ModelConfig) -> dict[str, Any]:
+    """Return all options of a structure, which make it from any preset."""
+    return config.model_dump(mode="json", exclude={*ARGUMENTS, *(REPLACED if config.encoder is not None else ())})
 
 
 def _checked(name: str, **fields: Any) -> ModelConfig:
@@ -81,10 +99,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def _check_options(name: str, options: dict[str, Any]) -> None:
     """Raise `RecipeError` for an option that is no field of `ModelConfig`, or that `create_model` has an argument for."""
-    arguments = ("task", "classes", "channels", "scale", "encoder")
-    allowed = [field for field in ModelConfig.model_fields if field not in arguments]
+    allowed = [field for field in ModelConfig.model_fields if field not in ARGUMENTS]
     for key in options:
-        if key in arguments:
+        if key in ARGUMENTS:
             raise RecipeError(f"model '{name}': '{key}' is not an option: give it beside the model's name")
         if key not in allowed:
             raise RecipeError(f"model '{name}': unknown option '{key}': {_nearest(key, allowed)}known: {', '.join(allowed)}")

@@ -33,13 +33,16 @@ from muntin.artifact.classes import ClassInfo
 from muntin.data import Source, calibration_batches, open_source
 from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
+from muntin.models import ModelConfig
 from muntin.models.compression_record import Change, CompressionRecord
+from muntin.models.create import preset_options
 from muntin.training.config import UpdateStrategy
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.distributed.stored_tensors import AVERAGE, GROUPS, StoredTensors, folder_of
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.instability import GuardState
 from muntin.training.recovery.out_of_memory import MemoryUse
+from muntin.training.weights import structure_of
 
 FORMAT, FORMAT_OF_SEVERAL = 1, 2
 """Formats of checkpoints that one process has written, and several."""
@@ -95,6 +98,8 @@ class CheckpointState(BaseModel):
     validation: list[dict[str, Any]]
     compression: CompressionRecord | None = None
     """None for checkpoints of `muntin fit`."""
+    structure: ModelConfig | None = None
+    """Structure of a hybrid, as the preset was when it was trained; None for other models, and in checkpoints of muntin 0.1."""
     update: UpdateRecord | None = None
     """None for a model that saw no update."""
     guard: GuardState = GuardState()
@@ -219,7 +224,8 @@ def _write_files(folder: Path, content: dict[str, Any], files: dict[str, bytes])
 
 def state_content(state: dict[str, Any], format_: int = FORMAT_OF_SEVERAL) -> dict[str, Any]:
     """The content of `checkpoint.json` without digests, as plain values."""
-    return CheckpointState(format=format_, sha256={}, **state).model_dump(mode="json")
+    structure = structure_of(state["recipe"], state["classes"])
+    return CheckpointState(format=format_, sha256={}, structure=structure, **state).model_dump(mode="json")
 
 
 def state_file(content: dict[str, Any], digests: dict[str, str]) -> bytes:
@@ -400,7 +406,16 @@ def read_checkpoint(path: Path | str, *, check: bool = True) -> Checkpoint:
             raise DamagedCheckpointError(f"{path / name}: {error.strerror}; {_OLDER}") from error
         if digest != state.sha256[name]:
             raise DamagedCheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); {_OLDER}")
-    return Checkpoint(path=path, state=state, tensors=StoredTensors(path))
+    return Checkpoint(path=path, state=_as_trained(state), tensors=StoredTensors(path))
+
+
+def _as_trained(state: CheckpointState) -> CheckpointState:
+    """The state with all options of its hybrid in the recipe, if the preset has changed since."""
+    recipe = state.recipe
+    if state.structure is None or state.structure == structure_of(recipe, state.classes):
+        return state
+    choice = recipe.model.model_copy(update={"options": preset_options(state.structure)})
+    return state.model_copy(update={"recipe": recipe.model_copy(update={"model": choice})})
 
 
 def digest_of(content: dict[str, Any]) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from muntin.artifact.classes import ClassInfo
 from muntin.data.classes import list_some
 from muntin.errors import CheckpointError, RecipeError
-from muntin.models import HybridNet, create_model
+from muntin.models import PRESETS, HybridNet, ModelConfig, create_model
+from muntin.models.create import preset_config
 from muntin.models.encoder import encoder_tensors
 from muntin.text import count
 from muntin.training.recipe import Recipe
@@ -33,6 +34,17 @@ def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
     return create_model(
         choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, options=choice.options,
         scale=recipe.data.output_scale, size_divisor=choice.size_divisor, encoder=choice.encoder,
+    )  # fmt: skip
+
+
+def structure_of(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> ModelConfig | None:
+    """Return the structure of a recipe's hybrid; None for other models."""
+    choice = recipe.model
+    if choice.name not in PRESETS:
+        return None
+    return preset_config(
+        choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, scale=recipe.data.output_scale,
+        options=choice.options, encoder=choice.encoder,
     )  # fmt: skip
 
 
@@ -182,7 +194,7 @@ def shared_tensors(own: dict[str, Tensor], named: dict[str, Tensor]) -> dict[str
 
 
 def place(tensor: Tensor) -> tuple[object, ...]:
-    """What two names of one tensor have in common: memory, shape, strides and type."""
+    """Return device, memory, shape, strides and type of a tensor, which are equal for two names of one tensor."""
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
