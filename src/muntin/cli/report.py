@@ -82,6 +82,21 @@ def _demo(recipe: Recipe, output: Path, json: bool, before: tuple[str, ...]) -> 
     _finish(result.checkpoint, output, json, begin, before=(*before, *result.notes, *run.notes))
 
 
+def _leave_out_damaged_search(report: dict[str, Any]) -> None:
+    """Replace the record of a search for a budget by a note, if the file was damaged."""
+    from muntin.errors import MuntinError
+    from muntin.reporting.front.schema import FORMAT, FrontRecord
+    from muntin.reporting.records import parse_record
+
+    if report["search"] is None:
+        return
+    try:
+        parse_record(FrontRecord, report["search"], what="front", newest=FORMAT)
+    except MuntinError as error:
+        report["search"] = None
+        report["notes"].append(f"the picture of the search for a budget is left out: its front.json is damaged: {error}")
+
+
 def _finish(checkpoint: Path, directory: Path, json: bool, begin: Callable[[], None], *, before: Iterable[str] = ()) -> None:
     """Compare, write and print the report. `begin` is called when work begins. `before`: notes of earlier steps, repeated only in JSON."""
     from muntin.deployment.comparison import compare
@@ -91,6 +106,7 @@ def _finish(checkpoint: Path, directory: Path, json: bool, begin: Callable[[], N
 
     with status("assessing", begin=begin) as stage:
         report: dict[str, Any] = compare(read_checkpoint(checkpoint), directory, stage=stage)
+    _leave_out_damaged_search(report)
     page = write_report(directory, report)
     if json:
         print_json({"report": page, **report, "notes": list(dict.fromkeys((*before, *report["notes"])))})

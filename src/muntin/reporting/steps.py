@@ -60,7 +60,8 @@ def step_cells(report: Report, step: StepRecord, *, short: bool = False) -> list
     cells.append(cell(text.gmacs(step.gmacs), first.gmacs, step.gmacs, count_words))
     if has_latency(report):
         latency = cell(text.milliseconds(step.latency_ms), first.latency_ms, step.latency_ms, ("faster", "slower"))
-        cells.append(Cell(figure=latency.figure, against=text.BESIDE) if report.disturbed and step.latency_ms is not None else latency)
+        beside = "" if short else text.BESIDE  # a terminal's table says it once, below
+        cells.append(Cell(figure=latency.figure, against=beside) if report.disturbed and step.latency_ms is not None else latency)
     return cells
 
 
@@ -100,7 +101,7 @@ def artifact_cells(artifacts: ArtifactsRecord, row: ArtifactRow, task: Task, *, 
         cell(metric(row.test), text.change(first.test, row.test, metric.digits)),
         cell(text.DASH if row is first else text.percent(row.same_labels), None),
         cell(text.size(row.bytes), text.ratio(first.bytes, row.bytes, less=less, more="more" if short else "larger")),
-        Cell(figure=text.milliseconds(row.median_ms), against=text.BESIDE)
+        Cell(figure=text.milliseconds(row.median_ms), against="" if short else text.BESIDE)
         if artifacts.disturbed
         else cell(text.milliseconds(row.median_ms), text.ratio(first.median_ms, row.median_ms, less="faster", more="slower")),
         cell(text.milliseconds(row.p90_ms), None),
