@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,18 @@ from safetensors.torch import save_file
 import muntin
 from muntin.compression import load_model
 from muntin.compression.stages import compress_checkpoint
+from muntin.data import open_source
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.images import read_image
+from muntin.models import create_model
 from muntin.training.checkpoint import Checkpoint, read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.recipe import load_recipe
 from muntin.training.run import fit
+from muntin.training.weights import load_initial_weights
 
+DOCS = Path(__file__).parents[2] / "docs"
+DEMO = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 NETWORK = "test_efficientnet"
 OPTIONS = {"dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "finest": 8}
 
@@ -78,3 +85,27 @@ def test_stages(tiny: Any, trained: Checkpoint) -> None:
     assert any(name.startswith("encoder.features.") for name in last.state.compression.qat or {})  # type: ignore[union-attr]
     artifact = export_checkpoint(last, tiny.root / "compressed-artifact", sizes="fixed")
     assert agreement(artifact.path, load_model(last), tiny.root) > 0.9
+
+
+def test_weights_of_imagenet(tmp_path: Path) -> None:
+    """The weights that docs/models.md takes from a package fit timm's network: its activations are those of its training."""
+    code = re.search(r"```python\n(.*?)```", (DOCS / "models.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    with chdir(tmp_path):
+        exec(code[1], {})  # noqa: S102 - it is ours
+    model = create_model("hybrid-xs", classes=6, encoder="timm:tf_efficientnet_lite0").eval()
+    notes = load_initial_weights(model, tmp_path / "efficientnet-lite0.safetensors")
+    assert "of the encoder's" in notes[0] and "not in the encoder, left out: bn2, classifier, conv_head" in notes[1]
+    ratios: list[float] = []
+
+    def compare(layer: torch.nn.BatchNorm2d, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        assert layer.running_var is not None
+        ratios.append(float((inputs[0].var((0, 2, 3)) / layer.running_var).median()))
+
+    for layer in model.encoder.features.modules():  # type: ignore[union-attr]
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.register_forward_hook(compare)
+    picture = open_source(load_recipe(DEMO).data, root=DEMO.parent).split("train")[1].image[:512, :512]
+    with torch.no_grad():
+        model(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float())
+    assert len(ratios) > 40 and min(ratios) > 0.2 and max(ratios) < 2  # .002 and 13 with random weights; 33 if an order were wrong
