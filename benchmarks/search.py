@@ -37,7 +37,7 @@ import random
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -264,8 +264,12 @@ def measure(arguments: argparse.Namespace, seed: int, settings: Row, machine: Ro
     }
     ms = keep(bench.folder / "latency.json", measure=partial(bench.timed, rows))["ms"]
     timed = {
-        contender: [{**row, "ms": ms[f"{contender}/{row['name']}"]} for row in content["networks"]] for contender, content in rows.items()
-    }
+        contender: [
+            {key: value for key, value in row.items() if key not in ("run", "artifact")} | {"ms": ms[f"{contender}/{row['name']}"]}
+            for row in content["networks"]
+        ]
+        for contender, content in rows.items()
+    }  # fmt: skip
     rated = keep(bench.folder / "rated.json", measure=bench.rated)
     timed["random"] = [{**row, **rated[row["name"].removeprefix("random-")]} for row in timed["random"]]
     return {
@@ -326,7 +330,8 @@ def main() -> None:
     keys = ("source", "model", "minutes", "candidates", "networks", "peers", "checked", "threads", "set")
     settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
     settings["space"] = None if arguments.space is None else {n: list(v) for n, v in load_space(arguments.space).choices.items()}
-    seeds = [measure(arguments, seed, settings, machine) for seed in range(arguments.seeds)]
+    with redirect_stdout(sys.stderr):  # ultralytics prints
+        seeds = [measure(arguments, seed, settings, machine) for seed in range(arguments.seeds)]
     hardware = {**machine, "created": now()}
     if arguments.json:
         print(json.dumps({"benchmark": "search", "hardware": hardware, "settings": settings, "rows": seeds}, indent=1, default=str))
