@@ -1,7 +1,7 @@
 """Compress networks within an accuracy budget: muntin.compress, each pass alone swept, and NNCF's accuracy control, as deployed.
 
-    python benchmarks/budget.py --packages FOLDER [--nncf-python PATH] [--only NAME ...] [--seeds 3] [--trials 10] [--steps 1200]
-                                [--output runs/benchmark-budget] [--json]
+    python benchmarks/budget.py --packages FOLDER [--nncf-python PATH] [--only NAME ...] [--budgets 3] [--seeds 3] [--trials 10]
+                                [--steps 1200] [--output runs/benchmark-budget] [--json]
 
 Networks, packages and NNCF's environment: as for `foreign.py`. Metrics: share of crops with FP32's class (EfficientNet-Lite0), mean cosine
 with FP32's embedding (MiniLM), accuracy (the ResNet, which is trained here). Every contender chooses on the same inputs (`choosing`) the
@@ -38,6 +38,7 @@ from foreign_networks.forms import RATE, parameters_of
 from foreign_networks.subjects import PRETRAINED, Batch, Subject, batches, without_padding
 from foreign_networks.trained import TRAINED
 from kept import Row, kept_row, now
+from muntin.errors import MuntinError
 from muntin.models.eager import call, tensors_of
 from muntin.runtime import describe_hardware
 from muntin.runtime.host.hardware import physical_cores
@@ -118,10 +119,13 @@ class Bench:
         """One artefact of a sweep."""
         model, given, started = copy.deepcopy(self.module), without_padding(self.calibration), time.perf_counter()
         narrow: dict[str, Any] = {"bits": int(strength) if float(strength).is_integer() else strength} if sweep == "bits" else {}
-        if sweep == "ranks":
-            muntin.low_rank(model, given, parameters=strength, keep=self.subject.keep)
-        elif sweep == "channels":
-            muntin.prune(model, given, parameters=strength, keep=self.subject.keep)
+        try:
+            if sweep == "ranks":
+                muntin.low_rank(model, given, parameters=strength, keep=self.subject.keep)
+            elif sweep == "channels":
+                muntin.prune(model, given, parameters=strength, keep=self.subject.keep)
+        except MuntinError as error:  # out of reach
+            return {"cannot": str(error)}
         steps = self.settings["steps"] // len(SWEEPS[sweep])
         if self.train is not None and not narrow:
             self._distil(model, self.train, steps)
@@ -142,9 +146,12 @@ class Bench:
 
     def swept(self, sweep: str, max_drop: float, points: Mapping[float, Row]) -> Row:
         """The smallest artefact of a sweep within the budget on the choosing inputs; the one with the least drop if there is none."""
-        kept = [row for row in points.values() if row["choosing"]["drop"] <= max_drop]
-        best = min(kept, key=lambda row: row["bytes"]) if kept else min(points.values(), key=lambda row: row["choosing"]["drop"])
-        return {**best, "seconds": sum(row["seconds"] for row in points.values()), "artifacts": len(points)}
+        made = [row for row in points.values() if "cannot" not in row]
+        if not made:
+            return dict(next(iter(points.values())))
+        kept = [row for row in made if row["choosing"]["drop"] <= max_drop]
+        best = min(kept, key=lambda row: row["bytes"]) if kept else min(made, key=lambda row: row["choosing"]["drop"])
+        return {**best, "seconds": sum(row["seconds"] for row in made), "artifacts": len(made)}
 
     def nncf(self, python: str, max_drop: float) -> Row:
         source, path = convert(copy.deepcopy(self.module), self.calibration, self.folder), self.folder / f"nncf-{max_drop:g}" / "model.xml"
@@ -171,7 +178,7 @@ def measure(subject: Subject, arguments: argparse.Namespace, settings: dict[str,
             sweep: {one: keep(folder / f"{sweep}-{one:g}.json", measure=partial(bench.point, sweep, one)) for one in strengths}
             for sweep, strengths in SWEEPS.items()
         }
-        for budget in BUDGETS[subject.name]:
+        for budget in BUDGETS[subject.name][: arguments.budgets]:
             made = {"muntin": keep(folder / f"muntin-{budget:g}.json", measure=partial(bench.muntin, budget))}
             made |= {sweep: bench.swept(sweep, budget, points) for sweep, points in sweeps.items()}
             if arguments.nncf_python:
@@ -225,6 +232,7 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True, help="folder of the packages with weights and pictures")
     parser.add_argument("--nncf-python", help="interpreter of an environment with NNCF")
     parser.add_argument("--only", nargs="+", choices=list(BUDGETS), default=None)
+    parser.add_argument("--budgets", type=at_least(1), default=3, help="how many of each network's, the tightest first")
     parser.add_argument("--choosing", type=at_least(16), default=400, help="inputs on which contenders choose")
     parser.add_argument("--holdout", type=at_least(16), default=600, help="inputs of the figures")
     parser.add_argument("--seeds", type=at_least(1), default=3)
