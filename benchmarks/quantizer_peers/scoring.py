@@ -28,19 +28,19 @@ MULTIPLY = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deco
 
 
 class PlainModel:
-    """An OpenVINO model with the options of muntin's sessions, compiled for the sizes of the inputs. One output. `options`: more."""
+    """An OpenVINO model with the options of muntin's sessions, compiled for the sizes of the inputs. One output.
 
-    def __init__(self, path: Path, inputs: Named, *, precision: str, threads: int, options: Mapping[str, Any] | None = None) -> None:
+    `precision`: of float layers; None: the engine's choice. `options`: more.
+    """
+
+    def __init__(self, path: Path, inputs: Named, *, precision: str | None, threads: int, options: Mapping[str, Any] | None = None) -> None:
         with signal_stack_kept():
             core = openvino.Core()
             model = core.read_model(path)
             model.reshape({port.get_any_name(): list(_of(port, inputs).shape) for port in model.inputs})
-            usual = {
-                "INFERENCE_PRECISION_HINT": precision,
-                "INFERENCE_NUM_THREADS": threads,
-                "PERFORMANCE_HINT": "LATENCY",
-                "NUM_STREAMS": 1,
-            }
+            usual: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+            if precision is not None:
+                usual["INFERENCE_PRECISION_HINT"] = precision
             self.compiled = core.compile_model(model, "CPU", {**usual, **(options or {})})
         self._ports = self.compiled.inputs
         self._request = self.compiled.create_infer_request()

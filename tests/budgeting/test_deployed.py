@@ -35,15 +35,15 @@ def tokens(rows: int, count: int, seed: int = 0) -> dict[str, Tensor]:
 def test_images(digits: Any, tmp_path: Path) -> None:
     interface = interface_of(digits.model, digits.calibration)
     assert interface.signature is not None and interface.signature.task == "classify"
-    artifact = deploy(digits.model, interface, digits.calibration[0], tmp_path / "a")
-    with Deployed(artifact.path, interface, precision="f32") as deployed:
+    deploy(digits.model, interface, digits.calibration[0], tmp_path / "a")
+    with Deployed(tmp_path / "a", interface, precision="f32") as deployed:
         images = digits.validation[0][:50]
         with torch.no_grad():
             expected = digits.model(images)
         torch.testing.assert_close(deployed(images), expected, atol=1e-3, rtol=1e-3)
         assert deployed.eval().to("cpu")(images.to(torch.uint8)).shape == (50, 10)
         assert digits.evaluate(deployed) == pytest.approx(digits.evaluate(digits.model), abs=0.005)
-        assert deployed.bytes == sum(file.stat().st_size for file in artifact.path.iterdir())
+        assert deployed.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
         assert 0 < deployed.latency_ms(digits.calibration[0]) < 1000
         with pytest.raises(MuntinError) as error:
             deployed(images[0])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from torch import nn
 from drawn_digits import Uniform
 from model_helpers import answer, one_line
 from muntin import Budget, load
+from muntin.artifact import open_any_artifact
 from muntin.budgeting.pipeline import CompressionResult, SearchProgress, budget_config, compress
 from muntin.compression import Change
 from muntin.errors import MuntinError
@@ -172,7 +176,7 @@ def test_tables_that_would_take_too_long(digits: Any, uniform: Any, tmp_path: Pa
 
 
 def test_noisy_evaluate(digits: Any, uniform: Any, tmp_path: Path) -> None:
-    scores = iter([0.9, 0.8])
+    scores = chain([0.9, 0.8], repeat(0.9))
     result = run(digits, uniform, tmp_path / "noisy", evaluate=lambda model: next(scores), recipe={"trials": 0})
     assert result.noise == pytest.approx(0.1) and result.reference == 0.9
     assert result.notes[0].startswith("evaluate is noisy: two calls on the FP32 model differ by 0.1, more than half of max_drop 0.02")
@@ -228,3 +232,24 @@ def test_refused_arguments(digits: Any, uniform: Any, tmp_path: Path, arguments:
     with pytest.raises(MuntinError) as error:
         run(digits, uniform, tmp_path / "refused", **arguments)
     assert words in one_line(error) and not (tmp_path / "refused").exists()
+
+
+def test_budget_that_16_bits_would_spend(digits: Any, uniform: Any) -> None:
+    """Where float layers in 16 bits lose too much, the artefacts are recorded in 32 bits."""
+    images = digits.test[0]
+    exact = answer(digits.model, images)
+
+    def closeness(model: nn.Module) -> float:
+        return -float((answer(model, images) - exact).square().mean().sqrt())
+
+    result = run(digits, uniform, None, evaluate=closeness, budget=Budget(max_drop=5e-3, confidence=None), recipe={"trials": 1})
+    reference = open_any_artifact(result.folder / "reference" / "artifact")
+    if reference.manifest.precision == "f32":
+        pytest.skip("this machine has no products of 16 bits")
+    note = next(note for note in result.notes if note.startswith("float layers run in 32 bits: in 16 the FP32 model alone loses"))
+    with closing(load(reference.path)) as session:
+        narrow = session(images.permute(0, 2, 3, 1).to(torch.uint8).numpy())
+    assert f"{float(np.sqrt(np.square(narrow - exact.numpy()).mean())):.4g}," in note
+    assert result.artifact.manifest.precision == "f32"
+    usual = run(digits, uniform, None, recipe={"trials": 1})
+    assert usual.artifact.manifest.precision == reference.manifest.precision and not any("32 bits" in note for note in usual.notes)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact import AnyArtifact, Signature, open_any_artifact
+from muntin.artifact.store import with_precision
 from muntin.deployment.capture.model_contract import as_bytes
 from muntin.deployment.capture.named_graph import as_arrays
 from muntin.deployment.export import check_pixels, export, infer_signature
@@ -118,13 +119,16 @@ def _axes(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[str | None
     return axes
 
 
-def deploy(model: nn.Module, interface: Interface, example: ModelInputs, path: Path) -> AnyArtifact:
-    """Write a model as an artefact, in the integers that it has. `example`: a batch of typical inputs."""
+def deploy(model: nn.Module, interface: Interface, example: ModelInputs, path: Path, *, exact: bool = False) -> None:
+    """Write a model as an artefact, in the integers that it has. `example`: a batch of typical inputs. `exact`: float layers in 32 bits."""
     few = _first_rows(example, EXAMPLE_ROWS)
     if interface.signature is not None:
         assert isinstance(few, Tensor)
-        return export(model, few, path, signature=interface.signature)
-    return export(model, interface.named(few, model), path, axes=interface.axes)
+        artifact: AnyArtifact = export(model, few, path, signature=interface.signature)
+    else:
+        artifact = export(model, interface.named(few, model), path, axes=interface.axes)
+    if exact:
+        with_precision(artifact, "f32")
 
 
 class Deployed(nn.Module):
