@@ -94,11 +94,12 @@ def test_narrower_model_that_wins() -> None:
 
 
 def test_narrower_model_that_loses() -> None:
-    search = searched(lambda number, plan: plan.harm + (plan.width < 1), (Smooth(), Smooth(0.8, 0.8), Smooth(0.6, 10)))
+    search = searched(lambda number, plan: plan.harm + (plan.width < 1), (Smooth(), Smooth(0.9, 10), Smooth(0.8, 0.8), Smooth(0.6, 0.6)))
     assert search.best is not None and search.best.plan.width == 1
     assert sum(trial.plan.width < 1 for trial in search.trials) == 1
-    assert search.notes[0].startswith("width 0.8 was left: it breaks the budget where it would begin to cost less (trial ")
-    assert search.notes[1].startswith("width 0.6 was left: no plan of it is predicted to cost less than trial ")
+    assert search.notes[0].startswith("width 0.9 was left: no plan of it is predicted to cost less than trial ")
+    assert search.notes[1].startswith("width 0.8 was left: it breaks the budget where it would begin to cost less (trial ")
+    assert search.notes[2] == "width 0.6 was not tried: pruning to 0.8 alone breaks the budget"
 
 
 def test_width_that_the_model_does_not_have() -> None:

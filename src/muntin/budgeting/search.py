@@ -69,6 +69,8 @@ class Search:
         """True if `may_go_on` ended the search."""
         self.unreachable = False
         """True if the least harmful plan breaks the budget, too."""
+        self.too_narrow: float | None = None
+        """Width at which pruning alone breaks the budget."""
 
     @property
     def best(self) -> Trial | None:
@@ -88,6 +90,9 @@ class Search:
         first: _Bracket | None = None
         brackets: dict[float, _Bracket] = {}
         for width in self.widths:
+            if self.too_narrow is not None and width < self.too_narrow:
+                self.notes.append(f"width {width:g} was not tried: pruning to {self.too_narrow:g} alone breaks the budget")
+                continue
             if not self._goes_on(opening=True):
                 break  # the best width may still have room for trials
             try:
@@ -104,7 +109,7 @@ class Search:
                 if self._none_kept() and self._goes_on():
                     self._least_harm(bracket)
             else:
-                self._probe(bracket)
+                self._probe(bracket, first)
             if self.unreachable:
                 return
         ended = self.stopped
@@ -133,8 +138,11 @@ class Search:
             self._try(bracket, *proposal)
         self.unreachable = self._none_kept()
 
-    def _probe(self, bracket: _Bracket) -> None:
-        """Try the least harmful plan of another width that is predicted to cost less than the best trial; note a width that loses."""
+    def _probe(self, bracket: _Bracket, first: _Bracket) -> None:
+        """Try the least harmful plan of another width that is predicted to cost less than the best trial; note a width that loses.
+
+        If it breaks the budget with less harm from ranks and bits than the first width's keeps it with, pruning is to blame.
+        """
         best = self.best
         if best is None or not best.kept:
             return
@@ -145,6 +153,7 @@ class Search:
             return
         trial = self._try(bracket, *proposal)
         if not trial.kept:
+            self.too_narrow = width if trial.plan.harm <= first.low[1].harm else self.too_narrow
             self.notes.append(f"width {width:g} was left: it breaks the budget where it would begin to cost less (trial {trial.number})")
 
     def _try(self, bracket: _Bracket, limit: float, plan: Plan) -> Trial:
