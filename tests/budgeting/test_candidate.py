@@ -14,6 +14,7 @@ from model_helpers import answer, count, one_line
 from muntin import load_compressed, save
 from muntin.budgeting.candidate import CandidateTraining, apply_plan, narrowed
 from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.layer_forms import KEPT
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
 from muntin.compression.quantization.embeddings import QuantizedEmbedding
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear
@@ -95,13 +96,14 @@ def test_kept_layers_keep_their_outputs(digits: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [None, CandidateTraining(data=[{"input": torch.arange(50).reshape(10, 5)}], steps=1)])
-def test_kept_embedding(training: CandidateTraining | None) -> None:
+def test_forms_of_an_embedding(training: CandidateTraining | None) -> None:
     model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 8)).eval()
     batch = [{"input": torch.arange(50).reshape(10, 5)}]
     train = None if training is None else partial(training.train, teacher=model)
-    kept, usual = (apply_plan(model, Plan(forms={"1": Form(None, 8)}), batch, keep=keep, train=train) for keep in (["0"], []))
-    assert type(kept[0]) is nn.Embedding and type(usual[0]) is QuantizedEmbedding  # type: ignore[index]
-    assert all(type(one[1]) is QuantizedLinear for one in (kept, usual))  # type: ignore[index]
+    plans = [Plan(forms={"0": Form(None, bits), "1": Form(None, 8)}) for bits in (KEPT, 5)]
+    kept, narrow = (apply_plan(model, plan, batch, train=train) for plan in plans)
+    assert type(kept[0]) is nn.Embedding and type(narrow[0]) is QuantizedEmbedding and narrow[0].bits == 5  # type: ignore[index]
+    assert all(type(one[1]) is QuantizedLinear for one in (kept, narrow))  # type: ignore[index]
 
 
 def test_plan_of_another_model(digits: Any) -> None:

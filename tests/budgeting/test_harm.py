@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from model_helpers import pixels
+from muntin import export
 from muntin.budgeting.forms import Form
-from muntin.budgeting.harm import answer_responses, cut_factors, form_errors, input_rows, kept_by_reconstruction, measure_harm
-from muntin.budgeting.layer_forms import KEPT, FormLayers, halves, layer_forms, ranks_of
+from muntin.budgeting.harm import PROBED, answer_responses, cut_factors, form_errors, input_rows, kept_by_reconstruction, measure_harm
+from muntin.budgeting.layer_forms import KEPT, FormLayers, embedding_forms, halves, layer_forms, ranks_of
 from muntin.compression import quantize
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_weight
@@ -99,6 +102,25 @@ def test_fewer_bits_and_lower_ranks_harm_more() -> None:
         assert all(more > 0.95 * fewer for fewer, more in itertools.pairwise(dense)), name  # at 8 bits the input's error may be the larger
         ranks = [harms[form] for form in harms if form.rank is not None and form.bits == KEPT]
         assert ranks == sorted(ranks), name
+
+
+def test_harm_and_bytes_of_an_embedding(tmp_path: Path) -> None:
+    """The harm of a table's bits is the change of the answer, and its bytes are those of artefacts."""
+    model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    batch = {"input": torch.randint(0, 2000, (64, 5))}
+    found = layer_forms(model, [batch, batch])
+    harms, costs = measure_harm(found)["0"], embedding_forms(found.embeddings["0"])
+    written = {}
+    with torch.no_grad():
+        exact = model(batch["input"][:PROBED])
+        for bits in (4, 8):
+            narrow = copy.deepcopy(model)
+            quantize(narrow, [batch], only=("0",), embedding_bits=bits)
+            noise = float((narrow(batch["input"][:PROBED]) - exact).square().mean() / exact.var(correction=0))
+            assert harms[Form(None, bits)] == pytest.approx(noise, rel=0.01)
+            written[bits] = export(narrow, batch, tmp_path / str(bits)).bytes
+    assert harms[Form(None, KEPT)] == 0 and harms[Form(None, 4)] > 10 * harms[Form(None, 8)] > 0
+    assert costs[Form(None, 8)].bytes - costs[Form(None, 4)].bytes == pytest.approx(written[8] - written[4], rel=0.05)
 
 
 def test_reconstruction_keeps_the_predicted_share() -> None:

@@ -34,8 +34,6 @@ from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Product, SoftmaxProduct
 from muntin.models.eager import ModelInputs, call, eager_copy, first_row
 
-TABLE_BITS = 8
-"""Bits of embeddings, which have no forms to choose from."""
 TargetLoss = Callable[[Any, Any], Tensor]
 """From the model's answer and the targets to a scalar."""
 StepReport = Callable[[int, float], None]
@@ -133,9 +131,7 @@ def apply_plan(
 ) -> nn.Module:
     """The model that a plan describes: a copy of `base`, which `narrowed` has given the plan's width, in integers.
 
-    Embeddings get `TABLE_BITS`.
-
-    `keep`: names or patterns of embeddings and of attention's products that stay in floats; of layers the plan decides. `train`: trains
+    `keep`: names or patterns of attention's products that stay in floats; of layers and embeddings the plan decides. `train`: trains
     the model in place, in quantisation-aware training. Its changes are in its history (`compression.history`). The same arguments give the
     same model on one machine. Raises `MuntinError` for a plan of another model.
     """
@@ -143,21 +139,21 @@ def apply_plan(
     ranks = {name: _ranks(model, name, form.rank) for name, form in plan.forms.items() if form.rank is not None}
     if ranks:
         factor(model, calibration, ranks)
-    bits = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
-    kept_tables = _naming(keep, tables(model))
-    kept = [name for name, form in plan.forms.items() if form.bits >= KEPT]
+    integers = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
+    embeddings = {name: bits for name, bits in integers.items() if name in tables(model)}
+    bits = {name: width for name, width in integers.items() if name not in embeddings}
+    kept = [name for name, form in plan.forms.items() if form.bits >= KEPT and name not in tables(model)]
     kept += _naming(keep, dict(named(model, Product, SoftmaxProduct)))
     if train is None:
-        embeddings = TABLE_BITS if tables(model) else None
-        quantize(model, calibration, bits=bits, keep=[*kept, *kept_tables], min_sqnr_db=0.0, embedding_bits=embeddings)
+        quantize(model, calibration, bits=bits, keep=kept, min_sqnr_db=0.0, embedding_bits=embeddings or None)
         return model
     prepare_qat(model, calibration, bits=bits, keep=kept)
     layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
     remember(model, reconstruct(model, layers, calibration))
     train(model)
     freeze(model, calibration)
-    if tables(model):
-        remember(model, quantize_tables(model, calibration[0], TABLE_BITS, min_sqnr_db=0.0, only=EVERY, keep=kept_tables))
+    if embeddings:
+        remember(model, quantize_tables(model, calibration[0], embeddings, min_sqnr_db=0.0, only=EVERY, keep=()))
     return model
 
 

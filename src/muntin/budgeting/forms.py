@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, order=True)
 class Form:
-    """A form of a Linear or Conv2d: its rank, None if it is not factored, and the bits of its weight, 16 if it stays in 16-bit floats."""
+    """A form of a Linear, Conv2d or Embedding: its rank, None if not factored, and the bits of its weight, 16 for floats."""
 
     rank: int | None
     bits: int

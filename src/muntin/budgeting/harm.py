@@ -13,7 +13,7 @@ Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.budgeting.forms import Form
-from muntin.budgeting.layer_forms import KEPT, FormLayer, FormLayers, ranks_of, some_rows
+from muntin.budgeting.layer_forms import EMBEDDING_BITS, KEPT, FormLayer, FormLayers, ranks_of, some_rows
 from muntin.compression.activation_moments import answer_sensitivity, copied
 from muntin.compression.low_rank.factored_layers import FactoredLayer
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
+from muntin.compression.quantization.embeddings import integer_table
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
 from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.quantized_layers import InputGrid
@@ -44,7 +45,7 @@ BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, arg
 def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total: None) -> dict[str, dict[Form, float]]:
     """The harm of each form by layer: the noise that it adds to the answer over the signal of the answer, >= 0, additive over layers.
 
-    Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
+    Embeddings are among them. Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
 
     `progress`: called with the layers done and their number. Costs a forward and backward pass over two batches, two forward passes over
     all, one of `PROBED` rows for each layer, a decomposition of each layer, and for each form products of at most `ROWS` rows with its
@@ -66,7 +67,21 @@ def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total:
             scale = responses.get(name, float(sensitivity[name]) * one.positions * len(one.layer.weight))
             harms[name] = {form: scale * error for form, error in form_errors(one, fitted.pop(name), judged.pop(name)).items()}
     progress(len(layers.layers), len(layers.layers))
-    return harms
+    return harms | embedding_harm(layers.model, some_rows(layers.judged[0], 0, PROBED), layers.embeddings)
+
+
+@torch.no_grad()
+def embedding_harm(model: nn.Module, batch: ModelInputs, embeddings: Mapping[str, nn.Embedding]) -> dict[str, dict[Form, float]]:
+    """The harm of each form of each embedding, measured in the answer. Costs the rounding and a forward pass for each form."""
+    exact = _scores(call(model, copied(batch))) if embeddings else torch.zeros(1)
+
+    def harm(table: nn.Embedding, bits: int) -> float:
+        if bits == KEPT:
+            return 0.0
+        form = integer_table(table, bits)
+        return _noise_of(model, batch, exact, table, lambda ids, output: form(ids))
+
+    return {name: {Form(None, bits): harm(table, bits) for bits in EMBEDDING_BITS} for name, table in embeddings.items()}
 
 
 @torch.no_grad()
@@ -78,18 +93,27 @@ def answer_responses(model: nn.Module, batch: ModelInputs, layers: Mapping[str, 
     forward pass for each layer.
     """
     exact = _scores(call(model, copied(batch)))
-    spread = float(exact.var(correction=0)) or 1.0
     responses = {}
     for name, layer in layers.items():
         probe = _Probe(layer)
-        handle = layer.register_forward_hook(probe, with_kwargs=True)
-        try:
-            noise = float((_scores(call(model, copied(batch))) - exact).square().mean()) / spread
-        finally:
-            handle.remove()
+        noise = _noise_of(model, batch, exact, layer, probe)
         if probe.square > 0 and 0 < noise < float("inf"):
             responses[name] = noise / (probe.square / probe.count)
     return responses
+
+
+def _noise_of(model: nn.Module, batch: ModelInputs, exact: Tensor, layer: nn.Module, other: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Noise over signal of the answer, which is `exact`, if a layer's output is `other(input, output)`. Costs a forward pass."""
+
+    def replaced(_: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], output: Tensor) -> Tensor:
+        return other(inputs[0] if inputs else by_name["input"], output)
+
+    handle = layer.register_forward_hook(replaced, with_kwargs=True)
+    try:
+        noise = float((_scores(call(model, copied(batch))) - exact).square().mean())
+    finally:
+        handle.remove()
+    return noise / (float(exact.var(correction=0)) or 1.0)
 
 
 def _scores(answer: Any) -> Tensor:
@@ -97,15 +121,16 @@ def _scores(answer: Any) -> Tensor:
 
 
 class _Probe:
-    """A hook that adds the rounding error of the layer's weight, without its mean, which a bias takes over."""
+    """Adds the rounding error of the layer's weight, without its mean, which a bias takes over."""
 
     def __init__(self, layer: Dense) -> None:
         weight = layer.weight.detach()
+        self.layer = layer
         self.change = (dequantize_weight(*quantize_weight(weight, 0, PROBE_BITS), 0) - weight.float()).to(weight.dtype)
         self.square, self.count = 0.0, 0
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], by_name: dict[str, Tensor], output: Tensor) -> Tensor:
-        x = inputs[0] if inputs else by_name["input"]
+    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
+        layer = self.layer
         if isinstance(layer, nn.Conv2d):
             error = F.conv2d(x, self.change, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         else:

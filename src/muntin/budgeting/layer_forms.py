@@ -17,6 +17,7 @@ from muntin.compression.activation_moments import Moment, input_moments
 from muntin.compression.allocation import ladder
 from muntin.compression.low_rank.factored_layers import factored_macs, factored_parameters, full_ranks, shell
 from muntin.compression.low_rank.factorization import Dense, reasons_to_stay_dense
+from muntin.compression.quantization.embeddings import replaceable_tables, scale_columns
 from muntin.compression.quantization.observer import ActivationGrid
 from muntin.compression.quantization.pixel_grid import align_with_pixels
 from muntin.compression.quantization.preparation import Prepared, prepare
@@ -28,14 +29,16 @@ KEPT = 16
 """Bits of a weight that stays in 16-bit floats."""
 BITS = (3, 4, 5, 6, 8, KEPT)
 """Bits to choose from."""
+EMBEDDING_BITS = (4, 5, 6, 8, KEPT)
+"""Bits of embeddings to choose from."""
 RANKS = 6
 """Maximum number of ranks to choose from, beside none."""
 MULTIPLE = 16
 """Ranks are multiples of it, as those of `low_rank` are."""
 LEAST_SHARE = 1 / 12
 """The least rank to choose from, relative to the greatest that saves parameters."""
-SCALE_BYTES, BIAS_BYTES = 4, 4
-"""Bytes of an output's weight scale and of its bias."""
+SCALE_BYTES, BIAS_BYTES, EMBEDDING_SCALE_BYTES = 4, 4, 2
+"""Bytes of an output's weight scale, of its bias, and of a scale of an embedding."""
 NODE_BYTES = 700
 """Approximate bytes of graph and manifest for a layer, or a part of a factored one, and again for its integers and grid."""
 
@@ -70,7 +73,7 @@ class FormLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class FormLayers:
-    """The folded copy of a model, and its layers by dotted name.
+    """The folded copy of a model, and its layers and its embeddings with integer forms by dotted name.
 
     `fitted`, `judged`: two parts of the calibration batches. A form is fitted to the first, and its harm is measured on the second: a layer
     with few rows of calibration, as behind a pooling, loses nothing on those that its factors were made of, at any rank.
@@ -80,6 +83,7 @@ class FormLayers:
     fitted: Sequence[ModelInputs]
     judged: Sequence[ModelInputs]
     layers: Mapping[str, FormLayer]
+    embeddings: Mapping[str, nn.Embedding]
 
 
 def ranks_of(layer: Dense, rank: int, multiple: int = MULTIPLE) -> tuple[int, ...]:
@@ -126,6 +130,16 @@ def form_cost(layer: Dense, form: Form, positions: float) -> FormCost:
     )
 
 
+def embedding_forms(table: nn.Embedding) -> dict[Form, FormCost]:
+    """The forms of an embedding and their costs."""
+    values = table.weight.numel()
+    stored = {
+        bits: 2 * values if bits == KEPT else packed_size(values, bits) + EMBEDDING_SCALE_BYTES * (values // scale_columns(table, bits))
+        for bits in EMBEDDING_BITS
+    }
+    return {Form(None, bits): FormCost(parameters=values, bytes=NODE_BYTES + count, macs=0.0) for bits, count in stored.items()}
+
+
 def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: Sequence[int] = BITS) -> FormLayers:
     """The forms of every Linear and Conv2d of a model, any eager nn.Module; the model itself is not changed.
 
@@ -160,7 +174,8 @@ def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: S
             calls=calls,
             reasons=reasons,
         )
-    return FormLayers(model=model, fitted=fitted, judged=judged, layers=offered)
+    embeddings, _ = replaceable_tables(model, ready.batches[0])
+    return FormLayers(model=model, fitted=fitted, judged=judged, layers=offered, embeddings=embeddings)
 
 
 def halves(batches: Sequence[ModelInputs]) -> tuple[list[ModelInputs], list[ModelInputs]]:

@@ -1,9 +1,9 @@
 """The table of all forms of all layers, from which plans are chosen, in a CSV file that a person can read.
 
-    # {"format": 1, "model": digest, "calibration": digest, "latency": hardware, "reasons": {layer: [why it has no other forms]}}
+    # {"format": 2, "model": digest, "calibration": digest, "latency": hardware, "reasons": {layer: [why it has no other forms]}}
     layer,rank,bits,parameters,bytes,macs,harm,ms
 
-An empty rank: not factored. Bits 16: floats. An empty ms: not measured.
+An empty rank: not factored. Bits 16: floats. An empty ms: not measured; 0 of embeddings, whose rows are looked up.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from muntin.budgeting.budget import Objective
 from muntin.budgeting.forms import Form, Plan
 from muntin.budgeting.harm import BLIND, measure_harm
 from muntin.budgeting.latency import latency_settings, measured_latencies
-from muntin.budgeting.layer_forms import KEPT, FormLayers, layer_forms
+from muntin.budgeting.layer_forms import KEPT, FormCost, FormLayers, embedding_forms, layer_forms
 from muntin.compression.calibration import calibration_list
 from muntin.compression.rewrite import is_kept
 from muntin.errors import DataError, MuntinError
 from muntin.models.eager import ModelInputs, check_eager, tensors_of
 
 FILE = "tables.csv"
-FORMAT = 1
+FORMAT = 2
 TableProgress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and their number."""
 BYTES_SHARE = 0.05
@@ -63,7 +63,7 @@ class FormRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Tables:
-    """The forms of each layer by dotted name. `reasons`: why a layer has no integer form or no factored one.
+    """The forms of each layer and embedding by dotted name. `reasons`: why a layer has no integer form or no factored one.
 
     `model`, `calibration`: digests of what was measured. `latency`: hardware and engine of the milliseconds, None without them.
     """
@@ -159,7 +159,7 @@ def build_tables(
     threads: int | None = None,
     progress: TableProgress | None = None,
 ) -> Tables:
-    """Measure the forms of every Linear and Conv2d of a model, or read them from `folder` if they were measured there.
+    """Measure the forms of every Linear, Conv2d and Embedding of a model, or read them from `folder` if they were measured there.
 
     The model is not changed. For "latency" also the milliseconds on this machine, with `threads` of the engine (None: the usable physical
     cores); they are measured again on another one. Costs those of `layer_forms`, `measure_harm` and `measured_latencies`. Raises
@@ -183,7 +183,10 @@ def build_tables(
         tables.write(folder)  # so that a run that ends during the next step has it
     if objective == "latency":
         latencies = measured_latencies(layers.layers, threads=threads, progress=lambda done, total: report("latency", done, total))
-        timed = {name: tuple(replace(row, ms=latencies[name][row.form]) for row in rows) for name, rows in tables.layers.items()}
+        timed = {
+            name: tuple(replace(row, ms=0.0 if name in layers.embeddings else latencies[name][row.form]) for row in rows)
+            for name, rows in tables.layers.items()
+        }
         tables = replace(tables, layers=timed, latency=engine)
         tables.write(folder)
     return tables
@@ -198,13 +201,16 @@ def _check_same(tables: Tables, digests: Mapping[str, str], folder: Path) -> Non
 
 def _measure(layers: FormLayers, digests: Mapping[str, Any], report: TableProgress) -> Tables:
     harms = measure_harm(layers, progress=lambda done, total: report("harm", done, total))
-    rows = {}
-    for name, one in layers.layers.items():
-        rows[name] = tuple(
+    costs: dict[str, Mapping[Form, FormCost]] = {name: one.forms for name, one in layers.layers.items()}
+    costs |= {name: embedding_forms(table) for name, table in layers.embeddings.items()}
+    rows = {
+        name: tuple(
             FormRow(form=form, parameters=cost.parameters, bytes=cost.bytes, macs=cost.macs, harm=harms[name][form])
-            for form, cost in one.forms.items()
+            for form, cost in forms.items()
             if form in harms[name]
         )
+        for name, forms in costs.items()
+    }
     reasons = {name: (*one.reasons, *([BLIND] if len(harms[name]) < len(one.forms) else [])) for name, one in layers.layers.items()}
     return Tables(layers=rows, reasons={name: given for name, given in reasons.items() if given}, **digests)
 

@@ -137,9 +137,13 @@ def test_reasons() -> None:
 
 def test_wrong_bits_and_values() -> None:
     model = bert()
-    for bits in (1, 16, 4.0, True):
+    for bits in (1, 16, 4.0, True, {"words": 9}):
         with pytest.raises(MuntinError, match="give a whole number from 2 to 8, or None"):
             muntin.quantize(model, BATCHES, embedding_bits=bits)  # type: ignore[arg-type]
+    with pytest.raises(MuntinError, match="embedding_bits: verbs: no embedding of the model; it has words, "):
+        muntin.quantize(model, BATCHES, embedding_bits={"verbs": 4})
+    named = by_layer(muntin.quantize(copy.deepcopy(model), BATCHES, embedding_bits={"words": 5}), "quantize")
+    assert named["words"].done == "W5" and named["positions"].reason == "not named in embedding_bits"
     with pytest.raises(MuntinError, match="only names no layer: words"):
         muntin.quantize(model, BATCHES, only=("words",))
     noisy = by_layer(muntin.quantize(copy.deepcopy(model), BATCHES, embedding_bits=2), "quantize")["words"]

@@ -36,6 +36,8 @@ CLIPS = 12
 LEAST_CLIP = 0.6
 BLOCK = 1 << 17
 """Groups that are searched at a time."""
+TableBits = int | Mapping[str, int]
+"""Bits of all embeddings, or of those named."""
 _HALF = torch.finfo(torch.float16)
 
 
@@ -106,17 +108,32 @@ def tables(model: nn.Module) -> dict[str, nn.Module]:
     return dict(named(model, nn.Embedding, nn.EmbeddingBag, QuantizedEmbedding))
 
 
-def check_tables(model: nn.Module, bits: int) -> None:
-    """Raise `MuntinError` for bits out of range, and for a table that holds NaN or infinity."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise MuntinError(f"embedding_bits={bits!r}: give a whole number from 2 to 8, or None to leave embeddings as they are")
-    check_weights({name: table for name, table in tables(model).items() if not isinstance(table, QuantizedEmbedding)})
+def check_tables(model: nn.Module, bits: TableBits) -> None:
+    """Raise `MuntinError` for bits out of range, for a name that is no embedding, and for a table that holds NaN or infinity."""
+    found = tables(model)
+    for width in bits.values() if isinstance(bits, Mapping) else [bits]:
+        if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= 8:
+            raise MuntinError(f"embedding_bits={bits!r}: give a whole number from 2 to 8, or None to leave embeddings as they are")
+    if isinstance(bits, Mapping) and (unknown := [name for name in bits if name not in found]):
+        raise MuntinError(f"embedding_bits: {', '.join(unknown)}: no embedding of the model; it has {', '.join(found) or 'none'}")
+    check_weights({name: table for name, table in found.items() if not isinstance(table, QuantizedEmbedding)})
+
+
+def replaceable_tables(model: nn.Module, inputs: ModelInputs) -> tuple[dict[str, nn.Embedding], dict[str, str]]:
+    """The embeddings in floats that have an integer form, and why others have none. `inputs`: a batch. Costs three passes of one row."""
+    free = {name: cast(nn.Embedding, table) for name, table in tables(model).items() if not isinstance(table, QuantizedEmbedding)}
+    users = parameter_users(model)
+    reasons = {name: reason for name, table in free.items() if (reason := _no_integer_form(name, table, users))}
+    reasons |= irreplaceable(model, {name: table for name, table in free.items() if name not in reasons}, first_row(inputs))
+    return {name: table for name, table in free.items() if name not in reasons}, reasons
 
 
 def quantize_tables(
-    model: nn.Module, inputs: ModelInputs, bits: int, *, min_sqnr_db: float, only: Sequence[str], keep: Sequence[str]
+    model: nn.Module, inputs: ModelInputs, bits: TableBits, *, min_sqnr_db: float, only: Sequence[str], keep: Sequence[str]
 ) -> list[Change]:
     """Replace embeddings by their integer forms, in place, and return a change for each. `inputs`: a batch.
+
+    `bits`: of all but small tables, which get 8; or by name, which others than these stay in floats for.
 
     A table stays as it is if its integers leave less signal over noise than `min_sqnr_db`, and if the model uses more of it than its rows.
     Costs three forward passes of one row.
@@ -125,11 +142,9 @@ def quantize_tables(
     unnamed = {
         name: reason for name, reason in left_out(candidates | dict(model.named_modules()), only, keep).items() if name in candidates
     }
-    free = {name: cast(nn.Embedding, table) for name, table in candidates.items() if not isinstance(table, QuantizedEmbedding)}
-    users = parameter_users(model)
-    reasons = {name: reason for name, table in free.items() if (reason := _no_integer_form(name, table, users))}
-    possible = {name: table for name, table in free.items() if name not in reasons and name not in unnamed}
-    reasons |= irreplaceable(model, possible, first_row(inputs))
+    if isinstance(bits, Mapping):
+        unnamed |= {name: "not named in embedding_bits" for name in candidates if name not in bits}
+    free, reasons = replaceable_tables(model, inputs)
     values = {name: _values(table) for name, table in candidates.items()}
     changes = []
     for name, table in candidates.items():
@@ -138,8 +153,8 @@ def quantize_tables(
             continue
         reason, measured = reasons.get(name) or unnamed.get(name, ""), None
         if not reason:
-            width = 8 if values[name] < SMALL * sum(values.values()) else bits
-            form = QuantizedEmbedding(free[name], width, _columns(free[name], width))
+            width = bits[name] if isinstance(bits, Mapping) else 8 if values[name] < SMALL * sum(values.values()) else bits
+            form = integer_table(free[name], width)
             measured = sqnr_db(free[name].weight.detach(), form.weight)
             if measured < min_sqnr_db:
                 reason = f"{width} bits leave {measured:.1f} dB of signal over noise, less than {min_sqnr_db:g}"
@@ -153,7 +168,12 @@ def _values(table: nn.Module) -> int:
     return cast(int, table.num_embeddings) * cast(int, table.embedding_dim)
 
 
-def _columns(table: nn.Embedding, bits: int) -> int:
+def integer_table(table: nn.Embedding, bits: int) -> QuantizedEmbedding:
+    """The integer form of an embedding."""
+    return QuantizedEmbedding(table, bits, scale_columns(table, bits))
+
+
+def scale_columns(table: nn.Embedding, bits: int) -> int:
     """Number of columns of one scale."""
     return COLUMNS if bits < 8 and table.embedding_dim % COLUMNS == 0 else table.embedding_dim
 

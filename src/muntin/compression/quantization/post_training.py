@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from muntin.compression.history import checked, last_changes, remember
-from muntin.compression.quantization.embeddings import check_tables, quantize_tables, tables
+from muntin.compression.quantization.embeddings import TableBits, check_tables, quantize_tables, tables
 from muntin.compression.quantization.fake_quantization import Scales, round_to_half, sqnr_db, weight_scale
 from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.pixel_grid import align_with_pixels
@@ -55,7 +55,7 @@ def quantize(
     min_sqnr_db: float = 15.0,
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
-    embedding_bits: int | None = None,
+    embedding_bits: TableBits | None = None,
 ) -> list[Change]:
     """Quantise Linear and Conv2d to integers, in place: weights of 2 to 8 bits, 8-bit inputs; see the head of this file.
 
@@ -68,7 +68,7 @@ def quantize(
     and another one is equalised (`equalization`) and rounded by `reconstruct`. `correct_bias`: biases take over the mean error.
     `smooth`: the range of single channels moves from the outputs of norms into the Linears that read them, where that helps (`smoothing`).
     `steps`: of training of each block after reconstruction.
-    `embedding_bits`: 2 to 8 for the tables of embeddings (`embeddings.quantize_tables`), None to leave them as they are.
+    `embedding_bits`: 2 to 8 for the tables of embeddings (`embeddings.quantize_tables`), or by name; None to leave them as they are.
 
     Costs three forward passes over the batches, and three of one row, and those of `reconstruct`. Closed channels are cut, norms and gates
     folded. Weights of layers that stay are rounded to the FP16 in which they are stored. A second run changes nothing: a layer keeps its
