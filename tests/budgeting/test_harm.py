@@ -104,6 +104,31 @@ def test_fewer_bits_and_lower_ranks_harm_more() -> None:
         assert ranks == sorted(ranks), name
 
 
+class Tokens(nn.Module):
+    """A network whose answer hardly depends on its first token, which has the largest values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x).relu()
+        return self.out(tokens[:, 1:].mean(1) + 1e-4 * tokens[:, 0])
+
+
+def test_harm_of_an_input_is_measured_in_the_answer() -> None:
+    model, x = Tokens().eval(), torch.randn(32, 6, 32)
+    x[:, 0] *= 20
+    found = layer_forms(model, [x[:16], x[16:]])
+    predicted = measure_harm(found)["first"][Form(None, 8)]
+    with torch.no_grad():
+        exact = model(x[16:])
+        narrow = copy.deepcopy(model)
+        quantize(narrow, [x[:16], x[16:]], only=("first",), smooth=False, min_sqnr_db=0.0)
+        noise = float((narrow(x[16:]) - exact).square().mean() / exact.var(correction=0))
+    assert predicted == pytest.approx(noise, rel=0.5)
+
+
 def test_harm_and_bytes_of_an_embedding(tmp_path: Path) -> None:
     """The harm of a table's bits is the change of the answer, and its bytes are those of artefacts."""
     model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()

@@ -1,6 +1,7 @@
 """The harm of each form of each layer: how much the model's answer changes if this layer alone takes the form. Needs no labels.
 
     rows of each layer's input (patches of a convolution) -> output in the form's arithmetic -> squared error x response of the answer
+    each layer's input on its 8-bit grid -> noise in the answer
 
 Factors and rounding are fitted to one part of the calibration batches and judged on the other.
 
@@ -48,13 +49,14 @@ def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total:
     Embeddings are among them. Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
 
     `progress`: called with the layers done and their number. Costs a forward and backward pass over two batches, two forward passes over
-    all, one of `PROBED` rows for each layer, a decomposition of each layer, and for each form products of at most `ROWS` rows with its
+    all, two of `PROBED` rows for each layer, a decomposition of each layer, and for each form products of at most `ROWS` rows with its
     weights. Memory: twice `VALUES` numbers a layer.
     """
     varied = {name: one for name, one in layers.layers.items() if len(one.forms) > 1}
     weighted = {name: one.layer for name, one in varied.items()}
     sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], weighted)
-    responses = answer_responses(layers.model, some_rows(layers.judged[0], 0, PROBED), weighted)
+    probed = some_rows(layers.judged[0], 0, PROBED)
+    responses, of_inputs = answer_responses(layers.model, probed, weighted), input_harms(layers.model, probed, varied)
     fitted, judged = (_rows_of(layers.model, batches, varied) for batches in (layers.fitted, layers.judged))
     harms: dict[str, dict[Form, float]] = {}
     for done, (name, one) in enumerate(layers.layers.items()):
@@ -65,9 +67,15 @@ def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total:
             harms[name] = {Form(None, KEPT): 0.0}
         else:
             scale = responses.get(name, float(sensitivity[name]) * one.positions * len(one.layer.weight))
-            harms[name] = {form: scale * error for form, error in form_errors(one, fitted.pop(name), judged.pop(name)).items()}
+            rows = judged.pop(name)
+            error_of_input = input_error(one, rows)
+            of_input = of_inputs.get(name, scale * error_of_input)
+            harms[name] = {
+                form: scale * error if form.bits == KEPT else scale * max(0.0, error - error_of_input) + of_input
+                for form, error in form_errors(one, fitted.pop(name), rows).items()
+            }
     progress(len(layers.layers), len(layers.layers))
-    return harms | embedding_harm(layers.model, some_rows(layers.judged[0], 0, PROBED), layers.embeddings)
+    return harms | embedding_harm(layers.model, probed, layers.embeddings)
 
 
 @torch.no_grad()
@@ -100,6 +108,39 @@ def answer_responses(model: nn.Module, batch: ModelInputs, layers: Mapping[str, 
         if probe.square > 0 and 0 < noise < float("inf"):
             responses[name] = noise / (probe.square / probe.count)
     return responses
+
+
+@torch.no_grad()
+def input_harms(model: nn.Module, batch: ModelInputs, layers: Mapping[str, FormLayer]) -> dict[str, float]:
+    """Noise over signal of the answer with the input of one layer in 8 bits, measured; layers without a finite one are absent.
+
+    The response to rounded weights does not tell it: errors of an input are largest where its values are, which may be in rows and channels
+    that the answer hardly depends on. Costs a forward pass for each layer.
+    """
+    exact = _scores(call(model, copied(batch)))
+    harms = {}
+    for name, one in layers.items():
+        assert one.grid is not None
+        noise = _noise_of(model, batch, exact, one.layer, _RoundedInput(one.layer, one.grid))
+        if 0 <= noise < float("inf"):
+            harms[name] = noise
+    return harms
+
+
+class _RoundedInput:
+    """Computes a layer on its rounded input, without the mean error, which a bias takes over."""
+
+    def __init__(self, layer: Dense, grid: ActivationGrid) -> None:
+        self.layer, self.grid = layer, grid
+
+    def __call__(self, x: Tensor, output: Tensor) -> Tensor:
+        error = self.layer.forward(_on_grid(x.float(), self.grid).to(x.dtype)) - output
+        return output + (error if self.layer.bias is None else _centred(error, self.layer))
+
+
+def _centred(error: Tensor, layer: Dense) -> Tensor:
+    channels = error.ndim - (3 if isinstance(layer, nn.Conv2d) else 1)
+    return error - error.mean([axis for axis in range(error.ndim) if axis != channels], keepdim=True)
 
 
 def _noise_of(model: nn.Module, batch: ModelInputs, exact: Tensor, layer: nn.Module, other: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -135,8 +176,7 @@ class _Probe:
             error = F.conv2d(x, self.change, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         else:
             error = F.linear(x, self.change)
-        channels = error.ndim - (3 if isinstance(layer, nn.Conv2d) else 1)
-        error -= error.mean([axis for axis in range(error.ndim) if axis != channels], keepdim=True)
+        error = _centred(error, layer)
         self.square += float(error.double().square().sum())
         self.count += error.numel()
         return output + error
@@ -170,6 +210,17 @@ def input_rows(layer: Dense, x: Tensor, most: int) -> Tensor:
     groups = layer.groups
     rows_GNI = patches.reshape(B, groups, width // groups, count).permute(1, 0, 3, 2).reshape(groups, B * count, -1)
     return rows_GNI[:, :: -(-rows_GNI.shape[1] // most)].clone()
+
+
+@torch.no_grad()
+def input_error(one: FormLayer, rows_GNI: Tensor) -> float:
+    """The mean squared error of an output element by the 8-bit input alone."""
+    assert one.grid is not None
+    weight_GOI = one.layer.weight.detach().cpu().float().reshape(len(rows_GNI), -1, rows_GNI.shape[2])
+    error_GNO = (_on_grid(rows_GNI, one.grid) - rows_GNI) @ weight_GOI.transpose(1, 2)
+    if one.layer.bias is not None:
+        error_GNO -= error_GNO.mean(1, keepdim=True)
+    return float(error_GNO.double().square().mean())
 
 
 @torch.no_grad()
