@@ -116,15 +116,17 @@ class Tokens(nn.Module):
         return self.out(tokens[:, 1:].mean(1) + 1e-4 * tokens[:, 0])
 
 
-def test_harm_of_an_input_is_measured_in_the_answer() -> None:
-    model, x = Tokens().eval(), torch.randn(32, 6, 32)
+@pytest.mark.parametrize(("model", "layer"), [(Tokens(), "first"), (nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8)), "2")])
+def test_harm_of_an_input_is_measured_in_the_answer(model: nn.Module, layer: str) -> None:
+    """The input of the second network's layer is hardly ever negative, so its grid has a zero point."""
+    model, x = model.eval(), torch.randn(32, 6, 32)
     x[:, 0] *= 20
     found = layer_forms(model, [x[:16], x[16:]])
-    predicted = measure_harm(found)["first"][Form(None, 8)]
+    predicted = measure_harm(found)[layer][Form(None, 8)]
     with torch.no_grad():
         exact = model(x[16:])
         narrow = copy.deepcopy(model)
-        quantize(narrow, [x[:16], x[16:]], only=("first",), smooth=False, min_sqnr_db=0.0)
+        quantize(narrow, [x[:16], x[16:]], only=(layer,), smooth=False, min_sqnr_db=0.0)
         noise = float((narrow(x[16:]) - exact).square().mean() / exact.var(correction=0))
     assert predicted == pytest.approx(noise, rel=0.5)
 

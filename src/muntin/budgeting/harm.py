@@ -14,6 +14,7 @@ Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,10 @@ def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total:
 
 @torch.no_grad()
 def embedding_harm(model: nn.Module, batch: ModelInputs, embeddings: Mapping[str, nn.Embedding]) -> dict[str, dict[Form, float]]:
-    """The harm of each form of each embedding, measured in the answer. Costs the rounding and a forward pass for each form."""
+    """The harm of each form of each embedding, measured in the answer; forms without a finite one are absent.
+
+    Costs the rounding and a forward pass for each form.
+    """
     exact = _scores(call(model, copied(batch))) if embeddings else torch.zeros(1)
 
     def harm(table: nn.Embedding, bits: int) -> float:
@@ -89,7 +93,8 @@ def embedding_harm(model: nn.Module, batch: ModelInputs, embeddings: Mapping[str
         form = integer_table(table, bits)
         return _noise_of(model, batch, exact, table, lambda ids, output: form(ids))
 
-    return {name: {Form(None, bits): harm(table, bits) for bits in EMBEDDING_BITS} for name, table in embeddings.items()}
+    measured = {name: {Form(None, bits): harm(table, bits) for bits in EMBEDDING_BITS} for name, table in embeddings.items()}
+    return {name: {form: noise for form, noise in harms.items() if math.isfinite(noise)} for name, harms in measured.items()}
 
 
 @torch.no_grad()
@@ -318,7 +323,7 @@ class _Chain:
             x = rounded_NI.reshape(exact.shape)
         for index, weight in enumerate(weights):
             if form.bits < KEPT and index:
-                x = _on_grid(x, _grid_of(exact))
+                x = _on_grid(x, _grid_of(exact, asymmetric=isinstance(self.layer, nn.Linear)))
             used = weight
             if form.bits < KEPT:
                 used = _rounded(weight, form.bits, torch.tensor(self.kept if index == 0 else 1.0))
@@ -349,8 +354,8 @@ def _part(x_NIHW: Tensor, weight_OIHW: Tensor) -> Tensor:
     return out.reshape(N, rows, columns, -1).permute(0, 3, 1, 2)
 
 
-def _grid_of(x: Tensor) -> ActivationGrid:
+def _grid_of(x: Tensor, *, asymmetric: bool) -> ActivationGrid:
     observer = Observer()
     observer.see_range(x)
     observer.see_values(x)
-    return observer.grid()
+    return observer.grid(asymmetric=asymmetric)

@@ -200,8 +200,10 @@ def some_rows(batch: ModelInputs, first: int, last: int) -> ModelInputs:
 
 
 def _grids(model: nn.Module, ready: Prepared, layers: Mapping[str, Dense]) -> dict[str, ActivationGrid]:
-    """The grids of the layers' inputs, those of pixels aligned (`align_with_pixels`)."""
-    integers = {name: quantized_form(layer, ready.observed[name][0].grid()) for name, layer in layers.items()}
+    """The grids of the layers' inputs, as `quantize` has them, those of pixels aligned (`align_with_pixels`)."""
+    integers = {
+        name: quantized_form(layer, ready.observed[name][0].grid(asymmetric=isinstance(layer, nn.Linear))) for name, layer in layers.items()
+    }
     copied = eager_copy(model)
     for name, form in integers.items():
         replace(copied, name, form)

@@ -253,7 +253,7 @@ class _BudgetedCompression:
         self.base_seconds = 0.0
         """The longest recorded time of the tables of a width."""
         self.exact_floats = False
-        """Whether float layers run in 32 bits, because 16 alone would spend more than half of the budget."""
+        """True if float layers run in 32 bits, because 16 alone would spend more than half of the budget."""
         self.seconds = 0.0
         """Recorded time of everything so far, also of runs before this one."""
         self.trials: tuple[Trial, ...] = ()

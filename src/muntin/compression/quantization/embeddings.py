@@ -133,7 +133,7 @@ def quantize_tables(
 ) -> list[Change]:
     """Replace embeddings by their integer forms, in place, and return a change for each. `inputs`: a batch.
 
-    `bits`: of all but small tables, which get 8; or by name, which others than these stay in floats for.
+    `bits`: of all tables but small ones, which get 8; or by name: tables without a name there stay in floats.
 
     A table stays as it is if its integers leave less signal over noise than `min_sqnr_db`, and if the model uses more of it than its rows.
     Costs three forward passes of one row.
