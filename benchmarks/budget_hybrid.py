@@ -1,7 +1,8 @@
 """Compress hybrid-m on `earth` within an accuracy budget: muntin's search, each pass alone, the three stages, and a small network.
 
     python benchmarks/budget_hybrid.py [--budgets 0.005 0.01 0.02] [--seeds 3] [--fit 660] [--trials 8] [--steps 480]
-                                       [--set training.batch_size=8 ...] [--output runs/benchmark-budget-hybrid] [--json]
+                                       [--only muntin channels ...] [--set training.batch_size=8 ...]
+                                       [--output runs/benchmark-budget-hybrid] [--json]
 
 The recipe is that of the demonstration with hybrid-m and `--fit` steps. Every contender has `--steps` training steps, shared evenly among
 its candidates, chooses by the mean IoU of its artefacts on the validation part, and is judged on the test part:
@@ -52,6 +53,12 @@ from options import at_least
 PROTOCOL = 1
 """Version of the rows."""
 MODEL = "hybrid-m"
+SEARCHED = ("muntin", "one stage", "scratch", "bits", "ranks", "channels")
+"""Contenders for each budget, in the order in which they are measured."""
+STAGES = {"stages": "activation", "cumulative stages": "cumulative"}
+"""Contenders that know no budget, and the criterion of their ranks."""
+FOLLOWING = ("one stage", "scratch")
+"""Contenders that need muntin's row."""
 SIDE = 512
 """Of the picture whose latency is measured."""
 SMALL: tuple[dict[str, Any], ...] = tuple(
@@ -204,7 +211,8 @@ def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], 
     shared = {"fp32": keep(folder / "fp32.json", measure=bench.reference)}
     shared |= {
         name: keep(folder / f"{name.replace(' ', '-')}.json", measure=partial(bench.stages, criterion))
-        for name, criterion in (("stages", "activation"), ("cumulative stages", "cumulative"))
+        for name, criterion in STAGES.items()
+        if name in arguments.only
     }
     rows: dict[str, dict[str, Row]] = {}
     for budget in arguments.budgets:
@@ -214,8 +222,8 @@ def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], 
             "scratch": partial(bench.scratch, budget, made),
             **{name: partial(bench.search, name, budget) for name in ("bits", "ranks", "channels")},
         }  # fmt: skip
-        for name, work in works.items():  # those that answer the question of the stages and the goals first
-            made[name] = keep(folder / f"{name.replace(' ', '-')}-{budget:g}.json", measure=work)
+        for name in (name for name in SEARCHED if name in arguments.only):
+            made[name] = keep(folder / f"{name.replace(' ', '-')}-{budget:g}.json", measure=works[name])
             _tell(seed, budget, name, made[name], shared["fp32"])
         timed = keep(folder / f"latency-{budget:g}.json", measure=partial(_timed, folder, made, arguments.rounds))
         counted = {name: deployed_sizes(open_artifact(folder / row["path"])) for name, row in made.items()}
@@ -266,11 +274,15 @@ def main() -> None:
     parser.add_argument("--fit", type=at_least(1), default=660, help="training steps of FP32")
     parser.add_argument("--trials", type=at_least(1), default=8, help="most candidates of a search")
     parser.add_argument("--steps", type=at_least(1), default=480, help="training steps of a contender, all its candidates together")
+    every = [*SEARCHED, *STAGES]
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="CONTENDER", help=", ".join(every))
     parser.add_argument("--set", nargs="+", default=[], dest="changes", help="values of the recipe to replace")
     parser.add_argument("--rounds", type=at_least(1), default=40, help="of latency")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-budget-hybrid"))
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
     arguments = parser.parse_args()
+    if "muntin" not in arguments.only and (following := [name for name in FOLLOWING if name in arguments.only]):
+        parser.error(f"--only {following[0]!r} needs muntin's plan: add muntin")
     machine = describe_hardware()
     changes = [f"model.name={MODEL}", f"training.steps={arguments.fit}", *arguments.changes]
     recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", changes)
