@@ -56,7 +56,10 @@ class Judge:
                 subject=self.subject, batches=batches(self.train()), calibration=without_padding(self.calibration),
                 steps=self.settings["steps"], seed=self.seed,
             )  # fmt: skip
-            model = form(model, material)
+            try:
+                model = form(model, material)
+            except muntin.MuntinError as error:
+                return {"cannot": str(error)}
         seconds = time.perf_counter() - started
         path = self.folder / file_name(name)
         muntin.export(model, batches(self.calibration)[0], path)

@@ -7,7 +7,8 @@ large ones are reduced to 1920 pixels, which removes most of what JPEG did to th
 Models: hybrids whose finest maps have a channel for each value of a cell of 4 x 4 pixels, and small NAFNets (`nafnet`), trained by
 `muntin fit` for the same minutes: crops, loss, optimiser, rate and averages are the same, and no rate is tuned. Each is exported by
 `muntin export` in floats and in INT8, and the form is taken that is faster at 512 x 512, INT8 only if it loses at most `ADMITTED_DB` of
-PSNR on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on whole test pictures, by tiles of 512 pixels.
+PSNR on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on whole test pictures, by tiles of 512 pixels. For double
+size also the ESRGAN of an npm package (`esrgan`), as it comes and trained on for the same minutes.
 
 Beside them: the input, or its bicubic enlargement; of scikit-image non-local means, wavelets (BayesShrink) and total variation, which know
 the noise's level (the strength of the last is chosen on the validation split); BM3D (Dabov et al., 2007; Mäkinen et al., 2020), if the user
@@ -40,6 +41,7 @@ from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint, parse_recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.restoration.evaluation import RestoredScores, evaluate_restored, mean_scores, picture_scores, psnr
+from task_tables.esrgan import PACKAGE
 from task_tables.nafnet import DIVISOR
 
 DESCRIPTION = "denoising and double size of photographs"
@@ -68,6 +70,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "nafnet-16": {"name": "task_tables.nafnet:width_16", "size_divisor": DIVISOR},
     "nafnet-32": {"name": "task_tables.nafnet:width_32", "size_divisor": DIVISOR},
 }
+ESRGAN = {"name": "task_tables.esrgan:slim"}
+STILL = {"steps": 1, "learning_rate": 1e-12}
+"""Training that leaves weights of usual size as they are."""
 SIDE = 512
 """Side of the timed picture and of the tiles, pixels."""
 ROUNDS, CALLS = 30, 3
@@ -93,8 +98,16 @@ def measure(seed: int, minutes: float, folder: Path, pictures: Path | None = Non
     rows: list[Row] = []
     for data, setting in SETTINGS.items():
         place = folder / data.replace(" ", "-")
-        trained = {name: _trained(name, setting, photographs, place / str(number), seed, minutes) for number, name in enumerate(MODELS)}
+        models = {name: (model, {"minutes": minutes}) for name, model in MODELS.items()}
+        if "scale" in setting["degrade"] and PACKAGE.is_dir():
+            models |= {"esrgan-slim, trained on": (ESRGAN, {"minutes": minutes}), "esrgan-slim": (ESRGAN, STILL)}
+        trained = {
+            name: _trained(name, model, training, setting, photographs, place / str(number), seed)
+            for number, (name, (model, training)) in enumerate(models.items())
+        }
         rows += _deployed(data, trained, place) + _others(data, next(iter(trained.values())))
+        if "scale" in setting["degrade"] and not PACKAGE.is_dir():
+            rows.append({"data": data, "model": "esrgan-slim", "cannot": f"no {PACKAGE}: see task_tables/esrgan.py"})
     return rows
 
 
@@ -122,14 +135,14 @@ def write_photographs(folder: Path, more: Path) -> None:
                 write_image(target, np.ascontiguousarray(pixels))
 
 
-def _trained(name: str, setting: Row, photographs: Path, run: Path, seed: int, minutes: float) -> Checkpoint:
+def _trained(name: str, model: Row, training: Row, setting: Row, photographs: Path, run: Path, seed: int) -> Checkpoint:
     own = {split: {"images": str((photographs / split).resolve())} for split in ("validation", "test")}
     images = str((photographs / "train").resolve())
     augmentation = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
     content = {
-        "task": "restore", "seed": seed, "model": MODELS[name],
+        "task": "restore", "seed": seed, "model": model,
         "data": {"source": "folders", "images": images, **own, **setting, "augmentation": augmentation},
-        "training": {"steps": ENDLESS, "minutes": minutes, "validate_every": ENDLESS, "checkpoint_every": ENDLESS},
+        "training": {"steps": ENDLESS, "validate_every": ENDLESS, "checkpoint_every": ENDLESS, **training},
     }  # fmt: skip
     result = muntin.fit(parse_recipe(content, where=name), directory=run, resume=(run / "checkpoints").is_dir())
     return read_checkpoint(result.checkpoint)
