@@ -14,6 +14,9 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import muntin
 from muntin.artifact import Artifact
+from muntin.artifact.manifest import render_manifest
+from muntin.artifact.store import MANIFEST
+from muntin.deployment.tile_plan import plan_fault
 from muntin.errors import ArtifactError, DataError
 
 SMALL: dict[str, Any] = {
@@ -109,6 +112,16 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = hybrid(**ONE_STAGE, attention="global")
     artifact = muntin.export(model, smooth(96, 96), tmp_path_factory.mktemp("exact") / "artifact")
     return muntin.load(artifact.path, precision="f32", shapes=(), cache=False)
+
+
+def test_export_finds_missing_surroundings(tmp_path: Path) -> None:
+    artifact = muntin.export(lively(Convolutions(excite=False)), smooth(96, 96), tmp_path / "artifact")
+    plan = artifact.manifest.plan
+    assert plan is not None and plan_fault(artifact.path, plan, pixels(96, 96)) is None
+    passes = tuple(walk.model_copy(update={"halo": (walk.step, walk.step)}) for walk in plan.passes)
+    narrow = artifact.manifest.model_copy(update={"plan": plan.model_copy(update={"passes": passes})})
+    (artifact.path / MANIFEST).write_bytes(render_manifest(narrow)[1])
+    assert "tiles differ from one call" in str(plan_fault(artifact.path, plan, pixels(96, 96)))
 
 
 def test_openvino(session: Any) -> None:

@@ -18,6 +18,8 @@ from muntin.runtime.options import SessionOptions
 
 MOST_PIXELS = 1 << 22
 """Pixels of a picture on which a plan is tried, at most."""
+HALO_SHARE = 3
+"""A tile that is tried is at least a third of what is read around it: smaller ones are many, and each reads as much."""
 CLOSE, CLOSE_INTEGERS = 1e-3, 0.05
 """Allowed root mean square difference between tiles and one call, in standard deviations of the scores."""
 
@@ -42,8 +44,8 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
     """
     artifact = open_artifact(draft)
     sizes = artifact.manifest.signature.sizes
-    tile = max(walk.step for walk in plan.passes)
-    side = max(2 * tile + sum(walk.halo) for walk in plan.passes) + tile // 2 + 1
+    tile = max(max(walk.step, sum(walk.halo) // HALO_SHARE) for walk in plan.passes)
+    side = max(2 * (-(-tile // walk.step) * walk.step) + sum(walk.halo) + walk.step // 2 + 1 for walk in plan.passes)
     height, width = sizes.at_least(side + 4, side)
     if height * width > MOST_PIXELS:
         return f"a tile and its surroundings take more than {MOST_PIXELS:,} pixels"
