@@ -225,7 +225,8 @@ def measure(seed: int, arguments: argparse.Namespace, settings: dict[str, Any], 
         for name in (name for name in SEARCHED if name in arguments.only):
             made[name] = keep(folder / f"{name.replace(' ', '-')}-{budget:g}.json", measure=works[name])
             _tell(seed, budget, name, made[name], shared["fp32"])
-        timed = keep(folder / f"latency-{budget:g}.json", measure=partial(_timed, folder, made, arguments.rounds))
+        names = "-".join(made).replace(" ", "-")
+        timed = keep(folder / f"latency-{budget:g}-{names}.json", measure=partial(_timed, folder, made, arguments.rounds))
         counted = {name: deployed_sizes(open_artifact(folder / row["path"])) for name, row in made.items()}
         rows[f"{budget:g}"] = {
             name: {**row, "ms": timed["ms"][name], "parameters": counted[name]["params"], "gmacs": counted[name]["gmacs"]}

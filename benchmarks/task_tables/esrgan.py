@@ -1,4 +1,4 @@
-"""The generator of ESRGAN for double size from npm's package @upscalerjs/esrgan-slim (MIT), with its weights, a peer of restoration.
+"""The network for double size in npm's package @upscalerjs/esrgan-slim (MIT), with its weights, a peer of restoration.
 
     mkdir -p runs/esrgan-slim && cd runs/esrgan-slim && npm pack @upscalerjs/esrgan-slim && tar xzf *.tgz
 
@@ -52,8 +52,10 @@ class KerasGraph(nn.Module):
                 out_BCHW = torch.cat(given, 1)
             elif kind == "Add":
                 out_BCHW = given[0] + given[1]
-            else:
+            elif kind == "UpSampling2D":
                 out_BCHW = F.interpolate(given[0], scale_factor=2.0, mode="nearest")
+            else:
+                raise ValueError(f"layer {name} is {kind}: {PACKAGE} is of another version")
             made[name] = out_BCHW
         return out_BCHW
 

@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import open_artifact
-from muntin.artifact.plan import TilePlan
+from muntin.artifact.plan import TilePass, TilePlan
 from muntin.graph.tiling.levels import NoPlanError
 from muntin.graph.tiling.plan import make_plan
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.exact_tiles.run import NO_PLAN, ExactTiles
 from muntin.runtime.options import SessionOptions
 
-MOST_PIXELS = 1 << 22
-"""Pixels of a picture on which a plan is tried, at most."""
+MOST_SIDE = 2048
+"""Side of a picture on which a plan is tried, at most, pixels; of another shape, as many pixels."""
 HALO_SHARE = 3
-"""A tile that is tried is at least a third of what is read around it: smaller ones are many, and each reads as much."""
+"""A tile that is tried is at least a third of what is read around it where that fits: smaller ones are many, and each reads as much."""
 CLOSE, CLOSE_INTEGERS = 1e-3, 0.05
 """Allowed root mean square difference between tiles and one call, in standard deviations of the scores."""
 
@@ -44,11 +44,11 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
     """
     artifact = open_artifact(draft)
     sizes = artifact.manifest.signature.sizes
-    tile = max(max(walk.step, sum(walk.halo) // HALO_SHARE) for walk in plan.passes)
+    tile = max(_tried_tile(walk) for walk in plan.passes)
     side = max(2 * (-(-tile // walk.step) * walk.step) + sum(walk.halo) + walk.step // 2 + 1 for walk in plan.passes)
     height, width = sizes.at_least(side + 4, side)
-    if height * width > MOST_PIXELS:
-        return f"a tile and its surroundings take more than {MOST_PIXELS:,} pixels"
+    if height * width > MOST_SIDE**2:
+        return f"a tile and its surroundings take more than {MOST_SIDE**2:,} pixels"
     repeats = (-(-height // picture_HWC.shape[0]), -(-width // picture_HWC.shape[1]), 1)
     picture = np.tile(picture_HWC, repeats)[:height, :width]
     options = SessionOptions(engine="onnxruntime", precision="f32", threads=None, shapes=())
@@ -65,3 +65,9 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
     rms = float(np.sqrt(np.mean((tiled - whole) ** 2)) / max(float(whole.std()), 1e-12))
     allowed = CLOSE_INTEGERS if artifact.manifest.integers else CLOSE
     return None if rms <= allowed else f"tiles differ from one call by {rms:.2g} standard deviations (allowed: {allowed:g})"
+
+
+def _tried_tile(walk: TilePass) -> int:
+    """The side of the tiles on which a pass is tried, pixels: as many as `HALO_SHARE` says, fewer where the picture would be too large."""
+    halo = sum(walk.halo)
+    return max(walk.step, min(halo // HALO_SHARE, (MOST_SIDE - halo) // 2 - 2 * walk.step))
