@@ -4,11 +4,12 @@ Photographs: those in scikit-image's wheel, and those of the Debian package budg
 (`apt-get install budgie-backgrounds`; or give `measure` a folder: `apt-get download budgie-backgrounds && dpkg-deb -x *.deb FOLDER`). The
 large ones are reduced to 1920 pixels, which removes most of what JPEG did to them. The test pictures are the same for all seeds.
 
-Models: hybrids whose finest maps have a channel for each value of a cell of 4 x 4 pixels, and small NAFNets (`nafnet`), trained by
-`muntin fit` for the same minutes: crops, loss, optimiser, rate and averages are the same, and no rate is tuned. Each is exported by
-`muntin export` in floats and in INT8, and the form is taken that is faster at 512 x 512, INT8 only if it loses at most `ADMITTED_DB` of
-PSNR on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on whole test pictures, by tiles of 512 pixels. For double
-size also the ESRGAN of an npm package (`esrgan`), as it comes and trained on for the same minutes.
+Models: hybrids whose decoder ends at half of the sides, or at a quarter with a channel for each value of 4 x 4 pixels (structures chosen on
+the validation split), and small NAFNets (`nafnet`), trained by `muntin fit` for the same minutes: crops, loss, optimiser, rate and averages
+are the same, and no rate is tuned. Each is exported by `muntin export` in floats and in INT8, and the form is taken that is faster at
+512 x 512, INT8 only if it loses at most `ADMITTED_DB` of PSNR on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on
+whole test pictures, by tiles of 512 pixels. For double size also the ESRGAN of an npm package (`esrgan`), as it comes and trained on for the
+same minutes.
 
 Beside them: the input, or its bicubic enlargement; of scikit-image non-local means, wavelets (BayesShrink) and total variation, which know
 the noise's level (the strength of the last is chosen on the validation split); BM3D (Dabov et al., 2007; Mäkinen et al., 2020), if the user
@@ -63,10 +64,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     f"noise {SIGMA}": {"degrade": {"noise": SIGMA}, "crop": 128},
     "double size": {"degrade": {"scale": 2}, "crop": 64},
 }
-FINE = {"stem": [24, 64, 64], "pairs": [2, 1], "decoder": 64}
+HALF = {"stem": [48, 48, 64], "pairs": [1, 1], "decoder": 48, "dims": [128], "depths": [1], "finest": 2}
+QUARTER = {"stem": [24, 64, 64], "pairs": [2, 1], "decoder": 64, "dims": [128], "depths": [2]}
 MODELS: dict[str, dict[str, Any]] = {
-    "hybrid-xs, stem 24-64-64": {"name": "hybrid-xs", "options": {**FINE, "dims": [128], "depths": [2]}},
-    "hybrid-s, stem 24-64-64": {"name": "hybrid-s", "options": FINE},
+    "hybrid-xs, to half": {"name": "hybrid-xs", "options": HALF},
+    "hybrid-xs, to a quarter": {"name": "hybrid-xs", "options": QUARTER},
     "nafnet-16": {"name": "task_tables.nafnet:width_16", "size_divisor": DIVISOR},
     "nafnet-32": {"name": "task_tables.nafnet:width_32", "size_divisor": DIVISOR},
 }

@@ -35,7 +35,7 @@ def test_frozen() -> None:
         ({"dims": (), "depths": ()}, "at least 1 item"),
         ({"stem": (8, 16)}, "pairs has 2 entries for a stem of 2 stages: give one for each stage from stride 4 on, 1"),
         ({"stem": (8,), "pairs": ()}, "at least 2 items"),
-        ({"finest": 16}, "4 or 8"),
+        ({"finest": 16}, "2, 4 or 8"),
         ({"depths": (1, 0)}, "greater than or equal to 1"),
         ({"mlp_ratio": 0}, "greater than 0"),
         ({"windows": 8}, "Extra inputs are not permitted"),

@@ -101,7 +101,7 @@ def test_names_of_a_classifier(name: str, prefix: str) -> None:
     [
         ({"encoder": "resnet18"}, "encoder 'resnet18' names no package: give timm:NAME"),
         ({"encoder": "timm:no_such_network"}, "timm does not know a model"),
-        ({"encoder": "timm:test_vit", "task": "segment"}, "stride [48]: take an encoder that has stride 4 or 8"),
+        ({"encoder": "timm:test_vit", "task": "segment"}, "stride [48]: take an encoder that has stride 2, 4 or 8"),
         ({"encoder": "timm:vit_tiny_patch16_224"}, "it does not take pictures of any size"),
         ({"encoder": "timm:convnext_atto", "options": {"dims": (32,) * 5, "depths": (1,) * 5, "head_dim": 16}}, "strides 4, 8, 16, 32"),
         ({"options": {"stem": (8, 8)}}, "options stem are of the convolutions that an encoder replaces"),

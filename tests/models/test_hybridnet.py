@@ -25,6 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"attention": "dense"},
     {"block": "serial"},
     {"gate": False},
+    {"finest": 2},
     {"finest": 8},
     {"finest": 8, "dims": (128,), "depths": (2,), "pairs": (1, 0)},
     {"pairs": (0, 0), "dims": (128,), "depths": (1,)},
@@ -32,6 +33,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"stem": (8, 16), "pairs": (1,), "dims": (128,), "depths": (1,)},
     {"stem": (8, 16), "pairs": (0,), "dims": (128,), "depths": (1,), "finest": 8},
     {"stem": (8, 16), "pairs": (0,), "dims": (64, 128), "depths": (2, 1), "head_dim": 32, "finest": 8},
+    {"stem": (8, 16), "pairs": (0,), "dims": (128,), "depths": (1,), "finest": 2, "fusion": "upernet"},
 ]
 
 

@@ -23,7 +23,7 @@ from muntin.searching.supernet_training import ROUND, SAMPLED, SupernetTraining,
 from muntin.training import Recipe, load_recipe
 from muntin.training.precision import resolve_precision
 
-CHOICES = {"dims.0": [32, 48], "depths.0": [1, 2], "attention": ["hybrid", "local"], "finest": [4, 8], "stages": [1, 2]}
+CHOICES = {"dims.0": [32, 48], "depths.0": [1, 2], "attention": ["hybrid", "local"], "finest": [2, 4], "stages": [1, 2]}
 
 
 def trained(recipe: Recipe, folder: Path, root: Path, *, until: int | None = None) -> Any:

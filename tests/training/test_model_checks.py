@@ -327,7 +327,7 @@ def test_gradients_on_small_maps() -> None:
             torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "notes"), [({}, 1), ({"finest": 8}, 1), ({"stem": (24, 48, 64), "decoder": 48}, 0)])
+@pytest.mark.parametrize(("options", "notes"), [({}, 1), ({"finest": 8}, 1), ({"finest": 2}, 0), ({"finest": 2, "decoder": 8}, 1)])
 def test_channels_of_a_restorer(options: dict[str, Any], notes: int) -> None:
     fields = {"stem": (16, 24, 48), "decoder": 64, "task": "restore", **options}
     found = restore_notes(HybridNet(ModelConfig.model_validate(fields)))
@@ -339,4 +339,4 @@ def test_channels_of_a_restorer(options: dict[str, Any], notes: int) -> None:
 def test_channels_of_a_restorer_with_an_encoder() -> None:
     model = create_model("hybrid-xs", task="restore", encoder="timm:test_efficientnet")
     (note,) = restore_notes(model)  # type: ignore[arg-type]
-    assert note.startswith("24 channels at a quarter") and "take an encoder with 48 channels" in note
+    assert note.startswith("the decoder ends at a quarter") and "finest: 2" in note

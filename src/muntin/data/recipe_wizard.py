@@ -44,7 +44,7 @@ FEW_PICTURES = 1 / 3
 _MAX_REASONS = 3  # notes on files that cannot be read
 _FIRST_MODEL = "hybrid-xxs  # the fastest, for a first result; hybrid-xs,"
 _FIRST_RESTORER = """hybrid-xs
-  options: {stem: [24, STEM4, 64], pairs: [2, 1], decoder: STEM4, dims: [128], depths: [2]}  # a channel for each value of 4 x 4 pixels
+  options: {stem: [WIDE, 48, 64], pairs: [1, 1], decoder: WIDE, dims: [128], depths: [1], finest: 2}  # ends at half of the sides
   #"""
 _CLASS_LOSS = """\
   loss: cross-entropy  # or focal, dice, dice-cross-entropy (the last two with masks only), where rare classes are missed
@@ -260,7 +260,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     if layout.task == "restore":  # which learns by the distance to the clean picture
         lines = [line.replace("flips, zoom, a little colour", "flips, a little colour") for line in lines]
         after = after.replace(_CLASS_LOSS, "").replace(_STEPS_TIME, "")
-        after = after.replace(_FIRST_MODEL, _FIRST_RESTORER.replace("STEM4", str(max(64, 16 * survey.channels))))
+        after = after.replace(_FIRST_MODEL, _FIRST_RESTORER.replace("WIDE", str(max(48, 4 * survey.channels))))
     return "\n".join(lines) + "\n" + after
 
 

@@ -50,7 +50,7 @@ class ModelConfig(BaseModel):
     """Channels of the decoder."""
     fusion: Literal["progressive", "one-step", "upernet"] = "progressive"
     """How the decoder joins its maps: doubling step by step; enlarging all at once for a sum; or a pyramid with a global context."""
-    finest: Literal[4, 8] = 4
+    finest: Literal[2, 4, 8] = 4
     """Stride at which the decoder ends and the last layer, `PixelHead`, begins; like `decoder`, unused by classify."""
 
     @model_validator(mode="after")

@@ -113,8 +113,8 @@ class HybridNet(nn.Module):
                 self.stage8 = nn.Sequential(
                     ConvUnit(c4, c8[0], stride=2), *(ResidualPair(c8[0], gate=config.gate) for _ in range(config.pairs[1]))
                 )
-            channels = [c4, *c8, *config.dims]
-            strides = [4 * 2**level for level in range(len(channels))]
+            channels = [*config.stem, *config.dims]
+            strides = [2 * 2**level for level in range(len(channels))]
             inputs, stride = channels[-attended - 1 : -1], 2  # a stage reads the one before
         else:
             self.encoder = Encoder(config.encoder, config.channels)
@@ -154,7 +154,8 @@ class HybridNet(nn.Module):
             maps: list[Tensor] = self.encoder(image_BCHW)
             first = len(maps) - len(self.stages)
             return [*maps[:first], *(stage(map_) for stage, map_ in zip(self.stages, maps[first:], strict=True))]
-        maps = [self.stage4(self.stem(self.normalize(image_BCHW)))]
+        maps = [self.stem[0](self.normalize(image_BCHW))]
+        maps.append(self.stage4(self.stem[1](maps[0])))
         for stage in (*([self.stage8] if len(self.config.stem) > 2 else []), *self.stages):
             maps.append(stage(maps[-1]))
         return maps
@@ -169,8 +170,8 @@ def _check_encoder(encoder: Encoder, config: ModelConfig) -> None:
             "options dims and depths"
         )
     if config.task != "classify" and config.finest not in encoder.strides:
-        ends = [str(stride) for stride in (4, 8) if stride in encoder.strides]
-        advice = f"set the option finest to {' or '.join(ends)}" if ends else "take an encoder that has stride 4 or 8"
+        ends = [str(stride) for stride in (2, 4, 8) if stride in encoder.strides]
+        advice = f"set the option finest to {' or '.join(ends)}" if ends else "take an encoder that has stride 2, 4 or 8"
         raise RecipeError(
             f"encoder '{encoder.name}' has maps at strides {strides}, and the decoder ends at stride {config.finest}: {advice}"
         )

@@ -77,8 +77,8 @@ def _activations(config: ModelConfig, side: int) -> int:
             layer.register_forward_hook(watch)
     with torch.no_grad():
         network(image)
-    channels = (*config.stem[1:], *config.dims)
-    waiting = 0 if config.task == "classify" else sum(c * (side // s) ** 2 for c, s in zip(channels, strides(config), strict=True))
+    maps = zip((*config.stem, *config.dims), strides(config), strict=True)
+    waiting = 0 if config.task == "classify" else sum(c * (side // s) ** 2 for c, s in maps if s >= config.finest)
     return largest + waiting
 
 
@@ -89,7 +89,7 @@ def _stride(name: str, config: ModelConfig, maps: tuple[int, ...]) -> int:
     if parts[0] in ("stage4", "stage8"):
         return int(parts[0].removeprefix("stage"))
     if parts[0] == "stages":
-        return maps[len(config.stem) - 1 + int(parts[1])]
+        return maps[len(config.stem) + int(parts[1])]
     if parts[0] == "decoder":
         return decoder_stride(parts[1:], config)
     return 0 if config.task == "classify" else config.finest

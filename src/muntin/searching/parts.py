@@ -149,7 +149,7 @@ def _stage(
 def _decoder(config: ModelConfig, sides: dict[int, int]) -> list[tuple[str, Callable[[], nn.Module], dict[str, Any]]]:
     """Key, module and sizes of each level of the decoder, from the coarsest, of what joins them, and of the last layer."""
     dim, finest, fusion = config.decoder, config.finest, config.fusion
-    maps = list(zip(strides(config), (*config.stem[1:], *config.dims), strict=True))
+    maps = list(zip(strides(config), (*config.stem, *config.dims), strict=True))
     levels = [(stride, channels) for stride, channels in maps if stride >= finest][::-1]
     parts: list[tuple[str, Callable[[], nn.Module], dict[str, Any]]] = []
     for index, (stride, channels) in enumerate(levels):

@@ -17,8 +17,8 @@ Coordinates = Sequence[Hashable]
 
 
 def strides(config: ModelConfig) -> tuple[int, ...]:
-    """Strides of the maps, from 4 to the coarsest: of the convolutional stages, then of the attention stages."""
-    return tuple(4 << index for index in range(len(config.stem) - 1 + len(config.dims)))
+    """Strides of the maps, from 2 to the coarsest: of the convolutional stages, then of the attention stages."""
+    return tuple(2 << index for index in range(len(config.stem) + len(config.dims)))
 
 
 def shared_layer(name: str, config: ModelConfig) -> str:
@@ -27,7 +27,7 @@ def shared_layer(name: str, config: ModelConfig) -> str:
     of = f"of-{len(config.stem)}"
     maps = strides(config)
     if parts[0] == "stages":
-        parts[1:2] = [str(maps[len(config.stem) - 1 + int(parts[1])]), of]
+        parts[1:2] = [str(maps[len(config.stem) + int(parts[1])]), of]
         if "attention" in parts:
             split = f"-{config.latent_share:g}".replace(".", "_") if config.attention == "hybrid" else ""
             parts.insert(parts.index("attention") + 1, config.attention + split)

@@ -271,7 +271,8 @@ def default_space(task: Task, head_dim: int = 64, *, gated: bool = False) -> Spa
     if task == "classify":
         choices["resolution"] = (0.75, 1.0)
     else:
-        choices |= {"decoder": (32, 48, 64), "fusion": ("progressive", "one-step", "upernet"), "finest": (4, 8)}
+        finest = (2, 4) if task == "restore" else (4, 8)
+        choices |= {"decoder": (32, 48, 64), "fusion": ("progressive", "one-step", "upernet"), "finest": finest}
     return Space(choices=choices)
 
 

@@ -88,25 +88,28 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
 
 
 def restore_notes(model: HybridNet) -> tuple[str, ...]:
-    """A note on a hybrid for restore whose finest maps hold fewer numbers than the pixels below them, so that fine detail is lost."""
+    """A note on a hybrid for restore whose decoder ends above stride 2, or has fewer channels there than 2 x 2 pixels have values."""
     config = model.config
-    values = config.channels * config.finest**2
-    finest = config.stem[1] if config.finest == 4 else (config.stem[2] if len(config.stem) > 2 else config.dims[0])
-    if config.encoder is not None:
-        finest = dict(zip(model.encoder.strides, model.encoder.channels, strict=True)).get(config.finest, config.dims[0])
-    least = min(finest, config.decoder)
-    if config.task != "restore" or least >= values:
+    values = 4 * config.channels
+    of_encoder = {} if config.encoder is None else dict(zip(model.encoder.strides, model.encoder.channels, strict=True))
+    first = config.stem[0] if config.encoder is None else of_encoder.get(2, 0)
+    least = min(first, config.decoder)
+    if config.task != "restore" or (config.finest == 2 and least >= values):
         return ()
-    kept = 16 * config.channels
+    enough = max(48, values)
     if config.encoder is None:
-        stem, decoder = [max(24, config.stem[0]), max(kept, config.stem[1])], max(kept, config.decoder)
-        advice = f"set model.options, such as {{stem: [{stem[0]}, {stem[1]}, ...], decoder: {decoder}, finest: 4}}"
+        rest = ", ".join(map(str, config.stem[1:]))
+        advice = f"set model.options, such as {{stem: [{max(enough, first)}, {rest}], decoder: {max(enough, config.decoder)}, finest: 2}}"
+    elif first >= values:
+        advice = f"set model.options {{decoder: {max(enough, config.decoder)}, finest: 2}}"
     else:
-        options = f"{{decoder: {kept}, finest: 4}}"
-        advice = f"take an encoder with {kept} channels at stride 4 and model.options {options}, or leave the encoder out"
+        advice = f"take an encoder with {values} channels at stride 2 and model.options {{finest: 2}}, or leave the encoder out"
+    if config.finest > 2:
+        place = "a quarter" if config.finest == 4 else "an eighth"
+        return (f"the decoder ends at {place} of the sides, where fine detail and noise are hard to tell apart: {advice}",)
     return (
-        f"{least} channels at {'a quarter' if config.finest == 4 else 'an eighth'} of the sides hold less than the {values} values of "
-        f"{config.finest} x {config.finest} pixels, so fine detail and noise cannot be told apart: {advice}",
+        f"{least} channels at half of the sides hold less than the {values} values of 2 x 2 pixels, so fine detail and noise cannot be "
+        f"told apart: {advice}",
     )
 
 
