@@ -8,7 +8,7 @@ Models: hybrids whose decoder ends at half of the sides, or at a quarter with a 
 the validation split), and small NAFNets (`nafnet`), trained by `muntin fit` for the same minutes: crops, loss, optimiser, rate and averages
 are the same, and no rate is tuned. Each is exported by `muntin export` in floats and in INT8, and the form is taken that is faster at
 512 x 512, INT8 only if it loses at most `ADMITTED_DB` of PSNR on the validation split. `PSNR float` is PyTorch's, FP32. All are scored on
-whole test pictures, by tiles of 512 pixels. For double size also the ESRGAN of an npm package (`esrgan`), as it comes and trained on for the
+whole test pictures, by tiles of 512 pixels. For double size also the ESRGAN of an npm package (`esrgan`), as it comes and trained on the
 same minutes.
 
 Beside them: the input, or its bicubic enlargement; of scikit-image non-local means, wavelets (BayesShrink) and total variation, which know
