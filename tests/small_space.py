@@ -19,6 +19,7 @@ CHOICES = {
     "gate": [True, False],
     "latent_share": [0.5, 0.75],
     "fusion": ["progressive", "one-step", "upernet"],
+    "finest": [2, 4, 8],
 }
 """Every kind of choice of a network. A stem of two stages needs one pair, so some combinations make no network."""
 
