@@ -7,7 +7,7 @@
 A stem of two stages ends at stride 4, and blocks begin at 8. Every size H, W >= 1 works: strided convolutions round up, the decoder cuts to
 its skips. An encoder of timm may take the place of all convolutions before the blocks:
 
-    image, 0-255 -> Encoder -> maps at strides 4, 8, 16, 32, the coarsest of them through blocks -> decoder -> PixelHead
+    image, 0-255 -> Encoder -> maps at strides 2, 4, ... 32, the coarsest of them through blocks -> decoder -> PixelHead
 
 Axes: B images, C channels, H W map, K scores, S windows, T tokens a window.
 """
