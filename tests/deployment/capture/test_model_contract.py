@@ -14,9 +14,12 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import muntin
 from muntin.artifact.golden import GOLDEN_SIDE, golden_sizes
+from muntin.compression.quantization.observer import ActivationGrid
+from muntin.compression.quantization.quantized_layers import QuantizedConv2d
 from muntin.deployment import infer_signature
-from muntin.deployment.capture.model_contract import check_copy, pairs_at
+from muntin.deployment.capture.model_contract import check_copy, check_independence, pairs_at
 from muntin.deployment.engine_check import FLOAT_LIMITS
+from muntin.errors import ExportError
 from muntin.models import DividedSides
 from muntin.runtime import load
 from muntin.runtime.verification.artifact import replay
@@ -33,6 +36,32 @@ def test_batch_dependent_model(kind: str, build: type[nn.Module], pixels: Any, t
     parts = {"stem": nn.Conv2d(3, 16, 3, padding=1), "norm": nn.BatchNorm2d(16, track_running_stats=False), "head": nn.Conv2d(16, 4, 1)}
     message = refused(build(run, **parts), pixels(1, 3, 48, 40), tmp_path)
     assert "answers an image otherwise beside another one, by " in message
+
+
+class Rounded(nn.Module):
+    """Rounds its input after a sum whose last bits depend on the batch size, as they do in real kernels; all values lie on a border."""
+
+    def __init__(self, mean: bool = False) -> None:
+        super().__init__()
+        self.mean, self.conv = mean, QuantizedConv2d(nn.Conv2d(3, 4, 1), ActivationGrid(scale=40.0, unsigned=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.div(40).floor() * 40 + 20
+        return self.conv((y - y.mean(0, keepdim=True) if self.mean else y) * (1 + 1e-6 * (len(x) - 1)))
+
+
+def test_rounding_that_depends_on_the_batch_size(pixels: Any) -> None:
+    model = Rounded().eval()
+    pairs = pairs_at(model, pixels(1, 3, 48, 40), [(16, 16)])
+    together, alone = (model(torch.cat([torch.from_numpy(pairs[0][0]).permute(0, 3, 1, 2).float()] * count))[:1] for count in (2, 1))
+    assert float((together - alone).detach().std()) > 0.05 * float(alone.detach().std())
+    check_independence(model, pairs)
+
+
+def test_mean_over_the_batch_beside_rounding(pixels: Any) -> None:
+    model = Rounded(mean=True).eval()
+    with pytest.raises(ExportError, match="answers an image otherwise beside another one"):
+        check_independence(model, pairs_at(model, pixels(1, 3, 48, 40), [(16, 16)]))
 
 
 def test_model_of_other_inputs(build: type[nn.Module], pixels: Any, tmp_path: Path, refused: Any) -> None:

@@ -5,7 +5,8 @@ Axes: B batch, O output and I input channels, H W map.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,18 @@ class InputGrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rounded: Tensor = quantize_dequantize(x, self.scale, self.zero_point)
         return rounded
+
+
+@contextmanager
+def exact_inputs(model: nn.Module) -> Iterator[None]:
+    """Compute the quantised operations of a model with unrounded inputs during the block; weights keep their integers."""
+    grids = [module for module in model.modules() if isinstance(module, InputGrid)]
+    handles = [grid.register_forward_hook(lambda _, inputs, output: inputs[0]) for grid in grids]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 GEOMETRY = (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.artifact.golden import golden_sizes
+from muntin.compression.quantization.quantized_layers import exact_inputs
 from muntin.errors import ExportError, MuntinError
 from muntin.models.eager import as_input, check_eager, eager_copy
 from muntin.runtime.host.memory import no_memory
@@ -118,12 +119,15 @@ def check_example(model: nn.Module, example: Tensor, signature: Signature) -> No
 
 
 def check_independence(model: nn.Module, pairs: Pairs) -> None:
-    """Raise `ExportError` where a model's answer to an image depends on earlier ones, or on the others of its batch.
+    """Raise `ExportError` where a model's output for an image depends on earlier images, or on the others of its batch.
 
-    `pairs`: images and the model's answers. A model that draws random numbers passes; it is refused when its graph is compared.
+    `pairs`: images and the model's outputs. A model that draws random numbers passes; it is refused when its graph is compared. Quantised
+    inputs are compared without their rounding: it is fixed for each element, so it cannot mix images, but it turns the last bits of a sum,
+    which depend on the batch size, into whole steps.
     """
     if _is_steady(model, pairs):
-        _check_batch(model, pairs)
+        with exact_inputs(model):
+            _check_batch(model, pairs)
     elif (buffer := _changed_buffer(model, pairs)) is not None:
         raise ExportError(
             f"the model changes its buffer '{buffer}' with each image, and answers by it: an artefact keeps nothing of an image: "
