@@ -35,8 +35,8 @@ from torch import nn
 import muntin
 from kept import Row, kept_row, now
 from muntin.artifact import open_artifact
-from muntin.budgeting.forms import Form, Plan
-from muntin.budgeting.layer_forms import KEPT, layer_forms, offered_ranks
+from muntin.budgeting.forms.layer_forms import KEPT, layer_forms, offered_ranks
+from muntin.budgeting.forms.plans import Form, Plan
 from muntin.budgeting.run import compress_run
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.checkpoint_export import export_checkpoint

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.forms.plans import Form, Plan
 
 SIDE = 16
 
@@ -77,6 +77,12 @@ class Uniform:
         fitting = [index for index in range(len(self.FORMS)) if 10.0 ** (index - 8) <= limit]
         if not fitting:
             return None
-        bits, rank = self.FORMS[fitting[-1]]
+        return self.plan(fitting[-1])
+
+    def int8(self) -> Plan:
+        return self.plan(1)
+
+    def plan(self, index: int) -> Plan:
+        bits, rank = self.FORMS[index]
         forms = {name: Form(rank if name == self.HIDDEN else None, bits) for name in self.LAYERS}
-        return Plan(width=self.width, forms=forms, harm=10.0 ** (fitting[-1] - 8), cost=self.width * bits * (rank or 64))
+        return Plan(width=self.width, forms=forms, harm=10.0 ** (index - 8), cost=self.width * bits * (rank or 64))

@@ -31,6 +31,18 @@ def test_values() -> None:
     assert (budget.max_drop, budget.objective, budget.confidence) == (0, "size", 0.95)
 
 
-def test_drop_that_is_the_budget() -> None:
+def test_verdicts() -> None:
     budget = Budget(max_drop=0.01)
-    assert budget.keeps(0.91 - 0.9) and not budget.keeps(0.0101)  # 0.010000000000000009
+    drop = 0.91 - 0.9  # 0.010000000000000009
+    assert [budget.judge(*pair) for pair in ((drop, drop), (0.0, 0.0101), (0.0101, 0.02), (float("nan"), 0.0))] == [
+        "kept",
+        "uncertain",
+        "broken",
+        "broken",
+    ]
+
+
+def test_drops_that_a_search_settles_for() -> None:
+    budget = Budget(max_drop=0.01)
+    pairs = ((0.009, 0.0095), (0.004, 0.01), (0.006, 0.011), (0.004, 0.5), (0.006, 0.5), (-0.02, 0.1), (0.011, 0.011))
+    assert [budget.accepts(*pair) for pair in pairs] == [True, True, False, True, False, True, False]

@@ -13,8 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from model_helpers import answer, count, one_line
 from muntin import load_compressed, save
 from muntin.budgeting.candidate import CandidateTraining, apply_plan, narrowed
-from muntin.budgeting.forms import Form, Plan
-from muntin.budgeting.layer_forms import KEPT
+from muntin.budgeting.forms.layer_forms import KEPT
+from muntin.budgeting.forms.plans import Form, Plan
 from muntin.compression.low_rank.factored_layers import FactoredConv2d, FactoredLinear
 from muntin.compression.quantization.embeddings import QuantizedEmbedding
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear

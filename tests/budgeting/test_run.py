@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from muntin import Budget
-from muntin.budgeting.forms import Form
+from muntin.budgeting.forms.plans import Form
 from muntin.budgeting.run import RecipeCourse, _splits, compress_run
-from muntin.compression import load_model
+from muntin.compression import load_compressed, load_model
 from muntin.data.source import HeldSamples, Sample
 from muntin.errors import DataError, MuntinError
 from muntin.models.eager import eager_copy
@@ -54,7 +54,7 @@ def test_compressed_run(trained: Checkpoint, tmp_path: Path) -> None:
     recipe = override_recipe(trained.recipe, ["budget.steps=2", "budget.trials=1"])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
     result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
-    assert result.kept and len(result.trials) == 1 and result.holdout is not None
+    assert result.kept and len(result.trials) == 2 and result.holdout is not None
     assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is not None and result.holdout.interval is not None
     assert result.artifact.manifest.signature.classes == trained.signature.classes  # type: ignore[union-attr]
 
@@ -65,9 +65,11 @@ def test_kept_layers_and_values_of_the_stages(trained: Checkpoint, tmp_path: Pat
     recipe = override_recipe(trained.recipe, [*search, *changes])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
     result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
-    forms = result.trials[0].plan.forms
+    forms = result.trials[1].plan.forms
     assert forms["0"] == Form(None, 16) and forms["2"].rank is None and forms["2"].bits < 16
-    assert type(result.model.get_submodule("0")) is nn.Conv2d and type(result.model.get_submodule("2")) is not nn.Conv2d
+    for trial in result.trials:
+        kept = load_compressed(trial.folder / "model", load_model(checkpoint))
+        assert type(kept.get_submodule("0")) is nn.Conv2d and type(kept.get_submodule("2")) is not nn.Conv2d
     assert "not used with a budget, which chooses ranks and bits itself: compression.weight_bits" in result.notes
     unknown = override_recipe(recipe, ["compression.keep=['head']"])
     with pytest.raises(MuntinError, match="keep names no layer: head"):
@@ -119,7 +121,7 @@ def test_interrupted_candidate_goes_on(trained: Checkpoint, tmp_path: Path, monk
     assert not (tmp_path / "parts" / "training").exists()
     states = [one.model.state_dict() for one in (whole, result)]
     assert states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert whole.trials[0].score == result.trials[0].score
+    assert whole.trials[1].score == result.trials[1].score
 
 
 def test_candidate_is_trained_by_the_recipe(trained: Checkpoint, tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.forms.plans import Form, Plan
 from muntin.budgeting.search import NARROW, Base, Search, front
 from muntin.budgeting.trials import Trial
 from muntin.errors import MuntinError
@@ -33,27 +34,88 @@ class Smooth:
         harm = 1e-7 * 10 ** (8 * index / STEPS)
         return Plan(width=self.width, forms={"layer": Form(index, 8)}, harm=harm, cost=self.share * (1000 - 2 * index))
 
+    def int8(self) -> Plan:
+        return Plan(width=self.width, forms={"layer": Form(None, 8)}, harm=1e-4, cost=800 * self.share)
 
-def searched(drop: Callable[[int, Plan], float], bases: Sequence[Base] = (Smooth(),), trials: int = 60, budget: Budget = BUDGET) -> Search:
+
+def measured(number: int, plan: Plan, limit: float, lost: float, budget: Budget = BUDGET) -> Trial:
+    """A trial with this drop; one of infinity has failed."""
+    verdict: Any = budget.judge(lost, lost) if lost < math.inf else "failed"
+    return Trial(
+        number=number, plan=plan, limit=limit, score=1 - lost, drop=lost, bound=lost, bytes=round(plan.cost), ms=plan.cost / 100,
+        verdict=verdict, accepted=lost <= budget.max_drop, seconds=1.0, folder=Path(str(number)),
+        failed="no engine" if lost == math.inf else "",
+    )  # fmt: skip
+
+
+def searched(
+    drop: Callable[[int, Plan], float],
+    bases: Sequence[Base] = (Smooth(),),
+    trials: int = 60,
+    budget: Budget = BUDGET,
+    known: Sequence[Trial] = (),
+) -> Search:
     by_width = {base.width: base for base in bases}
 
     def attempt(number: int, plan: Plan, limit: float) -> Trial:
-        lost = drop(number, plan)
-        return Trial(
-            number=number, plan=plan, limit=limit, score=1 - lost, drop=lost, bound=lost, bytes=round(plan.cost), ms=plan.cost / 100,
-            kept=lost <= budget.max_drop, seconds=1.0, folder=Path(str(number)),
-        )  # fmt: skip
+        return measured(number, plan, limit, drop(number, plan), budget)
 
-    search = Search(list(by_width), by_width.__getitem__, attempt, budget, may_go_on=lambda done, opening: len(done) < trials)
+    search = Search(
+        list(by_width), by_width.__getitem__, attempt, budget.objective, known=known, may_go_on=lambda done, opening: len(done) < trials
+    )
     search.run()
     return search
+
+
+INT8 = measured(0, Plan(cost=800.0), 0.0, 0.0)
+
+
+def test_int8_within_the_budget() -> None:
+    """Trials lie between plain INT8 and the most harmful plan, each more careful than the one before that broke the budget."""
+    search = searched(lambda number, plan: 0.02, known=[INT8], trials=4)
+    costs = [trial.plan.cost for trial in search.trials[1:]]
+    assert costs == sorted(costs) and costs[-1] > 0.75 * 800 and max(costs) <= 800
+    assert search.best is search.trials[0] and search.best.number == 0 and not search.unreachable
+
+
+def test_int8_outside_the_budget() -> None:
+    search = searched(lambda number, plan: 100 * plan.harm, known=[measured(0, Plan(cost=800.0), 0.0, 0.5)])
+    assert search.best is not None and search.best.number and search.best.accepted
+
+
+def test_failed_trials() -> None:
+    search = searched(lambda number, plan: math.inf if number == 1 else plan.harm, known=[INT8])
+    assert search.trials[1].failed and search.trials[2].plan.harm < search.trials[1].plan.harm
+    assert search.best is not None and search.best.accepted and not search.best.failed
+    assert search.trials[1] not in front(search.trials, "size")
+    assert searched(lambda number, plan: math.inf, trials=5).best is None
+
+
+def test_resumed_search_takes_the_same_decisions() -> None:
+    def drop(number: int, plan: Plan) -> float:
+        return plan.harm / plan.width
+
+    bases = (Smooth(), Smooth(0.8, 0.9), Smooth(0.6, 0.7))
+    whole = searched(drop, bases, known=[INT8])
+    for count in range(1, len(whole.trials)):
+        resumed = searched(drop, bases, known=[INT8, *whole.trials[1:count]])
+        assert resumed.trials == whole.trials
+
+
+def test_trials_of_another_budget() -> None:
+    first = searched(lambda number, plan: plan.harm, known=[INT8])
+    wider = Budget(max_drop=0.1)
+    known = [measured(trial.number, trial.plan, trial.limit, trial.drop, wider) for trial in first.trials]
+    again = searched(lambda number, plan: plan.harm, known=known, budget=wider)
+    assert again.best is not None and 0.01 < again.best.plan.harm <= 0.1
+    assert len(again.trials) - len(first.trials) < len(first.trials)
 
 
 @given(st.floats(-5, 1))
 def test_limit_is_found(exponent: float) -> None:
     search = searched(lambda number, plan: BUDGET.max_drop * plan.harm / 10**exponent)
     best = search.best
-    assert best is not None and best.kept and len(search.trials) <= 9
+    assert best is not None and best.accepted and len(search.trials) <= 9
     optimum = Smooth().propose(10**exponent * (1 + 1e-9))
     assert optimum is not None and best.plan.cost <= optimum.cost / (1 - NARROW) + 2
     keys = [trial.plan.forms["layer"] for trial in search.trials]
@@ -68,13 +130,13 @@ def test_everything_keeps_the_budget() -> None:
 def test_nothing_keeps_the_budget() -> None:
     search = searched(lambda number, plan: 0.02 + 0.001 * plan.harm)
     assert search.unreachable and len(search.trials) == 4
-    assert search.best is search.trials[-1] and not search.best.kept
+    assert search.best is search.trials[-1] and not search.best.accepted
 
 
 def test_best_of_a_noisy_measurement() -> None:
     generator = np.random.default_rng(0)
     search = searched(lambda number, plan: plan.harm + generator.normal(0, 0.005))
-    kept = [trial for trial in search.trials if trial.kept]
+    kept = [trial for trial in search.trials if trial.accepted]
     assert search.best is min(kept, key=lambda trial: trial.bytes)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from model_helpers import one_line, pixels
-from muntin.budgeting.forms import Form
+from muntin.budgeting.forms.plans import Form
 from muntin.budgeting.tables import FILE, FormRow, Tables, assign_forms, build_tables, model_digest
 from muntin.errors import DataError, MuntinError
 

@@ -4,47 +4,93 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from model_helpers import one_line
-from muntin.budgeting.forms import Form, Plan
-from muntin.budgeting.trials import Trial, TrialFolder, batches_digest, plan_of
+from muntin.budgeting.forms.plans import Form, Plan
+from muntin.budgeting.scores import Score
+from muntin.budgeting.trials import Trial, TrialFolder, batches_digest, measured_trials, plan_of
 from muntin.errors import MuntinError
 
-SETTINGS = {"model": "abc", "max_drop": 0.01, "seed": 0}
+SETTINGS = {"model": "abc", "seed": 0}
 PLAN = Plan(width=0.8, forms={"a": Form(8, 4), "b": Form(None, 16)}, harm=0.5, cost=100.0)
-MEASURED = {"score": 0.9, "drop": 0.1, "bound": 0.1, "bytes": 120, "ms": 1.5, "kept": False, "seconds": 2.0}
+MEASURED = {"bytes": 120, "ms": 1.5, "seconds": 2.0}
+SCORE = Score.of(np.array([1.0, 0.0, 1.0]))
 
 
-def make(part: Path) -> dict[str, Any]:
+def make(part: Path) -> tuple[dict[str, Any], Score]:
     (part / "artifact").mkdir()
-    return MEASURED
+    return MEASURED, SCORE
 
 
-def never(part: Path) -> dict[str, Any]:
+def never(part: Path) -> Any:
     raise AssertionError("measured again")
 
 
+def judge(score: Score) -> dict[str, Any]:
+    return {"drop": 1 - score.value, "bound": 0.5, "verdict": "uncertain", "accepted": False}
+
+
 def test_trial_is_measured_once(tmp_path: Path) -> None:
-    trial = TrialFolder(tmp_path, SETTINGS).trial(1, PLAN, 0.7, make)
-    assert TrialFolder(tmp_path, SETTINGS).trial(1, PLAN, 0.7, never) == trial
-    assert trial == Trial(number=1, plan=PLAN, limit=0.7, folder=tmp_path / "trials" / "001", **MEASURED)  # type: ignore[arg-type]
-    assert trial.artifact.is_dir() and (trial.cost("size"), trial.cost("latency")) == (120, 1.5)
+    trial = TrialFolder(tmp_path, SETTINGS).trial(1, PLAN, 0.7, make, judge)
+    assert TrialFolder(tmp_path, SETTINGS).trial(1, PLAN, 0.7, never, judge) == trial
+    judged = {"score": SCORE.value, **judge(SCORE)}
+    assert trial == Trial(number=1, plan=PLAN, limit=0.7, folder=tmp_path / "trials" / "001", **MEASURED, **judged)  # type: ignore[arg-type]
+    assert trial.artifact.is_dir() and trial.within and (trial.cost("size"), trial.cost("latency")) == (120, 1.5)
     assert plan_of(json.loads((trial.folder / "trial.json").read_text())) == PLAN
 
 
+def test_trial_is_judged_again(tmp_path: Path) -> None:
+    def seen(score: Score) -> dict[str, Any]:
+        assert score.samples is not None and score.samples.tolist() == [1.0, 0.0, 1.0]
+        return {"drop": 0.0, "bound": 0.0, "verdict": "kept", "accepted": True}
+
+    folder = TrialFolder(tmp_path, SETTINGS)
+    folder.trial(2, PLAN, 0.7, make, judge)
+    assert [(trial.number, trial.verdict) for trial in folder.trials(seen)] == [(2, "kept")] and measured_trials(tmp_path) == 1
+
+
+def test_failed_trial_is_recorded(tmp_path: Path) -> None:
+    def failing(part: Path) -> Any:
+        raise ValueError("no\nsuch kernel")
+
+    folder = TrialFolder(tmp_path, SETTINGS)
+    trial = folder.trial(1, PLAN, 0.7, failing, judge)
+    assert (trial.failed, trial.verdict, trial.within, trial.plan) == ("ValueError: no such kernel", "failed", False, PLAN)
+    assert folder.trials(judge) == [trial]
+
+
+def test_full_disk_is_no_failed_trial(tmp_path: Path) -> None:
+    def full(part: Path) -> Any:
+        raise MuntinError("cannot be written") from OSError(28, "No space left on device")
+
+    folder = TrialFolder(tmp_path, SETTINGS)
+    with pytest.raises(MuntinError, match="cannot be written"):
+        folder.trial(1, PLAN, 0.7, full, judge)
+    assert folder.trials(judge) == []
+
+
 def test_killed_trial_leaves_no_record(tmp_path: Path) -> None:
-    def killed(part: Path) -> dict[str, Any]:
+    def killed(part: Path) -> Any:
         make(part)
         raise KeyboardInterrupt
 
     folder = TrialFolder(tmp_path, SETTINGS)
     with pytest.raises(KeyboardInterrupt):
-        folder.trial(1, PLAN, 0.7, killed)
+        folder.trial(1, PLAN, 0.7, killed, judge)
     assert [path.name for path in (tmp_path / "trials").iterdir()] == [".001.partial"]
-    folder.trial(1, PLAN, 0.7, make)
+    folder.trial(1, PLAN, 0.7, make, judge)
     assert [path.name for path in (tmp_path / "trials").iterdir()] == ["001"]
+
+
+def test_terms_of_calls(tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path, SETTINGS)
+    one, other = {"max_drop": 0.01}, {"max_drop": 0.02}
+    assert [folder.begin(terms) for terms in (one, other, one)] == [False] * 3
+    folder.end()
+    assert [folder.begin(terms) for terms in (one, other, other)] == [False, True, False]
 
 
 def test_tables_go_on_after_an_interruption(tmp_path: Path) -> None:
@@ -65,26 +111,23 @@ def test_tables_go_on_after_an_interruption(tmp_path: Path) -> None:
 def test_other_settings(tmp_path: Path) -> None:
     TrialFolder(tmp_path, SETTINGS)
     with pytest.raises(MuntinError) as error:
-        TrialFolder(tmp_path, {**SETTINGS, "max_drop": 0.02})
-    assert "other settings (max_drop 0.01, not 0.02): give another folder" in one_line(error)
+        TrialFolder(tmp_path, {**SETTINGS, "seed": 1})
+    assert "other settings (seed 0, not 1): give another folder" in one_line(error)
 
 
-def test_other_plan(tmp_path: Path) -> None:
-    folder = TrialFolder(tmp_path, SETTINGS)
-    folder.trial(1, PLAN, 0.7, make)
-    other = Plan(width=0.8, forms={"a": Form(None, 8), "b": Form(None, 16)})
-    assert folder.trial(1, other, 0.9, never).plan == PLAN  # the one that was measured
-    with pytest.raises(MuntinError, match="of another plan"):
-        folder.trial(1, Plan(width=1.0, forms=PLAN.forms), 0.7, never)
+def test_folder_of_another_version(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").write_text('{"model": "abc", "seed": 0, "max_drop": 0.01}')
+    with pytest.raises(MuntinError, match="another version of muntin"):
+        TrialFolder(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_damaged_record(tmp_path: Path, text: str) -> None:
     folder = TrialFolder(tmp_path, SETTINGS)
-    trial = folder.trial(1, PLAN, 0.7, make)
+    trial = folder.trial(1, PLAN, 0.7, make, judge)
     (trial.folder / "trial.json").write_text(text)
     with pytest.raises(MuntinError) as error:
-        folder.trial(1, PLAN, 0.7, never)
+        folder.trial(1, PLAN, 0.7, never, judge)
     assert "remove its folder, and it is measured again" in one_line(error)
 
 

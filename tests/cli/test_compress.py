@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from muntin.artifact import open_artifact
 from muntin.artifact.file_lock import folder_in_use
-from muntin.budgeting.forms import Plan
-from muntin.budgeting.pipeline import SearchProgress
+from muntin.budgeting.forms.plans import Plan
+from muntin.budgeting.result import SearchProgress
 from muntin.budgeting.trials import Trial
 from muntin.cli import app, compress, console
 from muntin.compression import load_model
@@ -375,32 +375,56 @@ def searched(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_budget_search_and_its_page(call: Call, searched: Path) -> None:
     words = ("compress", searched, "--max-drop", "1", "--confidence", "0.5", "--trials", "2", "--steps", "2")
     answer = call(*words)
-    assert (answer.code, answer.err) == (0, "")
+    assert answer.code == 0 and "plan      FP32 and plain INT8 are exported and scored first" in answer.err
+    assert "at most 2 trials of 2 training steps" in answer.err
     lines = answer.out.splitlines()
     assert all(word in lines[1] for word in ("width", "mIoU", "at worst", "MB", "ms", "front"))
-    assert [line.split()[1] for line in lines[3:6]] == ["FP32", "trial", "trial"]
-    assert any(line.startswith("chosen    trial ") for line in lines) and any(line.startswith("held out  mIoU 0.") for line in lines)
+    assert [" ".join(line.split()[1:3]) for line in lines[3:7]] == ["FP32 │", "INT8 │", "trial 1", "trial 2"]
+    assert any(line.startswith("chosen    ") for line in lines) and any(line.startswith("held out  mIoU 0.") for line in lines)
     page = searched / "budget" / "front.html"
     assert page.is_file() and lines[-1] == f"page      {page}"
 
     document = json.loads(call(*words, "--json").out)  # goes on: nothing is left to do
-    assert document["kept"] and document["outcome"] == "kept" and [row["trial"] for row in document["rows"]] == [0, 1, 2]
+    assert document["kept"] and document["outcome"] == "kept" and [row["trial"] for row in document["rows"]] == [None, 0, 1, 2]
     artifact = open_artifact(document["artifact"])
-    assert artifact.bytes == document["rows"][document["chosen"]]["bytes"] and artifact.manifest.signature.task == "segment"
+    assert artifact.bytes == document["rows"][1 + document["chosen"]]["bytes"] and artifact.manifest.signature.task == "segment"
     low, high = document["holdout"]["interval"]
     assert low <= document["holdout"]["drop"] <= high and document["holdout"]["samples"] >= 2
 
-    assert (
-        "other settings (confidence 0.5, not 0.95, max_drop 1" in call("compress", searched, "--max-drop", "0.5", "--steps", "2").mistake()
-    )
+    again = call("compress", searched, "--max-drop", "0", "--trials", "2", "--steps", "2", "--minutes", "0")
+    assert again.code in (0, 1) and again.out.count("trial ") >= 2
     assert "other settings (recipe " in call(*words, "--set", "compression.distillation=0").mistake()
+
+
+def test_dry_run_of_a_budget_search(call: Call, searched: Path, tmp_path: Path) -> None:
+    words = ("compress", searched, "--max-drop", "0.1", "--steps", "2", "--minutes", "3", "-o", tmp_path / "none", "--dry-run")
+    answer = call(*words)
+    lines = answer.out.splitlines()
+    assert answer.code == 0 and lines[0].startswith("plan      ") and "the limit of 3 minutes covers all of it" in answer.out
+    assert "candidates are judged on " in lines[-1] and not (tmp_path / "none").exists()
+    plan = json.loads(call(*words, "--json").out)["plan"]
+    assert plan["trials"] == 12 and plan["steps"] == 2 and plan["layers"] == 3 and plan["table_s"] > 0
+    assert call("compress", searched, "--dry-run").code == 2
 
 
 @pytest.mark.parametrize(("objective", "least"), [("size", "smallest so far 0.100 MB"), ("latency", "fastest so far 2.00 ms")])
 def test_progress_of_a_budget_search(monkeypatch: pytest.MonkeyPatch, objective: str, least: str) -> None:
     measured = [(0.3, 90_000, 1.0, False), (0.9, 300_000, 4.0, True), (0.5, 100_000, 3.0, True), (0.8, 200_000, 2.0, True)]
     trials = tuple(
-        Trial(number=number, plan=Plan(), limit=0, score=score, drop=0, bound=0, bytes=size, ms=ms, kept=kept, seconds=1, folder=Path())
+        Trial(
+            number=number,
+            plan=Plan(),
+            limit=0,
+            score=score,
+            drop=0,
+            bound=0,
+            bytes=size,
+            ms=ms,
+            verdict="kept" if kept else "broken",
+            accepted=kept,
+            seconds=1,
+            folder=Path(),
+        )
         for number, (score, size, ms, kept) in enumerate(measured, start=1)
     )
     terminal = Console(file=StringIO(), force_terminal=True, width=200, markup=False, highlight=False)

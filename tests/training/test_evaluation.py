@@ -41,8 +41,10 @@ def evaluated(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], clas
     return evaluate(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
 
 
-def areas_of(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], classes: int, tile: int = 64) -> NDArray[np.int64]:
-    return areas(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
+def areas_of(
+    pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], classes: int, tile: int = 64, block: int | None = None
+) -> NDArray[np.int64]:
+    return areas(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile, block=block)
 
 
 @settings(max_examples=30, deadline=None)
@@ -64,6 +66,7 @@ def test_scores_against_a_plain_count(seed: int, classes: int, pictures: int, ti
                 score(pairs, classes, tile)
         return
     sums = areas_of(pairs, classes, tile).sum(0)
+    assert (areas_of(pairs, classes, tile, block=2).sum(0) == sums).all()
     assert sums.tolist() == [[((guess == k) & (truth == k)).sum(), ((guess == k) | (truth == k)).sum()] for k in range(classes)]
     result = evaluated(pairs, classes, tile)
     assert (result.samples, result.counted) == (pictures, truth.size)

@@ -1,6 +1,7 @@
-"""One accuracy budget for ranks, channels and bits together, kept by the deployed artefact."""
+"""One accuracy budget for ranks, channels and bits together, kept by the deployed artifact."""
 
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.pipeline import CompressionResult, compress
+from muntin.budgeting.pipeline import compress
+from muntin.budgeting.result import CompressionResult
 
 __all__ = ["Budget", "CompressionResult", "compress"]

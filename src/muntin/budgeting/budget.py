@@ -9,7 +9,9 @@ from typing import Literal, get_args
 from muntin.errors import MuntinError
 
 Objective = Literal["size", "latency"]
-"""Quantity to make least: bytes of the artefact, or milliseconds of a call of one row in the engine."""
+"""Quantity to minimise: bytes of the artifact, or milliseconds of a call of one row in the engine."""
+Verdict = Literal["kept", "uncertain", "broken", "failed"]
+"""Judgement of a trial: within the budget with certainty; within it on the samples, not certain on others; outside; not measured."""
 
 
 ROUNDING = 1e-9
@@ -19,9 +21,9 @@ ROUNDING = 1e-9
 class Budget:
     """An accuracy budget.
 
-    `max_drop`: most that the metric of the deployed artefact may lose against the FP32 model's, in the metric's own units; 0 or more.
-    `objective`: what is made least within it. `confidence`: from 0.5 to below 1; the drop is within `max_drop` with this certainty on data
-    like those of `evaluate`, if it returns samples (a one-sided bound, `scores.drop_bound`); None: the measured drop counts as it is.
+    `max_drop`: maximum loss of the metric of the deployed artifact against the FP32 model, in the metric's own units, from 0.
+    `objective`: quantity to minimise within it. `confidence`: certainty of the verdict "kept", from 0.5 to below 1: the upper bound of the
+    drop (`scores.drop_bound`) on data like those of `evaluate` is within `max_drop`, too. None: no bound is computed.
     Raises `MuntinError` for other values.
     """
 
@@ -38,6 +40,15 @@ class Budget:
         if confidence is not None and (not isinstance(confidence, int | float) or not 0.5 <= confidence < 1):
             raise MuntinError(f"confidence={confidence!r}: give a number from 0.5 to below 1, such as 0.95, or None")
 
-    def keeps(self, drop: float) -> bool:
-        """Return True for a drop within the budget, up to the rounding of a difference of two scores."""
-        return drop <= self.max_drop + ROUNDING
+    def judge(self, drop: float, bound: float) -> Verdict:
+        """Return the verdict on a drop and its upper bound, up to the rounding of a difference of two scores."""
+        if not drop <= self.max_drop + ROUNDING:
+            return "broken"
+        return "kept" if bound <= self.max_drop + ROUNDING else "uncertain"
+
+    def accepts(self, drop: float, bound: float) -> bool:
+        """Return True for a drop that the search settles for: its bound is within the budget, or its value within half of the budget.
+
+        The second is for data that are too few to certify half of the budget: no search could end there otherwise.
+        """
+        return drop + min(bound - drop, self.max_drop / 2) <= self.max_drop + ROUNDING

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from muntin.budgeting.forms import Plan
-from muntin.budgeting.layer_forms import KEPT, ranks_of
+from muntin.budgeting.forms.layer_forms import KEPT, ranks_of
+from muntin.budgeting.forms.plans import Plan
 from muntin.compression.channels.pruning import prune
 from muntin.compression.channels.sizes import prunable
 from muntin.compression.distillation import distil
@@ -29,7 +29,7 @@ from muntin.compression.quantization.embeddings import quantize_tables, tables
 from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
 from muntin.compression.quantization.reconstruction import reconstruct
-from muntin.compression.rewrite import EVERY, is_kept, named
+from muntin.compression.rewrite import EVERY, is_kept, keepable, named
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Product, SoftmaxProduct
 from muntin.models.eager import ModelInputs, call, eager_copy, first_row
@@ -154,6 +154,14 @@ def apply_plan(
     freeze(model, calibration)
     if embeddings:
         remember(model, quantize_tables(model, calibration[0], embeddings, min_sqnr_db=0.0, only=EVERY, keep=()))
+    return model
+
+
+def plain_int8(base: nn.Module, calibration: Sequence[ModelInputs], *, keep: Sequence[str] = ()) -> nn.Module:
+    """Return a copy of a model in plain INT8, embeddings included, without training. `keep`: what stays in floats."""
+    model = eager_copy(base).eval()
+    embeddings = dict.fromkeys((name for name in tables(model) if not is_kept(name, keep)), 8)
+    quantize(model, calibration, keep=_naming(keep, keepable(model)), embedding_bits=embeddings or None)
     return model
 
 

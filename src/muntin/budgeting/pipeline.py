@@ -1,6 +1,6 @@
-"""`muntin.compress`: the smallest or fastest form of a model whose deployed artefact keeps an accuracy budget.
+"""`muntin.compress`: the smallest or fastest form of a model whose deployed artifact keeps an accuracy budget.
 
-reference artefact (FP32) -> tables of harm and cost -> search { plan -> apply -> train -> export -> evaluate the artefact } -> holdout
+FP32 artifact -> plain INT8 (trial 0) -> tables of harm and cost -> search { plan -> apply -> train -> export -> evaluate } -> holdout
 """
 
 from __future__ import annotations
@@ -8,40 +8,52 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from muntin.artifact import AnyArtifact, Signature, open_any_artifact
+from muntin.artifact import Signature, open_any_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
-from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed
+from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed, plain_int8
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
-from muntin.budgeting.forms import Form, Plan
-from muntin.budgeting.latency import latency_settings
-from muntin.budgeting.layer_forms import KEPT
-from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, score_of
-from muntin.budgeting.search import Base, Search, front
-from muntin.budgeting.tables import TableProgress, assign_forms, build_tables, model_digest
-from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest
+from muntin.budgeting.forecast import QAT_STEPS, Deadline, Forecast, OutOfTime, forecast
+from muntin.budgeting.forms.latency import latency_settings
+from muntin.budgeting.forms.layer_forms import KEPT
+from muntin.budgeting.forms.plans import Form, Plan
+from muntin.budgeting.result import (
+    CompressionResult,
+    Holdout,
+    SearchProgress,
+    SearchReport,
+    certainty_note,
+    outcome_notes,
+    outcome_of,
+    rows_of,
+    trial_name,
+)
+from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, least_certain_drop, score_of
+from muntin.budgeting.search import Base, Search
+from muntin.budgeting.tables import TableProgress, assign_forms, build_tables, model_digest, uniform_plan
+from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest, measured_trials, terms_of
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.embeddings import tables
 from muntin.compression.rewrite import check_kept, keepable, named
 from muntin.errors import MuntinError
-from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
 from muntin.training.config import BudgetConfig
 from muntin.training.recipe import load_recipe, parse_recipe
 
 LEARNING_RATE = 1e-3
-"""Default of the training of candidates."""
-SearchOutcome = Literal["kept", "not reachable", "not tried"]
+"""Default learning rate of candidates."""
+FAILURES = 3
+"""Trials in a row that fail before the search ends."""
 OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TableProgress], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
 
@@ -71,61 +83,9 @@ class TablePlans:
         plan = assign_forms(self.tables, limit, self.objective)
         return replace(plan, width=self.width, cost=plan.cost + self._fixed)
 
-
-@dataclass(frozen=True, kw_only=True)
-class SearchProgress:
-    """State of a search. `trials`: those so far; `number`: of the trial; `what`: of the tables is measured; `loss`: of the step."""
-
-    stage: Literal["reference", "tables", "trial", "train", "holdout"]
-    trials: tuple[Trial, ...] = ()
-    number: int = 0
-    what: str = ""
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-
-
-SearchReport = Callable[[SearchProgress], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Holdout:
-    """The figures to report, on data that the search has not seen: scores, and the `interval` of the drop (95 %), None without samples."""
-
-    reference: float
-    score: float
-    drop: float
-    interval: tuple[float, float] | None
-    samples: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressionResult:
-    """The result of `muntin.compress`.
-
-    `model`: for PyTorch, in integers; a copy of the FP32 model if nothing was tried. `artifact`: the chosen one, or the reference's.
-    `kept`: True if the budget is kept by `evaluate` on it. `best`: the chosen trial. `rows`: plain values of the reference and each trial.
-    `changes`: what the passes did to the model. `noise`: by how much two calls of `evaluate` differ.
-    """
-
-    model: nn.Module
-    artifact: AnyArtifact
-    kept: bool
-    outcome: SearchOutcome
-    budget: Budget
-    reference: float
-    noise: float
-    best: Trial | None
-    trials: tuple[Trial, ...]
-    rows: tuple[dict[str, Any], ...]
-    holdout: Holdout | None
-    changes: tuple[Change, ...]
-    notes: tuple[str, ...]
-    folder: Path
-
-    @property
-    def front(self) -> tuple[Trial, ...]:
-        return tuple(front(self.trials, self.budget.objective))
+    def int8(self) -> Plan:
+        plan = uniform_plan(self.tables, 8, self.objective)
+        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
 
 
 def compress(
@@ -149,27 +109,29 @@ def compress(
     plans: OpenBase | None = None,
     course: Course | None = None,
 ) -> CompressionResult:
-    """Find the form of a model with the fewest bytes, or the least latency, whose artefact keeps an accuracy budget.
+    """Find the form of a model with the fewest bytes, or the least latency, whose artifact keeps an accuracy budget.
 
     Works on copies. `calibration`: batches of typical inputs: raw pixels `(B, C, H, W)`, 0-255, or other tensors, alone, as a tuple or by
-    name. `evaluate`: called with a callable that takes the model's own input tensors and answers from the deployed artefact; returns a
+    name. `evaluate`: called with a callable that takes the model's own input tensors and answers from the deployed artifact; returns a
     score, higher is better, or one for each sample `(N,)`, or the intersection and union of each class in each sample `(N, K, 2)`, whose
-    score is the mean IoU. `holdout`: like it, on other data, for the figures that are reported: called once with the FP32 model's artefact
+    score is the mean IoU. `holdout`: like it, on other data, for the figures that are reported: called once with the FP32 model's artifact
     and once with the chosen one.
 
-    `finetune`: batches of inputs, on which each candidate learns the FP32 model's answers, or of (inputs, targets) with
-    `loss(answer, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
-    (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. The search ends at the nearer limit of trials and
-    minutes; no trial begins that would end later, if it takes as long as the longest one, and no tables of a width. `step_seconds`: time of
-    a step of training, if known, by which the first trial is judged. What has begun is finished: the scores of the FP32 model, the tables
-    of the first width.
+    `finetune`: batches of inputs, on which each candidate learns the FP32 model's outputs, or of (inputs, targets) with
+    `loss(output, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
+    (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. `minutes` limits this call: no trial begins that is
+    expected to end later, and tables and training end between two steps. It is exceeded by at most one export or one call of `evaluate`.
+    `step_seconds`: time of a step of training, if known, by which the first trial is judged.
 
-    `signature`: of an image model, by default inferred. `folder`: of all trials, each with its artefact; by default a new temporary one. A
-    search that was interrupted goes on if it is called again with the same arguments and folder, and the result is the same; a search of
-    other settings in the folder is an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate` depend
-    on. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all their outputs, and of embeddings and products that
-    stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of a width; by default from tables of harm and cost.
-    `course`: trains candidates, in place of `finetune` and `loss`.
+    Trial 0 is plain INT8 without training. A trial that cannot be made, exported or scored is a row with its reason. `folder`: of all
+    trials, each with its artifact; by default a new temporary one. The same call with the same folder goes on, after an interruption or the
+    time limit, too. Another budget judges the measured trials again; if the search had ended, nothing is trained then, and the same call
+    once more goes on. Other settings are an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate`
+    depend on.
+
+    `signature`: of an image model, by default inferred. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all
+    their outputs, and of embeddings and products that stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of
+    a width; by default from tables of harm and cost. `course`: trains candidates, in place of `finetune` and `loss`.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
@@ -187,22 +149,36 @@ def compress(
     teacher = eager_copy(model).eval()
     agreed = {
         **(settings or {}),
-        "model": model_digest(teacher), "calibration": batches_digest(batches), "max_drop": budget.max_drop, "objective": budget.objective,
-        "confidence": budget.confidence, "steps": None if course is None else course.steps, "loss": False, "learning_rate": None,
+        "model": model_digest(teacher), "calibration": batches_digest(batches), "objective": budget.objective,
+        "steps": None if course is None else course.steps, "loss": False, "learning_rate": None,
         **({} if course is None else course.settings), "widths": list(config.widths), "seed": seed,
         **{name: list(entries) for name, entries in (("keep", keep), ("dense", dense)) if entries},
         **(latency_settings(None) if budget.objective == "latency" else {}),  # milliseconds of two machines do not compare
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
+    deadline = Deadline(config.minutes)
     with folder_in_use(place, "muntin.compress") as notes:
+        trials = TrialFolder(place, agreed)
+        plan = search_forecast(teacher, batches, course, config, place, step_seconds=step_seconds)
+        progress(SearchProgress(stage="plan", forecast=plan))
         work = _BudgetedCompression(
-            teacher, batches, interface_of(teacher, batches, signature), TrialFolder(place, agreed), budget,
+            teacher, batches, interface_of(teacher, batches, signature), trials, budget, deadline,
             evaluate=evaluate, course=course, open_base=plans, step_seconds=step_seconds, seed=seed, keep=keep,
             progress=progress,
         )  # fmt: skip
         result = work.run(config, holdout=holdout)
     kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()
     return replace(result, notes=(*notes, *result.notes, *kept_in))
+
+
+def search_forecast(
+    model: nn.Module, batches: list[ModelInputs], course: Course | None, config: BudgetConfig, folder: Path, *, step_seconds: float
+) -> Forecast:
+    """Return what a search is going to do (`forecast`), with the trials that its folder holds."""
+    return forecast(
+        model, batches, steps=0 if course is None else course.steps, step_s=step_seconds, trials=config.trials,
+        measured=measured_trials(folder), minutes=config.minutes,
+    )  # fmt: skip
 
 
 def budget_config(recipe: BudgetConfig | Mapping[str, Any] | Path | str | None) -> BudgetConfig:
@@ -236,6 +212,7 @@ class _BudgetedCompression:
         interface: Interface,
         folder: TrialFolder,
         budget: Budget,
+        deadline: Deadline,
         *,
         evaluate: Evaluate,
         course: Course | None,
@@ -246,51 +223,88 @@ class _BudgetedCompression:
         progress: SearchReport,
     ) -> None:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
-        self.evaluate, self.course, self.make_base, self.seed, self.progress = evaluate, course, open_base, seed, progress
-        self.keep, self.narrowed = keep, dict[float, nn.Module]()
-        self.first_seconds = 0.0 if course is None else course.steps * step_seconds
-        """Time that the first trial takes at least."""
+        self.deadline, self.evaluate, self.course, self.make_base, self.seed = deadline, evaluate, course, open_base, seed
+        self.keep, self.progress, self.narrowed = keep, progress, dict[float, nn.Module]()
+        self.training_seconds = 0.0 if course is None else QAT_STEPS * course.steps * step_seconds
+        """Estimated time of the training of the first trial."""
         self.base_seconds = 0.0
         """The longest recorded time of the tables of a width."""
         self.exact_floats = False
         """True if float layers run in 32 bits, because 16 alone would spend more than half of the budget."""
-        self.seconds = 0.0
-        """Recorded time of everything so far, also of runs before this one."""
         self.trials: tuple[Trial, ...] = ()
 
     def run(self, config: BudgetConfig, *, holdout: Evaluate | None) -> CompressionResult:
         self.progress(SearchProgress(stage="reference"))
-        record = self.folder.reference(self._reference)
-        self.seconds += record["seconds"]
-        self.reference = Score(record["score"], None if record["samples"] is None else np.asarray(record["samples"]))
+        record, self.reference = self.folder.reference(self._reference)
+        self.deadline.reserve = 0.0 if holdout is None else 2 * record["evaluate_seconds"]
         self.exact_floats = record.get("narrow_drop", 0.0) > self.budget.max_drop / 2
-        minutes = config.minutes
+        self._say(certainty_note(self.reference, self.budget))
+        self.trials = tuple(self.folder.trials(self._judge))
+        search = Search(
+            list(config.widths), self._open_base, self._attempt, self.budget.objective, known=self.trials,
+            trained=self.course is not None, may_go_on=lambda done, opening: self._may_go_on(done, opening, config),
+        )  # fmt: skip
+        rejudged = self.folder.begin(terms_of(self.budget))
+        notes = []
+        if rejudged:
+            notes.append("the trials were judged again by this budget; the same call once more goes on with the search")
+        elif config.minutes != 0:
+            try:
+                self._int8(search, record)
+                search.run()
+                if not search.stopped:
+                    self.folder.end()
+            except OutOfTime:
+                search.stopped = True
+        return self._result(search, record, holdout, notes, config)
 
-        def may_go_on(done: Sequence[Trial], opening: bool) -> bool:
-            ahead = max((trial.seconds for trial in done), default=self.first_seconds) + (self.base_seconds if opening else 0.0)
-            return len(done) < config.trials and (minutes is None or self.seconds + ahead <= 60 * minutes) and minutes != 0
+    def _may_go_on(self, done: Sequence[Trial], opening: bool, config: BudgetConfig) -> bool:
+        trained = [trial for trial in done if trial.number]
+        if len(trained) >= config.trials or (len(trained) >= FAILURES and all(trial.failed for trial in trained[-FAILURES:])):
+            return False
+        return self.deadline.allows(self._expected(done) + (self.base_seconds if opening else 0.0))
 
-        search = Search(list(config.widths), self._open_base, self._attempt, self.budget, may_go_on=may_go_on)
-        search.run()
-        return self._result(search, record, holdout, minutes=minutes)
+    def _expected(self, done: Sequence[Trial]) -> float:
+        """Return the seconds that the next trial is expected to take: as the longest one, or by the speed of training before the first."""
+        int8 = next((trial.seconds for trial in done if not trial.number), 0.0)
+        return max((trial.seconds for trial in done if trial.number), default=self.training_seconds + int8)
 
-    def _reference(self, part: Path) -> dict[str, Any]:
+    def _judge(self, score: Score) -> dict[str, Any]:
+        drop, bound = self.reference.value - score.value, drop_bound(self.reference, score, self.budget.confidence)
+        return {"drop": drop, "bound": bound, "verdict": self.budget.judge(drop, bound), "accepted": self.budget.accepts(drop, bound)}
+
+    def _say(self, note: str) -> None:
+        if note:
+            self.progress(SearchProgress(stage="note", trials=self.trials, note=note))
+
+    def _reference(self, part: Path) -> tuple[dict[str, Any], Score]:
         started = time.perf_counter()
         deploy(self.teacher, self.interface, self.batches[0], part / ARTIFACT)
         with self._deployed(part / ARTIFACT, precision="f32") as deployed:
+            begun = time.perf_counter()
             first, second = (self._score(self.evaluate, deployed, "evaluate", "the FP32 model") for _ in range(2))
             record = {
-                "score": first.value, "noise": abs(first.value - second.value), "bytes": deployed.bytes,
-                "ms": deployed.latency_ms(self.batches[0]), "samples": None if first.samples is None else first.samples.tolist(),
+                "evaluate_seconds": (time.perf_counter() - begun) / 2, "noise": abs(first.value - second.value), "bytes": deployed.bytes,
+                "ms": deployed.latency_ms(self.batches[0]),
             }  # fmt: skip
         with self._deployed(part / ARTIFACT) as deployed:
             if deployed.session.precision != "f32":
                 narrow = self._score(self.evaluate, deployed, "evaluate", "the model in 16 bits")
                 record["narrow_drop"] = first.value - narrow.value
-        return record | {"seconds": time.perf_counter() - started}
+        return record | {"seconds": time.perf_counter() - started}, first
+
+    def _int8(self, search: Search, record: Mapping[str, Any]) -> None:
+        """Measure trial 0 if it is missing and the time allows it, and say what the evaluation data can certify."""
+        if not any(trial.number == 0 for trial in search.trials):
+            if not self.deadline.allows(record["seconds"]):
+                raise OutOfTime
+            search.trials.insert(0, self._attempt(0, Plan(), 0.0))
+        if least_certain_drop(self.reference.samples, self.budget.confidence) is None and self.reference.samples is not None:
+            self._say(certainty_note(self.reference, self.budget, search.trials[0]))
 
     def _open_base(self, width: float) -> Base:
         def report(what: str, done: int, total: int) -> None:
+            self.deadline.check()
             self.progress(SearchProgress(stage="tables", trials=self.trials, what=what, step=done, steps=total))
 
         def open_in(folder: Path) -> Base:
@@ -303,7 +317,6 @@ class _BudgetedCompression:
 
         report("pruning" if width < 1 else "forms", 0, 1)
         place, record = self.folder.base(width, make)
-        self.seconds += record["seconds"]
         self.base_seconds = max(self.base_seconds, record["seconds"])
         return open_in(place)
 
@@ -314,16 +327,16 @@ class _BudgetedCompression:
 
     def _attempt(self, number: int, plan: Plan, limit: float) -> Trial:
         self.progress(SearchProgress(stage="trial", trials=self.trials, number=number))
-        trial = self.folder.trial(number, plan, limit, lambda part: self._measure(number, plan, part))
+        trial = self.folder.trial(number, plan, limit, lambda part: self._measure(number, plan, part), self._judge)
         self.folder.forget_training(number)
         self.trials = (*self.trials, trial)
-        self.seconds += trial.seconds
         return trial
 
-    def _measure(self, number: int, plan: Plan, part: Path) -> dict[str, Any]:
+    def _measure(self, number: int, plan: Plan, part: Path) -> tuple[dict[str, Any], Score]:
         started, course, earlier = time.perf_counter(), self.course, 0.0
 
         def report(step: int, loss: float) -> None:
+            self.deadline.check()
             steps = 0 if course is None else course.steps
             self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=step, steps=steps, loss=loss))
 
@@ -333,16 +346,18 @@ class _BudgetedCompression:
             earlier = course.train(model, self.teacher, seed=self.seed, folder=self.folder.training(number), report=report)
 
         base = self._narrowed(plan.width)
-        model = apply_plan(base, plan, self.batches, keep=self.keep, train=None if course is None else train)
+        if number:
+            model = apply_plan(base, plan, self.batches, keep=self.keep, train=None if course is None else train)
+        else:
+            model = plain_int8(base, self.batches, keep=self.keep)
+        self.deadline.check()
         deploy(model, self.interface, self.batches[0], part / ARTIFACT, exact=self.exact_floats)
         save(model, part / MODEL)
         with self._deployed(part / ARTIFACT) as deployed:
-            score = self._score(self.evaluate, deployed, "evaluate", f"trial {number}")
-            bound = drop_bound(self.reference, score, self.budget.confidence)
-            return {
-                "score": score.value, "drop": self.reference.value - score.value, "bound": bound, "kept": self.budget.keeps(bound),
-                "bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0]), "seconds": earlier + time.perf_counter() - started,
-            }  # fmt: skip
+            score = self._score(self.evaluate, deployed, "evaluate", trial_name(number))
+            self._judge(score)  # refuses other samples than the reference's
+            record = {"bytes": deployed.bytes, "ms": deployed.latency_ms(self.batches[0])}
+        return record | {"seconds": earlier + time.perf_counter() - started}, score
 
     def _score(self, function: Evaluate, deployed: Deployed, called: str, what: str) -> Score:
         return score_of(function, deployed, called=called, what=what, folder=self.folder.folder)
@@ -350,28 +365,14 @@ class _BudgetedCompression:
     def _deployed(self, path: Path, *, precision: str = "recorded") -> Deployed:
         return Deployed(path, self.interface, precision=precision)
 
-    def _result(self, search: Search, record: dict[str, Any], holdout: Evaluate | None, *, minutes: float | None) -> CompressionResult:
-        best = search.best
-        kept = best is not None and best.kept
-        outcome: SearchOutcome = "not tried" if best is None else "kept" if kept else "not reachable"
-        notes = [*self._noise(record["noise"]), *self._narrow(record), *self._uncertain(), *search.notes]
-        if best is None:
-            why = "minutes is 0" if minutes == 0 else "the limit of trials or minutes was reached before"
-            if minutes and self.seconds <= 60 * minutes < self.seconds + self.first_seconds:
-                why = f"minutes is {minutes:g}, of which {self.seconds / 60:.2g} are used, and a candidate's training takes at least "
-                why += f"{self.first_seconds / 60:.2g}, at the speed of the first one: give more minutes, or fewer steps"
-            notes.append(f"nothing was tried: {why}")
-        elif not kept:
-            what = "the least harmful plan loses more, too" if search.unreachable else f"none of {len(search.trials)} trials keeps it"
-            notes.append(f"a drop of at most {self.budget.max_drop:g} was not reached: {what}; the result is the trial with the least drop")
-            if (within := sum(self.budget.keeps(trial.drop) for trial in search.trials)) and self.reference.samples is not None:
-                notes.append(
-                    f"{within} of the trials keep it on the {len(self.reference.samples)} samples of evaluate, but not with a certainty of "
-                    f"{self.budget.confidence} on others: give more samples, a greater drop or a smaller confidence"
-                )
-        elif search.stopped:
-            better = "a smaller" if self.budget.objective == "size" else "a faster"
-            notes.append(f"stopped at the limit of trials or minutes: with more, {better} model may be found")
+    def _result(
+        self, search: Search, record: dict[str, Any], holdout: Evaluate | None, notes: list[str], config: BudgetConfig
+    ) -> CompressionResult:
+        best, budget = search.best, self.budget
+        int8 = next((trial for trial in search.trials if trial.number == 0), None)
+        notes += [*self._noise(record["noise"]), *self._narrow(record), *filter(None, [certainty_note(self.reference, budget, int8)])]
+        notes += [*outcome_notes(search.trials, best, budget, unreachable=search.unreachable), *search.notes]
+        notes += self._limits(search, config)
         figures = None
         if holdout is not None and best is not None:
             self.progress(SearchProgress(stage="holdout", trials=self.trials))
@@ -382,11 +383,29 @@ class _BudgetedCompression:
         if best is not None:
             model = load_compressed(best.folder / MODEL, model)
         return CompressionResult(
-            model=model, artifact=open_any_artifact(path), kept=kept, outcome=outcome, budget=self.budget,
+            model=model, artifact=open_any_artifact(path), kept=best is not None and best.within, outcome=outcome_of(best), budget=budget,
             reference=self.reference.value, noise=record["noise"], best=best, trials=tuple(search.trials),
-            rows=_rows(record, self.folder.reference_artifact, search.trials), holdout=figures, changes=history(model),
-            notes=tuple(notes), folder=self.folder.folder,
+            rows=rows_of(record | {"score": self.reference.value}, self.folder.reference_artifact, search.trials), holdout=figures,
+            changes=history(model), notes=tuple(notes), folder=self.folder.folder,
         )  # fmt: skip
+
+    def _limits(self, search: Search, config: BudgetConfig) -> list[str]:
+        """Return notes on what a limit of trials or minutes left out."""
+        if config.minutes == 0:
+            return [] if search.trials else ["nothing was tried: minutes is 0"]
+        trained = [trial for trial in search.trials if trial.number]
+        if len(trained) >= FAILURES and all(trial.failed for trial in trained[-FAILURES:]):
+            return [f"the search ended after {FAILURES} failed trials in a row: mend the reason, and remove the folders of these trials"]
+        if not search.stopped:
+            return []
+        if len(trained) >= config.trials:
+            return ["stopped at the limit of trials: more may find a better model"]
+        if trained or self.course is None:
+            return [f"stopped at the limit of {config.minutes:g} minutes: the same call goes on where it ended"]
+        return [
+            f"no trained candidate was tried: its training takes about {self.training_seconds / 60:.2g} minutes of the "
+            f"{config.minutes:g} given: the same call goes on with what was measured; give more minutes, or fewer steps"
+        ]
 
     def _noise(self, noise: float) -> list[str]:
         if not noise:
@@ -401,13 +420,6 @@ class _BudgetedCompression:
             return []
         return [f"float layers run in 32 bits: in 16 the FP32 model alone loses {record['narrow_drop']:.4g}, more than half of max_drop"]
 
-    def _uncertain(self) -> list[str]:
-        samples = self.reference.samples
-        if self.budget.confidence is None or (samples is not None and len(samples) > 1):
-            return []
-        got = "one number" if samples is None else "one sample"
-        return [f"evaluate returned {got}: the measured drop counts as it is, without a margin for data that it has not seen"]
-
     def _held_out(self, holdout: Evaluate, best: Trial) -> Holdout:
         def measure(path: Path, what: str, precision: str) -> dict[str, Any]:
             with self._deployed(path, precision=precision) as deployed:
@@ -416,14 +428,14 @@ class _BudgetedCompression:
 
         records = (
             self.folder.holdout(None, lambda: measure(self.folder.reference_artifact, "the FP32 model", "f32")),
-            self.folder.holdout(best.number, lambda: measure(best.artifact, f"trial {best.number}", "recorded")),
+            self.folder.holdout(best.number, lambda: measure(best.artifact, trial_name(best.number), "recorded")),
         )
         reference, score = (
             Score(one["score"], None if one["samples"] is None else np.asarray(one["samples"], np.float64)) for one in records
         )
         return Holdout(
             reference=reference.value, score=score.value, drop=reference.value - score.value,
-            interval=drop_interval(reference, score, seed=self.seed), samples=None if score.samples is None else len(score.samples),
+            interval=drop_interval(reference, score), samples=None if score.samples is None else len(score.samples),
         )  # fmt: skip
 
     def _about(self, figures: Holdout) -> list[str]:
@@ -433,17 +445,3 @@ class _BudgetedCompression:
         if (times := self.folder.held_out) > 1:
             notes.append(f"holdout was called for {times} chosen trials of this folder: the figures are less independent")
         return notes
-
-
-def _rows(reference: dict[str, Any], artifact: Path, trials: Iterable[Trial]) -> tuple[dict[str, Any], ...]:
-    measured = {key: reference[key] for key in ("score", "bytes", "ms")}
-    first = {"trial": 0, "width": 1.0, "drop": 0.0, "bound": 0.0, **measured, "kept": True, "artifact": str(artifact)}
-    rest = [
-        {
-            "trial": trial.number, "width": trial.plan.width, "score": trial.score, "drop": trial.drop, "bound": trial.bound,
-            "bytes": trial.bytes, "ms": trial.ms, "kept": trial.kept, "limit": trial.limit, "harm": trial.plan.harm,
-            "cost": trial.plan.cost, "artifact": str(trial.artifact),
-        }
-        for trial in trials
-    ]  # fmt: skip
-    return (first, *rest)

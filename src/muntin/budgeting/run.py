@@ -16,15 +16,19 @@ from torch import nn
 
 from muntin.budgeting.budget import Budget
 from muntin.budgeting.candidate import StepReport
-from muntin.budgeting.pipeline import CompressionResult, OpenBase, SearchReport, compress
+from muntin.budgeting.forecast import Forecast, OutOfTime
+from muntin.budgeting.pipeline import OpenBase, compress, search_forecast
+from muntin.budgeting.result import CompressionResult, SearchProgress, SearchReport
+from muntin.compression.calibration import calibration_list
 from muntin.compression.loading import load_model
 from muntin.compression.rewrite import EVERY
 from muntin.compression.stages import trained_steps
 from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
 from muntin.models.eager import eager_copy
+from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, source_of
-from muntin.training.config import CompressionConfig, QuantizationConfig
+from muntin.training.config import BudgetConfig, CompressionConfig, QuantizationConfig
 from muntin.training.evaluation import areas, predictions, tile_of
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights
@@ -59,14 +63,9 @@ def compress_run(
     for as many as the three stages together: shares of the steps that the run took. Ctrl-C ends after the step in progress. Raises
     `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
     """
-    if checkpoint.state.compression is not None:
-        raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
-    recipe, source = checkpoint.recipe, source_of(checkpoint)
-    stages, config = recipe.compression, recipe.budget
-    steps = config.steps
-    if steps is None:
-        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * trained_steps(checkpoint)))
-    rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
+    config, source = _config(checkpoint), source_of(checkpoint)
+    recipe = checkpoint.recipe
+    stages, steps, rate = recipe.compression, config.steps or 0, config.learning_rate or 0.0
     model = load_model(checkpoint)
     judged, held_out = _splits(source)
     course = RecipeCourse(checkpoint, source, steps=steps, learning_rate=rate) if steps else None
@@ -74,13 +73,52 @@ def compress_run(
     ranks = stages.low_rank
     result = compress(
         model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
-        holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature,
-        recipe=config.model_copy(update={"steps": steps, "learning_rate": rate}),
-        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed, progress=progress,
-        step_seconds=checkpoint.state.seconds / max(1, checkpoint.state.step), keep=(*stages.keep, *recipe.quantization.keep),
-        dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
+        holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature, recipe=config,
+        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed,
+        progress=_with_samples(progress, judged, held_out), step_seconds=_step_seconds(checkpoint),
+        keep=(*stages.keep, *recipe.quantization.keep), dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
     )  # fmt: skip
     return replace(result, notes=(*result.notes, *(() if course is None else course.notes), *_unused(recipe)))
+
+
+def _config(checkpoint: Checkpoint) -> BudgetConfig:
+    """Return the recipe's section `budget` with steps and learning rate filled in. Raises `CheckpointError` for a compressed model."""
+    if checkpoint.state.compression is not None:
+        raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
+    stages, config = checkpoint.recipe.compression, checkpoint.recipe.budget
+    steps = config.steps
+    if steps is None:
+        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * trained_steps(checkpoint)))
+    rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
+    return config.model_copy(update={"steps": steps, "learning_rate": rate})
+
+
+def _step_seconds(checkpoint: Checkpoint) -> float:
+    return checkpoint.state.seconds / max(1, checkpoint.state.step)
+
+
+def forecast_run(checkpoint: Checkpoint, folder: Path) -> Forecast:
+    """Return what `compress_run` is going to do. Writes nothing."""
+    config, source = _config(checkpoint), source_of(checkpoint)
+    course = RecipeCourse(checkpoint, source, steps=config.steps, learning_rate=config.learning_rate or 0.0) if config.steps else None
+    batches = calibration_list(calibration_of(checkpoint, source))
+    found = search_forecast(load_model(checkpoint), batches, course, config, folder, step_seconds=_step_seconds(checkpoint))
+    return replace(found, samples=_samples_text(*_splits(source)))
+
+
+def _with_samples(progress: SearchReport, judged: Samples, held_out: Samples) -> SearchReport:
+    """Return a report that adds the number of images to the forecast."""
+
+    def report(state: SearchProgress) -> None:
+        if state.forecast is not None:
+            state = replace(state, forecast=replace(state.forecast, samples=_samples_text(judged, held_out)))
+        progress(state)
+
+    return report
+
+
+def _samples_text(judged: Samples, held_out: Samples) -> str:
+    return f"candidates are judged on {count(len(judged), 'image')}; the final figures are of {len(held_out)} others"
 
 
 def _unused(recipe: Recipe) -> tuple[str, ...]:
@@ -116,13 +154,13 @@ def _splits(source: Source) -> tuple[Samples, Samples]:
 
 
 def _metric(samples: Samples, tile: int, task: str) -> Callable[[Any], Any]:
-    """The samples of the score of an artefact: areas of bands of pictures for segment, 1 or 0 for each picture for classify, its
-    PSNR in dB for restore.
+    """Return a function from an artifact to its scores: areas of blocks of images for segment, 1 or 0 for each image for classify,
+    its PSNR in dB for restore.
     """
 
     def measure(deployed: Any) -> Any:
         if task == "segment":
-            return areas(deployed.session, samples, tile=tile)
+            return areas(deployed.session, samples, tile=tile, block=64)
         if task == "restore":
             return picture_psnrs(deployed.session, samples, tile=tile)
         return [float(labels[0] == sample.target) for sample, labels in predictions(deployed.session, samples, tile=tile)]
@@ -176,16 +214,24 @@ class RecipeCourse:
         )  # fmt: skip
         trainer.remember(self.shrunk)
 
+        late, interruption = False, Interruption()
+
         def tell(progress: FitProgress) -> None:
+            nonlocal late
             if progress.kind == "step":
-                report(progress.step, progress.loss or 0.0)
+                try:
+                    report(progress.step, progress.loss or 0.0)
+                except OutOfTime:  # training ends after this step, with a checkpoint
+                    late = interruption.requested = True
 
         root = Path(self.checkpoint.state.root)
         training = _CandidateRun(
             trainer, recipe, self.source, directory=folder, root=root, start=start, report=tell, seed=recipe.seed + SEED
         )
-        with Interruption() as interruption:
+        with interruption:
             training.run(interruption)
+        if late:
+            raise OutOfTime
         if interruption.requested:
             raise KeyboardInterrupt
         self.shrunk = trainer.shrunk or self.shrunk

@@ -4,18 +4,21 @@
 
 The next limit is the one whose plan costs the geometric mean of the plans at the limits known: harm spans many decades, cost a few octaves.
 Predicted harm orders plans well but is no accuracy, so only trials decide. The budget may be kept at one limit and broken at a lower one
-(training is noisy), so the best trial that keeps it wins, not the last. Decisions depend on the measurements alone: a search that is
-resumed takes the same ones, and one with more trials goes on where it ended.
+(training is noisy), so the best accepted trial wins, not the last. If plain INT8 (trial 0) is accepted, the search begins between that
+and the most harmful plan, so each trial that breaks the budget is followed by a more careful one. Decisions depend on the measurements
+alone: a search that is resumed takes the same ones, and one with more trials goes on where it ended. Trials of an earlier call with
+another budget count as evidence, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
-from muntin.budgeting.budget import Budget
-from muntin.budgeting.forms import Plan
+from muntin.budgeting.budget import Objective
+from muntin.budgeting.forms.plans import Plan
 from muntin.budgeting.trials import Trial
 from muntin.errors import MuntinError
 
@@ -39,7 +42,10 @@ class Base(Protocol):
     width: float
 
     def propose(self, limit: float) -> Plan | None:
-        """The plan of least cost whose harm is at most `limit`; None if even the least harm is more."""
+        """Return the plan of least cost whose harm is at most `limit`; None if even the least harm is more."""
+
+    def int8(self) -> Plan:
+        """Return the plan of 8 bits for every layer that has such a form, with its predictions."""
 
 
 TryPlan = Callable[[int, Plan, float], Trial]
@@ -49,8 +55,9 @@ TryPlan = Callable[[int, Plan, float], Trial]
 class Search:
     """A search over bases, the first of which is the unpruned model.
 
-    `open_base`: makes the base of a width, which may take minutes; raises `MuntinError` where the model has none. `may_go_on`: asked
-    before each trial and each base, with the trials so far, and True before a base.
+    `open_base`: makes the base of a width, which may take minutes; raises `MuntinError` where the model has none. `known`: trials that are
+    measured already; number 0 is plain INT8. `trained`: True if candidates are trained. `may_go_on`: asked before each trial and each base,
+    with the trials so far, and True before a base.
     """
 
     def __init__(
@@ -58,12 +65,15 @@ class Search:
         widths: Sequence[float],
         open_base: Callable[[float], Base],
         attempt: TryPlan,
-        budget: Budget,
+        objective: Objective,
         *,
+        known: Sequence[Trial] = (),
+        trained: bool = True,
         may_go_on: Callable[[Sequence[Trial], bool], bool],
     ) -> None:
-        self.widths, self.open_base, self.attempt, self.budget, self.may_go_on = widths, open_base, attempt, budget, may_go_on
-        self.trials: list[Trial] = []
+        self.widths, self.open_base, self.attempt, self.objective, self.may_go_on = widths, open_base, attempt, objective, may_go_on
+        self.trained = trained
+        self.trials: list[Trial] = list(known)
         self.notes: list[str] = []
         self.stopped = False
         """True if `may_go_on` ended the search."""
@@ -74,16 +84,11 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """The cheapest trial that keeps the budget (of those about as fast, the smallest); if none does, the one with the least drop.
+        """The cheapest accepted trial (of those about as fast, the smallest); if there is none, the one with the least drop.
 
-        None without trials.
+        None without measured trials.
         """
-        kept = [trial for trial in self.trials if trial.kept]
-        if kept:
-            least = min(trial.cost(self.budget.objective) for trial in kept)
-            near = [trial for trial in kept if trial.cost(self.budget.objective) <= least * (1 + EQUAL_COST)]
-            return min(near, key=lambda trial: (trial.bytes, trial.cost(self.budget.objective), trial.number))
-        return min(self.trials, key=lambda trial: (trial.bound, trial.number), default=None)
+        return best_of(self.trials, self.objective)
 
     def run(self) -> None:
         """Search until the limits are narrow, or `may_go_on` says no."""
@@ -105,28 +110,53 @@ class Search:
             brackets[width] = bracket
             if first is None:
                 first = bracket
-                self._bisect(bracket, FIRST)
-                if self._none_kept() and self._goes_on():
+                self._begin_with_int8(bracket)
+            earlier = self._learn(bracket)
+            if bracket is first:
+                self._bisect(bracket, FIRST - len(earlier))
+                if self._none_accepted() and self._goes_on():
                     self._least_harm(bracket)
+            elif earlier:
+                self._judge_probe(bracket, earlier[0], first)
             else:
                 self._probe(bracket, first)
             if self.unreachable:
                 return
         ended = self.stopped
-        if (best := self.best) is not None:
-            self._bisect(brackets[best.plan.width])
+        best = self.best
+        if best is not None and (bracket_of_best := brackets.get(best.plan.width)) is not None:
+            self._bisect(bracket_of_best)
         self.stopped |= ended
+
+    def _begin_with_int8(self, bracket: _Bracket) -> None:
+        """Give trial 0 the predictions of its plan; if it is accepted, only cheaper plans are searched.
+
+        If it is not, training may mend that; without training, more harmful plans break it, too.
+        """
+        for index, trial in enumerate(self.trials):
+            if trial.number == 0:
+                plan = bracket.base.int8()
+                self.trials[index] = replace(trial, plan=plan)
+                if trial.accepted or not (self.trained or trial.failed):
+                    bracket.settle(max(plan.harm, bracket.low[0]), plan, kept=trial.accepted)
+
+    def _learn(self, bracket: _Bracket) -> list[Trial]:
+        """Take the trials of a width that were measured by earlier calls into account, and return them."""
+        earlier = [trial for trial in self.trials if trial.number and trial.plan.width == bracket.base.width]
+        for trial in earlier:
+            bracket.settle(trial.limit, trial.plan, trial.accepted)
+        return earlier
 
     def _goes_on(self, *, opening: bool = False) -> bool:
         self.stopped = not self.may_go_on(self.trials, opening)
         return not self.stopped
 
-    def _none_kept(self) -> bool:
-        return not any(trial.kept for trial in self.trials)
+    def _none_accepted(self) -> bool:
+        return not any(trial.accepted for trial in self.trials)
 
     def _bisect(self, bracket: _Bracket, most: int | None = None) -> None:
         count = 0
-        while count != most and (proposal := bracket.following()) is not None and self._goes_on():
+        while (most is None or count < most) and (proposal := bracket.following()) is not None and self._goes_on():
             self._try(bracket, *proposal)
             count += 1
 
@@ -136,30 +166,34 @@ class Search:
         proposal = bracket.least if plan is None else (0.0, plan)
         if not bracket.was_tried(proposal[1]):
             self._try(bracket, *proposal)
-        self.unreachable = self._none_kept()
+        self.unreachable = self._none_accepted()
 
     def _probe(self, bracket: _Bracket, first: _Bracket) -> None:
-        """Try the least harmful plan of another width that is predicted to cost less than the best trial; note a width that loses.
-
-        If it breaks the budget with less harm from ranks and bits than the first width's keeps it with, pruning is to blame.
-        """
+        """Try the least harmful plan of another width that is predicted to cost less than the best trial; note a width that loses."""
         best = self.best
-        if best is None or not best.kept:
+        if best is None or not best.accepted:
             return
-        width = bracket.base.width
         proposal = bracket.cheaper_than(LEAST_GAIN * best.plan.cost)
         if proposal is None:
+            width = bracket.base.width
             self.notes.append(f"width {width:g} was left: no plan of it is predicted to cost less than trial {best.number}")
-            return
-        trial = self._try(bracket, *proposal)
-        if not trial.kept:
+        else:
+            self._judge_probe(bracket, self._try(bracket, *proposal), first)
+
+    def _judge_probe(self, bracket: _Bracket, trial: Trial, first: _Bracket) -> None:
+        """Note a width that loses.
+
+        If it breaks the budget with less harm from ranks and bits than the first width keeps it with, pruning is to blame.
+        """
+        if not trial.accepted:
+            width = bracket.base.width
             self.too_narrow = width if trial.plan.harm <= first.low[1].harm else self.too_narrow
             self.notes.append(f"width {width:g} was left: it breaks the budget where it would begin to cost less (trial {trial.number})")
 
     def _try(self, bracket: _Bracket, limit: float, plan: Plan) -> Trial:
-        trial = self.attempt(len(self.trials) + 1, plan, limit)
+        trial = self.attempt(1 + max((trial.number for trial in self.trials), default=0), plan, limit)
         self.trials.append(trial)
-        bracket.settle(trial.limit, trial.plan, trial.kept)
+        bracket.settle(trial.limit, trial.plan, trial.accepted)
         return trial
 
 
@@ -235,9 +269,20 @@ def _key(plan: Plan) -> tuple[object, ...]:
     return plan.width, tuple(sorted(plan.forms.items()))
 
 
+def best_of(trials: Iterable[Trial], objective: Objective) -> Trial | None:
+    """Return the best trial; see `Search.best`."""
+    measured = [trial for trial in trials if not trial.failed]
+    if accepted := [trial for trial in measured if trial.accepted]:
+        least = min(trial.cost(objective) for trial in accepted)
+        near = [trial for trial in accepted if trial.cost(objective) <= least * (1 + EQUAL_COST)]
+        return min(near, key=lambda trial: (trial.bytes, trial.cost(objective), trial.number))
+    return min(measured, key=lambda trial: (trial.drop, trial.number), default=None)
+
+
 def front(trials: Iterable[Trial], objective: str) -> list[Trial]:
-    """The trials that no other one beats in cost and score, by cost."""
-    ordered = sorted(trials, key=lambda trial: (trial.cost(objective), -trial.score, trial.number))
+    """Return the trials that no other one beats in cost and score, by cost."""
+    measured = [trial for trial in trials if not trial.failed]
+    ordered = sorted(measured, key=lambda trial: (trial.cost(objective), -trial.score, trial.number))
     found: list[Trial] = []
     for trial in ordered:
         if not found or trial.score > found[-1].score:

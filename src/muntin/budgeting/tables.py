@@ -1,6 +1,6 @@
 """The table of all forms of all layers, from which plans are chosen, in a CSV file that a person can read.
 
-    # {"format": 2, "model": digest, "calibration": digest, "latency": hardware, "reasons": {layer: [why it has no other forms]}}
+    # {"format": 3, "model": digest, "calibration": digest, "latency": hardware, "complete": true, "reasons": {layer: [why ...]}}
     layer,rank,bits,parameters,bytes,macs,harm,ms
 
 An empty rank: not factored. Bits 16: floats. An empty ms: not measured; 0 of embeddings, whose rows are looked up.
@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from muntin.artifact.atomic_files import write_files
 from muntin.budgeting.assignment import Option, assign
 from muntin.budgeting.budget import Objective
-from muntin.budgeting.forms import Form, Plan
-from muntin.budgeting.harm import BLIND, measure_harm
-from muntin.budgeting.latency import latency_settings, measured_latencies
-from muntin.budgeting.layer_forms import KEPT, FormCost, FormLayers, embedding_forms, layer_forms
+from muntin.budgeting.forms.harm import BLIND, measure_harm
+from muntin.budgeting.forms.latency import latency_settings, measured_latencies
+from muntin.budgeting.forms.layer_forms import KEPT, FormCost, FormLayers, embedding_forms, layer_forms
+from muntin.budgeting.forms.plans import Form, Plan
 from muntin.compression.calibration import calibration_list
 from muntin.compression.rewrite import is_kept
 from muntin.errors import DataError, MuntinError
 from muntin.models.eager import ModelInputs, check_eager, tensors_of
 
 FILE = "tables.csv"
-FORMAT = 2
+FORMAT = 3
 TableProgress = Callable[[str, int, int], None]
 """Called with what is being measured, the steps done and their number."""
 BYTES_SHARE = 0.05
@@ -66,6 +66,7 @@ class Tables:
     """The forms of each layer and embedding by dotted name. `reasons`: why a layer has no integer form or no factored one.
 
     `model`, `calibration`: digests of what was measured. `latency`: hardware and engine of the milliseconds, None without them.
+    `complete`: False while layers are missing.
     """
 
     layers: Mapping[str, tuple[FormRow, ...]]
@@ -73,6 +74,7 @@ class Tables:
     model: str
     calibration: str
     latency: Mapping[str, Any] | None = None
+    complete: bool = False
 
     def options(self, objective: Objective) -> dict[str, list[Option]]:
         """Harm and cost of each layer's forms, in the order of `layers`; for latency with `BYTES_SHARE` for bytes."""
@@ -103,6 +105,7 @@ class Tables:
             "model": self.model,
             "calibration": self.calibration,
             "latency": self.latency,
+            "complete": self.complete,
             "reasons": {name: list(reasons) for name, reasons in self.reasons.items()},
         }
         text = io.StringIO()
@@ -134,6 +137,7 @@ class Tables:
                 model=head["model"],
                 calibration=head["calibration"],
                 latency=head["latency"],
+                complete=head["complete"],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{file}: not a table of forms ({error}): delete the file to measure again") from error
@@ -161,7 +165,8 @@ def build_tables(
 ) -> Tables:
     """Measure the forms of every Linear, Conv2d and Embedding of a model, or read them from `folder` if they were measured there.
 
-    The model is not changed. For "latency" also the milliseconds on this machine, with `threads` of the engine (None: the usable physical
+    The file is written after each layer, and an interrupted measurement goes on from it. The model is not changed. For "latency" also the
+    milliseconds on this machine, with `threads` of the engine (None: the usable physical
     cores); they are measured again on another one. Costs those of `layer_forms`, `measure_harm` and `measured_latencies`. Raises
     `MuntinError` if the folder has the table of another model or other calibration batches.
     """
@@ -170,17 +175,17 @@ def build_tables(
     report = progress or (lambda step, done, total: None)
     digests = {"model": model_digest(model), "calibration": _digest(tensor for batch in calibration for tensor in tensors_of(batch))}
     folder = Path(folder)
-    tables = Tables.read(folder) if (folder / FILE).exists() else None
-    if tables is not None:
+    tables = Tables(layers={}, reasons={}, model=digests["model"], calibration=digests["calibration"])
+    if (folder / FILE).exists():
+        tables = Tables.read(folder)
         _check_same(tables, digests, folder)
     engine = latency_settings(threads)
-    if tables is not None and (objective == "size" or tables.latency == engine):
+    if tables.complete and (objective == "size" or tables.latency == engine):
         return tables
     report("forms", 0, 1)
     layers = layer_forms(model, calibration)
-    if tables is None:
-        tables = _measure(layers, digests, report)
-        tables.write(folder)  # so that a run that ends during the next step has it
+    if not tables.complete:
+        tables = _measure(layers, tables, folder, report)
     if objective == "latency":
         latencies = measured_latencies(layers.layers, threads=threads, progress=lambda done, total: report("latency", done, total))
         timed = {
@@ -199,20 +204,27 @@ def _check_same(tables: Tables, digests: Mapping[str, str], folder: Path) -> Non
         raise MuntinError(f"{folder / FILE} was measured with {' and '.join(different)}: give another folder, or delete the file")
 
 
-def _measure(layers: FormLayers, digests: Mapping[str, Any], report: TableProgress) -> Tables:
-    harms = measure_harm(layers, progress=lambda done, total: report("harm", done, total))
+def _measure(layers: FormLayers, tables: Tables, folder: Path, report: TableProgress) -> Tables:
+    """Measure the layers that a table lacks, and write it after each of them."""
     costs: dict[str, Mapping[Form, FormCost]] = {name: one.forms for name, one in layers.layers.items()}
     costs |= {name: embedding_forms(table) for name, table in layers.embeddings.items()}
-    rows = {
-        name: tuple(
-            FormRow(form=form, parameters=cost.parameters, bytes=cost.bytes, macs=cost.macs, harm=harms[name][form])
-            for form, cost in forms.items()
-            if form in harms[name]
+    rows, reasons = dict(tables.layers), dict(tables.reasons)
+
+    def written(*, complete: bool = False) -> Tables:
+        table = replace(tables, layers=rows, reasons={name: given for name, given in reasons.items() if given}, complete=complete)
+        table.write(folder)
+        return table
+
+    for name, harms in measure_harm(layers, measured=tables.layers, progress=lambda done, total: report("harm", done, total)):
+        rows[name] = tuple(
+            FormRow(form=form, parameters=cost.parameters, bytes=cost.bytes, macs=cost.macs, harm=harms[form])
+            for form, cost in costs[name].items()
+            if form in harms
         )
-        for name, forms in costs.items()
-    }
-    reasons = {name: (*one.reasons, *([BLIND] if len(harms[name]) < len(one.forms) else [])) for name, one in layers.layers.items()}
-    return Tables(layers=rows, reasons={name: given for name, given in reasons.items() if given}, **digests)
+        if (one := layers.layers.get(name)) is not None:
+            reasons[name] = (*one.reasons, *([BLIND] if len(harms) < len(one.forms) else []))
+        written()
+    return written(complete=True)
 
 
 def assign_forms(tables: Tables, limit_of_harm: float, objective: Objective) -> Plan:
@@ -220,6 +232,14 @@ def assign_forms(tables: Tables, limit_of_harm: float, objective: Objective) -> 
     found = assign(tables.options(objective), limit_of_harm)
     forms = {name: tables.layers[name][index].form for name, index in found.picked.items()}
     return Plan(forms=forms, harm=found.harm, cost=found.cost, gap=found.gap)
+
+
+def uniform_plan(tables: Tables, bits: int, objective: Objective) -> Plan:
+    """Return the plan of these bits for each layer that has them, unfactored; other layers stay as they are."""
+    names = {name: {row.form: row for row in rows} for name, rows in tables.layers.items()}
+    chosen = {name: rows.get(Form(None, bits), rows[Form(None, KEPT)]) for name, rows in names.items()}
+    harm, cost = sum(row.harm for row in chosen.values()), sum(row.cost(objective) for row in chosen.values())
+    return Plan(forms={name: row.form for name, row in chosen.items()}, harm=harm, cost=cost)
 
 
 def model_digest(model: nn.Module) -> str:

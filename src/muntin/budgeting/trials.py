@@ -1,45 +1,58 @@
 """Measurements of a search, on disk: each trial is a folder that is written whole or not at all.
 
-FOLDER/settings.json             what the search was started with; another search is refused
-FOLDER/reference/                the FP32 model's artefact and its scores
-FOLDER/trials/001/artifact/      an artefact, ready to run
+FOLDER/settings.json             settings of the search; the budget is none of them, so that other budgets can be judged
+FOLDER/state.json                the budget of the last call, and whether its search has ended
+FOLDER/reference/                artifact and score of the FP32 model
+FOLDER/trials/000/               plain INT8, without training
+FOLDER/trials/001/artifact/      artifact, ready to run
 FOLDER/trials/001/model/         the same model for PyTorch (`muntin.load_compressed`)
-FOLDER/trials/001/trial.json     its forms, predictions and measurements
-FOLDER/training/002/             what the training of a trial goes on from after an interruption; removed when the trial is measured
+FOLDER/trials/001/trial.json     forms, predictions and measurements, or why there are none
+FOLDER/trials/001/samples.npy    what `evaluate` returned for each sample
+FOLDER/training/002/             checkpoints of a trial's training; removed when the trial is measured
 FOLDER/tables/1/                 harm and cost of the forms of each layer, for each width
-FOLDER/holdout.json              the scores that are reported
+FOLDER/holdout.json              scores on held-out data
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from muntin.artifact.atomic_files import sync_directory, write_files
-from muntin.budgeting.forms import Form, Plan
+from muntin.budgeting.budget import Budget, Verdict
+from muntin.budgeting.forms.plans import Form, Plan
+from muntin.budgeting.scores import Score
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, tensors_of
 
 SETTINGS, REFERENCE, TRIALS, TRIAL, HOLDOUT = "settings.json", "reference", "trials", "trial.json", "holdout.json"
-BASES, BASE = "tables", "base.json"
-ARTIFACT, MODEL, TRAINING = "artifact", "model", "training"
+BASES, BASE, STATE = "tables", "base.json", "state.json"
+ARTIFACT, MODEL, TRAINING, SAMPLES = "artifact", "model", "training", "samples.npy"
+FORMAT = 2
+"""Version of a search's folder."""
+Judge = Callable[[Score], dict[str, Any]]
+"""Returns the fields `drop`, `bound`, `verdict` and `accepted` of a trial with a score."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One plan that was applied, exported and measured.
+    """A plan that was applied, exported and measured, or could not be.
 
-    `limit`: of harm, at which the plan was proposed. `score`: of `evaluate` on the artefact; `drop`: from the reference; `bound`: the drop
-    that counts (`Budget.confidence`). `bytes`: of the artefact; `ms`: median of a call of one row. `kept`: True if it keeps the budget.
+    `limit`: of harm, at which the plan was proposed. `score`: of `evaluate` on the artifact; `drop`: from the reference; `bound`: its upper
+    confidence bound; `accepted`: of `Budget.accepts`. `bytes`: of the artifact; `ms`: median of a call of one row. `failed`: why there are
+    no measurements; its score is then minus infinity. `seconds`: time that the trial took.
     """
 
     number: int
@@ -50,13 +63,20 @@ class Trial:
     bound: float
     bytes: int
     ms: float
-    kept: bool
+    verdict: Verdict
+    accepted: bool
     seconds: float
     folder: Path
+    failed: str = ""
+
+    @property
+    def within(self) -> bool:
+        """True if the measured drop is within the budget."""
+        return self.verdict in ("kept", "uncertain")
 
     @property
     def artifact(self) -> Path:
-        """The folder of the artefact."""
+        """The folder of the artifact."""
         return self.folder / ARTIFACT
 
     def cost(self, objective: str) -> float:
@@ -69,36 +89,77 @@ class TrialFolder:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
+        settings = {"format": FORMAT, **settings}
         existing = _read(folder / SETTINGS)
         if existing is None:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / TRIALS).exists():
                 raise MuntinError(f"{folder} holds trials without {SETTINGS}: give another folder")
             _write(folder, SETTINGS, settings)
+        elif existing.get("format") != FORMAT:
+            raise MuntinError(f"{folder} holds a search of another version of muntin: give another folder, or remove this one")
         elif other := sorted(key for key in {*existing, *settings} if existing.get(key) != settings.get(key)):
             shown = ", ".join(f"{key} {_short(existing.get(key))}, not {_short(settings.get(key))}" for key in other)
             raise MuntinError(f"{folder} holds a search with other settings ({shown}): give another folder, or the same settings to go on")
 
-    def reference(self, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """The record of the reference; `make` writes into a folder and returns the record if there is none."""
-        return self._once(self.folder / REFERENCE, "reference.json", make)
+    def reference(self, make: Callable[[Path], tuple[dict[str, Any], Score]]) -> tuple[dict[str, Any], Score]:
+        """Return the record and the score of the reference; `make` writes into a folder and returns both if there is none."""
+        folder = self.folder / REFERENCE
+        record = self._once(folder, "reference.json", lambda part: _recorded(part, *make(part)))
+        return record, _score_of(folder, record)
 
     @property
     def reference_artifact(self) -> Path:
         return self.folder / REFERENCE / ARTIFACT
 
-    def trial(self, number: int, plan: Plan, limit: float, make: Callable[[Path], dict[str, Any]]) -> Trial:
-        """The trial of a plan; `make` writes artefact and model into a folder and returns the measurements if there is none yet.
+    def trials(self, judge: Judge) -> list[Trial]:
+        """Return the measured trials by number."""
+        numbers = sorted(int(path.name) for path in (self.folder / TRIALS).glob("[0-9]*") if (path / TRIAL).exists())
+        return [self._trial(number, judge) for number in numbers]
 
-        A trial that is there keeps its own plan: an integer programme that its time limit ends may find another one.
+    def trial(self, number: int, plan: Plan, limit: float, make: Callable[[Path], tuple[dict[str, Any], Score]], judge: Judge) -> Trial:
+        """Measure a plan: `make` writes artifact and model into a folder, and returns measurements and score.
+
+        An error of `make` is recorded as the trial's failure, unless the disk is full. Nothing is measured if the trial is there.
         """
+
+        def measure(part: Path) -> dict[str, Any]:
+            own = {"number": number, "limit": limit, "width": plan.width, "harm": plan.harm, "cost": plan.cost, "forms": _forms(plan)}
+            started = time.perf_counter()
+            try:
+                return own | _recorded(part, *make(part))
+            except Exception as error:  # a trial is one of several, and its artifact or score may be at fault
+                if isinstance(error, OSError) or isinstance(error.__cause__, OSError):
+                    raise
+                return own | {"failed": failure(error), "seconds": time.perf_counter() - started}
+
+        self._once(self.folder / TRIALS / f"{number:03d}", TRIAL, measure)
+        return self._trial(number, judge)
+
+    def _trial(self, number: int, judge: Judge) -> Trial:
         folder = self.folder / TRIALS / f"{number:03d}"
-        own = {"number": number, "limit": limit, "width": plan.width, "harm": plan.harm, "cost": plan.cost, "forms": _forms(plan)}
-        record = self._once(folder, TRIAL, lambda part: own | make(part))
-        if record["width"] != plan.width:
-            raise MuntinError(f"{folder} is of another plan than this search proposes (another version or machine?): give another folder")
-        measured = {key: record[key] for key in ("limit", "score", "drop", "bound", "bytes", "ms", "kept", "seconds")}
-        return Trial(number=number, plan=plan_of(record), folder=folder, **measured)
+        record = _read(folder / TRIAL)
+        assert record is not None
+        common: dict[str, Any] = {"number": number, "plan": plan_of(record), "limit": record["limit"], "folder": folder}
+        common["seconds"] = record["seconds"]
+        if failed := record.get("failed"):
+            lost: dict[str, Any] = {"score": -math.inf, "drop": math.inf, "bound": math.inf, "bytes": 0, "ms": 0.0}
+            return Trial(**common, **lost, verdict="failed", accepted=False, failed=failed)
+        score = _score_of(folder, record)
+        judged = judge(score)
+        return Trial(**common, score=score.value, bytes=record["bytes"], ms=record["ms"], **judged)
+
+    def begin(self, terms: Mapping[str, Any]) -> bool:
+        """Record the terms of a call. Return True if the search had ended by itself under other terms: then trials are only judged."""
+        before = _read(self.folder / STATE) or {}
+        ended = bool(before.get("ended")) and before.get("terms") != dict(terms)
+        if before.get("terms") != dict(terms):
+            _write(self.folder, STATE, {"terms": dict(terms), "ended": False})
+        return ended
+
+    def end(self) -> None:
+        """Record that the search has ended by itself under its terms."""
+        _write(self.folder, STATE, {**(_read(self.folder / STATE) or {}), "ended": True})
 
     def training(self, number: int) -> Path:
         """The folder for the training of a trial that is not measured yet."""
@@ -152,6 +213,16 @@ class TrialFolder:
         return record
 
 
+def measured_trials(folder: Path) -> int:
+    """Return the number of measured trials in a search's folder, plain INT8 not counted."""
+    return sum(1 for record in (folder / TRIALS).glob(f"[0-9]*/{TRIAL}") if int(record.parent.name))
+
+
+def terms_of(budget: Budget) -> dict[str, Any]:
+    """Return the values of a budget by which trials are judged."""
+    return {"max_drop": budget.max_drop, "confidence": budget.confidence}
+
+
 def batches_digest(batches: Iterable[ModelInputs]) -> str:
     """sha256 over the tensors of batches."""
     digest = hashlib.sha256()
@@ -164,6 +235,27 @@ def batches_digest(batches: Iterable[ModelInputs]) -> str:
 def _add(digest: Any, tensor: Tensor) -> None:
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+
+def failure(error: BaseException) -> str:
+    """Return an error in one line of at most 300 characters, with its type unless it is muntin's."""
+    text = " ".join(str(error).split())[:300] or "no message"
+    return text if isinstance(error, MuntinError) else f"{type(error).__name__}: {text}"
+
+
+def _recorded(part: Path, record: dict[str, Any], score: Score) -> dict[str, Any]:
+    """Write the samples of a score beside its record, and return the record with the score."""
+    if score.samples is not None:
+        np.save(part / SAMPLES, score.samples, allow_pickle=False)
+    return {"score": score.value, **record}
+
+
+def _score_of(folder: Path, record: Mapping[str, Any]) -> Score:
+    try:
+        samples = np.load(folder / SAMPLES, allow_pickle=False) if (folder / SAMPLES).exists() else None
+    except (OSError, ValueError) as error:
+        raise MuntinError(f"{folder / SAMPLES} cannot be read ({error}): remove {folder}, and it is measured again") from error
+    return Score(record["score"], samples)
 
 
 def _forms(plan: Plan) -> dict[str, list[int | None]]:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from muntin.cli.console import err, notes_once, out, print_json, print_notes, print_table, say, status
+from muntin.cli.console import err, notes_once, out, print_json, print_notes, print_table, say, say_notes, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 from muntin.text import count
 
 if TYPE_CHECKING:
-    from muntin.budgeting.pipeline import CompressionResult, Holdout, SearchProgress, SearchReport
+    from muntin.budgeting.forecast import Forecast
+    from muntin.budgeting.result import CompressionResult, Holdout, SearchProgress, SearchReport
     from muntin.budgeting.trials import Trial
     from muntin.compression.stages import CompressionRun
     from muntin.models.compression_record import Stage
@@ -46,31 +47,40 @@ def compress_command(
         typer.Option(
             min=0,
             help="Instead of the stages, search for the smallest model that loses at most this much of the validation metric: of mIoU or "
-            "accuracy, e.g. 0.01, or for restore dB of PSNR, e.g. 0.1; a search that was interrupted goes on.",
+            "accuracy, e.g. 0.01, or for restore dB of PSNR, e.g. 0.1. The same command goes on with a search, and another value judges "
+            "its trials again.",
         ),
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="With --max-drop: what to make least, size or latency.")] = None,
+    objective: Annotated[str | None, typer.Option(help="With --max-drop: quantity to minimise, size or latency.")] = None,
     confidence: Annotated[
         float | None,
         typer.Option(
-            help="With --max-drop: certainty, from 0.5 to below 1, that the drop on other data is within it, too; 0.5: the measured drop "
-            "counts as it is. 0.95 by default; few validation pictures need less, or a greater drop."
+            help="With --max-drop: certainty, from 0.5 to below 1, with which a trial that is called kept stays within the budget on "
+            "other data, too; 0.95 by default. Another value judges the trials again."
         ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="With --max-drop: no trial begins that is expected to end later; one that has begun is finished."),
+        typer.Option(
+            min=0,
+            help="With --max-drop: time limit of this call, tables and held-out scores included. It is exceeded by at most one export or "
+            "one scoring of an artifact. The same command goes on.",
+        ),
     ] = None,
-    trials: Annotated[int | None, typer.Option(min=0, help="With --max-drop: most models to try; 12 by default.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=0, help="With --max-drop: maximum number of models to try beside plain INT8; 12 by default.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the stages together.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --max-drop: print the plan and write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Make a trained model small: within a budget of accuracy (--max-drop), or in three stages of the recipe.
 
     The stages are low rank, 4-bit training and mixed precision. With --max-drop, ranks, channels and bits are chosen together, and each
-    candidate is trained, exported and scored as an artefact; exit code 1 if none keeps the budget.
+    candidate is trained, exported and scored as an artifact. Plain INT8 is tried first. Exit code 1 if no trial is within the budget on the
+    validation data; if that is not certain on other data, a note says so.
     """
     refuse_without_gradients(checkpoint)
     limits = {"minutes": minutes, "trials": trials, "steps": steps}
@@ -79,9 +89,9 @@ def compress_command(
             raise typer.BadParameter("--resume and --until are of the stages: leave them out with --max-drop, which goes on by itself")
         changes = [*(set_ or ()), *(f"budget.{name}={value}" for name, value in limits.items() if value is not None)]
         terms = {name: value for name, value in {"objective": objective, "confidence": confidence}.items() if value is not None}
-        compress_within(checkpoint, output, terms={"max_drop": max_drop, **terms}, overrides=changes, json=json)
+        compress_within(checkpoint, output, terms={"max_drop": max_drop, **terms}, overrides=changes, dry_run=dry_run, json=json)
         return
-    options = {"objective": objective, "confidence": confidence, **limits}
+    options = {"objective": objective, "confidence": confidence, **limits, "dry-run": dry_run or None}
     if given := [f"--{name}" for name, value in options.items() if value is not None]:
         raise typer.BadParameter(f"{', '.join(given)}: give --max-drop too, such as --max-drop 0.01")
     notes = prepare_torch()  # before PyTorch is imported
@@ -180,12 +190,13 @@ def compress_within(
     *,
     terms: Mapping[str, Any],
     overrides: Sequence[str],
+    dry_run: bool,
     json: bool,
 ) -> None:
-    """Search within `Budget(**terms)`, print the trials and the chosen one. Exits with 1 if no trial keeps the budget."""
+    """Search within `Budget(**terms)`, print the trials and the chosen one. Exits with 1 if no trial is within the budget."""
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.budgeting import Budget
-    from muntin.budgeting.run import FOLDER, compress_run
+    from muntin.budgeting.run import FOLDER, compress_run, forecast_run
     from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
     from muntin.reporting.front.page import write_front
@@ -200,6 +211,13 @@ def compress_within(
     recipe = compression_recipe(checkpoint, overrides)
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
     folder = output or file.parent.parent / FOLDER
+    if dry_run:
+        plan = forecast_run(checkpoint, folder)
+        if json:
+            print_json({"folder": folder, "max_drop": budget.max_drop, "objective": budget.objective, "plan": asdict(plan)})
+        else:
+            describe_plan(plan)
+        return
     with _shown(notes_once(() if json else notes), budget.objective, quiet=json) as progress:
         result = compress_run(checkpoint, budget, folder, progress=progress)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
@@ -208,7 +226,7 @@ def compress_within(
         print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes]})
     else:
         describe_search(result, metric)
-        out.print(f"size      ms are of one picture of {recipe.data.crop}x{recipe.data.crop}, as in training")
+        out.print(f"size      ms are of one image of {recipe.data.crop}x{recipe.data.crop}, as in training")
         print_notes(broken_off(checkpoint))
         out.print(f"page      {page}")
     if not result.kept:
@@ -225,31 +243,55 @@ def _shown(begin: Callable[[], None], objective: str, *, quiet: bool) -> Iterato
 
         def show(progress: SearchProgress) -> None:
             begin()
+            if progress.forecast is not None and not quiet:
+                say_plan(progress.forecast)
+            if progress.note and not quiet:
+                say_notes([progress.note])
             for index, trial in enumerate(progress.trials, start=1):
                 if trial.number not in told and err.is_terminal and not quiet:
                     points = ", ".join(str(point.number) for point in front(progress.trials[:index], objective))
                     say(f"trial {trial.number:<3} {_words(trial)}; front so far: {points}")
                 told.add(trial.number)
-            stage(_stage(progress, objective))
+            if text := _stage(progress, objective):
+                stage(text)
 
         yield show
 
 
+def describe_plan(plan: Forecast) -> None:
+    """Print what a search is going to do on standard output."""
+    for index, line in enumerate(plan.text.splitlines()):
+        out.print(f"{'' if index else 'plan':<10}{line}")
+
+
+def say_plan(plan: Forecast) -> None:
+    """Print what a search is going to do on standard error."""
+    for index, line in enumerate(plan.text.splitlines()):
+        say(f"{'' if index else 'plan':<10}{line}")
+
+
 def _stage(progress: SearchProgress, objective: str) -> str:
-    costs, best = [trial.cost(objective) for trial in progress.trials if trial.kept], ""
+    costs, best = [trial.cost(objective) for trial in progress.trials if trial.within], ""
     if costs:
         best = f"; smallest so far {min(costs) / 1e6:.3f} MB" if objective == "size" else f"; fastest so far {min(costs):.2f} ms"
+    name = f"trial {progress.number}" if progress.number else "plain INT8"
     if progress.stage == "train":
-        return f"trial {progress.number}, step {progress.step} of {progress.steps}{best}"
+        return f"{name}, step {progress.step} of {progress.steps}{best}"
     if progress.stage == "tables":
         return f"tables: {progress.what} {progress.step} of {progress.steps}{best}"
-    names = {"reference": "the FP32 model's artefact", "trial": f"trial {progress.number}{best}", "holdout": "the held-out data"}
-    return names[progress.stage]
+    return {"reference": "the FP32 model's artifact", "trial": f"{name}{best}", "holdout": "the held-out data"}.get(progress.stage, "")
+
+
+VERDICTS = {
+    "kept": "kept", "uncertain": "kept on these samples, not certain on others", "broken": "too much lost", "failed": "failed"
+}  # fmt: skip
+"""Verdicts on trials in words."""
 
 
 def _words(trial: Trial) -> str:
-    ending = "kept" if trial.kept else "too much lost"
-    return f"{trial.bytes / 1e6:.3f} MB, {trial.ms:.2f} ms, score {trial.score:.4f} ({-trial.drop:+.4f}): {ending}"
+    if trial.failed:
+        return f"failed: {trial.failed}"
+    return f"{trial.bytes / 1e6:.3f} MB, {trial.ms:.2f} ms, score {trial.score:.4f} ({-trial.drop:+.4f}): {VERDICTS[trial.verdict]}"
 
 
 def describe_search(result: CompressionResult, metric: str) -> None:
@@ -260,22 +302,28 @@ def describe_search(result: CompressionResult, metric: str) -> None:
         "budget",
         "front",
     )
+    from muntin.budgeting.result import trial_name
+
     on_front = {trial.number for trial in result.front}
     for row in result.rows:
         number = row["trial"]
-        name = f"trial {number}" if number else "FP32"
-        change, worst = (f"{-row[key]:+.4f}" if number else "" for key in ("drop", "bound"))
-        kept = ("kept" if row["kept"] else "broken") if number else ""
+        best = "yes" if number in on_front else ""
+        if row.get("failed"):
+            table.add_row(trial_name(number), f"{row['width']:g}", *[""] * 5, "failed", best)
+            continue
+        change, worst = ("" if number is None else f"{-row[key]:+.4f}" for key in ("drop", "bound"))
+        verdict = "" if number is None else row["verdict"]
         table.add_row(
-            name, f"{row['width']:g}", f"{row['score']:.4f}", change, worst, f"{row['bytes'] / 1e6:.3f}", f"{row['ms']:.2f}", kept,
-            "yes" if number in on_front else "",
+            trial_name(number), f"{row['width']:g}", f"{row['score']:.4f}", change, worst, f"{row['bytes'] / 1e6:.3f}",
+            f"{row['ms']:.2f}", verdict, best,
         )  # fmt: skip
     print_table(table)
-    best = result.best
-    if best is not None:
+    best_trial = result.best
+    if best_trial is not None:
         first = result.rows[0]
-        ratio = first["bytes"] / best.bytes
-        out.print(f"chosen    trial {best.number}: {ratio:.1f} times fewer bytes, {first['ms'] / best.ms:.2f} times the speed of FP32")
+        ratio, speed = first["bytes"] / best_trial.bytes, first["ms"] / best_trial.ms
+        state = VERDICTS[best_trial.verdict]
+        out.print(f"chosen    {trial_name(best_trial.number)}: {ratio:.1f} times smaller and {speed:.2f} times as fast as FP32; {state}")
     if result.holdout is not None:
         out.print(f"held out  {_figures(result.holdout, metric)}")
     print_notes(result.notes)
@@ -295,24 +343,28 @@ def front_record(result: CompressionResult, *, title: str, weights: str, metric:
     """The values of the page of a search."""
     from importlib.metadata import version
 
+    from muntin.budgeting.result import trial_name
     from muntin.reporting.front.schema import FrontRecord
     from muntin.runtime import describe_hardware
 
+    measured = [row for row in result.rows if not row.get("failed")]
     points = [
         {
-            "number": row["trial"], "name": f"trial {row['trial']}" if row["trial"] else "FP32", "width": row["width"],
-            "score": row["score"], "drop": row["drop"], "bytes": row["bytes"], "ms": row["ms"], "kept": row["kept"],
+            "number": index, "name": trial_name(row["trial"]), "width": row["width"], "score": row["score"], "drop": row["drop"],
+            "bound": row["bound"], "bytes": row["bytes"], "ms": row["ms"], "kept": row["kept"],
+            "verdict": "" if row["trial"] is None else row["verdict"],
             "artifact": Path(row["artifact"]).relative_to(result.folder).as_posix(),
         }
-        for row in result.rows
+        for index, row in enumerate(measured)
     ]  # fmt: skip
+    numbers = [row["trial"] for row in measured]
     held = "" if result.holdout is None else f"On held-out data: {_figures(result.holdout, metric)}."
     return FrontRecord.model_validate(
         {
             "muntin": version("muntin"), "created": datetime.now(UTC).isoformat(timespec="seconds"), "title": title,
             "weights": weights, "metric": metric,
             "objective": result.budget.objective, "max_drop": result.budget.max_drop,
-            "chosen": None if result.best is None else result.best.number, "held_out": held, "notes": result.notes,
+            "chosen": None if result.best is None else numbers.index(result.best.number), "held_out": held, "notes": result.notes,
             "hardware": describe_hardware(), "points": points,
         }
     )  # fmt: skip

@@ -172,7 +172,11 @@ def _chosen_in_budget(checkpoint: Checkpoint) -> tuple[list[RunArtifact], list[s
         artifact = open_artifact(record.parent / point["artifact"])
     except (ArtifactError, OSError, ValueError, KeyError, TypeError) as error:
         return [], [f"left out: {record}: {error}; {again}"]
-    return [RunArtifact(name=IN_BUDGET, form=IN_BUDGET, artifact=artifact, checkpoint=checkpoint)], []
+    notes = []
+    if point.get("verdict") == "uncertain":
+        worst = f"it may lose {point['bound']:.4f} on other data"
+        notes.append(f"{IN_BUDGET}: the drop is within {content['max_drop']:g} on the validation data, not with certainty: {worst}")
+    return [RunArtifact(name=IN_BUDGET, form=IN_BUDGET, artifact=artifact, checkpoint=checkpoint)], notes
 
 
 def _checkpoints(checkpoint: Checkpoint) -> list[Checkpoint]:

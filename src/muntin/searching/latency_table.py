@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.atomic_files import write_files
-from muntin.budgeting.latency import LatencyCache, latency_settings
+from muntin.budgeting.forms.latency import LatencyCache, latency_settings
 from muntin.compression import low_rank, quantize
 from muntin.deployment import export
 from muntin.errors import MuntinError

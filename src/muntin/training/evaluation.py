@@ -151,21 +151,33 @@ def evaluate(
     return confusion.evaluation(len(range(ranks.index, len(samples), ranks.count)), ranks)
 
 
-def areas(session: Predictor, samples: Sequence[Sample], *, tile: int) -> NDArray[np.int64]:
-    """Pixels of the intersection and union of truth and prediction `(N, K, 2)`, of N bands of pictures as tall as the tiles.
+def areas(session: Predictor, samples: Sequence[Sample], *, tile: int, block: int | None = None) -> NDArray[np.int64]:
+    """Return pixels of the intersection and union of truth and prediction `(N, K, 2)`, of N blocks of images.
 
-    `tile`: as of `predictions`. Raises `DataError` if no pixel counts.
+    `tile`: as of `predictions`. `block`: side of the blocks, pixels; None for whole images. Blocks in which no pixel counts are left out.
+    Raises `DataError` if there are no others.
     """
-    side = allowed_tile(session.signature, tile)
+    side, classes = allowed_tile(session.signature, tile), len(session.signature.classes)
     parts = []
     for sample in samples:
-        for row, labels in label_bands(session, sample.image, tile=side):
-            confusion = _Confusion(session)
-            confusion.add(sample.labels[row : row + len(labels)], labels)
-            parts.append(confusion.areas())
-    if not sum(int(part.sum()) for part in parts):
+        height, width = sample.image.shape[:2]
+        across = -(-width // block) if block else 1
+        columns_W = np.arange(width) // (block or width)
+        total = np.zeros((-(-height // (block or height)) * across * classes, 3), np.int64)  # truth, prediction, both
+        for top, labels in label_bands(session, sample.image, tile=side):
+            truth = np.asarray(sample.labels[top : top + len(labels)])
+            rows_H = np.arange(top, top + len(labels)) // (block or height)
+            first_HW = (rows_H[:, None] * across + columns_W) * classes
+            counted_HW = np.ones(truth.shape, bool) if classes > IGNORED else truth != IGNORED
+            first, truth, labels = first_HW[counted_HW], truth[counted_HW], labels[counted_HW]
+            for column, places in enumerate((first + truth, first + labels, (first + truth)[truth == labels])):
+                total[:, column] += np.bincount(places, minlength=len(total))
+        truths, guesses, right = total.reshape(-1, classes, 3).transpose(2, 0, 1)
+        found = np.stack([right, truths + guesses - right], -1)
+        parts.append(found[truths.sum(1) > 0])
+    if not sum(map(len, parts)):
         raise DataError(f"nothing to score: all pixels of the {len(samples)} samples are ignored; check the split and `ignore`")
-    return np.stack(parts)
+    return np.concatenate(parts)
 
 
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
@@ -200,11 +212,6 @@ class _Confusion:
             self._matrix.reset()
             self._matrix.update(torch.from_numpy(labels[part].astype(np.int64)), torch.from_numpy(truth[part].astype(np.int64)))
             self._total += self._matrix.compute()
-
-    def areas(self) -> NDArray[np.int64]:
-        """Intersection and union of each class `(K, 2)`."""
-        right = self._total.diagonal()
-        return torch.stack([right, self._total.sum(0) + self._total.sum(1) - right], dim=1).numpy()
 
     def evaluation(self, samples: int, ranks: Ranks) -> Evaluation:
         """The scores over the samples of all processes; `samples`: of this one. Raises `DataError` if nothing counts."""

@@ -28,8 +28,15 @@ def test_files(tmp_path: Path) -> None:
 
 def test_page_says_where_the_artifacts_are() -> None:
     text = render_front(FrontRecord.model_validate(RECORD))
-    assert "trials/001/artifact" in text and "the budget is kept by the deployed artefact" in text and "a &lt;run&gt;" in text
+    assert "trials/001/artifact" in text and "the deployed artifact is within the budget" in text and "a &lt;run&gt;" in text
     assert "\N{MINUS SIGN}0.0100" in text and "410 kB" in text and "width 0.8 was left" in text and "<script" not in text
+
+
+def test_page_of_an_uncertain_trial() -> None:
+    points = [RECORD["points"][0], {**RECORD["points"][1], "verdict": "uncertain", "bound": 0.0321}]  # type: ignore[index]
+    text = render_front(FrontRecord.model_validate({**RECORD, "points": points}))
+    assert "within the budget on the validation data, not with certainty on other data" in text
+    assert "\N{MINUS SIGN}0.0321" in text and "<td>uncertain</td>" in text and 'class="dot uncertain"' in text
 
 
 def test_page_without_trials() -> None:

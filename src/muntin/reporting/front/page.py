@@ -46,5 +46,7 @@ def headline_parts(record: FrontRecord, first: FrontPoint, chosen: FrontPoint | 
     pairs = [(text.size(first.bytes), text.size(chosen.bytes)), (text.milliseconds(first.ms), text.milliseconds(chosen.ms))]
     figures = [text.from_to(before, after) for before, after in pairs]
     scores = text.from_to(f"{first.score:.4g}", f"{chosen.score:.4g}")
-    closing = "the budget is kept" if chosen.kept else "the budget is not kept"
-    return [*figures, text.with_minus(f"{record.metric} {scores}")], f"{closing} by the deployed artefact"
+    closing = "within the budget" if chosen.kept else "outside the budget"
+    if chosen.verdict == "uncertain":
+        closing += " on the validation data, not with certainty on other data"
+    return [*figures, text.with_minus(f"{record.metric} {scores}")], f"the deployed artifact is {closing}"

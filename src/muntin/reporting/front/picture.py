@@ -1,6 +1,6 @@
 """The picture of a front: two panels, the metric against bytes and against milliseconds, both on logarithmic axes.
 
-A line joins the points that no other one beats. Trials that keep the budget lie, up to the certainty asked for, above the dashed line.
+A line joins the points that no other one beats. Trials within the budget lie above the dashed line.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LABELLED_DIGITS = (1, 2, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class FrontDot:
-    """A point of the picture. `style`: "reference", "kept" or "broken"; `chosen`: drawn with a ring."""
+    """A point of the picture. `style`: "reference", "kept", "uncertain" or "broken"; `chosen`: drawn with a ring."""
 
     x: float
     y: float
@@ -76,7 +76,7 @@ def front_picture(record: FrontRecord) -> FrontPicture:
     y_axis = Axis(low=values[0], high=values[-1], start=_BOTTOM, end=_TOP)
     panel = (WIDTH - _LEFT - _RIGHT - _BETWEEN) / 2
     kinds: list[tuple[str, Callable[[FrontPoint], float], Callable[[float], str]]] = [
-        ("Bytes of the artefact", lambda point: float(max(1, point.bytes)), lambda value: text.size(round(value))),
+        ("Bytes of the artifact", lambda point: float(max(1, point.bytes)), lambda value: text.size(round(value))),
         ("Milliseconds for one picture or row", lambda point: max(1e-6, point.ms), lambda value: f"{value:g} ms"),
     ]
     panels = [
@@ -128,7 +128,7 @@ def _panel(
     digits = _LABELLED_DIGITS if high / low > 5 else tuple(range(1, 10))
     dots = [_dot(record, point, x_axis(cost(point)), y_axis(point.score)) for point in record.points]
     order = sorted(zip(record.points, dots, strict=True), key=lambda pair: (not pair[1].chosen, pair[0].number))
-    names = [((dot.x, dot.y, _RADIUS), point.name if point.number == 0 else str(point.number)) for point, dot in order]
+    names = [((dot.x, dot.y, _RADIUS), point.name.removeprefix("trial ")) for point, dot in order]
     frame = (left, _TOP, left + width, _BOTTOM)
     line = " ".join(f"{x_axis(cost(point))},{y_axis(point.score)}" for point in on_front(record.points, cost))
     return FrontPanel(
@@ -143,7 +143,7 @@ def _panel(
 
 
 def _dot(record: FrontRecord, point: FrontPoint, x: float, y: float) -> FrontDot:
-    style = "reference" if point.number == 0 else "kept" if point.kept else "broken"
+    style = "reference" if point.number == 0 else point.verdict or ("kept" if point.kept else "broken")
     tooltip = f"{point.name}: {_words(point, record.metric)}"
     return FrontDot(x=x, y=y, style=style, chosen=point.number == record.chosen, tooltip=tooltip)
 

@@ -12,16 +12,22 @@ FORMAT: Literal[1] = 1
 
 
 class FrontPoint(Record):
-    """The reference (number 0) or a trial. `artifact`: its folder, relative to the page's. `kept`: True if it keeps the budget."""
+    """The reference (number 0) or a trial; `number` is the place among the points.
+
+    `artifact`: its folder, relative to the page's. `kept`: True if its measured drop is within the budget. `bound`: the upper confidence
+    bound of the drop, and `verdict`: with it; None and empty where nothing was judged.
+    """
 
     number: Count
     name: Text
     width: Amount
     score: float
     drop: float
+    bound: float | None = None
     bytes: Count
     ms: Amount
     kept: bool
+    verdict: Literal["", "kept", "uncertain", "broken"] = ""
     artifact: Text
 
 
@@ -42,7 +48,7 @@ class FrontRecord(Record):
     max_drop: Amount
     chosen: int | None
     held_out: str = ""
-    legend: Text = "dashed: the least of the budget; blue keeps it, red breaks it; ring: chosen"
+    legend: Text = "dashed: the least score of the budget; blue: kept, hollow: kept without certainty, red: broken; ring: chosen"
     """Words below the picture: what the dashed line and the colours say."""
     notes: tuple[str, ...] = ()
     hardware: Hardware

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from model_helpers import pixels
-from muntin.budgeting.forms import Form
-from muntin.budgeting.layer_forms import BITS, KEPT, RANKS, FormLayers, form_cost, layer_forms, offered_ranks, ranks_of
+from muntin.budgeting.forms.layer_forms import BITS, KEPT, RANKS, FormLayers, form_cost, layer_forms, offered_ranks, ranks_of
+from muntin.budgeting.forms.plans import Form
 from muntin.compression import quantize
 from muntin.compression.low_rank.factored_layers import factored_parameters
 from muntin.compression.low_rank.factorization import Dense, factorize

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 from model_helpers import pixels
-from muntin.budgeting.forms import Form
-from muntin.budgeting.latency import latency_settings, measured_latencies, shape_text
-from muntin.budgeting.layer_forms import FormLayers, layer_forms
+from muntin.budgeting.forms.latency import latency_settings, measured_latencies, shape_text
+from muntin.budgeting.forms.layer_forms import FormLayers, layer_forms
+from muntin.budgeting.forms.plans import Form
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from muntin.artifact.packing import packed_size
-from muntin.budgeting.forms import Form
+from muntin.budgeting.forms.plans import Form
 from muntin.compression.activation_moments import Moment, input_moments
 from muntin.compression.allocation import ladder
 from muntin.compression.low_rank.factored_layers import factored_macs, factored_parameters, full_ranks, shell

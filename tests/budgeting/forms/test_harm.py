@@ -15,9 +15,18 @@ from torch.nn import functional as F  # noqa: N812
 
 from model_helpers import pixels
 from muntin import export
-from muntin.budgeting.forms import Form
-from muntin.budgeting.harm import PROBED, answer_responses, cut_factors, form_errors, input_rows, kept_by_reconstruction, measure_harm
-from muntin.budgeting.layer_forms import KEPT, FormLayers, embedding_forms, halves, layer_forms, ranks_of
+from muntin.budgeting.forms.harm import (
+    PROBED,
+    cut_factors,
+    form_errors,
+    input_rows,
+    kept_by_reconstruction,
+    measure_harm,
+    scores_of,
+    weight_response,
+)
+from muntin.budgeting.forms.layer_forms import KEPT, FormLayers, embedding_forms, halves, layer_forms, ranks_of
+from muntin.budgeting.forms.plans import Form
 from muntin.compression import quantize
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_weight
@@ -96,7 +105,7 @@ def test_errors_equal_those_of_real_layers(layer: Dense, shape: tuple[int, ...])
 
 def test_fewer_bits_and_lower_ranks_harm_more() -> None:
     found = layer_forms(network(), [pictures(8), pictures(8)])
-    for name, harms in measure_harm(found).items():
+    for name, harms in measure_harm(found):
         assert harms[Form(None, KEPT)] == 0 and all(harm >= 0 for harm in harms.values())
         dense = [harms[Form(None, bits)] for bits in (8, 6, 5, 4, 3)]
         assert all(more > 0.95 * fewer for fewer, more in itertools.pairwise(dense)), name  # at 8 bits the input's error may be the larger
@@ -122,7 +131,7 @@ def test_harm_of_an_input_is_measured_in_the_answer(model: nn.Module, layer: str
     model, x = model.eval(), torch.randn(32, 6, 32)
     x[:, 0] *= 20
     found = layer_forms(model, [x[:16], x[16:]])
-    predicted = measure_harm(found)[layer][Form(None, 8)]
+    predicted = dict(measure_harm(found))[layer][Form(None, 8)]
     with torch.no_grad():
         exact = model(x[16:])
         narrow = copy.deepcopy(model)
@@ -136,7 +145,7 @@ def test_harm_and_bytes_of_an_embedding(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(2000, 64), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     batch = {"input": torch.randint(0, 2000, (64, 5))}
     found = layer_forms(model, [batch, batch])
-    harms, costs = measure_harm(found)["0"], embedding_forms(found.embeddings["0"])
+    harms, costs = dict(measure_harm(found))["0"], embedding_forms(found.embeddings["0"])
     written = {}
     with torch.no_grad():
         exact = model(batch["input"][:PROBED])
@@ -198,7 +207,7 @@ def test_layers_that_the_answer_ignores() -> None:
             out: Tensor = self.used(x) + self.ignored(x).detach()
             return out
 
-    harms = measure_harm(layer_forms(Detached(), [torch.randn(8, 32)]))
+    harms = dict(measure_harm(layer_forms(Detached(), [torch.randn(8, 32)])))
     assert harms["ignored"] == {Form(None, KEPT): 0.0} and len(harms["used"]) > 1
 
 
@@ -230,7 +239,7 @@ def changed(layers: FormLayers, name: str, form: Form, images: list[Tensor]) -> 
 def test_harm_orders_changes_as_the_answer_does() -> None:
     images, others = [pictures(16), pictures(16)], pictures(64)
     layers = layer_forms(network(), images)
-    harms = measure_harm(layers)
+    harms = dict(measure_harm(layers))
     generator = torch.Generator().manual_seed(1)
     predicted, measured = [], []
     with torch.no_grad():
@@ -250,7 +259,7 @@ def test_harm_orders_changes_as_the_answer_does() -> None:
 def test_response_is_the_noise_of_a_rounded_layer() -> None:
     layers = layer_forms(network(), [pictures(16), pictures(16)])
     (batch,), one = layers.judged, layers.layers["6"]
-    response = answer_responses(layers.model, batch, {"6": one.layer})["6"]
+    response = weight_response(layers.model, batch, scores_of(layers.model, batch), one.layer)
     model, weight = eager_copy(layers.model), one.layer.weight.detach()
     inputs: list[Tensor] = []
     model[6].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))

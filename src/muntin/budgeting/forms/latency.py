@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact.atomic_files import write_files
-from muntin.budgeting.forms import Form
-from muntin.budgeting.layer_forms import KEPT, FormLayer, ranks_of
+from muntin.budgeting.forms.layer_forms import KEPT, FormLayer, ranks_of
+from muntin.budgeting.forms.plans import Form
 from muntin.compression import quantize
 from muntin.compression.low_rank.factored_layers import shell
 from muntin.compression.low_rank.factorization import Dense

@@ -15,15 +15,14 @@ Axes: N rows, G groups, O outputs and I inputs of a group, H W taps of a kernel,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.budgeting.forms import Form
-from muntin.budgeting.layer_forms import EMBEDDING_BITS, KEPT, FormLayer, FormLayers, ranks_of, some_rows
+from muntin.budgeting.forms.layer_forms import EMBEDDING_BITS, KEPT, FormLayer, FormLayers, ranks_of, some_rows
+from muntin.budgeting.forms.plans import Form
 from muntin.compression.activation_moments import answer_sensitivity, copied
 from muntin.compression.low_rank.factored_layers import FactoredLayer
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
@@ -38,98 +37,108 @@ from muntin.runtime.tiles import Progress
 
 ROWS, VALUES = 1024, 2**21
 """Maximum number of rows of a layer, and of their values."""
-PROBED, PROBE_BITS = 16, 5
-"""Rows of inputs on which the answer's response to each layer's rounding is measured, and the bits of that rounding."""
+PROBED, PROBED_MAPS, PROBE_BITS = 16, 4, 5
+"""Rows of inputs on which the response of the output to each layer's rounding is measured (fewer of models with many numbers in a row's
+output, whose means are exact with few), and the bits of that rounding."""
+MAP_NUMBERS = 4096
+"""Numbers in the output of a row from which `PROBED_MAPS` rows are probed."""
 BLIND = "the answer does not depend on it, or not smoothly (no_grad, detach, argmax): the harm of its forms cannot be estimated"
 """Reason to keep a layer."""
 
 
-def measure_harm(layers: FormLayers, *, progress: Progress = lambda done, total: None) -> dict[str, dict[Form, float]]:
-    """The harm of each form by layer: the noise that it adds to the answer over the signal of the answer, >= 0, additive over layers.
+def probe_of(model: nn.Module, batch: ModelInputs) -> ModelInputs:
+    """Return the first rows of a batch, on which each layer is probed. Costs a call of the model with one row."""
+    numbers = scores_of(model, some_rows(batch, 0, 1)).numel()
+    return some_rows(batch, 0, PROBED if numbers < MAP_NUMBERS else PROBED_MAPS)
 
-    Embeddings are among them. Of a layer that the answer does not depend on smoothly, only the present form is there (`BLIND`).
 
-    `progress`: called with the layers done and their number. Costs a forward and backward pass over two batches, two forward passes over
-    all, two of `PROBED` rows for each layer, a decomposition of each layer, and for each form products of at most `ROWS` rows with its
-    weights. Memory: twice `VALUES` numbers a layer.
+def measure_harm(
+    layers: FormLayers, *, measured: Collection[str] = (), progress: Progress = lambda done, total: None
+) -> Iterator[tuple[str, dict[Form, float]]]:
+    """Yield each layer's and embedding's name with the harm of its forms: noise over signal that a form adds to the output, from 0.
+
+    Harms are additive over layers. A layer that the output does not depend on smoothly has its present form only (`BLIND`).
+
+    `measured`: names to leave out. `progress`: called with the layers done and their number. Costs a forward and backward pass over two
+    batches, two forward passes over all, two of the probed rows for each layer (`probe_of`), a decomposition of each layer, and for each
+    form products of at most `ROWS` rows with its weights. Memory: twice `VALUES` numbers a layer.
     """
-    varied = {name: one for name, one in layers.layers.items() if len(one.forms) > 1}
-    weighted = {name: one.layer for name, one in varied.items()}
-    sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], weighted)
-    probed = some_rows(layers.judged[0], 0, PROBED)
-    responses, of_inputs = answer_responses(layers.model, probed, weighted), input_harms(layers.model, probed, varied)
+    total = len(layers.layers) + len(layers.embeddings)
+    left = {name: one for name, one in layers.layers.items() if name not in measured}
+    varied = {name: one for name, one in left.items() if len(one.forms) > 1}
+    sensitivity = answer_sensitivity(layers.model, layers.judged[:BATCHES], {name: one.layer for name, one in varied.items()})
     fitted, judged = (_rows_of(layers.model, batches, varied) for batches in (layers.fitted, layers.judged))
-    harms: dict[str, dict[Form, float]] = {}
-    for done, (name, one) in enumerate(layers.layers.items()):
-        progress(done, len(layers.layers))
+    probed = probe_of(layers.model, layers.judged[0])
+    exact = scores_of(layers.model, probed)
+    for done, (name, one) in enumerate(left.items(), start=len(layers.layers) - len(left)):
+        progress(done, total)
         if name not in varied:
-            harms[name] = dict.fromkeys(one.forms, 0.0)
+            yield name, dict.fromkeys(one.forms, 0.0)
         elif not sensitivity[name]:
-            harms[name] = {Form(None, KEPT): 0.0}
+            yield name, {Form(None, KEPT): 0.0}
         else:
-            scale = responses.get(name, float(sensitivity[name]) * one.positions * len(one.layer.weight))
+            response = weight_response(layers.model, probed, exact, one.layer)
+            scale = float(sensitivity[name]) * one.positions * len(one.layer.weight) if response is None else response
             rows = judged.pop(name)
             error_of_input = input_error(one, rows)
-            of_input = of_inputs.get(name, scale * error_of_input)
-            harms[name] = {
-                form: scale * error if form.bits == KEPT else scale * max(0.0, error - error_of_input) + of_input
-                for form, error in form_errors(one, fitted.pop(name), rows).items()
-            }
-    progress(len(layers.layers), len(layers.layers))
-    return harms | embedding_harm(layers.model, probed, layers.embeddings)
+            measured_input = input_harm(layers.model, probed, exact, one)
+            of_input = scale * error_of_input if measured_input is None else measured_input
+            errors = form_errors(one, fitted.pop(name), rows)
+            yield (
+                name,
+                {
+                    form: scale * error if form.bits == KEPT else scale * max(0.0, error - error_of_input) + of_input
+                    for form, error in errors.items()
+                },
+            )
+    for done, (name, table) in enumerate(layers.embeddings.items(), start=len(layers.layers)):
+        progress(done, total)
+        if name not in measured:
+            yield name, embedding_harm(layers.model, probed, exact, table)
+    progress(total, total)
 
 
 @torch.no_grad()
-def embedding_harm(model: nn.Module, batch: ModelInputs, embeddings: Mapping[str, nn.Embedding]) -> dict[str, dict[Form, float]]:
-    """The harm of each form of each embedding, measured in the answer; forms without a finite one are absent.
+def embedding_harm(model: nn.Module, batch: ModelInputs, exact: Tensor, table: nn.Embedding) -> dict[Form, float]:
+    """Return the harm of each form of an embedding, measured in the output; forms without a finite one are absent.
 
-    Costs the rounding and a forward pass for each form.
+    `exact`: the scores of the batch (`scores_of`). Costs the rounding and a forward pass for each form.
     """
-    exact = _scores(call(model, copied(batch))) if embeddings else torch.zeros(1)
+    harms = {Form(None, KEPT): 0.0}
+    for bits in EMBEDDING_BITS:
+        if bits < KEPT:
+            rounded = integer_table(table, bits)
 
-    def harm(table: nn.Embedding, bits: int) -> float:
-        if bits == KEPT:
-            return 0.0
-        form = integer_table(table, bits)
-        return _noise_of(model, batch, exact, table, lambda ids, output: form(ids))
+            def looked_up(ids: Tensor, output: Tensor, rounded: nn.Module = rounded) -> Tensor:
+                found: Tensor = rounded(ids)
+                return found
 
-    measured = {name: {Form(None, bits): harm(table, bits) for bits in EMBEDDING_BITS} for name, table in embeddings.items()}
-    return {name: {form: noise for form, noise in harms.items() if math.isfinite(noise)} for name, harms in measured.items()}
+            harms[Form(None, bits)] = _noise_of(model, batch, exact, table, looked_up)
+    return {form: noise for form, noise in harms.items() if math.isfinite(noise)}
 
 
 @torch.no_grad()
-def answer_responses(model: nn.Module, batch: ModelInputs, layers: Mapping[str, Dense]) -> dict[str, float]:
-    """Noise over signal of the answer for a mean squared error of 1 in the output of each layer, measured with its weight rounded.
+def weight_response(model: nn.Module, batch: ModelInputs, exact: Tensor, layer: Dense) -> float | None:
+    """Return noise over signal of the output for a mean squared error of 1 in a layer's output, measured with its weight rounded.
 
     `answer_sensitivity` assumes errors that are independent of each other. Those of rounding are smooth where the input is, and networks
-    hardly respond to smooth errors of their first layers. Layers whose rounding has no effect, or no finite one, are absent. Costs a
-    forward pass for each layer.
+    hardly respond to smooth errors of their first layers. None where rounding has no effect, or no finite one. Costs a forward pass.
     """
-    exact = _scores(call(model, copied(batch)))
-    responses = {}
-    for name, layer in layers.items():
-        probe = _Probe(layer)
-        noise = _noise_of(model, batch, exact, layer, probe)
-        if probe.square > 0 and 0 < noise < float("inf"):
-            responses[name] = noise / (probe.square / probe.count)
-    return responses
+    probe = _Probe(layer)
+    noise = _noise_of(model, batch, exact, layer, probe)
+    return noise / (probe.square / probe.count) if probe.square > 0 and 0 < noise < math.inf else None
 
 
 @torch.no_grad()
-def input_harms(model: nn.Module, batch: ModelInputs, layers: Mapping[str, FormLayer]) -> dict[str, float]:
-    """Noise over signal of the answer with the input of one layer in 8 bits, measured; layers without a finite one are absent.
+def input_harm(model: nn.Module, batch: ModelInputs, exact: Tensor, one: FormLayer) -> float | None:
+    """Return noise over signal of the output with the input of one layer in 8 bits, measured; None if it is not finite.
 
     The response to rounded weights does not tell it: errors of an input are largest where its values are, which may be in rows and channels
-    that the answer hardly depends on. Costs a forward pass for each layer.
+    that the output hardly depends on. Costs a forward pass.
     """
-    exact = _scores(call(model, copied(batch)))
-    harms = {}
-    for name, one in layers.items():
-        assert one.grid is not None
-        noise = _noise_of(model, batch, exact, one.layer, _RoundedInput(one.layer, one.grid))
-        if 0 <= noise < float("inf"):
-            harms[name] = noise
-    return harms
+    assert one.grid is not None
+    noise = _noise_of(model, batch, exact, one.layer, _RoundedInput(one.layer, one.grid))
+    return noise if 0 <= noise < math.inf else None
 
 
 class _RoundedInput:
@@ -156,14 +165,16 @@ def _noise_of(model: nn.Module, batch: ModelInputs, exact: Tensor, layer: nn.Mod
 
     handle = layer.register_forward_hook(replaced, with_kwargs=True)
     try:
-        noise = float((_scores(call(model, copied(batch))) - exact).square().mean())
+        noise = float((scores_of(model, batch) - exact).square().mean())
     finally:
         handle.remove()
     return noise / (float(exact.var(correction=0)) or 1.0)
 
 
-def _scores(answer: Any) -> Tensor:
-    return torch.cat([part.double().flatten() for part in tensors_of(answer) if part.is_floating_point()])
+@torch.no_grad()
+def scores_of(model: nn.Module, batch: ModelInputs) -> Tensor:
+    """Return the floats of a model's output for a batch, in one dimension. Costs a forward pass."""
+    return torch.cat([part.double().flatten() for part in tensors_of(call(model, copied(batch))) if part.is_floating_point()])
 
 
 class _Probe:

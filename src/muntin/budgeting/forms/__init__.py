@@ -1,0 +1,1 @@
+"""Compression options of each layer (rank and bits): their costs, sensitivity and latency, and plans made of them."""
