@@ -18,7 +18,7 @@ from muntin import create_model
 from muntin.artifact import Artifact, ClassInfo, Signature, open_artifact
 from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
-from muntin.errors import ArtifactError, DataError, ExportError
+from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.runtime.options import SessionOptions
 from muntin.training.config import QuantizationConfig
 
@@ -239,8 +239,11 @@ def test_one_class(build: type[nn.Module], pixels: Any, tmp_path: Path, refused:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (torch.linspace(0.1, 0.9, 3072).reshape(1, 3, 32, 32), "example from 0.1 to 0.9: give raw pixels, 0-255"),
-        (torch.linspace(-2, 2, 3072).reshape(1, 3, 32, 32), "example from -2 to 2: give raw pixels, 0-255"),
+        (
+            torch.linspace(0.1, 0.9, 3072).reshape(1, 3, 32, 32),
+            "example from 0.1 to 0.9: give raw pixels, 0-255; multiply by 255; if .* mean=0 and std=1",
+        ),
+        (torch.linspace(-2, 2, 3072).reshape(1, 3, 32, 32), "example from -2 to 2: give raw pixels, 0-255; undo their normalisation"),
         (torch.full((1, 3, 32, 32), 65535.0), "example from 6.55e\\+04 to"),
         (np.zeros((1, 3, 32, 32), np.uint8), "example is of type ndarray: give a torch.Tensor"),
     ],
@@ -250,6 +253,36 @@ def test_pixel_range(example: Any, message: str, pixels: Any, tmp_path: Path, ti
     if isinstance(example, Tensor):
         message = message.replace("example", "calibration batch")
         assert re.search(message, refused(tiny(), pixels(1, 3, 32, 32), tmp_path, calibration=[example]))
+
+
+def test_normalisation_of_a_models_input(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    """The artefact of raw pixels gives the scores of the user's own model on normalised ones."""
+    model, example = tiny().train(), pixels(2, 3, 32, 32)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    artifact = muntin.export(model, example, tmp_path / "artifact", mean=mean, std=std)
+    mean_C11, std_C11 = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    with torch.inference_mode():
+        expected = model((example / 255 - mean_C11) / std_C11).numpy()
+    scores = muntin.load(artifact.path, precision="f32", threads=1)(example.permute(0, 2, 3, 1).numpy().astype(np.uint8))
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)
+    assert model.training and isinstance(model[0], nn.Conv2d)  # type: ignore[index]
+
+
+def test_layers_of_a_normalised_model(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    model, example = tiny(), pixels(2, 3, 32, 32)
+    quantize(model, [example / 255])
+    artifact = muntin.export(model, example, tmp_path / "artifact", mean=0, std=1)
+    assert [record.name for record in artifact.manifest.layers if record.activation_bits == 8] == ["model.0", "model.2"]
+    assert {entry["layer"] for entry in artifact.manifest.passes if entry["pass"] == "quantize"} == {"model.0", "model.2"}
+    assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed
+
+
+def test_refused_normalisation(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(MuntinError, match="2 values of mean or std, and the images have 3 channels: give one value, or one for each"):
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", mean=(0.5, 0.5), std=0.5)
+    with pytest.raises(ExportError, match="mean and std are of images, and the example is a dictionary"):
+        muntin.export(tiny(), {"input": pixels(1, 3, 32, 32)}, tmp_path / "artifact", mean=0.5, std=0.5)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_types(pixels: Any, tmp_path: Path, tiny: Any, refused: Any) -> None:

@@ -11,7 +11,7 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -53,6 +53,7 @@ from muntin.graph.quantize import QuantizationPlan, calibrate, planned
 from muntin.graph.records import QuantizedOnnx
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
+from muntin.models.foreign import Statistic, takes_raw_pixels
 from muntin.runtime import describe_hardware
 from muntin.runtime.session import check_shape
 from muntin.training.config import QuantizationConfig
@@ -65,7 +66,8 @@ COVERAGE, ROUNDING = "integer_coverage", "rounding"
 def export(
     model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Tensor] | None = ..., signature: Signature | None = ...,
     changes: Iterable[Change] = ..., measured: dict[str, Any] | None = ..., shape: tuple[int, int, int] | None = ...,
-    quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ...,
+    quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ..., mean: Statistic | None = ...,
+    std: Statistic | None = ...,
 ) -> Artifact: ...  # fmt: skip
 
 
@@ -89,6 +91,8 @@ def export(
     quantization: QuantizationConfig | None = None,
     sizes: RequestedSizes | None = None,
     axes: Axes | None = None,
+    mean: Statistic | None = None,
+    std: Statistic | None = None,
 ) -> Artifact | TensorArtifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
@@ -101,14 +105,17 @@ def export(
     "min": 64, "max": 1024}, or "widest", as many as the model is found to take (`sizes.probe`), which costs a few calls of the model, and
     another attempt where one fails for a reason of sizes. By default those of the signature; "widest" where the answer is a map, "fixed"
     where it is none, since a graph of free sizes takes several times as long to make. A note says why there are no more.
+    `mean`, `std`: for a model that expects `(x / 255 - mean) / std` of raw pixels x, as torchvision's do: a number, or one for each
+    channel, of pixels from 0 to 1. The artifact takes raw pixels then too, and so do `example` and `calibration`. Names of layers begin
+    with `model.` then.
     With a dictionary of tensors as `example`, the arguments of the model's `forward` by name, the artefact has these inputs, and as outputs
     what the model returns: a tensor, a tuple, or a dictionary. `calibration` are such dictionaries then. `axes`: the names of the free
     dimensions of each input, None for a fixed one, `{"ids": ("batch", "tokens")}`; by default a first one that all inputs share.
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
     if isinstance(example, Mapping):
-        if signature or tuple(changes) or shape or sizes:
-            raise ExportError("signature, changes, shape and sizes are of images, and the example is a dictionary: give axes")
+        if signature or tuple(changes) or shape or sizes or mean is not None or std is not None:
+            raise ExportError("signature, changes, shape, sizes, mean and std are of images, and the example is a dictionary: give axes")
         return export_named(_copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured)
     if axes is not None:
         raise ExportError("axes are of named tensors, and the example is of images: give sizes, or the example as a dictionary")
@@ -118,7 +125,11 @@ def export(
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     H, W = example.shape[2:]
     opened_for = (1, H, W) if shape is None else check_shape(shape)
-    original, model, example = model, _copied(model), example.cpu()
+    changes = tuple(changes) or history(model)
+    normalised = takes_raw_pixels(model, example, mean=mean, std=std)
+    if normalised is not model:
+        changes = tuple(replace(change, layer=f"model.{change.layer}".removesuffix(".")) for change in changes)
+    original, model, example = normalised, _copied(normalised), example.cpu()
     check_frozen(model)
     check_held(model)
     check_copy(original, example)
@@ -133,7 +144,7 @@ def export(
         signature=signature,
         calibration=None if calibration is None else _calibration(calibration, model, example),
         quantization=quantization,
-        changes=tuple(changes) or history(model),
+        changes=changes,
         measured=dict(measured or {}),
         opened_for=opened_for,
         probe=Probe(model, example, signature),
@@ -343,5 +354,11 @@ def check_pixels(images: Tensor, called: str) -> None:
         raise ExportError(f"{called} of shape {tuple(images.shape)}: give raw pixels (B, C, H, W)")
     low, high = float(images.min()), float(images.max())
     fractions = images.is_floating_point() and bool((images != images.round()).any())
-    if not (low >= 0 and high <= 255) or (fractions and high <= 1):
-        raise ExportError(f"{called} from {low:.3g} to {high:.3g}: give raw pixels, 0-255; the model normalises them itself")
+    if low >= 0 and high <= 255 and not (fractions and high <= 1):
+        return
+    advice = "the model normalises them itself"
+    if low < 0:
+        advice = "undo their normalisation, (x * std + mean) * 255, and give mean and std: the artifact normalises"
+    elif high <= 1:
+        advice = "multiply by 255; if the model expects pixels from 0 to 1, give mean=0 and std=1, or those of its normalisation"
+    raise ExportError(f"{called} from {low:.3g} to {high:.3g}: give raw pixels, 0-255; {advice}")

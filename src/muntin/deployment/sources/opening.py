@@ -5,7 +5,6 @@ Axes: B images, C channels, H W map, K scores.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from muntin.deployment.sources.pictures import calibration_pictures
 from muntin.deployment.sources.source_model import ChannelStatistics, LoadedWeights, Request, SourceModel
 from muntin.deployment.sources.weights import load_file
 from muntin.errors import DataError, RecipeError
+from muntin.models.foreign import Statistic, checked_statistics
 
 OPENERS: dict[str, Callable[[str, Request], SourceModel]] = {
     "timm": open_timm,
@@ -72,8 +72,8 @@ def open_model(
     size: int | Size | None = None,
     channels: int | None = None,
     classes: int | Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Statistic | None = None,
+    std: Statistic | None = None,
 ) -> OpenedModel:
     """Open a model for `muntin.export`. Nothing is downloaded. Costs one call of the model.
 
@@ -86,7 +86,7 @@ def open_model(
     kind, colon, name = source.partition(":")
     if not colon or not name:
         raise RecipeError(f"'{source}' is no source of a model: give {KINDS}")
-    statistics = _given_statistics(mean, std, channels)
+    statistics = checked_statistics(mean, std)
     file = None if weights is None else Path(weights)
     if file is not None and not file.is_file():
         raise RecipeError(f"weights {file}: there is no such file")
@@ -102,7 +102,10 @@ def open_model(
         opened = replace(opened, weights=load_file(opened.model, file, unused=opened.unused))
     if statistics is not None:
         if _count(statistics) not in (None, opened.channels):
-            raise RecipeError(f"{_count(statistics)} values of mean or std, and '{source}' takes {opened.channels} channels: give as many")
+            raise RecipeError(
+                f"{_count(statistics)} values of mean or std, and '{source}' takes {opened.channels} channels: give one value, or one for "
+                "each channel"
+            )
         mean_C, std_C = (values if len(values) > 1 else values * opened.channels for values in statistics)
         opened = replace(opened, mean=mean_C, std=std_C)
     answer = read_answer(source, _answer(source, opened))
@@ -180,27 +183,10 @@ def _picture_notes(opened: SourceModel, answer: AnswerLayout) -> list[str]:
     return notes + (["of the model's one score two classes are made: negative and positive"] if answer.outputs == 1 else [])
 
 
-def _given_statistics(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int | None
-) -> tuple[ChannelStatistics, ChannelStatistics] | None:
-    """Return the mean and standard deviation that the user gave. Raises `RecipeError` for values that are not allowed."""
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None or not mean or not std or len({len(mean), len(std), channels or 1} - {1}) > 1:
-        raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give both, with one value, or one for each channel")
-    if not all(0 <= value <= 1 for value in mean) or not all(value > 0 and math.isfinite(value) for value in std):
-        raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give those of pixels from 0 to 1; divide others by 255")
-    return tuple(map(float, mean)), tuple(map(float, std))
-
-
 def _count(statistics: tuple[ChannelStatistics, ChannelStatistics] | None) -> int | None:
     """Return how many channels a mean and standard deviation are for; None if they are for any number."""
     count = 1 if statistics is None else max(map(len, statistics))
     return count if count > 1 else None
-
-
-def _listed(values: Sequence[float] | None) -> str:
-    return "none" if values is None else ",".join(f"{value:g}" for value in values)
 
 
 def _checked_number(key: str, value: int | None, largest: int) -> int | None:
