@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import muntin
 from muntin import create_model
@@ -288,8 +289,19 @@ def test_refused_normalisation(pixels: Any, tmp_path: Path, tiny: Any) -> None:
 def test_calibration_types(pixels: Any, tmp_path: Path, tiny: Any, refused: Any) -> None:
     example = pixels(1, 3, 32, 32)
     assert "give a list of batches, [tensor]" in refused(tiny(), example, tmp_path, calibration=example)
-    pairs = [(example, torch.zeros(1))]
-    assert "calibration batch is of type tuple" in refused(tiny(), example, tmp_path, calibration=pairs)
+    named = [{"input": example}]
+    assert "calibration batch is of type dict" in refused(tiny(), example, tmp_path, calibration=named)
+
+
+def test_calibration_from_a_loader_with_labels(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    images, model = pixels(6, 3, 32, 32).to(torch.uint8), tiny()
+    loader = DataLoader(TensorDataset(images, torch.arange(6)), batch_size=4)
+    artifacts = [
+        muntin.export(model, images[:1], tmp_path / name, calibration=calibration)
+        for name, calibration in (("loader", loader), ("list", [images[:4], images[4:]]))
+    ]
+    one, other = (artifact.manifest.files for artifact in artifacts)
+    assert one == other and any(record.activation_bits == 8 for record in artifacts[0].manifest.layers)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")

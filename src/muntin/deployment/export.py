@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, TensorArtifact, check_target
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
+from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
@@ -97,7 +98,8 @@ def export(
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
     `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut. `calibration`: input batches, with
-    which a copy of the model is quantised; without them muntin's own norms and gates are folded. Channels with closed gates are removed
+    which a copy of the model is quantised: a list of them, or a DataLoader, also of (x, y), as in `muntin.quantize`. Without them
+    muntin's own norms and gates are folded. Channels with closed gates are removed
     first. `signature`: task and classes; by default inferred from the shape of the answer, with numbered classes. `changes`: those of
     earlier passes, for the manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
     default one image of the example's size. `quantization`: which layers stay in floats; requires `calibration`.
@@ -302,20 +304,22 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ExportError(f"the model {error}") from error
 
 
-def _calibration(batches: Iterable[Tensor], model: nn.Module, example: Tensor) -> list[Tensor]:
+def _calibration(calibration: Iterable[Any], model: nn.Module, example: Tensor) -> list[Tensor]:
     """Return the batches on the CPU. Raises `ExportError` where the model does not take them."""
-    if isinstance(batches, Tensor):
-        raise ExportError(f"calibration is one tensor of shape {tuple(batches.shape)}: give a list of batches, [tensor]")
-    batches = list(batches)
+    if isinstance(calibration, Tensor):
+        raise ExportError(f"calibration is one tensor of shape {tuple(calibration.shape)}: give a list of batches, [tensor]")
     tried: set[torch.Size] = set()
-    for batch in batches:
+    batches: list[Tensor] = []
+    for batch in calibration_list(calibration, model):
         check_pixels(batch, "calibration batch")
+        assert isinstance(batch, Tensor)
+        batches.append(batch.cpu())
         if batch.shape[1] != example.shape[1]:
             raise ExportError(f"calibration batch of shape {tuple(batch.shape)}: the example has {example.shape[1]} channels")
         if batch.shape[2:] not in tried:
             answer_to(model, batch[:1].cpu())
             tried.add(batch.shape[2:])
-    return [batch.cpu() for batch in batches]
+    return batches
 
 
 def infer_signature(model: nn.Module, example: Tensor) -> Signature:
@@ -346,7 +350,7 @@ def _shade(k: int) -> tuple[int, int, int]:
     return (97 * k + 60) % 256, (57 * k + 120) % 256, (151 * k + 30) % 256
 
 
-def check_pixels(images: Tensor, called: str) -> None:
+def check_pixels(images: object, called: str) -> None:
     """Raise `ExportError` for images that are not raw pixels (B, C, H, W), 0-255."""
     if not isinstance(images, Tensor):
         raise ExportError(f"{called} is of type {type(images).__name__}: give a torch.Tensor of raw pixels (B, C, H, W)")
