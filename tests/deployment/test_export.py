@@ -259,8 +259,9 @@ def test_pixel_range(example: Any, message: str, pixels: Any, tmp_path: Path, ti
 def test_normalisation_of_a_models_input(pixels: Any, tmp_path: Path, tiny: Any) -> None:
     """The artefact of raw pixels gives the scores of the user's own model on normalised ones."""
     model, example = tiny().train(), pixels(2, 3, 32, 32)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    artifact = muntin.export(model, example, tmp_path / "artifact", mean=mean, std=std)
+    mean, std, stages = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), list[str]()
+    artifact = muntin.export(model, example, tmp_path / "artifact", mean=mean, std=std, progress=stages.append)
+    assert stages[0] == "checking the model" and stages[-1] == "comparing the engines"
     mean_C11, std_C11 = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
     with torch.inference_mode():
         expected = model((example / 255 - mean_C11) / std_C11).numpy()

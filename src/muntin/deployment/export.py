@@ -55,6 +55,7 @@ from muntin.graph.records import QuantizedOnnx
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
 from muntin.models.foreign import Statistic, takes_raw_pixels
+from muntin.progress import OnStage, status
 from muntin.runtime import describe_hardware
 from muntin.runtime.session import check_shape
 from muntin.training.config import QuantizationConfig
@@ -68,14 +69,14 @@ def export(
     model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Tensor] | None = ..., signature: Signature | None = ...,
     changes: Iterable[Change] = ..., measured: dict[str, Any] | None = ..., shape: tuple[int, int, int] | None = ...,
     quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ..., mean: Statistic | None = ...,
-    std: Statistic | None = ...,
+    std: Statistic | None = ..., progress: bool | OnStage = ...,
 ) -> Artifact: ...  # fmt: skip
 
 
 @overload
 def export(
     model: nn.Module, example: NamedTensors, path: Path | str, *, calibration: Iterable[NamedTensors] | None = ..., axes: Axes | None = ...,
-    measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ...,
+    measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ..., progress: bool | OnStage = ...,
 ) -> TensorArtifact: ...  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def export(
     axes: Axes | None = None,
     mean: Statistic | None = None,
     std: Statistic | None = None,
+    progress: bool | OnStage = True,
 ) -> Artifact | TensorArtifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
@@ -113,12 +115,17 @@ def export(
     With a dictionary of tensors as `example`, the arguments of the model's `forward` by name, the artefact has these inputs, and as outputs
     what the model returns: a tensor, a tuple, or a dictionary. `calibration` are such dictionaries then. `axes`: the names of the free
     dimensions of each input, None for a fixed one, `{"ids": ("batch", "tokens")}`; by default a first one that all inputs share.
+    `progress`: True shows the stages on a terminal, and elsewhere a line every half minute; False shows nothing; a function is called with
+    the name of each stage instead.
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
     if isinstance(example, Mapping):
         if signature or tuple(changes) or shape or sizes or mean is not None or std is not None:
             raise ExportError("signature, changes, shape, sizes, mean and std are of images, and the example is a dictionary: give axes")
-        return export_named(_copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured)
+        with status("exporting", progress):
+            return export_named(
+                _copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured
+            )
     if axes is not None:
         raise ExportError("axes are of named tensors, and the example is of images: give sizes, or the example as a dictionary")
     check_target(path)
@@ -131,42 +138,43 @@ def export(
     normalised = takes_raw_pixels(model, example, mean=mean, std=std)
     if normalised is not model:
         changes = tuple(replace(change, layer=f"model.{change.layer}".removesuffix(".")) for change in changes)
-    original, model, example = normalised, _copied(normalised), example.cpu()
-    check_frozen(model)
-    check_held(model)
-    check_copy(original, example)
-    if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
-        model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
-    signature = signature or infer_signature(model, example)
-    check_example(model, example[:1], signature)
-    draft = _Draft(
-        model=model,
-        example=example,
-        path=Path(path),
-        signature=signature,
-        calibration=None if calibration is None else _calibration(calibration, model, example),
-        quantization=quantization,
-        changes=changes,
-        measured=dict(measured or {}),
-        opened_for=opened_for,
-        probe=Probe(model, example, signature),
-    )
-    if sizes is None and not signature.sizes.every:
-        check_allowed(signature.sizes, (H, W))
-        requested = signature.sizes
-    elif (chosen := sizes or usual_sizes(signature.task)) == "widest":
-        return draft.write_widest()
-    else:
-        requested = requested_sizes(chosen, (H, W))
-    try:
-        return draft.write(requested, [])
-    except SizeError as error:
-        if requested.fixed:
-            raise
-        advice = (
-            "leave out sizes, and fewer are tried; muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
+    with status("exporting", progress) as stage:
+        stage("checking the model")
+        original, model, example = normalised, _copied(normalised), example.cpu()
+        check_frozen(model)
+        check_held(model)
+        check_copy(original, example)
+        if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
+            model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
+        signature = signature or infer_signature(model, example)
+        check_example(model, example[:1], signature)
+        draft = _Draft(
+            model=model,
+            example=example,
+            path=Path(path),
+            signature=signature,
+            calibration=None if calibration is None else _calibration(calibration, model, example),
+            quantization=quantization,
+            changes=changes,
+            measured=dict(measured or {}),
+            opened_for=opened_for,
+            probe=Probe(model, example, signature),
+            stage=stage,
         )
-        raise ExportError(f"{error}; {advice}") from error
+        if sizes is None and not signature.sizes.every:
+            check_allowed(signature.sizes, (H, W))
+            requested = signature.sizes
+        elif (chosen := sizes or usual_sizes(signature.task)) == "widest":
+            return draft.write_widest()
+        else:
+            requested = requested_sizes(chosen, (H, W))
+        try:
+            return draft.write(requested, [])
+        except SizeError as error:
+            if requested.fixed:
+                raise
+            advice = "leave out sizes, and fewer are tried; muntin.models.DividedSides pads and cuts to multiples of a number"
+            raise ExportError(f"{error}; {advice}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,10 +202,12 @@ class _Draft:
     measured: dict[str, Any]
     opened_for: tuple[int, int, int]
     probe: Probe
+    stage: OnStage
     captures: list[_Captured] = field(default_factory=list)
 
     def write_widest(self) -> Artifact:
         """Write the artefact for the widest sizes for which that succeeds. Raises the error of the last attempt."""
+        self.stage("trying sizes")
         sizes, reason = self.probe.widest()
         while True:
             try:
@@ -218,6 +228,7 @@ class _Draft:
         golden_sides, other_sides = self.probe.sizes_to_compare(sizes)
         due = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
         check_independence(self.model, due)
+        self.stage(f"capturing the graph for {sizes.text}")
         captured = self._capture(sizes, signature)
         model, trained, changes = captured.model, captured.trained, captured.changes
         if not trained:
@@ -226,9 +237,11 @@ class _Draft:
                 check_folded(model, due, errors)
             check_capture(errors)
         self.probe.forget()
+        self.stage("choosing scales" if self.calibration is not None else "planning")
         plan = self._plan(captured.proto, trained, changes, opened_for)
         kinds = {name: type(layer).__name__ for name, layer in model.named_modules() if not list(layer.children())}
         while True:
+            self.stage("computing reference outputs")
             result = plan.quantized()
             pairs = graph_pairs(result.model, [images for images, _ in due], exact=True)
             errors = errors_by_size(pairs, due)
@@ -247,6 +260,7 @@ class _Draft:
                 "measured": {"hardware": describe_hardware(), **self.measured, **self._figures(result, errors)},
                 "example": opened_for,
             }
+            self.stage("comparing the engines")
             try:
                 return write_checked(self.path, content, pairs[len(golden_sides) :], [*notes, *rounding, *lacking])
             except FallbackError as error:
