@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from muntin.data.classes import ClassSpec, MaskMapping, class_infos, distinct_colors
+from muntin.artifact import ClassInfo
+from muntin.data.classes import ClassSpec, MaskMapping, class_infos, distinct_colors, specs_of
 from muntin.errors import DataError
 
 PAINTED = (ClassSpec(name="sea", value=(0, 0, 9)), ClassSpec(name="land", value=(9, 0, 0)))
@@ -81,3 +83,33 @@ def test_class_infos_with_distinct_colors(count: int) -> None:
 def test_class_infos_of_wrong_names(names: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         class_infos([ClassSpec(name=name) for name in names], "segment")
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        [{"name": "sea", "color": [0, 0, 200]}, "land"],
+        {"sea": (0, 0, 200), "land": None},
+        (ClassInfo(name="sea", color=(0, 0, 200)), ClassSpec(name="land")),
+    ],
+)
+def test_forms_of_classes(classes: Any) -> None:
+    assert specs_of(classes) == [ClassSpec(name="sea", color=(0, 0, 200)), ClassSpec(name="land")]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("sea", "classes: give names, or entries with name and color, .* not a str"),
+        (
+            ["sea", {"name": "land", "color": [0, 256, 0]}],
+            "classes, entry 2, color.1: Input should be less than or equal to 255; give names",
+        ),
+        (["sea", {"name": "land", "colour": [0, 0, 0]}], "classes, entry 2, colour: Extra inputs"),
+        (["sea", 3], "classes, entry 2: "),
+        ({"sea": [1, 2]}, "classes, entry 1, color"),
+    ],
+)
+def test_wrong_forms_of_classes(classes: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        specs_of(classes)

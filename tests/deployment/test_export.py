@@ -353,6 +353,30 @@ def test_wrong_number_of_classes(pixels: Any, tmp_path: Path, tiny: Any, refused
         assert f"answers (1, 4, 32, 32) to an example of (1, 3, 32, 32); for task 'segment' it must be (1, {count}, 32, 32)" in message
 
 
+def test_named_classes(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    names, example = ["sea", "field", "roof", "road"], pixels(1, 3, 32, 32)
+    artifact = muntin.export(tiny(), example, tmp_path / "artifact", classes=[{"name": "sea", "color": (0, 0, 200)}, *names[1:]])
+    classes = artifact.manifest.signature.classes
+    assert [entry.name for entry in classes] == names and classes[0].color == (0, 0, 200)
+    assert len({entry.color for entry in classes}) == 4
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "b"], "2 classes are named, and the model gives 4 scores: name as many"),
+        (["a", "b", "a", "c"], "the class name 'a' is used twice"),
+    ],
+)
+def test_wrong_names_of_classes(classes: list[str], message: str, pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(MuntinError, match=message):
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", classes=classes)
+    with pytest.raises(ExportError, match="the signature has classes already"):
+        signature = Signature(task="restore", channels=3)
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", classes=classes, signature=signature)
+    assert not list(tmp_path.iterdir())
+
+
 def test_answers_without_a_signature(build: type[nn.Module], pixels: Any, tmp_path: Path, refused: Any) -> None:
     volume = build(lambda m, x: m.conv(x)[:, None], conv=nn.Conv2d(3, 4, 1))
     assert "(B, K) or (B, K, H, W) is expected" in refused(volume, pixels(1, 3, 32, 32), tmp_path)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
 from muntin.artifact.classes import Channel8, ClassInfo
 from muntin.data.listing import composed
@@ -20,7 +20,10 @@ from muntin.images import IGNORED
 from muntin.images.opening import PictureFile, UInt8
 
 RGB = tuple[Channel8, Channel8, Channel8]
+Classes = Iterable[str | ClassInfo | Mapping[str, Any]] | Mapping[str, Sequence[int] | None]
+"""Classes as users give them: see `specs_of`."""
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
+_FORMS = "give names, or entries with name and color, [red, green, blue] from 0 to 255"
 _MAX_LISTED = 5  # values that an error message lists
 
 # Okabe and Ito's palette for colour-blind readers, ordered so that neighbours differ in lightness, too.
@@ -60,6 +63,27 @@ def class_infos(classes: Sequence[ClassSpec], task: DataTask) -> tuple[ClassInfo
     used = {entry.color for entry in classes}
     unused = iter([color for color in distinct_colors(2 * len(classes)) if color not in used])
     return tuple(ClassInfo(name=entry.name, color=entry.color if entry.color is not None else next(unused)) for entry in classes)
+
+
+def specs_of(classes: object) -> list[ClassSpec]:
+    """Read classes as `muntin.export` and files have them: a list of names, or of entries with name and color; or a mapping from names to
+    colours.
+
+    Raises DataError for another form.
+    """
+    if isinstance(classes, str | bytes) or not isinstance(classes, Iterable):
+        raise DataError(f"classes: {_FORMS}, not a {type(classes).__name__}")
+    entries = [{"name": name, "color": color} for name, color in classes.items()] if isinstance(classes, Mapping) else list(classes)
+    plain = [
+        {"name": entry} if isinstance(entry, str) else entry.model_dump() if isinstance(entry, ClassInfo) else entry for entry in entries
+    ]
+    try:
+        return TypeAdapter(list[ClassSpec]).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        number, *place = first["loc"]
+        where = ".".join(str(part) for part in place)
+        raise DataError(f"classes, entry {int(number) + 1}{where and f', {where}'}: {first['msg']}; {_FORMS}") from error
 
 
 class MaskMapping:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import onnx
 import torch
@@ -26,6 +26,7 @@ from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
+from muntin.data.classes import Classes, class_infos, specs_of
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
     FAR_OFF,
@@ -66,7 +67,8 @@ COVERAGE, ROUNDING = "integer_coverage", "rounding"
 
 @overload
 def export(
-    model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Tensor] | None = ..., signature: Signature | None = ...,
+    model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Any] | None = ..., signature: Signature | None = ...,
+    classes: Classes | None = ...,
     changes: Iterable[Change] = ..., measured: dict[str, Any] | None = ..., shape: tuple[int, int, int] | None = ...,
     quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ..., mean: Statistic | None = ...,
     std: Statistic | None = ..., progress: bool | OnStage = ...,
@@ -87,6 +89,7 @@ def export(
     *,
     calibration: Iterable[Any] | None = None,
     signature: Signature | None = None,
+    classes: Classes | None = None,
     changes: Iterable[Change] = (),
     measured: dict[str, Any] | None = None,
     shape: tuple[int, int, int] | None = None,
@@ -102,8 +105,9 @@ def export(
     `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut. `calibration`: input batches, with
     which a copy of the model is quantised: a list of them, or a DataLoader, also of (x, y), as in `muntin.quantize`. Without them
     muntin's own norms and gates are folded. Channels with closed gates are removed
-    first. `signature`: task and classes; by default inferred from the shape of the answer, with numbered classes. `changes`: those of
-    earlier passes, for the manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
+    first. `classes`: their names, `["cat", "dog"]`, or with colours `{"cat": (200, 80, 0), "dog": (0, 80, 200)}`; numbered by default.
+    `signature`: task and classes in one; by default inferred from the shape of the answer. `changes`: those of earlier passes, for the
+    manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
     default one image of the example's size. `quantization`: which layers stay in floats; requires `calibration`.
     `sizes`: the heights and widths that the artefact takes, beside every batch size: "any", "fixed" (the example's), {"multiple": 32,
     "min": 64, "max": 1024}, or "widest", as many as the model is found to take (`sizes.probe`), which costs a few calls of the model, and
@@ -120,14 +124,17 @@ def export(
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
     if isinstance(example, Mapping):
-        if signature or tuple(changes) or shape or sizes or mean is not None or std is not None:
-            raise ExportError("signature, changes, shape, sizes, mean and std are of images, and the example is a dictionary: give axes")
+        of_images = {"signature": signature, "classes": classes, "shape": shape, "sizes": sizes, "mean": mean, "std": std}
+        if given := [name for name, value in (of_images | {"changes": tuple(changes) or None}).items() if value is not None]:
+            raise ExportError(f"{', '.join(given)}: of images, and the example is a dictionary of tensors: leave out, or give axes")
         with status("exporting", progress):
             return export_named(
                 _copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured
             )
     if axes is not None:
         raise ExportError("axes are of named tensors, and the example is of images: give sizes, or the example as a dictionary")
+    if signature is not None and classes is not None:
+        raise ExportError("signature and classes: the signature has classes already: give one of them")
     check_target(path)
     check_pixels(example, "example")
     if quantization is not None and calibration is None:
@@ -146,7 +153,7 @@ def export(
         check_copy(original, example)
         if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
             model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
-        signature = signature or infer_signature(model, example)
+        signature = signature or infer_signature(model, example, classes)
         check_example(model, example[:1], signature)
         draft = _Draft(
             model=model,
@@ -336,8 +343,10 @@ def _calibration(calibration: Iterable[Any], model: nn.Module, example: Tensor) 
     return batches
 
 
-def infer_signature(model: nn.Module, example: Tensor) -> Signature:
+def infer_signature(model: nn.Module, example: Tensor, classes: Classes | None = None) -> Signature:
     """Infer task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment.
+
+    `classes`: names, or entries with name and color (`specs_of`). Raises `DataError` for those that are wrong.
 
     A `HybridNet` knows its task. Another model that answers images needs a `Signature(task="restore", channels=...)`.
     """
@@ -346,18 +355,27 @@ def infer_signature(model: nn.Module, example: Tensor) -> Signature:
     if answer.ndim not in (2, 4):
         raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
     if isinstance(model, HybridNet) and model.config.task == "restore":
+        if classes is not None:
+            raise ExportError("classes: the model restores images and has none: leave them out")
         return Signature(task="restore", channels=example.shape[1], scale=answer.shape[2] // example.shape[2])
     if answer.shape[1] == 1:
         raise ExportError(
             f"the model answers {tuple(answer.shape)}, and of one class every label is the same: give two, as torch.cat([-x, x], 1) of a "
             "logit is, or signature=Signature(task='restore', channels=1) of an image"
         )
-    classes = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(answer.shape[1]))
+    task: Literal["classify", "segment"] = "classify" if answer.ndim == 2 else "segment"
+    count = answer.shape[1]
+    if classes is None:
+        infos = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(count))
+    else:
+        infos = class_infos(specs_of(classes), task)
+        if len(infos) != count:
+            raise ExportError(f"{len(infos)} classes are named, and the model gives {count} scores: name as many")
     try:
-        return Signature(task="classify" if answer.ndim == 2 else "segment", channels=example.shape[1], classes=classes)
+        return Signature(task=task, channels=example.shape[1], classes=infos)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ExportError(f"the model takes {example.shape[1]} channels and gives {len(classes)} classes: {first['msg']}") from error
+        raise ExportError(f"the model takes {example.shape[1]} channels and gives {count} classes: {first['msg']}") from error
 
 
 def _shade(k: int) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Signature
-from muntin.data.classes import ClassSpec, class_infos
+from muntin.data.classes import Classes, ClassSpec, class_infos, specs_of
 from muntin.deployment.sizes.requested import Size
 from muntin.deployment.sources.answers import AnswerLayout, read_answer, wrap
 from muntin.deployment.sources.hugging_face import open_hugging_face
@@ -71,7 +71,7 @@ def open_model(
     *,
     size: int | Size | None = None,
     channels: int | None = None,
-    classes: int | Sequence[str] | None = None,
+    classes: int | Classes | None = None,
     mean: Statistic | None = None,
     std: Statistic | None = None,
 ) -> OpenedModel:
@@ -79,8 +79,9 @@ def open_model(
 
     `source`: `timm:NAME`, `torchvision:NAME`, `smp:CLASS:ENCODER`, `hf:FOLDER`, or `package.module:function`, which is imported and called.
     `weights`: a .safetensors file, or what `torch.save` wrote of a state_dict; every tensor of the model must be in it. Without it the
-    weights are random, or those in the folder of `hf`. `size`: side, or height and width, of the pictures. `classes`: names, or how many.
-    `mean`, `std`: of each channel, of pixels from 0 to 1. What is not given is the package's own.
+    weights are random, or those in the folder of `hf`. `size`: side, or height and width, of the pictures. `classes`: names, also with
+    colours as in `muntin.export`, or how many. `mean`, `std`: of each channel, of pixels from 0 to 1. What is not given is the package's
+    own.
     Raises `RecipeError` for what cannot be opened, `DependencyError` for a missing package, `ExportError` for a model of another kind.
     """
     kind, colon, name = source.partition(":")
@@ -90,9 +91,9 @@ def open_model(
     file = None if weights is None else Path(weights)
     if file is not None and not file.is_file():
         raise RecipeError(f"weights {file}: there is no such file")
-    names = None if classes is None or isinstance(classes, int) else tuple(classes)
+    named = None if classes is None or isinstance(classes, int) else specs_of(classes)
     request = Request(
-        classes=_checked_number("classes", classes if isinstance(classes, int) else None if names is None else len(names), 65535),
+        classes=_checked_number("classes", classes if isinstance(classes, int) else None if named is None else len(named), 65535),
         channels=_checked_number("channels", channels or _count(statistics), 16),
         size=_checked_size(size), normalised=statistics is not None, weights=file,
     )  # fmt: skip
@@ -111,7 +112,7 @@ def open_model(
     answer = read_answer(source, _answer(source, opened))
     model = wrap(opened, answer).eval()
     return OpenedModel(
-        source=source, model=model, size=opened.size, signature=_signature(source, opened, answer, names), weights=opened.weights,
+        source=source, model=model, size=opened.size, signature=_signature(source, opened, answer, named), weights=opened.weights,
         notes=(*weight_notes(opened.weights, random=opener is not None), *_picture_notes(opened, answer), *opened.notes),
     )  # fmt: skip
 
@@ -131,17 +132,18 @@ def _answer(source: str, opened: SourceModel) -> object:
     return answer
 
 
-def _signature(source: str, opened: SourceModel, answer: AnswerLayout, names: tuple[str, ...] | None) -> Signature:
+def _signature(source: str, opened: SourceModel, answer: AnswerLayout, named: Sequence[ClassSpec] | None) -> Signature:
     """Return task and classes. Raises `RecipeError` for another number of names than the model has classes."""
     count = max(2, answer.outputs)  # of one score, two classes are made
-    if names is not None and len(names) != count:
-        raise RecipeError(f"{len(names)} names of classes, and '{source}' has {count} classes: give as many")
-    if names is None:
+    if named is not None and len(named) != count:
+        raise RecipeError(f"{len(named)} names of classes, and '{source}' has {count} classes: give as many")
+    if named is None:
         own = _distinct(opened.class_names)
         names = own if len(own) == count else tuple(f"class-{number}" for number in range(count))
+        named = [ClassSpec(name=name) for name in names]
     height, width = opened.size
     try:
-        classes = class_infos([ClassSpec(name=name) for name in names], answer.task)
+        classes = class_infos(named, answer.task)
         side = height if answer.task == "classify" and height == width else None
         return Signature(task=answer.task, channels=opened.channels, classes=classes, side=side)
     except ValidationError as error:
