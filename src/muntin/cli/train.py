@@ -308,7 +308,8 @@ def evaluate_command(
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), signature)
     if artifact is None and loaded.quantized:
         session.engine += ", simulating integers"
-    if session.signature.model_copy(update={"sizes": signature.sizes}) != signature:
+    known = (signature, loaded.recipe.signature(loaded.state.classes))  # before `muntin relabel`, and after it
+    if session.signature.model_copy(update={"sizes": signature.sizes}) not in known:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
         )
