@@ -41,7 +41,7 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 def no_progress_lines() -> Iterator[None]:
     """A command prints no line of progress, however slow this machine is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muntin.cli.console.FIRST_S", 3600.0)
+        patch.setattr("muntin.progress.FIRST_S", 3600.0)
         yield
 
 

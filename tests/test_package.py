@@ -20,12 +20,26 @@ SOURCE = Path(muntin.__file__).parent
 TESTS = Path(__file__).parent
 # Rooms in import order: a module imports only from its own room and from those before it.
 ROOMS = (
-    *("errors", "text", "artifact", "images", "runtime", "graph", "layers", "models", "data", "training", "compression", "deployment"),
+    *(
+        "errors",
+        "text",
+        "progress",
+        "artifact",
+        "images",
+        "runtime",
+        "graph",
+        "layers",
+        "models",
+        "data",
+        "training",
+        "compression",
+        "deployment",
+    ),
     *("budgeting", "searching", "updating", "reporting", "serving", "cli"),
 )
 SERVING = ("protocol", "batching", "worker", "versions", "inference", "security", "telemetry", "http", "grpc", "triton")
 """Folders of `serving` in import order."""
-LIGHT = ("errors", "text", "artifact", "images", "runtime", "graph", "reporting", "serving")
+LIGHT = ("errors", "text", "progress", "artifact", "images", "runtime", "graph", "reporting", "serving")
 WITH_TORCH = {"torch", "torchvision", "torchmetrics", "onnxscript", "timm", "tensorboard"}
 HEAVY = WITH_TORCH | {"numpy", "openvino", "onnxruntime", "onnx", "PIL", "pydantic", "yaml", "jinja2", "matplotlib", "rich", "typer"}
 # Modules and calls that execute the data that they read, and calls that are safe with this value of an argument.

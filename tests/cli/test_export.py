@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from muntin.artifact import open_artifact
+from muntin.artifact.classes import RENAMED
 from muntin.deployment import checkpoint_export
 from muntin.errors import DataError
 from muntin.images import read_image, read_mask, write_image
@@ -59,6 +60,54 @@ def test_export_again_after_a_new_revision(call: Call, exported: Any, copied: Pa
 
     monkeypatch.setattr(checkpoint_export, "source_of", opened)
     assert call("export", exported.run, "-o", copied).mistake() == "the data were opened"
+
+
+FILES = ("model.onnx", "weights.safetensors", "golden.safetensors")
+
+
+def test_relabel_of_a_run(call: Call, exported: Any, tmp_path: Path, tree: Tree) -> None:
+    """The artefact follows, the data are still read, and no weight changes."""
+    run, names = Path(shutil.copytree(exported.run, tmp_path / "run")), tmp_path / "names.yaml"
+    artifact = Path(shutil.copytree(exported.artifact, run / "artifact", dirs_exist_ok=True))
+    names.write_text("- {name: See, color: [1, 2, 3]}\n- Feld\n- Dach\n")
+    before = tree(run)
+    text = call("relabel", run, "--classes", names)
+    assert "class     0: sea -> See, color [1, 2, 3]\n" in text.out and f"`muntin export {run}`" in text.out
+    assert {name: data for name, data in tree(run).items() if name != RENAMED} == before
+    assert call("export", run, "--json").document()["written"]
+    classes = open_artifact(artifact).manifest.signature.classes
+    assert [entry.name for entry in classes] == ["See", "Feld", "Dach"]
+    assert [entry.color for entry in classes] == [(1, 2, 3), (0, 160, 0), (200, 60, 0)]
+    assert all((artifact / file).read_bytes() == before[f"artifact/{file}"] for file in FILES)
+    assert not call("export", run, "--json").document()["written"]
+    scores = [call("evaluate", run, "--json", *words).document()["score"] for words in ([], ["--artifact", exported.artifact])]
+    assert call("evaluate", artifact, "--json").document()["score"] == scores[1]  # by the old and by the new names
+    names.write_text("A\nB\nC\n")
+    assert call("export", run, "--classes", names.rename(tmp_path / "names.txt"), "-o", tmp_path / "named").code == 0
+    assert [entry.name for entry in open_artifact(tmp_path / "named").manifest.signature.classes] == ["A", "B", "C"]
+
+
+def test_relabel_of_an_artefact(call: Call, copied: Path, tmp_path: Path) -> None:
+    before, names = {file: (copied / file).read_bytes() for file in FILES}, tmp_path / "names.json"
+    digest = open_artifact(copied).digest
+    names.write_text('{"See": null, "Feld": [4, 5, 6], "Dach": null}')
+    document = call("relabel", copied, "--classes", names, "--json").document()
+    artifact = open_artifact(copied)
+    assert [entry.model_dump(mode="json") for entry in artifact.manifest.signature.classes] == document["classes"]
+    assert document["classes"][1] == {"name": "Feld", "color": [4, 5, 6]}
+    assert {file: (copied / file).read_bytes() for file in FILES} == before and artifact.digest != digest
+    names.write_text('["a", "b"]')
+    assert "2 classes are named, and the model has 3" in call("relabel", copied, "--classes", names).mistake()
+    assert open_artifact(copied).digest == artifact.digest
+    assert "`muntin relabel" in call("export", copied, "--classes", names).mistake()
+
+
+def test_relabel_on_a_full_disk(call: Call, copied: Path, tmp_path: Path, tree: Tree, full_disk: FullDisk) -> None:
+    before, names = tree(copied), tmp_path / "names.txt"
+    names.write_text("a\nb\nc\n")
+    with full_disk(2000):
+        assert "make room" in call("relabel", copied, "--classes", names).mistake()
+    assert tree(copied) == before
 
 
 def test_export_in_float(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_fit_to_a_full_disk(call: Call, full_disk: Call, tiny: Any, tmp_path: Pa
             os.kill(os.getpid(), signal.SIGINT)
 
     run = tmp_path / "run"
-    assert fit(tiny.recipe, directory=run, report=ctrl_c).step == 3
+    assert fit(tiny.recipe, directory=run, progress=ctrl_c).step == 3
     with full_disk(60_000):
         text = call("fit", tiny.recipe, "-o", run, "--resume").mistake()
     assert "step-00000006 cannot be written (File too large): make room" in text

@@ -246,7 +246,7 @@ def test_resuming_a_finished_run(compressed: Compressed) -> None:
 
 def test_stages_of_another_run(compressed: Compressed, tmp_path: Path) -> None:
     origin, before = compressed.origin, tree(compressed.run.directory)
-    shorter = read_checkpoint(fit(origin.recipe, root=origin.state.root, directory=tmp_path / "run", report=stop_at_once).checkpoint)
+    shorter = read_checkpoint(fit(origin.recipe, root=origin.state.root, directory=tmp_path / "run", progress=stop_at_once).checkpoint)
     assert shorter.recipe == origin.recipe and shorter.state.step < STEPS
     other = origin.recipe.compression.model_copy(update={"average_bits": 7.0})
     made = "was made from another checkpoint or recipe: give another --output, or remove"

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from muntin.data.classes import ClassSpec, MaskMapping, class_infos, distinct_colors
+from muntin.artifact import ClassInfo
+from muntin.data.classes import ClassSpec, MaskMapping, class_infos, distinct_colors, read_specs, renamed_by, specs_of
 from muntin.errors import DataError
 
 PAINTED = (ClassSpec(name="sea", value=(0, 0, 9)), ClassSpec(name="land", value=(9, 0, 0)))
@@ -81,3 +83,65 @@ def test_class_infos_with_distinct_colors(count: int) -> None:
 def test_class_infos_of_wrong_names(names: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         class_infos([ClassSpec(name=name) for name in names], "segment")
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        [{"name": "sea", "color": [0, 0, 200]}, "land"],
+        {"sea": (0, 0, 200), "land": None},
+        (ClassInfo(name="sea", color=(0, 0, 200)), ClassSpec(name="land")),
+    ],
+)
+def test_forms_of_classes(classes: Any) -> None:
+    assert specs_of(classes) == [ClassSpec(name="sea", color=(0, 0, 200)), ClassSpec(name="land")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("names.txt", "sea\nland\n\n"),
+        ("names.yaml", "- sea\n- name: land\n"),
+        ("names.yml", "sea:\nland: null\n"),
+        ("names.json", '["sea", {"name": "land"}]'),
+    ],
+)
+def test_files_of_classes(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_specs(tmp_path / name) == [ClassSpec(name="sea"), ClassSpec(name="land")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("names.yaml", "- sea\n- no\n", "names.yaml: classes, entry 2: .*give names, or entries with name and color"),
+        ("names.yaml", "- [", "names.yaml: while parsing"),
+        ("names.json", "3", "not a int"),
+        ("names.txt", "sea\n\nland", "line 2 is empty"),
+        ("names.yaml", "- {name: sea, value: 1}\n- land\n", "value: masks are read by the recipe: leave it out"),
+        ("names.yaml", "- {name: sea, color: [0, 0, 300]}\n- land\n", "entry 1, color.2: Input should be less than or equal to 255"),
+        ("names.yaml", "[sea]", "1 classes are named, and the model has 2"),
+    ],
+)
+def test_wrong_files_of_classes(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=f"--classes .*{message}"):
+        renamed_by(tmp_path / name, class_infos([ClassSpec(name="a"), ClassSpec(name="b")], "segment"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("sea", "classes: give names, or entries with name and color, .* not a str"),
+        (
+            ["sea", {"name": "land", "color": [0, 256, 0]}],
+            "classes, entry 2, color.1: Input should be less than or equal to 255; give names",
+        ),
+        (["sea", {"name": "land", "colour": [0, 0, 0]}], "classes, entry 2, colour: Extra inputs"),
+        (["sea", 3], "classes, entry 2: "),
+        ({"sea": [1, 2]}, "classes, entry 1, color"),
+    ],
+)
+def test_wrong_forms_of_classes(classes: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        specs_of(classes)

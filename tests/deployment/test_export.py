@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import muntin
 from muntin import create_model
 from muntin.artifact import Artifact, ClassInfo, Signature, open_artifact
 from muntin.compression import Change, quantize
 from muntin.deployment import infer_signature
-from muntin.errors import ArtifactError, DataError, ExportError
+from muntin.errors import ArtifactError, DataError, ExportError, MuntinError
 from muntin.runtime.options import SessionOptions
 from muntin.training.config import QuantizationConfig
 
@@ -239,8 +240,11 @@ def test_one_class(build: type[nn.Module], pixels: Any, tmp_path: Path, refused:
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        (torch.linspace(0.1, 0.9, 3072).reshape(1, 3, 32, 32), "example from 0.1 to 0.9: give raw pixels, 0-255"),
-        (torch.linspace(-2, 2, 3072).reshape(1, 3, 32, 32), "example from -2 to 2: give raw pixels, 0-255"),
+        (
+            torch.linspace(0.1, 0.9, 3072).reshape(1, 3, 32, 32),
+            "example from 0.1 to 0.9: give raw pixels, 0-255; multiply by 255; if .* mean=0 and std=1",
+        ),
+        (torch.linspace(-2, 2, 3072).reshape(1, 3, 32, 32), "example from -2 to 2: give raw pixels, 0-255; undo their normalisation"),
         (torch.full((1, 3, 32, 32), 65535.0), "example from 6.55e\\+04 to"),
         (np.zeros((1, 3, 32, 32), np.uint8), "example is of type ndarray: give a torch.Tensor"),
     ],
@@ -252,11 +256,53 @@ def test_pixel_range(example: Any, message: str, pixels: Any, tmp_path: Path, ti
         assert re.search(message, refused(tiny(), pixels(1, 3, 32, 32), tmp_path, calibration=[example]))
 
 
+def test_normalisation_of_a_models_input(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    """The artefact of raw pixels gives the scores of the user's own model on normalised ones."""
+    model, example = tiny().train(), pixels(2, 3, 32, 32)
+    mean, std, stages = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), list[str]()
+    artifact = muntin.export(model, example, tmp_path / "artifact", mean=mean, std=std, progress=stages.append)
+    assert stages[0] == "checking the model" and stages[-1] == "comparing the engines"
+    mean_C11, std_C11 = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    with torch.inference_mode():
+        expected = model((example / 255 - mean_C11) / std_C11).numpy()
+    scores = muntin.load(artifact.path, precision="f32", threads=1)(example.permute(0, 2, 3, 1).numpy().astype(np.uint8))
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4)
+    assert model.training and isinstance(model[0], nn.Conv2d)  # type: ignore[index]
+
+
+def test_layers_of_a_normalised_model(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    model, example = tiny(), pixels(2, 3, 32, 32)
+    quantize(model, [example / 255])
+    artifact = muntin.export(model, example, tmp_path / "artifact", mean=0, std=1)
+    assert [record.name for record in artifact.manifest.layers if record.activation_bits == 8] == ["model.0", "model.2"]
+    assert {entry["layer"] for entry in artifact.manifest.passes if entry["pass"] == "quantize"} == {"model.0", "model.2"}
+    assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed
+
+
+def test_refused_normalisation(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(MuntinError, match="2 values of mean or std, and the images have 3 channels: give one value, or one for each"):
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", mean=(0.5, 0.5), std=0.5)
+    with pytest.raises(ExportError, match="mean and std are of images, and the example is a dictionary"):
+        muntin.export(tiny(), {"input": pixels(1, 3, 32, 32)}, tmp_path / "artifact", mean=0.5, std=0.5)
+    assert not list(tmp_path.iterdir())
+
+
 def test_calibration_types(pixels: Any, tmp_path: Path, tiny: Any, refused: Any) -> None:
     example = pixels(1, 3, 32, 32)
     assert "give a list of batches, [tensor]" in refused(tiny(), example, tmp_path, calibration=example)
-    pairs = [(example, torch.zeros(1))]
-    assert "calibration batch is of type tuple" in refused(tiny(), example, tmp_path, calibration=pairs)
+    named = [{"input": example}]
+    assert "calibration batch is of type dict" in refused(tiny(), example, tmp_path, calibration=named)
+
+
+def test_calibration_from_a_loader_with_labels(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    images, model = pixels(6, 3, 32, 32).to(torch.uint8), tiny()
+    loader = DataLoader(TensorDataset(images, torch.arange(6)), batch_size=4)
+    artifacts = [
+        muntin.export(model, images[:1], tmp_path / name, calibration=calibration)
+        for name, calibration in (("loader", loader), ("list", [images[:4], images[4:]]))
+    ]
+    one, other = (artifact.manifest.files for artifact in artifacts)
+    assert one == other and any(record.activation_bits == 8 for record in artifacts[0].manifest.layers)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -305,6 +351,30 @@ def test_wrong_number_of_classes(pixels: Any, tmp_path: Path, tiny: Any, refused
         signature = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=str(k), color=(k, k, k)) for k in range(count)))
         message = refused(tiny(), pixels(1, 3, 32, 32), tmp_path, signature=signature)
         assert f"answers (1, 4, 32, 32) to an example of (1, 3, 32, 32); for task 'segment' it must be (1, {count}, 32, 32)" in message
+
+
+def test_named_classes(pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    names, example = ["sea", "field", "roof", "road"], pixels(1, 3, 32, 32)
+    artifact = muntin.export(tiny(), example, tmp_path / "artifact", classes=[{"name": "sea", "color": (0, 0, 200)}, *names[1:]])
+    classes = artifact.manifest.signature.classes
+    assert [entry.name for entry in classes] == names and classes[0].color == (0, 0, 200)
+    assert len({entry.color for entry in classes}) == 4
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "b"], "2 classes are named, and the model gives 4 scores: name as many"),
+        (["a", "b", "a", "c"], "the class name 'a' is used twice"),
+    ],
+)
+def test_wrong_names_of_classes(classes: list[str], message: str, pixels: Any, tmp_path: Path, tiny: Any) -> None:
+    with pytest.raises(MuntinError, match=message):
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", classes=classes)
+    with pytest.raises(ExportError, match="the signature has classes already"):
+        signature = Signature(task="restore", channels=3)
+        muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", classes=classes, signature=signature)
+    assert not list(tmp_path.iterdir())
 
 
 def test_answers_without_a_signature(build: type[nn.Module], pixels: Any, tmp_path: Path, refused: Any) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact.manifest import Task
-from muntin.errors import RecipeError
+from muntin.errors import MuntinError, RecipeError
 from muntin.models import DividedSides, ForeignModel, create_model
+from muntin.models.foreign import checked_statistics, takes_raw_pixels
 
 FACTORIES = """
 from torch import nn
@@ -246,3 +247,29 @@ def test_size_divisor_of_hybrid_models(mine: str, tmp_path: Path) -> None:
     assert isinstance(divided, DividedSides) and divided.size_divisor == 8
     with pytest.raises(RecipeError, match="size_divisor=8 is for models that refuse some sizes; 'hybrid-xxs' takes all"):
         create_model("hybrid-xxs", size_divisor=8)
+
+
+def test_raw_pixels_of_a_model() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(1).eval(), nn.Conv2d(1, 2, 1))  # in training, its norm is not
+    assert takes_raw_pixels(model, None, mean=None, std=None) is model
+    wrapped = takes_raw_pixels(model.double(), torch.zeros(1, 1, 2, 2), mean=0.5, std=[0.25])
+    assert wrapped.training and model.training and not model[0].training
+    torch.testing.assert_close(wrapped(torch.full((1, 1, 2, 2), 255.0).double()), model(torch.full((1, 1, 2, 2), 2.0).double()))
+    with pytest.raises(MuntinError, match="mean and std are of images, and the inputs are none"):
+        takes_raw_pixels(model, {"ids": torch.zeros(1, 2)}, mean=0.5, std=0.5)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ((123.675, 116.28), (58.395, 57.12), r"mean 123\.675,116\.28 and .*give those of pixels from 0 to 1; divide"),
+        ((0, 0, 0), (255, 255, 255), "std 255,255,255: give those of pixels from 0 to 1"),
+        (0.5, 0, "std 0: give those of pixels from 0 to 1"),
+        (0.5, None, "mean 0.5 and std none: give both"),
+        ((0.5, 0.5), (0.5, 0.5, 0.5), "one value, or one for each channel"),
+        (float("nan"), 1, "mean nan and std 1"),
+    ],
+)
+def test_refused_statistics(mean: Any, std: Any, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        checked_statistics(mean, std)

@@ -76,6 +76,8 @@ def test_model_in_training_mode() -> None:
     labels = TorchSession(model.train(), SEGMENT).labels(images(2, 33, 40, 3))
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, first.argmax(1))
+    np.testing.assert_array_equal(session.labels(images(2, 33, 40, 3)[0]), labels[0])
+    assert session.class_names == tuple(entry.name for entry in CLASSES)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -6,6 +6,7 @@ import itertools
 import tracemalloc
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 
 from muntin.artifact import ClassInfo, Sides, Signature, Sizes
 from muntin.errors import ArtifactError, DataError
@@ -334,7 +336,8 @@ def test_wrong_arguments(task: str, options: dict[str, Any], message: str) -> No
         (np.zeros((4, 4, 3), np.uint8), r"\(1, 4, 4, 3\).*2\)"),
         (np.zeros((4, 4, 2), np.float32), "float32"),
         (np.zeros((0, 4, 2), np.uint8), "side of 0"),
-        ("cat.jpg", "type str"),
+        ("cat.npy", "cat.npy does not exist"),
+        ([[0, 0]], "type list"),
     ],
 )
 def test_wrong_images(image: Any, message: str) -> None:
@@ -406,3 +409,19 @@ def test_session_that_contradicts_its_signature() -> None:
 
     with pytest.raises(ArtifactError, match=r"\(1, 3, 5, 5\).*\(1, 4, 5, 5\)"):
         predict(Narrow(), picture(5, 5))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_picture_from_a_file_and_from_pillow(channels: int, tmp_path: Path) -> None:
+    """A file whose EXIF says that it lies on its side."""
+    image = Image.fromarray(picture(6, 9, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    session = PixelSession(channels=channels)
+    upright = np.asarray(image.convert("L" if channels == 1 else "RGB").transpose(Image.Transpose.ROTATE_270)).reshape(9, 6, channels)
+    expected = predict(session, upright)
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.open(tmp_path / "a.png"), Image.fromarray(upright.squeeze())):
+        np.testing.assert_array_equal(predict(session, source), expected)
+    with pytest.raises(DataError, match="the image has more than 8 bits a channel"):
+        predict(session, Image.fromarray(np.zeros((4, 4), np.uint16)))

@@ -206,7 +206,7 @@ def test_fewer_steps(tmp_path: Path, tiny: Any) -> None:
             signal.raise_signal(signal.SIGINT)
 
     options = ("training.steps=40",)
-    result = fit(budget_of(tiny, *options), directory=tmp_path / "run", root=tiny.root, report=stop)
+    result = fit(budget_of(tiny, *options), directory=tmp_path / "run", root=tiny.root, progress=stop)
     assert result.interrupted and kept(result.checkpoint) > 0.5
     shorter = budget_of(tiny, f"training.steps={result.step}")
     again = fit(shorter, directory=tmp_path / "run", root=tiny.root, resume=True)

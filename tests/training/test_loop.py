@@ -732,7 +732,7 @@ TIMED = ("training.minutes=0.05", "training.steps=1000000", "training.validate_e
 
 def test_minutes_limit(tmp_path: Path, tiny: Any) -> None:
     seen: list[FitProgress] = []
-    result = fit(load_recipe(tiny.recipe, list(TIMED)), directory=tmp_path / "run", root=tiny.root, report=seen.append)
+    result = fit(load_recipe(tiny.recipe, list(TIMED)), directory=tmp_path / "run", root=tiny.root, progress=seen.append)
     assert not result.interrupted and result.seconds >= 3
     assert 1 < result.step == result.steps < 1_000_000
     curve = read_checkpoint(result.checkpoint).state.training

@@ -85,7 +85,7 @@ def test_short_training(tiny: Any, tmp_path: Path, steps: int) -> None:
         if progress.kind == "step" and progress.step == LOG_EVERY:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = fit(recipe, root=tiny.root, directory=tmp_path / "run", report=stop)
+    result = fit(recipe, root=tiny.root, directory=tmp_path / "run", progress=stop)
     assert (result.step, len(result.validation)) == ((3, 1) if steps == 3 else (LOG_EVERY, 0))
     kept = read_checkpoint(result.checkpoint)
     variance = kept.tensors[AVERAGE]["1.running_var"]

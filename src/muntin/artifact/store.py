@@ -241,16 +241,16 @@ def with_optional_file(artifact: AnyArtifact, name: OptionalFileName, content: b
     The directory is replaced whole or not at all. Takes the artefact's size in memory. Raises ArtifactError.
     """
     digests = {**artifact.manifest.files, name: hashlib.sha256(content).hexdigest()}
-    _rewrite(artifact, {name: content}, files=digests)
+    rewrite_artifact(artifact, {name: content}, files=digests)
 
 
 def with_precision(artifact: AnyArtifact, precision: FloatPrecision) -> None:
     """Records the precision in which the float layers of an artefact run. As `with_optional_file`."""
-    _rewrite(artifact, {}, precision=precision)
+    rewrite_artifact(artifact, {}, precision=precision)
 
 
-def _rewrite(artifact: AnyArtifact, added: Mapping[OptionalFileName, bytes], **changes: Any) -> None:
-    """Replaces an artefact by one with other files and other fields of the manifest."""
+def rewrite_artifact(artifact: AnyArtifact, added: Mapping[OptionalFileName, bytes], **changes: Any) -> None:
+    """Replaces an artefact by one with more files and other fields of the manifest. As `with_optional_file`."""
     contents = {key: _read_checked(artifact.path, key, artifact.manifest) for key in artifact.manifest.files} | dict(added)
     _, rendered = render_manifest(artifact.manifest.model_copy(update=changes))
     replace_directory(artifact.path, {MANIFEST: rendered, **{str(key): data for key, data in contents.items()}}, marker=MANIFEST)

@@ -12,7 +12,7 @@ from muntin.cli.bench import bench_command
 from muntin.cli.compare import compare_command
 from muntin.cli.compress import compress_command, quantize_command
 from muntin.cli.console import accept_any_name, out, say
-from muntin.cli.export import export_command
+from muntin.cli.export import export_command, relabel_command
 from muntin.cli.machine import doctor_command
 from muntin.cli.models import init_command, models_command
 from muntin.cli.predict import predict_command
@@ -66,6 +66,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
     "search": search_command,
     "export": export_command,
+    "relabel": relabel_command,
     "verify": verify_command,
     "compare": compare_command,
     "bench": bench_command,

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import out, print_json, print_notes, progress_bar, say_notes
+from muntin.cli.console import out, print_json, print_notes, say_notes
 from muntin.cli.options import EngineOption, JsonOption, PrecisionOption
 from muntin.cli.profile import parse_dims, parse_size
 from muntin.cli.start import prepare_torch
 from muntin.errors import DataError
+from muntin.progress import progress_bar
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:

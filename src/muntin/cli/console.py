@@ -6,25 +6,21 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import contextmanager
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from textwrap import wrap
-from threading import Event, Thread
-from time import monotonic
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
+from muntin import progress
 from muntin.errors import DataError
 
 out = Console(markup=False, highlight=False, soft_wrap=True, emoji=False)
-err = Console(markup=False, highlight=False, soft_wrap=True, emoji=False, stderr=True)
+err = progress.stderr_console()
 
 SHOWN = 12
 """Maximum number of class names in a line."""
@@ -32,8 +28,6 @@ UNBOUNDED = 10_000
 """Width, in columns, of the console that measures a table."""
 LINE, INDENT = 100, 10
 """Width of a wrapped sentence, and of the label before it, in columns."""
-FIRST_S, EVERY_S = 5.0, 30.0
-"""Seconds until the first line of progress in a pipe or a file, and between two lines."""
 
 
 def print_json(document: Any) -> None:
@@ -93,12 +87,9 @@ def print_notes(notes: Iterable[object]) -> None:
         out.print(f"note      {note}")
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line on standard error, because standard output holds only results; or on `stream`."""
-    if stream is None:
-        err.print(text)
-    else:
-        print(text, file=stream, flush=True)
+def say(text: str) -> None:
+    """Print a line on standard error, because standard output holds only results."""
+    err.print(text)
 
 
 def say_notes(notes: Iterable[object]) -> None:
@@ -119,96 +110,15 @@ def notes_once(notes: Iterable[object]) -> Callable[[], None]:
 
 
 @contextmanager
-def progress_lines(text: str) -> Iterator[Callable[[str, float | None], None]]:
-    """Print what a command does on standard error, where that is no terminal: after `FIRST_S`, then every `EVERY_S` seconds.
-
-    Yields `show(text, left)`, which sets the text of the next line and the seconds left; None prints the seconds since the start instead.
-    """
-    shown: tuple[str, float | None] = (text, None)
-    ended, started = Event(), monotonic()
-    stream = sys.stderr  # not that of the moment: PyTorch's exporter is silenced by another one
-
-    def show(text: str, left: float | None) -> None:
-        nonlocal shown
-        shown = (text, left)
-
-    def print_lines() -> None:
-        pause = FIRST_S
-        while not ended.wait(pause):
-            (text, left), pause = shown, EVERY_S
-            line = f"{text}, {_clock(monotonic() - started)} so far" if left is None else f"{text}, {_clock(left)} left"
-            with suppress(ValueError):  # it is closed
-                say(line, stream)
-
-    thread = Thread(target=print_lines, name="muntin-progress", daemon=True)
-    thread.start()
-    try:
-        yield show
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-@contextmanager
-def progress_bar(description: str, rate: str = "") -> Iterator[Callable[[float, float], None]]:
-    """Yield `advance(done, total)`, which moves a bar on a terminal and sets the line that is printed elsewhere (`progress_lines`).
-
-    `rate`: unit of the number done a second, such as "images/s"; empty: it is not shown. Threads may advance it.
-    """
-    started = monotonic()
-
-    def speed(done: float) -> str:
-        number = done / (monotonic() - started)
-        return f"{number:.1f} {rate}" if rate and number >= 1 else f"{number:.2g} {rate}" if rate else ""
-
-    if not err.is_terminal:
-        with progress_lines(description) as show:
-
-            def set_line(done: float, total: float) -> None:
-                number = f"{done:.0f}" if abs(done - round(done)) < 0.01 else f"{done:.1f}"
-                text = ", ".join(filter(None, (f"{description}: {number} of {total:.0f}", speed(done))))
-                show(text, (monotonic() - started) / done * (total - done) if done else None)
-
-            yield set_line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(description, total=None, speed="")
-        yield lambda done, total: bar.update(task, completed=done, total=total, speed=speed(done))
-
-
-@contextmanager
 def status(description: str, *, begin: Callable[[], None] = lambda: None) -> Iterator[Callable[[str], None]]:
-    """Yield `stage(name)`, which shows a stage on a terminal and sets the line that is printed elsewhere (`progress_lines`).
+    """Show stages as `progress.status` does. `begin` is called at each stage, before it is shown (`notes_once`)."""
+    with progress.status(description) as show:
 
-    `begin` is called at each stage, before it is shown (`notes_once`).
-    """
-    if not err.is_terminal:
-        with progress_lines(description) as show:
-
-            def say_stage(name: str) -> None:
-                begin()
-                show(f"{description}: {name}", None)
-
-            yield say_stage
-        return
-    with err.status(Text(description)) as spinner:  # Text, because rich reads "[x]" in a str as markup
-
-        def show_stage(name: str) -> None:
+        def stage(name: str) -> None:
             begin()
-            spinner.update(Text(f"{description}: {name}"))
+            show(name)
 
-        yield show_stage
+        yield stage
 
 
 def refuse_unwritable(output: Path) -> None:

@@ -1,8 +1,9 @@
-"""`muntin export`."""
+"""`muntin export` and `muntin relabel`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,7 +67,13 @@ def export_command(
     size: Annotated[
         str | None, typer.Option(help="Of a model: side of its pictures, or HEIGHTxWIDTH, in pixels; by default the model's own.")
     ] = None,
-    classes: Annotated[str | None, typer.Option(help="Of a model: file with a class's name on each line, or how many classes.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the classes: a file with a name on each line, or a YAML or JSON list of names or of entries with name and "
+            "color. Of a run, in place of its own; of a model, also their number."
+        ),
+    ] = None,
     channels: Annotated[int | None, typer.Option(help="Of a model: channels of its pictures.")] = None,
     mean: Annotated[
         str | None, typer.Option(help="Of a model: mean of each channel in its training, of pixels from 0 to 1: 0.485,0.456,0.406.")
@@ -105,15 +112,18 @@ def export_command(
         of_model["overrides"] = set_ or ()
         _export_source(str(checkpoint), output, of_model, floating=floating, sizes=sizes, standalone=standalone, json=json)
         return
-    if given := [f"--{key}" for key, value in of_model.items() if value is not None]:
+    if given := [f"--{key}" for key, value in of_model.items() if value is not None and key != "classes"]:
         raise RecipeError(f"{', '.join(given)}: for a model, as timm:NAME; {checkpoint} is taken for a run, which has its own")
     if (checkpoint / MANIFEST).is_file():
+        if classes is not None:
+            raise RecipeError(f"{checkpoint} is an artefact already: `muntin relabel {checkpoint} --classes {classes}` renames its classes")
         if standalone is None or output is not None or floating or set_ or sizes:
             raise RecipeError(f"{checkpoint} is an artefact already: give it --standalone FILE.onnx alone, or name a run to export anew")
         _write_standalone(checkpoint, standalone, json=json)
         return
     start = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import broken_off
+    from muntin.data.classes import renamed_by
     from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
 
@@ -123,8 +133,11 @@ def export_command(
     target = output or file.parent.parent / ARTIFACT
     with status("exporting"):
         trained = quantized_by(read_checkpoint(file), set_ or ())
+        if classes is not None:
+            trained = replace(trained, classes=renamed_by(Path(classes), trained.classes))
         replaced = other_artifact(trained, target, integer=not floating)
-        reused = exported(trained, target, integer=not floating, sizes=sizes) is not None
+        existing = exported(trained, target, integer=not floating, sizes=sizes)
+        reused = existing is not None and existing.manifest.signature.classes == trained.classes
         begin = notes_once(() if json else start)
         artifact = export_checkpoint(trained, target, integer=not floating, sizes=sizes, begin=begin)
         if standalone is not None:
@@ -133,6 +146,48 @@ def export_command(
     notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
     notes = [*start, *notes] if json else notes
     _print_result(artifact, target, standalone, notes, reused=reused, replaced=replaced, floating=floating, json=json)
+
+
+def relabel_command(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or an artefact.")],
+    classes: Annotated[
+        Path,
+        typer.Option(
+            help="The new names, in the order of the classes: a file with a name on each line, or a YAML or JSON list of names or of "
+            "entries with name and color. A class without a colour keeps its own."
+        ),
+    ],
+    json: JsonOption = False,
+) -> None:
+    """Change names and colours of classes after training. Weights stay as they are.
+
+    A run reads its data by the old names and shows the new ones; `muntin export RUN` gives them to its artefact. An artefact gets a new
+    manifest, and so another digest.
+    """
+    from muntin.artifact import open_artifact
+    from muntin.artifact.classes import write_renamed
+    from muntin.artifact.store import MANIFEST
+    from muntin.data.classes import relabel_artifact, renamed_by
+
+    if (path / MANIFEST).is_file():
+        artifact = open_artifact(path)
+        old = artifact.manifest.signature.classes
+        new = renamed_by(classes, old)
+        relabel_artifact(artifact, new)
+    else:
+        from muntin.training import read_checkpoint
+
+        checkpoint = read_checkpoint(path)
+        run, old = checkpoint.path.parent.parent, checkpoint.classes
+        new = renamed_by(classes, old)
+        write_renamed(run, checkpoint.state.classes, new)
+    if json:
+        print_json({"path": path, "classes": [entry.model_dump() for entry in new]})
+        return
+    for number, (before, after) in enumerate(zip(old, new, strict=True)):
+        out.print(f"class     {number}: {before.name} -> {after.name}, color {list(after.color)}")
+    if not (path / MANIFEST).is_file():
+        out.print(f"next      `muntin export {path}` gives these names to its artefact")
 
 
 def _export_source(

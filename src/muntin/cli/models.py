@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from muntin.cli.console import SHOWN, out, print_json, print_notes, print_table, progress_bar
+from muntin.cli.console import SHOWN, out, print_json, print_notes, print_table
 from muntin.cli.options import JsonOption
+from muntin.progress import progress_bar
 from muntin.text import count
 
 

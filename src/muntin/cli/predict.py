@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import SHOWN, out, print_json, progress_bar, refuse_unwritable, say
+from muntin.cli.console import SHOWN, out, print_json, refuse_unwritable, say
 from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
 from muntin.errors import DataError
+from muntin.progress import progress_bar
 
 if TYPE_CHECKING:
     from muntin.artifact import Signature

@@ -13,18 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from muntin.cli.console import (
-    err,
     notes_once,
     out,
     print_json,
     print_notes,
     print_table,
-    progress_bar,
-    progress_lines,
     refuse_unwritable,
     say,
     say_notes,
@@ -33,6 +29,7 @@ from muntin.cli.console import (
 from muntin.cli.options import JsonOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.errors import MuntinError, RecipeError
+from muntin.progress import progress_bar
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
@@ -230,71 +227,19 @@ def fit_with_progress(
             else:
                 report("training", progress)
 
-        return fit(recipe, root=root, directory=directory, resume=resume, report=show)
+        return fit(recipe, root=root, directory=directory, resume=resume, progress=show)
 
 
 @contextmanager
 def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
-    """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere.
-
-    A process that `torchrun` started after the first one shows nothing.
-    """
+    """Show steps as `training.progress.bar` does. A process that `torchrun` started after the first one shows nothing."""
     if not first_process():
         yield lambda description, progress: None
         return
-    if not err.is_terminal:
-        with progress_lines("preparing") as show:
+    from muntin.training.progress.bar import training_display
 
-            def report(description: str, progress: FitProgress) -> None:
-                if progress.kind != "note":
-                    show(*_line(description, progress, task))
-
-            yield report
-        return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[figures]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=err) as bar:
-        shown = bar.add_task("preparing", total=None, figures="")
-
-        def move(description: str, progress: FitProgress) -> None:
-            if progress.kind == "validating":  # the bar stays at the step
-                bar.update(shown, description=f"validating {progress.step}/{progress.steps}")
-            elif progress.kind != "note":
-                bar.update(shown, description=_label(description, progress), completed=progress.step, total=progress.steps)
-            if progress.kind == "step":
-                bar.update(shown, figures=_figures(progress, task))
-
-        yield move
-
-
-def _label(description: str, progress: FitProgress) -> str:
-    if progress.kind == "check":
-        return "checking data"
-    return progress.note or f"preparing {description}" if progress.kind == "prepare" else description
-
-
-def _line(description: str, progress: FitProgress, task: str) -> tuple[str, float | None]:
-    """Return a line for a pipe or a file, without the time left, and the seconds left if known."""
-    if progress.kind == "prepare":
-        return _label(description, progress), None
-    doing = f"{description}, validating" if progress.kind == "validating" else _label(description, progress)
-    figures = _figures(progress, task)
-    return f"{doing}: {progress.step} of {progress.steps}{figures and f', {figures}'}", progress.seconds_left
-
-
-def _figures(progress: FitProgress, task: str) -> str:
-    from muntin.reporting.text import METRICS
-
-    parts = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
-    if (rate := progress.images_per_second) is not None:
-        parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s")
-    if progress.waiting is not None:
-        parts.append(f"waiting for input {progress.waiting:.0%}")
-    if progress.score is not None:
-        parts.append(f"validation {METRICS[task].name} {METRICS[task](progress.score)}")  # type: ignore[index]
-    return ", ".join(parts)
+    with training_display(task) as report:
+        yield report
 
 
 def describe_fit(result: FitResult) -> None:
@@ -363,7 +308,8 @@ def evaluate_command(
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), signature)
     if artifact is None and loaded.quantized:
         session.engine += ", simulating integers"
-    if session.signature.model_copy(update={"sizes": signature.sizes}) != signature:
+    known = (signature, loaded.recipe.signature(loaded.state.classes))  # before `muntin relabel`, and after it
+    if session.signature.model_copy(update={"sizes": signature.sizes}) not in known:
         raise ArtifactError(
             f"{artifact} is not for this run's data (another task, channels or classes): give one that `muntin export {checkpoint}` writes"
         )

@@ -9,20 +9,40 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.observer import Observer
 from muntin.errors import MuntinError
-from muntin.models.eager import ModelInputs, tensors_of, watch_inputs
+from muntin.models.eager import ModelInputs, batch_rows, inputs_of, tensors_of, watch_inputs
+
+LARGEST_CALIBRATION = 512
+"""Rows, such as images, that are read of a DataLoader. A list is used whole."""
 
 
-def calibration_list(calibration: Iterable[ModelInputs]) -> list[ModelInputs]:
-    """The batches as a list, without empty ones unless all are empty. Raises `MuntinError` if there is no batch, or one holds no tensor."""
+def calibration_list(calibration: Iterable[ModelInputs], model: nn.Module | None = None) -> list[ModelInputs]:
+    """The batches as a list, without empty ones unless all are empty. Raises `MuntinError` if there is no batch, or one holds no tensor.
+
+    With `model`, labels are dropped (`inputs_of`), so that a DataLoader of (x, y) serves. Of an iterable that is no sequence, such as a
+    DataLoader or an endless generator, only its first batches are read, until they hold `LARGEST_CALIBRATION` rows.
+    """
     if isinstance(calibration, Tensor | Mapping) or not isinstance(calibration, Iterable):
         raise MuntinError(f"calibration is a {type(calibration).__name__}: give an iterable of batches, such as a list with it")
-    batches: list[ModelInputs] = [dict(batch) if isinstance(batch, Mapping) else batch for batch in calibration]
-    if not batches:
-        raise MuntinError("calibration: there is no batch; give at least one batch of training images")
-    for batch in batches:
+    batches: list[ModelInputs] = []
+    rows = 0
+    for given in calibration:
+        batch = dict(given) if isinstance(given, Mapping) else given if model is None else _without_labels(given, model)
         if not tensors_of(batch):
             raise MuntinError(f"calibration: a batch ({type(batch).__name__}) holds no tensor: give tensors, tuples or dictionaries")
+        batches.append(batch)
+        rows += max(batch_rows(batch), 1)
+        if rows >= LARGEST_CALIBRATION and not isinstance(calibration, Sequence):
+            break
+    if not batches:
+        raise MuntinError("calibration: there is no batch; give at least one batch of training images")
     return [batch for batch in batches if all(tensor.numel() for tensor in tensors_of(batch))] or batches
+
+
+def _without_labels(batch: ModelInputs, model: nn.Module) -> ModelInputs:
+    try:
+        return inputs_of(model, batch)
+    except MuntinError as error:
+        raise MuntinError(f"calibration: {error}") from error
 
 
 def not_finite(name: str, error: ValueError) -> MuntinError:

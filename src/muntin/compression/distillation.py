@@ -22,7 +22,7 @@ from torch.utils import _pytree
 
 from muntin.compression.sparsity.holding import hold_sparsity
 from muntin.errors import MuntinError
-from muntin.models.eager import ModelInputs, call, check_module, tensors_of
+from muntin.models.eager import ModelInputs, call, check_module, inputs_of, tensors_of
 from muntin.training.config import TrainingConfig
 from muntin.training.gradients import kept_buffers, restore_buffers
 from muntin.training.loss import at_least_float32, distillation_loss
@@ -69,9 +69,9 @@ def distil(
 ) -> Distillation:
     """Train `student`, in place, to answer as `teacher`; return the course of the loss. The student is left in `eval` mode.
 
-    `inputs`: batches: a tensor of pixels, or several inputs as a tuple or dictionary, the same for both models. They are used again and
-    again: a sequence in an order that `seed` gives, another iterable (a DataLoader) in its own. `steps`, `minutes`: the run ends at the
-    nearer limit; the learning rate rises over its first 8 % and falls to 0 by a cosine.
+    `inputs`: batches: a tensor of pixels, or several inputs as a tuple or dictionary, the same for both models; labels of (x, y) are
+    dropped, as in `quantize`. They are used again and again: a sequence in an order that `seed` gives, another iterable (a DataLoader) in
+    its own. `steps`, `minutes`: the run ends at the nearer limit; the learning rate rises over its first 8 % and falls to 0 by a cosine.
 
     `loss`: "scores", the KL divergence of the class probabilities over axis 1, a mean over images, pixels or tokens of `(B, K, ...)`;
     "features", the mean squared difference over the teacher's variance; or a function of both answers. An `nn.Module` is trained too, such
@@ -123,7 +123,7 @@ class _Loop:
         started, step = perf_counter(), 0
         self.student.train()
         while (done := self.config.share_done(step, perf_counter() - started)) < 1:
-            if (value := self._step(next(batches), done)) is not None:
+            if (value := self._step(inputs_of(self.student, next(batches)), done)) is not None:
                 step += 1
                 report(step, value)
         recent, first = self.guard.state.recent[-20:], self.guard.state.first

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
 
-from muntin.artifact.classes import Channel8, ClassInfo
+from muntin.artifact import Artifact, open_artifact
+from muntin.artifact.classes import Channel8, ClassInfo, renamed
+from muntin.artifact.store import rewrite_artifact
 from muntin.data.listing import composed
 from muntin.data.section import Section
 from muntin.data.source import MAX_CLASSES, DataTask
@@ -20,7 +24,10 @@ from muntin.images import IGNORED
 from muntin.images.opening import PictureFile, UInt8
 
 RGB = tuple[Channel8, Channel8, Channel8]
+Classes = Iterable["str | ClassInfo | ClassSpec | Mapping[str, Any]"] | Mapping[str, Sequence[int] | None]
+"""Classes as users give them: see `specs_of`."""
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
+_FORMS = "give names, or entries with name and color, [red, green, blue] from 0 to 255"
 _MAX_LISTED = 5  # values that an error message lists
 
 # Okabe and Ito's palette for colour-blind readers, ordered so that neighbours differ in lightness, too.
@@ -60,6 +67,65 @@ def class_infos(classes: Sequence[ClassSpec], task: DataTask) -> tuple[ClassInfo
     used = {entry.color for entry in classes}
     unused = iter([color for color in distinct_colors(2 * len(classes)) if color not in used])
     return tuple(ClassInfo(name=entry.name, color=entry.color if entry.color is not None else next(unused)) for entry in classes)
+
+
+def specs_of(classes: object) -> list[ClassSpec]:
+    """Read classes as `muntin.export` and files have them: a list of names, or of entries with name and color; or a mapping from names to
+    colours.
+
+    Raises DataError for another form.
+    """
+    if isinstance(classes, str | bytes) or not isinstance(classes, Iterable):
+        raise DataError(f"classes: {_FORMS}, not a {type(classes).__name__}")
+    entries = [{"name": name, "color": color} for name, color in classes.items()] if isinstance(classes, Mapping) else list(classes)
+    plain = [
+        {"name": entry} if isinstance(entry, str) else entry.model_dump() if isinstance(entry, ClassInfo | ClassSpec) else entry
+        for entry in entries
+    ]
+    try:
+        return TypeAdapter(list[ClassSpec]).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        number, *place = first["loc"]
+        where = ".".join(str(part) for part in place)
+        raise DataError(f"classes, entry {int(number) + 1}{where and f', {where}'}: {first['msg']}; {_FORMS}") from error
+
+
+def read_specs(file: Path) -> list[ClassSpec]:
+    """Read classes from a file: YAML or JSON as `specs_of` takes them, or by another ending a name on each line. Raises DataError."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() in (".yaml", ".yml", ".json"):
+            return specs_of(yaml.safe_load(text))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())[:200]
+        raise DataError(f"--classes {file}: {reason}; give a file with a name on each line, or a YAML or JSON list") from error
+    except DataError as error:
+        raise DataError(f"--classes {file}: {error}") from error
+    names = [line.strip() for line in text.splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    if empty := [number for number, name in enumerate(names, 1) if not name]:
+        raise DataError(f"--classes {file}: line {empty[0]} is empty: write the name of a class on each line")
+    return [ClassSpec(name=name) for name in names]
+
+
+def renamed_by(file: Path, classes: Sequence[ClassInfo]) -> tuple[ClassInfo, ...]:
+    """Return the classes with the names of a file, and with its colours where it has some. Raises DataError, also for mask values."""
+    specs = read_specs(file)
+    if any(spec.value is not None for spec in specs):
+        raise DataError(f"--classes {file}: value: masks are read by the recipe: leave it out")
+    try:
+        return renamed(classes, [(spec.name, spec.color) for spec in specs])
+    except DataError as error:
+        raise DataError(f"--classes {file}: {error}") from error
+
+
+def relabel_artifact(artifact: Artifact, classes: Sequence[ClassInfo]) -> Artifact:
+    """Give the classes of an artefact other names and colours. Its manifest alone changes, and with it the artefact's digest."""
+    signature = artifact.manifest.signature.model_copy(update={"classes": tuple(classes)})
+    rewrite_artifact(artifact, {}, signature=signature)
+    return open_artifact(artifact.path)
 
 
 class MaskMapping:

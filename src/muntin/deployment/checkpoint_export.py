@@ -10,6 +10,7 @@ from pathlib import Path
 from muntin.artifact import Artifact, Manifest, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.compression import freeze, load_model
+from muntin.data.classes import relabel_artifact
 from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
 from muntin.errors import ArtifactError, ExportError, RecipeError
@@ -51,7 +52,8 @@ def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint
 def export_checkpoint(
     checkpoint: Checkpoint, path: Path, *, integer: bool = True, sizes: str | None = None, begin: Callable[[], None] = lambda: None
 ) -> Artifact:
-    """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights and sizes is reused.
+    """Quantise a checkpoint (unless `integer` is False) and write its artefact. An artefact of the same weights and sizes is reused, and
+    gets the present names of the classes.
 
     `sizes`: those of the artefact, as `parse_sizes` reads them; None: those of an artefact to reuse, otherwise `usual_sizes`. `begin` is
     called when work begins, after all checks that may refuse it.
@@ -65,7 +67,9 @@ def export_checkpoint(
     text = sizes or usual_sizes(checkpoint.recipe.task)
     requested = parse_sizes(text)
     if (existing := exported(checkpoint, path, integer=integer, sizes=sizes)) is not None:
-        return existing
+        if existing.manifest.signature.classes == checkpoint.classes:
+            return existing
+        return relabel_artifact(existing, checkpoint.classes)
     check_target(path)
     begin()
     calibration = calibration_of(checkpoint, source_of(checkpoint))

@@ -11,9 +11,9 @@ Axes: B images, H W map, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import onnx
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, TensorArtifact, check_target
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
+from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
+from muntin.data.classes import Classes, class_infos, specs_of
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
     FAR_OFF,
@@ -53,6 +55,8 @@ from muntin.graph.quantize import QuantizationPlan, calibrate, planned
 from muntin.graph.records import QuantizedOnnx
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
+from muntin.models.foreign import Statistic, takes_raw_pixels
+from muntin.progress import OnStage, status
 from muntin.runtime import describe_hardware
 from muntin.runtime.session import check_shape
 from muntin.training.config import QuantizationConfig
@@ -63,16 +67,18 @@ COVERAGE, ROUNDING = "integer_coverage", "rounding"
 
 @overload
 def export(
-    model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Tensor] | None = ..., signature: Signature | None = ...,
+    model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Any] | None = ..., signature: Signature | None = ...,
+    classes: Classes | None = ...,
     changes: Iterable[Change] = ..., measured: dict[str, Any] | None = ..., shape: tuple[int, int, int] | None = ...,
-    quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ...,
+    quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ..., mean: Statistic | None = ...,
+    std: Statistic | None = ..., progress: bool | OnStage = ...,
 ) -> Artifact: ...  # fmt: skip
 
 
 @overload
 def export(
     model: nn.Module, example: NamedTensors, path: Path | str, *, calibration: Iterable[NamedTensors] | None = ..., axes: Axes | None = ...,
-    measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ...,
+    measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ..., progress: bool | OnStage = ...,
 ) -> TensorArtifact: ...  # fmt: skip
 
 
@@ -83,77 +89,99 @@ def export(
     *,
     calibration: Iterable[Any] | None = None,
     signature: Signature | None = None,
+    classes: Classes | None = None,
     changes: Iterable[Change] = (),
     measured: dict[str, Any] | None = None,
     shape: tuple[int, int, int] | None = None,
     quantization: QuantizationConfig | None = None,
     sizes: RequestedSizes | None = None,
     axes: Axes | None = None,
+    mean: Statistic | None = None,
+    std: Statistic | None = None,
+    progress: bool | OnStage = True,
 ) -> Artifact | TensorArtifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
     `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut. `calibration`: input batches, with
-    which a copy of the model is quantised; without them muntin's own norms and gates are folded. Channels with closed gates are removed
-    first. `signature`: task and classes; by default inferred from the shape of the answer, with numbered classes. `changes`: those of
-    earlier passes, for the manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
+    which a copy of the model is quantised: a list of them, or a DataLoader, also of (x, y), as in `muntin.quantize`. Without them
+    muntin's own norms and gates are folded. Channels with closed gates are removed
+    first. `classes`: their names, `["cat", "dog"]`, or with colours `{"cat": (200, 80, 0), "dog": (0, 80, 200)}`; numbered by default.
+    `signature`: task and classes in one; by default inferred from the shape of the answer. `changes`: those of earlier passes, for the
+    manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
     default one image of the example's size. `quantization`: which layers stay in floats; requires `calibration`.
     `sizes`: the heights and widths that the artefact takes, beside every batch size: "any", "fixed" (the example's), {"multiple": 32,
     "min": 64, "max": 1024}, or "widest", as many as the model is found to take (`sizes.probe`), which costs a few calls of the model, and
     another attempt where one fails for a reason of sizes. By default those of the signature; "widest" where the answer is a map, "fixed"
     where it is none, since a graph of free sizes takes several times as long to make. A note says why there are no more.
+    `mean`, `std`: for a model that expects `(x / 255 - mean) / std` of raw pixels x, as torchvision's do: a number, or one for each
+    channel, of pixels from 0 to 1. The artifact takes raw pixels then too, and so do `example` and `calibration`. Names of layers begin
+    with `model.` then.
     With a dictionary of tensors as `example`, the arguments of the model's `forward` by name, the artefact has these inputs, and as outputs
     what the model returns: a tensor, a tuple, or a dictionary. `calibration` are such dictionaries then. `axes`: the names of the free
     dimensions of each input, None for a fixed one, `{"ids": ("batch", "tokens")}`; by default a first one that all inputs share.
+    `progress`: True shows the stages on a terminal, and elsewhere a line every half minute; False shows nothing; a function is called with
+    the name of each stage instead.
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
     if isinstance(example, Mapping):
-        if signature or tuple(changes) or shape or sizes:
-            raise ExportError("signature, changes, shape and sizes are of images, and the example is a dictionary: give axes")
-        return export_named(_copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured)
+        of_images = {"signature": signature, "classes": classes, "shape": shape, "sizes": sizes, "mean": mean, "std": std}
+        if given := [name for name, value in (of_images | {"changes": tuple(changes) or None}).items() if value is not None]:
+            raise ExportError(f"{', '.join(given)}: of images, and the example is a dictionary of tensors: leave out, or give axes")
+        with status("exporting", progress):
+            return export_named(
+                _copied(model), example, path, calibration=calibration, axes=axes, quantization=quantization, measured=measured
+            )
     if axes is not None:
         raise ExportError("axes are of named tensors, and the example is of images: give sizes, or the example as a dictionary")
+    if signature is not None and classes is not None:
+        raise ExportError("signature and classes: the signature has classes already: give one of them")
     check_target(path)
     check_pixels(example, "example")
     if quantization is not None and calibration is None:
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")
     H, W = example.shape[2:]
     opened_for = (1, H, W) if shape is None else check_shape(shape)
-    original, model, example = model, _copied(model), example.cpu()
-    check_frozen(model)
-    check_held(model)
-    check_copy(original, example)
-    if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
-        model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
-    signature = signature or infer_signature(model, example)
-    check_example(model, example[:1], signature)
-    draft = _Draft(
-        model=model,
-        example=example,
-        path=Path(path),
-        signature=signature,
-        calibration=None if calibration is None else _calibration(calibration, model, example),
-        quantization=quantization,
-        changes=tuple(changes) or history(model),
-        measured=dict(measured or {}),
-        opened_for=opened_for,
-        probe=Probe(model, example, signature),
-    )
-    if sizes is None and not signature.sizes.every:
-        check_allowed(signature.sizes, (H, W))
-        requested = signature.sizes
-    elif (chosen := sizes or usual_sizes(signature.task)) == "widest":
-        return draft.write_widest()
-    else:
-        requested = requested_sizes(chosen, (H, W))
-    try:
-        return draft.write(requested, [])
-    except SizeError as error:
-        if requested.fixed:
-            raise
-        advice = (
-            "leave out sizes, and fewer are tried; muntin.models.DividedSides pads and cuts where sides have to be multiples of a number"
+    changes = tuple(changes) or history(model)
+    normalised = takes_raw_pixels(model, example, mean=mean, std=std)
+    if normalised is not model:
+        changes = tuple(replace(change, layer=f"model.{change.layer}".removesuffix(".")) for change in changes)
+    with status("exporting", progress) as stage:
+        stage("checking the model")
+        original, model, example = normalised, _copied(normalised), example.cpu()
+        check_frozen(model)
+        check_held(model)
+        check_copy(original, example)
+        if isinstance(model, nn.Linear | nn.Conv2d | QuantizedLinear | QuantizedConv2d):
+            model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
+        signature = signature or infer_signature(model, example, classes)
+        check_example(model, example[:1], signature)
+        draft = _Draft(
+            model=model,
+            example=example,
+            path=Path(path),
+            signature=signature,
+            calibration=None if calibration is None else _calibration(calibration, model, example),
+            quantization=quantization,
+            changes=changes,
+            measured=dict(measured or {}),
+            opened_for=opened_for,
+            probe=Probe(model, example, signature),
+            stage=stage,
         )
-        raise ExportError(f"{error}; {advice}") from error
+        if sizes is None and not signature.sizes.every:
+            check_allowed(signature.sizes, (H, W))
+            requested = signature.sizes
+        elif (chosen := sizes or usual_sizes(signature.task)) == "widest":
+            return draft.write_widest()
+        else:
+            requested = requested_sizes(chosen, (H, W))
+        try:
+            return draft.write(requested, [])
+        except SizeError as error:
+            if requested.fixed:
+                raise
+            advice = "leave out sizes, and fewer are tried; muntin.models.DividedSides pads and cuts to multiples of a number"
+            raise ExportError(f"{error}; {advice}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +209,12 @@ class _Draft:
     measured: dict[str, Any]
     opened_for: tuple[int, int, int]
     probe: Probe
+    stage: OnStage
     captures: list[_Captured] = field(default_factory=list)
 
     def write_widest(self) -> Artifact:
         """Write the artefact for the widest sizes for which that succeeds. Raises the error of the last attempt."""
+        self.stage("trying sizes")
         sizes, reason = self.probe.widest()
         while True:
             try:
@@ -205,6 +235,7 @@ class _Draft:
         golden_sides, other_sides = self.probe.sizes_to_compare(sizes)
         due = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
         check_independence(self.model, due)
+        self.stage(f"capturing the graph for {sizes.text}")
         captured = self._capture(sizes, signature)
         model, trained, changes = captured.model, captured.trained, captured.changes
         if not trained:
@@ -213,9 +244,11 @@ class _Draft:
                 check_folded(model, due, errors)
             check_capture(errors)
         self.probe.forget()
+        self.stage("choosing scales" if self.calibration is not None else "planning")
         plan = self._plan(captured.proto, trained, changes, opened_for)
         kinds = {name: type(layer).__name__ for name, layer in model.named_modules() if not list(layer.children())}
         while True:
+            self.stage("computing reference outputs")
             result = plan.quantized()
             pairs = graph_pairs(result.model, [images for images, _ in due], exact=True)
             errors = errors_by_size(pairs, due)
@@ -234,6 +267,7 @@ class _Draft:
                 "measured": {"hardware": describe_hardware(), **self.measured, **self._figures(result, errors)},
                 "example": opened_for,
             }
+            self.stage("comparing the engines")
             try:
                 return write_checked(self.path, content, pairs[len(golden_sides) :], [*notes, *rounding, *lacking])
             except FallbackError as error:
@@ -291,24 +325,28 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ExportError(f"the model {error}") from error
 
 
-def _calibration(batches: Iterable[Tensor], model: nn.Module, example: Tensor) -> list[Tensor]:
+def _calibration(calibration: Iterable[Any], model: nn.Module, example: Tensor) -> list[Tensor]:
     """Return the batches on the CPU. Raises `ExportError` where the model does not take them."""
-    if isinstance(batches, Tensor):
-        raise ExportError(f"calibration is one tensor of shape {tuple(batches.shape)}: give a list of batches, [tensor]")
-    batches = list(batches)
+    if isinstance(calibration, Tensor):
+        raise ExportError(f"calibration is one tensor of shape {tuple(calibration.shape)}: give a list of batches, [tensor]")
     tried: set[torch.Size] = set()
-    for batch in batches:
+    batches: list[Tensor] = []
+    for batch in calibration_list(calibration, model):
         check_pixels(batch, "calibration batch")
+        assert isinstance(batch, Tensor)
+        batches.append(batch.cpu())
         if batch.shape[1] != example.shape[1]:
             raise ExportError(f"calibration batch of shape {tuple(batch.shape)}: the example has {example.shape[1]} channels")
         if batch.shape[2:] not in tried:
             answer_to(model, batch[:1].cpu())
             tried.add(batch.shape[2:])
-    return [batch.cpu() for batch in batches]
+    return batches
 
 
-def infer_signature(model: nn.Module, example: Tensor) -> Signature:
+def infer_signature(model: nn.Module, example: Tensor, classes: Classes | None = None) -> Signature:
     """Infer task and number of classes from the shape of the answer: `(B, K)` is classify, `(B, K, H, W)` segment.
+
+    `classes`: names, or entries with name and color (`specs_of`). Raises `DataError` for those that are wrong.
 
     A `HybridNet` knows its task. Another model that answers images needs a `Signature(task="restore", channels=...)`.
     """
@@ -317,25 +355,34 @@ def infer_signature(model: nn.Module, example: Tensor) -> Signature:
     if answer.ndim not in (2, 4):
         raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
     if isinstance(model, HybridNet) and model.config.task == "restore":
+        if classes is not None:
+            raise ExportError("classes: the model restores images and has none: leave them out")
         return Signature(task="restore", channels=example.shape[1], scale=answer.shape[2] // example.shape[2])
     if answer.shape[1] == 1:
         raise ExportError(
             f"the model answers {tuple(answer.shape)}, and of one class every label is the same: give two, as torch.cat([-x, x], 1) of a "
             "logit is, or signature=Signature(task='restore', channels=1) of an image"
         )
-    classes = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(answer.shape[1]))
+    task: Literal["classify", "segment"] = "classify" if answer.ndim == 2 else "segment"
+    count = answer.shape[1]
+    if classes is None:
+        infos = tuple(ClassInfo(name=f"class-{k}", color=_shade(k)) for k in range(count))
+    else:
+        infos = class_infos(specs_of(classes), task)
+        if len(infos) != count:
+            raise ExportError(f"{len(infos)} classes are named, and the model gives {count} scores: name as many")
     try:
-        return Signature(task="classify" if answer.ndim == 2 else "segment", channels=example.shape[1], classes=classes)
+        return Signature(task=task, channels=example.shape[1], classes=infos)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise ExportError(f"the model takes {example.shape[1]} channels and gives {len(classes)} classes: {first['msg']}") from error
+        raise ExportError(f"the model takes {example.shape[1]} channels and gives {count} classes: {first['msg']}") from error
 
 
 def _shade(k: int) -> tuple[int, int, int]:
     return (97 * k + 60) % 256, (57 * k + 120) % 256, (151 * k + 30) % 256
 
 
-def check_pixels(images: Tensor, called: str) -> None:
+def check_pixels(images: object, called: str) -> None:
     """Raise `ExportError` for images that are not raw pixels (B, C, H, W), 0-255."""
     if not isinstance(images, Tensor):
         raise ExportError(f"{called} is of type {type(images).__name__}: give a torch.Tensor of raw pixels (B, C, H, W)")
@@ -343,5 +390,11 @@ def check_pixels(images: Tensor, called: str) -> None:
         raise ExportError(f"{called} of shape {tuple(images.shape)}: give raw pixels (B, C, H, W)")
     low, high = float(images.min()), float(images.max())
     fractions = images.is_floating_point() and bool((images != images.round()).any())
-    if not (low >= 0 and high <= 255) or (fractions and high <= 1):
-        raise ExportError(f"{called} from {low:.3g} to {high:.3g}: give raw pixels, 0-255; the model normalises them itself")
+    if low >= 0 and high <= 255 and not (fractions and high <= 1):
+        return
+    advice = "the model normalises them itself"
+    if low < 0:
+        advice = "undo their normalisation, (x * std + mean) * 255, and give mean and std: the artifact normalises"
+    elif high <= 1:
+        advice = "multiply by 255; if the model expects pixels from 0 to 1, give mean=0 and std=1, or those of its normalisation"
+    raise ExportError(f"{called} from {low:.3g} to {high:.3g}: give raw pixels, 0-255; {advice}")

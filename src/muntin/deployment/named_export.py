@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import GoldenTolerance, TensorArtifact, check_target
 from muntin.compression import fold, remove_closed_channels
+from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
@@ -80,10 +81,16 @@ def export_named(
     return export_onnx(
         proto,
         path,
-        calibration=None if calibration is None else [as_arrays(batch) for batch in calibration],
+        calibration=None if calibration is None else [as_arrays(_by_name(batch)) for batch in calibration_list(calibration, model)],
         example=arrays,
         keep=config.keep,
         min_sqnr_db=config.min_sqnr_db,
         measured=measured,
         passes=passes,
     )
+
+
+def _by_name(batch: object) -> NamedTensors:
+    if not isinstance(batch, Mapping):
+        raise ExportError(f"a calibration batch is a {type(batch).__name__}, and the example a dictionary: give dictionaries of tensors")
+    return batch

@@ -77,6 +77,11 @@ def decode_image(content: bytes, channels: int | None = 3, *, max_pixels: int = 
         return _decoded(SENT, picture, channels)
 
 
+def pillow_pixels(picture: Image.Image, channels: int | None = 3) -> UInt8:
+    """Return the pixels of an image of Pillow, as `read_image` returns those of its file. Raises DataError."""
+    return _decoded(Path("the image"), picture, channels)
+
+
 def pixel_count(content: bytes, *, max_pixels: int = MAX_PIXELS) -> int:
     """Height times width of the picture that `decode_image` would return, from the header alone. Raises DataError."""
     with opened_bytes(content, max_pixels) as picture:
@@ -124,7 +129,7 @@ def read_mask(path: PictureFile | str, *, colors: bool = False, max_pixels: int 
     return mask
 
 
-def _decoded(path: PictureFile, picture: ImageFile.ImageFile, channels: int | None) -> UInt8:
+def _decoded(path: PictureFile, picture: Image.Image, channels: int | None) -> UInt8:
     mode = _target_mode(path, picture, channels)
     image_HWC = np.array(_converted(_upright(picture), mode), dtype=np.uint8)
     return image_HWC if image_HWC.ndim == 3 else image_HWC[:, :, None]
@@ -156,7 +161,7 @@ def _has_late_exif(stream: IO[bytes]) -> bool:
     return has_name
 
 
-def _upright(picture: ImageFile.ImageFile) -> Image.Image:
+def _upright(picture: Image.Image) -> Image.Image:
     """Decodes a picture, without a lock, and turns it as its EXIF orientation says."""
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # the only decoder that checks Pillow's own limit here
         with quiet_pillow(prod(picture.size)):
@@ -167,7 +172,7 @@ def _upright(picture: ImageFile.ImageFile) -> Image.Image:
     return picture if transposition is None else picture.transpose(transposition)
 
 
-def _target_mode(path: PictureFile, picture: ImageFile.ImageFile, channels: int | None) -> str:
+def _target_mode(path: PictureFile, picture: Image.Image, channels: int | None) -> str:
     """The Pillow mode to convert to. Raises DataError where values would be invented or cut."""
     mode = picture.mode
     if mode.startswith(("I", "F")) or _is_deep(picture):
@@ -194,16 +199,16 @@ def _converted(picture: Image.Image, mode: str) -> Image.Image:
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _is_deep(picture: ImageFile.ImageFile) -> bool:
+def _is_deep(picture: Image.Image) -> bool:
     """Returns True for more than 8 bits a channel, which Pillow would cut, or read as two pixels, silently."""
     if isinstance(picture, TiffImagePlugin.TiffImageFile):  # the raw mode of separate planes does not tell
         return bool(max(picture.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))) > 8)
     return _raw_mode(picture).endswith(_DEEP_ENDINGS)
 
 
-def _raw_mode(picture: ImageFile.ImageFile) -> str:
+def _raw_mode(picture: Image.Image) -> str:
     """Pillow's name of the stored pixel format; known before decoding."""
-    arguments = picture.tile[0][3] if picture.tile else None
+    arguments = picture.tile[0][3] if isinstance(picture, ImageFile.ImageFile) and picture.tile else None
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return raw if isinstance(raw, str) else ""
 

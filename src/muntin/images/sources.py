@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from muntin.errors import DataError
-from muntin.images.decoding import image_size, read_image
+from muntin.images.decoding import image_size, pillow_pixels, read_image
 from muntin.images.opening import MAX_PIXELS, NPY_HEAD, UInt8, map_array, opened_file
 from muntin.images.rasters import BAND_ROWS, CACHE_BYTES, OpenRasters, Raster, is_raster, picture_raster
 
@@ -31,6 +32,10 @@ class PictureSource(Protocol):
     def dtype(self) -> np.dtype[Any]: ...
 
     def __getitem__(self, key: tuple[slice, slice], /) -> npt.NDArray[Any]: ...
+
+
+AnyPicture = PictureSource | Image.Image | Path | str
+"""A picture as `muntin.predict` takes it: a source, an image of Pillow, or the path of a file."""
 
 
 class ScaledSource:
@@ -87,6 +92,13 @@ def open_source(
     else:
         source = read_image(path, channels, max_pixels=max_pixels, mapped=True)
     return source if value_range is None else ScaledSource(source, *value_range)
+
+
+def source_of(image: AnyPicture, channels: int | None = 3) -> PictureSource:
+    """Return the source of a file (`open_source`) or of an image of Pillow; any other value is a source already."""
+    if isinstance(image, Path | str):
+        return open_source(image, channels)
+    return pillow_pixels(image, channels) if isinstance(image, Image.Image) else image
 
 
 def source_size(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

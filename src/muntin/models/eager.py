@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,39 @@ def _placed(model: nn.Module, part: Any) -> Any:
     if like is None:
         return part
     return part.to(like.device, like.dtype) if part.is_floating_point() else part.to(like.device)
+
+
+def inputs_of(model: nn.Module, batch: ModelInputs) -> ModelInputs:
+    """Return a batch without labels, as of a DataLoader of (x, y): of a tuple or list, as many elements as the model's forward takes.
+
+    A forward with one parameter gets x, and one with two required parameters both. A forward with `*args` gets all elements. A single
+    image batch (4 dimensions), or one of floats, is returned as a tensor. Raises `MuntinError` where an element may be a label or the
+    value of an optional parameter.
+    """
+    if not isinstance(batch, tuple | list) or not batch:
+        return batch
+    required, optional = _positional(model)
+    count = max(required, 1)
+    if len(batch) > count and optional:
+        raise MuntinError(
+            f"a batch holds {len(batch)} elements, and the model's forward requires {required} and may take {', '.join(optional)}: give "
+            "inputs without labels, as [x for x, _ in loader], or by name in dictionaries"
+        )
+    inputs = tuple(batch) if optional is None else tuple(batch[:count])
+    first = inputs[0]
+    alone = len(inputs) == 1 and isinstance(first, Tensor) and (first.ndim == 4 or first.is_floating_point())
+    return first if alone else inputs
+
+
+def _positional(model: nn.Module) -> tuple[int, list[str] | None]:
+    """Return how many positional parameters the model's forward requires, and the names of the optional ones; None for `*args`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    entries = inspect.signature(model.forward).parameters.values()
+    if any(entry.kind is entry.VAR_POSITIONAL for entry in entries):
+        return 0, None
+    positional = [entry for entry in entries if entry.kind in kinds]
+    optional = [entry.name for entry in positional if entry.default is not entry.empty]
+    return len(positional) - len(optional), optional
 
 
 def tensors_of(batch: ModelInputs) -> list[Tensor]:

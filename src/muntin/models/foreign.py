@@ -18,36 +18,99 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.manifest import Task
-from muntin.errors import DependencyError, RecipeError, install
+from muntin.errors import DependencyError, MuntinError, RecipeError, install
+from muntin.models.eager import check_module
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Statistic = float | Sequence[float]
+"""A mean or standard deviation of pixels from 0 to 1: of all channels, or of each."""
 
 
-class ForeignModel(nn.Module):
-    """Normalises raw pixels, calls the wrapped model, and resizes the scores of a segmenter to the size of its input.
+class RawPixelModel(nn.Module):
+    """Scales raw pixels to 0..1, subtracts `mean`, divides by `std`, and calls the wrapped model: `(x / 255 - mean) / std`.
 
-    Input `(B, channels, H, W)`, float 0-255; output `(B, K)` or `(B, K, H, W)`, by the task.
+    Input `(B, channels, H, W)`, float 0-255; output as the wrapped model gives it, which is `model` in names of layers.
     """
 
     factor: Tensor
     shift: Tensor
 
-    def __init__(self, model: nn.Module, *, mean: tuple[float, ...], std: tuple[float, ...], task: Task) -> None:
+    def __init__(self, model: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = model
-        self.task = task
         self.register_buffer("factor", (1 / (255 * torch.tensor(std))).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std)).reshape(1, -1, 1, 1), persistent=False)
 
+    def forward(self, image_BCHW: Tensor) -> Any:
+        return self.model(image_BCHW * self.factor - self.shift)
+
+
+class ForeignModel(RawPixelModel):
+    """Normalises raw pixels, calls the wrapped model, and resizes the scores of a segmenter to the size of its input.
+
+    Input `(B, channels, H, W)`, float 0-255; output `(B, K)` or `(B, K, H, W)`, by the task.
+    """
+
+    def __init__(self, model: nn.Module, *, mean: Sequence[float], std: Sequence[float], task: Task) -> None:
+        super().__init__(model, mean=mean, std=std)
+        self.task = task
+
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        out = self.model(image_BCHW * self.factor - self.shift)
+        out = super().forward(image_BCHW)
         if isinstance(out, tuple):  # GoogLeNet and Inception in training: the answer and auxiliary ones
             out = out[0]
         scores: Tensor = out["out"] if isinstance(out, dict) else out
         if self.task == "segment" and scores.shape[2:] != image_BCHW.shape[2:]:
             scores = F.interpolate(scores, image_BCHW.shape[2:], mode="bilinear")
         return scores
+
+
+def takes_raw_pixels(model: nn.Module, images: object, *, mean: Statistic | None, std: Statistic | None) -> nn.Module:
+    """Return the model for raw pixels 0-255: itself without mean and std, otherwise a `RawPixelModel` around it, in its mode and place.
+
+    `images`: a batch (B, C, H, W), which tells the number of channels. `mean`, `std`: see `checked_statistics`. The model is not copied.
+    """
+    statistics = checked_statistics(mean, std)
+    if statistics is None:
+        return model
+    check_module(model)
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise MuntinError("mean and std are of images, and the inputs are none: give batches of raw pixels (B, C, H, W), or leave both out")
+    if (count := max(map(len, statistics))) not in (1, images.shape[1]):
+        raise MuntinError(
+            f"{count} values of mean or std, and the images have {images.shape[1]} channels: give one value, or one for each channel"
+        )
+    wrapped = RawPixelModel(model, mean=statistics[0], std=statistics[1])
+    wrapped.training = model.training  # not `train()`, which changes the modes of its parts
+    like = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), wrapped.factor)
+    wrapped.factor, wrapped.shift = wrapped.factor.to(like), wrapped.shift.to(like)
+    return wrapped
+
+
+def checked_statistics(mean: Statistic | None, std: Statistic | None) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the mean and standard deviation of each channel, of pixels from 0 to 1; None without them.
+
+    The convention is torchvision's: a model sees `(x / 255 - mean) / std` of raw pixels x. Raises `RecipeError` for one of the two alone,
+    different numbers of values, and values of pixels from 0 to 255.
+    """
+    if mean is None and std is None:
+        return None
+    means, stds = _values(mean), _values(std)
+    given = " and ".join(
+        f"{name} {','.join(f'{value:g}' for value in values) or 'none'}" for name, values in (("mean", means), ("std", stds))
+    )
+    if not means or not stds or len({len(means), len(stds)} - {1}) > 1:
+        raise RecipeError(f"{given}: give both, with one value, or one for each channel")
+    if not all(0 <= value <= 1 for value in means) or not all(0 < value <= 1 for value in stds):
+        raise RecipeError(f"{given}: give those of pixels from 0 to 1; divide those of pixels from 0 to 255 by 255")
+    return means, stds
+
+
+def _values(statistic: Statistic | None) -> tuple[float, ...]:
+    if statistic is None:
+        return ()
+    return (float(statistic),) if isinstance(statistic, int | float) else tuple(map(float, statistic))
 
 
 class DividedSides(nn.Module):

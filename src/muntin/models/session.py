@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.errors import DependencyError, MuntinError
-from muntin.runtime.session import Labels, check_classes, check_images
+from muntin.runtime.session import Labels, check_classes, check_images, class_names
 
 BUFFERS = 2
 """Batches in flight: one in computation, one in a copy."""
@@ -76,6 +76,11 @@ class TorchSession:
         return {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, str(dtype))
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by number."""
+        return class_names(self.signature)
+
+    @property
     def threads(self) -> int:
         """Threads of PyTorch's own operators."""
         return torch.get_num_threads()
@@ -87,7 +92,10 @@ class TorchSession:
         return scores
 
     def labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
-        """The class of the highest score, computed on the model's device."""
+        """The class of the highest score, computed on the model's device; see `Session.labels`."""
+        if isinstance(images_BHWC, np.ndarray) and images_BHWC.ndim == 3:
+            one: Labels = self.labels(images_BHWC[None])[0]
+            return one
         check_images(images_BHWC, self.signature)
         check_classes(self.signature)
         scores_BK = self._compute(torch.from_numpy(np.ascontiguousarray(images_BHWC)).to(self.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from math import floor, log10
 
@@ -11,6 +11,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import Task
 from muntin.reporting.records import Hardware
 from muntin.reporting.schema import Report
+from muntin.text import SCORES, ScoreFormat
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -23,16 +24,13 @@ _UNIT = re.compile(r"(?<=\d) (?=[A-Za-z%])")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metric:
+class Metric(ScoreFormat):
     """The metric that the field `miou` holds for a task: its name, the name of its per-class part, its unit and its digits.
 
     `same`: what the share of equal answers of two forms of a model counts.
     """
 
-    name: str
     each: str
-    unit: str
-    digits: int
     same: str = "labels"
 
     @property
@@ -46,13 +44,13 @@ class Metric:
 
     def __call__(self, value: float | None) -> str:
         """Return `value` with the metric's digits and unit; a dash for None."""
-        return DASH if value is None else with_minus(f"{value:.{self.digits}f}{self.unit}")
+        return DASH if value is None else with_minus(super().__call__(value))
 
 
 METRICS: dict[Task, Metric] = {
-    "segment": Metric(name="mIoU", each="IoU", unit="", digits=3),
-    "classify": Metric(name="accuracy", each="recall", unit="", digits=3),
-    "restore": Metric(name="PSNR", each="PSNR", unit=" dB", digits=2, same="values (± 1 level)"),
+    "segment": Metric(**asdict(SCORES["segment"]), each="IoU"),
+    "classify": Metric(**asdict(SCORES["classify"]), each="recall"),
+    "restore": Metric(**asdict(SCORES["restore"]), each="PSNR", same="values (± 1 level)"),
 }
 
 

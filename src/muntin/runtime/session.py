@@ -127,13 +127,21 @@ class Session(AnySession[NDArray[np.uint8], NDArray[np.float32]]):
             )
         return scores
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by number: `session.class_names[label]`."""
+        return class_names(self.signature)
+
     def labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         """The class of the highest score, the first of equal ones: (B, scale*H, scale*W), or (B,) for "classify", in the signature's
-        `label_type`.
+        `label_type`. Of one image (H, W, C): (scale*H, scale*W), or one number.
 
         Equals `argmax` of the scores. An engine that computes labels itself writes one byte for each pixel instead of 4 K, which saves
         several milliseconds at 512 x 512 with six classes. Raises as a call does, and DataError for "restore", which has no classes.
         """
+        if isinstance(images_BHWC, np.ndarray) and images_BHWC.ndim == 3:
+            one: Labels = self.labels(images_BHWC[None])[0]
+            return one
         check_images(images_BHWC, self.signature)
         check_classes(self.signature)
         return self.infer_labels(np.ascontiguousarray(images_BHWC))
@@ -193,6 +201,11 @@ def size_error(size: Sequence[int], sizes: Sizes) -> str:
         f"images of {size[0]} x {size[1]} pixels: the model takes {sizes.text}: resize or pad them to {height} x {width}, or let "
         "`muntin predict` or the server's /predict do it"
     )
+
+
+def class_names(signature: Signature) -> tuple[str, ...]:
+    """Return the names of a signature's classes."""
+    return tuple(entry.name for entry in signature.classes)
 
 
 def check_classes(signature: Signature) -> None:

@@ -33,7 +33,7 @@ from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
 from muntin.images.rasters import Raster
 from muntin.images.sinks import PictureSink
-from muntin.images.sources import PictureSource, ScaledSource, raster_of
+from muntin.images.sources import AnyPicture, PictureSource, ScaledSource, raster_of, source_of
 from muntin.runtime.blending import TileAxis, best_class, blended
 from muntin.runtime.exact_tiles.run import exact_tiles
 from muntin.runtime.session import check_pixels
@@ -82,7 +82,7 @@ def check_image_session(session: object) -> None:
 @overload
 def predict(
     session: Predictor,
-    image_HWC: PictureSource,
+    image_HWC: AnyPicture,
     *,
     tile: int | None = None,
     overlap: int | None = None,
@@ -96,7 +96,7 @@ def predict(
 @overload
 def predict(
     session: Predictor,
-    image_HWC: PictureSource,
+    image_HWC: AnyPicture,
     *,
     tile: int | None = None,
     overlap: int | None = None,
@@ -109,7 +109,7 @@ def predict(
 
 def predict(
     session: Predictor,
-    image_HWC: PictureSource,
+    image_HWC: AnyPicture,
     *,
     tile: int | None = None,
     overlap: int | None = None,
@@ -120,10 +120,11 @@ def predict(
 ) -> NDArray[Any] | None:
     """Computes one picture of any size.
 
-    `image_HWC`: uint8 (H, W, channels); a memory-mapped array and other sources (`images.open_source`) are read tile by tile. `tile`: side
-    of a tile, pixels, one that the model takes; None computes the whole picture in one call where the model takes sides as long. `overlap`:
-    pixels that neighbouring tiles share, 0 to tile - 1, by default a quarter of the tile. `progress` is called with (tiles done, number of
-    tiles). `into`: a sink (`images.open_sink`) that receives finished rows, with channels last; then None is returned.
+    `image_HWC`: uint8 (H, W, channels), the path of a file, or an image of Pillow; a memory-mapped array and other sources
+    (`images.open_source`) are read tile by tile. `tile`: side of a tile, pixels, one that the model takes; None computes the whole picture
+    in one call where the model takes sides as long. `overlap`: pixels that neighbouring tiles share, 0 to tile - 1, by default a quarter of
+    the tile. `progress` is called with (tiles done, number of tiles). `into`: a sink (`images.open_sink`) that receives finished rows, with
+    channels last; then None is returned.
 
     Returns, by `output` (default: the task's own): "labels" (scale·H, scale·W) in the signature's `label_type`, "scores"
     (K, scale·H, scale·W) float32, blended but otherwise as the model gives them, "image" (scale·H, scale·W, channels) uint8, or the values
@@ -138,6 +139,7 @@ def predict(
     check_image_session(session)
     signature = session.signature
     output = _check_output(signature, output)
+    image_HWC = source_of(image_HWC, signature.channels)
     tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=overlap, exact=exact)
     if signature.task == "classify":
         if into is not None:

@@ -89,7 +89,7 @@ def train_finalist(
 
     Returns None if the training was interrupted. `folder`: of its run.
     """
-    result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")), report=report)
+    result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")), progress=report)
     if result.interrupted or result.stop_requested:
         return None
     checkpoint, notes = read_checkpoint(result.checkpoint), _notes(result, recipe)

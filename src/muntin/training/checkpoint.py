@@ -29,7 +29,7 @@ from torch import Tensor
 
 from muntin.artifact import Signature
 from muntin.artifact.atomic_directory import replace_directory
-from muntin.artifact.classes import ClassInfo
+from muntin.artifact.classes import ClassInfo, present_classes
 from muntin.data import Source, calibration_batches, open_source
 from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
@@ -134,6 +134,8 @@ class Checkpoint:
 
     path: Path
     state: CheckpointState
+    classes: tuple[ClassInfo, ...]
+    """The present names and colours of its classes, which `muntin relabel` changes. `state.classes` are those in training."""
     tensors: StoredTensors = field(repr=False)
 
     @property
@@ -143,8 +145,8 @@ class Checkpoint:
 
     @property
     def signature(self) -> Signature:
-        """Inputs and outputs of its model, with the classes of its training."""
-        return self.recipe.signature(self.state.classes)
+        """Inputs and outputs of its model, with the present names of its classes."""
+        return self.recipe.signature(self.classes)
 
     @property
     def bytes(self) -> int:
@@ -406,7 +408,8 @@ def read_checkpoint(path: Path | str, *, check: bool = True) -> Checkpoint:
             raise DamagedCheckpointError(f"{path / name}: {error.strerror}; {_OLDER}") from error
         if digest != state.sha256[name]:
             raise DamagedCheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); {_OLDER}")
-    return Checkpoint(path=path, state=_as_trained(state), tensors=StoredTensors(path))
+    classes = present_classes(path, state.classes)
+    return Checkpoint(path=path, state=_as_trained(state), classes=classes, tensors=StoredTensors(path))
 
 
 def _as_trained(state: CheckpointState) -> CheckpointState:

@@ -28,6 +28,7 @@ from muntin.training.loop import Training
 from muntin.training.loss import class_weights, weights_note
 from muntin.training.model_checks import check_maps, check_model, check_reading
 from muntin.training.precision import prepare_hardware
+from muntin.training.progress.bar import shown_fit
 from muntin.training.progress.best import out_of_patience
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress, FitReport
@@ -74,7 +75,7 @@ def fit(
     directory: Path | str | None = None,
     root: Path | str | None = None,
     resume: bool = False,
-    report: FitReport | None = None,
+    progress: bool | FitReport = True,
 ) -> FitResult:
     """Train by a recipe: a `Recipe`, or the path of a YAML file.
 
@@ -82,7 +83,8 @@ def fit(
     paths of the recipe start, by default the file's own or the current one. `resume`: continue from the newest checkpoint, and refuse a
     directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget` and `optimizer`) are noted
     and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`,
-    `splits.csv` (which picture is in which split) and TensorBoard events. Raises kinds of `MuntinError`.
+    `splits.csv` (which picture is in which split) and TensorBoard events. `progress`: True shows a bar on a terminal, and elsewhere a line
+    every half minute; False shows nothing; a function is called with each `FitProgress` instead. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
@@ -90,8 +92,8 @@ def fit(
     directory, root = Path(directory or Path("runs") / recipe.name), Path(root or ".").resolve()
     with joined_processes() as ranks, held_folder(directory, "muntin fit", ranks) as notes:
         resume = resume or (ranks.any(restarted()) and bool(checkpoints_in(directory / "checkpoints")))
-        report = report if ranks.first else None
-        return _fit(recipe, directory, root, resume, report or (lambda progress: None), list(notes), ranks)
+        with shown_fit(recipe.task, progress if ranks.first else False) as report:
+            return _fit(recipe, directory, root, resume, report, list(notes), ranks)
 
 
 def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager[tuple[str, ...]]:

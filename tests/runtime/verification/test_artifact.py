@@ -27,9 +27,12 @@ def pixel(layer_maker: Callable[..., Any]) -> list[Any]:
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_verify_of_a_sound_artefact(convolutions: Any, engine: str) -> None:
+    stages: list[str] = []
     result = verify(
-        convolutions.path, SessionOptions(engine=engine), evaluate=lambda session: float(session.signature.channels), allow_fallbacks=True
-    )
+        convolutions.path, SessionOptions(engine=engine), evaluate=lambda session: float(session.signature.channels), allow_fallbacks=True,
+        progress=stages.append,
+    )  # fmt: skip
+    assert stages == ["opening", "replaying reference inputs", "evaluating"]
     assert result.problems == ()
     assert result.passed
     assert result.digests["manifest.json"] == convolutions.artifact.digest

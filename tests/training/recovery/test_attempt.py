@@ -53,7 +53,7 @@ def test_next_attempt_takes_less(tmp_path: Path, tiny: Any, kills: list[int | No
         if progress.kind == "note":
             events.append(progress.note)
 
-    result = fit(tiny.recipe, directory=run, report=report)
+    result = fit(tiny.recipe, directory=run, progress=report)
     note = next(text for text in result.notes if "earlier attempt" in text)
     assert note.startswith("an earlier attempt was killed for lack of memory with micro-batches of ")
     assert note.endswith(", checkpointing selective") and events.count(note) == 1

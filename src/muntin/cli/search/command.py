@@ -19,6 +19,7 @@ from muntin.cli.console import err, notes_once, out, print_json, refuse_unwritab
 from muntin.cli.options import JsonOption
 from muntin.cli.search.description import amount, choices, describe_architectures, search_record
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
+from muntin.progress import only_display
 
 if TYPE_CHECKING:
     from muntin.searching import SearchSettings
@@ -113,7 +114,7 @@ def _shown(begin: Callable[[], None], objective: str) -> Iterator[SearchStageRep
 
             yield say_stage
         return
-    with Live(console=err, transient=True, auto_refresh=False) as live:
+    with only_display(), Live(console=err, transient=True, auto_refresh=False) as live:
 
         def show(progress: SearchStage) -> None:
             begin()

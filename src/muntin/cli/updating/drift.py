@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from muntin.cli.console import finite, out, print_json, print_notes, print_table, progress_bar
+from muntin.cli.console import finite, out, print_json, print_notes, print_table
 from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
 from muntin.errors import ArtifactError, DataError, DriftError
+from muntin.progress import progress_bar
 
 if TYPE_CHECKING:
     from muntin.artifact import Artifact

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, progress_lines, say
+from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say
 from muntin.cli.options import JsonOption, ThreadsOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 from muntin.errors import DataError, RecipeError
+from muntin.progress import progress_lines
 
 if TYPE_CHECKING:
     from muntin.data.classes import ClassSpec

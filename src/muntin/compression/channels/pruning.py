@@ -93,7 +93,7 @@ def prune(
     ((kind, share),) = shares.items()
     if not 0 < share < 1 or multiple < 1:
         raise MuntinError(f"{kind}={share!r}, multiple={multiple!r}: give a share between 0 and 1, and a multiple from 1")
-    batches = calibration_list([calibration] if isinstance(calibration, Tensor | Mapping) else calibration)
+    batches = calibration_list([calibration] if isinstance(calibration, Tensor | Mapping) else calibration, model)
 
     def run() -> list[Change]:
         return remember(model, _Pruning(model, batches, multiple).run(kind, share, only, keep))

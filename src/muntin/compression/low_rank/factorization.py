@@ -87,12 +87,12 @@ def low_rank(
 ) -> list[Change]:
     """Replace Linear and Conv2d by factored layers, in place; see the head of this file.
 
-    `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, or several inputs as a
-    tuple or dictionary. A layer with fewer than `FEW_ROWS` rows (tokens, positions of its map) a channel gets a note. Criteria:
-    `activation` minimises the estimated harm to the answer, noise over signal, under `parameters` and `macs`, shares of the parameters of
-    the model and of the multiply-adds of its factorable layers; `energy` and `cumulative` give every layer the least rank whose share of
-    Σσ², of Σσ, of its weight reaches one `threshold`, given or the largest that meets the budget. `multiple`: of which ranks are multiples.
-    `only`, `keep`: names or patterns of the layers to factor, and to leave dense.
+    `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, several inputs as a
+    tuple or dictionary, or a DataLoader, as in `quantize`. A layer with fewer than `FEW_ROWS` rows (tokens, positions of its map) a channel
+    gets a note. Criteria: `activation` minimises the estimated harm to the answer, noise over signal, under `parameters` and `macs`, shares
+    of the parameters of the model and of the multiply-adds of its factorable layers; `energy` and `cumulative` give every layer the least
+    rank whose share of Σσ², of Σσ, of its weight reaches one `threshold`, given or the largest that meets the budget. `multiple`: of which
+    ranks are multiples. `only`, `keep`: names or patterns of the layers to factor, and to leave dense.
 
     Budgets count from the model without factored layers, so a second run with the same budget changes nothing. Quantised layers that are
     factored keep their bits (`dequantization.through_floats`), and factors of sparse ones get their pattern.
@@ -107,7 +107,7 @@ def low_rank(
     )
     check_eager(model)
     check_frozen(model)
-    batches = calibration_list(calibration)
+    batches = calibration_list(calibration, model)
 
     def run() -> list[Change]:
         return _low_rank(model, batches, config, only, keep)
@@ -163,7 +163,7 @@ def factor(model: nn.Module, calibration: Iterable[ModelInputs], ranks: Mapping[
     """
     check_eager(model)
     check_frozen(model)
-    batches = calibration_list(calibration)
+    batches = calibration_list(calibration, model)
 
     def run() -> list[Change]:
         return _factor(model, batches, ranks)

@@ -60,7 +60,9 @@ def quantize(
     """Quantise Linear and Conv2d to integers, in place: weights of 2 to 8 bits, 8-bit inputs; see the head of this file.
 
     `calibration`: batches of training inputs: a tensor `(B, C, H, W)` of raw pixels, of any integer or float type, or several inputs as a
-    tuple or dictionary. `only`, `keep`: names or patterns of the layers to quantise, and to leave in 16 bits.
+    tuple or dictionary. A DataLoader of (x, y) serves as well: labels are dropped where the model's forward has one parameter, and a
+    forward with two required parameters gets both. Of a DataLoader the first 512 rows are read; of a list all. `only`, `keep`: names or
+    patterns of the layers to quantise, and to leave in 16 bits.
 
     `bits`: of the weights; or their average, such as 4.3, for which layers get whole bits so that the answer changes least; or bits by name
     or pattern, of which the last that fits counts, and layers that none names get 8. `scales`: least squared error (at 8 bits weights go to

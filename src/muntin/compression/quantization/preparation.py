@@ -65,7 +65,7 @@ def prepare(
     and infinity, and if `only` or `keep` name no layer.
     """
     check_eager(model)
-    batches = calibration_list(calibration)
+    batches = calibration_list(calibration, model)
     left_out({**keepable(model), **done}, only, keep)
     check_weights(dict(named(model, nn.Linear, nn.Conv2d)))  # raises before the model is changed
     changes = [*(remove_closed_channels(model.eval()) if cut else ())]

@@ -43,7 +43,7 @@ from muntin.compression.rewrite import EVERY, is_kept, keepable, left_out, named
 from muntin.errors import MuntinError
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
-from muntin.models.eager import ModelInputs, check_eager, watch_inputs
+from muntin.models.eager import ModelInputs, check_eager, inputs_of, watch_inputs
 
 
 class LearnedGrid(nn.Module):
@@ -333,7 +333,7 @@ def freeze(model: nn.Module, calibration: Iterable[ModelInputs] = ()) -> list[Ch
     of each layer is measured against its float form, and grids of pixels are aligned with the levels of the image. A second run changes
     nothing.
     """
-    batches = list(itertools.islice(calibration, 1))
+    batches = [inputs_of(model, batch) for batch in itertools.islice(calibration, 1)]
     before = already_quantized(quantized_operations(model))
     model.eval()
     layers = dict(named(model, *_WEIGHTED))

@@ -81,7 +81,7 @@ def sparsify(
         raise MuntinError(f"scores={scores!r}: give {', '.join(map(repr, get_args(Scores)))}")
     check_eager(model)
     check_frozen(model)
-    batches = calibration_list(calibration)
+    batches = calibration_list(calibration, model)
     if quantized_layers(model):
         return _of_integers(model, batches, form, scores, only, keep)
     layers: dict[str, WeightLayer] = dict(named(model, nn.Linear, nn.Conv2d))

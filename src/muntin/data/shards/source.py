@@ -15,10 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from muntin.artifact.classes import ClassInfo
-from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
+from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some, specs_of
 from muntin.data.items import Failure, Item, ItemSource
 from muntin.data.listing import composed, entries
 from muntin.data.shards.index import shard_entries
@@ -207,9 +205,7 @@ def read_classes(folder: Path) -> list[ClassSpec]:
     try:
         if path.stat().st_size > _MAX_CLASSES_BYTES:
             raise ValueError("it is too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        named = [{"name": entry} if isinstance(entry, str) else entry for entry in content]
-        return TypeAdapter(list[ClassSpec]).validate_python(named)
-    except (OSError, ValueError, TypeError, RecursionError, ValidationError) as error:
+        return specs_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, DataError) as error:
         text = " ".join(str(error).split())
         raise DataError(f"{path} is no list of class names, or of objects with name, color and value: {text:.200}") from error

@@ -5,7 +5,6 @@ Axes: B images, C channels, H W map, K scores.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Signature
-from muntin.data.classes import ClassSpec, class_infos
+from muntin.data.classes import Classes, ClassSpec, class_infos, specs_of
 from muntin.deployment.sizes.requested import Size
 from muntin.deployment.sources.answers import AnswerLayout, read_answer, wrap
 from muntin.deployment.sources.hugging_face import open_hugging_face
@@ -25,6 +24,7 @@ from muntin.deployment.sources.pictures import calibration_pictures
 from muntin.deployment.sources.source_model import ChannelStatistics, LoadedWeights, Request, SourceModel
 from muntin.deployment.sources.weights import load_file
 from muntin.errors import DataError, RecipeError
+from muntin.models.foreign import Statistic, checked_statistics
 
 OPENERS: dict[str, Callable[[str, Request], SourceModel]] = {
     "timm": open_timm,
@@ -71,28 +71,29 @@ def open_model(
     *,
     size: int | Size | None = None,
     channels: int | None = None,
-    classes: int | Sequence[str] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    classes: int | Classes | None = None,
+    mean: Statistic | None = None,
+    std: Statistic | None = None,
 ) -> OpenedModel:
     """Open a model for `muntin.export`. Nothing is downloaded. Costs one call of the model.
 
     `source`: `timm:NAME`, `torchvision:NAME`, `smp:CLASS:ENCODER`, `hf:FOLDER`, or `package.module:function`, which is imported and called.
     `weights`: a .safetensors file, or what `torch.save` wrote of a state_dict; every tensor of the model must be in it. Without it the
-    weights are random, or those in the folder of `hf`. `size`: side, or height and width, of the pictures. `classes`: names, or how many.
-    `mean`, `std`: of each channel, of pixels from 0 to 1. What is not given is the package's own.
+    weights are random, or those in the folder of `hf`. `size`: side, or height and width, of the pictures. `classes`: names, also with
+    colours as in `muntin.export`, or how many. `mean`, `std`: of each channel, of pixels from 0 to 1. What is not given is the package's
+    own.
     Raises `RecipeError` for what cannot be opened, `DependencyError` for a missing package, `ExportError` for a model of another kind.
     """
     kind, colon, name = source.partition(":")
     if not colon or not name:
         raise RecipeError(f"'{source}' is no source of a model: give {KINDS}")
-    statistics = _given_statistics(mean, std, channels)
+    statistics = checked_statistics(mean, std)
     file = None if weights is None else Path(weights)
     if file is not None and not file.is_file():
         raise RecipeError(f"weights {file}: there is no such file")
-    names = None if classes is None or isinstance(classes, int) else tuple(classes)
+    named = None if classes is None or isinstance(classes, int) else specs_of(classes)
     request = Request(
-        classes=_checked_number("classes", classes if isinstance(classes, int) else None if names is None else len(names), 65535),
+        classes=_checked_number("classes", classes if isinstance(classes, int) else None if named is None else len(named), 65535),
         channels=_checked_number("channels", channels or _count(statistics), 16),
         size=_checked_size(size), normalised=statistics is not None, weights=file,
     )  # fmt: skip
@@ -102,13 +103,16 @@ def open_model(
         opened = replace(opened, weights=load_file(opened.model, file, unused=opened.unused))
     if statistics is not None:
         if _count(statistics) not in (None, opened.channels):
-            raise RecipeError(f"{_count(statistics)} values of mean or std, and '{source}' takes {opened.channels} channels: give as many")
+            raise RecipeError(
+                f"{_count(statistics)} values of mean or std, and '{source}' takes {opened.channels} channels: give one value, or one for "
+                "each channel"
+            )
         mean_C, std_C = (values if len(values) > 1 else values * opened.channels for values in statistics)
         opened = replace(opened, mean=mean_C, std=std_C)
     answer = read_answer(source, _answer(source, opened))
     model = wrap(opened, answer).eval()
     return OpenedModel(
-        source=source, model=model, size=opened.size, signature=_signature(source, opened, answer, names), weights=opened.weights,
+        source=source, model=model, size=opened.size, signature=_signature(source, opened, answer, named), weights=opened.weights,
         notes=(*weight_notes(opened.weights, random=opener is not None), *_picture_notes(opened, answer), *opened.notes),
     )  # fmt: skip
 
@@ -128,17 +132,18 @@ def _answer(source: str, opened: SourceModel) -> object:
     return answer
 
 
-def _signature(source: str, opened: SourceModel, answer: AnswerLayout, names: tuple[str, ...] | None) -> Signature:
+def _signature(source: str, opened: SourceModel, answer: AnswerLayout, named: Sequence[ClassSpec] | None) -> Signature:
     """Return task and classes. Raises `RecipeError` for another number of names than the model has classes."""
     count = max(2, answer.outputs)  # of one score, two classes are made
-    if names is not None and len(names) != count:
-        raise RecipeError(f"{len(names)} names of classes, and '{source}' has {count} classes: give as many")
-    if names is None:
+    if named is not None and len(named) != count:
+        raise RecipeError(f"{len(named)} names of classes, and '{source}' has {count} classes: give as many")
+    if named is None:
         own = _distinct(opened.class_names)
         names = own if len(own) == count else tuple(f"class-{number}" for number in range(count))
+        named = [ClassSpec(name=name) for name in names]
     height, width = opened.size
     try:
-        classes = class_infos([ClassSpec(name=name) for name in names], answer.task)
+        classes = class_infos(named, answer.task)
         side = height if answer.task == "classify" and height == width else None
         return Signature(task=answer.task, channels=opened.channels, classes=classes, side=side)
     except ValidationError as error:
@@ -180,27 +185,10 @@ def _picture_notes(opened: SourceModel, answer: AnswerLayout) -> list[str]:
     return notes + (["of the model's one score two classes are made: negative and positive"] if answer.outputs == 1 else [])
 
 
-def _given_statistics(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int | None
-) -> tuple[ChannelStatistics, ChannelStatistics] | None:
-    """Return the mean and standard deviation that the user gave. Raises `RecipeError` for values that are not allowed."""
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None or not mean or not std or len({len(mean), len(std), channels or 1} - {1}) > 1:
-        raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give both, with one value, or one for each channel")
-    if not all(0 <= value <= 1 for value in mean) or not all(value > 0 and math.isfinite(value) for value in std):
-        raise RecipeError(f"mean {_listed(mean)} and std {_listed(std)}: give those of pixels from 0 to 1; divide others by 255")
-    return tuple(map(float, mean)), tuple(map(float, std))
-
-
 def _count(statistics: tuple[ChannelStatistics, ChannelStatistics] | None) -> int | None:
     """Return how many channels a mean and standard deviation are for; None if they are for any number."""
     count = 1 if statistics is None else max(map(len, statistics))
     return count if count > 1 else None
-
-
-def _listed(values: Sequence[float] | None) -> str:
-    return "none" if values is None else ",".join(f"{value:g}" for value in values)
 
 
 def _checked_number(key: str, value: int | None, largest: int) -> int | None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from muntin.artifact import Artifact, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
+from muntin.data.classes import ClassSpec, read_specs
 from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import Size, parse_sizes
 from muntin.deployment.sources.opening import open_model
@@ -103,21 +104,11 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         raise RecipeError(f"{option} {text}: give a number for each channel, with commas, for example 0.485,0.456,0.406") from error
 
 
-def _classes(text: str | None) -> int | list[str] | None:
-    """Return how many classes, or their names: the lines of a file."""
+def _classes(text: str | None) -> int | list[ClassSpec] | None:
+    """Return how many classes, or those of a file."""
     if text is None or text.isdecimal():
         return None if text is None else int(text)
-    try:
-        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise RecipeError(f"--classes {text}: {reason}; give a file with a name on each line, or the number of classes") from error
-    names = [line.strip() for line in lines]
-    while names and not names[-1]:
-        names.pop()
-    if empty := [number for number, name in enumerate(names, 1) if not name]:
-        raise RecipeError(f"--classes {text}: line {empty[0]} is empty: write the name of a class on each line")
-    return names
+    return read_specs(Path(text))
 
 
 def quantization_of(overrides: Iterable[str]) -> QuantizationConfig | None:

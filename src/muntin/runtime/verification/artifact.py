@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import AnyArtifact, Artifact, GoldenTolerance, LayerRecord, TensorArtifact, open_any_artifact, sparsity_of
 from muntin.errors import DependencyError
+from muntin.progress import OnStage, status
 from muntin.runtime.engines.onnx_nodes import is_node_of
 from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
@@ -104,6 +105,7 @@ def verify(
     evaluate: Callable[[Any], float] | None = None,
     allow_fallbacks: bool | None = None,
     layers: bool = False,
+    progress: bool | OnStage = True,
 ) -> VerifyResult:
     """Checks an artefact in an engine: digests, golden pairs, independence of the images (or rows) in a batch, integer kernels, and
     `evaluate(session)` if it is given.
@@ -111,14 +113,18 @@ def verify(
     `options`: engine, precision and threads. `allow_fallbacks`: whether a layer recorded as 8-bit may run in float; None: only in engines
     other than the default one, for which the graph is written. `layers`: also checks every quantised layer alone in OpenVINO
     (`verification.layerwise`). Costs opening twice, a compilation for each golden size and two more, and the call of `evaluate`.
+    `progress`: True shows the stages on a terminal, and elsewhere a line every half minute; False shows nothing; a function is called with
+    the name of each stage instead.
 
     Raises the errors of `load` (ArtifactError for an altered file); a failed check is in the result.
     """
-    artifact = open_any_artifact(path)
-    session = open_any_session(artifact, replace(options, shapes=(), dims=()))
     if allow_fallbacks is None:
         allow_fallbacks = options.engine != DEFAULT_ENGINE
-    return verify_session(session, artifact, evaluate=evaluate, allow_fallbacks=allow_fallbacks, layers=layers)
+    with status("verifying", progress) as stage:
+        stage("opening")
+        artifact = open_any_artifact(path)
+        session = open_any_session(artifact, replace(options, shapes=(), dims=()))
+        return verify_session(session, artifact, evaluate=evaluate, allow_fallbacks=allow_fallbacks, layers=layers, stage=stage)
 
 
 def verify_session(
@@ -128,8 +134,10 @@ def verify_session(
     evaluate: Callable[[Any], float] | None = None,
     allow_fallbacks: bool = False,
     layers: bool = False,
+    stage: OnStage = lambda name: None,
 ) -> VerifyResult:
-    """Check a session of an artefact as `verify` does."""
+    """Check a session of an artefact as `verify` does. `stage`: called with the name of each stage."""
+    stage("replaying reference inputs")
     manifest = artifact.manifest
     tolerance = manifest.tolerance(session.engine, session.precision)
     recorded = ", ".join(f"{engine} in {name}" for engine, tolerances in manifest.golden_tolerance.items() for name in tolerances)
@@ -160,10 +168,14 @@ def verify_session(
         fallbacks, reasons = (), (f"{session.engine} does not say what its layers ran in",)
     if not allow_fallbacks:
         problems += [f"{reason}: export for this engine and CPU, or allow fallbacks" for reason in reasons]
+    if layers:
+        stage("checking layers one by one")
     checks = _checked_layers(artifact, session.threads) if layers else ()
     problems += _layer_problems(checks, find_unchecked(manifest.layers, checks) if layers else ())
     sparsity, changed = find_patterns(artifact)
     problems += changed
+    if evaluate is not None:
+        stage("evaluating")
     evaluation = None if evaluate is None else float(evaluate(session))
     if evaluation is not None and not isfinite(evaluation):
         problems.append(f"evaluate returned {evaluation}: it must return a finite number, higher is better")

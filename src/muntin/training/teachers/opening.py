@@ -78,7 +78,7 @@ def _checkpoint(path: Path) -> tuple[Signature, nn.Module]:
         raise RecipeError(f"teacher.model {path}: a compressed checkpoint: give the run that it was made from, or its artefact")
     model = build_model(checkpoint.recipe, checkpoint.state.classes)
     load_weights(model, checkpoint.tensors[AVERAGE], checkpoint.path / AVERAGE)
-    return checkpoint.signature, model
+    return checkpoint.recipe.signature(checkpoint.state.classes), model  # by the names in training, as the recipe's
 
 
 def _artifact(path: Path, recipe: Recipe) -> tuple[Signature, nn.Module]:

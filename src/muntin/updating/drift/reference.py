@@ -18,7 +18,7 @@ Axis letters: N pictures of the reference, n of a batch, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -161,9 +161,14 @@ def read_reference(artifact: AnyArtifact, signature: Signature) -> DriftReferenc
         reference = DriftReference.model_validate_json(content)
     except ValidationError as error:
         raise ArtifactError(f"{where}: {field_error(error)}: make it again by `muntin drift ARTIFACT --reference RUN`") from error
-    if reference.features != tuple(feature.name for feature in feature_list(signature)):
+    if _kinds(reference.features) != _kinds(feature.name for feature in feature_list(signature)):
         raise ArtifactError(f"{where}: other features than this muntin measures: make it again by `muntin drift ARTIFACT --reference RUN`")
     return reference
+
+
+def _kinds(features: Iterable[str]) -> list[str]:
+    """Return the names of features without those of the classes, which `muntin relabel` may change."""
+    return ["class" if name.startswith("class ") else name for name in features]
 
 
 def _moments(features_NF: Floats, least_F: Floats) -> tuple[FeatureMoments, Floats]:
