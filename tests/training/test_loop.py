@@ -26,9 +26,9 @@ from muntin.errors import CheckpointError, DataError, DependencyError, MuntinErr
 from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
-from muntin.training import loop
+from muntin.training import loop, precision
 from muntin.training.checkpoint import STATE, checkpoints_in, read_checkpoint
-from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL
 from muntin.training.evaluation import evaluate
 from muntin.training.loop import LOG_EVERY, Training
 from muntin.training.precision import resolve_precision
@@ -709,6 +709,25 @@ def test_precision_of_a_resumed_run(tmp_path: Path, tiny: Any, monkeypatch: pyte
     assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(1)).interrupted
     train(tiny, tmp_path / "run", *plan, resume=True)
     assert begun == [None, read_checkpoint(tmp_path / "run").state.precision]
+
+
+@pytest.mark.parametrize(("gain", "name"), [(1e9, "fp32"), (0.0, "bf16")])
+def test_measured_precision(gain: float, name: str, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement is noted, and leaves the bits of the run as they are."""
+    plan = ["training.steps=4", "training.batch_size=8", "training.validate_every=4"]
+    monkeypatch.setattr(precision, "cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr(precision, "MAX_SHARE", 1.0)
+    monkeypatch.setattr(precision, "MIN_GAIN", gain)
+    result = train(tiny, tmp_path / "auto", *plan)
+    asked = train(tiny, tmp_path / "asked", *plan, f"training.precision={name}")
+    assert re.fullmatch(
+        rf"precision auto: {name}, since BF16 is [0-9.]+ times as fast with this model \(.* in 5 pairs of steps\)", result.notes[-1]
+    )
+    assert result.precision.startswith(f"{name} on cpu: BF16 is ")
+    one, other = read_checkpoint(result.checkpoint), read_checkpoint(asked.checkpoint)
+    assert one.state.precision == other.state.precision == name
+    for group in (MODEL, AVERAGE):
+        assert all(torch.equal(value, other.tensors[group][key]) for key, value in one.tensors[group].items())
 
 
 def test_data_notes(tmp_path: Path, tiny: Any) -> None:

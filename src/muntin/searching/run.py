@@ -148,7 +148,7 @@ class _Search:
 
         written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
         begun = newest_sound(written[0].parent, note=self.notes.append).state.precision if written else None
-        training = self._training(precision := prepare_hardware(self.recipe.training, begun=begun))
+        training = self._training(prepare_hardware(self.recipe.training, begun=begun))
         with Interruption() as interruption:
             interruption.work = "this step"
             trained = training.run(
@@ -162,7 +162,7 @@ class _Search:
             self.notes += trained.notes
             if not trained.finished:
                 return self._result(finished=False)
-            scorer = CandidateScorer(trained.supernet, self.recipe, self.source, precision)
+            scorer = CandidateScorer(trained.supernet, self.recipe, self.source, training.precision)
             study = ArchitectureStudy(
                 self.space, self.base, self.folder, candidates=self.file.first_candidates, seed=self.recipe.seed,
                 sampler=self.settings.sampler,

@@ -36,10 +36,11 @@ from muntin.searching.supernet import Supernet
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, newest_sound, write_checkpoint
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
-from muntin.training.gradients import kept_buffers, restore_buffers
+from muntin.training.gradients import buffers_kept, kept_buffers, random_kept, restore_buffers
 from muntin.training.loss import class_weights, loss_of
+from muntin.training.model_checks import random_batch
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
-from muntin.training.precision import TrainingPrecision
+from muntin.training.precision import TrainingPrecision, choose_by_speed
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.instability import SKIPPED_IN_A_ROW, LossGuard
 from muntin.training.weights import load_weights
@@ -90,16 +91,17 @@ class SupernetTraining:
         self, space: Space, base: ModelConfig, recipe: Recipe, source: Source, *, folder: Path, root: Path, precision: TrainingPrecision
     ) -> None:
         self.space, self.base, self.recipe, self.source, self.config = space, base, recipe, source, recipe.training
-        self.folder, self.root, self.precision = folder, root, precision
+        self.folder, self.root = folder, root
         self.supernet = Supernet(space, base, seed=recipe.seed, norm_group=self.config.norm_group).to(precision.device)
+        self.loss = loss_of(self.config, task=recipe.task, weights=class_weights(self.config, source), distillation=DISTILLATION)
+        self.precision = precision = self._decided(precision)
         self.average = WeightAverage(self.supernet, 0.0 if self.config.optimizer == "schedule-free" else self.config.average)
         self.optimizer = make_optimizer(self.supernet, self.config, precision.dtype)
         self.scaler = precision.scaler()
-        self.loss = loss_of(self.config, task=recipe.task, weights=class_weights(self.config, source), distillation=DISTILLATION)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self.guard = LossGuard(self.config.spike)
-        self.notes: list[str] = []
+        self.notes = list(self.precision.notes)
         self._rounds = cache(lambda round_: draw_round(space, base, recipe.seed, round_))
         if checkpoints_in(folder / "checkpoints"):
             self._restore(newest_sound(folder / "checkpoints", note=self.notes.append))
@@ -110,6 +112,21 @@ class SupernetTraining:
         load_optimizer(self.supernet, self.optimizer, self.scaler, checkpoint.tensors[OPTIMIZER])
         self.step, self.seconds, self.curve = checkpoint.state.step, checkpoint.state.seconds, list(checkpoint.state.training)
         self.guard = LossGuard(self.config.spike, checkpoint.state.guard)
+
+    def _decided(self, precision: TrainingPrecision) -> TrainingPrecision:
+        """Decide an undecided precision by steps of the largest network on random crops."""
+        if not precision.undecided:
+            return precision
+        with random_kept(), buffers_kept(self.supernet):
+            images, target = random_batch(self.recipe, len(self.source.classes), rows := self.config.batch_size)
+
+            def step(each: TrainingPrecision, rows: int) -> None:
+                with each.autocast():
+                    scores = self.supernet.run(self.supernet.largest, images[:rows].float().to(memory_format=torch.channels_last))
+                self.loss(scores, target[:rows]).backward()  # type: ignore[no-untyped-call]
+                self.supernet.zero_grad()
+
+            return choose_by_speed(precision, self.config, step, rows=rows, least=2)
 
     @property
     def finished(self) -> bool:
