@@ -88,10 +88,11 @@ def test_progress_of_long_work_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> Non
             (FitProgress(kind="prepare", step=0, steps=9), r"preparing w4a8, .* so far"),
             (
                 FitProgress(kind="step", step=1, steps=9, loss=0.5, images_per_second=2, waiting=0.031, seconds_left=75),
-                r"w4a8: 1 of 9, loss 0.500, 2.0 images/s, waiting for input 3%, 0:01:15 left",
+                r"w4a8: step 1 of 9, loss 0.500, 2.0 images/s, waiting for input 3%, 0:01:15 left",
             ),
             (FitProgress(kind="validating", step=1, steps=4), r"w4a8, validating: 1 of 4, .* so far"),
-            (FitProgress(kind="validation", step=1, steps=9, score=0.25), r"w4a8: 1 of 9, validation mIoU 0.250, .* so far"),
+            (FitProgress(kind="validation", step=1, steps=9, score=0.25), r"w4a8: step 1 of 9, validation mIoU 0.250, .* so far"),
+            (FitProgress(kind="step", step=8, steps=31, share=0.256), r"w4a8: step 8, 26% done, .* so far"),
         ):
             report("w4a8", progress)
             await_line(line)
@@ -104,7 +105,18 @@ def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         report("training", FitProgress(kind="step", step=1, steps=9, loss=0.5, images_per_second=20, seconds_left=75))
         report("training", FitProgress(kind="validating", step=1, steps=4))
     assert isinstance(terminal.file, StringIO)
-    assert re.search(r"validating 1/4 .*1/9.*loss 0.500, 20 images/s", terminal.file.getvalue())
+    assert re.search(r"validating 1/4 .*step 1 of 9.*loss 0.500, 20 images/s", terminal.file.getvalue())
+
+
+def test_run_limited_in_time_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr("muntin.cli.train.err", terminal)
+    with training_bar("segment") as report:
+        report("training", FitProgress(kind="step", step=2, steps=31, share=0.25))
+        report("training", FitProgress(kind="step", step=9, steps=12, share=0.75))
+    assert isinstance(terminal.file, StringIO)
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", terminal.file.getvalue()).rpartition("training ")[2]
+    assert re.match(r"━{30}╺━{9} step 9, 75% done ", last)
 
 
 def test_table_width_in_a_pipe_and_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

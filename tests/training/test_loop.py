@@ -760,6 +760,8 @@ def test_minutes_limit(tmp_path: Path, tiny: Any) -> None:
     rates = [point["learning_rate"] for point in curve]
     assert rates[-1] < 0.2 * load_recipe(tiny.recipe).training.learning_rate
     assert [point["step"] for point in result.validation] == [result.step]
+    shares = [progress.share for progress in seen if progress.kind == "step"]
+    assert None not in shares and shares == sorted(shares) and shares[-1] == 1  # type: ignore[type-var]
     expected = [progress.steps for progress in seen if progress.kind == "step"]
     assert all(progress.step <= progress.steps for progress in seen if progress.kind == "step")
     assert expected[-1] == result.step < 1_000_000

@@ -153,8 +153,8 @@ class _Search:
             interruption.work = "this step"
             trained = training.run(
                 stopped=lambda: interruption.requested,
-                progress=lambda step, steps, loss: self.report(
-                    SearchStage(stage="supernet", done=step, total=steps, text=f"loss {loss:.3f}")
+                report=lambda done: self.report(
+                    SearchStage(stage="supernet", done=done.step, total=done.steps, text=f"{done.position}, loss {done.loss:.3f}")
                 ),
             )
             before = max(before, trained.seconds - (time.perf_counter() - started))  # those of a search that was killed
@@ -259,7 +259,7 @@ class _Search:
 
             def show_step(progress: FitProgress, show: Callable[[str], None] = show) -> None:
                 if progress.kind == "step":
-                    show(f", step {progress.step} of {progress.steps}")
+                    show(f", {progress.position}")
 
             show("")
             finalist = train_finalist(

@@ -41,6 +41,7 @@ from muntin.training.loss import class_weights, loss_of
 from muntin.training.model_checks import random_batch
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
 from muntin.training.precision import TrainingPrecision, choose_by_speed
+from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.instability import SKIPPED_IN_A_ROW, LossGuard
 from muntin.training.weights import load_weights
@@ -53,8 +54,6 @@ DISTILLATION = 1.0
 """Weight of the distance to the largest network's scores."""
 FIRST_CHECKPOINT_S = 30.0
 """Seconds after which the first checkpoint is written."""
-SupernetProgress = Callable[[int, int, float], None]
-"""Called with the steps done, the steps of the whole training as estimated, and the loss of the largest network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ class SupernetTraining:
         """True if no steps, or no minutes, are left."""
         return self.config.share_done(self.step, self.seconds) >= 1
 
-    def run(self, *, stopped: Callable[[], bool] = lambda: False, progress: SupernetProgress = lambda *_: None) -> SupernetResult:
+    def run(self, *, stopped: Callable[[], bool] = lambda: False, report: FitReport = lambda progress: None) -> SupernetResult:
         """Train to the last step, or until `stopped` returns True after a step; writes checkpoints on the way and at the end."""
         started, before, written = time.perf_counter(), self.seconds, self.step
         first_due = not checkpoints_in(self.folder / "checkpoints")
@@ -145,7 +144,8 @@ class SupernetTraining:
                     continue
                 self.step, self.seconds = self.step + 1, before + time.perf_counter() - started
                 self.curve.append({"step": self.step, "seconds": self.seconds, "loss": loss})
-                progress(self.step, self.config.steps_expected(self.step, self.seconds), loss)
+                steps, share = (of(self.step, self.seconds) for of in (self.config.steps_expected, self.config.share_in_time))
+                report(FitProgress(kind="step", step=self.step, steps=steps, share=share, loss=loss))
                 due = first_due and time.perf_counter() - started >= FIRST_CHECKPOINT_S
                 if due or self.step % self.config.checkpoint_every == 0:
                     self._write()

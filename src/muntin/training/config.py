@@ -215,6 +215,10 @@ class TrainingConfig(Section):
             return min(1.0, in_steps)
         return min(1.0, max(in_steps, seconds / (60 * self.minutes) if self.minutes else 1.0))
 
+    def share_in_time(self, step: int, seconds: float) -> float | None:
+        """`share_done` of a run with a limit in time, whose number of steps is not known before its end; None without one."""
+        return None if self.minutes is None else self.share_done(step, seconds)
+
     def steps_expected(self, step: int, seconds: float) -> int:
         """Steps of the whole run, estimated from its speed up to `step`."""
         return max(step, min(self.steps, round(step / max(self.share_done(step, seconds), 1e-9)))) if step else self.steps
