@@ -144,7 +144,7 @@ class SupernetTraining:
                     continue
                 self.step, self.seconds = self.step + 1, before + time.perf_counter() - started
                 self.curve.append({"step": self.step, "seconds": self.seconds, "loss": loss})
-                steps, share = (of(self.step, self.seconds) for of in (self.config.steps_expected, self.config.share_in_time))
+                steps, share = self.config.steps_expected(self.step, self.seconds), self.config.share_in_time(self.step, self.seconds)
                 report(FitProgress(kind="step", step=self.step, steps=steps, share=share, loss=loss))
                 due = first_due and time.perf_counter() - started >= FIRST_CHECKPOINT_S
                 if due or self.step % self.config.checkpoint_every == 0:
