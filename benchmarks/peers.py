@@ -302,9 +302,8 @@ def recipes_of(given: argparse.Namespace) -> dict[str, Recipe]:
 
 
 def precision_of(output: Path) -> str:
-    """Return the precision of all training below `output`, measured when the first one began.
-
-    "auto" measures the CPU in every process, so under load it might choose another precision for one model than for the rest.
+    """Return the precision of all training below `output`: FP32 on CPUs, where "auto" might choose another one for one model than for the
+    rest.
     """
     path = output / "precision.json"
     if not path.is_file():

@@ -20,6 +20,7 @@ from muntin.data.earth import GAP_DEGREES, EarthSource
 from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
 from muntin.training.loop import Training
+from muntin.training.model_checks import measured_precision
 from muntin.training.precision import prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.recipe import Recipe
@@ -117,7 +118,9 @@ def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT, *, root: Pat
     held = HeldStrips(source, spans) if isinstance(source, EarthSource) else HeldPictures(source)
     precision = prepare_hardware(recipe.training, begun=None)
     torch.manual_seed(recipe.seed)
-    trainer = Trainer(build_model(recipe, source.classes), recipe.training, task=recipe.task, precision=precision)
+    model, classes = build_model(recipe, source.classes), tuple(source.classes)
+    precision = measured_precision(model, precision, recipe, classes)
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=precision)
     training = Training(trainer, recipe, held, directory=folder, root=root, start=None, report=lambda progress: None)
     with Interruption() as interruption:
         training.run(interruption)

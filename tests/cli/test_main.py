@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.cli import COMMANDS
+from muntin.cli import COMMANDS, SYNONYMS
 from muntin.cli.start import WAITING
 from muntin.errors import install
 
@@ -62,6 +62,14 @@ def test_wrong_usage(call: Call, words: list[str]) -> None:
     assert (answer.code, answer.out) == (2, "")
     assert "--help" in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.mark.parametrize(("name", "command"), SYNONYMS.items())
+def test_synonyms_of_commands(call: Call, name: str, command: str) -> None:
+    assert command in COMMANDS and name not in COMMANDS
+    answer = call(name, "recipe.yaml")
+    assert (answer.code, answer.out) == (2, "")
+    assert f"there is no command '{name}': did you mean `muntin {command}`?" in answer.err
 
 
 def test_no_command(call: Call) -> None:

@@ -92,7 +92,7 @@ def test_init_never_overwrites(call: Call, pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "photographs alone: --task restore"),
+        ([], "photographs alone: `muntin init FOLDER --task restore`"),
         (["--task", "classify"], "holds nothing"),
         (["--task", "x"], "segment, classify or restore"),
     ],

@@ -53,6 +53,43 @@ def test_fit_output(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.M
     assert answer.out.endswith("next      `muntin export runs/tiny`, or smaller: `muntin compress runs/tiny --max-drop 0.01`\n")
 
 
+def test_fit_of_a_folder(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe and the survey are those of `init`; a second run takes the recipe as it is."""
+    monkeypatch.chdir(tmp_path)
+    tiny.recipe.unlink()
+    surveyed = call("init", tiny.root).out
+    recipe = tiny.recipe.read_text()
+    tiny.recipe.unlink()
+    advice = call("fit", tiny.root, "--dry-run").mistake()
+    assert f"{tiny.root} has no recipe.yaml: write one first, by `muntin init {tiny.root}`" in advice and not tiny.recipe.exists()
+    short = ["--minutes", 5, "--steps", 1, "--model", "hybrid-xs"]
+    answer = call("fit", tiny.root, *short, "--set", "training.batch_size=2", "--set", "training.steps=9", "-o", "run")
+    assert answer.code == 0 and tiny.recipe.read_text() == recipe
+    assert answer.out.startswith(f"wrote     {tiny.recipe} (task: segment)\n{surveyed.partition(chr(10))[2]}trained   1 of 1 steps")
+    used = read_checkpoint(Path("run")).recipe
+    assert (used.training.minutes, used.training.steps, used.training.batch_size, used.model.name) == (5, 1, 2, "hybrid-xs")
+    again = call("fit", tiny.root, "--steps", 1, "--set", "training.batch_size=2", "-o", "other")
+    assert again.code == 0 and again.out.startswith(f"recipe    {tiny.recipe}, which exists already\ntrained   1 of 1 steps")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--minutes", "0"], "training.minutes: Input should be greater than 0 (got 0.0)"),
+        (["--model", "hybrid-xl"], "unknown model 'hybrid-xl'"),
+    ],
+)
+def test_fit_with_a_wrong_short_form(call: Call, tiny: Any, tmp_path: Path, words: list[str], says: str) -> None:
+    assert says.lower() in call("fit", tiny.recipe, "-o", tmp_path / "run", *words).mistake().lower()
+
+
+def test_fit_of_a_folder_by_several_processes(call: Call, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    tiny.recipe.unlink()
+    assert "several processes cannot write a recipe" in call("fit", tiny.root).mistake()
+    assert not tiny.recipe.exists()
+
+
 def test_fit_prints_notes_once_and_early(call: Call, call_process: Call, tiny: Any, tmp_path: Path) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
     note = f"note      {tiny.root}/train/masks: 1 mask without an image, not used: lonely.png\n"

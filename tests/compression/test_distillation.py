@@ -42,6 +42,19 @@ def test_same_seed_same_weights() -> None:
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
 
 
+def test_measured_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of the measurement are dropped: the student is trained as without them."""
+    monkeypatch.setattr("muntin.training.precision.cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr("muntin.training.precision.MIN_GAIN", 1e9)
+    teacher, students = perceptron(), [perceptron(16)]
+    students.append(copy.deepcopy(students[0]))
+    assert distil(students[0], teacher, BATCHES, steps=2).precision == "fp32: the run is too short to measure BF16"
+    monkeypatch.setattr("muntin.training.precision.MAX_SHARE", 9.0)
+    assert distil(students[1], teacher, BATCHES, steps=2).precision.startswith("fp32: BF16 is ")
+    states = [student.state_dict() for student in students]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
 def test_prepared_student() -> None:
     teacher = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))
     student = copy.deepcopy(teacher)

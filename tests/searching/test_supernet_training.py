@@ -58,6 +58,22 @@ def test_killed_and_resumed(tiny: Any, tmp_path: Path) -> None:
     assert any(hasattr(layer, "bits") for layer in scorer.network(small).modules())
 
 
+def test_measured_precision(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves the shared weights and their norms as they are."""
+    monkeypatch.setattr("muntin.training.precision.MAX_SHARE", 9.0)
+    recipe = load_recipe(tiny.recipe)
+    source = open_source(recipe.data, root=tiny.root)
+    space, fp32 = parse_space(CHOICES), resolve_precision("fp32", "cpu")
+    trainings = [
+        SupernetTraining(space, base_config(recipe, source), recipe, source, folder=tmp_path, root=tiny.root, precision=precision)
+        for precision in (fp32, replace(fp32, undecided=True))
+    ]
+    states = [training.supernet.state_dict() for training in trainings]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not trainings[0].notes and not trainings[1].precision.undecided
+    assert trainings[1].notes[0].startswith(f"precision auto: {trainings[1].precision.name}, since BF16 is ")
+
+
 def test_unsound_batches(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two in a row are left out, and the batches after them are others; too many end the search."""
     recipe, count = load_recipe(tiny.recipe), 2

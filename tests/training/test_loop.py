@@ -26,9 +26,9 @@ from muntin.errors import CheckpointError, DataError, DependencyError, MuntinErr
 from muntin.images import write_image
 from muntin.layers import ChannelGate
 from muntin.models import CompressionRecord, TorchSession
-from muntin.training import loop
+from muntin.training import loop, precision
 from muntin.training.checkpoint import STATE, checkpoints_in, read_checkpoint
-from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.distributed.stored_tensors import AVERAGE, MODEL
 from muntin.training.evaluation import evaluate
 from muntin.training.loop import LOG_EVERY, Training
 from muntin.training.precision import resolve_precision
@@ -711,6 +711,25 @@ def test_precision_of_a_resumed_run(tmp_path: Path, tiny: Any, monkeypatch: pyte
     assert begun == [None, read_checkpoint(tmp_path / "run").state.precision]
 
 
+@pytest.mark.parametrize(("gain", "name"), [(1e9, "fp32"), (0.0, "bf16")])
+def test_measured_precision(gain: float, name: str, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The measurement is noted, and leaves the bits of the run as they are."""
+    plan = ["training.steps=4", "training.batch_size=8", "training.validate_every=4"]
+    monkeypatch.setattr(precision, "cpu_computes_bf16", lambda: True)
+    monkeypatch.setattr(precision, "MAX_SHARE", 1.0)
+    monkeypatch.setattr(precision, "MIN_GAIN", gain)
+    result = train(tiny, tmp_path / "auto", *plan)
+    asked = train(tiny, tmp_path / "asked", *plan, f"training.precision={name}")
+    assert re.fullmatch(
+        rf"precision auto: {name}, since BF16 is [0-9.]+ times as fast with this model \(.* in 5 pairs of steps\)", result.notes[-1]
+    )
+    assert result.precision.startswith(f"{name} on cpu: BF16 is ")
+    one, other = read_checkpoint(result.checkpoint), read_checkpoint(asked.checkpoint)
+    assert one.state.precision == other.state.precision == name
+    for group in (MODEL, AVERAGE):
+        assert all(torch.equal(value, other.tensors[group][key]) for key, value in one.tensors[group].items())
+
+
 def test_data_notes(tmp_path: Path, tiny: Any) -> None:
     masks = tiny.root / "train" / "masks"
     for mask in (*masks.iterdir(), masks / "lonely.png"):
@@ -741,6 +760,8 @@ def test_minutes_limit(tmp_path: Path, tiny: Any) -> None:
     rates = [point["learning_rate"] for point in curve]
     assert rates[-1] < 0.2 * load_recipe(tiny.recipe).training.learning_rate
     assert [point["step"] for point in result.validation] == [result.step]
+    shares = [progress.share for progress in seen if progress.kind == "step"]
+    assert None not in shares and shares == sorted(shares) and shares[-1] == 1  # type: ignore[type-var]
     expected = [progress.steps for progress in seen if progress.kind == "step"]
     assert all(progress.step <= progress.steps for progress in seen if progress.kind == "step")
     assert expected[-1] == result.step < 1_000_000

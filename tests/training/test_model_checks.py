@@ -17,8 +17,8 @@ from model_helpers import one_line
 from muntin.artifact import ClassInfo
 from muntin.errors import RecipeError
 from muntin.models import HybridNet, ModelConfig, create_model
-from muntin.training.model_checks import check_maps, check_model, check_reading, restore_notes
-from muntin.training.precision import TrainingPrecision, resolve_precision
+from muntin.training.model_checks import check_maps, check_model, check_reading, measured_precision, restore_notes
+from muntin.training.precision import PAIRS, TrainingPrecision, resolve_precision
 from muntin.training.recipe import load_recipe, parse_recipe
 from muntin.training.run import fit
 from muntin.training.weights import new_model
@@ -278,6 +278,27 @@ def test_three_dimensional_kernel(tiny: Any, tmp_path: Path) -> None:
 
 
 BF16 = TrainingPrecision(name="bf16", device="cpu", dtype=torch.bfloat16, reason="for this test")
+
+
+@pytest.mark.parametrize("choice", [{"name": "hybrid-xxs"}, {"name": f"{__name__}:normed"}])
+def test_measured_precision(choice: dict[str, str]) -> None:
+    """Steps in BF16 run on any CPU, slowly on most; they leave no trace."""
+    training = {"steps": 300, "batch_size": 4, "norm_group": 2, "checkpointing": {"budget": "1GiB"}}
+    recipe = parse_recipe({"name": "test", "model": choice, "data": {"crop": 32}, "training": training}, where="test")
+    model = new_model(recipe, TWO)
+    undecided = TrainingPrecision(name="fp32", device="cpu", dtype=None, reason="test", undecided=True)
+    state, random, threads = copy.deepcopy(model.state_dict()), torch.get_rng_state(), torch.get_num_threads()
+    precision = measured_precision(model, undecided, recipe, TWO)
+    assert len(precision.gains) == PAIRS and min(precision.gains) > 0
+    assert precision.notes[0].startswith(f"precision auto: {precision.name}, since BF16 is ")
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(random, torch.get_rng_state()) and threads == torch.get_num_threads()
+    assert measured_precision(model, precision, recipe, TWO) is precision
+
+
+def normed(*, task: str, classes: int, channels: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, classes, 1))
 
 
 def test_kernel_larger_than_its_map() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from muntin.cli.bench import bench_command
 from muntin.cli.compare import compare_command
@@ -26,7 +27,23 @@ from muntin.cli.updating.update import update_command, watch_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
 
+SYNONYMS = {
+    "train": "fit", "val": "evaluate", "eval": "evaluate", "test": "evaluate", "validate": "evaluate", "benchmark": "bench",
+    "quantise": "quantize", "infer": "predict", "inference": "predict", "detect": "predict", "convert": "export",
+}  # fmt: skip
+"""Commands of other programs, and the command here that does the same."""
+
+
+class _Commands(TyperGroup):
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """Resolve a command. A name of `SYNONYMS` is a usage error that gives the right one; typer suggests similar names for others."""
+        if (name := SYNONYMS.get(args[0])) is not None:
+            ctx.fail(f"there is no command '{args[0]}': did you mean `muntin {name}`?")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from muntin.cli.console import SHOWN, out, print_json, print_notes, print_table
 from muntin.cli.options import JsonOption
 from muntin.progress import progress_bar
 from muntin.text import count
+
+if TYPE_CHECKING:
+    from muntin.data.recipe_wizard import Survey
 
 
 def models_command(
@@ -59,22 +62,28 @@ def init_command(
     json: JsonOption = False,
 ) -> None:
     """Write a commented recipe for a folder of your own images."""
-    from muntin.data.classes import as_yaml
     from muntin.data.recipe_wizard import write_recipe
     from muntin.errors import RecipeError
-    from muntin.reporting.text import percent
 
     if task not in (None, "segment", "classify", "restore"):
         raise RecipeError(f"task '{task}': give segment, classify or restore")
     path, survey = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
-    classes, segment = survey.classes, survey.layout.task == "segment"
     if json:
-        shares = {entry.name: share for entry, share in zip(classes.classes, classes.shares, strict=True)}
+        shares = {entry.name: share for entry, share in zip(survey.classes.classes, survey.classes.shares, strict=True)}
         numbers = {key: getattr(survey, key) for key in ("counted", "unopened", "opened")}
         print_json({"recipe": path, "shares": shares, **numbers, "notes": survey.notes})
         return
-    rename = "rename the classes, " if segment else ""
-    out.print(f"wrote     {path} (task: {survey.layout.task}): read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
+    rename = "rename the classes, " if survey.layout.task == "segment" else ""
+    describe_survey(path, survey, f": read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
+
+
+def describe_survey(path: Path, survey: Survey, advice: str = "") -> None:
+    """Print what was found in a folder, for which the recipe at `path` was written."""
+    from muntin.data.classes import as_yaml
+    from muntin.reporting.text import percent
+
+    classes, segment = survey.classes, survey.layout.task == "segment"
+    out.print(f"wrote     {path} (task: {survey.layout.task}){advice}")
     if survey.layout.task == "restore":
         made = "made from them by data.degrade" if survey.layout.base.targets is None else "beside clean ones"
         out.print(f"pictures  {survey.counted}, of which {survey.opened} were opened; inputs are {made}")

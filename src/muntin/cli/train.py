@@ -40,7 +40,12 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Replace a value of
 
 
 def fit_command(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; `muntin init DIR` writes one.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="A YAML recipe, or a folder of images as `muntin init` takes it: its recipe.yaml, which is written first if it has none."
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; runs/NAME by default.")] = None,
     resume: Annotated[
         bool,
@@ -50,6 +55,9 @@ def fit_command(
             "changed, and data.workers and data.cache_mib.",
         ),
     ] = False,
+    minutes: Annotated[float | None, typer.Option(help="Short for --set training.minutes=MINUTES.", show_default=False)] = None,
+    steps: Annotated[int | None, typer.Option(help="Short for --set training.steps=STEPS.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Short for --set model.name=MODEL.", show_default=False)] = None,
     set_: Set = None,
     dry_run: Annotated[
         bool,
@@ -73,15 +81,20 @@ def fit_command(
     attempt: Annotated[int | None, typer.Option(hidden=True, help="Number of a supervised attempt, from 0.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Train a model by a recipe."""
+    """Train a model by a recipe, or on a folder of images."""
     refuse_without_gradients(recipe)
-    if attempt is None and not dry_run and show_crops is None and _supervised(supervise, recipe, set_ or ()):
+    short = {"training.minutes": minutes, "training.steps": steps, "model.name": model}
+    changes = [*(set_ or ()), *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    survey_notes: Sequence[str] = ()
+    if recipe.is_dir():
+        recipe, survey_notes = _recipe_of_folder(recipe, writes=not dry_run, quiet=json or attempt is not None)
+    if attempt is None and not dry_run and show_crops is None and _supervised(supervise, recipe, changes):
         raise typer.Exit(_supervise(sys.argv[1:]))
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.training import load_recipe
     from muntin.training.checkpoint import checkpoints_in
 
-    loaded = load_recipe(recipe, set_ or ())
+    loaded = load_recipe(recipe, changes)
     if show_crops is not None:
         _show_crops(loaded, recipe.resolve().parent, show_crops, json=json)
         return
@@ -95,7 +108,7 @@ def fit_command(
     if not first_process():
         raise typer.Exit(result.interrupted)
     if json:
-        print_json({**asdict(result), "validation": result.validation, "notes": [*notes, *result.notes]})
+        print_json({**asdict(result), "validation": result.validation, "notes": [*survey_notes, *notes, *result.notes]})
     else:
         describe_fit(result)
         if not result.interrupted:
@@ -106,10 +119,32 @@ def fit_command(
             out.print(f"next      `{shlex.join(['muntin', 'export', folder])}`, or smaller: `{smaller}`")
     if result.interrupted:
         places = [] if output is None else ["--output", str(output)]
-        changes = [word for change in set_ or () for word in ("--set", change)]
-        again = shlex.join(["muntin", "fit", str(recipe), *places, *changes, "--resume"])
+        words = [word for change in changes for word in ("--set", change)]
+        again = shlex.join(["muntin", "fit", str(recipe), *places, *words, "--resume"])
         say(f"muntin: interrupted after step {result.step} of {result.steps}; `{again}` goes on")
         raise typer.Exit(1)
+
+
+def _recipe_of_folder(folder: Path, *, writes: bool, quiet: bool) -> tuple[Path, Sequence[str]]:
+    """The recipe of a folder of images, and the notes of its survey. Writes the recipe if there is none, and prints what was found."""
+    from muntin.cli.models import describe_survey
+    from muntin.data.listing import RECIPE_NAME
+    from muntin.data.recipe_wizard import write_recipe
+
+    path = folder / RECIPE_NAME
+    if path.exists():
+        if first_process() and not quiet:
+            out.print(f"recipe    {path}, which exists already")
+        return path, ()
+    advice = f"{folder} has no {RECIPE_NAME}: write one first, by `{shlex.join(['muntin', 'init', str(folder)])}`"
+    if not writes:
+        raise RecipeError(f"--dry-run writes nothing, and {advice}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(f"several processes cannot write a recipe, and {advice}")
+    path, survey = write_recipe(folder)
+    if not quiet:
+        describe_survey(path, survey)
+    return path, survey.notes
 
 
 def _supervised(requested: bool | None, recipe: Path, changes: Sequence[str]) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from time import perf_counter
 from typing import Any, Literal
 
@@ -24,10 +25,10 @@ from muntin.compression.sparsity.holding import hold_sparsity
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, call, check_module, inputs_of, tensors_of
 from muntin.training.config import TrainingConfig
-from muntin.training.gradients import kept_buffers, restore_buffers
+from muntin.training.gradients import buffers_kept, kept_buffers, random_kept, restore_buffers
 from muntin.training.loss import at_least_float32, distillation_loss
 from muntin.training.optimizer import make_optimizer
-from muntin.training.precision import PrecisionName, resolve_precision
+from muntin.training.precision import PrecisionName, TrainingPrecision, choose_by_speed, resolve_precision
 from muntin.training.recovery.instability import SKIPPED_IN_A_ROW, LossGuard
 from muntin.training.trainer import SKIPPED_STEPS, DivergedError
 
@@ -51,6 +52,8 @@ class Distillation:
     """Loss of the first step."""
     loss: float
     """Mean loss of the last steps, at most 20."""
+    precision: str
+    """What was computed in, and why."""
 
 
 def distil(
@@ -105,45 +108,65 @@ def distil(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _answering(teacher):
         torch.manual_seed(seed)
         try:
-            return _Loop(student, teacher, measure, trained, config).run(_endless(inputs, seed), report)
+            batches = (inputs_of(student, batch) for batch in _endless(inputs, seed))
+            return _Loop(student, teacher, measure, trained, config, batches).run(report)
         finally:
             student.eval()
 
 
 class _Loop:
-    def __init__(self, student: nn.Module, teacher: nn.Module, loss: LossFunction, trained: nn.Module, config: TrainingConfig) -> None:
-        self.student, self.teacher, self.loss, self.trained, self.config = student, teacher, loss, trained, config
-        self.precision = resolve_precision(config.precision, next(student.parameters()).device.type)
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, loss: LossFunction, trained: nn.Module, config: TrainingConfig,
+        batches: Iterator[ModelInputs],
+    ) -> None:  # fmt: skip
+        self.student, self.teacher, self.loss, self.trained, self.config = student.train(), teacher, loss, trained, config
+        first = next(batches)
+        self.batches = chain([first], batches)
+        self.precision = self._decided(resolve_precision(config.precision, next(student.parameters()).device.type), first)
         self.optimizer = make_optimizer(trained, config, self.precision.dtype)
         hold_sparsity(student, self.optimizer)
         self.scaler = self.precision.scaler()
         self.guard = LossGuard(config.spike)
 
-    def run(self, batches: Iterator[ModelInputs], report: Callable[[int, float], None]) -> Distillation:
+    def _decided(self, precision: TrainingPrecision, batch: ModelInputs) -> TrainingPrecision:
+        """Decide an undecided precision by steps on one batch."""
+
+        def step(each: TrainingPrecision, rows: int) -> None:
+            self._distance(batch, each).backward()  # type: ignore[no-untyped-call]
+            self.trained.zero_grad()
+
+        with random_kept(), buffers_kept(self.trained):
+            return choose_by_speed(precision, self.config, step, rows=1)
+
+    def run(self, report: Callable[[int, float], None]) -> Distillation:
         started, step = perf_counter(), 0
-        self.student.train()
         while (done := self.config.share_done(step, perf_counter() - started)) < 1:
-            if (value := self._step(inputs_of(self.student, next(batches)), done)) is not None:
+            if (value := self._step(next(self.batches), done)) is not None:
                 step += 1
                 report(step, value)
         recent, first = self.guard.state.recent[-20:], self.guard.state.first
         return Distillation(
             steps=step, skipped=self.guard.state.skipped, seconds=perf_counter() - started, first_loss=first[0] if first else float("nan"),
-            loss=sum(recent) / len(recent) if recent else float("nan"),
+            loss=sum(recent) / len(recent) if recent else float("nan"), precision=f"{self.precision.name}: {self.precision.reason}",
         )  # fmt: skip
 
-    def _step(self, batch: ModelInputs, done: float) -> float | None:
-        """Take a step and return the loss; None if the batch was left out."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate_at(done)
-        kept = kept_buffers(self.student)
-        with self.precision.autocast():
+    def _distance(self, batch: ModelInputs, precision: TrainingPrecision) -> Tensor:
+        """The loss of a batch."""
+        with precision.autocast():
             with torch.no_grad():
                 expected = call(self.teacher, batch)
             answer = call(self.student, batch)
         distance = self.loss(_in_float32(answer), _in_float32(expected))
         if distance.numel() != 1 or not distance.requires_grad:
             raise MuntinError(f"the loss has the shape {tuple(distance.shape)}: it must be a scalar that depends on the student's answer")
+        return distance
+
+    def _step(self, batch: ModelInputs, done: float) -> float | None:
+        """Take a step and return the loss; None if the batch was left out."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate_at(done)
+        kept = kept_buffers(self.student)
+        distance = self._distance(batch, self.precision)
         value = float(distance.detach())
         fault = self.guard.fault(value)
         if not fault:

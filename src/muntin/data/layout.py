@@ -99,7 +99,7 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
     single = f" (it has one folder with pictures, {with_pictures[0].name}: at least two classes are needed)" if with_pictures else ""
     reason = single if len(with_pictures) == 1 else ""
     deep = _class_folders(root, deep=True) if task is None else []
-    recipe, hint = ("a recipe", "; photographs alone: --task restore") if task is None else (f"a {task} recipe", "")
+    recipe, hint = ("a recipe", "; photographs alone: `muntin init FOLDER --task restore`") if task is None else (f"a {task} recipe", "")
     if root.name.lower() in FOLDER_NAMES["images"] + FOLDER_NAMES["masks"] and _pair_in(root.resolve().parent):
         hint = f"; {root.resolve().parent} holds both images and masks: name it"
     elif len(deep) > 1:

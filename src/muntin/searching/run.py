@@ -148,13 +148,13 @@ class _Search:
 
         written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
         begun = newest_sound(written[0].parent, note=self.notes.append).state.precision if written else None
-        training = self._training(precision := prepare_hardware(self.recipe.training, begun=begun))
+        training = self._training(prepare_hardware(self.recipe.training, begun=begun))
         with Interruption() as interruption:
             interruption.work = "this step"
             trained = training.run(
                 stopped=lambda: interruption.requested,
-                progress=lambda step, steps, loss: self.report(
-                    SearchStage(stage="supernet", done=step, total=steps, text=f"loss {loss:.3f}")
+                report=lambda done: self.report(
+                    SearchStage(stage="supernet", done=done.step, total=done.steps, text=f"{done.position}, loss {done.loss:.3f}")
                 ),
             )
             before = max(before, trained.seconds - (time.perf_counter() - started))  # those of a search that was killed
@@ -162,7 +162,7 @@ class _Search:
             self.notes += trained.notes
             if not trained.finished:
                 return self._result(finished=False)
-            scorer = CandidateScorer(trained.supernet, self.recipe, self.source, precision)
+            scorer = CandidateScorer(trained.supernet, self.recipe, self.source, training.precision)
             study = ArchitectureStudy(
                 self.space, self.base, self.folder, candidates=self.file.first_candidates, seed=self.recipe.seed,
                 sampler=self.settings.sampler,
@@ -259,7 +259,7 @@ class _Search:
 
             def show_step(progress: FitProgress, show: Callable[[str], None] = show) -> None:
                 if progress.kind == "step":
-                    show(f", step {progress.step} of {progress.steps}")
+                    show(f", {progress.position}")
 
             show("")
             finalist = train_finalist(

@@ -36,10 +36,12 @@ from muntin.searching.supernet import Supernet
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, newest_sound, write_checkpoint
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
-from muntin.training.gradients import kept_buffers, restore_buffers
+from muntin.training.gradients import buffers_kept, kept_buffers, random_kept, restore_buffers
 from muntin.training.loss import class_weights, loss_of
+from muntin.training.model_checks import random_batch
 from muntin.training.optimizer import averaged_weights, load_optimizer, make_optimizer, optimizer_tensors
-from muntin.training.precision import TrainingPrecision
+from muntin.training.precision import TrainingPrecision, choose_by_speed
+from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.instability import SKIPPED_IN_A_ROW, LossGuard
 from muntin.training.weights import load_weights
@@ -52,8 +54,6 @@ DISTILLATION = 1.0
 """Weight of the distance to the largest network's scores."""
 FIRST_CHECKPOINT_S = 30.0
 """Seconds after which the first checkpoint is written."""
-SupernetProgress = Callable[[int, int, float], None]
-"""Called with the steps done, the steps of the whole training as estimated, and the loss of the largest network."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +90,17 @@ class SupernetTraining:
         self, space: Space, base: ModelConfig, recipe: Recipe, source: Source, *, folder: Path, root: Path, precision: TrainingPrecision
     ) -> None:
         self.space, self.base, self.recipe, self.source, self.config = space, base, recipe, source, recipe.training
-        self.folder, self.root, self.precision = folder, root, precision
+        self.folder, self.root = folder, root
         self.supernet = Supernet(space, base, seed=recipe.seed, norm_group=self.config.norm_group).to(precision.device)
+        self.loss = loss_of(self.config, task=recipe.task, weights=class_weights(self.config, source), distillation=DISTILLATION)
+        self.precision = precision = self._decided(precision)
         self.average = WeightAverage(self.supernet, 0.0 if self.config.optimizer == "schedule-free" else self.config.average)
         self.optimizer = make_optimizer(self.supernet, self.config, precision.dtype)
         self.scaler = precision.scaler()
-        self.loss = loss_of(self.config, task=recipe.task, weights=class_weights(self.config, source), distillation=DISTILLATION)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, float]] = []
         self.guard = LossGuard(self.config.spike)
-        self.notes: list[str] = []
+        self.notes = list(self.precision.notes)
         self._rounds = cache(lambda round_: draw_round(space, base, recipe.seed, round_))
         if checkpoints_in(folder / "checkpoints"):
             self._restore(newest_sound(folder / "checkpoints", note=self.notes.append))
@@ -111,12 +112,27 @@ class SupernetTraining:
         self.step, self.seconds, self.curve = checkpoint.state.step, checkpoint.state.seconds, list(checkpoint.state.training)
         self.guard = LossGuard(self.config.spike, checkpoint.state.guard)
 
+    def _decided(self, precision: TrainingPrecision) -> TrainingPrecision:
+        """Decide an undecided precision by steps of the largest network on random crops."""
+        if not precision.undecided:
+            return precision
+        with random_kept(), buffers_kept(self.supernet):
+            images, target = random_batch(self.recipe, len(self.source.classes), rows := self.config.batch_size)
+
+            def step(each: TrainingPrecision, rows: int) -> None:
+                with each.autocast():
+                    scores = self.supernet.run(self.supernet.largest, images[:rows].float().to(memory_format=torch.channels_last))
+                self.loss(scores, target[:rows]).backward()  # type: ignore[no-untyped-call]
+                self.supernet.zero_grad()
+
+            return choose_by_speed(precision, self.config, step, rows=rows, least=2)
+
     @property
     def finished(self) -> bool:
         """True if no steps, or no minutes, are left."""
         return self.config.share_done(self.step, self.seconds) >= 1
 
-    def run(self, *, stopped: Callable[[], bool] = lambda: False, progress: SupernetProgress = lambda *_: None) -> SupernetResult:
+    def run(self, *, stopped: Callable[[], bool] = lambda: False, report: FitReport = lambda progress: None) -> SupernetResult:
         """Train to the last step, or until `stopped` returns True after a step; writes checkpoints on the way and at the end."""
         started, before, written = time.perf_counter(), self.seconds, self.step
         first_due = not checkpoints_in(self.folder / "checkpoints")
@@ -128,7 +144,8 @@ class SupernetTraining:
                     continue
                 self.step, self.seconds = self.step + 1, before + time.perf_counter() - started
                 self.curve.append({"step": self.step, "seconds": self.seconds, "loss": loss})
-                progress(self.step, self.config.steps_expected(self.step, self.seconds), loss)
+                steps, share = self.config.steps_expected(self.step, self.seconds), self.config.share_in_time(self.step, self.seconds)
+                report(FitProgress(kind="step", step=self.step, steps=steps, share=share, loss=loss))
                 due = first_due and time.perf_counter() - started >= FIRST_CHECKPOINT_S
                 if due or self.step % self.config.checkpoint_every == 0:
                     self._write()

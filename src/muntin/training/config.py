@@ -133,7 +133,8 @@ class TrainingConfig(Section):
         default=1.0, gt=0, le=1, description="share of the multiply-adds behind channel gates to keep; other channels are cut"
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
-        default="auto", description="auto: 16 bits if they are faster on this machine; tf32, fp16: on CUDA"
+        default="auto",
+        description="auto: 16 bits on CUDA; on CPUs BF16 if steps of the model are measured to be faster in it; tf32, fp16: on CUDA",
     )
     compile: bool = Field(default=False, description="torch.compile the training step; needs a C++ compiler on CPUs")
     validate_every: int = Field(default=250, ge=1, description="steps between validations")
@@ -213,6 +214,10 @@ class TrainingConfig(Section):
         if self.minutes is None:
             return min(1.0, in_steps)
         return min(1.0, max(in_steps, seconds / (60 * self.minutes) if self.minutes else 1.0))
+
+    def share_in_time(self, step: int, seconds: float) -> float | None:
+        """`share_done` of a run with a limit in time, whose number of steps is not known before its end; None without one."""
+        return None if self.minutes is None else self.share_done(step, seconds)
 
     def steps_expected(self, step: int, seconds: float) -> int:
         """Steps of the whole run, estimated from its speed up to `step`."""

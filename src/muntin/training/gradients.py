@@ -104,6 +104,18 @@ def seed_random(*numbers: int) -> None:
 
 
 @contextmanager
+def random_kept() -> Iterator[None]:
+    """Restore the CPU's generators of Python, NumPy and PyTorch after the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore the buffers of a model, such as the statistics of its norms, after the block, which may also replace them."""
     kept = kept_buffers(model)

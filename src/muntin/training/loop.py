@@ -122,6 +122,10 @@ class Training:
         return self.config.steps_expected(self.step, self.seconds)
 
     @property
+    def _share(self) -> float | None:
+        return self.config.share_in_time(self.step, self.seconds)
+
+    @property
     def _validation_missing(self) -> bool:
         """True if the step that the run continues from should have been validated and was not, because of an error."""
         due = self.start is not None and self.step > 0 and (self.finished or self.step % self.config.validate_every == 0)
@@ -293,7 +297,7 @@ class Training:
         left = (self.steps - self.step) * self.config.batch_size / rate
         score = self.validation[-1]["score"] if self.validation else None
         figures: dict[str, Any] = {"loss": loss, "score": score, "images_per_second": rate, "seconds_left": left}
-        self.report(FitProgress(kind="step", step=self.step, steps=self.steps, waiting=self.feed.waiting, **figures))
+        self.report(FitProgress(kind="step", step=self.step, steps=self.steps, share=self._share, waiting=self.feed.waiting, **figures))
 
     def _log(self, log: MetricsLog, kind: str, point: dict[str, Any]) -> None:
         log.write(kind, point)
@@ -317,7 +321,7 @@ class Training:
             self.validation.append(point)
             self.best.judge(self.validation)
             self._log(log, "validation", point)
-            self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, score=result.score))
+            self.report(FitProgress(kind="validation", step=self.step, steps=self.steps, share=self._share, score=result.score))
             self._note_collapse()
 
     def _report_validating(self, done: int, total: int) -> None:

@@ -17,10 +17,15 @@ from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.host.memory import no_memory
-from muntin.training.memory.memory_format import channels_last
+from muntin.training.config import ActivationBudget
+from muntin.training.distributed.ranks import ALONE, Ranks
+from muntin.training.gradients import random_kept
+from muntin.training.memory.memory_format import channels_last, keep_freed_memory
 from muntin.training.memory.norm_groups import check_norm_groups
-from muntin.training.precision import PrecisionName, TrainingPrecision
+from muntin.training.precision import PrecisionName, TrainingPrecision, choose_by_speed
 from muntin.training.recipe import Recipe
+from muntin.training.recovery.memory_bound import memory_bound
+from muntin.training.trainer import Trainer
 from muntin.training.weights import build_model, load_weights
 
 DIVISORS = (2, 4, 8, 16, 32, 64, 128)
@@ -180,6 +185,48 @@ def check_maps(model: nn.Module, precision: TrainingPrecision, *, crop: int, cha
     if requested == "bf16":
         raise RecipeError(f"training.precision bf16: {reason}: write auto or fp32, or take larger crops")
     return TrainingPrecision(name="fp32", device="cpu", dtype=None, reason=reason)
+
+
+def measured_precision(
+    model: nn.Module,
+    precision: TrainingPrecision,
+    recipe: Recipe,
+    classes: tuple[ClassInfo, ...],
+    *,
+    teacher: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> TrainingPrecision:
+    """Decide an undecided precision by steps of a copy of the model on random crops, as of `choose_by_speed`.
+
+    The steps use memory as the recipe allows, but are not compiled.
+    """
+    if not precision.undecided:
+        return precision
+    config = recipe.training.model_copy(update={"sharding": "none", "compile": False})
+    weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
+    with random_kept(), keep_freed_memory(config.memory is None), memory_bound(config.memory):
+        trainer = Trainer(copy.deepcopy(model), config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight)
+        if isinstance(config.checkpointing, ActivationBudget):  # its choice of blocks would cost many steps
+            trainer.use_memory(trainer.memory.model_copy(update={"checkpointing": "full"}))
+        images, target = random_batch(recipe, len(classes), rows := max(1, config.batch_size // ranks.count))
+
+        def step(each: TrainingPrecision, rows: int) -> None:
+            trainer.precision = each
+            if not trainer.drop_gradient(0, images[:rows], target[:rows]):
+                raise MuntinError("memory was short")
+
+        return choose_by_speed(precision, config, step, rows=rows, least=2, ranks=ranks)
+
+
+def random_batch(recipe: Recipe, classes: int, rows: int) -> tuple[Tensor, Tensor]:
+    """A batch of noise, and targets of its shape. `classes`: the number of classes."""
+    data = recipe.data
+    shape = (rows, data.crop, data.crop, data.channels)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    if recipe.task == "restore":
+        side = data.output_scale * data.crop
+        return images, torch.randint(0, 256, (rows, data.channels, side, side), dtype=torch.uint8)
+    return images, torch.randint(0, classes, shape[:1] if recipe.task == "classify" else shape[:3])
 
 
 def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:

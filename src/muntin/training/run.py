@@ -26,7 +26,7 @@ from muntin.training.evaluation import poor_classes, worse_than_input
 from muntin.training.gate_pruning import GateClosing
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights, weights_note
-from muntin.training.model_checks import check_maps, check_model, check_reading
+from muntin.training.model_checks import check_maps, check_model, check_reading, measured_precision
 from muntin.training.precision import prepare_hardware
 from muntin.training.progress.bar import shown_fit
 from muntin.training.progress.best import out_of_patience
@@ -118,13 +118,14 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     model, classes = new_model(recipe, tuple(source.classes)), tuple(source.classes)
     unsuited = check_model(model, recipe, classes)
     check_reading(model, recipe, classes)
-    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
     if recipe.training.gate_budget < 1:  # report an impossible budget before the data are checked
         image = torch.zeros(1, recipe.data.channels, recipe.data.crop, recipe.data.crop)
         GateClosing(model, model, image, keep=recipe.training.gate_budget)
     weights = None if start is not None else recipe.model.weights
     begun = () if weights is None else load_initial_weights(model, root / weights)
     teacher, taught = open_teacher(recipe, classes, root)
+    precision = measured_precision(model, precision, recipe, classes, teacher=teacher, ranks=ranks)
+    precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
 
     def report_checked(done: int, total: int) -> None:
         report(FitProgress(kind="check", step=done, steps=total))
@@ -132,7 +133,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     # last: it may take minutes
     checked = (*source.check(report_checked), *check_unlabelled(recipe, root, report_checked)) if ranks.first else ()
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
-    notes += (*source.notes, *checked, *small, *unsuited, *begun, *taught)
+    notes += (*source.notes, *checked, *small, *unsuited, *begun, *taught, *precision.notes)
     if ranks.first:
         write_splits(directory / SPLIT_LIST, source)
     weights_K = class_weights(recipe.training, source)

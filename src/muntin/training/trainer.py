@@ -279,17 +279,23 @@ class Trainer:
         if use.checkpointing != "budget":
             self.checkpointing.apply_all(use.checkpointing, memory or (OPERATOR_MEMORY if use.checkpointing == "full" else None))
 
+    def drop_gradient(self, step: int, images: Tensor, target: Tensor) -> bool:
+        """Compute a batch's gradient and drop it; buffers stay as they are. Returns False if memory was short."""
+        self.model.train()
+        with buffers_kept(self.model):
+            value = self._gradient_once(step, images, target)
+        self.optimizer.zero_grad()
+        return value is not None
+
     def gradient_peak(self, step: int, images: Tensor, target: Tensor) -> int | None:
         """Compute a batch's gradient and drop it. Returns the peak of memory beyond what was held before, bytes, the largest of all
         processes; None if memory was short.
 
         Raises `DependencyError` if this system does not tell it.
         """
-        self.model.train()
-        with buffers_kept(self.model), watch_peak(self.precision.device) as watch:
-            value = self._gradient_once(step, images, target)
-        self.optimizer.zero_grad()
-        if value is None:
+        with watch_peak(self.precision.device) as watch:
+            done = self.drop_gradient(step, images, target)
+        if not done:
             return None
         if watch.peak is None:
             raise DependencyError("this system does not tell a process's peak of memory (Linux and CUDA do), which a memory budget needs")

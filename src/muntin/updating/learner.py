@@ -37,7 +37,7 @@ from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights, loss_of
-from muntin.training.model_checks import check_maps
+from muntin.training.model_checks import check_maps, measured_precision
 from muntin.training.precision import prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress, FitReport
@@ -167,6 +167,7 @@ class _Learner:
         precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision)
         torch.manual_seed(recipe.seed)
         model = load_model(start) if start is not None else self._begin()
+        precision = measured_precision(model, precision, recipe, tuple(self.source.classes))
         precision = check_maps(model, precision, crop=recipe.data.crop, channels=recipe.data.channels, requested=recipe.training.precision)
         classifier = classifier_tensors(load_model(parent), parent)
         if self.strategy.head_only:

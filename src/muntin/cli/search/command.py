@@ -29,7 +29,7 @@ FOLDER = "search"
 """Folder of a search beside the run's name: runs/NAME-search."""
 STAGES = {
     "data": "checking data: {done} of {total}",
-    "supernet": "shared weights: step {done} of {total}, {text}",
+    "supernet": "shared weights: {text}",
     "parts": "latency of parts: {done} of {total}",
     "check": "latency of whole networks: {done} of {total}",
     "study": "candidates: {done} of {total}",

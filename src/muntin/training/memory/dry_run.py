@@ -23,7 +23,7 @@ from muntin.runtime.host.memory import resident
 from muntin.training.memory.budget import block_costs, size
 from muntin.training.memory.memory_format import keep_freed_memory, return_freed_memory
 from muntin.training.memory.peak import watch_peak
-from muntin.training.model_checks import check_maps, check_model
+from muntin.training.model_checks import check_maps, check_model, measured_precision, random_batch
 from muntin.training.optimizer import Muon
 from muntin.training.precision import prepare_hardware
 from muntin.training.progress.best import BestWeights
@@ -108,15 +108,10 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, classes)
     notes = check_model(model, recipe, classes)
-    precision = check_maps(model, precision, crop=data.crop, channels=data.channels, requested=config.precision)
     teacher, taught = open_teacher(recipe, classes, root)
-    shape = (config.batch_size, data.crop, data.crop, data.channels)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    if recipe.task == "restore":
-        side = data.output_scale * data.crop
-        target = torch.randint(0, 256, (config.batch_size, data.channels, side, side), dtype=torch.uint8)
-    else:
-        target = torch.randint(0, len(classes), shape[:1] if recipe.task == "classify" else shape[:3])
+    precision = measured_precision(model, precision, recipe, classes, teacher=teacher)
+    precision = check_maps(model, precision, crop=data.crop, channels=data.channels, requested=config.precision)
+    images, target = random_batch(recipe, len(classes), config.batch_size)
     machine = _machine_limit(precision.device)
     with keep_freed_memory(), memory_bound(machine if precision.device == "cpu" else None):
         weight = 0.0 if recipe.teacher is None else recipe.teacher.weight

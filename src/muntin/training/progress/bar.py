@@ -34,20 +34,21 @@ def training_display(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
 
             yield report
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # only where it is shown
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # only where it is shown
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[position]}"),
+        TimeRemainingColumn(elapsed_when_finished=True), TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
     with only_display() as free, Progress(*columns, console=stderr_console(), disable=not free) as bar:
-        shown = bar.add_task("preparing", total=None, figures="")
+        shown = bar.add_task("preparing", total=None, position="", figures="")
 
         def move(description: str, progress: FitProgress) -> None:
             if progress.kind == "validating":  # the bar stays at the step
                 bar.update(shown, description=f"validating {progress.step}/{progress.steps}")
             elif progress.kind != "note":
-                bar.update(shown, description=_label(description, progress), completed=progress.step, total=progress.steps)
+                done, total = (progress.step, progress.steps) if progress.share is None else (progress.share, 1)
+                bar.update(shown, description=_label(description, progress), completed=done, total=total, position=_position(progress))
             if progress.kind == "step":
                 bar.update(shown, figures=_figures(progress, task))
 
@@ -66,7 +67,11 @@ def _line(description: str, progress: FitProgress, task: str) -> tuple[str, floa
         return _label(description, progress), None
     doing = f"{description}, validating" if progress.kind == "validating" else _label(description, progress)
     figures = _figures(progress, task)
-    return f"{doing}: {progress.step} of {progress.steps}{figures and f', {figures}'}", progress.seconds_left
+    return f"{doing}: {_position(progress)}{figures and f', {figures}'}", progress.seconds_left
+
+
+def _position(progress: FitProgress) -> str:
+    return progress.position if progress.kind in ("step", "validation") else f"{progress.step} of {progress.steps}"
 
 
 def _figures(progress: FitProgress, task: str) -> str:

@@ -13,7 +13,7 @@ class FitProgress:
 
     `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step; `note`: a part of an update), "step"
     (each one; `loss` is a mean over at most 10, `waiting` share of time spent waiting for batches), "validating" (`step` of `steps`
-    pictures), "validation" (end).
+    pictures), "validation" (end). `share`: of the run that is done, for a run with a limit in time; `steps` is then an estimate.
     """
 
     kind: Literal["check", "note", "prepare", "step", "validating", "validation"]
@@ -25,6 +25,12 @@ class FitProgress:
     waiting: float | None = None
     seconds_left: float | None = None
     note: str | None = None
+    share: float | None = None
+
+    @property
+    def position(self) -> str:
+        """The step in words: of all steps, or with the share of a run with a limit in time."""
+        return f"step {self.step} of {self.steps}" if self.share is None else f"step {self.step}, {self.share:.0%} done"
 
 
 FitReport = Callable[[FitProgress], None]

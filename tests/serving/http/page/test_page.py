@@ -382,6 +382,27 @@ def test_restoration(open_page: Open, start_server: Serve, write_pixels: Write, 
         np.testing.assert_allclose(seen(page)[4:10], PICTURE[4:10], atol=2.5)
 
 
+def test_objective_beside_the_latency(open_page: Open, start_server: Serve, folder: Path, save_picture: Any) -> None:
+    with start_server(folder, objective_ms=400) as server:
+        page = open_page(server)
+        give(page)
+        text_of(page, "#by", "version 1")
+        chart = page.locator("#charts figure").last
+        chart.locator("b", has_text=re.compile(r"[0-9.]+ ms")).wait_for()
+        assert chart.locator(".promise").inner_text() == "objective 400 ms"
+        assert chart.locator("svg").get_attribute("aria-label").endswith("in 90 seconds; objective 400 ms")
+        assert chart.locator(".aim").get_attribute("visibility") == "visible"
+        assert 14 < float(chart.locator(".aim").get_attribute("y1")) < 83
+        save_picture(page, "objective")
+
+
+def test_no_objective(open_page: Open, server: Server) -> None:
+    page = open_page(server)
+    page.locator("#versions tr").first.wait_for()
+    assert page.locator(".promise:visible").count() == 0
+    assert {line.get_attribute("visibility") for line in page.locator(".aim").all()} == {"hidden"}
+
+
 def test_polling_stops_in_a_hidden_tab(open_page: Open, server: Server) -> None:
     page = open_page(server)
     page.locator("#versions tr").first.wait_for()

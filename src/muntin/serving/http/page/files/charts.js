@@ -7,19 +7,21 @@ export const SPAN = 90; // seconds shown
 
 /**
  * A chart. `series`: keys of a sample, drawn one above the other; `text(sample)`: the value in words; `keys`: names of the
- * series, if there are several. */
+ * series, if there are several; `goal(sample)`: a value not to be exceeded, drawn as a line, or null; `unit(value)`: it in words. */
 export class Chart {
-  constructor({ title, series, text, floor, keys = [] }) {
-    Object.assign(this, { title, series, text, floor });
+  constructor({ title, series, text, floor, keys = [], goal = () => null, unit = String }) {
+    Object.assign(this, { title, series, text, floor, goal, unit });
     this.value = element("b", {}, "–");
     this.svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", preserveAspectRatio: "none" });
     this.base = shape("line", { class: "base", x1: 0, x2: WIDTH, y1: HEIGHT - 1, y2: HEIGHT - 1 });
     this.grid = shape("line", { class: "grid", x1: 0, x2: WIDTH, y1: TOP, y2: TOP });
+    this.aim = shape("line", { class: "aim", x1: 0, x2: WIDTH, visibility: "hidden" });
     this.paths = series.map((_, index) => ({ area: shape("path", { class: `area area-${index}` }), line: shape("path", { class: `line line-${index}` }) }));
-    this.svg.append(this.grid, this.base, ...this.paths.map(({ area }) => area), ...this.paths.map(({ line }) => line).reverse());
+    this.svg.append(this.grid, this.base, this.aim, ...this.paths.map(({ area }) => area), ...this.paths.map(({ line }) => line).reverse());
     this.top = element("span", { className: "top", ariaHidden: "true" });
     const words = keys.map((key, index) => element("span", { className: `key key-${index}` }, key));
-    const caption = element("figcaption", {}, element("span", {}, title, ...words), this.value);
+    this.promise = element("span", { className: "key promise", hidden: true });
+    const caption = element("figcaption", {}, element("span", {}, title, ...words, this.promise), this.value);
     this.root = element("figure", {}, caption, element("div", { className: "plot" }, this.svg, this.top));
   }
 
@@ -31,7 +33,8 @@ export class Chart {
       return [sample, this.series.map((key) => (sum += sample[key]))];
     }));
     const highest = Math.max(this.floor, ...[...sums.values()].map((row) => row.at(-1)));
-    const limit = roundUp(highest);
+    const goal = this.goal(samples.at(-1));
+    const limit = roundUp(Math.max(highest, goal ?? 0));
     const x = (sample) => (WIDTH * (1 - (now - sample.at) / SPAN)).toFixed(1);
     const y = (value) => (HEIGHT - 1 - (value / limit) * (HEIGHT - 1 - TOP)).toFixed(1);
     const runs = [[]];
@@ -45,10 +48,15 @@ export class Chart {
       line.setAttribute("d", lines.join(""));
       area.setAttribute("d", drawn.map((run, number) => `${lines[number]}V${HEIGHT - 1}H${x(run[0])}Z`).join(""));
     });
+    const promise = goal === null ? "" : `objective ${this.unit(goal)}`;
+    this.promise.hidden = goal === null;
+    this.promise.textContent = promise;
+    this.aim.setAttribute("visibility", goal === null ? "hidden" : "visible");
+    for (const end of ["y1", "y2"]) this.aim.setAttribute(end, y(goal ?? 0));
     const text = known.length ? this.text(known.at(-1)) : "–";
     this.value.textContent = text;
-    this.top.textContent = known.length ? String(limit) : "";
-    this.svg.setAttribute("aria-label", `${this.title}: last ${text}; at most ${Number(highest.toPrecision(3))} in ${SPAN} seconds`);
+    this.top.textContent = known.length || goal !== null ? String(limit) : "";
+    this.svg.setAttribute("aria-label", `${this.title}: last ${text}; at most ${Number(highest.toPrecision(3))} in ${SPAN} seconds${promise && `; ${promise}`}`);
   }
 }
 

@@ -43,6 +43,7 @@ export class Board {
       new Chart({
         title: "Latency", series: ["compute", "wait"], keys: ["compute", "+ wait"], floor: 1,
         text: (sample) => milliseconds(sample.compute + sample.wait),
+        goal: (sample) => sample.objective, unit: milliseconds,
       }),
     ];
     charts.replaceChildren(...this.charts.map((chart) => chart.root));
@@ -78,6 +79,7 @@ function sampled(status, last, now) {
     batch: mean("batch"),
     wait: inMilliseconds(mean("queue")),
     compute: inMilliseconds(mean("compute")),
+    objective: inMilliseconds(status.objective),
   };
 }
 
