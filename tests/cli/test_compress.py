@@ -8,22 +8,17 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from muntin.artifact import open_artifact
 from muntin.artifact.file_lock import folder_in_use
-from muntin.budgeting.forms.plans import Plan
-from muntin.budgeting.result import SearchProgress
-from muntin.budgeting.trials import Trial
-from muntin.cli import app, compress, console
+from muntin.cli import app
 from muntin.compression import load_model
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.counting import parameter_count
@@ -405,38 +400,6 @@ def test_dry_run_of_a_budget_search(call: Call, searched: Path, tmp_path: Path) 
     plan = json.loads(call(*words, "--json").out)["plan"]
     assert plan["trials"] == 12 and plan["steps"] == 2 and plan["layers"] == 3 and plan["table_s"] > 0
     assert call("compress", searched, "--dry-run").code == 2
-
-
-@pytest.mark.parametrize(("objective", "least"), [("size", "smallest so far 0.100 MB"), ("latency", "fastest so far 2.00 ms")])
-def test_progress_of_a_budget_search(monkeypatch: pytest.MonkeyPatch, objective: str, least: str) -> None:
-    measured = [(0.3, 90_000, 1.0, False), (0.9, 300_000, 4.0, True), (0.5, 100_000, 3.0, True), (0.8, 200_000, 2.0, True)]
-    trials = tuple(
-        Trial(
-            number=number,
-            plan=Plan(),
-            limit=0,
-            score=score,
-            drop=0,
-            bound=0,
-            bytes=size,
-            ms=ms,
-            verdict="kept" if kept else "broken",
-            accepted=kept,
-            seconds=1,
-            folder=Path(),
-        )
-        for number, (score, size, ms, kept) in enumerate(measured, start=1)
-    )
-    terminal = Console(file=StringIO(), force_terminal=True, width=200, markup=False, highlight=False)
-    for module in (console, compress):
-        monkeypatch.setattr(module, "err", terminal)
-    with compress._shown(lambda: None, objective, quiet=False) as show:
-        show(SearchProgress(stage="trial", trials=trials[:2], number=3))
-        show(SearchProgress(stage="trial", trials=trials, number=5))
-    text = terminal.file.getvalue()  # type: ignore[attr-defined]
-    fronts = [line.partition("front so far: ")[2].strip() for line in text.splitlines() if "front so far" in line]
-    assert fronts == (["1", "1, 2", "1, 3, 2", "1, 3, 4, 2"] if objective == "size" else ["1", "1, 2", "1, 3, 2", "1, 4, 2"])
-    assert compress._stage(SearchProgress(stage="trial", trials=trials, number=5), objective) == f"trial 5; {least}"
 
 
 def test_budget_without_minutes(call: Call, searched: Path, tmp_path: Path) -> None:

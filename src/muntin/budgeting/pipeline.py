@@ -21,10 +21,10 @@ from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
 from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed, plain_int8
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
+from muntin.budgeting.display import shown_search
 from muntin.budgeting.forecast import QAT_STEPS, Deadline, Forecast, OutOfTime, forecast
 from muntin.budgeting.forms.latency import latency_settings
-from muntin.budgeting.forms.layer_forms import KEPT
-from muntin.budgeting.forms.plans import Form, Plan
+from muntin.budgeting.forms.plans import Plan
 from muntin.budgeting.result import (
     CompressionResult,
     Holdout,
@@ -38,7 +38,7 @@ from muntin.budgeting.result import (
 )
 from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, least_certain_drop, score_of
 from muntin.budgeting.search import Base, Search
-from muntin.budgeting.tables import TableProgress, assign_forms, build_tables, model_digest, uniform_plan
+from muntin.budgeting.tables import TablePlans, TableProgress, model_digest
 from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest, measured_trials, terms_of
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
@@ -47,6 +47,7 @@ from muntin.compression.quantization.embeddings import tables
 from muntin.compression.rewrite import check_kept, keepable, named
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
+from muntin.models.foreign import Statistic, takes_raw_pixels
 from muntin.training.config import BudgetConfig
 from muntin.training.recipe import load_recipe, parse_recipe
 
@@ -56,36 +57,6 @@ FAILURES = 3
 """Trials in a row that fail before the search ends."""
 OpenBase = Callable[[float, nn.Module, Sequence[ModelInputs], Path, Objective, TableProgress], Base]
 """Makes the plans of a width from the narrowed model, calibration batches, a folder for tables, and what is to be made least."""
-
-
-class TablePlans:
-    """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none.
-
-    Bytes include those of the other parameters, in 16 bits: widths differ in them, too. `keep`, `dense`: as of `compress`.
-    """
-
-    def __init__(
-        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress,
-        *, keep: Sequence[str] = (), dense: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        self.width, self.objective = width, objective
-        self.tables = build_tables(model, batches, folder, objective=objective, progress=report).without(keep, dense)
-        rows = self.tables.layers.values()
-        self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
-        chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
-        others = sum(parameter.numel() for parameter in model.parameters()) - chosen
-        self._fixed = 2 * others if objective == "size" else 0
-
-    def propose(self, limit: float) -> Plan | None:
-        limit = min(limit, self._most)
-        if limit < self._least:
-            return None
-        plan = assign_forms(self.tables, limit, self.objective)
-        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
-
-    def int8(self) -> Plan:
-        plan = uniform_plan(self.tables, 8, self.objective)
-        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
 
 
 def compress(
@@ -105,7 +76,9 @@ def compress(
     keep: Sequence[str] = (),
     dense: Sequence[str] = (),
     step_seconds: float = 0.0,
-    progress: SearchReport = lambda progress: None,
+    mean: Statistic | None = None,
+    std: Statistic | None = None,
+    progress: bool | SearchReport = True,
     plans: OpenBase | None = None,
     course: Course | None = None,
 ) -> CompressionResult:
@@ -129,9 +102,11 @@ def compress(
     once more goes on. Other settings are an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate`
     depend on.
 
+    `mean`, `std`: for a model that expects normalised pixels, as of `muntin.export`: batches and `evaluate` have raw pixels then, too.
     `signature`: of an image model, by default inferred. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all
     their outputs, and of embeddings and products that stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of
-    a width; by default from tables of harm and cost. `course`: trains candidates, in place of `finetune` and `loss`.
+    a width; by default from tables of harm and cost. `course`: trains candidates, in place of `finetune` and `loss`. `progress`: True
+    shows the plan and the work in progress on standard error, False nothing; a function is called with each `SearchProgress` instead.
 
     Costs for each trial the passes and the training of one candidate, an export, and one evaluation. Raises `MuntinError` for a model that
     cannot be compressed or measured. A budget out of reach is no error: `kept` is then False, and the result is the trial with the least
@@ -140,12 +115,13 @@ def compress(
     check_eager(model)
     if not isinstance(budget, Budget):
         raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
+    batches = calibration_list(calibration, model)
+    model = takes_raw_pixels(model, batches[0], mean=mean, std=std)
     check_kept(keep, {**keepable(model), **tables(model)})
     check_kept(dense, dict(named(model, nn.Linear, nn.Conv2d)), argument="dense")
     plans = plans or partial(TablePlans, keep=keep, dense=dense)
     config = budget_config(recipe)
     course = course or _training(finetune, loss, config)
-    batches = calibration_list(calibration)
     teacher = eager_copy(model).eval()
     agreed = {
         **(settings or {}),
@@ -157,14 +133,14 @@ def compress(
     }  # fmt: skip
     place = Path(tempfile.mkdtemp(prefix="muntin-compress-")) if folder is None else Path(folder)
     deadline = Deadline(config.minutes)
-    with folder_in_use(place, "muntin.compress") as notes:
+    with folder_in_use(place, "muntin.compress") as notes, shown_search(budget.objective, progress or (lambda state: None)) as report:
         trials = TrialFolder(place, agreed)
         plan = search_forecast(teacher, batches, course, config, place, step_seconds=step_seconds)
-        progress(SearchProgress(stage="plan", forecast=plan))
+        report(SearchProgress(stage="plan", forecast=plan))
         work = _BudgetedCompression(
             teacher, batches, interface_of(teacher, batches, signature), trials, budget, deadline,
             evaluate=evaluate, course=course, open_base=plans, step_seconds=step_seconds, seed=seed, keep=keep,
-            progress=progress,
+            progress=report,
         )  # fmt: skip
         result = work.run(config, holdout=holdout)
     kept_in = (f"the trials are in {place}: give folder to choose the place",) if folder is None else ()

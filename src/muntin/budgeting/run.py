@@ -16,6 +16,7 @@ from torch import nn
 
 from muntin.budgeting.budget import Budget
 from muntin.budgeting.candidate import StepReport
+from muntin.budgeting.display import shown_search
 from muntin.budgeting.forecast import Forecast, OutOfTime
 from muntin.budgeting.pipeline import OpenBase, compress, search_forecast
 from muntin.budgeting.result import CompressionResult, SearchProgress, SearchReport
@@ -54,7 +55,7 @@ def compress_run(
     budget: Budget,
     folder: Path,
     *,
-    progress: SearchReport = lambda progress: None,
+    progress: bool | SearchReport = True,
     plans: OpenBase | None = None,
 ) -> CompressionResult:
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
@@ -71,13 +72,14 @@ def compress_run(
     course = RecipeCourse(checkpoint, source, steps=steps, learning_rate=rate) if steps else None
     tile = tile_of(recipe.data.crop)
     ranks = stages.low_rank
-    result = compress(
-        model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
-        holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature, recipe=config,
-        settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed,
-        progress=_with_samples(progress, judged, held_out), step_seconds=_step_seconds(checkpoint),
-        keep=(*stages.keep, *recipe.quantization.keep), dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
-    )  # fmt: skip
+    with shown_search(budget.objective, progress or (lambda state: None)) as report:
+        result = compress(
+            model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
+            holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature, recipe=config,
+            settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed,
+            progress=_with_samples(report, judged, held_out), step_seconds=_step_seconds(checkpoint),
+            keep=(*stages.keep, *recipe.quantization.keep), dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
+        )  # fmt: skip
     return replace(result, notes=(*result.notes, *(() if course is None else course.notes), *_unused(recipe)))
 
 

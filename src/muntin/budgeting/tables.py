@@ -242,6 +242,36 @@ def uniform_plan(tables: Tables, bits: int, objective: Objective) -> Plan:
     return Plan(forms={name: row.form for name, row in chosen.items()}, harm=harm, cost=cost)
 
 
+class TablePlans:
+    """The plans of least cost of one width, by the tables of the forms of its layers, which are measured if the folder has none.
+
+    Bytes include those of the other parameters, in 16 bits: widths differ in them, too. `keep`, `dense`: as of `compress`.
+    """
+
+    def __init__(
+        self, width: float, model: nn.Module, batches: Sequence[ModelInputs], folder: Path, objective: Objective, report: TableProgress,
+        *, keep: Sequence[str] = (), dense: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.width, self.objective = width, objective
+        self.tables = build_tables(model, batches, folder, objective=objective, progress=report).without(keep, dense)
+        rows = self.tables.layers.values()
+        self._least, self._most = (sum(which(row.harm for row in layer) for layer in rows) for which in (min, max))
+        chosen = sum(next(row.parameters for row in layer if row.form == Form(None, KEPT)) for layer in rows)
+        others = sum(parameter.numel() for parameter in model.parameters()) - chosen
+        self._fixed = 2 * others if objective == "size" else 0
+
+    def propose(self, limit: float) -> Plan | None:
+        limit = min(limit, self._most)
+        if limit < self._least:
+            return None
+        plan = assign_forms(self.tables, limit, self.objective)
+        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
+
+    def int8(self) -> Plan:
+        plan = uniform_plan(self.tables, 8, self.objective)
+        return replace(plan, width=self.width, cost=plan.cost + self._fixed)
+
+
 def model_digest(model: nn.Module) -> str:
     """A digest of a model's modules and of the values of its parameters and buffers."""
     return _digest(model.state_dict().values(), str(model), *model.state_dict())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,16 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from muntin.cli.console import err, notes_once, out, print_json, print_notes, print_table, say, say_notes, status
+from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say, status
 from muntin.cli.options import JsonOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 from muntin.text import count
 
 if TYPE_CHECKING:
-    from muntin.budgeting.forecast import Forecast
-    from muntin.budgeting.result import CompressionResult, Holdout, SearchProgress, SearchReport
-    from muntin.budgeting.trials import Trial
+    from muntin.budgeting.result import CompressionResult, Holdout
     from muntin.compression.stages import CompressionRun
     from muntin.models.compression_record import Stage
     from muntin.reporting.front.schema import FrontRecord
@@ -196,6 +193,8 @@ def compress_within(
     """Search within `Budget(**terms)`, print the trials and the chosen one. Exits with 1 if no trial is within the budget."""
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.budgeting import Budget
+    from muntin.budgeting.display import plan_lines, shown_search
+    from muntin.budgeting.result import SearchProgress
     from muntin.budgeting.run import FOLDER, compress_run, forecast_run
     from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
@@ -216,9 +215,10 @@ def compress_within(
         if json:
             print_json({"folder": folder, "max_drop": budget.max_drop, "objective": budget.objective, "plan": asdict(plan)})
         else:
-            describe_plan(plan)
+            for line in plan_lines(SearchProgress(stage="plan", forecast=plan)):
+                out.print(line)
         return
-    with _shown(notes_once(() if json else notes), budget.objective, quiet=json) as progress:
+    with shown_search(budget.objective, not json, begin=notes_once(() if json else notes)) as progress:
         result = compress_run(checkpoint, budget, folder, progress=progress)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
     page = write_front(folder, front_record(result, title=recipe.name, weights=checkpoint.state.weights, metric=metric))
@@ -233,67 +233,6 @@ def compress_within(
         raise typer.Exit(1)
 
 
-@contextmanager
-def _shown(begin: Callable[[], None], objective: str, *, quiet: bool) -> Iterator[SearchReport]:
-    """Show what is tried, and on a terminal a line for each trial that has ended, with the front so far."""
-    from muntin.budgeting.search import front
-
-    told: set[int] = set()
-    with status("reference") as stage:
-
-        def show(progress: SearchProgress) -> None:
-            begin()
-            if progress.forecast is not None and not quiet:
-                say_plan(progress.forecast)
-            if progress.note and not quiet:
-                say_notes([progress.note])
-            for index, trial in enumerate(progress.trials, start=1):
-                if trial.number not in told and err.is_terminal and not quiet:
-                    points = ", ".join(str(point.number) for point in front(progress.trials[:index], objective))
-                    say(f"trial {trial.number:<3} {_words(trial)}; front so far: {points}")
-                told.add(trial.number)
-            if text := _stage(progress, objective):
-                stage(text)
-
-        yield show
-
-
-def describe_plan(plan: Forecast) -> None:
-    """Print what a search is going to do on standard output."""
-    for index, line in enumerate(plan.text.splitlines()):
-        out.print(f"{'' if index else 'plan':<10}{line}")
-
-
-def say_plan(plan: Forecast) -> None:
-    """Print what a search is going to do on standard error."""
-    for index, line in enumerate(plan.text.splitlines()):
-        say(f"{'' if index else 'plan':<10}{line}")
-
-
-def _stage(progress: SearchProgress, objective: str) -> str:
-    costs, best = [trial.cost(objective) for trial in progress.trials if trial.within], ""
-    if costs:
-        best = f"; smallest so far {min(costs) / 1e6:.3f} MB" if objective == "size" else f"; fastest so far {min(costs):.2f} ms"
-    name = f"trial {progress.number}" if progress.number else "plain INT8"
-    if progress.stage == "train":
-        return f"{name}, step {progress.step} of {progress.steps}{best}"
-    if progress.stage == "tables":
-        return f"tables: {progress.what} {progress.step} of {progress.steps}{best}"
-    return {"reference": "the FP32 model's artifact", "trial": f"{name}{best}", "holdout": "the held-out data"}.get(progress.stage, "")
-
-
-VERDICTS = {
-    "kept": "kept", "uncertain": "kept on these samples, not certain on others", "broken": "too much lost", "failed": "failed"
-}  # fmt: skip
-"""Verdicts on trials in words."""
-
-
-def _words(trial: Trial) -> str:
-    if trial.failed:
-        return f"failed: {trial.failed}"
-    return f"{trial.bytes / 1e6:.3f} MB, {trial.ms:.2f} ms, score {trial.score:.4f} ({-trial.drop:+.4f}): {VERDICTS[trial.verdict]}"
-
-
 def describe_search(result: CompressionResult, metric: str) -> None:
     """Print the trials, the chosen one and its figures."""
     table = Table(
@@ -302,6 +241,7 @@ def describe_search(result: CompressionResult, metric: str) -> None:
         "budget",
         "front",
     )
+    from muntin.budgeting.display import VERDICTS
     from muntin.budgeting.result import trial_name
 
     on_front = {trial.number for trial in result.front}
