@@ -1,11 +1,11 @@
 """Search networks in the minutes in which others are trained by hand: muntin search, random search, presets, other widths, peers.
 
     python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--space FILE.yaml] [--candidates 200]
-                                [--networks 4] [--peers NAME ...] [--checked 10] [--output runs/benchmark-search] [--json]
+                                [--networks 4] [--peers NAME ...] [--output runs/benchmark-search] [--json]
 
-Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise. The table of
-latencies is measured once a machine and comes on top; its minutes are in the output.
-    search    muntin search: shared weights, a table of latencies, `--networks` of the front trained alone
+Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise. Those of the search
+cover its latencies, too.
+    search    muntin search: shared weights, latencies of parts, `--networks` of the front trained alone
     random    `--networks` random architectures of the same space, trained alone, each for its share of the minutes
     presets   hybrid-xxs, hybrid-xs and hybrid-s, likewise
     width     `--model` with half, all and one and a half times its channels (in multiples of a head), likewise
@@ -21,7 +21,7 @@ All networks are exported in INT8, scored on the validation and the test split a
     ranks          over the found and the random networks, Spearman of the scores with shared weights, of the parameters and of the
                    multiply-adds with the score of the networks trained alone; of the predicted latency, the parameters and the
                    multiply-adds with the measured latency
-    latency        share of whole networks whose latency is predicted within 10 %, each left out of the fit, and their median error
+    latency        share of the found networks whose latency is predicted within 10 %, and their median error
 Goals: a point beyond the spread or 1.3 times as fast against presets and width; ahead of random; rank correlation 0.7; 90 % of latencies
 within 10 %. What the parameter count predicts as well is not worth a table of latencies.
 
@@ -71,7 +71,7 @@ from muntin.training.recipe import override_recipe
 from options import at_least
 from segmentation_peers.models import ENTRIES
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the rows."""
 RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
@@ -79,7 +79,7 @@ WIDTHS = (0.5, 1.0, 1.5)
 NOT_SLOWER = 1.02
 CONTENDERS = ("search", "random", "presets", "width", "peers")
 PEERS = ("linknet-resnet18", "fpn-mobilenetv4-conv-small", "yolo26n-sem")
-FIGURES = ("seconds", "table_seconds", "scored", "correlation", "latency_error", "importances")
+FIGURES = ("seconds", "scored", "correlation", "latency_error", "importances")
 
 
 class Bench:
@@ -100,9 +100,7 @@ class Bench:
 
     def search(self) -> Row:
         given = self.arguments
-        settings = SearchSettings(
-            minutes=given.minutes, candidates=given.candidates, finalists=given.networks, checked=given.checked, own=False
-        )
+        settings = SearchSettings(minutes=given.minutes, candidates=given.candidates, finalists=given.networks, own=False)
         result = search_architectures(
             self.recipe, self.space, folder=self.folder / "search", root=self.root, settings=settings,
             report=lambda stage: self.say(f"search: {stage.stage} {stage.done} of {stage.total}"),
@@ -200,7 +198,7 @@ class Bench:
             return evaluate(session, self.source.split(split), tile=tile_of(recipe.data.crop)).score
 
     def rated(self) -> Row:
-        """Score and latency of the random networks as the search predicts them: by its shared weights and its table."""
+        """Score and latency of the random networks as the search predicts them: by its shared weights and the latencies of parts."""
         given, folder = self.arguments, self.folder / "search"
         newest = read_checkpoint(folder / "supernet")
         precision = prepare_hardware(self.recipe.training, begun=newest.state.precision)
@@ -210,8 +208,7 @@ class Bench:
         supernet = training.average.model
         assert isinstance(supernet, Supernet)
         scorer = CandidateScorer(supernet, self.recipe, self.source, precision)
-        latency = ArchitectureLatency(self.base, export_side(self.recipe), folder, threads=given.threads)
-        latency.check(self.space, scorer, count=given.checked, seed=self.recipe.seed)
+        latency = ArchitectureLatency(export_side(self.recipe), threads=given.threads)
         return {
             name: {"shared_score": scorer.score(one), "predicted": latency.predict(one)}
             for name, one in self._architectures("random").items()
@@ -288,7 +285,7 @@ def _mean(values: Sequence[float | None], digits: int) -> str:
 
 def print_table(seeds: Sequence[Row], hardware: Row) -> None:
     for number, seed in enumerate(seeds):
-        print(f"seed {number}: {seed['scored']} architectures scored; table of latencies {seed['table_seconds'] / 60:.1f} minutes")
+        print(f"seed {number}: {seed['scored']} architectures scored")
         print(f"  {'contender':<11}{'network':<22}{'test':>8}{'validation':>12}{'ms':>8}{'parameters':>12}{'MB':>8}")
         for contender, networks in seed["networks"].items():
             for row in sorted(networks, key=lambda row: row["ms"]):
@@ -304,7 +301,7 @@ def print_table(seeds: Sequence[Row], hardware: Row) -> None:
         print(f"rank correlation of {name.replace('_', ' ')}: {_mean([seed['ranks'][name] for seed in seeds], 2)}")
     errors = [seed["latency_error"] or {} for seed in seeds]
     within, median = (_mean([error.get(key) for error in errors], 3) for key in ("within_tenth", "median"))
-    print(f"latency of whole networks: {within} of them predicted within 10 %, median error {median}")
+    print(f"latency of found networks: {within} of them predicted within 10 %, median error {median}")
     print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
 
 
@@ -318,7 +315,6 @@ def main() -> None:
     parser.add_argument("--candidates", type=at_least(1), default=200)
     parser.add_argument("--networks", type=at_least(1), default=4, help="trained alone by search and by random")
     parser.add_argument("--peers", nargs="+", choices=[name for name, entry in ENTRIES.items() if not entry.hybrid], default=[*PEERS])
-    parser.add_argument("--checked", type=at_least(0), default=10, help="whole networks that show the error of the predicted latency")
     parser.add_argument("--threads", type=at_least(1), default=physical_cores())
     parser.add_argument("--set", action="append", help="a value of the recipe, such as data.crop=128; for smoke tests")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark-search"))
@@ -327,7 +323,7 @@ def main() -> None:
     if "yolo26n-sem" in arguments.peers and find_spec("ultralytics") is None:
         parser.error("yolo26n-sem needs the package ultralytics (AGPL-3.0): install it, or name other --peers")
     machine = describe_hardware()
-    keys = ("source", "model", "minutes", "candidates", "networks", "peers", "checked", "threads", "set")
+    keys = ("source", "model", "minutes", "candidates", "networks", "peers", "threads", "set")
     settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
     settings["space"] = None if arguments.space is None else {n: list(v) for n, v in load_space(arguments.space).choices.items()}
     with redirect_stdout(sys.stderr):  # ultralytics prints

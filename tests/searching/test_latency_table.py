@@ -9,8 +9,9 @@ import pytest
 from muntin.models import HybridNet, ModelConfig
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import Kernel
-from muntin.searching.latency_table import FILE, ArchitectureLatency, PredictionError, attributed, drawn, fitted, measured
-from muntin.searching.parts import parts_of
+from muntin.searching import latency_table
+from muntin.searching.latency_table import ArchitectureLatency, PredictionError, attributed, drawn, measured
+from muntin.searching.parts import PartProbe, parts_of
 from muntin.searching.space import Architecture, Space
 from small_space import base_of
 
@@ -66,35 +67,48 @@ def test_beginning_in_two_branches(base: ModelConfig) -> None:
     assert attributed(probes, kernels)[probes[0].keys[0]] == 3
 
 
-def test_fit() -> None:
-    assert fitted([(1, 2), (2, 4)]) == pytest.approx((0, 2))
-    assert fitted([(1, 2.5), (2, 4.5), (4, 8.5)]) == pytest.approx((0.5, 2))
-    offset, factor = fitted([(1, 1), (2, 3), (4, 7)])  # a negative offset is left out
-    assert offset == 0 and 1 < factor < 2
-    error = PredictionError(rows=((1, 1.0, 1.0), (1, 1.05, 1.0), (1, 1.5, 1.0), (1, 0.9, 1.0)))
+def test_prediction_error() -> None:
+    error = PredictionError(rows=((1.0, 1.0), (1.05, 1.0), (1.5, 1.0), (0.9, 1.0)))
     assert error.within_tenth == pytest.approx(0.75) and error.row()["largest"] == pytest.approx(0.5)
 
 
-def test_latencies_of_other_conditions(base: ModelConfig, tmp_path: Path) -> None:
-    first = ArchitectureLatency(base, 64, tmp_path, threads=1)
-    first._measured = {"a network": 2.0}
-    first._write()
-    again = ArchitectureLatency(base, 64, tmp_path, threads=1)
-    assert again._measured == {"a network": 2.0} and not again.notes
-    for side, threads, change in ((32, 1, "side was 64, is 32"), (64, 2, "threads was 1, is 2")):
-        other = ArchitectureLatency(base, side, tmp_path, threads=threads)
-        assert not other._measured and change in other.notes[0] and "measured anew" in other.notes[0]
-    (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace('"cpu": "', '"cpu": "Another '))
-    assert "cpu was 'Another" in ArchitectureLatency(base, 64, tmp_path, threads=1).notes[0]
+def test_parts_in_the_cache(base: ModelConfig, space: Space, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A measurement that fails leaves the times of the graphs before it."""
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
+    graphs = []
+
+    def half(probes: list[PartProbe], options: SessionOptions) -> dict[str, float]:
+        if len(graphs) == 2:
+            raise KeyboardInterrupt
+        graphs.append(probes)
+        return {key: 0.5 for probe in probes for key in probe.keys}
+
+    monkeypatch.setattr(latency_table, "measured", half)
+    one, model = Architecture(config=base), ArchitectureLatency(64, threads=1)
+    count, missing = model.missing([one])
+    assert count == missing == len({key for key, *_ in parts_of(one, 64)})
+    with pytest.raises(KeyboardInterrupt):
+        model.predict(one)
+    again = ArchitectureLatency(64, threads=1)
+    kept = sum(len(probe.keys) for graph in graphs for probe in graph)
+    assert 0 < kept < count and again.missing([one]) == (count, count - kept)
+    graphs.clear()
+    times = {key: times for key, times, _ in parts_of(one, 64)}
+    with pytest.raises(KeyboardInterrupt):
+        again.predict(one)
+    for key in times:
+        again.cache.add(key, {"int8": 0.5})
+    assert again.predict(one) == pytest.approx(0.5 * sum(times for _, times, _ in parts_of(one, 64)))
 
 
 @pytest.mark.slow
-def test_measured_parts(base: ModelConfig, tmp_path: Path) -> None:
+def test_measured_parts(base: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     one = Architecture(config=base)
     probes = [probe for key, _, probe in parts_of(one, 64) if key.startswith("beginning")][:1]
     times = measured(probes, SessionOptions(threads=1, cache=False), rounds=3)
     assert {key for probe in probes for key in probe.keys} == times.keys() and all(ms > 0 for ms in times.values())
-    model = ArchitectureLatency(base, 64, tmp_path, threads=1)
+    model = ArchitectureLatency(64, threads=1)
     for part in parts_of(one, 64):
         model.cache.add(part[0], {"int8": times.get(part[0], 0.5)})
     total = model.predict(one)

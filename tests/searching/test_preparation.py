@@ -48,7 +48,7 @@ def test_damaged_picture(tiny: Any, tmp_path: Path) -> None:
     stages: list[SearchStage] = []
     with pytest.raises(DataError, match=r"train-2\.png"):
         search(tiny, tmp_path / "search", report=stages.append)
-    assert stages and {stage.stage for stage in stages} == {"data"}
+    assert {stage.stage for stage in stages} <= {"plan", "data"}
 
 
 def test_notes_on_the_data(tiny: Any) -> None:

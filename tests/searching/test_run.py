@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +16,16 @@ from muntin.artifact import open_artifact
 from muntin.data import open_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
-from muntin.searching import SearchSettings, search_architectures
+from muntin.searching import ArchitectureSearch, SearchSettings, Space, latency_table, plan_search, run, search_architectures
+from muntin.searching.candidates import CandidateScorer
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist
-from muntin.searching.point_recipe import place_name
 from muntin.searching.preparation import base_config
-from muntin.searching.run import SearchStage
+from muntin.searching.run import SearchStage, may_begin
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint, pareto_front
-from muntin.training import load_recipe
+from muntin.searching.supernet_training import SupernetTraining
+from muntin.training import Recipe, load_recipe
+from muntin.training.checkpoint import checkpoints_in
 from muntin.training.progress.report import FitProgress
 
 SPACE = parse_space({"dims.0": [32, 48], "depths.0": [1, 2], "latents": [2, 4], "decoder": [8, 16]})
@@ -29,7 +35,17 @@ class Stopped(BaseException):
     """The end of a process."""
 
 
-def search(tiny: Any, folder: Path, *, until: tuple[str, int], **settings: Any) -> list[StudyPoint]:
+class Clock:
+    """Seconds that a test sets: 10 for each candidate that was scored and for each network that was trained alone."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def search(tiny: Any, folder: Path, *, until: tuple[str, int], space: Space = SPACE, **settings: Any) -> list[StudyPoint]:
     """Search until a stage has done so much; returns the front as it was last shown."""
     front: list[StudyPoint] = []
 
@@ -40,7 +56,7 @@ def search(tiny: Any, folder: Path, *, until: tuple[str, int], **settings: Any) 
 
     given = SearchSettings(**{"objective": "memory", "candidates": 8, "finalists": 1, **settings})
     with pytest.raises(Stopped):
-        search_architectures(load_recipe(tiny.recipe), SPACE, folder=folder, root=tiny.root, settings=given, report=report)
+        search_architectures(load_recipe(tiny.recipe), space, folder=folder, root=tiny.root, settings=given, report=report)
     return front
 
 
@@ -51,7 +67,7 @@ def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
     resumed = search(tiny, tmp_path / "parts", until=("train", 0))
     assert resumed == whole and whole
     more = search(tiny, tmp_path / "parts", until=("train", 0), candidates=11)
-    assert json.loads((tmp_path / "parts" / "search.json").read_text())["first_candidates"] == 8
+    assert json.loads((tmp_path / "parts" / "search.json").read_text())["first"]["candidates"] == 8
     assert pareto_front([*resumed, *more]) == more  # no point got lost
     with pytest.raises(RecipeError, match=r"with other settings \(settings\.candidates was 11, is 8\): give those again"):
         search(tiny, tmp_path / "parts", until=("train", 0))
@@ -60,11 +76,127 @@ def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
         search(tiny, tmp_path / "parts", until=("train", 0))
 
 
-def test_minutes_end_the_study(tiny: Any, tmp_path: Path) -> None:
-    front = search(tiny, tmp_path, until=("train", 0), minutes=0.01, candidates=1000)
-    assert len(front) == 1
-    written = load_recipe(tmp_path / "networks" / f"{place_name(front[0])}.yaml")  # of the two networks trained alone each has half
-    assert written.training.minutes == pytest.approx(0.01 * 0.4 * 0.75 / 2) and written.training.steps > 1000
+def searched(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[ArchitectureSearch, float]:
+    """A search whose networks are not trained, and its seconds by a clock that adds 10 for each candidate and 20 for each network."""
+    clock, score = Clock(), CandidateScorer.score
+
+    def scored(self: CandidateScorer, one: Architecture) -> float:
+        clock.seconds += 10
+        return score(self, one)
+
+    def train(recipe: Recipe, architecture: Architecture, **rest: Any) -> Finalist:
+        clock.seconds += 20
+        place = {"run": rest["folder"], "artifact": rest["folder"], "recipe": recipe}
+        return Finalist(
+            name=rest["name"], architecture=architecture, point=rest["point"], float_score=0.5, score=0.5, bytes=1, **place
+        )  # fmt: skip
+
+    monkeypatch.setattr(CandidateScorer, "score", scored)
+    monkeypatch.setattr(run, "train_finalist", train)
+    monkeypatch.setattr(run, "with_latencies", lambda networks, threads: networks)
+    given = SearchSettings(**{"objective": "memory", "finalists": 2, **settings})
+    result = search_architectures(load_recipe(tiny.recipe), SPACE, folder=folder, root=tiny.root, settings=given, clock=clock)
+    return result, clock.seconds
+
+
+def test_minutes_of_each_call(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The study ends at 0.6 of the minutes, networks begin while one more fits, and the next call has all its minutes again."""
+    monkeypatch.setattr(SupernetTraining, "finished", property(lambda self: self.step >= 2))
+    first, seconds = searched(tiny, tmp_path, monkeypatch, candidates=16, minutes=1.0)
+    assert seconds == 50 and len(first.points) == 3 and len(first.networks) == 1
+    assert first.finished and first.out_of_time and any("not trained alone" in note for note in first.notes)
+    assert first.networks[0].recipe.training.minutes == pytest.approx(0.4 * 0.75 / (min(2, len(first.front)) + 1))
+    second, seconds = searched(tiny, tmp_path, monkeypatch, candidates=16, minutes=2.0)
+    assert seconds <= 120 and len(second.points) > 3 and len(second.networks) > 1
+    own = second.networks[0]
+    assert own.recipe.training.minutes == pytest.approx(0.4 * 0.75 / len(second.networks))  # sized by the first call
+    short, seconds = searched(tiny, tmp_path / "short", monkeypatch, candidates=16, minutes=0.1)
+    assert seconds == 10 and len(short.points) == 1 and short.out_of_time and not short.finished and not short.networks
+
+
+def test_plan(tiny: Any, tmp_path: Path) -> None:
+    """It measures a step and writes nothing; with the first candidates it has their time."""
+    given: dict[str, Any] = {"folder": tmp_path / "search", "root": tiny.root}
+    recipe, settings = load_recipe(tiny.recipe), SearchSettings(candidates=8, minutes=100.0)
+    before = sorted(tmp_path.rglob("*"))
+    plan = plan_search(recipe, SPACE, settings=settings, **given)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (
+        plan.step_s > 0
+        and plan.supernet_s == pytest.approx(2400, abs=plan.step_s)
+        and plan.rough
+        and 0 < plan.missing <= plan.parts
+        and not plan.too_short
+    )
+    assert plan_search(recipe, SPACE, settings=SearchSettings(minutes=0.1), **given).too_short
+    search(tiny, tmp_path / "search", until=("study", 3))
+    later = plan_search(recipe, SPACE, settings=SearchSettings(objective="memory", candidates=8, finalists=1), **given)
+    assert (later.scored, later.supernet_s, later.parts, later.rough) == (3, 0.0, 0, False)
+    assert later.total_s == pytest.approx(later.study_s + 2 * (later.network_s + later.export_s))
+
+
+def test_minutes_without_time_to_begin(tiny: Any, tmp_path: Path) -> None:
+    given = SearchSettings(minutes=0.5)
+    with pytest.raises(RecipeError, match=r"minutes 0\.5: the plan and the check of the data took .* minutes: give more"):
+        search_architectures(
+            load_recipe(tiny.recipe), SPACE, folder=tmp_path / "search", root=tiny.root, settings=given, clock=count(0, 60).__next__
+        )
+    assert not (tmp_path / "search").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from muntin.searching import SearchSettings, latency_table, search_architectures
+from muntin.searching.space import parse_space
+from muntin.training import load_recipe
+
+recipe, folder, until = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+measured, graphs = latency_table.measured, []
+
+def kill(*words):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def measured_then_killed(probes, options):
+    graphs.append(probes)
+    return measured(probes, options) if len(graphs) < 2 else kill()
+
+latency_table.measured = measured_then_killed
+report = lambda stage: kill() if until == f"{stage.stage} {stage.done}" else None
+settings = SearchSettings(candidates=4, finalists=1)
+space = parse_space({"depths.0": [1, 2]})
+search_architectures(load_recipe(recipe), space, folder=folder, root=recipe.parent, settings=settings, report=report)
+"""
+"""A search that is killed at a stage, or after one graph of latencies."""
+
+
+@pytest.mark.slow
+def test_search_killed_by_the_system(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the training of the shared weights, and between two rows of the latencies: the next call goes on with both."""
+    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "search"
+    for until in ("supernet 4", "never"):
+        words = [sys.executable, "-c", KILLED, str(tiny.recipe), str(folder), until]
+        assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
+        assert [path.name for path in checkpoints_in(folder / "supernet" / "checkpoints")][-1] == f"step-{3 if until != 'never' else 6:08d}"
+    (rows,) = (tmp_path / "cache").rglob("*.json")
+    kept = json.loads(rows.read_text())["ms"]
+    assert kept
+    settings = SearchSettings(candidates=4, finalists=1)
+    recipe, space = load_recipe(tiny.recipe), parse_space({"depths.0": [1, 2]})
+    plan = plan_search(recipe, space, folder=folder, root=tiny.root, settings=settings)
+    assert plan.parts - plan.missing == len(kept) and plan.supernet_s == 0
+    monkeypatch.setattr(latency_table, "measured", lambda probes, options: {key: 0.5 for probe in probes for key in probe.keys})
+    front = search(tiny, folder, until=("train", 0), space=space, objective="latency", candidates=4)
+    assert front and all(point.cost > 0 for point in front)
+    after = json.loads(rows.read_text())["ms"]
+    assert {key: after[key] for key in kept} == kept and len(after) > len(kept)
+
+
+def test_later_networks_fit_in_the_time_left() -> None:
+    assert may_begin(1.0, first=True, longest=0.0, training=9.0) and not may_begin(0.0, first=True, longest=0.0, training=0.0)
+    assert not may_begin(9.0, first=False, longest=10.0, training=5.0) and may_begin(10.0, first=False, longest=10.0, training=5.0)
+    assert not may_begin(4.0, first=False, longest=1.0, training=5.0)
 
 
 def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""Architecture search: a space, shared weights, a table of latencies, a study, and the best few networks deployed."""
+"""Architecture search: a space, shared weights, latencies of parts, a study, and the best few networks deployed."""
 
-from muntin.searching.run import ArchitectureSearch, search_architectures
+from muntin.searching.plan import SearchPlan
+from muntin.searching.run import ArchitectureSearch, plan_search, search_architectures
 from muntin.searching.settings import SearchSettings
 from muntin.searching.space import Space, default_space, load_space
 
-__all__ = ["ArchitectureSearch", "SearchSettings", "Space", "default_space", "load_space", "search_architectures"]
+__all__ = [
+    "ArchitectureSearch", "SearchPlan", "SearchSettings", "Space", "default_space", "load_space", "plan_search", "search_architectures",
+]  # fmt: skip

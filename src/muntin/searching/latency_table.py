@@ -1,62 +1,44 @@
-"""Latency of architectures: parts profiled in INT8 in the engine on this machine, added up, and fitted to some whole networks.
+"""Latency of architectures: the sum of their parts, each profiled in INT8 in the engine on this machine.
 
     missing parts -> branches of one graph for each map size -> quantize -> export -> profile -> milliseconds, in the user's cache
-    whole networks -> export -> latency;   latency = offset + factor · sum of parts, by least squares
 
 A branch is a narrow layer, the part, a narrow layer. Kernels without a layer's name (conversions, transposes, softmaxes) count for the part
-whose kernels ran before them. The sum leaves out what happens between kernels and how parts fuse; offset and factor stand for both.
-The error is that of predictions for networks that the fit did not see (leave one out).
+whose kernels ran before them. The sum leaves out what happens between kernels and how parts fuse, so it ranks networks; the error is that
+of the networks that are deployed at the end.
 
 Axes: B images, C channels, H W map.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.artifact.atomic_files import write_files
-from muntin.budgeting.forms.latency import LatencyCache, latency_settings
+from muntin.budgeting.forms.latency import LatencyCache
 from muntin.compression import low_rank, quantize
 from muntin.deployment import export
 from muntin.errors import MuntinError
 from muntin.models import ModelConfig
-from muntin.runtime import load
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import Ceilings, Kernel
 from muntin.runtime.profiling.profile import profile
-from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.searching.candidates import CandidateScorer, recipe_of
 from muntin.searching.parts import BLOCK, PartProbe, parts_of
 from muntin.searching.space import Architecture, Space, UnbuildableError
-from muntin.training.checkpoint import value_changes
 
-BRANCHES = 12
-"""Parts that are measured in one graph, at most: an export costs much more than a part."""
 ROUNDS = 30
-"""Timed inferences of a graph, and of whole networks."""
+"""Timed inferences of a graph."""
 NARROW = 8
 """Channels of the layers before and after a part."""
-SURVEYED = 400
-"""Random architectures whose parts are measured before the study, so that few are missing in it."""
-FEWEST_FITTED = 3
-"""Whole networks from which an offset is fitted, too; of fewer, only the factor."""
-CALIBRATION_BATCHES, EXAMPLES = 2, 2
-"""Batches that calibrate a whole network, whose accuracy does not matter here, and pictures of its golden pairs."""
-FILE = "latency.json"
 CACHE = "network-parts"
 """Folder of the user's cache."""
 _CEILINGS = Ceilings(gmacs={}, copy_gb_s=1.0, threads=1, others=None)
@@ -67,17 +49,17 @@ _FORM = "int8"
 
 @dataclass(frozen=True, kw_only=True)
 class PredictionError:
-    """Errors of predicted latencies of whole networks, as shares of the measured ones, each network left out of the fit.
+    """Errors of the predicted latencies of deployed networks, as shares of the measured ones.
 
-    `rows`: sum of parts, predicted and measured milliseconds of each network.
+    `rows`: predicted and measured milliseconds of each network.
     """
 
-    rows: tuple[tuple[float, float, float], ...]
+    rows: tuple[tuple[float, float], ...]
 
     @property
     def shares(self) -> list[float]:
         """|predicted - measured| / measured of each network."""
-        return [abs(predicted - measured) / measured for _, predicted, measured in self.rows]
+        return [abs(predicted - measured) / measured for predicted, measured in self.rows]
 
     @property
     def within_tenth(self) -> float:
@@ -88,124 +70,41 @@ class PredictionError:
         """The figures as plain values."""
         return {
             "networks": len(self.rows), "median": statistics.median(self.shares), "largest": max(self.shares),
-            "within_tenth": self.within_tenth, "sum_predicted_measured_ms": [list(row) for row in self.rows],
+            "within_tenth": self.within_tenth, "predicted_measured_ms": [list(row) for row in self.rows],
         }  # fmt: skip
 
 
 class ArchitectureLatency:
-    """Predicts milliseconds of one picture of `side` pixels. `folder`: where the measured whole networks are kept.
+    """Predicts milliseconds of one image of `side` pixels. `threads`: None for the usable physical cores."""
 
-    `threads`: None for the usable physical cores.
-    """
-
-    def __init__(self, base: ModelConfig, side: int, folder: Path, *, threads: int | None = None) -> None:
-        self.base, self.side, self.folder = base, side, folder
+    def __init__(self, side: int, *, threads: int | None = None) -> None:
+        self.side = side
         self.options = SessionOptions(threads=threads, cache=False)
         self.cache = LatencyCache(self.options.thread_count, CACHE)
-        self.conditions = {"side": side, **latency_settings(self.options.thread_count)}
-        """Conditions of the latencies of whole networks: side of the picture, engine, version, CPU and threads."""
-        self.notes: list[str] = []
-        self._measured = self._read()
-        self.error: PredictionError | None = None
-        self.offset, self.factor = 0.0, 1.0
 
     def predict(self, architecture: Architecture) -> float:
-        """Milliseconds of an architecture. Parts that are missing are measured, in some ten seconds each."""
+        """Milliseconds of an architecture. Measures the parts that the cache lacks, each in some seconds."""
         parts = parts_of(architecture, self.side)
-        self.measure([probe for _, _, probe in parts])
-        return self.offset + self.factor * self._sum(architecture)
+        self._measure([probe for _, _, probe in parts])
+        return sum(times * self.cache.ms[key][_FORM] for key, times, _ in parts)
 
-    def prepare(
-        self,
-        space: Space,
-        *,
-        seed: int,
-        stopped: Callable[[], bool] = lambda: False,
-        progress: Callable[[int, int], None] = lambda *_: None,
-    ) -> None:
-        """Measure the parts of `SURVEYED` random architectures of a space."""
-        probes = [probe for one in drawn(space, self.base, SURVEYED, seed) for _, _, probe in parts_of(one, self.side)]
-        self.measure(probes, stopped=stopped, progress=progress)
+    def missing(self, architectures: Iterable[Architecture]) -> tuple[int, int]:
+        """Number of parts of some architectures, and how many of these the cache lacks."""
+        keys = {key for one in architectures for key, *_ in parts_of(one, self.side)}
+        return len(keys), len(keys - self.cache.ms.keys())
 
-    def measure(
-        self, probes: Iterable[PartProbe], *, stopped: Callable[[], bool] = lambda: False,
-        progress: Callable[[int, int], None] = lambda *_: None,
-    ) -> None:  # fmt: skip
-        """Measure the parts that the cache lacks. `progress`: called with the parts measured and their number."""
-        missing: dict[tuple[Any, ...], dict[tuple[str, ...], PartProbe]] = {}
+    def _measure(self, probes: Iterable[PartProbe]) -> None:
+        """Measure the parts that the cache lacks, one graph for each map size; the cache keeps each graph's times at once."""
+        graphs: dict[tuple[Any, ...], list[PartProbe]] = {}
         known = set(self.cache.ms)
         for probe in probes:
             if not known.issuperset(probe.keys):
-                missing.setdefault((probe.pixels, probe.side, probe.rank_share), {})[probe.keys] = probe
+                graphs.setdefault((probe.pixels, probe.side, probe.rank_share), []).append(probe)
                 known.update(probe.keys)
-        total, done = sum(map(len, missing.values())), 0
-        for group in missing.values():
-            all_ = list(group.values())
-            for start in range(0, len(all_), BRANCHES):
-                if stopped():
-                    return
-                progress(done, total)
-                part = all_[start : start + BRANCHES]
-                for key, ms in measured(part, self.options).items():
-                    if key not in self.cache.ms:  # the beginning of a stage, measured with another block: costs of a study stay as they are
-                        self.cache.add(key, {_FORM: ms})
-                done += len(part)
-        if total:
-            progress(total, total)
-
-    def check(
-        self,
-        space: Space,
-        scorer: CandidateScorer,
-        *,
-        count: int,
-        seed: int,
-        stopped: Callable[[], bool] = lambda: False,
-        progress: Callable[[int, int], None] = lambda *_: None,
-    ) -> None:
-        """Measure `count` random whole networks of a space, and fit the prediction to them."""
-        for done, one in enumerate(drawn(space, self.base, count, seed + 1)):
-            if stopped():
-                return
-            progress(done, count)
-            self.measure([probe for _, _, probe in parts_of(one, self.side)])
-            if one.key not in self._measured:
-                with suppress(UnbuildableError):  # too small for its ranks
-                    self._measured[one.key] = whole_latency(one, scorer, self.side, self.options)
-                    self._write()
-        whole = [one for one in drawn(space, self.base, count, seed + 1) if one.key in self._measured]
-        self._fit([(self._sum(one), self._measured[one.key]) for one in whole])
-        progress(count, count)
-
-    def _sum(self, architecture: Architecture) -> float:
-        return sum(times * self.cache.ms[key][_FORM] for key, times, _ in parts_of(architecture, self.side))
-
-    def _fit(self, pairs: Sequence[tuple[float, float]]) -> None:
-        if not pairs:
-            return
-        self.offset, self.factor = fitted(pairs)
-        if len(pairs) > 1:
-            rows = []
-            for index, (total, ms) in enumerate(pairs):
-                offset, factor = fitted([*pairs[:index], *pairs[index + 1 :]])
-                rows.append((total, offset + factor * total, ms))
-            self.error = PredictionError(rows=tuple(rows))
-
-    def _read(self) -> dict[str, float]:
-        """The stored latencies of whole networks; none, and a note, if they were measured under other conditions than this object's."""
-        try:
-            content = json.loads((self.folder / FILE).read_text(encoding="utf-8"))
-            networks = {str(key): float(ms) for key, ms in content["networks"].items()}
-            stored = {key: content.get(key) for key in self.conditions}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            return {}
-        if networks and (changes := value_changes(stored, self.conditions)):
-            self.notes.append(f"{FILE} holds latencies of whole networks under other conditions ({changes}): they are measured anew")
-            return {}
-        return networks
-
-    def _write(self) -> None:
-        write_files(self.folder, {FILE: json.dumps({**self.conditions, "networks": self._measured}, indent=1).encode()})
+        for graph in graphs.values():
+            for key, ms in measured(graph, self.options).items():
+                if key not in self.cache.ms:  # the beginning of a stage, measured with another block: costs of a study stay as they are
+                    self.cache.add(key, {_FORM: ms})
 
 
 def drawn(space: Space, base: ModelConfig, count: int, seed: int) -> list[Architecture]:
@@ -221,18 +120,6 @@ def drawn(space: Space, base: ModelConfig, count: int, seed: int) -> list[Archit
         except UnbuildableError:
             continue
     return list(found.values())
-
-
-def fitted(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Offset and factor from (sum of parts, latency), by least squares of relative errors; both 0 or more."""
-    sums, latencies = (np.asarray(values, np.float64) for values in zip(*pairs, strict=True))
-    scaled = sums / latencies
-    factor = float(scaled.sum() / (scaled * scaled).sum())
-    if len(pairs) < FEWEST_FITTED:
-        return 0.0, factor
-    matrix = np.stack([1 / latencies, scaled], axis=1)
-    (offset, slope), *_ = np.linalg.lstsq(matrix, np.ones(len(pairs)), rcond=None)
-    return (float(offset), float(slope)) if offset >= 0 and slope > 0 else (0.0, factor)
 
 
 class PartBranches(nn.Module):
@@ -305,20 +192,3 @@ def attributed(probes: Sequence[PartProbe], kernels: Iterable[Kernel]) -> dict[s
     for (_, key), ms in times.items():
         of_key.setdefault(key, []).append(ms)
     return {key: round(statistics.fmean(branches), 4) for key, branches in of_key.items()}
-
-
-def whole_latency(architecture: Architecture, scorer: CandidateScorer, side: int, options: SessionOptions) -> float:
-    """Median milliseconds of a network with its shared weights, exported in INT8 for one picture of this size alone."""
-    recipe = recipe_of(scorer.recipe, architecture)
-    side = max(1, round(architecture.resolution * side))
-    network = scorer.network(architecture).cpu()
-    batches = [F.interpolate(images.float(), size=(side, side)) for images in scorer.batches[:CALIBRATION_BATCHES]]
-    signature = recipe.signature(scorer.classes)
-    calibration = None if architecture.bits is not None else batches
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network"
-        export(network, batches[0][:EXAMPLES], path, signature=signature, calibration=calibration, sizes="fixed")
-        images = np.random.default_rng(0).integers(0, 256, (1, side, side, signature.channels), dtype=np.uint8)
-        with closing(load(path, threads=options.threads)) as session:
-            calls: Mapping[str, Any] = {"network": session}
-            return interleaved_latency(calls, images, rounds=ROUNDS)["network"].median_ms

@@ -2,21 +2,24 @@
 
     supernet/            checkpoints of the shared weights
     study.log            proposals, scores and costs
-    latency.json         how well the table of parts predicts whole networks
     networks/NNN.yaml    recipes of the points of the front
     networks/NNN/        runs of `muntin fit` of the best few, each with its artefact; networks/recipe: of the recipe's own model
-    search.json          the settings and, at the end, the results
+    search.json          the settings, the progress and, at the end, the results
 
-A search that was interrupted goes on when it is started again with the same settings. Scores are of the validation split alone.
+A search that was interrupted, killed or ended by its minutes goes on when it is started again. Scores are of the validation split alone.
+With minutes, no step of work begins after their end. A step is one of training, a candidate, or a network's training and export.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from muntin.artifact.file_lock import folder_in_use
@@ -27,21 +30,23 @@ from muntin.models import ModelConfig
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
-from muntin.searching.latency_table import ArchitectureLatency, PredictionError
+from muntin.searching.latency_table import ArchitectureLatency, PredictionError, drawn
+from muntin.searching.plan import SearchPlan, candidate_seconds
 from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
 from muntin.searching.preparation import base_config, check_data, check_gates, check_model, unused_settings
-from muntin.searching.settings import SearchFile, SearchSettings
+from muntin.searching.settings import CallMinutes, SearchFile, SearchSettings
 from muntin.searching.space import Architecture, Space, default_space
 from muntin.searching.study import ArchitectureStudy, StudyPoint
-from muntin.searching.supernet_training import SupernetTraining
+from muntin.searching.supernet import largest_configs
+from muntin.searching.supernet_training import ROUND, SAMPLED, SupernetTraining
 from muntin.training.checkpoint import checkpoints_in, newest_sound
-from muntin.training.precision import TrainingPrecision, prepare_hardware
+from muntin.training.precision import prepare_hardware
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe, settled
 
 SUPERNET_SHARE, STUDY_SHARE = 0.4, 0.2
-"""Shares of the minutes for the supernet and for the table and the study; the rest is for the networks that are trained alone."""
+"""Shares of the minutes for the supernet and for the study with its latencies; the rest is for the networks that are trained alone."""
 TRAINING_SHARE = 0.75
 """Share of a network's minutes that its training may take; the rest is for its export."""
 MANY_STEPS = 10_000_000
@@ -52,15 +57,16 @@ SUPERNET = "supernet"
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage:
-    """Progress of a search. `stage`: "data", "supernet", "parts", "check", "study" or "train"; `done` of `total`; `text`: a figure or name.
+    """Progress of a search. `stage`: "data", "plan", "supernet", "study" or "train"; `done` of `total`; `text`: a figure or name.
 
-    `front`: the best points so far.
+    `left`: seconds left of the stage, by the speed so far. `front`: the best points so far.
     """
 
     stage: str
     done: int
     total: int
     text: str = ""
+    left: float | None = None
     front: Sequence[StudyPoint] = ()
 
 
@@ -69,16 +75,18 @@ SearchStageReport = Callable[[SearchStage], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureSearch:
-    """The result. `finished`: False after an interruption. `networks`: trained and deployed, the recipe's own model first.
+    """The result. `finished`: False if no network was trained alone, after an interruption or because the minutes ended.
 
+    `out_of_time`: the minutes ended before all networks were trained. `networks`: trained and deployed, the recipe's own model first.
     `correlation`: Spearman's, of the scores with shared weights and of the networks trained alone; None for fewer than three. `seconds`:
-    of the search without `table_seconds`, those of the measurement of latencies before the study.
+    of all calls.
     """
 
     folder: Path
     settings: SearchSettings
     finished: bool
     base: ModelConfig
+    out_of_time: bool = False
     front: tuple[StudyPoint, ...] = ()
     points: tuple[StudyPoint, ...] = ()
     networks: tuple[Finalist, ...] = ()
@@ -86,7 +94,6 @@ class ArchitectureSearch:
     latency_error: PredictionError | None = None
     correlation: float | None = None
     seconds: float = 0.0
-    table_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
     def command(self, point: StudyPoint) -> str:
@@ -102,26 +109,43 @@ def search_architectures(
     root: Path | str = ".",
     settings: SearchSettings | None = None,
     report: SearchStageReport = lambda stage: None,
+    planned: Callable[[SearchPlan], None] = lambda plan: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> ArchitectureSearch:
     """Search architectures for a recipe's data and task. `space` None: `default_space` of the task. `root`: of the recipe's paths.
 
-    Raises `RecipeError` for another model than muntin's own, a space without networks, and a folder of a search with other settings.
+    `planned` is called with the plan before anything is trained or written. `clock`: seconds, by which the minutes are counted.
+    Raises `RecipeError` for another model than muntin's own, a space without networks, minutes that end before the first step, and a
+    folder of a search with other settings.
     """
-    settings = SearchSettings() if settings is None else settings
-    folder, root = Path(folder), Path(root).resolve()
+    call = CallMinutes((settings or SearchSettings()).minutes, clock)
+    folder = Path(folder)
     with folder_in_use(folder, "muntin search"):
-        return _Search(recipe, space, folder, root, settings, report).run()
+        search = _Search(recipe, space, folder, Path(root).resolve(), settings or SearchSettings(), report, call)
+        planned(search.plan())
+        search.check_data()
+        return search.run()
+
+
+def plan_search(
+    recipe: Recipe, space: Space | None = None, *, folder: Path | str, root: Path | str = ".", settings: SearchSettings | None = None,
+    report: SearchStageReport = lambda stage: None,
+) -> SearchPlan:  # fmt: skip
+    """Plan of the next call of `search_architectures` with these arguments. Takes two training steps to time them; writes nothing."""
+    settings = settings or SearchSettings()
+    call = CallMinutes(settings.minutes, time.perf_counter)
+    return _Search(recipe, space, Path(folder), Path(root).resolve(), settings, report, call).plan()
 
 
 class _Search:
     def __init__(
-        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, settings: SearchSettings,
-        report: SearchStageReport,
+        self, recipe: Recipe, space: Space | None, folder: Path, root: Path, settings: SearchSettings, report: SearchStageReport,
+        call: CallMinutes,
     ) -> None:  # fmt: skip
         check_model(recipe)
         recipe = settled(recipe, root)
         self.recipe, self.folder, self.root = recipe, folder, root
-        self.settings, self.report = settings, report
+        self.settings, self.report, self.call = settings, report, call
         self.source: Source = open_source(recipe.data, root=root)
         if self.source.task != recipe.task:
             raise RecipeError(f"task: the data are for '{self.source.task}' and the recipe says '{recipe.task}'; make them agree")
@@ -129,122 +153,164 @@ class _Search:
         self.space = space or default_space(recipe.task, self.base.head_dim, gated=recipe.training.gate_budget < 1)
         self.space.check(self.base)
         check_gates(recipe, self.space, self.base)
-        self.notes = check_data(
-            recipe, self.source, root, lambda done, total: report(SearchStage(stage="data", done=done, total=total))
-        )  # fmt: skip
-        self.notes += unused_settings(recipe)
         self.file = SearchFile(folder, recipe, self.space, settings)
-        self.seconds, self.table_seconds = self.file.seconds, self.file.table_seconds
+        self.latency: ArchitectureLatency | None = None
+        if settings.objective == "latency":
+            self.latency = ArchitectureLatency(export_side(recipe), threads=recipe.training.threads)
+        self.notes = [*self.file.notes, *unused_settings(recipe)]
+        self.out_of_time = False
+        self._seconds_before = self.file.seconds
 
-    def _save(self, seconds: float, **results: Any) -> None:
-        self.file.save(seconds, self.table_seconds, **results)
+    def check_data(self) -> None:
+        """Open every image once, and write the settings. Raises `RecipeError` if this takes all the minutes."""
+        self.notes += check_data(
+            self.recipe, self.source, self.root, lambda done, total: self.report(SearchStage(stage="data", done=done, total=total))
+        )  # fmt: skip
+        if self.call.left() <= 0:
+            raise RecipeError(
+                f"minutes {self.settings.minutes:g}: the plan and the check of the data took {self.call.used / 60:.1f} minutes: give more"
+            )
+        self._save()
+
+    def _save(self, **results: Any) -> None:
+        self.file.seconds = self._seconds_before + self.call.used
+        self.file.save(**results)
+
+    def plan(self) -> SearchPlan:
+        """The plan of this call. Takes two steps of training, in a folder that is removed, if the shared weights have steps left."""
+        self.report(SearchStage(stage="plan", done=0, total=1))
+        file, settings, training = self.file, self.settings, self._limited(SUPERNET_SHARE).training
+        step_s = file.step_seconds or self._step_seconds()
+        written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
+        done = int(written[-1].name.removeprefix("step-")) if written else 0
+        limit = math.inf if training.minutes is None else 60 * training.minutes
+        steps = training.steps if training.minutes is None else min(training.steps, max(1, round(limit / step_s)))
+        count = settings.candidates - file.scored
+        parts = missing = missing_of_first = 0
+        if self.latency is not None:
+            random_ones = drawn(self.space, self.base, settings.candidates, self.recipe.seed)
+            parts, missing = self.latency.missing(random_ones)
+            _, missing_of_first = self.latency.missing(random_ones[:1])
+        seconds = partial(candidate_seconds, scored=file.scored, study_s=file.study_seconds)
+        candidate_s, rough = seconds(missing=missing, candidates=settings.candidates)
+        first_s, _ = seconds(missing=missing_of_first, candidates=1)
+        share = SUPERNET_SHARE + STUDY_SHARE if file.step_seconds else STUDY_SHARE
+        study_s = min(count * candidate_s, math.inf if settings.minutes is None else max(60 * settings.minutes * share, first_s))
+        return SearchPlan(
+            settings=settings, steps=steps, steps_done=min(done, steps), step_s=step_s,
+            supernet_s=0.0 if file.step_seconds else min(limit, max(0, steps - done) * step_s), parts=parts, missing=missing,
+            scored=file.scored, candidate_s=candidate_s, first_s=first_s, rough=rough, study_s=max(0.0, study_s),
+            networks=self._network_count, network_s=self._network_seconds(step_s),
+        )  # fmt: skip
+
+    def _step_seconds(self) -> float:
+        """Seconds of a training step of the shared weights, the second of two: the first one is slower."""
+        recipe = self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update={"minutes": None, "steps": 2})})
+        with tempfile.TemporaryDirectory() as folder:
+            training = SupernetTraining(
+                self.space, self.base, recipe, self.source, folder=Path(folder), root=self.root,
+                precision=prepare_hardware(recipe.training, begun=None),
+            )  # fmt: skip
+            training.run()
+        first, second = (row["seconds"] for row in training.curve)
+        return second - first
+
+    def _network_seconds(self, step_s: float) -> float:
+        """Expected seconds of the training of one network alone: its minutes, or its steps with the multiply-adds of the recipe's model."""
+        training = self._limited(self._network_share(self._network_count)).training
+        if training.minutes is not None and training.steps == MANY_STEPS:
+            return 60 * training.minutes
+        macs = [layer_macs(one.config, one.resolution) for one in drawn(self.space, self.base, ROUND, 0)]
+        of_step = max(map(layer_macs, largest_configs(self.space, self.base))) + SAMPLED * fmean(macs)
+        return min(60 * (training.minutes or math.inf), training.steps * step_s * layer_macs(self.base) / of_step)
+
+    @property
+    def _network_count(self) -> int:
+        return self.settings.finalists + self.settings.own
+
+    @staticmethod
+    def _network_share(count: int) -> float:
+        return (1 - SUPERNET_SHARE - STUDY_SHARE) * TRAINING_SHARE / count
+
+    def _limited(self, share: float) -> Recipe:
+        """The recipe with a share of the minutes that the search began with, which then end a training; without minutes as it is."""
+        minutes = self.file.first.minutes
+        if minutes is None:
+            return self.recipe
+        limits = {"minutes": share * minutes, "steps": MANY_STEPS}
+        return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
 
     def run(self) -> ArchitectureSearch:
-        started, before, table_before = time.perf_counter(), self.seconds, self.table_seconds
-
-        def used() -> float:
-            self.seconds = before + time.perf_counter() - started - (self.table_seconds - table_before)
-            return self.seconds
-
         written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
         begun = newest_sound(written[0].parent, note=self.notes.append).state.precision if written else None
-        training = self._training(prepare_hardware(self.recipe.training, begun=begun))
+        precision = prepare_hardware(self.recipe.training, begun=begun)
+        training = SupernetTraining(
+            self.space, self.base, self._limited(SUPERNET_SHARE), self.source, folder=self.folder / SUPERNET, root=self.root,
+            precision=precision,
+        )  # fmt: skip
         with Interruption() as interruption:
             interruption.work = "this step"
-            trained = training.run(
-                stopped=lambda: interruption.requested,
-                report=lambda done: self.report(
-                    SearchStage(stage="supernet", done=done.step, total=done.steps, text=f"{done.position}, loss {done.loss:.3f}")
-                ),
-            )
-            before = max(before, trained.seconds - (time.perf_counter() - started))  # those of a search that was killed
-            self._save(used())
+            begun_at, done_before = self.call.used, training.step
+
+            def show(done: FitProgress) -> None:
+                left = (self.call.used - begun_at) / (done.step - done_before) * (done.steps - done.step)
+                text = f"{done.position}, loss {done.loss:.3f}"
+                self.report(SearchStage(stage="supernet", done=done.step, total=done.steps, text=text, left=left))
+
+            trained = training.run(stopped=lambda: interruption.requested or self.call.left() <= 0, report=show)
             self.notes += trained.notes
             if not trained.finished:
-                return self._result(finished=False)
+                return self._unfinished(interruption)
+            self.file.step_seconds = trained.seconds / max(1, trained.step)
+            self._save()
             scorer = CandidateScorer(trained.supernet, self.recipe, self.source, training.precision)
             study = ArchitectureStudy(
-                self.space, self.base, self.folder, candidates=self.file.first_candidates, seed=self.recipe.seed,
+                self.space, self.base, self.folder, candidates=self.file.first.candidates, seed=self.recipe.seed,
                 sampler=self.settings.sampler,
             )  # fmt: skip
             interruption.work = "this candidate"
-            measuring = time.perf_counter()
-            latency = self._latency(study, scorer, lambda: interruption.requested)
-            self.table_seconds += time.perf_counter() - measuring
-            self._study(study, scorer, latency, stopped=lambda: interruption.requested, used=used)
-            self._save(used())
-            if interruption.requested:
-                return self._result(study, latency, finished=False)
-        return self._finish(study, latency, used)
+            self._study(study, scorer, stopped=lambda: interruption.requested)
+            if interruption.requested or not study.points:
+                return self._unfinished(interruption, study)
+        return self._finish(study)
 
-    def _training(self, precision: TrainingPrecision) -> SupernetTraining:
-        recipe = self._limited(None if self.settings.minutes is None else SUPERNET_SHARE * self.settings.minutes)
-        return SupernetTraining(
-            self.space, self.base, recipe, self.source, folder=self.folder / SUPERNET, root=self.root, precision=precision
-        )  # fmt: skip
+    def _unfinished(self, interruption: Interruption, study: ArchitectureStudy | None = None) -> ArchitectureSearch:
+        self.out_of_time = not interruption.requested
+        self._save()
+        return self._result(study, finished=False)
 
-    def _limited(self, minutes: float | None) -> Recipe:
-        """The recipe with other minutes, which then end the training; None: as it is."""
-        if minutes is None:
-            return self.recipe
-        limits = {"minutes": minutes, "steps": MANY_STEPS}
-        return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
+    def _study(self, study: ArchitectureStudy, scorer: CandidateScorer, *, stopped: Callable[[], bool]) -> None:
+        """Score candidates until there are enough, until no other one fits in their minutes and there is one, or until `stopped`."""
+        file, total, scored_before = self.file, self.settings.candidates, len(study.proposals)
+        file.scored = scored_before
+        study_before, started = file.study_seconds, self.call.used
+        self.report(SearchStage(stage="study", done=scored_before, total=total, front=study.front))
+        while (done := len(study.proposals)) < total and not stopped() and self.call.left() > 0:
+            expected = file.study_seconds / done if done else 0.0
+            if study.points and self.call.left(SUPERNET_SHARE + STUDY_SHARE) < expected:
+                break
+            study.step(lambda one: (scorer.score(one), self._cost(one)))
+            file.scored, file.study_seconds = len(study.proposals), study_before + self.call.used - started
+            self._save()
+            left = (self.call.used - started) / (file.scored - scored_before) * (total - file.scored)
+            left = min(left, self.call.left(SUPERNET_SHARE + STUDY_SHARE))
+            self.report(SearchStage(stage="study", done=file.scored, total=total, left=max(0.0, left), front=study.front))
+        if (missing := total - len(study.proposals)) > 0 and not stopped():
+            self.notes.append(f"the minutes of the study ended with {missing} of {total} candidates not scored: the same command goes on")
+        elif not study.points and not stopped():
+            raise RecipeError(f"space: none of {total} proposals makes a network: remove choices that exclude each other")
 
-    def _latency(
-        self, study: ArchitectureStudy, scorer: CandidateScorer, stopped: Callable[[], bool]
-    ) -> ArchitectureLatency | None:  # fmt: skip
-        if self.settings.objective != "latency":
-            return None
-        side = export_side(self.recipe)
-        model = ArchitectureLatency(self.base, side, self.folder, threads=self.recipe.training.threads)
-        if model.notes and study.points:
-            model.notes.append("candidates scored before keep their predicted latencies: search anew, with another --output, to renew them")
-        self.notes += model.notes
-        model.prepare(
-            self.space, seed=self.recipe.seed, stopped=stopped,
-            progress=lambda done, total: self.report(SearchStage(stage="parts", done=done, total=total)),
-        )  # fmt: skip
-        if not stopped():
-            model.check(
-                self.space, scorer, count=self.settings.checked, seed=self.recipe.seed, stopped=stopped,
-                progress=lambda done, total: self.report(SearchStage(stage="check", done=done, total=total)),
-            )  # fmt: skip
-        return model
-
-    def _study(
-        self, study: ArchitectureStudy, scorer: CandidateScorer, latency: ArchitectureLatency | None, *, stopped: Callable[[], bool],
-        used: Callable[[], float],
-    ) -> None:  # fmt: skip
-        """Score candidates until there are enough, until their minutes are over and there is one, or until the search is stopped.
-
-        `used`: seconds of the search so far.
-        """
-        minutes = self.settings.minutes
-        deadline = math.inf if minutes is None else 60 * minutes * (SUPERNET_SHARE + STUDY_SHARE)
-        while len(study.proposals) < self.settings.candidates and not stopped() and not (study.points and used() > deadline):
-            study.step(lambda one: (scorer.score(one), self._cost(one, latency)))
-            done = len(study.proposals)
-            self._save(used())  # of a search that is killed, too, no minute counts twice
-            self.report(SearchStage(stage="study", done=done, total=self.settings.candidates, front=study.front))
-        if (missing := self.settings.candidates - len(study.proposals)) > 0 and not stopped():
-            self.notes.append(f"the minutes of the study ended with {missing} of {self.settings.candidates} candidates not scored")
-        if not study.points and not stopped():
-            raise RecipeError(
-                f"space: none of {self.settings.candidates} proposals makes a network: remove choices that exclude each other"
-            )
-
-    def _cost(self, architecture: Architecture, latency: ArchitectureLatency | None) -> float:
-        if latency is not None:
-            return latency.predict(architecture)
+    def _cost(self, architecture: Architecture) -> float:
+        if self.latency is not None:
+            return self.latency.predict(architecture)
         return artifact_bytes(architecture) if self.settings.objective == "size" else memory_bytes(architecture, export_side(self.recipe))
 
-    def _finish(self, study: ArchitectureStudy, latency: ArchitectureLatency | None, used: Callable[[], float]) -> ArchitectureSearch:
-        """Train, deploy and measure the best few and the recipe's own model."""
-        own: list[tuple[str, Architecture, StudyPoint | None]] = [("recipe", Architecture(config=self.base), None)]
-        chosen = [(place_name(point), point.architecture, point) for point in spread(study.front, self.settings.finalists)]
-        wanted = [*(own if self.settings.own else ()), *chosen]
-        share = (1 - SUPERNET_SHARE - STUDY_SHARE) * TRAINING_SHARE / len(wanted)
-        recipe = self._limited(None if self.settings.minutes is None else share * self.settings.minutes)
+    def _finish(self, study: ArchitectureStudy) -> ArchitectureSearch:
+        """Train, deploy and measure the best few and the recipe's own model, which comes last: without time it is left out."""
+        chosen = sorted(spread(study.front, self.settings.finalists), key=lambda point: -point.score)
+        wanted: list[tuple[str, Architecture, StudyPoint | None]] = [(place_name(point), point.architecture, point) for point in chosen]
+        wanted += [("recipe", Architecture(config=self.base), None)] if self.settings.own else []
+        recipe = self._limited(self._network_share(len(wanted)))
 
         def recipe_of(name: str, one: Architecture) -> Recipe:
             return network_recipe(recipe, one, one.options(self.base), name)
@@ -252,50 +318,68 @@ class _Search:
         front = [(recipe_of(place_name(point), point.architecture), point.architecture) for point in study.front]
         write_recipes(self.folder / NETWORKS, front, root=self.root)
         networks: list[Finalist] = []
+        longest = 0.0
         for done, (name, architecture, point) in enumerate(wanted):
+            begun_at = self.call.used
+            if not may_begin(self.call.left(), first=done == 0, longest=longest, training=60 * (recipe.training.minutes or 0.0)):
+                self.out_of_time = True
+                self.notes.append(
+                    f"the minutes ended with {len(wanted) - done} of {len(wanted)} networks not trained alone: the same command goes on"
+                )
+                break
 
-            def show(text: str, done: int = done, name: str = name) -> None:
-                self.report(SearchStage(stage="train", done=done, total=len(wanted), text=f"{name}{text}", front=study.front))
+            def show(text: str, left: float | None = None, done: int = done, name: str = name) -> None:
+                self.report(SearchStage(stage="train", done=done, total=len(wanted), text=f"{name}{text}", left=left, front=study.front))
 
-            def show_step(progress: FitProgress, show: Callable[[str], None] = show) -> None:
+            def show_step(progress: FitProgress, show: Callable[..., None] = show) -> None:
                 if progress.kind == "step":
                     show(f", {progress.position}")
 
             show("")
             finalist = train_finalist(
                 recipe_of(name, architecture), architecture, name=name, folder=self.folder / NETWORKS / name, root=self.root,
-                source=self.source, point=point,
-                report=show_step,
+                source=self.source, point=point, report=show_step,
             )  # fmt: skip
-            self._save(used())
+            self._save()
             if finalist is None:
-                return self._result(study, latency, finished=False)
+                return self._result(study, finished=False)
+            longest = max(longest, self.call.used - begun_at)
             self.notes += [f"{name}: {note}" for note in finalist.notes if note not in self.notes]
             networks.append(finalist)
+        if not networks:
+            return self._result(study, finished=False)
         networks = with_latencies(networks, threads=self.recipe.training.threads)
-        result = self._result(study, latency, tuple(networks), finished=True)
-        self._save(used(), results=document(result))
+        result = self._result(study, tuple(sorted(networks, key=lambda network: network.point is not None)), finished=True)
+        self._save(results=document(result))
         return result
 
     def _result(
-        self, study: ArchitectureStudy | None = None, latency: ArchitectureLatency | None = None, networks: tuple[Finalist, ...] = (), *,
-        finished: bool,
+        self, study: ArchitectureStudy | None = None, networks: tuple[Finalist, ...] = (), *, finished: bool
     ) -> ArchitectureSearch:  # fmt: skip
+        pairs = [(network.point.cost, network.ms) for network in networks if network.point is not None]
         return ArchitectureSearch(
-            folder=self.folder, settings=self.settings, finished=finished, base=self.base,
+            folder=self.folder, settings=self.settings, finished=finished, out_of_time=self.out_of_time, base=self.base,
             front=() if study is None else tuple(study.front),
             points=() if study is None else tuple(study.points), networks=networks,
             importances={} if study is None else study.importances(),
-            latency_error=None if latency is None else latency.error, correlation=rank_correlation(networks), seconds=self.seconds,
-            table_seconds=self.table_seconds, notes=tuple(self.notes),
+            latency_error=PredictionError(rows=tuple(pairs)) if pairs and self.latency is not None else None,
+            correlation=rank_correlation(networks), seconds=self.file.seconds, notes=tuple(self.notes),
         )  # fmt: skip
+
+
+def may_begin(left: float, *, first: bool, longest: float, training: float) -> bool:
+    """Whether a network may be trained in the seconds left: the first of a call always if some are left, others if one more fits.
+
+    `longest`: seconds of the longest network of this call. `training`: of its training by its minutes.
+    """
+    return left > 0 if first else left >= max(longest, training)
 
 
 def document(result: ArchitectureSearch) -> dict[str, Any]:
     """The result as plain values."""
     return {
         "finished": result.finished, "folder": str(result.folder), "objective": result.settings.objective,
-        "seconds": result.seconds, "table_seconds": result.table_seconds, "scored": len(result.points),
+        "seconds": result.seconds, "out_of_time": result.out_of_time, "scored": len(result.points),
         "front": [_point_row(result, point) for point in result.front],
         "networks": [network.row() for network in result.networks], "correlation": result.correlation,
         "latency_error": None if result.latency_error is None else result.latency_error.row(),

@@ -1,14 +1,16 @@
-"""Settings of a search, and the file `search.json` that holds them, the time that it took and, at the end, its results."""
+"""Settings of a search, the time left of a call, and the file `search.json`: settings, progress and, at the end, results."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from muntin.artifact.atomic_files import write_files
+from muntin.budgeting.latency import latency_settings
 from muntin.errors import MuntinError, RecipeError
 from muntin.searching.space import Space
 from muntin.searching.study import Sampler
@@ -17,25 +19,24 @@ from muntin.training.recipe import Recipe
 
 SearchObjective = Literal["latency", "size", "memory"]
 FILE = "search.json"
-FORMAT = 1
-CANDIDATES, FINALISTS, CHECKED = 200, 3, 6
-"""Defaults: architectures that are scored, those that are trained alone, and whole networks that check the predicted latency."""
+FORMAT = 2
+CANDIDATES, FINALISTS = 200, 3
+"""Defaults: architectures that are scored, and those that are trained alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings:
     """Settings of a search besides recipe and space. `objective`: what is made least.
 
-    `minutes`: of the whole search, without the measurement of latencies, which is kept for other searches on this machine. `candidates`:
-    architectures that are scored. `finalists`: those that are trained alone. `checked`: whole networks that check predicted latencies.
-    `own`: train the recipe's own model, too, for comparison.
+    `minutes`: of one call, latencies included; it is exceeded by one step of work at most (one candidate, or one network's training and
+    export). `candidates`: architectures that are scored. `finalists`: those that are trained alone. `own`: train the recipe's own model,
+    too, for comparison.
     """
 
     objective: SearchObjective = "latency"
     minutes: float | None = None
     candidates: int = CANDIDATES
     finalists: int = FINALISTS
-    checked: int = CHECKED
     sampler: Sampler = "nsga2"
     own: bool = True
 
@@ -49,16 +50,31 @@ class SearchSettings:
         for name in ("candidates", "finalists"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} {getattr(self, name)}: give a whole number from 1")
-        if self.checked < 0:
-            raise RecipeError(f"checked {self.checked}: give a whole number from 0")
+
+
+class CallMinutes:
+    """Time left of one call of a search. `minutes` None: no limit. `clock`: seconds."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float]) -> None:
+        self.minutes, self.clock, self.started = minutes, clock, clock()
+
+    @property
+    def used(self) -> float:
+        """Seconds since the call began."""
+        return self.clock() - self.started
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds left of a share of the minutes; infinite without a limit."""
+        return math.inf if self.minutes is None else 60 * self.minutes * share - self.used
 
 
 class SearchFile:
-    """`search.json` of a search in `folder`, written anew or, of a search that goes on, compared with the settings given.
+    """`search.json` of a search in `folder`. If the search has begun, the stored settings are compared with the given ones.
 
-    `seconds`, `table_seconds`: of the search and of the measurement of latencies so far. `first_candidates`: number of candidates when the
-    search began, by which its generations are sized: more may be given to go on. Raises `RecipeError` for other settings, and `MuntinError`
-    for a file that holds none.
+    `seconds`: of the search so far. `step_seconds`: of a step of the shared weights, 0 until these are trained. `scored`, `study_seconds`:
+    candidates so far, and their time. `first`: the settings that the search began with. They size its generations and its trainings, so
+    another call may have more candidates and other minutes. Raises `RecipeError` for other settings, and `MuntinError` for a file that
+    holds none.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, space: Space, settings: SearchSettings) -> None:
@@ -66,34 +82,42 @@ class SearchFile:
         content = {
             "format": FORMAT, "recipe": recipe.model_dump(mode="json"),
             "space": {name: list(values) for name, values in space.choices.items()},
-            "settings": asdict(settings),
+            "settings": asdict(settings), "first": asdict(settings), "latencies": latency_settings(recipe.training.threads),
         }  # fmt: skip
         self.content: dict[str, Any] = json.loads(json.dumps(content))
-        self.seconds, self.table_seconds, self.first_candidates = 0.0, 0.0, settings.candidates
+        self.notes: list[str] = []
+        self.seconds, self.step_seconds, self.scored, self.study_seconds = 0.0, 0.0, 0, 0.0
         if (folder / FILE).is_file():
             self._continue(folder / FILE)
-        self.content["first_candidates"] = self.first_candidates
-        self.save(self.seconds, self.table_seconds)
+        self.first = SearchSettings(**self.content["first"])
 
     def _continue(self, file: Path) -> None:
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))
-            self.seconds, self.table_seconds = float(earlier["seconds"]), float(earlier["table_seconds"])
-            before = int(earlier["settings"]["candidates"])
-            self.first_candidates = int(earlier.get("first_candidates", before))
+            self.seconds, self.step_seconds = float(earlier["seconds"]), float(earlier["step_seconds"])
+            self.scored, self.study_seconds = int(earlier["scored"]), float(earlier["study_seconds"])
+            before, minutes = int(earlier["settings"]["candidates"]), earlier["settings"]["minutes"]
+            self.content["first"], measured = earlier["first"], earlier["latencies"]
             stored, given = _compared(earlier), _compared(self.content)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise MuntinError(f"{file}: not the settings of a search ({error}): give another --output") from error
         if given["settings"]["candidates"] > before:
             stored["settings"]["candidates"] = given["settings"]["candidates"]
+        if minutes is not None and given["settings"]["minutes"] is not None:
+            stored["settings"]["minutes"] = given["settings"]["minutes"]
         if changes := value_changes(stored, given):
             raise RecipeError(
                 f"{self.folder} holds a search with other settings ({changes}): give those again to go on with it, or another --output"
             )
+        if self.content["settings"]["objective"] == "latency" and (changes := value_changes(measured, self.content["latencies"])):
+            self.notes.append(
+                f"candidates scored before keep latencies of other conditions ({changes}): give another --output to renew them"
+            )
 
-    def save(self, seconds: float, table_seconds: float, **results: Any) -> None:
+    def save(self, **results: Any) -> None:
         """Write the file. `results`: further values in it."""
-        text = json.dumps({**self.content, "seconds": seconds, "table_seconds": table_seconds, **results}, indent=1, default=str)
+        progress = {name: getattr(self, name) for name in ("seconds", "step_seconds", "scored", "study_seconds")}
+        text = json.dumps({**self.content, **progress, **results}, indent=1, default=str)
         write_files(self.folder, {FILE: text.encode()})
 
 

@@ -24,7 +24,7 @@ from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe, read_checkpoint
 
 SPACE = "dims.0: [32, 48]\ndepths.0: [1, 2]\n"
-SETTINGS = {"objective": "latency", "candidates": 4, "finalists": 1, "checked": 1}
+SETTINGS = {"objective": "latency", "candidates": 4, "finalists": 1}
 CHANGES = [
     "seed=3", "training.class_weights=auto", "model.options.attention=local", "model.options.dims=[32]", "model.options.depths=[1]",
 ]  # fmt: skip
@@ -55,7 +55,7 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
             load_recipe(tiny.recipe, CHANGES), parse_space(yaml.safe_load(SPACE)), folder=output, root=tiny.root,
             settings=SearchSettings(**SETTINGS), report=stop_after_one,
         )  # fmt: skip
-    done = output / "networks" / "recipe" / "artifact" / "manifest.json"
+    (done,) = output.glob("networks/*/artifact/manifest.json")
     written = done.stat().st_mtime_ns
     first = search(tiny, output, "--json")
     assert first.exit_code == 0, first.output
@@ -86,6 +86,16 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     assert isinstance(other.exception, RecipeError) and "settings.candidates was 4, is 3" in str(other.exception)
 
 
+def test_dry_run(tiny: Any, tmp_path: Path) -> None:
+    result = search(tiny, tmp_path / "search", "--dry-run", "--minutes", "0.2")
+    assert result.exit_code == 0 and not (tmp_path / "search").exists()
+    text = " ".join(result.stdout.split())
+    for words in ("plan shared weights: ", "(measured)", "rough until some", "--minutes covers", "too short: ", "--objective size"):
+        assert words in text
+    plan = json.loads(search(tiny, tmp_path / "search", "--dry-run", "--json", objective="size").stdout)
+    assert plan["steps"] == 6 and plan["parts"] == 0 and plan["total_s"] == plan["work_s"] > 0 and not plan["too_short"]
+
+
 def test_command_that_goes_on() -> None:
     given = SearchSettings(objective="size", minutes=0.5, candidates=9)
     words = shlex.split(command._same_command(Path("a b.yaml"), Path("s.yaml"), given, Path("out"), ["seed=3"]))
@@ -102,9 +112,9 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Architecture(config=ModelConfig())
     point = StudyPoint(number=6, chosen={"depths.0": 2, "stem": (8, 16)}, architecture=one, score=0.5, cost=2.25)
     with command._shown(lambda: None, "latency") as show:
-        show(SearchStage(stage="supernet", done=3, total=9, text="loss 1.2"))
+        show(SearchStage(stage="supernet", done=3, total=9, text="loss 1.2", left=150.0))
         show(SearchStage(stage="study", done=1, total=9, front=[point]))
-    assert "shared weights: step 3 of 9, loss 1.2" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
+    assert "shared weights: step 3 of 9, loss 1.2, about 2.5 min left" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
     assert "007" in file.getvalue() and "2.25 ms" in file.getvalue() and "stem [8, 16]" in file.getvalue()
 
 

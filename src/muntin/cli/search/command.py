@@ -17,7 +17,7 @@ from rich.text import Text
 
 from muntin.cli.console import err, notes_once, out, print_json, refuse_unwritable, say, status
 from muntin.cli.options import JsonOption
-from muntin.cli.search.description import amount, choices, describe_architectures, search_record
+from muntin.cli.search.description import amount, choices, describe_architectures, duration, plan_lines, search_record
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.progress import only_display
 
@@ -29,9 +29,8 @@ FOLDER = "search"
 """Folder of a search beside the run's name: runs/NAME-search."""
 STAGES = {
     "data": "checking data: {done} of {total}",
+    "plan": "two steps of training, for the plan",
     "supernet": "shared weights: {text}",
-    "parts": "latency of parts: {done} of {total}",
-    "check": "latency of whole networks: {done} of {total}",
     "study": "candidates: {done} of {total}",
     "train": "trained alone: {done} of {total}, now {text}",
 }
@@ -43,28 +42,28 @@ def search_command(
     objective: Annotated[str, typer.Option(help="What to make least: latency (measured in INT8), size or memory.")] = "latency",
     minutes: Annotated[
         float | None,
-        typer.Option(help="Minutes of the search without the table of latencies, above 0; unset: each training has the recipe's steps."),
+        typer.Option(help="Minutes of this call, latencies included, above 0; unset: each training has the recipe's steps."),
     ] = None,
     candidates: Annotated[
         int, typer.Option(min=1, help="Architectures to score with the shared weights; a search goes on with more.")
     ] = 200,
     finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,
-    checked: Annotated[int, typer.Option(min=0, help="Whole networks that show the error of the predicted latency.")] = 6,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the search; runs/NAME-search by default.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe; repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a measured training step, and write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Search a network for a recipe's data and this machine, and train and deploy the best few.
 
     Weights are shared by all networks of the space and trained once; networks are chosen by their validation score with these and by their
-    predicted latency, size or memory. A search that was interrupted goes on with the same command.
+    predicted latency, size or memory. A search that was interrupted, or that its minutes ended, goes on with the same command.
     """
     refuse_without_gradients(recipe)
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.errors import RecipeError
     from muntin.reporting.front.search_page import write_search
     from muntin.reporting.text import METRICS
-    from muntin.searching import SearchSettings, load_space, search_architectures
+    from muntin.searching import SearchPlan, SearchSettings, load_space, plan_search, search_architectures
     from muntin.searching.run import document
     from muntin.training import load_recipe
 
@@ -72,14 +71,28 @@ def search_command(
         raise RecipeError("muntin search works in one process: start it without torchrun")
     loaded = load_recipe(recipe, set_ or ())
     settings = SearchSettings(
-        objective=objective, minutes=minutes, candidates=candidates, finalists=finalists, checked=checked,  # type: ignore[arg-type]
+        objective=objective, minutes=minutes, candidates=candidates, finalists=finalists,  # type: ignore[arg-type]
     )  # fmt: skip
     chosen = None if space is None else load_space(space)
     folder = output or Path("runs") / f"{loaded.name}-{FOLDER}"
+    root = recipe.resolve().parent
+    if dry_run:
+        with _shown(notes_once(() if json else notes), objective) as report:
+            plan = plan_search(loaded, chosen, folder=folder, root=root, settings=settings, report=report)
+        if json:
+            print_json(plan.row())
+        else:
+            out.print("\n".join(plan_lines(plan)))
+        return
     refuse_unwritable(folder)
+
+    def show_plan(plan: SearchPlan) -> None:
+        if not json:
+            say("\n".join(plan_lines(plan)))
+
     with _shown(notes_once(() if json else notes), objective) as report:
         result = search_architectures(
-            loaded, chosen, folder=folder, root=recipe.resolve().parent, settings=settings, report=report
+            loaded, chosen, folder=folder, root=root, settings=settings, report=report, planned=show_plan
         )  # fmt: skip
     metric = METRICS[loaded.task].name + METRICS[loaded.task].unit_after
     page = write_search(folder, search_record(result, title=f"{loaded.name}: search", metric=metric)) if result.finished else None
@@ -90,7 +103,8 @@ def search_command(
         if page is not None:
             out.print(f"page      {page}")
     if not result.finished:
-        say(f"muntin: interrupted; `{_same_command(recipe, space, settings, output, set_ or ())}` goes on")
+        reason = "the minutes ended before a network was trained" if result.out_of_time else "interrupted"
+        say(f"muntin: {reason}; `{_same_command(recipe, space, settings, output, set_ or ())}` goes on")
         raise typer.Exit(1)
 
 
@@ -127,7 +141,8 @@ def _shown(begin: Callable[[], None], objective: str) -> Iterator[SearchStageRep
 
 
 def _words(progress: SearchStage) -> str:
-    return STAGES[progress.stage].format(done=progress.done, total=progress.total, text=progress.text)
+    words = STAGES[progress.stage].format(done=progress.done, total=progress.total, text=progress.text)
+    return words if progress.left is None else f"{words}, about {duration(progress.left)} left"
 
 
 def _front_table(progress: SearchStage, objective: str) -> Table:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from muntin.cli.console import out, print_notes, print_table, print_wrapped
+from muntin.cli.console import INDENT, LINE, out, print_notes, print_table, print_wrapped
 
 if TYPE_CHECKING:
     from muntin.reporting.front.search_page import SearchRecord
-    from muntin.searching import ArchitectureSearch
+    from muntin.searching import ArchitectureSearch, SearchPlan
 
 
 def choices(chosen: Mapping[str, Any]) -> str:
@@ -24,6 +25,50 @@ def choices(chosen: Mapping[str, Any]) -> str:
 def amount(cost: float, objective: str) -> str:
     """A cost in the unit of its objective."""
     return f"{cost:.2f} ms" if objective == "latency" else f"{cost / 1e6:.3f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "3.5 min", "2.1 h"."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plan_lines(plan: SearchPlan) -> list[str]:
+    """The plan of a search in wrapped lines, each part of the work on lines of its own."""
+    settings, rough = plan.settings, ", rough until some are measured" if plan.rough else ", as measured so far"
+    lines = [f"shared weights: {plan.steps - plan.steps_done} steps of {duration(plan.step_s)} (measured), {duration(plan.supernet_s)}"]
+    if not plan.supernet_s:
+        lines = ["shared weights: trained already"]
+    within = round(plan.study_s / plan.candidate_s)
+    count = settings.candidates - plan.scored
+    number = f"{count} candidates" if within >= count else f"about {max(1, within)} of {count} candidates"
+    scored = f" ({plan.scored} are scored already)" if plan.scored else ""
+    lines.append(f"study: {number}{scored}, each about {duration(plan.candidate_s)}{rough}, {duration(plan.study_s)}")
+    if settings.objective == "latency":
+        known = plan.parts - plan.missing
+        lines.append(
+            f"latencies, a part of the study: {settings.candidates} random candidates have {plan.parts} different parts, {known} of them "
+            "in the cache; each is measured when a candidate needs it"
+        )
+    of_each = f"{duration(plan.network_s)} of training each, then about {duration(plan.export_s)} of export and scoring (rough)"
+    own = " and the recipe's own model" if settings.own else ""
+    lines.append(f"alone: up to {settings.finalists} networks of the front{own}, {of_each}")
+    lines.append("at the end: each is scored in INT8 on the validation split, all are timed in turns and compared with predictions")
+    if settings.minutes is None:
+        lines.append(f"total: about {duration(plan.total_s)}; without --minutes every training has the recipe's steps")
+    else:
+        lines.append(
+            f"total: about {duration(plan.total_s)}; --minutes covers all of this, and work that has begun then is finished: one step of "
+            "training, one candidate, or one network"
+        )
+    if plan.too_short:
+        lines.append(
+            f"too short: the first network is expected after {duration(plan.least_s)}; what is done by then is kept, and the same command "
+            "goes on" + ("; --objective size or memory needs no latencies" if settings.objective == "latency" else "")
+        )
+    words = [f"{'' if index else 'plan':<{INDENT}}{line}" for index, line in enumerate(lines)]
+    return [part for line in words for part in wrap(line, LINE, subsequent_indent=" " * (INDENT + 2), break_on_hyphens=False)]
 
 
 def describe_architectures(result: ArchitectureSearch, metric: str) -> None:
@@ -46,7 +91,7 @@ def describe_architectures(result: ArchitectureSearch, metric: str) -> None:
     if (error := result.latency_error) is not None:
         figures = error.row()
         out.print(
-            f"latency   predicted within 10 % for {figures['within_tenth']:.0%} of {figures['networks']} whole networks (median error "
+            f"latency   predicted within 10 % for {figures['within_tenth']:.0%} of {figures['networks']} networks (median error "
             f"{figures['median']:.1%}, largest {figures['largest']:.1%})"
         )
     if result.correlation is not None:
@@ -86,7 +131,8 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
         }
         for network, place in zip(result.networks, places, strict=True)
     ]  # fmt: skip
-    legend = "dashed: the recipe's own model; blue reaches its score, red does not"
+    dashed = "the recipe's own model" if reference.point is None else f"network {reference.name}"
+    legend = f"dashed: {dashed}; blue reaches its score, red does not"
     picture = FrontRecord.model_validate({**head, "max_drop": 0.0, "chosen": None, "points": points, "legend": legend})
     names = ("name", "score", "float_score", "shared_score", "predicted", "bytes", "ms", "parameters")
     networks = [

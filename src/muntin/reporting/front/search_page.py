@@ -42,7 +42,7 @@ class SearchedNetwork(Record):
 
 
 class LatencyErrors(Record):
-    """Errors of predicted latencies of whole networks, shares of the measured ones."""
+    """Errors of the predicted latencies of the trained networks, shares of the measured ones."""
 
     networks: Count
     median: Amount
