@@ -19,9 +19,9 @@ from muntin.data.inspection import (
     read_some,
     spread,
 )
-from muntin.data.listing import pictures, subfolders
 from muntin.errors import DataError
 from muntin.images import read_mask, write_image
+from muntin.images.listing import pictures, subfolders
 
 Mask = np.ndarray[Any, np.dtype[np.uint8]]
 

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from pydantic import Field
 
 from muntin.artifact.classes import Channel8, ClassInfo
-from muntin.data.listing import composed
 from muntin.data.section import Section
 from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.images import IGNORED
+from muntin.images.listing import composed
 from muntin.images.opening import PictureFile, UInt8
 
 RGB = tuple[Channel8, Channel8, Channel8]

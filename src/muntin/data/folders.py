@@ -14,9 +14,12 @@ from pydantic import Field
 
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.items import Failure, Item, ItemSource
-from muntin.data.listing import (
-    EMPTY_MARK,
-    RECIPE_NAME,
+from muntin.data.section import Section
+from muntin.data.source import SPLITS, SplitName
+from muntin.data.splits import check_disjoint, empty_split_error, split_of
+from muntin.errors import DataError
+from muntin.images import IGNORED, IMAGE_SUFFIXES
+from muntin.images.listing import (
     composed,
     entries,
     folders_below,
@@ -27,12 +30,12 @@ from muntin.data.listing import (
     pictures,
     subfolders,
 )
-from muntin.data.section import Section
-from muntin.data.source import SPLITS, SplitName
-from muntin.data.splits import check_disjoint, empty_split_error, split_of
-from muntin.errors import DataError
-from muntin.images import IGNORED, IMAGE_SUFFIXES
 from muntin.text import count
+
+RECIPE_NAME = "recipe.yaml"
+"""The file that `muntin init` writes; it may lie beside the images."""
+EMPTY_MARK = ".no-pictures"
+"""A file in the folder of a class that has no training images on purpose; updates write it."""
 
 
 class FolderPair(Section):

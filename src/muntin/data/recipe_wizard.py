@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from muntin.data.classes import as_yaml, list_some
-from muntin.data.folders import FolderPair
+from muntin.data.folders import RECIPE_NAME, FolderPair
 from muntin.data.inspection import (
     MaskArray,
     MaskClasses,
@@ -26,13 +26,13 @@ from muntin.data.inspection import (
     read_some,
 )
 from muntin.data.layout import Layout, equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
-from muntin.data.listing import RECIPE_NAME, composed, folders_below, is_utf8, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
 from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
 from muntin.images import write_whole
+from muntin.images.listing import composed, folders_below, is_utf8, paired_folders, pictures, pictures_below, subfolders
 from muntin.images.opening import PictureFile
 from muntin.text import count
 
