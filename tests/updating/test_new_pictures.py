@@ -84,6 +84,12 @@ def test_class_folders_in_splits(tmp_path: Path) -> None:
     assert len(source.split("test")) == 2 and len(source.split("train")) + len(source.split("validation")) == 9
 
 
+def test_value_of_an_unknown_class(write_new: Callable[..., Path]) -> None:
+    folder = write_new(relabel={2: 5})
+    with pytest.raises(DataError, match=r"holds the mask values .*5.*: `--class NAME=5` adds a class of this value"):
+        opened(folder).check()
+
+
 def test_unusable_folders(tmp_path: Path, write_new: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="no such folder"):
         opened(tmp_path / "none")

@@ -38,6 +38,8 @@ class NewPictures(FolderSource):
     opened; its kind `NewPicturesError` if too few pictures are new, and, also from `check` and `split`, for damaged ones.
     """
 
+    _unknown_value = "`--class NAME={value}` adds a class of this value; otherwise correct the mask"
+
     def __init__(
         self,
         folder: Path,

@@ -32,7 +32,7 @@ from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe, override_recipe
-from muntin.updating.gate import GateVerdict, judge_artifact, read_verdict, write_verdict
+from muntin.updating.gate import GateVerdict, judge_artifact, next_steps, read_verdict, write_verdict
 from muntin.updating.learner import learn
 from muntin.updating.new_pictures import NewPictures
 from muntin.updating.strategies import STRATEGIES
@@ -55,7 +55,7 @@ class PushRecord(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """Result of an update. `artifact`, `verdict`: None if training was interrupted."""
+    """Result of an update. `artifact`, `verdict`: None if training was interrupted. `advice`: what to try after a refusal."""
 
     directory: Path
     parent: Checkpoint
@@ -63,6 +63,7 @@ class UpdateResult:
     artifact: Artifact | None
     verdict: GateVerdict | None
     notes: tuple[str, ...]
+    advice: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -214,6 +215,7 @@ def update_run(
         return UpdateResult(
             directory=directory, parent=plan.parent, checkpoint=learned.checkpoint, artifact=artifact, verdict=verdict,
             notes=(*notes, *learned.notes, *(() if verdict is None else verdict.notes)),
+            advice=() if verdict is None else next_steps(verdict, plan.config.share),
         )  # fmt: skip
 
 
