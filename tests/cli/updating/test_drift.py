@@ -117,11 +117,15 @@ def test_reference_of_a_run(
     run, artifact = tmp_path / "run", tmp_path / "run" / "artifact"
     assert call("fit", tiny.recipe, "--output", run, "--json").code == 0
     assert call("export", run, "--json").code == 0
-    assert f"muntin drift {artifact} --reference {run}" in call("drift", artifact, tiny.root / "train" / "images").mistake()
+    assert call("drift", artifact, tiny.root / "train" / "images", "--threads", 1).code == 0
     answer = call("drift", artifact, "--reference", run, "--threads", 1)
     assert answer.code == 0 and "the reference, 64 windows" in answer.out
     assert json.loads(call("export", run, "--json").out)["written"] is False
-    assert call("drift", artifact, tiny.root / "train" / "images", "--threads", 1).code == 0
+    for kind in ("images", "masks"):
+        for number in range(4):
+            (tiny.root / "train" / kind / f"more-{number}.png").unlink()
+    few = call("export", run, "--output", tmp_path / "few")
+    assert "no drift reference: the training images give" in few.out and not (tmp_path / "few" / "drift.json").exists()
 
 
 @pytest.mark.parametrize("words", [(), ("new", "--report", "page.txt"), ("--report", "page.html", "--reference", "run")])
