@@ -222,6 +222,17 @@ def test_predict_images_and_folders(call: Call, tmp_path: Path, write_small: Wri
     assert "--truth goes with one image, and these are 3" in call(*words, "--truth", photos / "a.png").mistake()
 
 
+def test_predict_leaves_masks_out(call: Call, tmp_path: Path, write_small: Write) -> None:
+    artifact, data = write_small(tmp_path / "segment"), tmp_path / "data"
+    for name in ("images/a", "masks/a"):
+        (data / name).parent.mkdir(parents=True)
+        write_image(data / f"{name}.png", np.full((5, 4, 3), 1, np.uint8))
+    words, note = ("predict", artifact, data, "-o", tmp_path / "out"), f"{data}: read images/; left out masks/"
+    document = call(*words, "--json").document()
+    assert [result["source"] for result in document["results"]] == [str(data / "images" / "a.png")] and document["notes"] == [note]
+    assert f"note      {note}\n" in call(*words).err
+
+
 def test_predict_images_of_one_name(call: Call, tmp_path: Path, write_small: Write) -> None:
     artifact = write_small(tmp_path / "artifact")
     expected = {

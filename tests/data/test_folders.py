@@ -10,11 +10,11 @@ from PIL import Image
 
 from muntin.data.classes import ClassSpec
 from muntin.data.folders import FolderPair, FolderSource
-from muntin.data.listing import composed
 from muntin.data.source import SPLITS
 from muntin.data.splits import filling_seed, split_of
 from muntin.errors import DataError
 from muntin.images import write_image
+from muntin.images.listing import composed
 
 SPECS = (ClassSpec(name="sea"), ClassSpec(name="land"), ClassSpec(name="ice"))
 PAINTED = (ClassSpec(name="sea", value=(0, 0, 9)), ClassSpec(name="land", value=(9, 0, 0)))

@@ -9,19 +9,21 @@ import pytest
 from PIL import Image
 
 from muntin.data.inspection import (
+    LOOK_S,
     MaskClasses,
+    MaskFacts,
     classes_in_folders,
     classes_in_masks,
     crop_side,
     ignored_value_notes,
+    mask_facts,
     picture_channels,
     picture_facts,
     read_some,
-    spread,
 )
-from muntin.data.listing import pictures, subfolders
 from muntin.errors import DataError
-from muntin.images import read_mask, write_image
+from muntin.images import write_image
+from muntin.images.listing import pictures, subfolders
 
 Mask = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -40,8 +42,8 @@ def write_all(folder: Path, pictures: Iterable[Mask], suffix: str = ".png", **op
     return paths
 
 
-def masks_in(folder: Path) -> dict[Path, Mask]:
-    return read_some(pictures(folder), read_mask)[0]
+def masks_in(folder: Path) -> dict[Path, MaskFacts]:
+    return read_some(pictures(folder), mask_facts)[0]
 
 
 def classes_of(folder: Path) -> MaskClasses:
@@ -52,9 +54,22 @@ def disc() -> Mask:
     return 255 * (np.hypot(*np.mgrid[-40:40, -40:40]) < 25).astype(np.uint8)
 
 
-def test_spread_of_few_and_of_many_paths() -> None:
-    paths = [Path(str(number)) for number in range(130)]
-    assert spread(paths) == paths[::3] and spread(paths[:64]) == paths[:64] and spread([]) == []
+def test_look_that_ends_early() -> None:
+    paths, seconds = [Path(f"{number:03d}") for number in range(130)], iter(range(1000))
+    read, errors = read_some(paths, str, clock=lambda: next(seconds))
+    assert len(read) == LOOK_S and list(read) == sorted(read) != paths[: len(read)] and not errors
+    assert list(read_some(paths, str, clock=lambda: 0)[0]) == paths
+
+
+def test_values_of_very_few_pixels(tmp_path: Path) -> None:
+    masks = [np.tile(np.array([0, 1], np.uint8), (300, 150)) for _ in range(3)]
+    masks[1][0, :9] = 7
+    write_all(tmp_path / "masks", masks)
+    (stray,) = classes_of(tmp_path / "masks").stray
+    assert stray.value == 7 and stray.text == "9 pixels in 1 mask (p1.png)"
+    masks[2][0:2, :40] = 7
+    write_all(tmp_path / "more", masks)
+    assert not classes_of(tmp_path / "more").stray
 
 
 @pytest.mark.parametrize(

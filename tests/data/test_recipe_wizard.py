@@ -14,7 +14,7 @@ from muntin.data.config import DataConfig, open_source
 from muntin.data.recipe_wizard import write_recipe
 from muntin.data.source import SPLITS
 from muntin.errors import DataError, RecipeError
-from muntin.images import write_image
+from muntin.images import read_mask, write_image
 from muntin.training.config import ModelChoice, TrainingConfig
 from muntin.training.recipe import load_recipe
 
@@ -294,6 +294,16 @@ def truncate(*files: Path) -> None:
         file.write_bytes(file.read_bytes()[:60])
 
 
+def test_recipe_for_a_stray_value(tmp_path: Path) -> None:
+    fill(tmp_path, [0, 1], 20)
+    mask = read_mask(tmp_path / "masks" / "p3.png").copy()
+    mask[0, :9] = 7
+    write_image(tmp_path / "masks" / "p3.png", mask)
+    path, survey = write_recipe(tmp_path)
+    assert "value: 7, color: [0, 158, 115]}  # stray? 9 pixels in 1 mask (p3.png)\n" in path.read_text()
+    assert survey.notes[-1].startswith("stray? value 7 has 9 pixels in 1 mask (p3.png): if that is a mistake, correct the mask")
+
+
 def test_recipe_for_damaged_files(tmp_path: Path) -> None:
     """An image, a mask, and more than a split needs; the recipe leaves them out and can be trained."""
     fill(tmp_path, [0, 1], 12)
@@ -302,7 +312,7 @@ def test_recipe_for_damaged_files(tmp_path: Path) -> None:
     recipe, source = open_recipe(path)
     assert recipe["data"]["skip"] == ["images/p3.png", "masks/p5.png"]
     assert re.search(r'- "images/p3\.png"  # is damaged or cut off\n', path.read_text())
-    assert survey.notes[0] == "p3.png is damaged or cut off: left out by data.skip in the recipe"
+    assert survey.notes[0] == "2 files for one reason (is damaged or cut off): p3.png, p5.png: left out by data.skip in the recipe"
     assert (survey.counted, survey.unopened) == (11, 0)
     assert source.notes == ("left out by data.skip: images/p3.png, masks/p5.png",)
     assert {sample.name for name in SPLITS for sample in source.split(name)} == {f"p{n}" for n in range(12)} - {"p3", "p5"}
@@ -310,11 +320,14 @@ def test_recipe_for_damaged_files(tmp_path: Path) -> None:
 
 def test_recipe_for_damaged_pictures_of_classes(tmp_path: Path) -> None:
     fill_classes(tmp_path, count=8)
-    truncate(*(tmp_path / "cat" / f"{number}.png" for number in (0, 2, 4, 6)))
+    truncate(*(tmp_path / "cat" / f"{number}.png" for number in (0, 2, 4)))
+    (tmp_path / "cat" / "6.png").write_bytes(b"")
     path, survey = write_recipe(tmp_path, output=tmp_path / "mine.yaml")
     recipe, source = open_recipe(path)
     assert recipe["data"]["skip"] == [str(tmp_path / "cat" / f"{number}.png") for number in (0, 2, 4, 6)]
-    assert survey.notes[3] == "1 file more cannot be read: see data.skip in the recipe" and len(survey.notes) == 4
+    assert [note.partition(": left out")[0] for note in survey.notes] == [
+        "3 files for one reason (is damaged or cut off): 0.png, 2.png, 4.png", "6.png is empty (0 bytes)"
+    ]  # fmt: skip
     assert sum(len(source.split(name)) for name in SPLITS) == 12
     truncate(*tmp_path.rglob("*.png"))
     path.unlink()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,14 @@ def test_class_in_neither_truth_nor_prediction() -> None:
 def test_class_without_images() -> None:
     result = Evaluation(task="classify", samples=1, counted=1, accuracy=1.0, iou={}, recall={"sea": 1.0, "land": None, "ice": None})
     assert result.notes == ("no image is of land, ice: the accuracy does not cover it",)
+
+
+def test_interval_of_an_accuracy() -> None:
+    result = Evaluation(task="classify", samples=10, counted=10, accuracy=0.8, iou={}, recall={})
+    assert result.interval == pytest.approx((0.490, 0.943), abs=0.001)  # Wilson's, from a table
+    all_right = replace(result, accuracy=1.0).interval
+    assert all_right is not None and all_right[0] < 1 == pytest.approx(all_right[1])
+    assert replace(result, task="segment").interval is None
 
 
 def test_ignored_pixels() -> None:

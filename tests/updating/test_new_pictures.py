@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from muntin.data.classes import ClassSpec
 from muntin.data.source import SPLITS
 from muntin.errors import DataError
 from muntin.images import write_image
-from muntin.updating.new_pictures import NewPictures
+from muntin.updating.new_pictures import NewPictures, digest_of
 
 CLASSES = tuple(ClassSpec(name=name) for name in ("a", "b", "c"))
 
@@ -59,6 +60,34 @@ def test_class_folders_may_be_absent(tmp_path: Path) -> None:
     class_pictures(folder, zebra=1)
     with pytest.raises(DataError, match=r"zebra are no classes .* `--class zebra` adds"):
         opened(folder, task="classify")
+
+
+def test_folders_named_as_init_knows_them(write_new: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_new(count=12)
+    parts = {"train": range(6), "Val": range(6, 9), "test": range(9, 12)}
+    for name, numbers in parts.items():
+        for kind, other in (("images", "imgs"), ("masks", "labels")):
+            files = sorted((folder / kind).iterdir())
+            (tmp_path / "split" / name / other).mkdir(parents=True)
+            for number in numbers:
+                shutil.copy(files[number], tmp_path / "split" / name / other)
+    source = opened(tmp_path / "split")
+    assert [len(source.split(name)) for name in SPLITS] == [6, 3, 3]
+    with pytest.raises(DataError, match="Val/imgs holds no new picture"):
+        opened(tmp_path / "split", known={digest_of(path) for path in (tmp_path / "split" / "Val" / "imgs").iterdir()})
+
+
+def test_class_folders_in_splits(tmp_path: Path) -> None:
+    class_pictures(tmp_path / "new" / "train", a=5, b=4)
+    class_pictures(tmp_path / "new" / "test", c=2)
+    source = opened(tmp_path / "new", task="classify")
+    assert len(source.split("test")) == 2 and len(source.split("train")) + len(source.split("validation")) == 9
+
+
+def test_value_of_an_unknown_class(write_new: Callable[..., Path]) -> None:
+    folder = write_new(relabel={2: 5})
+    with pytest.raises(DataError, match=r"holds the mask values .*5.*: `--class NAME=5` adds a class of this value"):
+        opened(folder).check()
 
 
 def test_unusable_folders(tmp_path: Path, write_new: Callable[..., Path]) -> None:

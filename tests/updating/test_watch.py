@@ -36,6 +36,12 @@ def test_pictures_count_when_they_are_complete(run: Path, tmp_path: Path, write_
     assert watch.waiting(now=time.time() + 10) == 5
     with pytest.raises(DataError, match="no such folder"):
         FolderWatch(watch.run, tmp_path / "none", watch.settings, None)
+    for kind in ("images", "masks"):
+        (watch.folder / kind).rename(watch.folder / kind.title())
+    assert watch.waiting(now=time.time() + 10) == 5
+    shutil.copytree(watch.folder, tmp_path / "whole" / "train")
+    with pytest.raises(DataError, match="a watch makes its own"):
+        FolderWatch(watch.run, tmp_path / "whole", watch.settings, None)
 
 
 def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,6 +192,7 @@ def compress_within(
 ) -> None:
     """Search within `Budget(**terms)`, print the trials and the chosen one. Exits with 1 if no trial is within the budget."""
     notes = prepare_torch()  # before PyTorch is imported
+    from muntin.artifact import open_artifact
     from muntin.budgeting import Budget
     from muntin.budgeting.display import plan_lines, shown_search
     from muntin.budgeting.result import SearchProgress
@@ -201,6 +202,7 @@ def compress_within(
     from muntin.reporting.front.page import write_front
     from muntin.reporting.text import METRICS
     from muntin.training import find_checkpoint, read_checkpoint
+    from muntin.updating.drift.training_pictures import with_training_reference
 
     budget = Budget(**terms)
     if not first_process():
@@ -220,14 +222,15 @@ def compress_within(
         return
     with shown_search(budget.objective, not json, begin=notes_once(() if json else notes)) as progress:
         result = compress_run(checkpoint, budget, folder, progress=progress)
+    _, drift_notes = with_training_reference(open_artifact(result.artifact.path), checkpoint)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
     page = write_front(folder, front_record(result, title=recipe.name, weights=checkpoint.state.weights, metric=metric))
     if json:
-        print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes]})
+        print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes, *drift_notes]})
     else:
         describe_search(result, metric)
         out.print(f"size      ms are of one image of {recipe.data.crop}x{recipe.data.crop}, as in training")
-        print_notes(broken_off(checkpoint))
+        print_notes((*broken_off(checkpoint), *drift_notes))
         out.print(f"page      {page}")
     if not result.kept:
         raise typer.Exit(1)

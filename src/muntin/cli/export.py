@@ -126,12 +126,13 @@ def export_command(
     from muntin.data.classes import renamed_by
     from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.training import find_checkpoint, read_checkpoint
+    from muntin.updating.drift.training_pictures import with_training_reference
 
     if floating and set_:
         raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
     file = find_checkpoint(checkpoint)
     target = output or file.parent.parent / ARTIFACT
-    with status("exporting"):
+    with status("exporting") as stage:
         trained = quantized_by(read_checkpoint(file), set_ or ())
         if classes is not None:
             trained = replace(trained, classes=renamed_by(Path(classes), trained.classes))
@@ -140,10 +141,12 @@ def export_command(
         reused = existing is not None and existing.manifest.signature.classes == trained.classes
         begin = notes_once(() if json else start)
         artifact = export_checkpoint(trained, target, integer=not floating, sizes=sizes, begin=begin)
+        stage("the drift reference")
+        artifact, drift_notes = with_training_reference(artifact, trained)
         if standalone is not None:
             write_standalone(artifact, standalone)
     recorded_notes = artifact.manifest.measured.get("notes")
-    notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else [])]
+    notes = [*broken_off(trained), *(recorded_notes if isinstance(recorded_notes, list) else []), *drift_notes]
     notes = [*start, *notes] if json else notes
     _print_result(artifact, target, standalone, notes, reused=reused, replaced=replaced, floating=floating, json=json)
 

@@ -92,7 +92,7 @@ def describe_survey(path: Path, survey: Survey, advice: str = "") -> None:
     names = [as_yaml(entry.value) if segment else entry.name for entry in classes.classes]
     more = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
     ignored = "" if classes.ignore is None else f"; {classes.ignore} in a mask counts as nothing"
-    unopened = f"; from {survey.counted} masks, {survey.unopened} more were not opened" if survey.unopened else ""
+    unopened = f"; from {count(survey.counted, 'mask')}, {survey.unopened} more were not opened" if survey.unopened else ""
     out.print(f"classes   {', '.join(names[:SHOWN])}{more}{ignored}{unopened}")
     shown = [f"{name}: {percent(share)}" for name, share in zip(names[:SHOWN], classes.shares, strict=False)]
     nothing = 1 - sum(classes.shares)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muntin.cli.console import SHOWN, out, print_json, refuse_unwritable, say
+from muntin.cli.console import SHOWN, out, print_json, refuse_unwritable, say, say_notes
 from muntin.cli.options import ArtifactArgument, EngineOption, JsonOption, PrecisionOption, ThreadsOption
 from muntin.errors import DataError
 from muntin.progress import progress_bar
@@ -30,7 +29,7 @@ _RESULT = re.compile(r"\.(mask|overlay|difference|restored)\.\w+$")
 
 def predict_command(
     artifact: ArtifactArgument,
-    image: Annotated[list[Path], typer.Argument(help="Images, folders of them with the folders inside, or videos.")],
+    image: Annotated[list[Path], typer.Argument(help="Images, folders of them with the folders inside (masks are left out), or videos.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the results; predictions by default.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep results that are there, if artefact, options and image are those that made them.")
@@ -99,7 +98,7 @@ def predict_command(
     from muntin.runtime.options import SessionOptions
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
-    images, address = _images(image, truth, output or RESULTS), _ray_address(on)
+    (images, notes), address = _images(image, truth, output or RESULTS), _ray_address(on)
     if resume and truth:
         raise DataError("--resume goes with several images, and --truth with one: leave one of them out")
     opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams or 1, shapes=(), dynamic=True)
@@ -135,6 +134,8 @@ def predict_command(
 
     ray = None if address is None else RayTarget(address=address, artifact=artifact, opening=opening)
     failures = {}
+    if not json:
+        say_notes(notes)
     with progress_bar("predicting", "images/s") as progress:
         for outcome in compute_files(session, options, left, record=record, progress=progress, ray=ray):
             if outcome.result:
@@ -145,7 +146,8 @@ def predict_command(
     ended = [results[path] for path in images if path in results]
     if json:
         document = {"artifact": artifact, "engine": session.engine, "precision": session.precision}
-        print_json(document | {"results": ended, "failures": [failures[path] for path in images if path in failures]})
+        failed = [failures[path] for path in images if path in failures]
+        print_json(document | {"results": ended, "failures": failed, "notes": notes})
     else:
         _print_results(ended)
     if failures:
@@ -184,47 +186,34 @@ def _print_results(results: Iterable[Result]) -> None:
             out.print(f"the truth's numbers were taken for class numbers, not for a recipe's `value`s: {shown}")
 
 
-def _images(paths: Iterable[Path], truth: Path | None, results: Path) -> list[Path]:
-    """Return the named images and those of the folders and the folders in them, each once.
+def _images(paths: Iterable[Path], truth: Path | None, results: Path) -> tuple[list[Path], list[str]]:
+    """Return the named images and those of the folders (`images_in`), each once, and notes on what was left out.
 
-    Hidden files and folders in a folder are skipped (macOS leaves "._a.jpg" beside "a.jpg"), and so are results that are in the folder
-    `results` already. Raises DataError without images, or for several and one truth.
+    Results that are in the folder `results` already are skipped. Raises DataError without images, or for several and one truth.
     """
     from muntin.images import IMAGE_SUFFIXES
+    from muntin.images.listing import images_in
+    from muntin.images.rasters import RASTER_SUFFIXES
 
-    images: dict[Path, Path] = {}
+    images, notes = dict[Path, Path](), list[str]()
     for path in paths:
-        candidates = _images_below(path, results.resolve()) if path.is_dir() else [path]
+        candidates = [path]
+        if path.is_dir():
+            found, own_notes = images_in(path, suffixes=(*IMAGE_SUFFIXES, *RASTER_SUFFIXES))
+            written = results.resolve() if results.resolve() != path.resolve() else None
+            candidates = [image for image in found if not (written and _RESULT.search(image.name) and _lies_in(image, written))]
+            notes += own_notes
         if not candidates:
             raise DataError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); name an image or a folder of them")
         for image in candidates:
             images.setdefault(image.parent.resolve() / image.name, image)  # a symbolic link counts by its own name
     if truth is not None and len(images) != 1:
         raise DataError(f"--truth goes with one image, and these are {len(images)}: name one")
-    return list(images.values())
+    return list(images.values()), notes
 
 
-def _images_below(top: Path, results: Path) -> list[Path]:
-    """Return the images in a folder and the folders in it, in order; each folder counts once, links included."""
-    from muntin.images import IMAGE_SUFFIXES
-    from muntin.images.rasters import RASTER_SUFFIXES
-
-    found: list[Path] = []
-    seen: set[Path] = set()
-    for place, folders, files in os.walk(top, followlinks=True):
-        folder = Path(place)
-        if (real := folder.resolve()) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        written = results != top.resolve() and real.is_relative_to(results)
-        for name in sorted(files):
-            if name.startswith(".") or Path(name).suffix.lower() not in (*IMAGE_SUFFIXES, *RASTER_SUFFIXES):
-                continue
-            if not (written and _RESULT.search(name)) and (folder / name).is_file():
-                found.append(folder / name)
-    return found
+def _lies_in(image: Path, folder: Path) -> bool:
+    return image.parent.resolve().is_relative_to(folder)
 
 
 def _result_names(images: Iterable[Path]) -> dict[Path, str]:

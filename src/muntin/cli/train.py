@@ -354,12 +354,15 @@ def evaluate_command(
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
     notes = (*broken_off(loaded), *result.notes)
+    interval = result.interval if isinstance(result, Evaluation) else None
     if json:
-        print_json({"split": split, "engine": session.engine, "score": result.score, **asdict(result), "notes": (*start, *notes)})
+        scores = {"score": result.score, "interval": interval, **asdict(result)}
+        print_json({"split": split, "engine": session.engine, **scores, "notes": (*start, *notes)})
         return
     metric = METRICS[signature.task]
     numbers = number_format(session.precision, integers=artifact is not None and open_artifact(artifact).manifest.integers)
-    out.print(f"{metric.name} {metric.exact(result.score)} on {split} ({count(result.samples, 'sample')}), {session.engine}, {numbers}")
+    samples = count(result.samples, "sample") + ("" if interval is None else f", 95 % interval {interval[0]:.3f} to {interval[1]:.3f}")
+    out.print(f"{metric.name} {metric.exact(result.score)} on {split} ({samples}), {session.engine}, {numbers}")
     if isinstance(result, RestoredScores):
         for line in _restored_lines(result, signature.scale):
             out.print(f"  {line}")

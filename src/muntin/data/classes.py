@@ -16,11 +16,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from muntin.artifact import Artifact, open_artifact
 from muntin.artifact.classes import Channel8, ClassInfo, renamed
 from muntin.artifact.store import rewrite_artifact
-from muntin.data.listing import composed
 from muntin.data.section import Section
 from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.images import IGNORED
+from muntin.images.listing import composed
 from muntin.images.opening import PictureFile, UInt8
 
 RGB = tuple[Channel8, Channel8, Channel8]
@@ -28,6 +28,7 @@ Classes = Iterable["str | ClassInfo | ClassSpec | Mapping[str, Any]"] | Mapping[
 """Classes as users give them: see `specs_of`."""
 MaskValue = Annotated[int, Field(ge=0, le=65535)] | RGB
 _FORMS = "give names, or entries with name and color, [red, green, blue] from 0 to 255"
+UNKNOWN_VALUE = "add a class, set `ignore`, or correct the mask"
 _MAX_LISTED = 5  # values that an error message lists
 
 # Okabe and Ito's palette for colour-blind readers, ordered so that neighbours differ in lightness, too.
@@ -131,10 +132,12 @@ def relabel_artifact(artifact: Artifact, classes: Sequence[ClassInfo]) -> Artifa
 class MaskMapping:
     """Maps the values in masks, integers or colours, to class numbers 0..K-1, and the value `ignore` to 255.
 
+    `advice`: what to do about a value of no class, which it may name as {value}.
     Raises DataError: a value twice, or integers mixed with colours.
     """
 
-    def __init__(self, classes: Sequence[ClassSpec], ignore: int | RGB | None) -> None:
+    def __init__(self, classes: Sequence[ClassSpec], ignore: int | RGB | None, advice: str = UNKNOWN_VALUE) -> None:
+        self._advice = advice
         values = [index if entry.value is None else entry.value for index, entry in enumerate(classes)]
         self.colors = not isinstance(values[0], int)
         if any(isinstance(value, int) == self.colors for value in values):
@@ -168,10 +171,8 @@ class MaskMapping:
             labels[empty], known[empty] = IGNORED, True
         if not known.all():
             unknown = [as_yaml(code_color(code) if self.colors else code) for code in np.unique(codes[~known]).tolist()]
-            raise DataError(
-                f"{path} holds the mask values {list_some(unknown)}, allowed are {self._allowed}: "
-                "add a class, set `ignore`, or correct the mask"
-            )
+            advice = self._advice.format(value=unknown[0].strip("[]").replace(" ", ""))
+            raise DataError(f"{path} holds the mask values {list_some(unknown)}, allowed are {self._allowed}: {advice}")
         return labels
 
     def _look_up(self, codes: npt.NDArray[Any]) -> tuple[UInt8, npt.NDArray[np.bool_]]:

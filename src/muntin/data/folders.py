@@ -12,11 +12,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some
+from muntin.data.classes import RGB, UNKNOWN_VALUE, ClassSpec, MaskMapping, class_infos, list_some
 from muntin.data.items import Failure, Item, ItemSource
-from muntin.data.listing import (
-    EMPTY_MARK,
-    RECIPE_NAME,
+from muntin.data.section import Section
+from muntin.data.source import SPLITS, SplitName
+from muntin.data.splits import check_disjoint, empty_split_error, split_of
+from muntin.errors import DataError
+from muntin.images import IGNORED, IMAGE_SUFFIXES
+from muntin.images.listing import (
     composed,
     entries,
     folders_below,
@@ -27,12 +30,12 @@ from muntin.data.listing import (
     pictures,
     subfolders,
 )
-from muntin.data.section import Section
-from muntin.data.source import SPLITS, SplitName
-from muntin.data.splits import check_disjoint, empty_split_error, split_of
-from muntin.errors import DataError
-from muntin.images import IGNORED, IMAGE_SUFFIXES
 from muntin.text import count
+
+RECIPE_NAME = "recipe.yaml"
+"""The file that `muntin init` writes; it may lie beside the images."""
+EMPTY_MARK = ".no-pictures"
+"""A file in the folder of a class that has no training images on purpose; updates write it."""
 
 
 class FolderPair(Section):
@@ -63,6 +66,8 @@ class FolderSource(ItemSource):
     without a mask, and two with one stem, are refused by `check`, which names files that cannot be read with them, and by `split`.
     """
 
+    _unknown_value = UNKNOWN_VALUE
+
     def __init__(
         self,
         *,
@@ -83,7 +88,7 @@ class FolderSource(ItemSource):
             classes = [ClassSpec(name=folder.name) for folder in class_folders(base.images).values() if not is_results_folder(folder)]
         self.classes = class_infos(classes, self.task)
         items = self._split_items(base, {"validation": validation, "test": test}, seed)
-        self._finish(items, None if base.masks is None else MaskMapping(classes, ignore), cache_bytes)
+        self._finish(items, None if base.masks is None else MaskMapping(classes, ignore, self._unknown_value), cache_bytes)
 
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float | int)}

@@ -14,10 +14,10 @@ import numpy.typing as npt
 
 from muntin.artifact.classes import ClassInfo
 from muntin.data.classes import MaskMapping, list_some
-from muntin.data.listing import composed
 from muntin.data.source import SPLITS, CheckProgress, DataTask, Sample, SampleCache, Samples, SplitName
 from muntin.errors import DataError
 from muntin.images import IGNORED, image_size, read_image, read_mask
+from muntin.images.listing import composed
 from muntin.images.opening import PictureFile, UInt8
 from muntin.images.rasters import OpenRasters, Raster, bands, is_windowed, mask_raster, picture_raster, tiff_header
 

@@ -15,21 +15,26 @@ from pathlib import Path
 
 from muntin.data.classes import list_some
 from muntin.data.folders import FolderPair, folders_apart
-from muntin.data.listing import composed, holds_results, is_results_folder, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.shards.source import ShardContent, shard_content, shard_files
 from muntin.data.source import DataTask, SplitName
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES
+from muntin.images.listing import (
+    FOLDER_NAMES,
+    composed,
+    folder_named,
+    holds_results,
+    image_folder_pair,
+    is_results_folder,
+    paired_folders,
+    paired_splits,
+    pictures,
+    pictures_below,
+    subfolders,
+)
 from muntin.images.opening import PictureFile
 from muntin.text import count
 
-FOLDER_NAMES: dict[str, tuple[str, ...]] = {
-    "images": ("images", "image", "imgs", "img"),
-    "masks": ("masks", "mask", "labels", "annotations"),
-    "train": ("train", "training"),
-    "validation": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 _EXPECTED = (
     "expected images/ and masks/ (or train/, val/ and test/ that hold these), or for classification one folder of images for each class, "
     f"with images as {', '.join(IMAGE_SUFFIXES)}; or shards, .tar files that hold 1.jpg with 1.mask.png or 1.cls"
@@ -82,12 +87,12 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
     """
     if not root.is_dir():
         raise DataError(f"the folder {root} does not exist: name the folder that holds your pictures")
-    train = _folder_named(root, "train")
-    split_folders: dict[SplitName, Path | None] = {name: _folder_named(root, name) for name in ("validation", "test")}
+    train, paired = folder_named(root, "train"), paired_splits(root)
+    split_folders: dict[SplitName, Path | None] = {name: folder_named(root, name) for name in ("validation", "test")}
     for base in (root,) if train is None else (train, root):
         layout = None
-        if task != "classify":
-            layout = _segment_layout(base, split_folders, required=base is not root)
+        if task != "classify" and paired and paired["train"][0].parent == base:
+            layout = _segment_layout(paired, split_folders, required=base is not root)
         if layout is None and task != "segment":
             # Beside class folders, a folder called `test` may be a class: only the folders beside `train` are splits.
             layout = _classify_layout(base, {} if base is root else split_folders, task_given=task is not None)
@@ -100,7 +105,7 @@ def find_layout(root: Path, task: DataTask | None) -> Layout:
     reason = single if len(with_pictures) == 1 else ""
     deep = _class_folders(root, deep=True) if task is None else []
     recipe, hint = ("a recipe", "; photographs alone: `muntin init FOLDER --task restore`") if task is None else (f"a {task} recipe", "")
-    if root.name.lower() in FOLDER_NAMES["images"] + FOLDER_NAMES["masks"] and _pair_in(root.resolve().parent):
+    if root.name.lower() in FOLDER_NAMES["images"] + FOLDER_NAMES["masks"] and image_folder_pair(root.resolve().parent):
         hint = f"; {root.resolve().parent} holds both images and masks: name it"
     elif len(deep) > 1:
         hint = f"; if {list_some([folder.name for folder in deep], 3)} are classes, whose pictures lie in folders below: --task classify"
@@ -111,11 +116,11 @@ def unused_split_notes(base: Path) -> list[str]:
     """A note for each folder beside images and masks that has the name of a split and pictures, but not both images and masks."""
     notes = []
     for name in ("validation", "test"):
-        folder = _folder_named(base, name)
+        folder = folder_named(base, name)
         if (
             folder is not None
-            and not _pair_in(folder)
-            and (pictures(folder) or _folder_named(folder, "images") or _folder_named(folder, "masks"))
+            and not image_folder_pair(folder)
+            and (pictures(folder) or folder_named(folder, "images") or folder_named(folder, "masks"))
         ):
             notes.append(
                 f"{folder.name}/ is not used, since it holds no images/ and masks/ with files: {name} takes a share of the other pictures"
@@ -134,23 +139,21 @@ def nested_class_notes(base: Path) -> list[str]:
     return notes
 
 
-def _segment_layout(base: Path, split_folders: Mapping[SplitName, Path | None], *, required: bool) -> Layout | None:
+def _segment_layout(paired: Mapping[str, tuple[Path, Path]], split_folders: Mapping[SplitName, Path | None], *, required: bool) -> Layout:
     """`required`: a split's folder without images and masks is an error; otherwise it is not used."""
-    pair = _pair_in(base)
-    if pair is None:
-        return None
-    splits = {name: None if folder is None else _pair_in(folder) for name, folder in split_folders.items()}
+    pairs = {name: FolderPair(images=images, masks=masks) for name, (images, masks) in paired.items()}
     for name, folder in split_folders.items():
-        if required and folder is not None and splits[name] is None:
-            raise DataError(f"{folder} holds no images/ and masks/ with files in them, {base} does: {_EXPECTED}")
-    return Layout(task="segment", base=pair, validation=splits["validation"], test=splits["test"])
+        if required and folder is not None and name not in pairs:
+            raise DataError(f"{folder} holds no images/ and masks/ with files in them, {pairs['train'].images.parent} does: {_EXPECTED}")
+    return Layout(task="segment", base=pairs["train"], validation=pairs.get("validation"), test=pairs.get("test"))
 
 
 def _classify_layout(base: Path, split_folders: Mapping[SplitName, Path | None], *, task_given: bool) -> Layout | None:
     class_folders = _class_folders(base, deep=task_given)
     if len(class_folders) < 2:
         return None
-    reserved = next((folder for folder in class_folders if any(folder.name.lower() in names for names in FOLDER_NAMES.values())), None)
+    names = {name for role in FOLDER_NAMES if role != "targets" for name in FOLDER_NAMES[role]}  # "clean" and "sharp" are classes, too
+    reserved = next((folder for folder in class_folders if folder.name.lower() in names), None)
     if reserved is not None and not task_given:
         raise DataError(
             f"{reserved} has the name of a split, of images or of masks, and lies beside folders that do not fit it: {_EXPECTED}; if it is "
@@ -186,7 +189,7 @@ def _shard_layout(root: Path, task: DataTask | None) -> Layout | None:
 
 def _shards_named(root: Path, role: str) -> Path | None:
     """The folder in `root` with one of the names for `role` that holds shards, or a pattern of the shards whose names begin with one."""
-    folder = _folder_named(root, role)
+    folder = folder_named(root, role)
     if folder is not None and any(_is_shard(path) for path in folder.iterdir()):
         return folder
     for path in sorted(root.iterdir()):
@@ -199,22 +202,6 @@ def _shards_named(root: Path, role: str) -> Path | None:
 
 def _is_shard(path: Path) -> bool:
     return path.suffix.lower() == ".tar" and path.is_file() and not path.name.startswith(".")
-
-
-def _folder_named(parent: Path, role: str) -> Path | None:
-    """The folder in `parent` that has one of the names for `role`."""
-    by_name = {path.name.lower(): path for path in subfolders(parent)}
-    return next((by_name[name] for name in FOLDER_NAMES[role] if name in by_name), None)
-
-
-def _pair_in(folder: Path) -> FolderPair | None:
-    """The folders of images and masks in `folder`, if both hold pictures."""
-    images, masks = _folder_named(folder, "images"), _folder_named(folder, "masks")
-    if images is None or masks is None:
-        return None
-    places = paired_folders(images, masks)
-    both = any(pictures(folder) for _, folder, _ in places) and any(pictures(folder) for *_, folder in places)
-    return FolderPair(images=images, masks=masks) if both else None
 
 
 def equal_stem_notes(folder: Path) -> list[str]:

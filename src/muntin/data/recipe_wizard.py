@@ -12,27 +12,27 @@ from pathlib import Path
 import yaml
 
 from muntin.data.classes import as_yaml, list_some
-from muntin.data.folders import FolderPair
+from muntin.data.folders import RECIPE_NAME, FolderPair
 from muntin.data.inspection import (
-    MaskArray,
+    LOOK_S,
     MaskClasses,
     classes_in_folders,
     classes_in_masks,
     crop_side,
     ignored_value_notes,
-    mask_pixels,
+    mask_facts,
     picture_channels,
     picture_facts,
     read_some,
 )
 from muntin.data.layout import Layout, equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
-from muntin.data.listing import RECIPE_NAME, composed, folders_below, is_utf8, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
 from muntin.data.shards.inspection import shard_classes
 from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
 from muntin.images import write_whole
+from muntin.images.listing import composed, folders_below, is_utf8, paired_folders, pictures, pictures_below, subfolders
 from muntin.images.opening import PictureFile
 from muntin.text import count
 
@@ -41,7 +41,7 @@ FEW_PIXELS = 0.02
 """Share of the pixels below which a class is called rare."""
 FEW_PICTURES = 1 / 3
 """Share of the most frequent class's pictures below which a class is called rare."""
-_MAX_REASONS = 3  # notes on files that cannot be read
+_MAX_REASONS, _MAX_FILES = 12, 12  # reasons in the notes on files that cannot be read, and names for each
 _FIRST_MODEL = "hybrid-xxs  # the fastest, for a first result; hybrid-xs,"
 _FIRST_RESTORER = """hybrid-xs
   options: {stem: [WIDE, 48, 64], pairs: [1, 1], decoder: WIDE, dims: [128], depths: [1], finest: 2}  # ends at half of the sides
@@ -75,7 +75,7 @@ compression:  # `muntin compress` after `muntin fit`: low rank, 4-bit weights, m
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Contents of a user's folder. At most 64 images and 64 masks were opened."""
+    """Contents of a user's folder. Images and masks were opened for `LOOK_S` seconds each."""
 
     layout: Layout
     classes: MaskClasses
@@ -94,7 +94,8 @@ class Survey:
 
 
 def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> tuple[Path, Survey]:
-    """Write `recipe.yaml` into the user's folder. Returns its path, and what was seen in the folder. Opens at most 64 masks and 64 images.
+    """Write `recipe.yaml` into the user's folder. Returns its path, and what was seen in the folder. Reads images and masks for at most
+    `LOOK_S` seconds each.
 
     `task` None: segmentation if there are masks, else classification; restore by name only. `output`: the file to write instead, with
     absolute paths. Raises RecipeError if the recipe exists or cannot be written, DataError if the folder holds nothing usable or too few
@@ -120,7 +121,6 @@ def _survey(layout: Layout) -> Survey:
     pairs = [pair for pair in (base, layout.validation, layout.test) if pair is not None]
     images = list(layout.training_pictures().values())
     facts, unreadable = read_some(images, picture_facts)
-    masks: dict[PictureFile, MaskArray] = {}
     unopened_images = len(images) - len(facts) - len(unreadable)
     if layout.shards is not None:
         content, failed = layout.shards, list(layout.shards.failures.values())
@@ -140,31 +140,56 @@ def _survey(layout: Layout) -> Survey:
         notes = [] if layout.deep else nested_class_notes(base.images)
         folders = [inside for pair in pairs for folder in subfolders(pair.images) for _, inside in folders_below(folder)]
     else:
-        mask_files = [path for *_, folder in layout.places() for path in pictures(folder)]
-        masks, unreadable_masks = read_some(list[PictureFile](mask_files), mask_pixels)
+        places = [place for pair in pairs if pair.masks is not None for place in paired_folders(pair.images, pair.masks)]
+        mask_files = [path for *_, folder in places for path in pictures(folder)]
+        masks, unreadable_masks = read_some(list[PictureFile](mask_files), mask_facts)
         unreadable |= unreadable_masks
         classes, counted = classes_in_masks(masks, base.masks), len(masks)
         unopened = len(mask_files) - len(masks) - len(unreadable_masks)
-        folders = [
-            folder for pair in pairs if pair.masks is not None for place in paired_folders(pair.images, pair.masks) for folder in place[1:]
-        ]
+        folders = [folder for place in places for folder in place[1:]]
         unpaired = [note for pair in pairs for note in unpaired_notes(pair)]
         notes = [*unused_split_notes(base.images.parent), *ignored_value_notes(masks), *unpaired]
     notes += [note for folder in folders for note in equal_stem_notes(folder)]
-    notes += balance_notes(classes, layout.task)
+    notes += [*balance_notes(classes, layout.task), *stray_notes(classes)]
+    if unopened:
+        read = f"{counted} of {counted + unopened} masks were read in {LOOK_S:.0f} s"
+        notes.append(f"{read}: `muntin fit` reads all, and names a value that the recipe lacks")
     for file, error in unreadable.items():
         if not is_utf8(str(file)):  # a recipe cannot name it
             raise error
-    reasons = [_reason(file, error) for file, error in list(unreadable.items())[:_MAX_REASONS]]
-    notes += [f"{name} {reason}: left out by data.skip in the recipe" for name, reason in reasons]
-    if len(unreadable) > _MAX_REASONS:
-        notes.append(f"{count(len(unreadable) - _MAX_REASONS, 'file')} more cannot be read: see data.skip in the recipe")
+    notes += unreadable_notes(unreadable)
     if unreadable and unopened_images:
         notes.append(f"{count(unopened_images, 'image')} not opened: `muntin fit` opens all, and names those that cannot be read")
     return Survey(
         layout=layout, classes=classes, counted=counted, unopened=unopened, opened=len(images) - unopened_images,
         channels=picture_channels(facts), crop=crop_side(facts, layout.task), unreadable=unreadable, notes=tuple(notes),
     )  # fmt: skip
+
+
+def unreadable_notes(unreadable: Mapping[PictureFile, DataError]) -> list[str]:
+    """A note on each reason for which files cannot be read, with their names."""
+    files: dict[str, list[str]] = {}
+    for file, error in unreadable.items():
+        name, reason = _reason(file, error)
+        files.setdefault(reason, []).append(name)
+    notes = []
+    for reason, names in list(files.items())[:_MAX_REASONS]:
+        several = f"{len(names)} files for one reason ({reason}): {list_some(names, _MAX_FILES)}"
+        notes.append(f"{several if len(names) > 1 else f'{names[0]} {reason}'}: left out by data.skip in the recipe")
+    if more := sum(map(len, list(files.values())[_MAX_REASONS:])):
+        notes.append(f"{count(more, 'file')} more cannot be read, for other reasons: see data.skip in the recipe")
+    return notes
+
+
+def stray_notes(classes: MaskClasses) -> list[str]:
+    """A note on the values of very few pixels."""
+    if not classes.stray:
+        return []
+    named = list_some([f"value {as_yaml(entry.value)} has {entry.text}" for entry in classes.stray], 3)
+    return [
+        f"stray? {named}: if that is a mistake, correct the mask and remove the class from the recipe; or set data.ignore to the value in "
+        f"place of {'null' if classes.ignore is None else classes.ignore}"
+    ]
 
 
 def balance_notes(classes: MaskClasses, task: DataTask) -> list[str]:
@@ -176,7 +201,8 @@ def balance_notes(classes: MaskClasses, task: DataTask) -> list[str]:
         for entry, share in zip(classes.classes, classes.shares, strict=True)
     }
     bound = FEW_PIXELS if task == "segment" else FEW_PICTURES * max(shares.values())
-    few = sorted((name for name, share in shares.items() if share < bound), key=shares.__getitem__)
+    stray = {as_yaml(entry.value) for entry in classes.stray}
+    few = sorted((name for name, share in shares.items() if share < bound and name not in stray), key=shares.__getitem__)
     if not few:
         return []
     named = list_some([f"{name} ({percent(shares[name])})" for name in few], 3)
@@ -199,7 +225,11 @@ def percent(share: float) -> str:
 def _reason(file: PictureFile, error: DataError) -> tuple[str, str]:
     """The name of a file, and why it cannot be read, printable and without advice."""
     reason = str(error).removeprefix(str(file)).partition(": ")[0].strip()
-    return file.name, "".join(letter if letter.isprintable() else "?" for letter in reason)
+    return file.name, _printable(reason)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def run_name(folder: str) -> str:
@@ -272,9 +302,10 @@ def _class_lines(survey: Survey) -> list[str]:
         lines = ["  classes:  # in order; `value` is the value in the masks, `color` how muntin paints it (red, green, blue): rename them"]
         if survey.unopened:
             lines.append(f"    # from {count(survey.counted, 'mask')}; {survey.unopened} more were not opened: add their classes")
+    stray = {entry.value: f"  # stray? {entry.text}" for entry in survey.classes.stray}
     for entry in survey.classes.classes:
         value = "" if entry.value is None else f", value: {as_yaml(entry.value)}"
-        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {as_yaml(entry.color)}}}")
+        lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {as_yaml(entry.color)}}}{_printable(stray.get(entry.value, ''))}")
     return lines
 
 

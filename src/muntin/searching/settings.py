@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from muntin.artifact.atomic_files import write_files
-from muntin.budgeting.latency import latency_settings
+from muntin.budgeting.forms.latency import latency_settings
 from muntin.errors import MuntinError, RecipeError
 from muntin.searching.space import Space
 from muntin.searching.study import Sampler

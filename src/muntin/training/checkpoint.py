@@ -31,8 +31,8 @@ from muntin.artifact import Signature
 from muntin.artifact.atomic_directory import replace_directory
 from muntin.artifact.classes import ClassInfo, present_classes
 from muntin.data import Source, calibration_batches, open_source
-from muntin.data.listing import composed
 from muntin.errors import ArtifactError, CheckpointError, DataError
+from muntin.images.listing import composed
 from muntin.models import ModelConfig
 from muntin.models.compression_record import Change, CompressionRecord
 from muntin.models.create import preset_options

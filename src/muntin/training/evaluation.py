@@ -5,6 +5,7 @@ Axes: H W map, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,15 @@ class Evaluation:
     def score(self) -> float:
         """Score of the task: mean IoU for segment, accuracy for classify. Higher is better."""
         return self.miou if self.task == "segment" else self.accuracy
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the accuracy of classify by the number of images (Wilson 1927). None for segment: its pixels are no sample."""
+        if self.task == "segment":
+            return None
+        z, n, p = 1.96, self.counted, self.accuracy
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
     @property
     def figures(self) -> dict[str, Any]:

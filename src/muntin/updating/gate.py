@@ -90,6 +90,22 @@ class GateVerdict(BaseModel):
         return f"{'accepted' if self.accepted else 'refused'}: {', '.join(parts)}"
 
 
+def next_steps(verdict: GateVerdict, share: float) -> tuple[str, ...]:
+    """What to try after a refusal, a line for each kind of failed check. `share`: the `update.share` of the update."""
+    longer = f"more new images, or more steps (--set update.share={min(10, 2 * share):.3g})"
+    lines = {
+        "loss": f"for the loss on old data fewer steps (--set update.share={share / 2:.3g}) or more kept images (--set update.memory), or "
+        "allow it by --accept max_drop, of a class max_class_drop",
+        "gain": f"for a gain {longer}",
+        "new class": f"for the new class more images of it, or {longer}",
+        "swapped": "for swapped labels correct the new masks or folders",
+        "problems": "`muntin verify` of the artifact, which names its problems",
+        "latency": "for the latency --accept max_slowdown, which also measures it again",
+        "size": "for the size --accept max_growth",
+    }
+    return tuple(text for kind, text in lines.items() if any(check.name.startswith(kind) for check in verdict.failed))
+
+
 def write_verdict(verdict: GateVerdict, directory: Path) -> Path:
     """Write `verdict.json` into the folder of an update."""
     path = directory / VERDICT

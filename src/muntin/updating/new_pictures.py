@@ -1,7 +1,8 @@
-"""The new pictures of a folder, in the layout of the run's own data: `images/` and `masks/`, or a folder for each class.
+"""The new pictures of a folder, in the layouts that `muntin init` knows: `images/` and `masks/`, or a folder for each class.
 
-A folder need not hold every class. Each picture belongs to train, validation or test by a hash of its name. Pictures that an earlier
-update saw, recognised by their content, are left out: a picture to judge by never becomes one to train with.
+Both also in train/, val/ and test/, which are then the splits; otherwise each picture belongs to train, validation or test by a hash of its
+name. A folder need not hold every class. Pictures that an earlier update saw, recognised by their content, are left out: a picture to judge
+by never becomes one to train with.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 from muntin.data.classes import RGB, ClassSpec, list_some
 from muntin.data.folders import FolderPair, FolderSource, class_folders
 from muntin.data.items import Failure, Item, ItemSamples
-from muntin.data.listing import composed, entries, folders_below, is_picture, paired_folders
 from muntin.data.source import SPLITS, CheckProgress, DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError
+from muntin.images.listing import composed, folder_named, folders_below, paired_folders, paired_splits, pictures
 from muntin.images.opening import PictureFile
 from muntin.text import count
 
@@ -37,6 +38,8 @@ class NewPictures(FolderSource):
     opened; its kind `NewPicturesError` if too few pictures are new, and, also from `check` and `split`, for damaged ones.
     """
 
+    _unknown_value = "`--class NAME={value}` adds a class of this value; otherwise correct the mask"
+
     def __init__(
         self,
         folder: Path,
@@ -53,18 +56,21 @@ class NewPictures(FolderSource):
         self._listed: str | None = None
         self.digests: dict[Path, str] = {}
         """sha256 of the new pictures' files, their masks not included."""
-        files = _pictures(folder, task, [entry.name for entry in classes])
-        digests = {path: digest_of(path) for path in files}
+        names = [entry.name for entry in classes]
+        pairs = self._pairs = _split_folders(folder, task, names)
+        digests = {path: digest_of(path) for pair in pairs.values() for path in _pictures(pair, names)}
+        if not digests:
+            raise DataError(f"--data {folder} holds no picture: put some there")
         skip = [path for path, digest in digests.items() if digest in known]
-        if len(skip) == len(files):
+        if len(skip) == len(digests):
             raise NewPicturesError(
-                f"{folder} holds no new picture: its {count(len(files), 'picture')} are in an earlier update: add others"
+                f"{folder} holds no new picture: its {count(len(digests), 'picture')} are in an earlier update: add others"
             )
         self.digests = {path: digest for path, digest in digests.items() if digest not in known}
-        base = FolderPair(images=folder) if task == "classify" else FolderPair(images=folder / "images", masks=folder / "masks")
         super().__init__(
-            base=base, validation=validation, test=test, classes=classes, ignore=ignore, channels=channels, skip=skip, root=folder
-        )
+            base=pairs["train"], validation=pairs.get("validation", validation), test=pairs.get("test", test), classes=classes,
+            ignore=ignore, channels=channels, skip=skip, root=folder,
+        )  # fmt: skip
 
     def listing_digest(self) -> str:
         """sha256 of the names, contents and targets of all pictures, at the first call."""
@@ -75,7 +81,8 @@ class NewPictures(FolderSource):
             for item in self.items(name):
                 assert isinstance(item.image, Path)
                 target = digest_of(item.mask) if isinstance(item.mask, Path) else item.key.partition("/")[0]
-                rows.append([item.key, self.digests[item.image], target])
+                split = f"{name}/" if name != "train" and name in self._pairs else ""
+                rows.append([split + item.key, self.digests[item.image], target])
         self._listed = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
         return self._listed
 
@@ -101,7 +108,10 @@ class NewPictures(FolderSource):
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float)}
         keys = [item.key for item in self._items(base)]
+        empty = [other.images for other in others.values() if isinstance(other, FolderPair) and not self._items(other)]
         self._notes.clear()  # the second listing notes the same
+        if empty:
+            raise NewPicturesError(f"{empty[0]} holds no new picture: add some, or remove the folder, and pictures of train/ are taken")
         filling = filling_seed(keys, shares, by_class=self.task == "classify")
         if filling is None:
             raise NewPicturesError(
@@ -118,27 +128,40 @@ class NewPictures(FolderSource):
             self._notes.append(f"{count(len(self._skipped), 'picture')} of {self.folder} known from an earlier update: left out")
 
 
-def _pictures(folder: Path, task: DataTask, names: Sequence[str]) -> list[Path]:
-    """The picture files of a folder. Raises `DataError` for a missing folder, and for a class's folder that `names` lacks."""
+def _split_folders(folder: Path, task: DataTask, names: Sequence[str]) -> dict[str, FolderPair]:
+    """The folders by split; "validation" and "test" only if they have their own. Raises `DataError` for a folder of no known layout.
+
+    `names`: the classes, which may be called as a split.
+    """
     if not folder.is_dir():
         layout = "a folder for each class" if task == "classify" else "images/ and masks/"
         raise DataError(f"--data {folder}: no such folder: name one with {layout}")
     if task == "segment":
-        if absent := [name for name in ("images", "masks") if not (folder / name).is_dir()]:
-            raise DataError(f"--data {folder} has no folder {absent[0]}: put the pictures into images/ and their masks into masks/")
-        places = [images for _, images, _ in paired_folders(folder / "images", folder / "masks")]
+        if paired := paired_splits(folder):
+            return {split: FolderPair(images=images, masks=masks) for split, (images, masks) in paired.items()}
+        absent = next((role for role in ("images", "masks") if folder_named(folder, role) is None), None)
+        problem = "holds no images with masks" if absent is None else f"has no folder {absent}"
+        raise DataError(f"--data {folder} {problem}: put the pictures into images/ and their masks, of the same names, into masks/")
+    train = folder_named(folder, "train")
+    if train is None or composed(train.name) in names:
+        return {"train": FolderPair(images=folder)}
+    places = {"train": train} | {split: folder_named(folder, split) for split in ("validation", "test")}
+    return {split: FolderPair(images=place) for split, place in places.items() if place is not None}
+
+
+def _pictures(pair: FolderPair, names: Sequence[str]) -> list[Path]:
+    """The picture files of a split. Raises `DataError` for a class's folder that `names` lacks."""
+    if pair.masks is not None:
+        places = [images for _, images, _ in paired_folders(pair.images, pair.masks)]
     else:
-        folders = class_folders(folder)
+        folders = class_folders(pair.images)
         if unknown := sorted(set(folders) - {composed(name) for name in names}):
             raise DataError(
-                f"--data {folder}: the folders {list_some(unknown)} are no classes of the model, which are {list_some(list(names))}: "
+                f"--data {pair.images}: the folders {list_some(unknown)} are no classes of the model, which are {list_some(list(names))}: "
                 f"`--class {unknown[0]}` adds a class, otherwise remove the folder"
             )
         places = [inside for own in folders.values() for _, inside in folders_below(own)]
-    files = [path for place in places for path in entries(place) if is_picture(path)]
-    if not files:
-        raise DataError(f"--data {folder} holds no picture: put some there")
-    return files
+    return [path for place in places for path in pictures(place)]
 
 
 def digest_of(path: Path) -> str:

@@ -32,7 +32,8 @@ from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.progress.report import FitProgress, FitReport
 from muntin.training.recipe import Recipe, override_recipe
-from muntin.updating.gate import GateVerdict, judge_artifact, read_verdict, write_verdict
+from muntin.updating.drift.training_pictures import with_training_reference
+from muntin.updating.gate import GateVerdict, judge_artifact, next_steps, read_verdict, write_verdict
 from muntin.updating.learner import learn
 from muntin.updating.new_pictures import NewPictures
 from muntin.updating.strategies import STRATEGIES
@@ -55,7 +56,7 @@ class PushRecord(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """Result of an update. `artifact`, `verdict`: None if training was interrupted."""
+    """Result of an update. `artifact`, `verdict`: None if training was interrupted. `advice`: what to try after a refusal."""
 
     directory: Path
     parent: Checkpoint
@@ -63,6 +64,7 @@ class UpdateResult:
     artifact: Artifact | None
     verdict: GateVerdict | None
     notes: tuple[str, ...]
+    advice: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -208,12 +210,13 @@ def update_run(
     directory = directory or next_folder(run_directory(run), plan)
     with folder_in_use(directory, "muntin update") as notes:
         learned = learn(plan, directory, report=report)
-        verdict, artifact = None, None
+        verdict, artifact, drift_notes = None, None, tuple[str, ...]()
         if learned.finished:
-            artifact, verdict = _judged(plan, learned.checkpoint, directory, threads, report)
+            artifact, verdict, drift_notes = _judged(plan, learned.checkpoint, directory, threads, report)
         return UpdateResult(
             directory=directory, parent=plan.parent, checkpoint=learned.checkpoint, artifact=artifact, verdict=verdict,
-            notes=(*notes, *learned.notes, *(() if verdict is None else verdict.notes)),
+            notes=(*notes, *learned.notes, *(() if verdict is None else verdict.notes), *drift_notes),
+            advice=() if verdict is None else next_steps(verdict, plan.config.share),
         )  # fmt: skip
 
 
@@ -237,12 +240,12 @@ def next_folder(run: Path, plan: UpdatePlan) -> Path:
 
 def _judged(
     plan: UpdatePlan, checkpoint: Checkpoint, directory: Path, threads: int | None, report: FitReport
-) -> tuple[Artifact, GateVerdict]:
+) -> tuple[Artifact, GateVerdict, tuple[str, ...]]:
     def stage(name: str) -> None:
         report(FitProgress(kind="prepare", step=0, steps=0, note=name))
 
     stage("exporting")
-    new = export_checkpoint(checkpoint, directory / ARTIFACT)
+    new, drift_notes = with_training_reference(export_checkpoint(checkpoint, directory / ARTIFACT), checkpoint, threads=threads)
     own = plan.parent.path.parent.parent / ARTIFACT
     old = exported(plan.parent, own) or export_checkpoint(plan.parent, directory / PARENT_ARTIFACT)
     existing = read_verdict(directory)
@@ -251,7 +254,7 @@ def _judged(
         and (existing.artifact, existing.parent) == (new.digest, old.digest)
         and existing.conditions == plan.config.accept
     ):
-        return new, existing
+        return new, existing, drift_notes
     test = open_source(checkpoint.recipe.data, root=directory.resolve()).split("test")
     old_samples, new_samples = (windows_to_judge(of_kind(test, prefix), plan.side) for prefix in (OLD, NEW))
     verdict = judge_artifact(
@@ -259,4 +262,4 @@ def _judged(
         data=plan.new.listing_digest(), strategy=plan.config.strategy, threads=threads, stage=stage,
     )  # fmt: skip
     write_verdict(verdict, directory)
-    return new, verdict
+    return new, verdict, drift_notes

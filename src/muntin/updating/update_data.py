@@ -29,9 +29,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from muntin.artifact.atomic_files import sync_directory
 from muntin.data.classes import RGB, ClassSpec
 from muntin.data.config import DataConfig
-from muntin.data.folders import FolderPair
+from muntin.data.folders import EMPTY_MARK, FolderPair
 from muntin.data.items import ItemSamples
-from muntin.data.listing import EMPTY_MARK
 from muntin.data.source import SPLITS, Sample, Samples, Source, SplitName
 from muntin.errors import DataError
 from muntin.images import IGNORED

@@ -25,9 +25,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from muntin.data.classes import ClassSpec
-from muntin.data.listing import composed, paired_folders, pictures, pictures_below, subfolders
 from muntin.data.source import DataTask
 from muntin.errors import DataError
+from muntin.images.listing import composed, image_folder_pair, paired_folders, paired_splits, pictures, pictures_below, subfolders
 from muntin.images.writing import write_whole
 from muntin.training.checkpoint import find_checkpoint, read_checkpoint
 from muntin.training.progress.report import FitReport
@@ -89,6 +89,8 @@ class FolderWatch:
         self.task: DataTask = recipe.task
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder: name the one in which labelled pictures arrive")
+        if self.task == "segment" and (train := paired_splits(folder)) and train["train"][0].parent != folder:
+            raise DataError(f"{folder} holds splits, and a watch makes its own: name {train['train'][0].parent}, or another with images/")
 
     def step(self, *, now: float | None = None, report: FitReport = lambda progress: None) -> WatchedUpdate | None:
         """Look once: go on with an unfinished round, or begin one if enough pictures are new. None: there is nothing to do.
@@ -226,11 +228,11 @@ def _labelled(folder: Path, task: DataTask) -> dict[str, tuple[Path, ...]]:
     if task == "classify":
         folders = subfolders(folder)
         return {path.relative_to(folder).as_posix(): (path,) for place in folders for path in pictures_below(place)}
-    images, masks = folder / "images", folder / "masks"
-    if not images.is_dir() or not masks.is_dir():
+    pair = image_folder_pair(folder)
+    if pair is None:
         return {}
     found: dict[str, tuple[Path, ...]] = {}
-    for place, inside, inside_masks in paired_folders(images, masks):
+    for place, inside, inside_masks in paired_folders(*pair):
         by_stem = {composed(path.stem): path for path in pictures(inside_masks)}
         for path in pictures(inside):
             if (mask := by_stem.get(composed(path.stem))) is not None:

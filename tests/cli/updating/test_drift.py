@@ -42,7 +42,7 @@ def known(write_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     root = tmp_path_factory.mktemp("drift")
     artifact = open_artifact(write_small(root / "artifact"))
     session = load(artifact.path, threads=1)
-    features, _, _ = describe_files(session, pictures_in(pictures(root / "train", 96, 0)))
+    features, _, _ = describe_files(session, pictures_in(pictures(root / "train", 96, 0))[0])
     write_reference(artifact, make_reference(features, feature_list(session.signature)))
     return artifact.path
 
@@ -69,6 +69,13 @@ def test_drift_with_a_report(call: Callable[..., Any], known: Path, tmp_path: Pa
 def test_newest_pictures_only(call: Callable[..., Any], known: Path, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "new", 12, 3)
     assert call("drift", known, folder, "--newest", 9, "--threads", 1, "--json").document()["pictures"] == 9
+
+
+def test_masks_are_left_out(call: Callable[..., Any], known: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "images", 32, 1)
+    pictures(tmp_path / "masks", 32, 2, gain=0.02)
+    document = call("drift", known, tmp_path, "--threads", 1, "--json").document()
+    assert document["pictures"] == 32 and document["notes"] == [f"{tmp_path}: read images/; left out masks/"]
 
 
 def test_reference_of_a_folder(call: Callable[..., Any], write_small: Callable[..., Path], tmp_path: Path) -> None:
@@ -110,11 +117,15 @@ def test_reference_of_a_run(
     run, artifact = tmp_path / "run", tmp_path / "run" / "artifact"
     assert call("fit", tiny.recipe, "--output", run, "--json").code == 0
     assert call("export", run, "--json").code == 0
-    assert f"muntin drift {artifact} --reference {run}" in call("drift", artifact, tiny.root / "train" / "images").mistake()
+    assert call("drift", artifact, tiny.root / "train" / "images", "--threads", 1).code == 0
     answer = call("drift", artifact, "--reference", run, "--threads", 1)
     assert answer.code == 0 and "the reference, 64 windows" in answer.out
     assert json.loads(call("export", run, "--json").out)["written"] is False
-    assert call("drift", artifact, tiny.root / "train" / "images", "--threads", 1).code == 0
+    for kind in ("images", "masks"):
+        for number in range(4):
+            (tiny.root / "train" / kind / f"more-{number}.png").unlink()
+    few = call("export", run, "--output", tmp_path / "few")
+    assert "no drift reference: the training images give" in few.out and not (tmp_path / "few" / "drift.json").exists()
 
 
 @pytest.mark.parametrize("words", [(), ("new", "--report", "page.txt"), ("--report", "page.html", "--reference", "run")])

@@ -61,6 +61,8 @@ def test_accepted_refused_and_json(trained: Path) -> None:
     document = json.loads(refused.stdout[refused.stdout.index("{") :])
     assert refused.exit_code == 1 and document["accepted"] is False and not document["verdict"]["accepted"]
     assert "refused: " in refused.stderr and "gain on new data" in refused.stderr
+    assert "; try: " in refused.stderr and "for a gain more new images, or more steps (--set update.share=" in refused.stderr
+    assert any("update.share" in line for line in document["advice"])
     assert "no new picture" in str(invoke(*words).exception)
 
 

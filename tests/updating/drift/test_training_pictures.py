@@ -23,10 +23,10 @@ def test_windows_of_a_run(write_tiny: Callable[..., Any], tmp_path: Any) -> None
     checkpoint = read_checkpoint(tmp_path / "run")
     session = TorchSession(load_model(checkpoint), checkpoint.signature)
     done: list[tuple[float, float]] = []
-    features, pictures = describe_training(session, checkpoint, count=12, progress=lambda at, total: done.append((at, total)))
+    features, pictures = describe_training(session, checkpoint, most=12, progress=lambda at, total: done.append((at, total)))
     rows = min(12, pictures)  # each is smaller than a window
     assert features.shape == (rows, len(feature_list(checkpoint.signature))) and done[-1] == (rows, rows)
-    assert np.array_equal(features, describe_training(session, checkpoint, count=12)[0])
+    assert np.array_equal(features, describe_training(session, checkpoint, most=12)[0])
     check_origin(checkpoint.signature, checkpoint)
     other = checkpoint.signature.model_copy(update={"classes": (ClassInfo(name="x", color=(0, 0, 0)),)})
     with pytest.raises(DataError, match="a run of another model"):

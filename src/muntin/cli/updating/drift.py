@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from muntin.updating.drift.reference import DriftReference
 
 _FolderArgument = Annotated[
-    Path | None, typer.Argument(help="Pictures to compare, also in subfolders, such as the folder of `muntin serve --keep-samples`.")
+    Path | None,
+    typer.Argument(help="Folder of images to compare, with subfolders; masks are left out. Or that of `muntin serve --keep-samples`."),
 ]
 _ReferenceOption = Annotated[
     Path | None,
@@ -82,7 +83,7 @@ def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels
     from muntin.updating.drift.features import feature_list
     from muntin.updating.drift.reference import LEAST_REFERENCE, REFERENCE_PICTURES, make_reference, write_reference
 
-    signature = opened.manifest.signature
+    signature, notes = opened.manifest.signature, tuple[str, ...]()
     if not source.exists():
         raise DataError(
             f"--reference {source} does not exist: name a run, or a folder of pictures like those that the model was trained on"
@@ -96,7 +97,7 @@ def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels
         with progress_bar("describing training pictures", "pictures/s") as advance:
             features, count = describe_training(session, checkpoint, progress=advance)
     else:
-        paths = pictures_in(source)
+        paths, notes = pictures_in(source)
         count = min(REFERENCE_PICTURES, len(paths))
         paths = [paths[number * len(paths) // count] for number in range(count)]  # spread over all, in order of names
         windows = REFERENCE_PICTURES if count < LEAST_REFERENCE else 1
@@ -106,7 +107,7 @@ def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels
             raise DataError(f"{len(skipped)} of {len(paths)} pictures cannot be read, such as {skipped[0][0]}: {skipped[0][1]}")
     made = make_reference(features, feature_list(signature))
     write_reference(opened, made)
-    return made, few_pictures_note(count)
+    return made, (*notes, *few_pictures_note(count))
 
 
 def _compare(

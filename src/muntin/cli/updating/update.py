@@ -131,7 +131,7 @@ def watch_command(
         )
         if not json:
             out.print(f"update {update.number}: {line}{place}{f'; server: {update.server}' if update.server else ''}")
-            print_notes([f"left out: {reason}" for reason in update.dropped])
+            print_notes([*([] if update.result is None else update.result.advice), *(f"left out: {reason}" for reason in update.dropped)])
 
     with folder_in_use(watch.inbox, "muntin watch") as taken_over:
         for note in (*notes, *taken_over):
@@ -211,7 +211,8 @@ def outcome(result: UpdateResult, offered: Mapping[str, object]) -> str:
     if result.verdict is None:
         return "interrupted; the same command goes on"
     if not result.accepted:
-        return f"refused: {refusal(result.verdict)}; {shlex.quote(str(result.directory / 'verdict.json'))} holds all checks"
+        tried = "; ".join(result.advice)
+        return f"refused: {refusal(result.verdict)}; {shlex.quote(str(result.directory / 'verdict.json'))} holds all checks; try: {tried}"
     if isinstance(record := offered.get("push"), dict) and not record["serves"]:
         return f"{record['url']} sent version {record['version']} back: {record['reason']}"
     return ""
@@ -275,4 +276,5 @@ def update_document(result: UpdateResult) -> dict[str, object]:
         "artifact": None if result.artifact is None else result.artifact.path,
         "accepted": result.accepted,
         "verdict": None if result.verdict is None else result.verdict.model_dump(mode="json"),
+        "advice": list(result.advice),
     }

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from muntin.data.classes import list_some
 from muntin.data.folders import FolderPair, folders_apart
-from muntin.data.layout import FOLDER_NAMES, Layout
-from muntin.data.listing import composed, pictures_below, subfolders
+from muntin.data.layout import Layout
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES
+from muntin.images.listing import FOLDER_NAMES, composed, pictures_below, subfolders
 from muntin.text import count
 
 _IMAGES = (*FOLDER_NAMES["images"], "photos", "photographs", "pictures", "degraded", "noisy", "lr")
-_TARGETS = ("targets", "target", "clean", "gt", "hr", "sharp")
+_TARGETS = FOLDER_NAMES["targets"]
 _EXPECTED = (
     "expected photographs in it, in images/ or in clean/; or images/ and targets/, the degraded and the clean pictures of the same names; "
     f"also in train/, val/ and test/, with images as {', '.join(IMAGE_SUFFIXES)}"

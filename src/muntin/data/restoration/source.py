@@ -12,11 +12,11 @@ from pathlib import Path
 from muntin.data.classes import MaskMapping, list_some
 from muntin.data.folders import FolderPair, FolderSource, folders_apart
 from muntin.data.items import Failure, Item, ItemSamples, ItemSource
-from muntin.data.listing import composed, pictures_below
 from muntin.data.restoration.degradation import MAX_SCALE, Degradation, generator_of
 from muntin.data.source import SPLITS, Sample, SampleCache, SplitName
 from muntin.errors import DataError
 from muntin.images import image_size, read_image
+from muntin.images.listing import composed, pictures_below
 from muntin.text import count
 
 

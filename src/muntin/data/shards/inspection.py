@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from muntin.data.classes import ClassSpec, MaskMapping, distinct_colors
-from muntin.data.inspection import MaskClasses, class_shares, classes_in_masks, pixel_counts, read_some
+from muntin.data.inspection import MaskClasses, class_shares, classes_in_masks, mask_facts, pixel_counts, read_some
 from muntin.data.shards.source import ShardContent, class_numbers, classes_of_labels, label_number, read_classes
 from muntin.errors import DataError
 from muntin.images import IGNORED, read_mask
@@ -27,13 +27,13 @@ def shard_classes(content: ShardContent, place: Path) -> tuple[MaskClasses, int,
     files = list[PictureFile](content.masks.values())
     specs = [spec if spec.value is not None else spec.model_copy(update={"value": index}) for index, spec in enumerate(specs)]
     mapping = MaskMapping(specs, IGNORED) if specs else None
-    masks, unreadable = read_some(files, lambda file: read_mask(file, colors=mapping is not None and mapping.colors))
-    unopened = len(files) - len(masks) - len(unreadable)
     if mapping is None:
-        return classes_in_masks(masks, place), len(masks), unopened, unreadable
-    pixels = pixel_counts([mapping(mask, file) for file, mask in masks.items()])
+        masks, unreadable = read_some(files, mask_facts)
+        return classes_in_masks(masks, place), len(masks), len(files) - len(masks) - len(unreadable), unreadable
+    labels, unreadable = read_some(files, lambda file: pixel_counts([mapping(read_mask(file, colors=mapping.colors), file)]))
+    pixels = sum(map(Counter, labels.values()), Counter[int]())
     classes = MaskClasses(classes=_colored(specs), ignore=IGNORED, shares=class_shares(pixels, range(len(specs))))
-    return classes, len(masks), unopened, unreadable
+    return classes, len(labels), len(files) - len(labels) - len(unreadable), unreadable
 
 
 def _colored(specs: Sequence[ClassSpec]) -> tuple[ClassSpec, ...]:

@@ -18,12 +18,12 @@ from pathlib import Path
 from muntin.artifact.classes import ClassInfo
 from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some, specs_of
 from muntin.data.items import Failure, Item, ItemSource
-from muntin.data.listing import composed, entries
 from muntin.data.shards.index import shard_entries
 from muntin.data.source import SPLITS, DataTask, SplitName
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
 from muntin.images import IGNORED, IMAGE_SUFFIXES
+from muntin.images.listing import composed, entries
 from muntin.images.packed import PackedFile
 from muntin.text import count, plain
 

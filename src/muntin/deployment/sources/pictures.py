@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact.manifest import Task
-from muntin.data.listing import entries, is_picture, is_results_folder, pictures, subfolders
 from muntin.deployment.sizes.requested import Size
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, middle_part, read_image
+from muntin.images.listing import images_in
 from muntin.images.opening import UInt8
 
 _BATCH = 8
@@ -25,31 +25,29 @@ _BATCH = 8
 def calibration_pictures(folder: Path, *, channels: int, size: Size, task: Task, largest_count: int) -> list[Tensor]:
     """Read batches (B, C, H, W) of raw pixels, float 0-255.
 
-    Reads the pictures in `folder`; if there are none, those in its folder `images`, or in all its folders, as of classes. Of more than
-    `largest_count` it takes as many at equal distances in the order of their names. For "classify" a picture is cut to the middle with the
+    Reads the images in `folder` and its subfolders (`images_in`). Of more than `largest_count` it takes as many at equal distances in the
+    order of their names. For "classify" a picture is cut to the middle with the
     proportions of `size`, and resized, as `muntin predict` does. Otherwise it is cut to the middle of that size, without resizing unless
     it is smaller.
     Raises `DataError` for a folder without pictures, and for one that cannot be read.
     """
-    paths = list_pictures(folder)
+    paths, _ = list_pictures(folder)
     count = min(len(paths), largest_count)
     chosen = [paths[index * len(paths) // count] for index in range(count)]
     images = torch.from_numpy(np.stack([_part(read_image(path, channels), size, task) for path in chosen]))
     return [batch_BHWC.permute(0, 3, 1, 2).float().contiguous() for batch_BHWC in torch.split(images, _BATCH)]
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """List the pictures for a calibration, sorted within each folder. Raises `DataError` if there are none."""
+def list_pictures(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """List the images for a calibration, and notes on what was left out (`images_in`). Raises `DataError` if there are none."""
     if not folder.is_dir():
         raise DataError(f"calibration {folder}: {'is a file' if folder.exists() else 'does not exist'}: give a folder of pictures")
-    own = [path for path in entries(folder) if is_picture(path)]
-    inner = [folder / "images"] if (folder / "images").is_dir() else [path for path in subfolders(folder) if not is_results_folder(path)]
-    paths = own or [path for part in inner for path in pictures(part)]
+    paths, notes = images_in(folder)
     if not paths:
         raise DataError(
             f"calibration {folder}: has no pictures ({', '.join(IMAGE_SUFFIXES)}), nor have its folders: give a folder of pictures"
         )
-    return paths
+    return paths, notes
 
 
 def _part(image_HWC: UInt8, size: Size, task: Task) -> UInt8:

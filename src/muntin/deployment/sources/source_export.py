@@ -54,9 +54,10 @@ def export_source(
         raise ExportError(f"'{source}': give some pictures by --calibration FOLDER, to quantise with; or --float, to keep all in floats")
     if options.overrides and not integer:
         raise RecipeError("--set says how to quantise, and --float that nothing is: give one of them")
+    left_out: tuple[str, ...] = ()
     requested, quantization = None if sizes is None else parse_sizes(sizes), quantization_of(options.overrides)
     if options.calibration is not None:
-        list_pictures(options.calibration)  # a missing folder is found before the model is created
+        _, left_out = list_pictures(options.calibration)  # a missing folder is found before the model is created
     check_target(path)
     begin()
     opened = open_model(
@@ -69,7 +70,7 @@ def export_source(
         notes += ("the golden answers are to generated pictures: --calibration FOLDER gives others",)
     else:
         batches = opened.pictures(options.calibration, (quantization or QuantizationConfig()).calibration_images)
-        notes += (f"pictures of {options.calibration}: {sum(map(len, batches))} used",)
+        notes += (f"pictures of {options.calibration}: {sum(map(len, batches))} used", *left_out)
     artifact = export(
         opened.model, batches[0], path, calibration=batches if integer else None, signature=opened.signature, sizes=requested,
         quantization=quantization, measured={SOURCE: source, "source_notes": list(notes)},

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.data.classes import list_some
-from muntin.data.listing import composed
 from muntin.errors import MuntinError, RecipeError
+from muntin.images.listing import composed
 from muntin.models import PRESETS, create_model
 from muntin.runtime import Session, load
 from muntin.text import count

@@ -18,10 +18,10 @@ from muntin.data import Crops, calibration_batches
 from muntin.data.batch_feed import ImageBatch
 from muntin.data.batches import BatchMaker
 from muntin.data.items import Item, read_sample
-from muntin.data.listing import pictures_below
 from muntin.data.source import CheckProgress, Sample, SampleCache, Samples
 from muntin.errors import DataError, RecipeError
 from muntin.images import IGNORED, image_size
+from muntin.images.listing import images_in
 from muntin.images.rasters import OpenRasters
 from muntin.text import count
 from muntin.training.loss import Loss
@@ -35,10 +35,10 @@ _SEED = 15485863
 
 
 class UnlabelledPictures(Samples):
-    """The pictures in a folder and its subfolders, decoded on access; targets are 0. Raises DataError if there are none."""
+    """The images in a folder and its subfolders (`images_in`), decoded on access; targets are 0. Raises DataError if there are none."""
 
     def __init__(self, folder: Path, *, task: str, channels: int, cache_bytes: int) -> None:
-        self.paths = list(pictures_below(folder))
+        self.paths, self.notes = images_in(folder)
         if not self.paths:
             raise DataError(f"teacher.unlabelled {folder} holds no picture: put pictures into it, or leave it out")
         self._task, self._channels, self._cache, self._files = task, channels, SampleCache(cache_bytes), OpenRasters()
@@ -150,7 +150,8 @@ def check_unlabelled(recipe: Recipe, root: Path, progress: CheckProgress = lambd
         samples.load(number)
         progress(number + 1, len(samples))
     found = count(len(samples), "picture")
-    return (f"teacher.unlabelled {config.unlabelled}: {found} without labels, {rows} of the {recipe.training.batch_size} crops of a batch",)
+    shares = f"{found} without labels, {rows} of the {recipe.training.batch_size} crops of a batch"
+    return (f"teacher.unlabelled {config.unlabelled}: {shares}", *samples.notes)
 
 
 def open_unlabelled(recipe: Recipe, root: Path) -> UnlabelledPictures | None:

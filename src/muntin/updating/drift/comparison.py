@@ -12,6 +12,7 @@ import numpy as np
 from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, MAX_PIXELS, open_source
+from muntin.images.listing import images_in
 from muntin.runtime.session import Session
 from muntin.updating.drift.features import WINDOW, Floats, PictureFeature, describe, feature_list
 from muntin.updating.drift.reference import LEAST, LEAST_REFERENCE, DriftReference, FeatureMoments
@@ -80,23 +81,19 @@ class DriftResult:
         return f"drift: {relation}" if self.drifted else f"no drift: {relation}"
 
 
-def pictures_in(folder: Path, *, newest: int | None = None) -> list[Path]:
-    """Return the picture files in a folder and its subfolders, hidden ones left out; of `newest` the last changed ones, in order of names.
+def pictures_in(folder: Path, *, newest: int | None = None) -> tuple[list[Path], tuple[str, ...]]:
+    """Return the images in a folder and its subfolders (`images_in`), and notes on what was left out.
 
-    Raises DataError for a folder that does not exist or has no pictures.
+    `newest`: only so many, those that were changed last. Raises DataError for a folder that does not exist or has no images.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: name a folder of pictures, such as that of `muntin serve --keep-samples`")
-    found = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            found.append(path)
+    found, notes = images_in(folder)
     if not found:
         raise DataError(f"{folder} holds no pictures: put some there ({', '.join(IMAGE_SUFFIXES)}), or serve with --keep-samples {folder}")
     if newest is None or newest >= len(found):
-        return found
-    return sorted(sorted(found, key=_changed)[-newest:])
+        return found, notes
+    return sorted(sorted(found, key=_changed)[-newest:]), notes
 
 
 def describe_files(
@@ -140,14 +137,14 @@ def compare_folder(
 
     Raises DataError for fewer than `LEAST` pictures that can be read.
     """
-    paths = pictures_in(folder, newest=newest)
+    paths, found_notes = pictures_in(folder, newest=newest)
     windows = FEW_WINDOWS if len(paths) < LEAST else 1
     features_nF, places, skipped = describe_files(session, paths, windows=windows, max_pixels=max_pixels, progress=progress)
     if len(places) < LEAST:
         reason = f"; {len(skipped)} cannot be read, such as: {skipped[0][1]}" if skipped else ""
         raise DataError(f"{folder} holds {len(paths)} pictures, and at least {LEAST} are compared{reason}")
     pictures = len(paths) - len(skipped)
-    notes = []
+    notes = list(found_notes)
     if len(places) > pictures:
         notes.append(f"{len(places)} windows of {pictures} pictures: those of one picture are alike, which itself can look like drift")
     return compared(features_nF, places, reference, session.signature, pictures=pictures, skipped=skipped, notes=notes)
