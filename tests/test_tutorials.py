@@ -137,8 +137,9 @@ def test_geotiff(own_data: Path) -> None:
 @pytest.mark.slow
 def test_foreign_model(tmp_path: Path) -> None:
     printed = run("foreign-model.md", tmp_path)
-    scores = [float(text) for text in re.findall(r"(?:PyTorch|INT8) ([\d.]+)", printed)]
-    assert len(scores) == 2 and min(scores) > 0.85
+    floats, integers = (float(text) for text in re.findall(r"(?:PyTorch|INT8) ([\d.]+)", printed))
+    error = 0.5 / 512**0.5  # of the share of 512 images that are right, at most
+    assert floats > 0.5 + 3 * error and integers > floats - 3 * error  # better than chance, and INT8 keeps it
 
 
 @pytest.mark.slow
@@ -153,8 +154,11 @@ def test_notebook(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     outputs = [output for cell in nbformat.read(tmp_path / "done.ipynb", 4).cells for output in cell.get("outputs", ())]
-    score = re.search(r"in FP32, ([\d.]+) deployed", "".join(output.get("text", "") for output in outputs))
-    assert score and float(score.group(1)) > 0.9
+    scores = re.search(r"([\d.]+) in FP32, ([\d.]+) deployed", "".join(output.get("text", "") for output in outputs))
+    assert scores
+    error = 0.5 / 120**0.5  # of the share of 120 pictures that are right, at most
+    floats, deployed = map(float, scores.groups())
+    assert floats > 1 / 3 + 3 * error and deployed > floats - 0.02 - 3 * error  # better than chance, and within the page's budget
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 

@@ -44,7 +44,7 @@ def test_images(digits: Any, tmp_path: Path) -> None:
         assert deployed.eval().to("cpu")(images.to(torch.uint8)).shape == (50, 10)
         assert digits.evaluate(deployed) == pytest.approx(digits.evaluate(digits.model), abs=0.005)
         assert deployed.bytes == sum(file.stat().st_size for file in (tmp_path / "a").iterdir())
-        assert 0 < deployed.latency_ms(digits.calibration[0]) < 1000
+        assert deployed.latency_ms(digits.calibration[0]) > 0
         with pytest.raises(MuntinError) as error:
             deployed(images[0])
     assert "a tensor of raw pixels (B, C, H, W)" in one_line(error)

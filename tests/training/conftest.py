@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from muntin.artifact.classes import ClassInfo
+from muntin.training import loop
 from muntin.training.checkpoint import write_checkpoint
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
@@ -19,6 +20,22 @@ from muntin.training.weights import build_model
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))
 SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The clock of a run: advances by what a test adds to `now`, and by `tick` seconds at each reading."""
+
+    class Clock:
+        now, tick = 0.0, 1e-3
+
+        def perf_counter(self) -> float:
+            self.now += self.tick
+            return self.now
+
+    fake = Clock()
+    monkeypatch.setattr(loop, "time", fake)
+    return fake
 
 
 @pytest.fixture(scope="session")

@@ -153,22 +153,6 @@ def test_resumed_run() -> None:
     assert gate.open_channels()[:3].tolist() == [False, True, True]
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The clock of a run: advances by what a test adds, and by a millisecond at each reading."""
-
-    class Clock:
-        now = 0.0
-
-        def perf_counter(self) -> float:
-            self.now += 1e-3
-            return self.now
-
-    fake = Clock()
-    monkeypatch.setattr(loop, "time", fake)
-    return fake
-
-
 def budget_of(tiny: Any, *options: str) -> Any:
     given = [f"model.options={json.dumps(OPTIONS)}", "training.gate_budget=0.5", "training.validate_every=2", *options]
     return load_recipe(tiny.recipe, given)

@@ -61,7 +61,7 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     assert first.exit_code == 0, first.output
     assert done.stat().st_mtime_ns == written  # neither trained nor exported again
     result = json.loads(first.stdout)
-    assert result["objective"] == "latency" and all(0 < one["cost"] < 1000 for one in result["front"])
+    assert result["objective"] == "latency" and all(one["cost"] > 0 for one in result["front"])
     assert any(note.startswith("recipe: class weights in the loss: ") for note in result["notes"])
     assert not any("ended at step" in note for note in result["notes"])
     own, best = result["networks"]

@@ -169,7 +169,7 @@ def test_shrunk_moment_of_few_rows() -> None:
         roots = {"as seen": square_root(moment.matrix), "shrunk": square_root(moment.shrunk())}
         noise = {name: float((factorize(layer, (64,), root)(new_NI) - expected).square().sum(1).mean()) for name, root in roots.items()}
     notes = {name: float(spectra(layer, root)[0][64:].sum()) for name, root in roots.items()}
-    assert noise["shrunk"] < 0.85 * noise["as seen"]
+    assert noise["shrunk"] < noise["as seen"]
     assert notes["as seen"] < 0.1 * noise["as seen"]
     assert 0.5 * noise["shrunk"] < notes["shrunk"] < 1.5 * noise["shrunk"]
 
@@ -239,8 +239,10 @@ def test_rising_budgets() -> None:
 
 
 def test_estimated_against_measured_noise() -> None:
-    """For one factored layer: dropped σ², times the sensitivity, times the rows an image."""
+    """For one factored layer: dropped σ², times the sensitivity, times the rows an image. Exact if all directions count alike."""
     model, x = perceptron(), pixels(4, 3, 16, 16)
+    nn.init.constant_(model.second.bias, 10)  # the ReLU behind it passes everything on
+    model.third = nn.utils.parametrizations.orthogonal(nn.Linear(64, 64))
     moment = input_moments(model, [x], {"second": model.second})["second"]
     sensitivity = answer_sensitivity(model, [x], {"second": model.second})["second"]
     root, scores = square_root(moment.matrix), answer(model, x)
@@ -249,7 +251,7 @@ def test_estimated_against_measured_noise() -> None:
         smaller = copy.deepcopy(model)
         smaller.second = factorize(model.second, (rank,), root)
         measured = float((answer(smaller, x) - scores).square().mean() / scores.var())
-        assert values[rank:].sum() * sensitivity * moment.positions == pytest.approx(measured, rel=0.6)
+        assert values[rank:].sum() * sensitivity * moment.positions == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("folded_before", [False, True])

@@ -75,7 +75,7 @@ def test_bits(bits: int, least_db: float, cosine: float) -> None:
     assert len(words.integers.unique()) == (2**bits if bits < 8 else 255)
     assert torch.equal(words.scale, words.scale.half().float())
     similarity = torch.cosine_similarity(answer(quantized, BATCHES[0]), answer(model, BATCHES[0]))
-    assert cosine < similarity.min() < 0.99999
+    assert similarity.min() > cosine
 
 
 def test_second_run_and_saving(tmp_path: Path) -> None:

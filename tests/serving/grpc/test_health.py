@@ -88,7 +88,7 @@ def test_watches_end_when_the_server_stops(path: Path) -> None:
         assert next(watching).status == SERVING
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60  # the time for draining
         with pytest.raises(grpc.RpcError) as caught:
             list(watching)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

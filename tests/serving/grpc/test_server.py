@@ -218,7 +218,7 @@ def test_streams_end_when_the_server_stops(path: Path, monkeypatch: pytest.Monke
         wait_until(lambda: len(begun) == 2)
         began = time.monotonic()
         server.stop()
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 60  # the time for draining
         assert server.cut_off == 0
         with pytest.raises(grpc.RpcError) as caught:
             next(idle)

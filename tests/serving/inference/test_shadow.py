@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,11 +70,11 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
     with trial(slot, "3", wait_until) as (candidate, _):
         cast(slot, shadows, current)
         wait_until(lambda: not shadows.pending)
-        candidate.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
+        ended: list[bool] = []
+        candidate.session._infer = lambda images: ended.append(free.wait(60))  # type: ignore[method-assign, assignment, return-value, func-returns-value]
         cast(slot, shadows, current)
-        started = time.monotonic()
         shadows.close()
-        assert time.monotonic() - started < 10
+        assert not ended
         slot.close()
     free.set()
 

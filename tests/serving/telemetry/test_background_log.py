@@ -33,11 +33,9 @@ def test_writer_that_stands_still(wait_until: Any) -> None:
         written.append(line)
 
     log = BackgroundLog(write, 10)
-    began = time.monotonic()
     for number in range(100):
         log(str(number))
     log.close()
-    assert time.monotonic() - began < 10
     assert 89 <= log.lost <= 90  # one line may have been taken from the queue before the others came
     go_on.set()
     wait_until(lambda: len(written) == 100 - log.lost)
