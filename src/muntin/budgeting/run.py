@@ -46,6 +46,8 @@ from muntin.training.weights import load_weights
 
 FOLDER = "budget"
 """Folder of the trials in a run's folder."""
+WHOLE_IMAGES = 100
+"""Images from which whole ones are the samples of a segmentation's score; fewer are cut into blocks of half the training crop."""
 SEED = 104729
 """Added to the recipe's seed, so that candidates learn from other crops than `fit`."""
 
@@ -162,7 +164,7 @@ def _metric(samples: Samples, tile: int, task: str) -> Callable[[Any], Any]:
 
     def measure(deployed: Any) -> Any:
         if task == "segment":
-            return areas(deployed.session, samples, tile=tile, block=64)
+            return areas(deployed.session, samples, tile=tile, block=None if len(samples) >= WHOLE_IMAGES else tile // 4)
         if task == "restore":
             return picture_psnrs(deployed.session, samples, tile=tile)
         return [float(labels[0] == sample.target) for sample, labels in predictions(deployed.session, samples, tile=tile)]

@@ -164,11 +164,12 @@ def evaluate(
 def areas(session: Predictor, samples: Sequence[Sample], *, tile: int, block: int | None = None) -> NDArray[np.int64]:
     """Return pixels of the intersection and union of truth and prediction `(N, K, 2)`, of N blocks of images.
 
-    `tile`: as of `predictions`. `block`: side of the blocks, pixels; None for whole images. Blocks in which no pixel counts are left out.
-    Raises `DataError` if there are no others.
+    A class that no truth holds has none: a single pixel predicted as it would otherwise take a share of the mean IoU. `tile`: as of
+    `predictions`. `block`: side of the blocks, pixels; None for whole images. Blocks in which no pixel counts are left out. Raises
+    `DataError` if there are no others.
     """
     side, classes = allowed_tile(session.signature, tile), len(session.signature.classes)
-    parts = []
+    parts, present_K = [], np.zeros(classes, bool)
     for sample in samples:
         height, width = sample.image.shape[:2]
         across = -(-width // block) if block else 1
@@ -185,9 +186,12 @@ def areas(session: Predictor, samples: Sequence[Sample], *, tile: int, block: in
         truths, guesses, right = total.reshape(-1, classes, 3).transpose(2, 0, 1)
         found = np.stack([right, truths + guesses - right], -1)
         parts.append(found[truths.sum(1) > 0])
+        present_K |= truths.sum(0) > 0
     if not sum(map(len, parts)):
         raise DataError(f"nothing to score: all pixels of the {len(samples)} samples are ignored; check the split and `ignore`")
-    return np.concatenate(parts)
+    found = np.concatenate(parts)
+    found[:, ~present_K] = 0
+    return found
 
 
 def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
