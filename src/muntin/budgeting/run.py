@@ -7,11 +7,12 @@ test           -> holdout; without a test split the second half of the validatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from muntin.budgeting.budget import Budget
@@ -20,10 +21,12 @@ from muntin.budgeting.display import shown_search
 from muntin.budgeting.forecast import Forecast, OutOfTime
 from muntin.budgeting.pipeline import OpenBase, compress, search_forecast
 from muntin.budgeting.result import CompressionResult, SearchProgress, SearchReport
+from muntin.budgeting.trials import REFERENCE, SAMPLES
 from muntin.compression.calibration import calibration_list
 from muntin.compression.loading import load_model
 from muntin.compression.rewrite import EVERY
 from muntin.compression.stages import trained_steps
+from muntin.data.classes import list_some
 from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
 from muntin.models.eager import eager_copy
@@ -82,7 +85,15 @@ def compress_run(
             progress=_with_samples(report, judged, held_out), step_seconds=_step_seconds(checkpoint),
             keep=(*stages.keep, *recipe.quantization.keep), dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
         )  # fmt: skip
-    return replace(result, notes=(*result.notes, *(() if course is None else course.notes), *_unused(recipe)))
+    absent = _absent_classes(folder, [one.name for one in checkpoint.signature.classes]) if recipe.task == "segment" else ()
+    return replace(result, notes=(*result.notes, *absent, *(() if course is None else course.notes), *_unused(recipe)))
+
+
+def _absent_classes(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
+    """Return a note on classes that the images of `evaluate` do not hold, from the reference's samples."""
+    areas_NK2 = np.load(folder / REFERENCE / SAMPLES, allow_pickle=False)
+    absent = [name for name, union in zip(names, areas_NK2[..., 1].sum(0), strict=True) if not union]
+    return (f"the images that judge candidates hold no {list_some(absent)}: the mIoU here leaves that out",) if absent else ()
 
 
 def _config(checkpoint: Checkpoint) -> BudgetConfig:
