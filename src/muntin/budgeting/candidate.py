@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from muntin.budgeting.forms.layer_forms import KEPT, ranks_of
+from muntin.budgeting.forms.harm import MAP_NUMBERS, scores_of
+from muntin.budgeting.forms.layer_forms import KEPT, ranks_of, some_rows
 from muntin.budgeting.forms.plans import Plan
 from muntin.compression.channels.pruning import prune
 from muntin.compression.channels.sizes import prunable
@@ -32,8 +33,10 @@ from muntin.compression.quantization.reconstruction import reconstruct
 from muntin.compression.rewrite import EVERY, is_kept, keepable, named
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Product, SoftmaxProduct
-from muntin.models.eager import ModelInputs, call, eager_copy, first_row
+from muntin.models.eager import ModelInputs, batch_rows, call, eager_copy, first_row
 
+ROUNDING_ROWS = 16
+"""Rows of maps with which weights are rounded before training."""
 TargetLoss = Callable[[Any, Any], Tensor]
 """From the model's answer and the targets to a scalar."""
 StepReport = Callable[[int, float], None]
@@ -149,12 +152,25 @@ def apply_plan(
         return model
     prepare_qat(model, calibration, bits=bits, keep=kept)
     layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
-    remember(model, reconstruct(model, layers, calibration))
+    remember(model, reconstruct(model, layers, _few(base, calibration)))
     train(model)
     freeze(model, calibration)
     if embeddings:
         remember(model, quantize_tables(model, calibration[0], embeddings, min_sqnr_db=0.0, only=EVERY, keep=()))
     return model
+
+
+def _few(model: nn.Module, calibration: Sequence[ModelInputs]) -> list[ModelInputs]:
+    """Return the batches with which weights are rounded before training: of models with maps few rows, each of which has many positions."""
+    if scores_of(model, some_rows(calibration[0], 0, 1)).numel() < MAP_NUMBERS:
+        return list(calibration)
+    chosen, rows = list[ModelInputs](), 0
+    for batch in calibration:
+        if rows >= ROUNDING_ROWS:
+            break
+        chosen.append(batch)
+        rows += batch_rows(batch)
+    return chosen
 
 
 def plain_int8(base: nn.Module, calibration: Sequence[ModelInputs], *, keep: Sequence[str] = ()) -> nn.Module:

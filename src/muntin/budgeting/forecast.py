@@ -13,7 +13,7 @@ from muntin.budgeting.forms.harm import probe_of
 from muntin.compression.quantization.embeddings import tables
 from muntin.models.eager import ModelInputs, call
 
-QAT_STEPS = 1.6
+QAT_STEPS = 2.0
 """Time of a step of quantisation-aware training with a teacher, in steps of FP32 training."""
 PASSES = 2.5
 """Forward passes over the probed rows that the forms of a layer cost."""

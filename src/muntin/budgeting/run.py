@@ -18,10 +18,10 @@ from torch import nn
 from muntin.budgeting.budget import Budget
 from muntin.budgeting.candidate import StepReport
 from muntin.budgeting.display import shown_search
-from muntin.budgeting.forecast import Forecast, OutOfTime
+from muntin.budgeting.forecast import QAT_STEPS, Forecast, OutOfTime
 from muntin.budgeting.pipeline import OpenBase, compress, search_forecast
 from muntin.budgeting.result import CompressionResult, SearchProgress, SearchReport
-from muntin.budgeting.trials import REFERENCE, SAMPLES
+from muntin.budgeting.trials import REFERENCE, SAMPLES, recorded_steps
 from muntin.compression.calibration import calibration_list
 from muntin.compression.loading import load_model
 from muntin.compression.rewrite import EVERY
@@ -49,6 +49,8 @@ from muntin.training.weights import load_weights
 
 FOLDER = "budget"
 """Folder of the trials in a run's folder."""
+TRAINING_SHARE, TRIALS = 0.4, 3
+"""Largest share of a time limit for the training of so many trials, the fewest that a search should try."""
 WHOLE_IMAGES = 100
 """Images from which whole ones are the samples of a segmentation's score; fewer are cut into blocks of half the training crop."""
 SEED = 104729
@@ -66,10 +68,10 @@ def compress_run(
     """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
 
     `plans`: as of `compress`. Candidates are trained as by a stage of the recipe (`RecipeCourse`), without steps in the section `budget`
-    for as many as the three stages together: shares of the steps that the run took. Ctrl-C ends after the step in progress. Raises
+    for as many as the three stages together, or fewer with a time limit (`_config`). Ctrl-C ends after the step in progress. Raises
     `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
     """
-    config, source = _config(checkpoint), source_of(checkpoint)
+    config, source = _config(checkpoint, folder), source_of(checkpoint)
     recipe = checkpoint.recipe
     stages, steps, rate = recipe.compression, config.steps or 0, config.learning_rate or 0.0
     model = load_model(checkpoint)
@@ -96,14 +98,23 @@ def _absent_classes(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
     return (f"the images that judge candidates hold no {list_some(absent)}: the mIoU here leaves that out",) if absent else ()
 
 
-def _config(checkpoint: Checkpoint) -> BudgetConfig:
-    """Return the recipe's section `budget` with steps and learning rate filled in. Raises `CheckpointError` for a compressed model."""
+def _config(checkpoint: Checkpoint, folder: Path) -> BudgetConfig:
+    """Return the recipe's section `budget` with steps and learning rate filled in. Raises `CheckpointError` for a compressed model.
+
+    Unset steps are those of the search in the folder, or of the three stages. With a time limit there are fewer, down to a quarter, so that
+    the training of three trials takes at most `TRAINING_SHARE` of it.
+    """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
     stages, config = checkpoint.recipe.compression, checkpoint.recipe.budget
     steps = config.steps
     if steps is None:
+        steps = recorded_steps(folder)
+    if steps is None:
         steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * trained_steps(checkpoint)))
+        if config.minutes:
+            fitting = TRAINING_SHARE * 60 * config.minutes / TRIALS / (QAT_STEPS * max(_step_seconds(checkpoint), 1e-9))
+            steps = max(1, steps // 4, min(steps, int(fitting)))
     rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
     return config.model_copy(update={"steps": steps, "learning_rate": rate})
 
@@ -114,7 +125,7 @@ def _step_seconds(checkpoint: Checkpoint) -> float:
 
 def forecast_run(checkpoint: Checkpoint, folder: Path) -> Forecast:
     """Return what `compress_run` is going to do. Writes nothing."""
-    config, source = _config(checkpoint), source_of(checkpoint)
+    config, source = _config(checkpoint, folder), source_of(checkpoint)
     course = RecipeCourse(checkpoint, source, steps=config.steps, learning_rate=config.learning_rate or 0.0) if config.steps else None
     batches = calibration_list(calibration_of(checkpoint, source))
     found = search_forecast(load_model(checkpoint), batches, course, config, folder, step_seconds=_step_seconds(checkpoint))

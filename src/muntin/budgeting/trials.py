@@ -218,6 +218,12 @@ def measured_trials(folder: Path) -> int:
     return sum(1 for record in (folder / TRIALS).glob(f"[0-9]*/{TRIAL}") if int(record.parent.name))
 
 
+def recorded_steps(folder: Path) -> int | None:
+    """Return the training steps of a search's trials; None for a folder without a search."""
+    steps = (_read(folder / SETTINGS) or {}).get("steps")
+    return steps if isinstance(steps, int) else None
+
+
 def terms_of(budget: Budget) -> dict[str, Any]:
     """Return the values of a budget by which trials are judged."""
     return {"max_drop": budget.max_drop, "confidence": budget.confidence}
