@@ -302,7 +302,7 @@ def _class_lines(survey: Survey) -> list[str]:
         lines = ["  classes:  # in order; `value` is the value in the masks, `color` how muntin paints it (red, green, blue): rename them"]
         if survey.unopened:
             lines.append(f"    # from {count(survey.counted, 'mask')}; {survey.unopened} more were not opened: add their classes")
-    stray = {entry.value: f"  # stray? {entry.text}" for entry in survey.classes.stray}
+    stray: dict[object, str] = {entry.value: f"  # stray? {entry.text}" for entry in survey.classes.stray}
     for entry in survey.classes.classes:
         value = "" if entry.value is None else f", value: {as_yaml(entry.value)}"
         lines.append(f"    - {{name: {_quoted(entry.name)}{value}, color: {as_yaml(entry.color)}}}{_printable(stray.get(entry.value, ''))}")

@@ -30,10 +30,12 @@ def shard_classes(content: ShardContent, place: Path) -> tuple[MaskClasses, int,
     if mapping is None:
         masks, unreadable = read_some(files, mask_facts)
         return classes_in_masks(masks, place), len(masks), len(files) - len(masks) - len(unreadable), unreadable
-    labels, unreadable = read_some(files, lambda file: pixel_counts([mapping(read_mask(file, colors=mapping.colors), file)]))
-    pixels = sum(map(Counter, labels.values()), Counter[int]())
+    counts, unreadable = read_some(files, lambda file: pixel_counts([mapping(read_mask(file, colors=mapping.colors), file)]))
+    pixels: Counter[int] = Counter()
+    for each in counts.values():
+        pixels.update(each)
     classes = MaskClasses(classes=_colored(specs), ignore=IGNORED, shares=class_shares(pixels, range(len(specs))))
-    return classes, len(labels), len(files) - len(labels) - len(unreadable), unreadable
+    return classes, len(counts), len(files) - len(counts) - len(unreadable), unreadable
 
 
 def _colored(specs: Sequence[ClassSpec]) -> tuple[ClassSpec, ...]:
