@@ -23,6 +23,8 @@ from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, eager_copy
 
+MEAN_ROWS = 4096
+"""Rows of a layer's input from which the mean error of its outputs is computed, as far as there are so many batches."""
 CACHE_BYTES = 2**30
 """Approximate maximum size of the inputs of one unit, over all batches: of more batches the first are taken."""
 
@@ -42,8 +44,9 @@ def reconstruct(
     False leaves nearest rounding. `correct_bias`: biases take over the mean error (without `columns`,
     those of `MeanErrors`). `steps`: of training of each unit, on one batch each.
 
-    Costs two to five forward passes over the batches, and `steps` forward and backward passes of one batch; memory of (I·k²)² numbers for
-    the largest layer, and twice a unit's inputs. Layers that are called more than once are rounded to nearest, with a reason.
+    Costs two to five forward passes over the batches (where units do not follow each other up to two for each unit), and `steps` forward
+    and backward passes of one batch; memory of (I·k²)² numbers for the largest layer, and twice a unit's inputs. Without `columns` only
+    as many batches are used as give `MEAN_ROWS`. Layers that are called more than once are rounded to nearest, with a reason.
     """
     done = _Reconstruction(model, float_form(model), layers, batches).run(columns=columns, correct_bias=correct_bias, steps=steps)
     missing = f"it is not called exactly once: {'rounded to nearest' if columns else 'its bias is not corrected'}"
@@ -73,9 +76,12 @@ class _Reconstruction:
         rounded: list[Arguments] = []
         exact: list[Arguments] = []
         numbers: list[int] = []  # of the batches that reach the unit
+        taken = 0  # batches from which these are
         for index, unit in enumerate(self.units):
-            if not rounded or not unit.follows:
-                both = zip(*(arguments_of(form, unit, batches) for form in (self.model, self.reference)), strict=True)
+            used = batches if columns or steps else batches[: max(1, -(-MEAN_ROWS // max(1, unit.rows)))]
+            if not rounded or not unit.follows or taken < len(used):
+                both = zip(*(arguments_of(form, unit, used) for form in (self.model, self.reference)), strict=True)
+                taken = len(used)
                 reached = [(number, one, other) for number, (one, other) in enumerate(both) if one is not None and other is not None]
                 numbers, rounded, exact = (
                     [number for number, _, _ in reached],
