@@ -6,6 +6,8 @@ Axes: B images, C channels, H W map.
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -202,19 +204,26 @@ def measured_precision(
     """
     if not precision.undecided:
         return precision
-    config = recipe.training.model_copy(update={"sharding": "none", "compile": False})
-    weight = 0.0 if recipe.teacher is None else recipe.teacher.weight
-    with random_kept(), keep_freed_memory(config.memory is None), memory_bound(config.memory):
-        trainer = Trainer(copy.deepcopy(model), config, task=recipe.task, precision=precision, teacher=teacher, distillation=weight)
+    config, rows = recipe.training, max(1, recipe.training.batch_size // ranks.count)
+    weight, memory = 0.0 if recipe.teacher is None else recipe.teacher.weight, ExitStack()
+
+    @cache
+    def prepared() -> tuple[Trainer, Tensor, Tensor]:
+        memory.enter_context(keep_freed_memory(config.memory is None))
+        memory.enter_context(memory_bound(config.memory))
+        alone = config.model_copy(update={"sharding": "none", "compile": False})
+        trainer = Trainer(copy.deepcopy(model), alone, task=recipe.task, precision=precision, teacher=teacher, distillation=weight)
         if isinstance(config.checkpointing, ActivationBudget):  # its choice of blocks would cost many steps
             trainer.use_memory(trainer.memory.model_copy(update={"checkpointing": "full"}))
-        images, target = random_batch(recipe, len(classes), rows := max(1, config.batch_size // ranks.count))
+        return trainer, *random_batch(recipe, len(classes), rows)
 
-        def step(each: TrainingPrecision, rows: int) -> None:
-            trainer.precision = each
-            if not trainer.drop_gradient(0, images[:rows], target[:rows]):
-                raise MuntinError("memory was short")
+    def step(each: TrainingPrecision, rows: int) -> None:
+        trainer, images, target = prepared()
+        trainer.precision = each
+        if not trainer.drop_gradient(0, images[:rows], target[:rows]):
+            raise MuntinError("memory was short")
 
+    with random_kept(), memory:
         return choose_by_speed(precision, config, step, rows=rows, least=2, ranks=ranks)
 
 

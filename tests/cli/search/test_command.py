@@ -112,7 +112,7 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Architecture(config=ModelConfig())
     point = StudyPoint(number=6, chosen={"depths.0": 2, "stem": (8, 16)}, architecture=one, score=0.5, cost=2.25)
     with command._shown(lambda: None, "latency") as show:
-        show(SearchStage(stage="supernet", done=3, total=9, text="loss 1.2", left=150.0))
+        show(SearchStage(stage="supernet", done=3, total=9, text="step 3 of 9, loss 1.2", left=150.0))
         show(SearchStage(stage="study", done=1, total=9, front=[point]))
     assert "shared weights: step 3 of 9, loss 1.2, about 2.5 min left" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
     assert "007" in file.getvalue() and "2.25 ms" in file.getvalue() and "stem [8, 16]" in file.getvalue()
