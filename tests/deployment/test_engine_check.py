@@ -347,7 +347,7 @@ def test_one_wrong_engine(pixels: Any, tmp_path: Path, monkeypatch: pytest.Monke
         assert manifest.precision == "f32"
         assert "recorded in f32, for it is far off" in notes
     else:
-        assert manifest.precision == "bf16" and notes == []  # which is what is recorded where it cannot be tried
+        assert manifest.precision == sixteen and notes == []  # 16 bits cannot be tried here
 
 
 @pytest.mark.skipif(
