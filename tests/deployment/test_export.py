@@ -282,7 +282,7 @@ def test_layers_of_a_normalised_model(pixels: Any, tmp_path: Path, tiny: Any) ->
 def test_refused_normalisation(pixels: Any, tmp_path: Path, tiny: Any) -> None:
     with pytest.raises(MuntinError, match="2 values of mean or std, and the images have 3 channels: give one value, or one for each"):
         muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact", mean=(0.5, 0.5), std=0.5)
-    with pytest.raises(ExportError, match="mean and std are of images, and the example is a dictionary"):
+    with pytest.raises(ExportError, match="mean, std: of images, and the example is a dictionary of tensors"):
         muntin.export(tiny(), {"input": pixels(1, 3, 32, 32)}, tmp_path / "artifact", mean=0.5, std=0.5)
     assert not list(tmp_path.iterdir())
 

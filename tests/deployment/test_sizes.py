@@ -164,7 +164,7 @@ def test_given_sizes(pixels: Any, tmp_path: Path, tiny: Any, refused: Any) -> No
     empty = tmp_path / "empty"
     empty.mkdir()
     message = refused(Skips().eval(), pixels(1, 3, 64, 64), empty, sizes={"multiple": 8})
-    assert "fails on pixels of shape (1, 3, " in message and message.endswith("where sides have to be multiples of a number")
+    assert "fails on pixels of shape (1, 3, " in message and message.endswith("pads and cuts to multiples of a number")
     text = refused(tiny(), pixels(1, 3, 40, 56), empty, sizes={"multiple": 32})
     assert text == "the example of 40 x 56 is not of the sizes, height and width multiples of 32: give one of 64 x 64"
 

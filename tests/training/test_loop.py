@@ -136,7 +136,7 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, whole: tuple[Any,
     """Interrupted twice, between points of the curve and without a due checkpoint; each part with another number of workers."""
     tiny, uninterrupted = whole
     for stop in (4, 12):
-        result = train(tiny, tmp_path / "run", *plan, f"data.workers={stop // 4}", resume=stop > 4, report=ctrl_c_at(stop))
+        result = train(tiny, tmp_path / "run", *plan, f"data.workers={stop // 4}", resume=stop > 4, progress=ctrl_c_at(stop))
         assert (result.step, result.interrupted, result.workers) == (stop, True, stop // 4)
         assert result.checkpoint.name == f"step-{stop:08d}"
         load_model(read_checkpoint(result.checkpoint))
@@ -153,7 +153,7 @@ def test_interrupted_run_ends_in_the_same_bits(tmp_path: Path, whole: tuple[Any,
 def test_interruption_after_the_last_step(tmp_path: Path, tiny: Any) -> None:
     """The run is complete; callers such as `muntin demo` start no further work."""
     plan = ("training.steps=2", "training.validate_every=2")
-    result = train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2))
+    result = train(tiny, tmp_path / "run", *plan, progress=ctrl_c_at(2))
     assert (result.step, result.interrupted, result.stop_requested) == (2, False, True)
     again = train(tiny, tmp_path / "run", *plan, resume=True)
     assert (again.interrupted, again.stop_requested, again.checkpoint) == (False, False, result.checkpoint)
@@ -174,13 +174,13 @@ def drawing(*, task: str, classes: int, channels: int) -> nn.Module:
 def test_other_random_generators(tmp_path: Path, tiny: Any) -> None:
     plan = (f"model.name={__name__}:drawing", "model.options={}", "training.steps=4", "training.validate_every=2")
     whole = train(tiny, tmp_path / "whole", *plan)
-    assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(2)).interrupted
+    assert train(tiny, tmp_path / "run", *plan, progress=ctrl_c_at(2)).interrupted
     torch.manual_seed(99)  # whatever else the process draws
     assert_same_state(read_checkpoint(train(tiny, tmp_path / "run", *plan, resume=True).checkpoint), read_checkpoint(whole.checkpoint))
 
 
 def test_resumed_log(tmp_path: Path, tiny: Any, plan: list[str]) -> None:
-    train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(12))
+    train(tiny, tmp_path / "run", *plan, progress=ctrl_c_at(12))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as log:  # as if the process had died after logging what no checkpoint holds
         log.write('{"kind": "training", "step": 13, "loss": 9.0}\n{"kind": "trai')
     train(tiny, tmp_path / "run", *plan, resume=True)
@@ -250,7 +250,7 @@ def test_existing_run(tmp_path: Path, whole: tuple[Any, FitResult], plan: list[s
 
 
 def test_recipe_changes(tmp_path: Path, tiny: Any) -> None:
-    train(tiny, tmp_path / "run", report=ctrl_c_at(3))
+    train(tiny, tmp_path / "run", progress=ctrl_c_at(3))
     changed = ("training.learning_rate=0.001", "training.clip=0.5", "training.batch_size=3", "training.average=0.9")
     result = train(tiny, tmp_path / "run", *changed, resume=True)
     (note,) = result.notes
@@ -335,7 +335,7 @@ def test_two_runs_in_one_folder(tmp_path: Path, tiny: Any) -> None:
                 train(tiny, tmp_path / "run", resume=True)
             refusals.append(one_line(error))
 
-    result = train(tiny, tmp_path / "run", report=second)
+    result = train(tiny, tmp_path / "run", progress=second)
     assert refusals[0].startswith(f"{tmp_path / 'run'} is in use by muntin fit (process {os.getpid()} on ")
     assert result.step == 6 and len(lines(tmp_path / "run")) == len(result.validation) + 1
     assert not (tmp_path / "run" / ".lock").exists()
@@ -489,7 +489,7 @@ def test_collapsed_score(tmp_path: Path, write_foreign: Callable[[str], Any]) ->
         "training.steps=80",
         "training.spike=null",
     )
-    result = train(tiny, tmp_path / "run", *plan, "training.learning_rate=0.05", "training.clip=0.1", report=seen.append)
+    result = train(tiny, tmp_path / "run", *plan, "training.learning_rate=0.05", "training.clip=0.1", progress=seen.append)
     scores = {point["step"]: point["score"] for point in result.validation}
     best = max(scores, key=lambda step: scores[step])
     first, last = result.notes
@@ -538,7 +538,7 @@ def make(*, task, classes, channels):
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_lazy_parameters(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
     tiny = write_foreign(MADE_LATE)
-    train(tiny, tmp_path / "run", report=ctrl_c_at(3))
+    train(tiny, tmp_path / "run", progress=ctrl_c_at(3))
     checkpoint = read_checkpoint(train(tiny, tmp_path / "run", resume=True).checkpoint)
     state = load_model(checkpoint).state_dict()
     assert set(state) == {"mean", "layer.weight", "layer.bias"}
@@ -551,7 +551,7 @@ def test_data_checked_first(tmp_path: Path, tiny: Any, kind: str) -> None:
     path.write_bytes(path.read_bytes()[:-60])
     seen: list[FitProgress] = []
     with pytest.raises(DataError, match=r"test-1\.png") as error:
-        train(tiny, tmp_path / "run", report=seen.append)
+        train(tiny, tmp_path / "run", progress=seen.append)
     one_line(error)
     assert not (tmp_path / "run").exists()
     assert {progress.kind for progress in seen} == {"check"}
@@ -580,7 +580,7 @@ def test_task_of_the_data(tmp_path: Path, tiny: Any) -> None:
 def test_model_error(tmp_path: Path, tiny: Any, override: str, says: str) -> None:
     seen: list[FitProgress] = []
     with pytest.raises(RecipeError) as error:
-        train(tiny, tmp_path / "run", override, report=seen.append)
+        train(tiny, tmp_path / "run", override, progress=seen.append)
     assert says in one_line(error)
     assert not (tmp_path / "run").exists() and not seen  # nor has any picture been looked at
 
@@ -612,7 +612,7 @@ def test_failed_validation_is_repeated(tmp_path: Path, tiny: Any, whole_of_six: 
 
     options = ("training.checkpoint_every=100", "data.cache_mib=0")
     with pytest.raises(DataError, match=r"validation-1\.png is damaged"):
-        train(tiny, tmp_path / "run", *options, report=damage)
+        train(tiny, tmp_path / "run", *options, progress=damage)
     state = read_checkpoint(tmp_path / "run").state
     assert (state.step, [point["step"] for point in state.validation]) == (failing, [3][: failing // 6])
     picture.write_bytes(content)
@@ -683,7 +683,7 @@ def test_crop_and_thread_settings(tmp_path: Path, tiny: Any, monkeypatch: pytest
     threads, seen = torch.get_num_threads(), []
     options = ["data.rare=0.25", "data.augmentation.brightness=0.125", "training.threads=2", "training.steps=1", "training.batch_size=3"]
     try:
-        result = train(tiny, tmp_path / "run", *options, report=lambda progress: seen.append(torch.get_num_threads()))
+        result = train(tiny, tmp_path / "run", *options, progress=lambda progress: seen.append(torch.get_num_threads()))
     finally:
         torch.set_num_threads(threads)
     recipe = read_checkpoint(result.checkpoint).recipe
@@ -706,7 +706,7 @@ def test_precision_of_a_resumed_run(tmp_path: Path, tiny: Any, monkeypatch: pyte
 
     monkeypatch.setattr("muntin.training.precision.resolve_precision", watch)
     plan = ["training.steps=2", "training.validate_every=1"]
-    assert train(tiny, tmp_path / "run", *plan, report=ctrl_c_at(1)).interrupted
+    assert train(tiny, tmp_path / "run", *plan, progress=ctrl_c_at(1)).interrupted
     train(tiny, tmp_path / "run", *plan, resume=True)
     assert begun == [None, read_checkpoint(tmp_path / "run").state.precision]
 
@@ -735,7 +735,7 @@ def test_data_notes(tmp_path: Path, tiny: Any) -> None:
     for mask in (*masks.iterdir(), masks / "lonely.png"):
         write_image(mask, np.zeros((48, 48), np.uint8))
     seen: list[FitProgress] = []
-    result = train(tiny, tmp_path / "run", "training.steps=1", report=seen.append)
+    result = train(tiny, tmp_path / "run", "training.steps=1", progress=seen.append)
     assert any("1 mask without an image, not used: lonely.png" in note for note in result.notes)
     assert "no training picture holds field, roof: a model cannot learn what it does not see" in result.notes
     assert tuple(progress.note for progress in seen if progress.kind == "note") == result.notes
@@ -782,7 +782,7 @@ def test_time_of_an_interrupted_run(tmp_path: Path, tiny: Any, clock: Any) -> No
             clock.now += 2
         interrupt(progress)
 
-    first = train(tiny, tmp_path / "run", *options, report=slow)
+    first = train(tiny, tmp_path / "run", *options, progress=slow)
     assert first.interrupted and first.step == 3 and first.seconds >= 2
     again = train(tiny, tmp_path / "run", *options, resume=True)
     begun = read_checkpoint(first.checkpoint).state.seconds
@@ -799,7 +799,7 @@ def test_validation_at_the_time_limit(tmp_path: Path, tiny: Any, clock: Any) -> 
             clock.now += 3
 
     options = [*TIMED[:2], "training.validate_every=2", "training.checkpoint_every=1000000"]
-    result = train(tiny, tmp_path / "run", *options, report=slow)
+    result = train(tiny, tmp_path / "run", *options, progress=slow)
     assert (result.step, [point["step"] for point in result.validation]) == (2, [2])
 
 
@@ -813,7 +813,7 @@ def test_interrupted_gate_closing(tmp_path: Path, tiny: Any) -> None:
     whole = train(tiny, tmp_path / "whole", *BUDGET)
     gates = [module for module in load_model(read_checkpoint(whole.checkpoint)).modules() if isinstance(module, ChannelGate)]
     assert any(not gate.open_channels().all() for gate in gates) and all(gate.open_channels().any() for gate in gates)
-    train(tiny, tmp_path / "parts", *BUDGET, report=ctrl_c_at(4))
+    train(tiny, tmp_path / "parts", *BUDGET, progress=ctrl_c_at(4))
     parts = train(tiny, tmp_path / "parts", *BUDGET, resume=True)
     assert_same_state(read_checkpoint(whole.checkpoint), read_checkpoint(parts.checkpoint))
 

@@ -10,7 +10,7 @@ from muntin.errors import MuntinError
 
 Objective = Literal["size", "latency"]
 """Quantity to minimise: bytes of the artifact, or milliseconds of a call of one row in the engine."""
-Verdict = Literal["kept", "uncertain", "broken", "failed"]
+TrialVerdict = Literal["kept", "uncertain", "broken", "failed"]
 """Judgement of a trial: within the budget with certainty; within it on the samples, not certain on others; outside; not measured."""
 
 
@@ -40,7 +40,7 @@ class Budget:
         if confidence is not None and (not isinstance(confidence, int | float) or not 0.5 <= confidence < 1):
             raise MuntinError(f"confidence={confidence!r}: give a number from 0.5 to below 1, such as 0.95, or None")
 
-    def judge(self, drop: float, bound: float) -> Verdict:
+    def judge(self, drop: float, bound: float) -> TrialVerdict:
         """Return the verdict on a drop and its upper bound, up to the rounding of a difference of two scores."""
         if not drop <= self.max_drop + ROUNDING:
             return "broken"

@@ -43,7 +43,7 @@ class Deadline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class SearchForecast:
     """Work of a search. Seconds are estimates: of the tables of one width, and of the training of one trial, None if not known.
 
     `layers`: in the tables; `measured`: trials of earlier calls; `samples`: of the evaluation data, None if not known before it is called.
@@ -78,7 +78,7 @@ class Forecast:
 def forecast(
     model: nn.Module, batches: list[ModelInputs], *, steps: int, step_s: float, trials: int, measured: int, minutes: float | None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Forecast:  # fmt: skip
+) -> SearchForecast:  # fmt: skip
     """Estimate a search's work. Costs two forward passes over a few rows, whose time the estimate of the tables is based on."""
     layers = sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in model.modules()) + len(tables(model))
     probe = probe_of(model, batches[0])
@@ -87,7 +87,7 @@ def forecast(
         started = clock()
         call(model, probe)
         pass_s = clock() - started
-    return Forecast(
+    return SearchForecast(
         layers=layers, table_s=PASSES * layers * pass_s, measured=measured, trials=trials, steps=steps,
         training_s=QAT_STEPS * steps * step_s or None, minutes=minutes,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from muntin.budgeting.budget import Budget, Objective
 from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed, plain_int8
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
 from muntin.budgeting.display import shown_search
-from muntin.budgeting.forecast import QAT_STEPS, Deadline, Forecast, OutOfTime, forecast
+from muntin.budgeting.forecast import QAT_STEPS, Deadline, OutOfTime, SearchForecast, forecast
 from muntin.budgeting.forms.latency import latency_settings
 from muntin.budgeting.forms.plans import Plan
 from muntin.budgeting.result import (
@@ -149,7 +149,7 @@ def compress(
 
 def search_forecast(
     model: nn.Module, batches: list[ModelInputs], course: Course | None, config: BudgetConfig, folder: Path, *, step_seconds: float
-) -> Forecast:
+) -> SearchForecast:
     """Return what a search is going to do (`forecast`), with the trials that its folder holds."""
     return forecast(
         model, batches, steps=0 if course is None else course.steps, step_s=step_seconds, trials=config.trials,

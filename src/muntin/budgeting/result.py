@@ -10,8 +10,8 @@ from typing import Any, Literal
 from torch import nn
 
 from muntin.artifact import AnyArtifact
-from muntin.budgeting.budget import Budget, Verdict
-from muntin.budgeting.forecast import Forecast
+from muntin.budgeting.budget import Budget, TrialVerdict
+from muntin.budgeting.forecast import SearchForecast
 from muntin.budgeting.scores import Score, least_certain_drop, samples_to_certify
 from muntin.budgeting.search import front
 from muntin.budgeting.trials import Trial
@@ -37,7 +37,7 @@ class SearchProgress:
     step: int = 0
     steps: int = 0
     loss: float | None = None
-    forecast: Forecast | None = None
+    forecast: SearchForecast | None = None
     note: str = ""
 
 
@@ -111,7 +111,7 @@ def outcome_of(best: Trial | None) -> SearchOutcome:
     """Return the outcome of a search by its best trial."""
     if best is None:
         return "not tried"
-    outcomes: dict[Verdict, SearchOutcome] = {"kept": "kept", "uncertain": "uncertain"}
+    outcomes: dict[TrialVerdict, SearchOutcome] = {"kept": "kept", "uncertain": "uncertain"}
     return outcomes.get(best.verdict, "not reachable")
 
 

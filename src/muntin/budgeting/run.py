@@ -18,7 +18,7 @@ from torch import nn
 from muntin.budgeting.budget import Budget
 from muntin.budgeting.candidate import StepReport
 from muntin.budgeting.display import shown_search
-from muntin.budgeting.forecast import QAT_STEPS, Forecast, OutOfTime
+from muntin.budgeting.forecast import QAT_STEPS, OutOfTime, SearchForecast
 from muntin.budgeting.pipeline import OpenBase, compress, search_forecast
 from muntin.budgeting.result import CompressionResult, SearchProgress, SearchReport
 from muntin.budgeting.trials import REFERENCE, SAMPLES, recorded_steps
@@ -123,7 +123,7 @@ def _step_seconds(checkpoint: Checkpoint) -> float:
     return checkpoint.state.seconds / max(1, checkpoint.state.step)
 
 
-def forecast_run(checkpoint: Checkpoint, folder: Path) -> Forecast:
+def forecast_run(checkpoint: Checkpoint, folder: Path) -> SearchForecast:
     """Return what `compress_run` is going to do. Writes nothing."""
     config, source = _config(checkpoint, folder), source_of(checkpoint)
     course = RecipeCourse(checkpoint, source, steps=config.steps, learning_rate=config.learning_rate or 0.0) if config.steps else None

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from muntin.artifact.atomic_files import sync_directory, write_files
-from muntin.budgeting.budget import Budget, Verdict
+from muntin.budgeting.budget import Budget, TrialVerdict
 from muntin.budgeting.forms.plans import Form, Plan
 from muntin.budgeting.scores import Score
 from muntin.errors import MuntinError
@@ -63,7 +63,7 @@ class Trial:
     bound: float
     bytes: int
     ms: float
-    verdict: Verdict
+    verdict: TrialVerdict
     accepted: bool
     seconds: float
     folder: Path

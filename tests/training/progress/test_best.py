@@ -72,7 +72,7 @@ def test_list_of_the_splits(whole: tuple[Any, FitResult]) -> None:
 
 def test_resumed_run_has_the_same_best_weights(whole: tuple[Any, FitResult], tmp_path: Path) -> None:
     tiny, result = whole
-    broken = train(tiny, tmp_path / "run", report=interrupted_at(9))
+    broken = train(tiny, tmp_path / "run", progress=interrupted_at(9))
     assert broken.interrupted and BEST in read_checkpoint(broken.checkpoint).tensors
     resumed = train(tiny, tmp_path / "run", resume=True)
     assert resumed.result == result.result

