@@ -128,8 +128,8 @@ def fit_command(
 def _recipe_of_folder(folder: Path, *, writes: bool, quiet: bool) -> tuple[Path, Sequence[str]]:
     """The recipe of a folder of images, and the notes of its survey. Writes the recipe if there is none, and prints what was found."""
     from muntin.cli.models import describe_survey
-    from muntin.data.recipe_wizard import write_recipe
     from muntin.data.folders import RECIPE_NAME
+    from muntin.data.recipe_wizard import write_recipe
 
     path = folder / RECIPE_NAME
     if path.exists():
