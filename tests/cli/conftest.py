@@ -82,7 +82,7 @@ def call_process() -> Callable[..., Answer]:
     def call(
         *words: object, before: str = "", env: dict[str, str] | None = None, cwd: Path | None = None, errors: str = "strict"
     ) -> Answer:
-        code = f"{before}\nfrom muntin.cli import console, main\nconsole.FIRST_S = 3600\nmain()"
+        code = f"{before}\nfrom muntin import progress\nfrom muntin.cli import main\nprogress.FIRST_S = 3600\nmain()"
         command = [sys.executable, "-c", code, *map(str, words)]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors=errors, env=env, cwd=cwd, timeout=120, check=False)
         lines = [line for line in done.stderr.splitlines(keepends=True) if not line.startswith(BUSY_NOTE)]

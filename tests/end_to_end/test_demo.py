@@ -76,7 +76,7 @@ def interrupted_at_its_end(*arguments: Any, **named: Any) -> FitResult:
         if progress.kind == "validation" and progress.step == progress.steps:
             os.kill(os.getpid(), signal.SIGINT)
 
-    return fit(*arguments, **(named | {"report": report}))
+    return fit(*arguments, **(named | {"progress": report}))
 
 
 def check_overlay(directory: Path) -> None:
