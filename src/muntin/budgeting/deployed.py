@@ -124,9 +124,9 @@ def deploy(model: nn.Module, interface: Interface, example: ModelInputs, path: P
     few = _first_rows(example, EXAMPLE_ROWS)
     if interface.signature is not None:
         assert isinstance(few, Tensor)
-        artifact: AnyArtifact = export(model, few, path, signature=interface.signature)
+        artifact: AnyArtifact = export(model, few, path, signature=interface.signature, progress=False)
     else:
-        artifact = export(model, interface.named(few, model), path, axes=interface.axes)
+        artifact = export(model, interface.named(few, model), path, axes=interface.axes, progress=False)
     if exact:
         with_precision(artifact, "f32")
 

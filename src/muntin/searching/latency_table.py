@@ -167,7 +167,7 @@ def measured(probes: Sequence[PartProbe], options: SessionOptions, rounds: int =
         quantize(model, [example], min_sqnr_db=0.0, correct_bias=False, smooth=False)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "parts"
-            export(model, example, path)
+            export(model, example, path, progress=False)
             kernels = profile(path, options, rounds=rounds, ceilings=_CEILINGS).kernels
     return attributed(probes, kernels)
 

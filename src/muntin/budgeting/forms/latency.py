@@ -172,7 +172,7 @@ def _measure(one: FormLayer, forms: Mapping[str, Form], options: SessionOptions,
         quantize(model.eval(), [example], keep=kept, min_sqnr_db=0.0)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "forms"
-            export(model, example, path)
+            export(model, example, path, progress=False)
             kernels = profile(path, options, rounds=rounds, ceilings=_CEILINGS).kernels
     times = dict.fromkeys(forms, 0.0)
     texts = list(forms)
