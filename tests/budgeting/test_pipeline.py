@@ -34,7 +34,7 @@ BUDGET = Budget(max_drop=0.02, confidence=None)
 def run(digits: Any, uniform: Any, folder: Path | None, **arguments: Any) -> CompressionResult:
     recipe = {"widths": [1.0], "trials": 3, **arguments.pop("recipe", {})}
     values = {"evaluate": digits.evaluate, "budget": BUDGET, "folder": folder, "plans": uniform} | arguments
-    return compress(digits.model, calibration=digits.calibration, recipe=recipe, **values)
+    return compress(digits.model, recipe=recipe, **{"calibration": digits.calibration, **values})
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +294,7 @@ def test_settings_of_a_recipe(tmp_path: Path) -> None:
         ({"recipe": {"widths": [0.5]}}, "the first of them 1"),
         ({"recipe": {"steps": 5}}, "finetune has no data"),
         ({"finetune": (x for x in ())}, "finetune has no length: give steps"),
+        ({"mean": 0.5, "std": 0.5, "calibration": [torch.rand(2, 1, 16, 16)]}, "multiply by 255"),
         ({"recipe": {"trails": 5}}, "did you mean 'trials'?"),
     ],
 )

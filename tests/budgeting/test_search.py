@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,6 +174,17 @@ def test_width_that_the_model_does_not_have() -> None:
 
     search = searched(lambda number, plan: plan.harm, (Smooth(), NoBase()))
     assert search.notes == ["width 0.8 was not tried: the budget is out of reach"] and search.best is not None
+
+
+def test_model_without_plans() -> None:
+    class NoBase(Smooth):
+        def propose(self, limit: float) -> Plan | None:
+            return None
+
+    search = searched(lambda number, plan: 0.0, (NoBase(),), known=[INT8])
+    assert search.best is search.trials[0] and "the model has no Linear or Conv2d" in search.notes[0]
+    with pytest.raises(MuntinError, match="the model has no Linear or Conv2d"):
+        searched(lambda number, plan: 0.0, (NoBase(),))
 
 
 def test_base_with_one_plan() -> None:

@@ -46,7 +46,7 @@ class Deadline:
 class SearchForecast:
     """Work of a search. Seconds are estimates: of the tables of one width, and of the training of one trial, None if not known.
 
-    `layers`: in the tables; `measured`: trials of earlier calls; `samples`: of the evaluation data, None if not known before it is called.
+    `layers`: in the tables; `measured`: trials of earlier calls; `samples`: a sentence on the evaluation data, empty if they are not known.
     """
 
     layers: int

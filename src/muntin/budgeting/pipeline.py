@@ -45,6 +45,7 @@ from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.embeddings import tables
 from muntin.compression.rewrite import check_kept, keepable, named
+from muntin.deployment.export import check_pixels
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
 from muntin.models.foreign import Statistic, takes_raw_pixels
@@ -93,7 +94,8 @@ def compress(
     `finetune`: batches of inputs, on which each candidate learns the FP32 model's outputs, or of (inputs, targets) with
     `loss(output, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
     (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. `minutes` limits this call: no trial begins that is
-    expected to end later, and tables and training end between two steps. It is exceeded by at most one export or one call of `evaluate`.
+    expected to end later, and tables and training end between two steps. It is exceeded by at most one export, one call of `evaluate`, or
+    the preparation of tables or of a candidate.
     `step_seconds`: time of a step of training, if known, by which the first trial is judged.
 
     Trial 0 is plain INT8 without training. A trial that cannot be made, exported or scored is a row with its reason. `folder`: of all
@@ -102,7 +104,8 @@ def compress(
     once more goes on. Other settings are an error. `settings`: plain values that count among these, such as what `finetune` and `evaluate`
     depend on.
 
-    `mean`, `std`: for a model that expects normalised pixels, as of `muntin.export`: batches and `evaluate` have raw pixels then, too.
+    `mean`, `std`: for a model that expects normalised pixels, as of `muntin.export`: batches and `evaluate` have raw pixels then, too,
+    and names of layers begin with `model.`.
     `signature`: of an image model, by default inferred. `keep`: names or patterns of layers that stay in 16 bits, unfactored, with all
     their outputs, and of embeddings and products that stay in floats; `dense`: of layers that stay unfactored. `plans`: makes the plans of
     a width; by default from tables of harm and cost. `course`: trains candidates, in place of `finetune` and `loss`. `progress`: True
@@ -117,6 +120,9 @@ def compress(
         raise MuntinError(f"budget is a {type(budget).__name__}: give muntin.Budget(max_drop=0.01)")
     batches = calibration_list(calibration, model)
     model = takes_raw_pixels(model, batches[0], mean=mean, std=std)
+    if mean is not None:
+        for batch in batches:
+            check_pixels(batch, "calibration batch")
     check_kept(keep, {**keepable(model), **tables(model)})
     check_kept(dense, dict(named(model, nn.Linear, nn.Conv2d)), argument="dense")
     plans = plans or partial(TablePlans, keep=keep, dense=dense)

@@ -1,4 +1,4 @@
-"""What a search within a budget returns and reports: the chosen model, its trials as plain rows, and notes."""
+"""Result of a search within a budget: the chosen model, the trials as plain rows, and notes."""
 
 from __future__ import annotations
 

@@ -104,7 +104,10 @@ class Search:
                 bracket = _Bracket(self.open_base(width))
             except MuntinError as error:
                 if first is None:
-                    raise
+                    if all(trial.failed for trial in self.trials):
+                        raise
+                    self.notes.append(f"nothing beyond plain INT8 was tried: {error}")
+                    return
                 self.notes.append(f"width {width:g} was not tried: {error}")
                 continue
             brackets[width] = bracket

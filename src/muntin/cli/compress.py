@@ -60,8 +60,8 @@ def compress_command(
         float | None,
         typer.Option(
             min=0,
-            help="With --max-drop: time limit of this call, tables and held-out scores included. It is exceeded by at most one export or "
-            "one scoring of an artifact. The same command goes on.",
+            help="With --max-drop: time limit of this call, tables and held-out scores included. It is exceeded by at most one export, one "
+            "scoring, or the preparation of tables or of a candidate. The same command goes on.",
         ),
     ] = None,
     trials: Annotated[
