@@ -14,6 +14,9 @@ import yaml
 from hypothesis import settings
 
 from muntin.images import write_image
+from muntin.runtime import describe_hardware
+from muntin.runtime.host.hardware import disabled_features
+from muntin.runtime.verification.exactness import sums_saturate
 from ray_cluster import cluster
 
 CLASSES = ({"name": "sea", "color": [0, 0, 200]}, {"name": "field", "color": [0, 160, 0]}, {"name": "roof", "color": [200, 60, 0]})
@@ -27,6 +30,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process ends long after the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def dot_products() -> None:
+    """Skips a test on a CPU without exact 8-bit dot products (VNNI, AMX, dotprod), where weights have 7 bits."""
+    if sums_saturate() or not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"} & set(describe_hardware()["features"]):
+        pytest.skip("this CPU has no 8-bit dot products")
+
+
+@pytest.fixture(scope="session")
+def group_norms() -> None:
+    """Skips a test where `ONEDNN_MAX_CPU_ISA` disables AVX-512 on a CPU that has it: OpenVINO's group norm of free sizes crashes then."""
+    if "avx512f" in disabled_features():
+        pytest.skip("OpenVINO's group norm crashes with this ONEDNN_MAX_CPU_ISA")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -29,7 +29,6 @@ from muntin.training import read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.recipe import load_recipe
 
-INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 ODD_SIZES = ((1, 64, 64), (3, 65, 33), (1, 1, 37), (1, 1, 1))
 
 
@@ -101,6 +100,7 @@ def small(request: pytest.FixtureRequest, build: type[nn.Module], trained: Any, 
     return export_model(trained(SMALL[request.param](build)), quantized=True, example=example)
 
 
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_scores_of_the_quantised_model(small: Any, engine: str, pictures: Any) -> None:
     session = muntin.load(small.artifact.path, engine=engine, precision="f32", threads=1)
@@ -113,7 +113,7 @@ def test_scores_of_the_quantised_model(small: Any, engine: str, pictures: Any) -
         assert error.mean() <= step / 20
 
 
-@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+@pytest.mark.usefixtures("dot_products")
 def test_integer_execution(small: Any) -> None:
     records = small.artifact.manifest.layers
     assert records and all(record.weight_bits == record.activation_bits == 8 for record in records)
@@ -268,6 +268,7 @@ def test_circular_padding(pixels: Any, tmp_path: Path, refused: Any) -> None:
     assert "join rows and columns by torch.cat instead" in refused(model, pixels(1, 3, 48, 48), tmp_path)
 
 
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize(
     "joined",
     [

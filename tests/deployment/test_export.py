@@ -53,6 +53,7 @@ def test_manifest_layers_and_passes(hybrid_int8: Any) -> None:
     assert (head.kind, head.parameters, head.macs) == ("Linear", 128 * hidden + hidden, 64 * 128 * hidden)  # 4 x 4 tokens padded to 8 x 8
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_stored_weights(hybrid_int8: Any) -> None:
     manifest, model = hybrid_int8.artifact.manifest, hybrid_int8.model
     weights = sum(module.weight.numel() for module in model.modules() if type(module).__name__.startswith("Quantized"))

@@ -20,10 +20,8 @@ from muntin.compression import QuantizedConv2d, QuantizedLinear, freeze, prepare
 from muntin.compression.quantization.qat import FLOAT
 from muntin.deployment.counting import stored_bytes
 from muntin.layers import Attention, GlobalAttention, HybridAttention
-from muntin.runtime import describe_hardware
 from muntin.runtime.options import SessionOptions
 
-INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 LAYERS = ("stem", "depthwise", "body", "expand", "head")
 MIXED = {"depthwise": 8, "body": 2, "expand": FLOAT}
 
@@ -97,6 +95,7 @@ def test_stored_size_of_4_bits(deployed: dict[str, Deployed]) -> None:
     assert packed == sorted((layer.integers.numel() + 1) // 2 for layer in layers.values())  # bytes
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_layer_records_of_low_bits(deployed: dict[str, Deployed]) -> None:
     assert {name: (r.weight_bits, r.activation_bits) for name, r in deployed["w4"].records.items()} == dict.fromkeys(LAYERS, (4, 8))
     assert {name: (r.weight_bits, r.activation_bits) for name, r in deployed["mixed"].records.items()} == {
@@ -107,6 +106,7 @@ def test_layer_records_of_low_bits(deployed: dict[str, Deployed]) -> None:
     assert passes == {"stem": "W4A8", "depthwise": "W8A8", "body": "W2A8", "expand": "kept", "head": "W4A8"}
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_stored_mixed_widths(deployed: dict[str, Deployed]) -> None:
     mixed = deployed["mixed"]
     bits = {name: stored(mixed.artifact, layer.integers).bits for name, layer in integers(mixed.model).items()}
@@ -115,6 +115,7 @@ def test_stored_mixed_widths(deployed: dict[str, Deployed]) -> None:
     assert any(record.shape in ((33, 65), (65, 33)) for record in halves)
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_artefact_size_by_bits(deployed: dict[str, Deployed]) -> None:
     sizes = {name: (made.artifact.path / "weights.safetensors").stat().st_size for name, made in deployed.items()}
     weights = sum(layer.integers.numel() for layer in integers(deployed["w8"].model).values())
@@ -128,7 +129,7 @@ def test_artefact_size_by_bits(deployed: dict[str, Deployed]) -> None:
     )
 
 
-@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+@pytest.mark.usefixtures("dot_products")
 def test_execution_of_low_bits(deployed: dict[str, Deployed]) -> None:
     for made in (deployed["w4"], deployed["mixed"]):
         session = muntin.load(made.artifact.path, precision="f32", threads=1)
@@ -139,6 +140,7 @@ def test_execution_of_low_bits(deployed: dict[str, Deployed]) -> None:
         assert len(result.checks) == len(integers(made.model))
 
 
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("name", ["w4", "mixed"])
 def test_scores_of_the_frozen_model(deployed: dict[str, Deployed], name: str, pictures: Any) -> None:
     made = deployed[name]
@@ -163,6 +165,7 @@ def test_standalone_of_low_bits(deployed: dict[str, Deployed], name: str, plain_
     assert integers == {onnx.TensorProto.INT8}
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_attention_in_8_bits(trained: Any, pixels: Any, tmp_path: Path) -> None:
     options = {"depths": (1,), "dims": (64,), "head_dim": 32, "stem": (16, 16, 32), "latents": 8, "decoder": 16}
     model, example = trained(create_model("hybrid-xs", classes=4, options=options)), pixels(2, 3, 48, 48)
@@ -215,7 +218,7 @@ def test_attention_of_a_uniform_image(seeing: Deployed, engine: str, value: int)
     assert np.abs(few).max() > 0.1
 
 
-@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+@pytest.mark.usefixtures("dot_products")
 def test_attention_sums_on_integers(seeing: Deployed) -> None:
     session = muntin.load(seeing.artifact.path, precision="f32", threads=1)
     session(np.zeros((1, 72, 56, 3), np.uint8))

@@ -15,11 +15,9 @@ from muntin.artifact import TensorArtifact, TensorInfo
 from muntin.compression import quantize
 from muntin.compression.equivalent.input_factors import ScaledLinear
 from muntin.errors import ExportError
-from muntin.runtime import describe_hardware
+from muntin.runtime.verification.exactness import sums_saturate
 from muntin.runtime.verification.layerwise import verify_layers
 from muntin.training.config import QuantizationConfig
-
-INTEGER_CPU = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 class Encoder(nn.Module):
@@ -66,7 +64,7 @@ def test_encoder(encoder: nn.Module, artifact: TensorArtifact) -> None:
     assert [(info.name, info.dtype, info.shape) for info in signature.outputs] == [
         ("embedding", "float32", ("batch", 32)), ("label", "int64", ("batch",)),
     ]  # fmt: skip
-    assert signature.batch == "batch" and measured["integer_coverage"] == 1.0
+    assert signature.batch == "batch" and (measured["integer_coverage"] == 1.0 or sums_saturate())
     assert muntin.verify(artifact.path).passed
     session = muntin.load(artifact.path)
     for batch, length in ((1, 7), (5, 30)):
@@ -147,7 +145,7 @@ class Gelu(nn.Module):
         return out if self.norm is None else out + y
 
 
-@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+@pytest.mark.usefixtures("dot_products")
 def test_factors_beside_a_residual(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Gelu(nn.LayerNorm(32)).eval(), torch.randn(4, 9, 32)
@@ -167,7 +165,7 @@ def test_factors_beside_a_residual(tmp_path: Path) -> None:
         assert [layer.precision for layer in session.layers() if layer.compute] == ["i8", "i8"]
 
 
-@pytest.mark.skipif(INTEGER_CPU.isdisjoint(describe_hardware()["features"]), reason="this CPU has no 8-bit dot products (VNNI, AMX)")
+@pytest.mark.usefixtures("dot_products")
 def test_zero_points_on_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Gelu().eval(), torch.randn(4, 9, 32)
@@ -197,7 +195,7 @@ def test_quantized_in_pytorch(encoder: nn.Module, trained: bool, tmp_path: Path)
         quantize(model, batches, keep=("classes",))
     artifact = muntin.export(model, tokens(3, 12), tmp_path / "a", axes=AXES)
     layers = {record.name: (record.weight_bits, record.activation_bits) for record in artifact.manifest.layers}
-    assert layers["layer.linear1.reduce" if trained else "layer.linear1"] == (4 if trained else 8, 8)
+    assert layers["layer.linear1.reduce" if trained else "layer.linear1"] == (4 if trained else 7 if sums_saturate() else 8, 8)
     assert layers["classes"] == (16, None)
     assert "named in keep" in [entry["reason"] for entry in artifact.manifest.passes if entry["layer"] == "classes"]
     assert muntin.verify(artifact.path).passed

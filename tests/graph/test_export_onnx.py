@@ -73,6 +73,7 @@ def verified(artifact: TensorArtifact) -> None:
         assert all(check.error == 0 for check in result.checks)
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_text_encoder_in_integers(encoder: tuple[nn.Module, onnx.ModelProto], tmp_path: Path) -> None:
     net, proto = encoder
     artifact = muntin.export_onnx(proto, tmp_path / "artifact", calibration=[sentences(4, 16, seed) for seed in range(6)])
@@ -141,6 +142,7 @@ def unnamed(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_map_of_even_sides_and_unnamed_dimensions(tmp_path: Path) -> None:
     batches = [normal(2, 4, 24, 32, seed=seed) for seed in range(4)]
     artifact = muntin.export_onnx(unnamed(image_map()), tmp_path / "artifact", calibration=batches)
@@ -199,6 +201,7 @@ def test_operator_that_openvino_lacks(tmp_path: Path) -> None:
     assert muntin.verify(artifact.path, SessionOptions(engine="onnxruntime")).passed
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_products_that_fall_back_stay_in_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = export_module.write_checked_tensors
 

@@ -103,6 +103,7 @@ def kinds(proto: onnx.ModelProto) -> set[str]:
     return {node.op_type for node in proto.graph.node}
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_classifier() -> None:
     proto = classifier()
     before = proto.SerializeToString()
@@ -118,6 +119,7 @@ def test_classifier() -> None:
     assert ran == dict.fromkeys((record.name for record in result.products), "i8")
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_attention() -> None:
     """Products of two activations too; the softmax is divided by its sum after the product."""
     proto = attention()
@@ -208,6 +210,7 @@ def test_kept_and_weak_products() -> None:
     assert "dB of signal over noise in its output, less than 90" in note
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_recurrent_layers_are_told() -> None:
     proto = model(
         "(float[N, B, 4] x) => (float[N, 1, B, 3] y) { y = RNN<hidden_size = 3>(x, w, r) }", w=normal(1, 3, 4), r=normal(1, 3, 3, seed=1)

@@ -16,7 +16,7 @@ def quantization_changes(products: Iterable[ProductRecord]) -> list[Change]:
         Change(
             layer=record.name,
             pass_="quantize",
-            done="kept" if record.bits is None else "W8A8" if record.parameters else "A8",
+            done="kept" if record.bits is None else f"W{record.weight_bits}A8" if record.parameters else "A8",
             reason=record.reason,
             sqnr_db=record.sqnr_db,
         )

@@ -86,14 +86,20 @@ def usable(scale: float) -> float:
     return 1 + float(info.eps) if rounded == 1 else rounded
 
 
-def weight_scale(weight: Array, axis: int) -> Array:
-    """Return the 8-bit scale `(O,)` of each channel along `axis`, by its peak. A channel of zeros gets 1."""
+def weight_scale(weight: Array, axis: int, bits: int = 8) -> Array:
+    """Return the scale `(O,)` of each channel along `axis`, by its peak. A channel of zeros gets 1."""
+    limit = weight_limit(bits)
     peak_O = np.abs(weight).max(axis=tuple(d for d in range(weight.ndim) if d != axis)).astype(np.float32)
-    return np.where(peak_O > 0, np.maximum(peak_O, 127 * np.finfo(np.float32).tiny), 127).astype(np.float32) / np.float32(127)
+    return np.where(peak_O > 0, np.maximum(peak_O, limit * np.finfo(np.float32).tiny), limit).astype(np.float32) / np.float32(limit)
+
+
+def weight_limit(bits: int) -> int:
+    """Return the largest level of a symmetric weight: 127 for 8 bits, 63 for 7."""
+    return int(2 ** (bits - 1)) - 1
 
 
 def quantize_weight(weight: Array, axis: int, scale_O: Array, bits: int) -> Array:
     """Return the weight as symmetric integers along `axis`, int8."""
-    limit = 2 ** (bits - 1) - 1
+    limit = weight_limit(bits)
     shape = [-1 if d == axis else 1 for d in range(weight.ndim)]
     return np.round(weight.astype(np.float32) / scale_O.reshape(shape)).clip(-limit, limit).astype(np.int8)

@@ -8,13 +8,13 @@ softmax(s)·v becomes (exp(s - max)·v) / sum: a normalised share over N entries
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from muntin.graph.grids import SHARES, ByteGrid, quantize_weight, weight_scale
+from muntin.graph.grids import SHARES, ByteGrid, quantize_weight, weight_limit, weight_scale
 from muntin.graph.onnx_graph import Array, Graph
 from muntin.graph.products import GraphProduct, find_products
 
@@ -33,6 +33,13 @@ class ProductGrids:
     weight_bits: int = 8
     scale: Array | None = field(default=None, compare=False)
     spread_softmax: bool = False
+
+    def in_seven_bits(self) -> ProductGrids:
+        """Return the grids with a weight of at most 7 bits; trained scales keep their range."""
+        if self.weight_bits < 8:
+            return self
+        scale = None if self.scale is None else self.scale * np.float32(weight_limit(8) / weight_limit(7))
+        return replace(self, weight_bits=7, scale=scale)
 
 
 GridPlan = Mapping[str, ProductGrids]
@@ -76,7 +83,7 @@ def _integers(graph: Graph, product: GraphProduct, grids: ProductGrids) -> str:
     """Return the dequantised weight; a weight that several products share on one scale is stored once."""
     assert product.weight is not None
     weight = graph.constants[product.weight]
-    scale_O = weight_scale(weight, product.axis) if grids.scale is None else grids.scale
+    scale_O = weight_scale(weight, product.axis, grids.weight_bits) if grids.scale is None else grids.scale
     base = f"{product.weight}/{product.name}" if len(graph.readers.get(product.weight, [])) > 1 else product.weight
     integers = graph.constant(f"{base}/integers", quantize_weight(weight, product.axis, scale_O, grids.weight_bits))
     scale = graph.constant(f"{base}/scale", scale_O.astype(np.float32))

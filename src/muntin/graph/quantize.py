@@ -24,11 +24,14 @@ from muntin.graph.passes.smoothing import smooth
 from muntin.graph.passes.storage import quantize_tables, round_to_half
 from muntin.graph.products import OPAQUE, GraphProduct, find_products, no_integer_form
 from muntin.graph.records import QuantizedOnnx, product_records
+from muntin.runtime.verification.exactness import sums_saturate
 
 OPSET = 20
 """Opset of the written graph; an older model is converted."""
 MIN_SQNR_DB = 15.0
 """Signal over noise that a product's own rounding has to leave."""
+SATURATES = "on this CPU, without VNNI, sums of 8-bit products saturate in 16 bits"
+"""Reason of products of two activations in floats, and of 7 bits for weights (`sums_saturate`)."""
 NOT_PREPARED = "it is not quantised in the model that was exported"
 """Reason of products in floats beside those whose scales were trained."""
 
@@ -67,7 +70,8 @@ class QuantizationPlan:
         clip_before_signed_quantizers(graph)
         graph.drop_unread()
         opaque = tuple(sorted({node.op_type for node in graph.nodes if node.op_type in OPAQUE}))
-        return QuantizedOnnx(model=graph.proto(), products=records, opaque=opaque)
+        reduced = f"{SATURATES}: weights have 7 bits, products of two activations stay in floats" if self.plan and sums_saturate() else ""
+        return QuantizedOnnx(model=graph.proto(), products=records, opaque=opaque, reduced=reduced)
 
 
 def calibrate(
@@ -91,7 +95,7 @@ def calibrate(
         raise ExportError("the model holds no convolution and no matrix product: there is nothing to quantise")
     _check_kept(keep, products)
     reasons = {product.name: "named in keep" for product in products if is_kept(product.name, keep)}
-    reasons |= {product.name: reason for product in products if (reason := no_integer_form(graph, product))}
+    reasons |= {product.name: reason for product in products if (reason := no_integer_form(graph, product) or _saturation(product))}
     free = [product for product in products if product.name not in reasons]
     observers = observe(graph, [name for product in free for name in product.activations.values()], calibration)
     plan = align_with_pixels(graph, _calibrated(free, observers), free, first_row(calibration[0]))
@@ -118,6 +122,9 @@ def planned(model: onnx.ModelProto, plan: GridPlan, reasons: Mapping[str, str], 
     grids = {product.name: plan.get(product.name) or plan.get(layers.get(product.name, "")) for product in products}
     used = {name: value for name, value in grids.items() if value is not None}
     others = {product.name: NOT_PREPARED for product in products if used and product.name not in used}
+    if used and sums_saturate():
+        others |= {product.name: reason for product in products if product.name in used and (reason := _saturation(product))}
+        used = {name: value.in_seven_bits() for name, value in used.items() if name not in others}
     return QuantizationPlan(graph=graph, plan=used, reasons={**others, **reasons}, sqnr={}, example=example, half=half)
 
 
@@ -162,6 +169,12 @@ def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeO
         product.name: ProductGrids(
             activations={index: observers[name].grid() for index, name in product.activations.items()},
             spread_softmax=product.softmax is not None,
+            weight_bits=7 if sums_saturate() else 8,
         )
         for product in products
     }
+
+
+def _saturation(product: GraphProduct) -> str | None:
+    """Return why the sums of a product of two activations would be wrong on this CPU; None if they are right."""
+    return SATURATES if product.weight is None and sums_saturate() else None

@@ -44,11 +44,13 @@ class ProductRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedOnnx:
-    """A quantised model. `products`: what multiplies in it, in the graph's order. `opaque`: operators inside which nothing is counted."""
+    """A quantised model. `products`: what multiplies in it, in the graph's order. `opaque`: operators inside which nothing is counted.
+    `reduced`: why weights have 7 bits instead of 8, or empty."""
 
     model: onnx.ModelProto
     products: tuple[ProductRecord, ...]
     opaque: tuple[str, ...] = ()
+    reduced: str = ""
 
     @property
     def coverage(self) -> float:
@@ -66,6 +68,8 @@ class QuantizedOnnx:
             reasons = "; ".join(f"{record.name} ({record.macs / total:.0%}): {record.reason}" for record in floats[:_NAMED])
             more = f"; and {len(floats) - _NAMED} more" if len(floats) > _NAMED else ""
             lines.append(f"{self.coverage:.0%} of the multiply-adds are in integers. In floats: {reasons}{more}")
+        if self.reduced:
+            lines.append(self.reduced)
         if self.opaque:
             lines.append(f"{', '.join(self.opaque)}: what these compute stays in floats and is not counted")
         return tuple(lines)

@@ -317,7 +317,7 @@ class BudgetConfig(Section):
     steps: int | None = Field(
         default=None,
         ge=0,
-        description="training steps of a candidate; 0: none; unset: those of the three stages, fewer with minutes, or one pass over finetune",
+        description="training steps of a candidate; 0: none; unset: as the three stages, fewer with minutes, or a pass over finetune",
     )
     learning_rate: float | None = Field(default=None, gt=0, le=1, description="unset: that of compression.mix for a run, otherwise 0.001")
 

@@ -154,6 +154,7 @@ def test_note_on_integers_at_uncalibrated_sizes(build: type[nn.Module], pixels: 
     notes = {}
     for name, calibration in (("small", [example]), ("both", [example, pixels(1, 3, 256, 256)]), ("floats", None)):
         notes[name] = muntin.export(model, example, tmp_path / name, calibration=calibration).manifest.measured["notes"]
+    notes = {name: [note for note in values if "saturate" not in note] for name, values in notes.items()}
     (note,) = notes["small"]
     assert re.match(r"rounding to integers moves the answer to an image of 256 x 256 by 0\.\d+ standard deviations in the mean", note)
     assert notes["both"] == notes["floats"] == []

@@ -116,6 +116,7 @@ def test_cpu_identity_with_isa_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cpu_identity()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     assert cpu_identity() == f"{whole} ONEDNN_MAX_CPU_ISA=AVX2"
+    assert not {"avx512f", "avx_vnni", "amx_int8"} & set(describe_hardware()["features"])
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from onnx import helper
 
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import load
+from muntin.runtime.engines.openvino.compiled import capabilities
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.kernels import CONVERT, COPIES, IMAGES, PRODUCTS
 from muntin.runtime.profiling.openvino_kernels import openvino_kernels
 
-CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+CAPABILITIES = capabilities(openvino.Core())
 OPTIONS = SessionOptions(precision="f32", threads=1)
 H, W = 24, 40
 

@@ -18,6 +18,16 @@ from typing import Any
 
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """Environment variables that keep oneDNN, and so OpenVINO, from using all features of the CPU."""
+_AVX512 = {"avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
+_DISABLED = {
+    "SSE41": {"avx2", "avx_vnni", *_AVX512},
+    "AVX": {"avx2", "avx_vnni", *_AVX512},
+    "AVX2": {"avx_vnni", *_AVX512},
+    "AVX2_VNNI": _AVX512,
+    "AVX512_CORE": {"avx_vnni", *_AVX512} - {"avx512f"},
+    "AVX512_CORE_VNNI": _AVX512 - {"avx512f", "avx512_vnni"},
+}
+"""Features that each of the variables' values disables."""
 # Flags that decide on an engine's kernels, of x86 ("flags") and ARM ("Features").
 FEATURES = (
     "avx2",
@@ -36,7 +46,7 @@ PACKAGES = ("numpy", "openvino", "onnxruntime", "onnx")
 
 
 def describe_hardware() -> dict[str, Any]:
-    """CPU, cores, memory and features of this process, and versions of the libraries that compute.
+    """CPU, cores, memory and features of this process (without those that `ISA_LIMITS` disable), versions of libraries that compute.
 
     `cores`: usable logical cores (affinity and a container's quota considered); `physical_cores`: without hyper-threads; `memory_gib`: the
     smaller of the machine's memory and a container's limit, None where unknown. Missing packages are left out, and torch and its `gpus`
@@ -48,7 +58,7 @@ def describe_hardware() -> dict[str, Any]:
         "cores": usable_cores(),
         "physical_cores": physical_cores(),
         "memory_gib": memory_gib(),
-        "features": list(cpu_features(cpuinfo)),
+        "features": [feature for feature in cpu_features(cpuinfo) if feature not in disabled_features()],
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
     }
@@ -84,6 +94,11 @@ def cpu_identity() -> str:
 def _cpu_flags(cpuinfo: str) -> set[str]:
     match = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return set(match[1].split()) if match else set()
+
+
+def disabled_features() -> set[str]:
+    """Features of the CPU that the environment keeps oneDNN from using."""
+    return {feature for name in ISA_LIMITS for feature in _DISABLED.get(os.environ.get(name, "").upper(), ())}
 
 
 def usable_cores() -> int:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from muntin.errors import DataError
-from muntin.runtime.engines.openvino.compiled import executed_products
+from muntin.runtime.engines.openvino.compiled import capabilities, executed_products
 from muntin.runtime.host.hardware import last_level_cache, memory_gib, physical_cores
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
@@ -63,11 +63,11 @@ def measure_ceilings(*, threads: int | None = None, seconds: float = 1.0) -> Cei
     threads = threads or physical_cores()
     with watch_cpu() as watch:
         core = openvino.Core()
-        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        available = capabilities(core)
         rates = {
             precision: [measure_product(core, kind, precision, threads=threads, seconds=seconds / 2) for kind in ("MatMul", "Conv")]
             for precision, (capability, _, _) in PRODUCT_PRECISIONS.items()
-            if capability in capabilities
+            if capability in available
         }
         copy_gb_s = measure_copy(threads, seconds)
     gmacs = {precision: max(measured) for precision, kinds in rates.items() if (measured := [rate for rate in kinds if rate is not None])}

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime import load
+from muntin.runtime.engines.openvino.compiled import capabilities
 from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
 from muntin.runtime.engines.openvino.session import open_openvino
 from muntin.runtime.host.quiet_imports import openvino
@@ -25,7 +26,7 @@ from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import STATIC_SHAPES
 
-CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+CAPABILITIES = capabilities(openvino.Core())
 
 
 @pytest.mark.usefixtures("dot_products")

@@ -43,6 +43,7 @@ class Residual(nn.Module):
         return F.interpolate(self.head(x), size=pixels_BCHW.shape[2:])
 
 
+@pytest.mark.usefixtures("group_norms")
 @pytest.mark.parametrize(("bias", "linear"), [(False, False), (True, True)])
 def test_dynamic_and_static_scores_in_8_bits(tmp_path: Path, bias: bool, linear: bool) -> None:
     torch.manual_seed(0)

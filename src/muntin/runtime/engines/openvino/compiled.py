@@ -16,6 +16,7 @@ from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import CompiledModels
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
 from muntin.runtime.engines.openvino.workarounds import computes_with_sizes
+from muntin.runtime.host.hardware import disabled_features
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
 from muntin.runtime.options import SessionOptions
@@ -179,14 +180,20 @@ class CompiledForms(ABC, Generic[CallForm]):
         return computes_with_sizes(self._model)
 
 
+def capabilities(core: Any) -> tuple[str, ...]:
+    """The numbers that OpenVINO computes in here, such as "FP32", "BF16", "INT8". It would name BF16 where AVX-512 is disabled."""
+    without = {"BF16"} if "avx512f" in disabled_features() else set()
+    return tuple(one for one in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") if one not in without)
+
+
 def choose_precision(core: Any, requested: str, recorded: str) -> str:
     """The precision of float layers. Raises DependencyError for a requested one that the CPU lacks."""
-    capabilities = tuple(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    available = capabilities(core)
     if requested == "recorded":
-        return recorded if _CAPABILITIES[recorded] in capabilities else "f32"
-    if _CAPABILITIES[requested] not in capabilities:
+        return recorded if _CAPABILITIES[recorded] in available else "f32"
+    if _CAPABILITIES[requested] not in available:
         raise DependencyError(
-            f'precision="{requested}": this CPU has no {_CAPABILITIES[requested]} (it has {", ".join(capabilities)}): '
+            f'precision="{requested}": this CPU has no {_CAPABILITIES[requested]} (it has {", ".join(available)}): '
             'ask for "recorded", or for "f32"'
         )
     return requested
