@@ -67,6 +67,7 @@ def test_budget_is_kept(digits: Any, finished: CompressionResult) -> None:
     assert len({trial.within for trial in finished.trials}) == 2 and finished.trials[0].number == 0
     assert all(isinstance(change, Change) for change in finished.changes) and finished.changes
     assert {row["trial"]: row["score"] for row in finished.rows}[best.number] == best.score
+    assert repr(finished) == f"<CompressionResult: kept, drop {best.drop:.4f}, at most 0.02, {best.bytes:,} bytes, {best.artifact}>"
 
 
 @pytest.fixture(scope="module")

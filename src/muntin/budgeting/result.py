@@ -55,7 +55,7 @@ class Holdout:
     samples: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class CompressionResult:
     """The result of `muntin.compress`.
 
@@ -79,6 +79,11 @@ class CompressionResult:
     changes: tuple[Change, ...]
     notes: tuple[str, ...]
     folder: Path
+
+    def __repr__(self) -> str:
+        """Outcome and chosen artifact in one line: the model alone would be hundreds."""
+        drop = "" if self.best is None else f" drop {self.best.drop:.4f}, at most {self.budget.max_drop:g},"
+        return f"<CompressionResult: {self.outcome},{drop} {self.artifact.bytes:,} bytes, {self.artifact.path}>"
 
     @property
     def front(self) -> tuple[Trial, ...]:
