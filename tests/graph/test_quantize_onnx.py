@@ -355,3 +355,34 @@ def test_random_networks(names: list[str], seed: int) -> None:
     assert result.coverage == 1.0
     assert min(record.sqnr_db or 0 for record in result.products) > 25  # each alone; a chain of them on a small map may lose more
     assert difference(proto, result, {"t0": normal(1, 4, 33, 47, seed=seed + 2)}) > 8
+
+
+def test_local_functions_are_inlined() -> None:
+    proto = model("(float[B, 8] x) => (float[B, 4] y) { y = own.Layer(x, w) }".replace("own.Layer", "MatMul"), w=normal(8, 4))
+    proto.graph.node[0].domain, proto.graph.node[0].op_type = "own", "Layer"
+    proto.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    body = [onnx.helper.make_node("MatMul", ["a", "b"], ["product"]), onnx.helper.make_node("Relu", ["product"], ["c"])]
+    imports = [onnx.helper.make_opsetid("", 20)]
+    proto.functions.append(onnx.helper.make_function("own", "Layer", ["a", "b"], ["c"], body, imports))
+    result = muntin.quantize_onnx(proto, [normal(16, 8, seed=3)])
+    assert [record.kind for record in result.products] == ["MatMul"] and not result.model.functions
+
+
+def test_external_data_in_a_function(tmp_path: Path) -> None:
+    proto = model("(float[B, 4] x) => (float[B, 4] y) { y = Relu(x) }")
+    outside = onnx.TensorProto(name="outside", data_type=onnx.TensorProto.FLOAT, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    outside.external_data.add(key="location", value="secret")
+    proto.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    constant = onnx.helper.make_node("Constant", [], ["c"])
+    constant.attribute.add(name="value", ref_attr_name="value", type=onnx.AttributeProto.TENSOR)
+    function = onnx.helper.make_function(
+        "own", "Leak", ["a"], ["b"], [constant, onnx.helper.make_node("Add", ["a", "c"], ["b"])], [onnx.helper.make_opsetid("", 20)]
+    )
+    function.attribute_proto.append(onnx.helper.make_attribute("value", outside))
+    proto.functions.append(function)
+    proto.graph.node.insert(0, onnx.helper.make_node("Leak", ["x"], ["z"], domain="own"))
+    proto.graph.node[1].input[0] = "z"
+    (tmp_path / "secret").write_bytes(b"0" * 16)
+    onnx.save(proto, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="external file"):
+        muntin.quantize_onnx(tmp_path / "model.onnx", [normal(2, 4)])

@@ -6,7 +6,7 @@ A weight that is moved out leaves its name, type and shape in the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from muntin.artifact.manifest import TensorRecord
+from muntin.artifact.onnx_checks import check_data, check_operators, messages
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sparse_packing import index_bytes, put_values, smallest_form, take_values
 from muntin.errors import ArtifactError
@@ -36,8 +37,8 @@ def join_model(structure: bytes, tensors: Mapping[str, NDArray[Any]], records: M
         model.ParseFromString(structure)
     except DecodeError as error:
         raise ArtifactError("model.onnx is no ONNX model: export the artefact again") from error
-    _refuse_external(model)
-    _refuse_engines(model)
+    check_data(model)
+    check_operators(model)
     if tensors.keys() != records.keys():
         raise ArtifactError("weights.safetensors: its tensors are not those of the manifest: export the artefact again")
     restored = set()
@@ -55,10 +56,11 @@ def split_model(model: onnx.ModelProto, packing: Packing) -> tuple[onnx.ModelPro
     names = {initializer.name for initializer in model.graph.initializer}
     if unknown := sorted(packing.keys() - names):
         raise ArtifactError(f"packing names {unknown[0]}, which is no initializer of the model: name one of its {len(names)}")
-    _refuse_external(model)
-    _refuse_large(model.graph.initializer)
     structure, tensors, records = onnx.ModelProto(), {}, {}
     structure.CopyFrom(model)
+    check_data(structure)
+    check_operators(structure)
+    _refuse_large(model.graph.initializer)
     _strip(structure)
     for initializer in structure.graph.initializer:
         if math.prod(initializer.dims) <= MOVED_FROM and initializer.name not in packing:
@@ -159,57 +161,15 @@ def _numpy_type(initializer: onnx.TensorProto) -> np.dtype[Any]:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Removes, in place, what no engine needs: doc strings, metadata (these contain the exporter's file paths) and inferred shapes."""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    for graph in _graphs(model):
-        graph.doc_string = ""
-        del graph.metadata_props[:], graph.value_info[:]
-        values = (*graph.input, *graph.output, *graph.initializer) if isinstance(graph, onnx.GraphProto) else ()
-        for item in (*graph.node, *values):
-            item.doc_string = ""
-            del item.metadata_props[:]
+    for message in list(messages(model)):
+        if isinstance(message, onnx.GraphProto):
+            del message.value_info[:]
+        for field in ("doc_string", "metadata_props"):
+            if field in message.DESCRIPTOR.fields_by_name:
+                message.ClearField(field)
 
 
 def _refuse_large(initializers: Iterable[onnx.TensorProto]) -> None:
     size = sum(math.prod(item.dims) * _numpy_type(item).itemsize for item in initializers)
     if size > LARGEST:
         raise ArtifactError(f"the model expands to {size / 2**30:.1f} GiB: ONNX holds less than 2 GiB in one file, make it smaller")
-
-
-def _refuse_external(model: onnx.ModelProto) -> None:
-    """Raises ArtifactError for data in another file: its name could be that of any file of the machine."""
-    for tensor in _all_tensors(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise ArtifactError(f"tensor {tensor.name} lies in an external file: load the model with its external data and export it again")
-
-
-def _refuse_engines(model: onnx.ModelProto) -> None:
-    """Raises ArtifactError for a node that contains or names a compiled model (`EPContext`): an engine would run unchecked code."""
-    for node in (node for graph in _graphs(model) for node in graph.node):
-        if node.op_type == "EPContext":
-            raise ArtifactError(f"model.onnx: node {node.name or node.op_type} is an engine's compiled form: export the model itself")
-
-
-def _graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto | onnx.FunctionProto]:
-    """The model's graph, its functions, and every graph inside of their nodes."""
-    waiting: list[onnx.GraphProto | onnx.FunctionProto] = [model.graph, *model.functions]
-    while waiting:
-        graph = waiting.pop()
-        yield graph
-        for attribute in (attribute for node in graph.node for attribute in node.attribute):
-            waiting += attribute.graphs
-            if attribute.HasField("g"):
-                waiting.append(attribute.g)
-
-
-def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph in _graphs(model):
-        sparse = []
-        if isinstance(graph, onnx.GraphProto):
-            yield from graph.initializer
-            sparse += graph.sparse_initializer
-        for attribute in (attribute for node in graph.node for attribute in node.attribute):
-            yield from (attribute.t, *attribute.tensors)
-            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
-        for tensor in sparse:
-            yield from (tensor.values, tensor.indices)

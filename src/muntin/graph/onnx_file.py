@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.errors import ExportError
+from muntin.artifact.onnx_checks import check_data, check_operators
+from muntin.errors import ArtifactError, ExportError
 from muntin.graph.calibration import Inputs
+from muntin.graph.onnx_graph import without_functions
 from muntin.graph.quantize import MIN_SQNR_DB, calibrate
 from muntin.graph.records import QuantizedOnnx
 
@@ -45,13 +47,18 @@ def quantize_onnx(
 
 
 def read_float_model(model: onnx.ModelProto | Path | str) -> onnx.ModelProto:
-    """Return a checked float model. Raises ExportError."""
+    """Return a checked float model without local functions. Raises ExportError, for data outside of its folder, too."""
     where = "the model" if isinstance(model, onnx.ModelProto) else str(model)
     try:
         proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
         onnx.checker.check_model(proto)
+        check_data(proto)
+        proto = without_functions(proto)
+        check_operators(proto)
     except OSError as error:
         raise ExportError(f"{where} cannot be read ({error.strerror or error}): name an ONNX file") from error
+    except ArtifactError as error:
+        raise ExportError(f"{where}: {error}") from error
     except Exception as error:  # protobuf's and onnx's errors have no common class
         raise ExportError(f"{where} is no valid ONNX model: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
@@ -16,12 +17,16 @@ from muntin.errors import ExportError
 Array = NDArray[Any]
 
 
+def without_functions(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with its local functions inlined."""
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
+
+
 class Graph:
     """A model's main graph with its indices. Passes change `nodes` and `constants`, then call `reindex`; `proto` gives the model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+        model = without_functions(model)
         graph = model.graph
         self.nodes: list[onnx.NodeProto] = [copy.deepcopy(node) for node in graph.node]
         self.constants: dict[str, Array] = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
