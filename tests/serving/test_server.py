@@ -236,17 +236,29 @@ def test_large_answer_in_json(pixels: Server) -> None:
 
 
 @pytest.mark.parametrize("headers", [{"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example"}])
-@pytest.mark.parametrize("what", ["load", "unload"])
-def test_load_and_unload_by_a_web_page(pixels: Server, headers: dict[str, str], what: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v2/repository/models/pixels/load", b""),
+        ("/v2/repository/models/pixels/unload", b""),
+        ("/predict", b"a picture"),
+        ("/v2/models/pixels", None),
+        ("/metrics", None),
+        ("/page/status", None),
+    ],
+)
+def test_request_of_a_web_page(pixels: Server, headers: dict[str, str], path: str, body: bytes | None) -> None:
     """A request that a browser sends without asking before."""
-    status, _, answer = fetch(pixels, f"/v2/repository/models/pixels/{what}", b"", {"Content-Type": "text/plain", **headers})
+    status, _, answer = fetch(pixels, path, body, {"Content-Type": "text/plain", **headers})
     assert (status, "evil.example" in json.loads(answer)["error"]) == (403, True)
     assert fetch(pixels, "/v2/models/pixels/ready")[0] == 200
+    assert fetch(pixels, "/v2/health/ready", None, headers)[0] == 200
 
 
 def test_no_redirect_to_the_requested_host(pixels: Server) -> None:
-    status, headers, _ = fetch(pixels, "/v2/health/ready/", None, {"Host": "evil.example"})
-    assert (status, "location" in headers) == (404, False)
+    for host, due in (("evil.example", 403), ("localhost", 404)):
+        status, headers, _ = fetch(pixels, "/v2/health/ready/", None, {"Host": host})
+        assert (status, "location" in headers) == (due, False)
 
 
 def test_unsupported_extensions(client: Client) -> None:
@@ -267,7 +279,9 @@ def test_unsupported_extensions(client: Client) -> None:
 
 def test_other_methods(pixels: Server) -> None:
     with socket.create_connection(("127.0.0.1", pixels.http_port), timeout=10) as connection:
-        connection.sendall(b"HEAD /v2/models/pixels/infer HTTP/1.1\r\nHost: a\r\n\r\nGET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        connection.sendall(
+            b"HEAD /v2/models/pixels/infer HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        )
         found = b""
         while not found.endswith(b"}"):
             found += connection.recv(65536)
@@ -781,7 +795,7 @@ def test_decoder_longer_than_drain_time(write_pixels: Callable[..., Path], tmp_p
     try:
         with served(write_pixels(tmp_path / "m"), grpc_port=None, drain_seconds=1) as server:
             with socket.create_connection(("127.0.0.1", server.http_port)) as client:
-                client.sendall(b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+                client.sendall(b"POST /predict HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
                 assert decoding.wait(60)
             stop = threading.Thread(target=server.stop)
             stop.start()
@@ -846,6 +860,24 @@ def test_tokens(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
             found = client.ask(images, "labels", headers={"authorization": "bearer secret"})["labels"]
             np.testing.assert_array_equal(found, images.argmax(3))
             client.client.close()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_control_without_tokens_beyond_loopback(write_pixels: Callable[..., Path], tmp_path: Path, opened: bool) -> None:
+    told: list[str] = []
+    config = ServeConfig(host="0.0.0.0", http_port=0, grpc_port=0, threads=1, open_control=opened)  # noqa: S104
+    with Server(write_pixels(tmp_path / "pixels"), config, notify=told.append) as server:
+        for face in ("http", "grpc"):
+            client = Client(server, face)
+            if opened:
+                client.client.load_model("pixels")
+            else:
+                with pytest.raises(InferenceServerException, match="load and unload are off"):
+                    client.client.unload_model("pixels")
+            client.ask(images_of(1, 1))
+            client.client.close()
+    due = "load and unload versions" if opened else "load and unload are off"
+    assert any("0.0.0.0: no tokens (--token-file)" in line and line.endswith(due) for line in told)
 
 
 @pytest.fixture(scope="module")
@@ -928,7 +960,7 @@ def asked(images: NDArray[np.uint8], more: bytes = b"") -> bytes:
     """A request for everything about some images, in binary."""
     tensor = {"name": "images", "datatype": "UINT8", "shape": images.shape, "parameters": {"binary_data_size": images.nbytes}}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    line = b"POST /v2/models/pixels/infer HTTP/1.1\r\nHost: a\r\n%sContent-Length: %d\r\n" % (more, len(head) + images.nbytes)
+    line = b"POST /v2/models/pixels/infer HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n" % (more, len(head) + images.nbytes)
     return line + b"Inference-Header-Content-Length: %d\r\n\r\n" % len(head) + head + images.tobytes()
 
 
@@ -938,7 +970,7 @@ def secure(server: Server, certificate: Path) -> Iterator[ssl.SSLSocket]:
     context = ssl.create_default_context(cafile=str(certificate))
     plain = socket.create_connection(("127.0.0.1", server.http_port), timeout=20)
     with context.wrap_socket(plain, server_hostname="localhost") as client:
-        client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
         found = b""
         while not found.endswith(b'{"live":true}'):
             found += client.recv(1000)
@@ -1232,7 +1264,7 @@ def test_incomplete_body(
             return line in fetch(server, "/metrics")[2].splitlines()
 
         with socket.create_connection(("127.0.0.1", server.http_port), timeout=20) as client:
-            client.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\nx")
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\nx")
             if status == 499:
                 wait_until(lambda: counted(b"muntin_body_bytes 1.0"))  # it is being read
             else:

@@ -384,9 +384,10 @@ class _BudgetedCompression:
             return ["stopped at the limit of trials: more may find a better model"]
         if trained or self.course is None:
             return [f"stopped at the limit of {config.minutes:g} minutes: the same call goes on where it ended"]
+        training = f", its training about {self.training_seconds / 60:.2g}" if self.training_seconds else ""
         return [
-            f"no trained candidate was tried: its training takes about {self.training_seconds / 60:.2g} minutes of the "
-            f"{config.minutes:g} given: the same call goes on with what was measured; give more minutes, or fewer steps"
+            f"no trained candidate was tried: plain INT8, tables and final scores take most of the {config.minutes:g} minutes{training}; "
+            "the same call goes on; give more minutes, or fewer steps"
         ]
 
     def _noise(self, noise: float) -> list[str]:

@@ -87,6 +87,13 @@ _KeepShareOption = Annotated[float, typer.Option(min=0, max=1, help="Share of th
 _KeepMegabytesOption = Annotated[float, typer.Option(min=1, help="MiB of all kept pictures; the oldest are removed.")]
 _KeepDaysOption = Annotated[float, typer.Option(min=0.01, max=3650, help="Days after which a kept picture is removed.")]
 _TokenFileOption = Annotated[Path | None, typer.Option(help="File of bearer tokens, one a line; a request must carry one of them.")]
+_OpenControlOption = Annotated[
+    bool, typer.Option("--open-control", help="Allow load and unload without tokens on addresses that other machines reach.")
+]
+_AllowedHostsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Name that requests without tokens may call the server by, beside localhost; repeatable."),
+]
 _TlsCertificateOption = Annotated[Path | None, typer.Option(help="PEM file; with --tls-key: HTTPS and gRPC over TLS.")]
 _TlsKeyOption = Annotated[Path | None, typer.Option(help="PEM file.")]
 _AccessLogOption = Annotated[bool, typer.Option("--access-log", help="Write a line of JSON for each request to standard output.")]
@@ -148,6 +155,8 @@ def serve_command(
     keep_megabytes: _KeepMegabytesOption = 500.0,
     keep_days: _KeepDaysOption = 7.0,
     token_file: _TokenFileOption = None,
+    open_control: _OpenControlOption = False,
+    allowed_hosts: _AllowedHostsOption = None,
     tls_certificate: _TlsCertificateOption = None,
     tls_key: _TlsKeyOption = None,
     access_log: _AccessLogOption = False,
@@ -176,6 +185,7 @@ def serve_command(
             ),
             samples=_samples(keep_samples, keep_share, keep_megabytes, keep_days),
             tokens=() if token_file is None else read_tokens(token_file), tls_certificate=tls_certificate, tls_key=tls_key,
+            open_control=open_control, allowed_hosts=tuple(name.lower() for name in allowed_hosts or ()),
             access_log=access_log, trace=trace, drain_seconds=drain_seconds,
         )  # fmt: skip
     _run(artifact, config, json)

@@ -69,7 +69,8 @@ def assemble(
 ) -> Assembly:
     """Start the parts around a loaded slot. `ending` ends them in the opposite order, but not the slot.
 
-    `left`: seconds left for requests in flight, asked when the parts end. `local`: as of `HttpApp`.
+    `left`: seconds left for requests in flight, asked when the parts end. `local`: as of `HttpApp`; otherwise clients
+    load and unload with a token, or if the configuration opens that.
     """
     samples = None if config.samples is None else SampleKeeper(config.samples)
     if samples is not None:
@@ -82,7 +83,7 @@ def assemble(
     if log is not None:
         ending.push_async_callback(asyncio.to_thread, log.close)
     expose(service.metrics, service, service.runner, budget, log, samples)
-    control = Control(slot, repository)
+    control = Control(slot, repository, closed=not (local or config.tokens or config.open_control))
     ending.push_async_callback(asyncio.to_thread, control.close)
     pictures = ImageRoute(service, body_bytes=config.bounds.body_bytes)
 
@@ -98,8 +99,9 @@ def assemble(
     )  # no element takes less than a byte
     page = PageRoutes(service) if config.page else None
     app = HttpApp(
-        service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local, page=page
-    )
+        service, control, pictures, limits=limits, budget=budget, tokens=config.tokens, log=log, tracing=tracing, local=local,
+        hosts=config.allowed_hosts, page=page,
+    )  # fmt: skip
     ending.push_async_callback(asyncio.to_thread, app.close)
     return Assembly(service=service, control=control, app=app, limits=limits, budget=budget, log=log)
 

@@ -83,6 +83,11 @@ class ServeConfig(_Settings):
     bounds: Bounds = Bounds()
     samples: Annotated[SampleSettings | None, Field(description="pictures to keep as files; None: none are kept")] = None
     tokens: Annotated[tuple[str, ...], Field(description="bearer tokens, one of which a request must carry; none: open to all")] = ()
+    open_control: Annotated[bool, Field(description="load and unload without tokens beyond this machine, too")] = False
+    allowed_hosts: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[a-z0-9._:-]+$")], ...],
+        Field(description="names in lower case, without a port, that requests without tokens may call the server by, beside localhost"),
+    ] = ()
     tls_certificate: Path | None = None
     tls_key: Path | None = None
     access_log: Annotated[bool, Field(description="a line of JSON for each request on standard output")] = False

@@ -176,6 +176,9 @@ class Server:
         gc.collect()
         gc.freeze()  # later collections need not visit the objects of the start
         ending.callback(gc.unfreeze)
+        if not (local or config.tokens):
+            control = "and load and unload versions" if config.open_control else "load and unload are off"
+            self._notify(f"{config.host}: no tokens (--token-file): all who reach this address may ask for answers, {control}")
         if not shutdown.requested:
             up()
         await shutdown.wait()

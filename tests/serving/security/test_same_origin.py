@@ -8,11 +8,11 @@ from muntin.serving.protocol.messages import ProtocolError
 from muntin.serving.security.same_origin import check_origin, is_loopback
 
 
-def ask(host: str | None = "models.example", *, local: bool = False, **headers: str) -> int:
+def ask(host: str | None = "models.example", *, local: bool = False, hosts: tuple[str, ...] = (), **headers: str) -> int:
     """The status of a refusal; 200 where there is none."""
     given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     try:
-        check_origin([*given, *([(b"host", host.encode())] if host is not None else [])], local=local)
+        check_origin([*given, *([(b"host", host.encode())] if host is not None else [])], local=local, hosts=hosts)
     except ProtocolError as error:
         return error.status
     return 200
@@ -50,6 +50,13 @@ def test_names_of_a_local_server(host: str | None) -> None:
 def test_other_names_of_a_local_server(host: str) -> None:
     assert ask(host, local=True) == 403
     assert ask(host) == 200
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_allowed_hosts(local: bool) -> None:
+    hosts = ("models.example", "10.0.0.1")
+    assert {ask(host, local=local, hosts=hosts) for host in ("Models.Example:8000", "10.0.0.1", "localhost")} == {200}
+    assert ask("evil.example", local=local, hosts=hosts) == 403
 
 
 def test_is_loopback() -> None:

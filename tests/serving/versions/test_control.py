@@ -49,6 +49,14 @@ def test_load_and_unload(control: Control, monkeypatch: pytest.MonkeyPatch) -> N
     assert control._slot.open == ()
 
 
+@pytest.mark.parametrize("action", ["load", "unload"])
+def test_closed_control(control: Control, action: str) -> None:
+    closed = Control(control._slot, control._repository, closed=True)
+    with pytest.raises(ProtocolError, match=r"load and unload are off: .* --token-file, or with --open-control") as error:
+        getattr(closed, action)("m", {})
+    assert error.value.status == 403 and closed.index(ready=False)
+
+
 @pytest.mark.parametrize(
     ("action", "model", "parameters", "status", "message"),
     [

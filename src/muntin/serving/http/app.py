@@ -53,14 +53,14 @@ from muntin.serving.versions.control import Control
 _EXTENSION = re.compile(r"/v2/(?:models/[^/]+/(?:versions/[^/]+/)?)?(?:system|cuda)?(trace/setting|logging|sharedmemory)(?:/.*)?")
 """Paths of Triton's extensions that are not supported."""
 _NO_TOKEN = ("/v2/health/live", "/v2/health/ready")
-"""Paths that need no token: orchestrators ask for them."""
+"""Paths that anybody may ask for: orchestrators do."""
 _ALWAYS = frozenset((*_NO_TOKEN, "/metrics"))
 """Paths that are answered beyond the limit of requests in flight, so that a busy server does not look dead."""
 _JSON = (b"content-type", b"application/json")
 
 
 class HttpApp:
-    """The application. `tokens`: as of `Tokens`. `local`: as in `check_origin`. `page`: None if there is none."""
+    """The application. `tokens`: as of `Tokens`. `local`, `hosts`: as in `check_origin`. `page`: None if there is none."""
 
     def __init__(
         self,
@@ -74,10 +74,12 @@ class HttpApp:
         log: AccessLog | None,
         tracing: Tracing | None = None,
         local: bool = False,
+        hosts: tuple[str, ...] = (),
         page: PageRoutes | None = None,
     ) -> None:
         self._service, self._control, self._pictures = service, control, pictures
-        self._limits, self._budget, self._log, self._tracing, self._local = limits, budget, log, tracing, local
+        self._limits, self._budget, self._log, self._tracing = limits, budget, log, tracing
+        self._local, self._hosts = local, hosts
         self._tokens = Tokens(tokens)
         self._inference = InferenceRoute(service, limits=limits, tracing=tracing)
         self._page = page
@@ -145,8 +147,11 @@ class HttpApp:
         scope = exchange.scope
         if len(self._in_flight) > self._budget.bounds.connections and scope["path"] not in _ALWAYS:
             raise RefusedRequestError(f"{self._budget.bounds.connections} requests are in flight already (--max-connections)")
-        if self._tokens and scope["path"] not in self._open_paths:
-            self._tokens.check(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
+        if scope["path"] not in self._open_paths:
+            if self._tokens:  # no other site's page has one
+                self._tokens.check(next((value for name, value in scope["headers"] if name == b"authorization"), b""))
+            else:
+                check_origin(scope["headers"], local=self._local, hosts=self._hosts)
         head = read_head(scope)
         await body.read(receive)
         with exchange.watched(receive):
@@ -223,13 +228,11 @@ class HttpApp:
         return _json(index_document(await self._control.indexed(ready=ready)))
 
     async def _load(self, request: Request) -> Response:
-        check_origin(request.scope["headers"], local=self._local)
         parameters = decode_repository_request(await _plain_body(request), self._limits)
         await self._control.loaded(request.path_params["model"], parameters)
         return _json({})
 
     async def _unload(self, request: Request) -> Response:
-        check_origin(request.scope["headers"], local=self._local)
         parameters = decode_repository_request(await _plain_body(request), self._limits)
         await self._control.unloaded(request.path_params["model"], parameters)
         return _json({})

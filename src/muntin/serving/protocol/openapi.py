@@ -12,7 +12,7 @@ Schema = dict[str, Any]
 _ERRORS = {
     400: "wrong request",
     401: "no token",
-    403: "a web page of another site asks, or one that calls a server of this machine alone by another name",
+    403: "a web page of another site asks, or one that calls the server by a name that it does not have; load and unload are off",
     404: "unknown model or version",
     408: "the body did not arrive in time",
     409: "not loaded, what served goes on; or not in service",
@@ -22,9 +22,9 @@ _ERRORS = {
     501: "a model that comes with the request",
     503: "cannot be answered in time, or the server is full or going down (Retry-After says when to try again)",
 }
-_COMMON_ERRORS = (401, 408, 413, 500, 503)
+_COMMON_ERRORS = (401, 403, 408, 413, 500, 503)
 """Statuses that every route may answer."""
-_LOAD_ERRORS = (400, 403, 404, 409, 415, 501)
+_LOAD_ERRORS = (400, 404, 409, 415, 501)
 _JSON, _OCTETS = "application/json", "application/octet-stream"
 
 
@@ -128,7 +128,7 @@ def _operation(
 ) -> dict[str, Any]:
     """Describe an operation. `errors`: statuses that it may answer beside `_COMMON_ERRORS`. `token`: whether it needs one."""
     responses: dict[str, Any] = {"200": {"description": "done"} | (answer or _content(_JSON))}
-    for status in sorted({*_COMMON_ERRORS, *errors} - (set() if token else {401})):
+    for status in sorted({*_COMMON_ERRORS, *errors} - (set() if token else {401, 403})):
         responses[str(status)] = {"$ref": f"#/components/responses/Error{status}"}
     responses["default"] = {"$ref": "#/components/responses/Error"}
     operation: dict[str, Any] = {"summary": summary, "responses": responses}

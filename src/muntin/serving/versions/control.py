@@ -27,10 +27,13 @@ END_S = 5.0
 
 
 class Control:
-    """Loads, unloads and lists versions of the model. `load`, `unload`, `index` block; event loops use `loaded`, `unloaded`, `indexed`."""
+    """Loads, unloads and lists versions of the model. `load`, `unload`, `index` block; event loops use `loaded`, `unloaded`, `indexed`.
 
-    def __init__(self, slot: Slot, repository: Repository) -> None:
-        self._slot, self._repository = slot, repository
+    `closed`: clients may not load and unload.
+    """
+
+    def __init__(self, slot: Slot, repository: Repository, *, closed: bool = False) -> None:
+        self._slot, self._repository, self._closed = slot, repository, closed
         self._loads = Threads("muntin-load", most=1)
         self._listings = Threads("muntin-listing", most=1)
 
@@ -109,6 +112,12 @@ class Control:
             raise ProtocolError(str(error), status=409) from error
 
     def _check(self, model: str) -> None:
+        if self._closed:
+            raise ProtocolError(
+                "load and unload are off: without tokens anyone who reaches this server could change what it serves; start it with "
+                "--token-file, or with --open-control to allow that",
+                status=403,
+            )
         if model != self._slot.name:
             raise ProtocolError(f"model {shown(model)}: this server has {self._slot.name}", status=404)
 
