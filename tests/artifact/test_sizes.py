@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from muntin.artifact import ClassInfo, Manifest, Sides, Signature, Sizes
-from muntin.artifact.golden import golden_sizes
 from muntin.artifact.manifest import parse_manifest, render_manifest
+from muntin.artifact.sizes import golden_sizes
 
 CLASSES = (ClassInfo(name="a", color=(1, 2, 3)), ClassInfo(name="b", color=(4, 5, 6)))
 ANY, FIXED = Sizes(), Sizes.only(224, 192)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import muntin
-from muntin.artifact.golden import GOLDEN_SIDE, golden_sizes
+from muntin.artifact.sizes import GOLDEN_SIDE, golden_sizes
 from muntin.compression.quantization.observer import ActivationGrid
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d
 from muntin.deployment import infer_signature

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from muntin.artifact import Signature
-from muntin.artifact.golden import golden_sizes
+from muntin.artifact.sizes import golden_sizes
 from muntin.compression.quantization.quantized_layers import exact_inputs
 from muntin.errors import ExportError, MuntinError
 from muntin.models.eager import as_input, check_eager, eager_copy

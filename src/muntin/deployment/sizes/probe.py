@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from muntin.artifact import Signature, Sizes
-from muntin.artifact.golden import golden_sizes
+from muntin.artifact.sizes import golden_sizes
 from muntin.deployment.capture.model_contract import Pairs, SizeError, pairs_at
 from muntin.deployment.sizes.requested import Size
 
