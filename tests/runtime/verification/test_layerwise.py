@@ -96,6 +96,7 @@ def golden(artifact: Artifact) -> list[NDArray[np.uint8]]:
 # ---- sound artefacts ----
 
 
+@pytest.mark.usefixtures("dot_products")
 def test_layers_of_a_sound_artefact(everything: tuple[Artifact, nn.Module]) -> None:
     artifact, _ = everything
     checks = verify_layers(artifact, golden(artifact))
@@ -204,6 +205,7 @@ def test_wrong_grids_and_biases(convolutions: Any, engine_of: Callable[..., None
     assert failed(verify_layers(convolutions.artifact, golden(convolutions.artifact))) == ["body"]
 
 
+@pytest.mark.usefixtures("dot_products")
 @pytest.mark.parametrize("name", ["grouped", "project", "scores", "values"])
 def test_output_more_than_a_step_away(everything: tuple[Artifact, nn.Module], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     artifact, _ = everything
