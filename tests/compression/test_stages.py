@@ -185,7 +185,10 @@ def test_loaded_model_against_trained(compressed: Compressed) -> None:
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert bits_of(model) == bits_of(trained)
         due = answer(copy.deepcopy(trained), x)
-        assert (answer(model, x) - due).square().mean().sqrt() <= 0.02 * due.std()  # sums in another order may round to the next integer
+        if torch.backends.cpu.get_cpu_capability() == "AVX2":  # sums come in another order there, and may round to the next integer
+            assert (answer(model, x) - due).square().mean().sqrt() <= 0.02 * due.std()
+        else:
+            torch.testing.assert_close(answer(model, x), due, rtol=1e-4, atol=1e-5)
 
 
 def test_stages_train(compressed: Compressed) -> None:

@@ -28,17 +28,15 @@ def check_operators(model: onnx.ModelProto) -> None:
     """Raise ArtifactError for a compiled form, for a domain other than `DOMAINS`, and for local functions: an engine
     inlines them, and this check would have to do as it does."""
     if model.functions:
-        raise ArtifactError(f"model.onnx: it holds the function {model.functions[0].name!r}: export the model again")
+        raise ArtifactError(f"the model holds the function {model.functions[0].name!r}: export it again")
     for node in messages(model):
         if not isinstance(node, onnx.NodeProto):
             continue
         name = node.name or node.op_type
         if node.op_type == "EPContext":
-            raise ArtifactError(f"model.onnx: node {name} is an engine's compiled form: export the model itself")
+            raise ArtifactError(f"node {name} is an engine's compiled form: export the model itself")
         if node.domain not in DOMAINS:
-            raise ArtifactError(
-                f"model.onnx: node {name} is {node.op_type} of the domain {node.domain!r}: allowed are {', '.join(DOMAINS[1:])}"
-            )
+            raise ArtifactError(f"node {name} is {node.op_type} of the domain {node.domain!r}: allowed are {', '.join(DOMAINS[1:])}")
 
 
 def messages(message: Message) -> Iterator[Message]:
