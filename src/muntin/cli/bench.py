@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from muntin.cli.console import out, print_json, print_notes, say_notes
-from muntin.cli.options import EngineOption, JsonOption, PrecisionOption
+from muntin.cli.options import EngineOption, JsonOption, PrecisionOption, TrustOption
 from muntin.cli.profile import parse_dims, parse_size
 from muntin.cli.start import prepare_torch
 from muntin.errors import DataError
@@ -55,6 +55,7 @@ def bench_command(
     compile: Annotated[bool, typer.Option("--compile", help="Compile the models of runs by torch.compile.")] = False,
     engine: EngineOption = "openvino",
     precision: PrecisionOption = "recorded",
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure latency, throughput, memory and loading time of artefacts and runs, one after the other in turns."""
@@ -66,7 +67,7 @@ def bench_command(
         raise DataError(f"{len(candidates)} candidates: give at most {len(LETTERS)}")
     if compile and all((path / MANIFEST).is_file() for path in candidates):
         raise DataError("--compile is for runs, which compute in PyTorch, and all of these are artefacts: leave it out")
-    opened = [_candidate(path, compile, engine, precision) for path in candidates]
+    opened = [_candidate(path, compile, engine, precision, trust_code) for path in candidates]
     say_notes(() if json else start)
     with progress_bar("measuring") as advance:
         result = bench(
@@ -95,7 +96,7 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candidate:
+def _candidate(path: Path, compile: bool, engine: str, precision: str, trust_code: bool) -> Candidate:
     from muntin.artifact.store import MANIFEST
     from muntin.runtime.profiling.cold_start import ArtifactCandidate
 
@@ -105,7 +106,7 @@ def _candidate(path: Path, compile: bool, engine: str, precision: str) -> Candid
         return ArtifactCandidate(path=str(path), engine=engine, precision=precision)
     from muntin.training import read_checkpoint
 
-    read_checkpoint(path)  # raises before anything is measured
+    read_checkpoint(path, trust_code=trust_code)  # raises before anything is measured
     from muntin.deployment.checkpoint_candidate import CheckpointCandidate
 
     return CheckpointCandidate(path=str(path), compile=compile)

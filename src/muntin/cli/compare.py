@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, print_wrapped, status
-from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.options import CheckpointArgument, JsonOption, TrustOption
 from muntin.cli.start import prepare_torch
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def compare_command(
     run: CheckpointArgument,
     rounds: Annotated[int, typer.Option(min=1, max=10_000, help="Timed calls of each artefact.")] = 30,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compare all artefacts of a run with each other and with PyTorch FP32, and say which one to take and which are missing."""
@@ -26,7 +27,7 @@ def compare_command(
     from muntin.training import read_checkpoint
 
     with status("comparing", begin=notes_once(() if json else start)) as stage:
-        compared = compare_run(read_checkpoint(run), rounds=rounds, stage=stage)
+        compared = compare_run(read_checkpoint(run, trust_code=trust_code), rounds=rounds, stage=stage)
     if json:
         print_json(compared | {"notes": [*start, *compared["notes"]]})
         return

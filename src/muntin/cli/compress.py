@@ -13,7 +13,7 @@ import typer
 from rich.table import Column, Table
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say, status
-from muntin.cli.options import JsonOption
+from muntin.cli.options import JsonOption, TrustOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 from muntin.text import count
@@ -71,6 +71,7 @@ def compress_command(
         int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the stages together.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --max-drop: print the plan and write nothing.")] = False,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Make a trained model small: within a budget of accuracy (--max-drop), or in three stages of the recipe.
@@ -86,7 +87,8 @@ def compress_command(
             raise typer.BadParameter("--resume and --until are of the stages: leave them out with --max-drop, which goes on by itself")
         changes = [*(set_ or ()), *(f"budget.{name}={value}" for name, value in limits.items() if value is not None)]
         terms = {name: value for name, value in {"objective": objective, "confidence": confidence}.items() if value is not None}
-        compress_within(checkpoint, output, terms={"max_drop": max_drop, **terms}, overrides=changes, dry_run=dry_run, json=json)
+        terms = {"max_drop": max_drop, **terms}
+        compress_within(checkpoint, output, terms=terms, overrides=changes, trust_code=trust_code, dry_run=dry_run, json=json)
         return
     options = {"objective": objective, "confidence": confidence, **limits, "dry-run": dry_run or None}
     if given := [f"--{name}" for name, value in options.items() if value is not None]:
@@ -102,7 +104,7 @@ def compress_command(
 
     file = find_checkpoint(checkpoint)
     directory = output or file.parent.parent / FOLDER
-    trained = read_checkpoint(file)
+    trained = read_checkpoint(file, trust_code=trust_code)
     begin = notes_once(notes if first_process() and not json else ())
     run = compress_with_progress(trained, directory, until=until, resume=resume, overrides=set_ or (), begin=begin)
     if not first_process():
@@ -187,6 +189,7 @@ def compress_within(
     *,
     terms: Mapping[str, Any],
     overrides: Sequence[str],
+    trust_code: bool,
     dry_run: bool,
     json: bool,
 ) -> None:
@@ -208,7 +211,7 @@ def compress_within(
     if not first_process():
         raise RecipeError("--max-drop searches in one process: start it without torchrun")
     file = find_checkpoint(run)
-    checkpoint = read_checkpoint(file)
+    checkpoint = read_checkpoint(file, trust_code=trust_code)
     recipe = compression_recipe(checkpoint, overrides)
     checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
     folder = output or file.parent.parent / FOLDER

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, status
-from muntin.cli.options import JsonOption
+from muntin.cli.options import JsonOption, TrustOption
 from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
 
@@ -60,6 +60,7 @@ def export_command(
     standalone: Annotated[
         Path | None, typer.Option(help="Also write the model to this .onnx file, which other tools read: all weights are in it.")
     ] = None,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
     weights: Annotated[
         Path | None, typer.Option(help="Of a model: .safetensors file, or a state_dict that torch.save wrote; random by default.")
@@ -133,7 +134,7 @@ def export_command(
     file = find_checkpoint(checkpoint)
     target = output or file.parent.parent / ARTIFACT
     with status("exporting") as stage:
-        trained = quantized_by(read_checkpoint(file), set_ or ())
+        trained = quantized_by(read_checkpoint(file, trust_code=trust_code), set_ or ())
         if classes is not None:
             trained = replace(trained, classes=renamed_by(Path(classes), trained.classes))
         replaced = other_artifact(trained, target, integer=not floating)

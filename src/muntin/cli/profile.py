@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from muntin.cli.console import out, print_json, print_notes, print_table, refuse_unwritable, say_notes, status
-from muntin.cli.options import JsonOption, PrecisionOption, ThreadsOption
+from muntin.cli.options import JsonOption, PrecisionOption, ThreadsOption, TrustOption
 from muntin.cli.start import prepare_torch
 from muntin.errors import DataError
 from muntin.text import count, number_format
@@ -42,6 +42,7 @@ def profile_command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the results; ARTIFACT-profile beside the artefact by default.")
     ] = None,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show where an artefact's time goes: every kernel that the engine executes, compared with the limits of this machine."""
@@ -63,7 +64,7 @@ def profile_command(
             raise DataError(f"{artifact} is no artefact but a run, whose live model has no --engine and no --precision: leave them out")
         if dims is not None:
             raise DataError(f"--dims {dims}: {artifact} is a run, whose model takes images: give --size")
-        _profile_run(artifact, target, size=size, batch=batch, threads=threads, rounds=rounds, json=json)
+        _profile_run(artifact, target, size=size, batch=batch, threads=threads, rounds=rounds, trust_code=trust_code, json=json)
         return
     sized = _sizes(artifact, size, batch, dims)
     with status("profiling"):
@@ -80,7 +81,9 @@ def profile_command(
     out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev")
 
 
-def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None, threads: int | None, rounds: int, json: bool) -> None:
+def _profile_run(
+    run: Path, target: Path, *, size: str | None, batch: int | None, threads: int | None, rounds: int, trust_code: bool, json: bool
+) -> None:
     """Profile the model of a run's newest checkpoint layer by layer in PyTorch (NVTX ranges on CUDA)."""
     from dataclasses import asdict
 
@@ -94,7 +97,7 @@ def _profile_run(run: Path, target: Path, *, size: str | None, batch: int | None
     from muntin.training import read_checkpoint
     from muntin.training.checkpoint import source_of
 
-    checkpoint = read_checkpoint(run)
+    checkpoint = read_checkpoint(run, trust_code=trust_code)
     torch.set_num_threads(threads or physical_cores())
     side = export_side(checkpoint.recipe)
     H, W = (side, side) if size is None else parse_size(size)

@@ -11,7 +11,7 @@ import typer
 
 from muntin.cli.compare import print_artifacts, print_size
 from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, refuse_unwritable, say, status
-from muntin.cli.options import CheckpointArgument, JsonOption
+from muntin.cli.options import CheckpointArgument, JsonOption, TrustOption
 from muntin.cli.start import prepare_torch
 
 if TYPE_CHECKING:
@@ -24,14 +24,16 @@ REPORT_LOCK = ".report.lock"
 def report_command(
     run: CheckpointArgument,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report; the run's own by default.")] = None,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Quantise, export, verify and measure a run on its test split; write report.html and report.json."""
     start = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.file_lock import folder_in_use
-    from muntin.training import find_checkpoint
+    from muntin.training import find_checkpoint, read_checkpoint
 
     checkpoint = find_checkpoint(run)
+    read_checkpoint(checkpoint, check=False, trust_code=trust_code)
     folder = output or checkpoint.parent.parent
     refuse_unwritable(folder)
     with folder_in_use(folder, "muntin report", name=REPORT_LOCK) as locked:

@@ -26,7 +26,7 @@ from muntin.cli.console import (
     say_notes,
     status,
 )
-from muntin.cli.options import JsonOption
+from muntin.cli.options import JsonOption, TrustOption
 from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
 from muntin.errors import MuntinError, RecipeError
 from muntin.progress import progress_bar
@@ -308,6 +308,7 @@ def evaluate_command(
         typer.Option(help="The artefact's engine: openvino (the default), onnxruntime, onnxruntime-cuda or onnxruntime-tensorrt."),
     ] = None,
     tile: Annotated[int | None, typer.Option(min=1, help="Side of the tiles, pixels; twice the training crop by default.")] = None,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Score a checkpoint, or an artefact exported from it, on a split of its data."""
@@ -335,7 +336,7 @@ def evaluate_command(
         checkpoint, artifact = run_of(checkpoint), checkpoint
     if engine is not None and artifact is None:
         raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
-    loaded = read_checkpoint(checkpoint)
+    loaded = read_checkpoint(checkpoint, trust_code=trust_code)
     signature = loaded.signature
     if tile is not None and signature.task == "classify":
         raise RecipeError(f"--tile {tile}: the run's task is classify, and its pictures are taken whole: leave it out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from muntin.artifact import Signature
 from muntin.compression import load_model
 from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.models import TorchSession
+from muntin.models.trusted_code import trust_model, trusted_models
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.cold_start import Candidate, ExampleImages
 from muntin.runtime.profiling.timing import Mapper
@@ -39,6 +40,7 @@ class CheckpointCandidate(Candidate):
 
     compile: bool = False
     device: str | None = None
+    trusted: tuple[str, ...] = field(default_factory=trusted_models)
 
     @property
     def signature(self) -> Signature:
@@ -56,6 +58,8 @@ class CheckpointCandidate(Candidate):
         torch.nn.Conv2d(1, 1, 1, device=(device := self.device or _best_device()))(torch.zeros(1, 1, 1, 1, device=device))
 
     def open(self, options: SessionOptions) -> Mapper:
+        for name in self.trusted:  # in the process that measures loading
+            trust_model(name)
         torch.set_num_threads(options.thread_count)
         session = checkpoint_session(read_checkpoint(self.path), compile=self.compile, device=self.device)
         for shape in options.shapes or ():

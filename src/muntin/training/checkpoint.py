@@ -36,6 +36,7 @@ from muntin.images.listing import composed
 from muntin.models import ModelConfig
 from muntin.models.compression_record import Change, CompressionRecord
 from muntin.models.create import preset_options
+from muntin.models.trusted_code import trust_model
 from muntin.training.config import UpdateStrategy
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.distributed.stored_tensors import AVERAGE, GROUPS, StoredTensors, folder_of
@@ -374,10 +375,12 @@ def value_changes(trained: Any, given: Any, where: str = "") -> str:
     return f"{where} was {trained!r:.60}, is {given!r:.60}"
 
 
-def read_checkpoint(path: Path | str, *, check: bool = True) -> Checkpoint:
+def read_checkpoint(path: Path | str, *, check: bool = True, trust_code: bool = False) -> Checkpoint:
     """Read a checkpoint's state and check its files; tensors are read on access.
 
-    `check`: False if another process checks the files. Raises `CheckpointError` if it is missing, altered, incomplete or of a newer format.
+    `check`: False if another process checks the files. `trust_code`: consent to the factory that its recipe may name as the model
+    (`package.module:factory`), which `load_model` imports and calls. Raises `CheckpointError` if it is missing, altered, incomplete or of a
+    newer format.
     """
     path = find_checkpoint(path)
     try:
@@ -408,6 +411,8 @@ def read_checkpoint(path: Path | str, *, check: bool = True) -> Checkpoint:
             raise DamagedCheckpointError(f"{path / name}: {error.strerror}; {_OLDER}") from error
         if digest != state.sha256[name]:
             raise DamagedCheckpointError(f"{path / name}: corrupted (its sha256 is not the recorded one); {_OLDER}")
+    if trust_code:
+        trust_model(state.recipe.model.name)
     classes = present_classes(path, state.classes)
     return Checkpoint(path=path, state=_as_trained(state), classes=classes, tensors=StoredTensors(path))
 

@@ -60,6 +60,7 @@ class TeacherConfig(Section):
         "package.module:factory",
     )
     weights: Path | None = Field(default=None, description="the .safetensors file of a named model's weights")
+    trust_code: bool = Field(default=False, description="call the factory package.module:factory that the teacher's own recipe names")
     classes: int | None = Field(default=None, ge=1, description="the first classes, which a named model knows; unset: all")
     weight: float = Field(default=1.0, gt=0, le=100, description="weight of the distance to the teacher's answers in the loss")
     unlabelled: Path | None = Field(default=None, description="folder of pictures without labels, which are learned from the teacher alone")

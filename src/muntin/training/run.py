@@ -18,6 +18,7 @@ from muntin.data.batches import small_picture_notes
 from muntin.data.source import SPLITS
 from muntin.errors import RecipeError
 from muntin.images import write_whole
+from muntin.models.trusted_code import trust_model
 from muntin.text import plain
 from muntin.training.checkpoint import check_classes, checkpoints_in, find_start, recipe_changes
 from muntin.training.config import TrainingConfig
@@ -102,6 +103,7 @@ def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager
 
 
 def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
+    trust_model(recipe.model.name)
     recipe = settled(recipe, root)
     start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
     if start is None and ranks.first and not restarted():

@@ -16,6 +16,7 @@ from muntin.errors import CheckpointError, RecipeError
 from muntin.models import PRESETS, HybridNet, ModelConfig, create_model
 from muntin.models.create import preset_config
 from muntin.models.encoder import encoder_tensors
+from muntin.models.trusted_code import check_trusted
 from muntin.text import count
 from muntin.training.recipe import Recipe
 
@@ -29,8 +30,9 @@ _ENCODER = "encoder.features"
 
 
 def new_model(recipe: Recipe, classes: tuple[ClassInfo, ...]) -> nn.Module:
-    """Create a recipe's model with random weights."""
+    """Create a recipe's model with random weights. Raises `CheckpointError` for code that the user has not consented to."""
     choice = recipe.model
+    check_trusted(choice.name)
     return create_model(
         choice.name, task=recipe.task, classes=max(1, len(classes)), channels=recipe.data.channels, options=choice.options,
         scale=recipe.data.output_scale, size_divisor=choice.size_divisor, encoder=choice.encoder,

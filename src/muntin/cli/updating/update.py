@@ -12,7 +12,7 @@ import typer
 from rich.table import Column, Table
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say
-from muntin.cli.options import JsonOption, ThreadsOption
+from muntin.cli.options import JsonOption, ThreadsOption, TrustOption
 from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 from muntin.errors import DataError, RecipeError
@@ -58,6 +58,7 @@ def update_command(
     repository: _RepositoryOption = None,
     token_file: _TokenOption = None,
     threads: ThreadsOption = None,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Learn from new pictures without forgetting, export, and judge the artefact beside the one that it is to replace.
@@ -71,7 +72,7 @@ def update_command(
     notes = prepare_torch()  # before PyTorch is imported
     result = update_with_progress(
         run, data, output, added=parse_classes(class_ or ()), overrides=all_overrides(set_ or (), accept or ()), threads=threads,
-        notes=() if json else notes,
+        notes=() if json else notes, trust_code=trust_code,
     )  # fmt: skip
     offered = offer(result, run, repository, client)
     if json:
@@ -98,6 +99,7 @@ def watch_command(
     token_file: _TokenOption = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="End after this many updates; by default never.")] = None,
     threads: ThreadsOption = None,
+    trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Update a run whenever enough labelled pictures have come: learn, judge, publish, push.
@@ -109,12 +111,14 @@ def watch_command(
     client = server_client(push, token_file)
     notes = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.file_lock import folder_in_use
+    from muntin.training import read_checkpoint
     from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, keep_watching
 
     settings = WatchSettings(
         every=every, added=parse_classes(class_ or ()), overrides=tuple(all_overrides(set_ or (), accept or ())), repository=repository,
         threads=threads,
     )  # fmt: skip
+    read_checkpoint(run, check=False, trust_code=trust_code)
     watch = FolderWatch(run, folder, settings, client)
     interrupted, documents = False, list[dict[str, object]]()
 
@@ -147,14 +151,14 @@ def watch_command(
 
 def update_with_progress(
     run: Path, data: Path, output: Path | None, *, added: Sequence[ClassSpec], overrides: Sequence[str], threads: int | None,
-    notes: Sequence[str],
+    notes: Sequence[str], trust_code: bool,
 ) -> UpdateResult:  # fmt: skip
     """Run `update_run` and show its progress. `notes` are printed when work begins."""
     from muntin.training import read_checkpoint
     from muntin.updating.run import update_run
 
     begin = notes_once(notes)
-    with training_bar(read_checkpoint(run).recipe.task) as bar:
+    with training_bar(read_checkpoint(run, trust_code=trust_code).recipe.task) as bar:
 
         def report(progress: FitProgress) -> None:
             begin()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from muntin.data import open_source
 from muntin.errors import RecipeError
+from muntin.models.trusted_code import trust_model
 from muntin.runtime.host.hardware import available_memory_gib, memory_limit_gib
 from muntin.runtime.host.memory import resident
 from muntin.training.memory.budget import block_costs, size
@@ -99,6 +100,7 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
 
     Raises the errors that `fit` raises for a recipe, data or a model that do not suit.
     """
+    trust_model(recipe.model.name)
     recipe = settled(recipe, root)
     source = open_source(recipe.data, root=root)
     if source.task != recipe.task:

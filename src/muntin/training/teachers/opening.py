@@ -56,7 +56,7 @@ def open_teacher(recipe: Recipe, classes: Sequence[ClassInfo], root: Path) -> tu
         if config.weights is not None or config.classes is not None:
             given = "weights" if config.weights is not None else "classes"
             raise RecipeError(f"teacher.{given}: {path} holds a trained model with its own weights and classes: leave it out")
-        signature, model = _artifact(path, recipe) if (path / MANIFEST).is_file() else _checkpoint(path)
+        signature, model = _artifact(path, recipe) if (path / MANIFEST).is_file() else _checkpoint(path, trust_code=config.trust_code)
         _check_signature(signature, recipe, classes, path)
         known, notes = len(signature.classes), [f"teacher: {config.model}"]
     else:
@@ -71,9 +71,9 @@ def open_teacher(recipe: Recipe, classes: Sequence[ClassInfo], root: Path) -> tu
     return model, tuple(notes)
 
 
-def _checkpoint(path: Path) -> tuple[Signature, nn.Module]:
+def _checkpoint(path: Path, *, trust_code: bool) -> tuple[Signature, nn.Module]:
     """The averaged weights of a run of `muntin fit`."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, trust_code=trust_code)
     if checkpoint.state.compression is not None:
         raise RecipeError(f"teacher.model {path}: a compressed checkpoint: give the run that it was made from, or its artefact")
     model = build_model(checkpoint.recipe, checkpoint.state.classes)
