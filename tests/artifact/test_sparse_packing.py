@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
+from muntin.artifact import onnx_weights
 from muntin.artifact.manifest import SparseStorage, TensorRecord
 from muntin.artifact.onnx_weights import join_model, split_model
 from muntin.artifact.sparse_layers import sparsity_of
@@ -135,6 +137,39 @@ def test_damaged_bytes(pattern: str) -> None:
 def test_huge_shape_is_refused() -> None:
     with pytest.raises(ArtifactError, match="cannot have the pattern"):
         check_form(SparseStorage(pattern="2:4", axis=0, values=8), (1 << 40, 1 << 40))
+
+
+def test_zeros_alone_are_stored_in_a_share_of_their_size() -> None:
+    values = np.zeros((1024, 1024), np.int8)
+    form = smallest_form(values, 8)
+    assert form is not None and values.nbytes <= 128 * stored_size(form, values.shape, 8)
+
+
+def test_bytes_that_would_expand_without_bound() -> None:
+    """A few bytes for 96 MiB: refused before the dense weight is allocated."""
+    shape = (96 << 10, 1024)
+    form = SparseStorage(pattern="block:32x32", axis=0, values=0)
+    record = TensorRecord(bits=8, shape=shape, packing="int", sparsity=form)
+    place = onnx.TensorProto(name="w", data_type=onnx.TensorProto.INT8, dims=shape)
+    structure = helper.make_model(helper.make_graph([], "g", [], [], [place])).SerializeToString()
+    stored = np.zeros(index_bytes(form, shape), np.uint8)
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="128 times smaller"):
+        join_model(structure, {"w": stored}, {"w": record})
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_sum_of_expanded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each weight fits, all together do not."""
+    values = sparse((64, 64), 2, 4, 1)
+    model = model_of(values)
+    model.graph.initializer.add().CopyFrom(numpy_helper.from_array(values, "v"))
+    structure, tensors, records = split_model(model, {"w": 4, "v": 4})
+    monkeypatch.setattr(onnx_weights, "LARGEST", values.nbytes)
+    monkeypatch.setattr(onnx_weights, "_expand", lambda *_: pytest.fail("expanded before the sum was looked at"))
+    with pytest.raises(ArtifactError, match="expands to"):
+        join_model(structure.SerializeToString(), tensors, records)
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 16), (8, 16)])

@@ -271,6 +271,9 @@ def test_huge_manifest(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(store, "LARGEST_MANIFEST", size - 1)
     with pytest.raises(ArtifactError, match=f"{size:,} bytes, more than"):
         open_artifact(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="record less"):
+        write(tmp_path / "b", measured={"long": "x" * (1 << 22)})
+    assert not (tmp_path / "b").exists()
 
 
 def test_huge_example(write: Write, tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_evaluate_options(call: Call, exported: Any) -> None:
 
 def test_evaluate_classifier_with_tiles(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     classifier = SimpleNamespace(signature=SimpleNamespace(task="classify"))
-    monkeypatch.setattr("muntin.training.read_checkpoint", lambda path: classifier)
+    monkeypatch.setattr("muntin.training.read_checkpoint", lambda path, trust_code: classifier)
     assert "--tile 20: the run's task is classify" in call("evaluate", exported.run, "--tile", "20").mistake()
 
 

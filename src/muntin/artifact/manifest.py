@@ -39,6 +39,8 @@ EngineFamily = Literal["openvino", "onnxruntime"]
 Side = Annotated[int, Field(ge=1)]
 LARGEST_EXAMPLE = 1 << 28
 """Pixels of all images, or values of all inputs, of an example, which is computed when an artefact is opened."""
+LARGEST_MANIFEST = 1 << 22
+"""Bytes. A manifest is read before any digest is checked, and parsing takes up to 60 times its size."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 FileName = Literal["model.onnx", "weights.safetensors", "golden.safetensors"]
 OptionalFileName = Literal["drift.json"]
@@ -232,7 +234,10 @@ class TensorManifest(AnyManifest):
 
 
 def render_manifest(manifest: AnyKind) -> tuple[AnyKind, bytes]:
-    """The manifest with its digest, and the bytes of its file. Raises ArtifactError for a figure that JSON cannot hold (NaN, infinity)."""
+    """Returns the manifest with its digest, and the bytes of its file.
+
+    Raises ArtifactError for a figure that JSON cannot hold (NaN, infinity), and for more than `LARGEST_MANIFEST` bytes.
+    """
     content = manifest.model_dump(mode="json", exclude={"sha256"})
     try:
         digest = _content_digest(content)
@@ -240,8 +245,10 @@ def render_manifest(manifest: AnyKind) -> tuple[AnyKind, bytes]:
         raise ArtifactError(
             f"the manifest holds a value that JSON cannot ({_first_line(error)}): record finite numbers, or leave the entry out"
         ) from error
-    text = json.dumps(content | {"sha256": digest}, indent=1, ensure_ascii=False, allow_nan=False)
-    return manifest.model_copy(update={"sha256": digest}), text.encode() + b"\n"
+    text = json.dumps(content | {"sha256": digest}, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    if len(text) > LARGEST_MANIFEST:
+        raise ArtifactError(f"the manifest takes {len(text):,} bytes, more than the {LARGEST_MANIFEST:,} that are read: record less")
+    return manifest.model_copy(update={"sha256": digest}), text
 
 
 def parse_manifest(data: bytes, where: str) -> AnyManifest:

@@ -17,8 +17,8 @@ from onnx import numpy_helper
 
 from muntin.artifact.manifest import TensorRecord
 from muntin.artifact.onnx_checks import check_data, check_operators, messages
-from muntin.artifact.packing import pack, unpack
-from muntin.artifact.sparse_packing import index_bytes, put_values, smallest_form, take_values
+from muntin.artifact.packing import pack, packed_size, unpack
+from muntin.artifact.sparse_packing import LARGEST_RATIO, index_bytes, put_values, smallest_form, take_values
 from muntin.errors import ArtifactError
 
 MOVED_FROM = 64  # initializers of more elements are moved out of the graph
@@ -41,13 +41,17 @@ def join_model(structure: bytes, tensors: Mapping[str, NDArray[Any]], records: M
     check_operators(model)
     if tensors.keys() != records.keys():
         raise ArtifactError("weights.safetensors: its tensors are not those of the manifest: export the artefact again")
-    restored = set()
-    for initializer in model.graph.initializer:
-        if (record := records.get(initializer.name)) is not None:
-            initializer.raw_data = _expand(initializer, tensors[initializer.name], record)
-            restored.add(initializer.name)
-    if lost := sorted(tensors.keys() - restored):
+    places = [initializer for initializer in model.graph.initializer if initializer.name in records]
+    if lost := sorted(tensors.keys() - {initializer.name for initializer in places}):
         raise ArtifactError(f"model.onnx has no place for the weight {lost[0]}: export the artefact again")
+    for initializer in places:
+        if (shape := records[initializer.name].shape) != tuple(initializer.dims):
+            raise ArtifactError(
+                f"weight {initializer.name} is {shape}, the graph wants {tuple(initializer.dims)}: export the artefact again"
+            )
+    _refuse_large(places)  # before anything is expanded
+    for initializer in places:
+        initializer.raw_data = _expand(initializer, tensors[initializer.name], records[initializer.name])
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -133,8 +137,11 @@ def _dense(stored: NDArray[Any], record: TensorRecord, dtype: np.dtype[Any]) -> 
     form, shape = record.sparsity, record.shape
     values: NDArray[Any] = stored
     if form is not None:
-        if stored.dtype != np.uint8 or stored.ndim != 1 or math.prod(shape) * dtype.itemsize > LARGEST:
-            raise ArtifactError(f"{stored.shape} {stored.dtype} for a sparse weight of {shape}: a flat array of bytes is needed")
+        if stored.dtype != np.uint8 or stored.ndim != 1 or packed_size(math.prod(shape), record.bits) > LARGEST_RATIO * stored.size:
+            raise ArtifactError(
+                f"{stored.shape} {stored.dtype} for a sparse weight of {shape}: a flat array of bytes is needed, at most {LARGEST_RATIO} "
+                "times smaller than the dense weight"
+            )
         index, values = np.split(stored, [index_bytes(form, shape)])
         shape = (form.values,)
         if record.bits >= 8:

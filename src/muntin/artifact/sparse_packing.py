@@ -31,6 +31,8 @@ SMALLEST_BLOCK = 8
 """Weights of a block from which on a pattern counts: smaller ones are zero by chance in weights of few bits."""
 LEAST_SAVED = 128
 """Bytes that a sparse form must save: its record in the manifest takes about as many."""
+LARGEST_RATIO = 128
+"""Most times that a sparse form is smaller than the dense one: a reader allocates the dense one."""
 
 
 def smallest_form(values: NDArray[Any], bits: int) -> SparseStorage | None:
@@ -43,9 +45,10 @@ def smallest_form(values: NDArray[Any], bits: int) -> SparseStorage | None:
         return None
     forms = [SparseStorage(pattern=f"{n}:{m}", axis=axis, values=values.size // m * n) for axis, n, m in _groups(values)]
     forms += [SparseStorage(pattern=f"block:{r}x{c}", axis=0, values=stored) for r, c, stored in _blocks(values)]
-    best = min(forms, key=lambda form: stored_size(form, values.shape, bits), default=None)
     dense = packed_size(values.size, bits)
-    return best if best is not None and stored_size(best, values.shape, bits) + LEAST_SAVED <= dense else None
+    sizes = {form: stored_size(form, values.shape, bits) for form in forms}
+    possible = [form for form, size in sizes.items() if size + LEAST_SAVED <= dense <= LARGEST_RATIO * size]
+    return min(possible, key=lambda form: sizes[form], default=None)
 
 
 def pattern_along(values: NDArray[Any], axis: int) -> str:

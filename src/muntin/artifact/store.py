@@ -33,6 +33,7 @@ from safetensors.numpy import save as save_tensors
 
 from muntin.artifact.atomic_directory import names_in, refuse_foreign, replace_directory
 from muntin.artifact.manifest import (
+    LARGEST_MANIFEST,
     AnyFileName,
     AnyKind,
     AnyManifest,
@@ -58,9 +59,6 @@ from muntin.errors import ArtifactError
 MANIFEST = "manifest.json"
 FILES: tuple[FileName, ...] = get_args(FileName)
 OPTIONAL_FILES: tuple[OptionalFileName, ...] = get_args(OptionalFileName)
-
-LARGEST_MANIFEST = 1 << 26
-"""Bytes. It is read before any digest is checked, and parsing takes many times its size."""
 
 GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
