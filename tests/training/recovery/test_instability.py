@@ -20,6 +20,10 @@ def test_faults() -> None:
     assert guard.fault(1.2) == ""  # no worse than an untrained network
     assert guard.fault(3.0) == "the loss is 3, 30 times its median over 100 steps (0.1)"
     assert settled(None).fault(1e9) == ""
+    known_by_heart = LossGuard(10.0)
+    for _ in range(LEAST):
+        known_by_heart.accept(1e-7)
+    assert known_by_heart.fault(1e-4) == "" != known_by_heart.fault(0.1)
     fresh = LossGuard(2.0)
     for _ in range(LEAST - 1):
         fresh.accept(1.0)

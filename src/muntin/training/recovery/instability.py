@@ -20,6 +20,8 @@ ROLLBACKS = 2
 """Times that a run goes back."""
 WINDOW, LEAST = 100, 20
 """Losses that the usual loss is the median of, at most and at least."""
+HARMLESS = 0.01
+"""Loss below which none is a spike: a network that knows its few crops by heart has losses of 1e-7, and a hundred times that is no harm."""
 
 
 class GuardState(BaseModel):
@@ -50,7 +52,7 @@ class LossGuard:
             return ""
         usual, beginning = statistics.median(recent), statistics.median(first)
         # a trained network may meet a crop that it does not know: it is no worse on it than an untrained one
-        if loss > self.factor * usual and loss > beginning:
+        if loss > max(self.factor * usual, beginning, HARMLESS):
             return f"the loss is {loss:.3g}, {loss / usual:.0f} times its median over {len(recent)} steps ({usual:.3g})"
         return ""
 
