@@ -165,15 +165,16 @@ def test_narrower_model_that_loses() -> None:
     assert search.notes[2] == "width 0.6 was not tried: pruning to 0.8 alone breaks the budget"
 
 
-def test_width_that_the_model_does_not_have() -> None:
+def test_widths_that_the_model_does_not_have() -> None:
     class NoBase:
-        width = 0.8
+        def __init__(self, width: float) -> None:
+            self.width = width
 
         def propose(self, limit: float) -> Plan | None:
             raise MuntinError("the budget is out of reach")
 
-    search = searched(lambda number, plan: plan.harm, (Smooth(), NoBase()))
-    assert search.notes == ["width 0.8 was not tried: the budget is out of reach"] and search.best is not None
+    search = searched(lambda number, plan: plan.harm, (Smooth(), NoBase(0.8), NoBase(0.6)))
+    assert search.notes == ["widths 0.8, 0.6 were not tried: the budget is out of reach"] and search.best is not None
 
 
 def test_model_without_plans() -> None:

@@ -81,6 +81,8 @@ class Search:
         """True if the least harmful plan breaks the budget, too."""
         self.too_narrow: float | None = None
         """Width at which pruning alone breaks the budget."""
+        self._refused: dict[str, list[str]] = {}
+        """Widths that cannot be made, by the reason."""
 
     @property
     def best(self) -> Trial | None:
@@ -108,7 +110,7 @@ class Search:
                         raise
                     self.notes.append(f"nothing beyond plain INT8 was tried: {error}")
                     return
-                self.notes.append(f"width {width:g} was not tried: {error}")
+                self._note_refused(width, str(error))
                 continue
             brackets[width] = bracket
             if first is None:
@@ -130,6 +132,18 @@ class Search:
         if best is not None and (bracket_of_best := brackets.get(best.plan.width)) is not None:
             self._bisect(bracket_of_best)
         self.stopped |= ended
+
+    def _note_refused(self, width: float, reason: str) -> None:
+        """Note a width that cannot be made; all widths of one reason are in one note."""
+
+        def note(widths: list[str]) -> str:
+            return f"width{'s' if len(widths) > 1 else ''} {', '.join(widths)} {'were' if len(widths) > 1 else 'was'} not tried: {reason}"
+
+        widths = self._refused.setdefault(reason, [])
+        if widths:
+            self.notes.remove(note(widths))
+        widths.append(f"{width:g}")
+        self.notes.append(note(widths))
 
     def _begin_with_int8(self, bracket: _Bracket) -> None:
         """Give trial 0 the predictions of its plan; if it is accepted, only cheaper plans are searched.

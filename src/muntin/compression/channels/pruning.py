@@ -104,8 +104,8 @@ def prune(
 def _slim(model: nn.Module, gates: Mapping[str, nn.Module], shares: Mapping[str, float]) -> list[Change]:
     if shares:
         raise MuntinError(
-            f"{', '.join(shares)}: the model has {len(gates)} channel gates, which choose its channels while it trains "
-            "(training.gate_budget): call prune(model), which cuts those that are closed"
+            f"channels of a model with channel gates ({len(gates)} here) are chosen while it trains (training.gate_budget): call "
+            f"prune(model) without {' and '.join(shares)}, which cuts those that are closed"
         )
     changes = remove_closed_channels(model.eval())
     done = {change.layer for change in changes}
