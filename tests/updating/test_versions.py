@@ -18,12 +18,18 @@ def server() -> Iterator[Callable[..., tuple[ServerClient, list[Any]]]]:
     """`server(states, status)`: a client of a server whose index answers one state after the other; requests are recorded."""
     running: list[HTTPServer] = []
 
-    def start(states: list[list[dict[str, str]]], status: int = 200, token: str | None = None) -> tuple[ServerClient, list[Any]]:
+    def start(states: list[list[dict[str, str]]], status: int = 200, token: str | None = None, moved_to: str | None = None) -> Any:
         asked: list[Any] = []
         left = list(states)
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
+                if moved_to is not None:
+                    self.send_response(307)
+                    self.send_header("location", moved_to)
+                    self.send_header("content-length", "0")
+                    self.end_headers()
+                    return
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 asked.append((self.path, body, self.headers.get("authorization")))
                 loads = self.path.endswith("/load")
@@ -87,3 +93,32 @@ def test_server_of_another_folder(server: Any) -> None:
     client, _ = server([UNLOADED], 401)
     with pytest.raises(PushError, match=r"refuses \(401\)"):
         push(client, "2", "d")
+
+
+def test_redirect_is_not_followed(server: Any) -> None:
+    """The token reaches the named server alone."""
+    other, asked = server([UNLOADED])
+    client, _ = server([UNLOADED], token="secret", moved_to=f"{other.url}/v2/repository/index")
+    with pytest.raises(PushError, match=r"redirects \(307\) to"):
+        client.index()
+    assert asked == []
+
+
+def test_long_answer(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = server([[entry("1", reason="x" * 1000)]])
+    client.index()
+    monkeypatch.setattr("muntin.updating.versions.LARGEST_ANSWER", 1000)
+    with pytest.raises(PushError, match="more than 1,000 bytes"):
+        client.index()
+
+
+@pytest.mark.parametrize(
+    ("url", "token", "noted"),
+    [
+        ("http://192.0.2.1:8000", "t", True), ("http://server.example", "t", True), ("https://server.example", "t", False),
+        ("http://127.0.0.1:8000", "t", False), ("http://[::1]:8000", "t", False), ("http://localhost", "t", False),
+        ("http://192.0.2.1:8000", None, False),
+    ],
+)  # fmt: skip
+def test_tokens_in_the_clear(url: str, token: str | None, noted: bool) -> None:
+    assert any("unencrypted" in note for note in ServerClient(url, token).notes) == noted

@@ -126,7 +126,7 @@ class _Loop:
         self.optimizer = make_optimizer(trained, config, self.precision.dtype)
         hold_sparsity(student, self.optimizer)
         self.scaler = self.precision.scaler()
-        self.guard = LossGuard(config.spike)
+        self.guard = LossGuard(config.spike, harmless=0.0)  # the loss has a scale of its own
 
     def _decided(self, precision: TrainingPrecision, batch: ModelInputs) -> TrainingPrecision:
         """Decide an undecided precision by steps on one batch."""

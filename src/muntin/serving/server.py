@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from muntin.artifact.store import such_as
 from muntin.errors import ArtifactError, DataError, MuntinError
+from muntin.runtime.host.loopback import is_loopback
 from muntin.serving.assembly import assemble, make_slot
 from muntin.serving.config import ServeConfig
 from muntin.serving.grpc.server import GrpcServer
@@ -31,7 +32,6 @@ from muntin.serving.http.listener import HttpListener
 from muntin.serving.inference.service import Service
 from muntin.serving.open_files import raise_descriptors
 from muntin.serving.ports import check_ports
-from muntin.serving.security.same_origin import is_loopback
 from muntin.serving.security.tls import Certificate
 from muntin.serving.shutdown import Shutdown, on_signals
 from muntin.serving.telemetry.notify import Notify, tell_nobody, told_safely

@@ -25,12 +25,15 @@ from muntin.artifact import AnyArtifact, Artifact, open_any_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.artifact.store import copy_artifact, read_manifest
 from muntin.errors import ArtifactError, DataError, MuntinError
+from muntin.runtime.host.loopback import is_loopback
 from muntin.updating.gate import GateVerdict
 
 UPDATE = "update"
 """Key of the lineage among the measured values of a manifest; `muntin serve` shows its summary."""
 LOAD_S, ANSWER_S, POLL_S = 900.0, 30.0, 0.5
 """Seconds for the load of a version with its trial, for other answers, and between two looks at the state."""
+LARGEST_ANSWER = 1 << 22
+"""Bytes of an answer that are read."""
 PROBATION_S = 90.0
 """Seconds for the probation, after which the outcome counts as open: the version serves."""
 
@@ -70,10 +73,18 @@ def _origin(path: Path) -> str | None:
     return None
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Answers a redirect as an error: the request carries a token, which is the named server's alone."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class ServerClient:
     """The repository API of a running server at `url`, such as http://127.0.0.1:8000. `token`: a bearer token.
 
-    Raises `PushError` if it does not answer, or refuses.
+    Follows no redirect, uses no proxy, and reads at most `LARGEST_ANSWER` bytes of an answer. Raises `PushError` if the server does not
+    answer, or refuses. `notes`: what the user should know of the connection.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
@@ -81,6 +92,9 @@ class ServerClient:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise PushError(f"--push {url}: give the address of a server, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
+        self.notes: tuple[str, ...] = ()
+        if token is not None and parts.scheme == "http" and not is_loopback(parts.hostname):
+            self.notes = (f"--push {url}: the token is sent unencrypted to another machine, and who reads it can load versions: use https",)
         self._headers = {"content-type": "application/json"} | ({} if token is None else {"authorization": f"Bearer {token}"})
 
     def index(self) -> list[dict[str, str]]:
@@ -96,14 +110,22 @@ class ServerClient:
 
     def _post(self, path: str, document: object, seconds: float) -> Any:
         request = urllib.request.Request(self.url + path, json.dumps(document).encode(), self._headers)  # noqa: S310 - checked above
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects)
         try:
             with opener.open(request, timeout=seconds) as answer:
-                return json.loads(answer.read() or b"null")
+                content = answer.read(LARGEST_ANSWER + 1)
+                if len(content) > LARGEST_ANSWER:
+                    raise PushError(f"{self.url} answers with more than {LARGEST_ANSWER:,} bytes: is it a server of `muntin serve`?")
+                return json.loads(content or b"null")
         except urllib.error.HTTPError as error:
             with error:
-                raise PushError(f"{self.url} refuses ({error.code}): {_reason(error.read())}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+                if 300 <= error.code < 400:
+                    place = str(error.headers.get("location", "no address"))[:200]
+                    raise PushError(
+                        f"{self.url} redirects ({error.code}) to {place!r}, which is not followed: give --push that address if it is yours"
+                    ) from error
+                raise PushError(f"{self.url} refuses ({error.code}): {_reason(error.read(LARGEST_ANSWER))}") from error
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             raise PushError(f"{self.url} does not answer ({reason}): start `muntin serve`, or check the address") from error
 
@@ -111,7 +133,7 @@ class ServerClient:
 def _reason(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"])[:300]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return body[:200].decode(errors="replace") or "no reason given"
 
 

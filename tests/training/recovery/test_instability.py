@@ -23,7 +23,7 @@ def test_faults() -> None:
     known_by_heart = LossGuard(10.0)
     for _ in range(LEAST):
         known_by_heart.accept(1e-7)
-    assert known_by_heart.fault(1e-4) == "" != known_by_heart.fault(0.1)
+    assert known_by_heart.fault(1e-4) == "" != known_by_heart.fault(0.6)
     fresh = LossGuard(2.0)
     for _ in range(LEAST - 1):
         fresh.accept(1.0)

@@ -187,6 +187,8 @@ def server_client(url: str | None, token_file: Path | None) -> ServerClient | No
     if not tokens:
         raise DataError(f"--token-file {token_file} holds no token: write one into it")
     client = ServerClient(url, tokens[0])
+    for note in client.notes:
+        say(f"note      {note}")
     client.index()
     return client
 

@@ -8,9 +8,9 @@ name of the page's own that resolves to this machine's address (DNS rebinding) i
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from muntin.runtime.host.loopback import is_loopback
 from muntin.serving.protocol.messages import ProtocolError, shown
 
 _PORTS = {"http": 80, "https": 443}
@@ -38,14 +38,6 @@ def check_origin(headers: Iterable[tuple[bytes, bytes]], *, local: bool, hosts: 
             f"host {shown(host)}: this server asks for no token and is called {allowed}; add names with --allowed-hosts, or give it tokens",
             status=403,
         )
-
-
-def is_loopback(name: str) -> bool:
-    """Return True for a name or an address that only this machine has."""
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
 
 
 def _same(origin: str, host: str) -> bool:

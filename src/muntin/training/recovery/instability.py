@@ -20,8 +20,9 @@ ROLLBACKS = 2
 """Times that a run goes back."""
 WINDOW, LEAST = 100, 20
 """Losses that the usual loss is the median of, at most and at least."""
-HARMLESS = 0.01
-"""Loss below which none is a spike: a network that knows its few crops by heart has losses of 1e-7, and a hundred times that is no harm."""
+HARMLESS = 0.5
+"""Loss of labels or pictures below which none is a spike: chance between two classes has 0.69. A network that knows its few crops by heart
+has losses of 1e-7, and may meet one that it does not know."""
 
 
 class GuardState(BaseModel):
@@ -37,10 +38,10 @@ class GuardState(BaseModel):
 
 
 class LossGuard:
-    """Judges losses. `factor`: of the usual loss, from which a loss is a spike; None: only finite or not."""
+    """Judges losses. `factor`: of the usual loss, from which a loss is a spike (None: only finite or not), if it is above `harmless`."""
 
-    def __init__(self, factor: float | None, state: GuardState | None = None) -> None:
-        self.factor = factor
+    def __init__(self, factor: float | None, state: GuardState | None = None, *, harmless: float = HARMLESS) -> None:
+        self.factor, self.harmless = factor, harmless
         self.state = GuardState() if state is None else state.model_copy(deep=True)
 
     def fault(self, loss: float) -> str:
@@ -52,7 +53,7 @@ class LossGuard:
             return ""
         usual, beginning = statistics.median(recent), statistics.median(first)
         # a trained network may meet a crop that it does not know: it is no worse on it than an untrained one
-        if loss > max(self.factor * usual, beginning, HARMLESS):
+        if loss > max(self.factor * usual, beginning, self.harmless):
             return f"the loss is {loss:.3g}, {loss / usual:.0f} times its median over {len(recent)} steps ({usual:.3g})"
         return ""
 
