@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from muntin.artifact import ClassInfo, Signature
 from muntin.serving.batching.workers import Runner
 from muntin.serving.config import Bounds, ServeConfig
 from muntin.serving.grpc import servicer as grpc_servicer
+from muntin.serving.grpc.server import GrpcServer
 from muntin.serving.inference.executor import Executor
 from muntin.serving.inference.outputs import read_wanted
 from muntin.serving.protocol import open_inference_pb2 as messages
@@ -567,6 +568,35 @@ def test_restart_after_path_that_is_not_utf8(path: Path, wait_until: Any) -> Non
             wait_until(lambda: free(client))  # noqa: B023
             assert client("ModelInfer", infer()).raw_output_contents[0] == labels(1)
             client.channel.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_many_paths_that_are_not_utf8(path: Path, wait_until: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ended servers are not kept, restarts are counted, and calls are answered afterwards."""
+    monkeypatch.setattr("muntin.serving.grpc.server._GRACE_S", 0.2)
+    monkeypatch.setattr("muntin.serving.grpc.server._POLL_S", 0.02)
+    faces: list[Any] = []
+    start = GrpcServer.start
+    monkeypatch.setattr(GrpcServer, "start", lambda self, *addresses: (faces.append(self), start(self, *addresses))[1])
+    kept = 0
+    with Server(path, ServeConfig(http_port=0, grpc_port=0, threads=1, name="pixels")) as server:
+        (grpc_face,) = faces
+        for number in range(1, 11):
+
+            def restarted() -> bool:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", server.grpc_port or 0), timeout=30) as connection:
+                    connection.sendall(PREFACE + frame(4, 0, 0, b"") + head_frame(b"/inference.GRPCInferenceService/\xff\xfe", 1))
+                return grpc_face._restarts >= number  # noqa: B023
+
+            wait_until(restarted)
+            kept = max(kept, len(grpc_face._ending))
+        assert kept <= 4
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as answer:
+            assert f"muntin_grpc_restarts_total {grpc_face._restarts}.0" in answer.read().decode()
+        client = Client(server.grpc_port or 0)
+        wait_until(lambda: free(client))
+        assert client("ModelInfer", infer()).raw_output_contents[0] == labels(1)
+        client.channel.close()
 
 
 def test_second_stop_cuts_off(path: Path, wait_until: Any) -> None:

@@ -38,6 +38,8 @@ _HANDSHAKE_S = 10.0
 """Seconds for a TLS handshake and HTTP/2's first frame, and for the answer to a keepalive ping."""
 _RETRY_S = 1.0
 """Interval between two tries to listen again, seconds."""
+_MOST_ENDING = 3
+"""Ended servers whose calls go on beside the present one; another restart waits for one of them, at most `_GRACE_S`."""
 
 
 class GrpcServer:
@@ -66,7 +68,9 @@ class GrpcServer:
         self._addresses: list[str] = []
         self._supervising: asyncio.Task[None] | None = None
         self._ending: list[asyncio.Task[None]] = []
-        """The end of each of grpc's servers that ended by itself: its calls go on."""
+        """Ended servers whose calls go on."""
+        self._restarts = 0
+        service.metrics.count("muntin_grpc_restarts", "Times that grpc's server ended by itself.", lambda: self._restarts)
         self._stop: asyncio.Task[None] | None = None
         self.port = 0
 
@@ -108,7 +112,10 @@ class GrpcServer:
         await self._server.start()
 
     async def _supervise(self) -> None:
-        """Start another server when grpc's ends by itself: grpcio 1.85 does at a call whose path is not UTF-8, before any handler runs."""
+        """Start another server when grpc's ends by itself: grpcio 1.85 does at a call whose path is not UTF-8, before any handler runs.
+
+        A peer can send such calls without end: at most `_MOST_ENDING` ended servers are kept, and so many restarts are made in `_GRACE_S`.
+        """
         while True:
             try:
                 # Raises what ended it only with a time limit; without one it waits for the calls in progress, which may never end.
@@ -117,8 +124,12 @@ class GrpcServer:
                 reason = "no reason given"
             except UnicodeDecodeError as error:
                 reason = f"{type(error).__name__}: {error}"
+            self._restarts += 1
             self._notify(f"grpc's server ended ({reason}), and is begun again")
             self._ending.append(asyncio.create_task(self._server.stop(_GRACE_S)))
+            if len(self._ending) > _MOST_ENDING:
+                await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
+            self._ending = [task for task in self._ending if not task.done()]
             while not await self._restarted():
                 await asyncio.sleep(_RETRY_S)
 
