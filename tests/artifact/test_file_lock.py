@@ -101,3 +101,20 @@ def test_lock_of_a_removed_file(tmp_path: Path) -> None:
     file_lock.release(file, first)
     assert [process.wait() for process in waiting] == [0] * 4
     assert (tmp_path / "log").stat().st_size == 36 and not file.exists()
+
+
+def test_link_in_place_of_a_lock(tmp_path: Path) -> None:
+    """Whoever owns a shared folder cannot choose a file that is emptied."""
+    target = tmp_path / "precious"
+    target.write_text("content")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FOLDER_LOCK).symlink_to(target)
+    with pytest.raises(MuntinError, match=r"\.lock is a link"), folder_in_use(tmp_path / "run", "muntin fit"):
+        pass
+    assert target.read_text() == "content"
+
+
+def test_pipe_in_place_of_a_lock(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FOLDER_LOCK)
+    with pytest.raises(MuntinError, match="a pipe"), folder_in_use(tmp_path, "muntin fit"):
+        pass

@@ -140,6 +140,27 @@ def test_files_without_a_video(tmp_path: Path, content: bytes | None, says: str)
             read(path)
 
 
+def test_playlist_opens_no_other_file(tmp_path: Path) -> None:
+    """FFmpeg knows a format by its content: a list of names would be read as the files that it names."""
+    write(tmp_path / "real.mkv")
+    (tmp_path / "clip.mp4").write_text("ffconcat version 1.0\nfile real.mkv\n")
+    with pytest.raises(DataError, match=r"no video .*Invalid argument"):
+        video_info(tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("ending", "codec"), [("avi", "mpeg4"), ("ts", "mpeg2video"), ("mpg", "mpeg2video"), ("m4v", "mpeg4"), ("webm", "vp8")]
+)
+def test_other_formats(tmp_path: Path, ending: str, codec: str) -> None:
+    path = tmp_path / f"film.{ending}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, width=96, height=64)
+        for picture in [corners()] * 30:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+    assert len(list(read_frames(path))) == 30
+
+
 def test_limits_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "film.mp4", 1)
     with pytest.raises(DataError, match="more than the limit of 100"):

@@ -14,7 +14,7 @@ import pytest
 
 from muntin.errors import DataError
 from muntin.updating import run as updates
-from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, keep_watching
+from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, _copy, keep_watching
 
 QUICK = ("update.share=0.02", "update.accept.max_slowdown=50", "update.accept.max_drop=1", "update.accept.min_gain=-1")
 
@@ -42,6 +42,23 @@ def test_pictures_count_when_they_are_complete(run: Path, tmp_path: Path, write_
     shutil.copytree(watch.folder, tmp_path / "whole" / "train")
     with pytest.raises(DataError, match="a watch makes its own"):
         FolderWatch(watch.run, tmp_path / "whole", watch.settings, None)
+
+
+def test_links_are_left_out(run: Path, tmp_path: Path, write_scenes: Callable[..., None]) -> None:
+    """Who may put pictures into the folder cannot have other files of the machine copied."""
+    watch = make_watch(run, tmp_path, every=1)
+    write_scenes(tmp_path / "elsewhere", "a", 2, 900)
+    write_scenes(watch.folder, "b", 1, 910)
+    for kind in ("images", "masks"):
+        (watch.folder / kind / "a-0.png").symlink_to(tmp_path / "elsewhere" / kind / "a-0.png")
+        (watch.folder / kind / "site").symlink_to(tmp_path / "elsewhere" / kind)
+    assert watch.links() == 3 and watch.waiting(now=time.time() + 10) == 1
+    assert watch._collect(time.time() + 10) == 1
+    assert [path.name for path in (watch.inbox / "1" / "images").rglob("*.png")] == ["b-0.png"]
+    (watch.folder / "masks" / "b-0.png").unlink()
+    (watch.folder / "masks" / "b-0.png").symlink_to(tmp_path / "elsewhere" / "masks" / "a-0.png")
+    with pytest.raises(OSError, match="b-0"):
+        _copy(watch.folder / "masks" / "b-0.png", tmp_path / "copy.png")
 
 
 def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -85,7 +86,7 @@ def lock(file: Path, *, wait: bool) -> int | None:
     if fcntl is None:
         return None
     while True:
-        descriptor, held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666), False
+        descriptor, held = _open(file), False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = _is_open(file, descriptor)  # otherwise its last holder has removed it: try again with a new one
@@ -99,6 +100,19 @@ def lock(file: Path, *, wait: bool) -> int | None:
                 os.close(descriptor)
         if held:
             return descriptor
+
+
+def _open(file: Path) -> int:
+    """Open or create a lock's file. Raises OSError for a pipe, and a link: in a shared folder another user would choose the file."""
+    problem = OSError(errno.ELOOP, f"{file.name} is a link or a pipe, and a lock must be a file: remove it")
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise problem if error.errno == errno.ELOOP else error from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise problem
+    return descriptor
 
 
 def release(file: Path, descriptor: int) -> None:

@@ -24,6 +24,8 @@ from muntin.errors import DataError, DependencyError, install
 from muntin.images.opening import MAX_PIXELS, UInt8, check_pixels, reason
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".mpg", ".mpeg")
+_OPTIONS = {"format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo", "protocol_whitelist": "file"}
+"""Options of FFmpeg for reading. It knows a format by the content: a playlist named .mp4 would make it open other files and addresses."""
 _FORMATS = {1: "gray", 3: "rgb24"}
 """Channels of a frame -> FFmpeg's name of the pixel format that it is read and written in."""
 _PICTURE_CODECS: tuple[tuple[str, dict[str, str]], ...] = (("libx264", {"crf": "18", "preset": "fast"}), ("libopenh264", {}))
@@ -189,7 +191,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A video file and its first video stream. Damage found here or in the block is a DataError."""
     av = _pyav()
     try:
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", options=_OPTIONS) as container:
             if not container.streams.video:
                 raise DataError(f"{path} has no video stream: name a video, or a picture")
             stream = container.streams.video[0]

@@ -6,10 +6,11 @@
                 dropped.json             its pictures that cannot be used, and why
     RUN/updates/1, RUN/versions/2        as of `muntin update`
 
-A picture counts once its mask is there and both files have been unchanged for `SETTLED_S`. State is what lies in the run's folder, so a
-process may be killed at any moment: the next one goes on with the inbox that is not done; with other settings, in another folder of
-updates. So it does after any error that is not of these pictures.
-Pictures of a refused update are not tried again; new ones begin a new update. Those that cannot be used are, once their files change.
+A picture counts once its mask is there and both files have been unchanged for `SETTLED_S`. Links are left out: whoever may put pictures
+into the folder could else have any file of this machine copied. State is what lies in the run's folder, so a process may be killed at any
+moment: the next one goes on with the inbox that is not done; with other settings, in another folder of updates. So it does after any error
+that is not of these pictures. Pictures of a refused update are not tried again; new ones begin a new update. Those that cannot be used are,
+once their files change.
 """
 
 from __future__ import annotations
@@ -105,6 +106,15 @@ class FolderWatch:
         """Number of new pictures that are complete."""
         return len(self._new(time.time() if now is None else now))
 
+    def links(self) -> int:
+        """Number of labelled pictures that are left out because they, their masks or their folders are links."""
+        return sum(self._linked(files) for files in _labelled(self.folder, self.task).values())
+
+    def _linked(self, files: Sequence[Path]) -> bool:
+        """Return True if a file, or a folder below the watched one that holds it, is a link."""
+        inside = (place for file in files for place in (file, *file.parents) if self.folder in place.parents)
+        return any(place.is_symlink() for place in inside)
+
     def _rounds(self) -> list[Path]:
         numbers = [int(path.name) for path in self.inbox.iterdir() if path.name.isdecimal()] if self.inbox.is_dir() else []
         return [self.inbox / str(number) for number in sorted(numbers)]
@@ -126,7 +136,7 @@ class FolderWatch:
                 place = part / file.relative_to(self.folder)
                 try:
                     place.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, place)  # no link: a picture that is edited in place would change while it is learned
+                    _copy(file, place)  # no hard link: a picture that is edited in place would change while it is learned
                 except FileNotFoundError:  # it was removed: look again
                     return None
                 except OSError as error:
@@ -155,7 +165,7 @@ class FolderWatch:
         for name, files in _labelled(self.folder, self.task).items():
             image = str(files[0].relative_to(self.folder))
             unchanged = image in dropped and dropped[image] == tuple(_stamp(file) for file in files)
-            if image not in taken and not unchanged and all(_settled(file, now) for file in files):
+            if image not in taken and not unchanged and all(_settled(file, now) for file in files) and not self._linked(files):
                 new[name] = files
         return dict(sorted(new.items()))
 
@@ -238,6 +248,12 @@ def _labelled(folder: Path, task: DataTask) -> dict[str, tuple[Path, ...]]:
             if (mask := by_stem.get(composed(path.stem))) is not None:
                 found[f"{place}/{path.name}"] = (path, mask)
     return found
+
+
+def _copy(file: Path, place: Path) -> None:
+    """Copy a file. Raises OSError for one that has become a link."""
+    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as source, place.open("wb") as target:
+        shutil.copyfileobj(source, target)
 
 
 def _settled(file: Path, now: float) -> bool:

@@ -36,6 +36,23 @@ def test_opening_verifies_and_reports(write_version: Callable[..., Path], tmp_pa
         loader.open(write_version(tmp_path / "2", activation_bits=8))
 
 
+@pytest.mark.parametrize("remote", [True, False])
+def test_artefact_that_is_replaced_while_it_is_opened(
+    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    """The process that opens it takes the artefact that was meant, or none."""
+    if not remote:
+        monkeypatch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
+    path, loader = write_version(tmp_path / "1", 1), ArtifactLoader(options=OPTIONS)
+    manifest = read_manifest(path)
+    write_version(path, 2)
+    with pytest.raises(VerificationError, match="replaced meanwhile"):
+        loader.open(path, digest=manifest.sha256)
+    monkeypatch.setattr("muntin.serving.versions.loader.read_manifest", lambda _: manifest)  # the other came just after
+    with pytest.raises(VerificationError, match="replaced meanwhile"):
+        loader.open(path, digest=manifest.sha256)
+
+
 def test_only_the_manifest_is_read_here(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requested: list[tuple[Call, ...]] = []
 

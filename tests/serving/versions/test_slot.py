@@ -180,12 +180,12 @@ def test_advice_on_a_frequent_size(make_slot: Callable[..., Slot], lines: list[s
 
 def test_load_unless_already_loaded(make_slot: Callable[..., Slot], shelf: Any) -> None:
     slot = make_slot()
-    slot.load("1", "1", unless="digest of 1")
+    slot.load("1", "1", digest="digest of 1")
     with pytest.raises(NotReadyError, match="was loaded before"):
-        slot.load("1", "1", unless="digest of 1")
+        slot.load("1", "1", digest="digest of 1")
     slot.unload()
     with pytest.raises(NotReadyError, match="was loaded before"):
-        slot.load("1", "1", unless="digest of 1")
+        slot.load("1", "1", digest="digest of 1")
     assert shelf.tried == ["1"]
     slot.load("1", "1")
     assert shelf.tried == ["1", "1"]

@@ -17,6 +17,7 @@ from muntin.cli.start import prepare_torch, refuse_without_gradients
 from muntin.cli.train import training_bar
 from muntin.errors import DataError, RecipeError
 from muntin.progress import progress_lines
+from muntin.text import count
 
 if TYPE_CHECKING:
     from muntin.data.classes import ClassSpec
@@ -140,6 +141,8 @@ def watch_command(
     with folder_in_use(watch.inbox, "muntin watch") as taken_over:
         for note in (*notes, *taken_over):
             say(f"note      {note}")
+        if links := watch.links():
+            say(f"note      {count(links, 'labelled picture')} in {folder} left out: a watch follows no links; copy the files")
         say(f"muntin: {watch.waiting()} of {every} new pictures are in {folder}; Ctrl-C ends the watch")
         keep_watching(watch, tell=tell, rounds=rounds)
     if json:

@@ -84,7 +84,7 @@ class Control:
             path = self._repository.find(name)
             if isinstance(digest, str) and (found := read_manifest(path).sha256) != digest:
                 raise RefusedError(f"version {name} of this server's repository is artefact {found[:12]}, not {digest[:12]!a}")
-            self._load(path, name, digest if isinstance(digest, str) else None)
+            self._load(path, name, digest if isinstance(digest, str) else "")
         except UnknownVersionError as error:
             raise ProtocolError(str(error), status=404) from error
         except MuntinError as error:
@@ -93,12 +93,12 @@ class Control:
             raise ProtocolError(f"not loaded, what served goes on: {error}", status=409) from error
         return name
 
-    def _load(self, path: Path, name: str, digest: str | None) -> None:
+    def _load(self, path: Path, name: str, digest: str) -> None:
         try:
-            self._slot.load(path, name, unless=digest)
+            self._slot.load(path, name, digest=digest)
         except NotReadyError:
             current = self._slot.current
-            if digest is None or current is None or (current.name, current.digest) != (name, digest):
+            if not digest or current is None or (current.name, current.digest) != (name, digest):
                 raise
 
     def unload(self, model: str, parameters: Mapping[str, Parameter]) -> None:

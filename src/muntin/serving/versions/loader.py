@@ -11,9 +11,10 @@ from pathlib import Path
 
 from muntin.artifact.manifest import AnyManifest
 from muntin.artifact.store import read_manifest
+from muntin.errors import VerificationError
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.serving.worker.calls import starting_calls
-from muntin.serving.worker.opening import Opened, open_version
+from muntin.serving.worker.opening import REPLACED, Opened, open_version
 from muntin.serving.worker.remote_session import can_open_remote, open_remote
 from muntin.text import plain
 
@@ -37,22 +38,28 @@ class ArtifactLoader:
         self,
         path: Path,
         *,
+        digest: str = "",
         busy: Callable[[], bool] | None = None,
         stopped: Callable[[], bool] = lambda: False,
         progress: Callable[[str], None] = lambda step: None,
     ) -> Opened:
-        """Verify and open an artefact. `busy`: as of `start_engine`; it has no effect where an engine has no process of its own.
+        """Verify and open an artefact, the very one whose manifest says for which calls. `digest`: that it must have; empty: any.
 
-        `stopped`: asked now and then; once it returns True, this may raise NotReadyError. `progress`: called with the name of each step.
-        Raises the errors of `open_version` and `start_engine`.
+        `busy`: as of `start_engine`; it has no effect where an engine has no process of its own. `stopped`: asked now and then; once it
+        returns True, this may raise NotReadyError. `progress`: called with the name of each step. Raises the errors of `open_version` and
+        `start_engine`.
         """
         manifest = read_manifest(path)
+        if digest and manifest.sha256 != digest:
+            raise VerificationError(f"{path}: {REPLACED}")
         calls = starting_calls(manifest, self.max_batch, self.sizes, self.dims)
         if can_open_remote():
-            opened = open_remote(path, self.options, calls, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress)
+            opened = open_remote(
+                path, self.options, calls, digest=manifest.sha256, seconds=OPENING_S, busy=busy, stopped=stopped, progress=progress
+            )
         else:
-            opened = open_version(path, self.options, calls, verify=True, progress=progress)
-        return replace(opened, lineage=lineage_of(manifest)) if opened.digest == manifest.sha256 else opened
+            opened = open_version(path, self.options, calls, digest=manifest.sha256, verify=True, progress=progress)
+        return replace(opened, lineage=lineage_of(manifest))
 
 
 def lineage_of(manifest: AnyManifest) -> str:

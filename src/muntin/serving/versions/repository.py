@@ -184,7 +184,7 @@ class Watcher:
                 self._notify(f"version {name} is not loaded: {error}")
             return False
         try:
-            self._slot.load(path, name, unless=digest)
+            self._slot.load(path, name, digest=digest)
         except NotReadyError:  # it was loaded before, the slot was closed, or it was unloaded on trial: reported elsewhere
             return False
         except MuntinError as error:

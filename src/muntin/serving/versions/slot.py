@@ -204,22 +204,23 @@ class Slot:
 
     # ---- loading and unloading ----
 
-    def load(self, path: str | Path, name: str, *, unless: str | None = None) -> Version:
+    def load(self, path: str | Path, name: str, *, digest: str = "") -> Version:
         """Load a version and return when it is the current one. Blocks; a second call waits for the first.
 
         On any failure raises a MuntinError, and the current version stays. After the new one took over it may still be rolled back.
-        `unless`: a digest; raises NotReadyError if the current or the last version of this name has it.
+        `digest`: of the artefact that is meant; empty: whatever is there. With one, raises NotReadyError if the current or the last version
+        of this name has it, and VerificationError if another artefact has taken its place.
         """
         with self._one_load:
             version = Version(name=name, path=Path(path))
             with self._locked():
                 self._require_open()
-                if unless is not None and self._routes.holds(name, unless):
+                if digest and self._routes.holds(name, digest):
                     raise NotReadyError(f"{self.name}: version {name} was loaded before")
                 beside = self._routes.current is not None
                 self._routes.add(version)
             try:
-                self._open(version, beside=beside)
+                self._open(version, digest, beside=beside)
             except Exception as error:
                 with self._locked():
                     if version.state == "loading":
@@ -319,10 +320,14 @@ class Slot:
         if self._closed.is_set():
             raise NotReadyError(f"{self.name}: it is closed and loads nothing any more")
 
-    def _open(self, version: Version, *, beside: bool) -> None:
+    def _open(self, version: Version, digest: str, *, beside: bool) -> None:
         """Open a version, and wait until it has taken over. Raises RefusedError if it may not, NotReadyError if it was unloaded."""
         opened = self._loader.open(
-            version.path, busy=self._computes if beside else None, stopped=self._closed.is_set, progress=version.progressed
+            version.path,
+            digest=digest,
+            busy=self._computes if beside else None,
+            stopped=self._closed.is_set,
+            progress=version.progressed,
         )
         with self._locked():
             try:

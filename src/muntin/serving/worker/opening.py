@@ -40,6 +40,9 @@ class OutOfMemoryError(EngineDiedError):
     """The kernel ended the engine's process because memory ran out. A deduction: it reports how many processes it ended, not which."""
 
 
+REPLACED = "it was replaced meanwhile: load it again"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Opened:
     """A warm session that has reproduced a golden pair.
@@ -79,7 +82,7 @@ def open_version(
     progress("opening")
     artifact = open_any_artifact(path)
     if digest and artifact.digest != digest:
-        raise VerificationError(f"{path}: it was replaced meanwhile: load it again")
+        raise VerificationError(f"{path}: {REPLACED}")
     session = open_any_session(artifact, replace(options, shapes=(), dims=()))
     progress("verifying")
     if verify:

@@ -38,13 +38,17 @@ def open_remote(
     calls: Iterable[AnyCall],
     *,
     seconds: float,
+    digest: str = "",
     busy: Callable[[], bool] | None = None,
     stopped: Callable[[], bool] = lambda: False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Opened:
-    """Verify and open an artefact in a new process (`start_engine`). Takes a second longer than here, in which the process starts."""
+    """Verify and open an artefact in a new process (`start_engine`). `digest`: that it must have; empty: any.
+
+    Takes a second longer than here, in which the process starts.
+    """
     start = partial(start_engine, path, options, seconds=seconds)
-    running = start(calls, busy=busy, stopped=stopped, verify=True, progress=progress)
+    running = start(calls, digest=digest, busy=busy, stopped=stopped, verify=True, progress=progress)
     named = running.description["signature"]["task"] == "tensors"
     session = RemoteTensorSession(running, start, path) if named else RemoteSession(running, start, path)
     try:
