@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ONE_THREAD := OMP_NUM_THREADS=1
 TEST := $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint check docs soak fix wheel release clean
+.PHONY: demo test lint check docs soak fix lock wheel release clean
 
 demo: $(VENV)/.demo
 	$(BIN)/muntin demo
@@ -32,6 +32,13 @@ soak: $(VENV)/.dev
 fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: # deploy/requirements.txt: what the server's image installs, with digests
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check 'pip-tools>=7.4'
+	$(VENV)-lock/bin/pip-compile --quiet --extra serve --all-build-deps --generate-hashes --strip-extras --allow-unsafe --upgrade \
+		--no-emit-index-url --no-emit-trusted-host --no-emit-find-links --no-header --output-file deploy/requirements.txt pyproject.toml
+	rm -rf $(VENV)-lock
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build .

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from muntin.cli import main
 from muntin.serving.config import ServeConfig
@@ -68,6 +71,7 @@ def test_schema_of_kserve() -> None:
         runtime["spec"]["supportedModelFormats"],
     )
     assert container["name"] == "kserve-container" and container["args"][0] == "/mnt/models"
+    assert service["spec"]["predictor"]["automountServiceAccountToken"] is False  # a server needs no rights in the cluster
     assert model["runtime"] == runtime["metadata"]["name"] and model["modelFormat"]["name"] == served["name"]
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
 
@@ -103,5 +107,21 @@ def test_server_in_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         pod = pod_of(path)
         user = pod.get("securityContext", pod["containers"][0]["securityContext"])["runAsUser"]
         assert of["USER"] == str(user)
-    installs = [line for line in lines if "pip install" in line]
-    assert len(installs) == 1 and re.search(r"\[serve\]", installs[0])
+    packages, own = [line for line in lines if "pip install" in line]
+    assert "--require-hashes" in packages and "--no-deps --no-build-isolation" in own
+
+
+def test_packages_of_the_image() -> None:
+    """Everything that the extra `serve` and the build need is in the lock file, in an allowed version and with digests."""
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
+    needed = [
+        *project["build-system"]["requires"],
+        *project["project"]["dependencies"],
+        *project["project"]["optional-dependencies"]["serve"],
+    ]
+    text = (DEPLOY / "requirements.txt").read_text()
+    entries = re.findall(r"^([\w.-]+)==(\S+)[^\n]*\\\n((?:    --hash=sha256:[0-9a-f]{64}[^\n]*\n)+)", text, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^[\w.-]+==", text, re.MULTILINE)) and "://" not in text
+    locked = {canonicalize_name(name): version for name, version, _ in entries}
+    for requirement in map(Requirement, needed):
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), f"{requirement}: run `make lock`"

@@ -262,7 +262,7 @@ class Dying:
     """A handle of replicas: each of the first `deaths` calls ends with its replica."""
 
     def __init__(self, deaths: int) -> None:
-        self.calls, self.deaths = 0, deaths
+        self.calls, self.deaths, self.read = 0, deaths, False
         self.answer = self
 
     async def remote(self, scope: Any, body: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
@@ -272,14 +272,17 @@ class Dying:
         return 200, [(b"x-path", scope["path"].encode())], body
 
 
-def through_ingress(handle: Dying, path: str, body: bytes = b"pixels", root: str = "") -> Response:
-    headers = [(b"content-length", str(len(body)).encode())]
+def through_ingress(
+    handle: Dying, path: str, body: bytes = b"pixels", root: str = "", *, token_file: Path | None = None, token: str = ""
+) -> Response:
+    headers = [(b"content-length", str(len(body)).encode()), *([(b"authorization", f"Bearer {token}".encode())] if token else [])]
     scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "query_string": b"", "headers": headers, "client": None}
 
     async def receive() -> dict[str, Any]:
+        handle.read = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return asyncio.run(Ingress(handle)(Request(scope, receive)))
+    return asyncio.run(Ingress(handle, token_file)(Request(scope, receive)))
 
 
 def test_request_that_kills_replicas() -> None:
@@ -288,6 +291,17 @@ def test_request_that_kills_replicas() -> None:
     answer = through_ingress(all_ := Dying(ATTEMPTS), "/predict")
     assert (answer.status_code, all_.calls) == (500, ATTEMPTS)
     assert f"{ATTEMPTS} replicas ended" in json.loads(answer.body)["error"]
+
+
+def test_tokens_before_bodies(tmp_path: Path) -> None:
+    """A body without a token is not read; health checks need none."""
+    file = tmp_path / "tokens"
+    file.write_text("one\ntwo\n")
+    for token in ("", "three"):
+        answer = through_ingress(handle := Dying(0), "/predict", token_file=file, token=token)
+        assert (answer.status_code, handle.calls, handle.read) == (401, 0, False)
+    assert through_ingress(Dying(0), "/predict", token_file=file, token="two").status_code == 200
+    assert through_ingress(Dying(0), "/v2/health/ready", token_file=file).status_code == 200
 
 
 def test_route_prefix() -> None:

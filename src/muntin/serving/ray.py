@@ -31,6 +31,8 @@ from muntin.serving.http.exchange import LEFT
 from muntin.serving.memory_budget import MemoryBudget
 from muntin.serving.protocol.json_codec import encode_json
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError
+from muntin.serving.security.bearer_tokens import Tokens
+from muntin.serving.security.same_origin import check_origin
 from muntin.serving.versions.repository import Repository
 from muntin.serving.worker.opening import Opened
 
@@ -52,6 +54,7 @@ POLL_S = 0.5
 """Interval at which a replica that ends checks whether its requests are answered, seconds."""
 _SHARED = ("method", "path", "query_string", "headers", "client")
 """Fields of an ASGI scope that a replica needs."""
+_READY = "/v2/health/ready"
 _OF_ONE_REPLICA = ("/metrics", "/v2/models/stats")
 
 PlainAnswer = tuple[int, list[tuple[bytes, bytes]], bytes]
@@ -165,9 +168,10 @@ class Model:
 class Ingress:
     """Reads requests within the limits of `muntin serve`, and has a replica answer them, another one if it dies."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, token_file: Path | None = None) -> None:
         self._answer = model.answer
         self._budget = MemoryBudget(Bounds())
+        self._tokens = Tokens(() if token_file is None else read_tokens(token_file))
 
     async def __call__(self, request: Request) -> Response:
         scope = {name: request.scope[name] for name in _SHARED} | {"path": _path(request.scope)}
@@ -192,8 +196,13 @@ class Ingress:
             return 200, [(b"content-type", b"application/json")], encode_json({"live": True})
         if refused := _refused(path):
             raise ProtocolError(refused, status=501)
+        if path != _READY:  # before memory is held for a stranger's body
+            if self._tokens:
+                self._tokens.check(request.headers.get("authorization", "").encode("latin-1"))
+            else:
+                check_origin(request.scope["headers"], local=False)
         await body.read(request.receive)
-        if path != "/v2/health/ready":
+        if path != _READY:
             return await self._repeated(scope, bytes(body.data))
         try:
             async with asyncio.timeout(READY_S):
@@ -231,7 +240,7 @@ def app(args: RayOptions) -> Any:
     ingress = serve.deployment(Ingress).options(
         **ending, num_replicas=args.ingresses, max_ongoing_requests=INGRESS_ONGOING, ray_actor_options={"num_cpus": 0}
     )
-    return ingress.bind(model.bind(args, version))
+    return ingress.bind(model.bind(args, version), args.token_file)
 
 
 def _latency(opened: Opened) -> float:
