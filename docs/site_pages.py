@@ -24,6 +24,7 @@ OUTSIDE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "benchmarks/README.md": "benchmarks/README.md",
     "benchmarks/figures.md": "benchmarks/figures.md",
 }
