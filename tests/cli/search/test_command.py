@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from muntin.cli import app
 from muntin.cli.search import command
+from muntin.cli.search.description import search_record
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
@@ -82,6 +84,12 @@ def test_search(tiny: Any, tmp_path: Path) -> None:
     again = search(tiny, output)  # everything is done
     assert again.exit_code == 0 and "wrote" in again.output and best["name"] in again.output
     assert json.loads((output / "search.json").read_text())["results"]["front"] == result["front"]
+    ended = search_architectures(
+        load_recipe(tiny.recipe, CHANGES), parse_space(yaml.safe_load(SPACE)), folder=output, root=tiny.root,
+        settings=SearchSettings(**SETTINGS),
+    )  # fmt: skip
+    record = search_record(replace(ended, networks=ended.networks[1:]), title="t", metric="m")  # the minutes ended before the recipe's own
+    assert [point.number for point in record.picture.points] == [0]
     other = search(tiny, output, candidates=3)
     assert isinstance(other.exception, RecipeError) and "settings.candidates was 4, is 3" in str(other.exception)
 
