@@ -179,11 +179,14 @@ def test_check_of_several_kinds_of_failures(tmp_path: Path) -> None:
     (tmp_path / "masks" / "p5.png").unlink()
     (tmp_path / "images" / "p7.png").write_text("nothing")
     with pytest.raises(DataError) as error:
-        open_pair(pair).check()
+        open_pair(pair, root=tmp_path).check()
     check_message(
         error,
-        "p6.jpg and p6.png have the same stem: rename or remove one; 3 pictures cannot be used, also p5.png (no mask), p7.png: correct",
+        "p6.jpg and p6.png have the same stem: rename or remove one; 3 pictures cannot be used, also images/p5.png (no mask), "
+        "images/p7.png: correct",
     )
+    with pytest.raises(DataError, match=r"under data\.skip \(data\.skip names p7\.png, which is not among the pictures: give paths from"):
+        open_pair(pair, skip=[tmp_path / "p7.png"], root=tmp_path).check()
     skip = [tmp_path / "images" / name for name in ("p6.jpg", "p5.png", "p7.png")]
     source = open_pair(pair, skip=skip, root=tmp_path)
     assert source.check() == () and source.notes == ("left out by data.skip: images/p6.jpg, images/p5.png, images/p7.png",)
@@ -192,8 +195,8 @@ def test_check_of_several_kinds_of_failures(tmp_path: Path) -> None:
     (tmp_path / "masks").mkdir()
     write_image(tmp_path / "masks" / "other.png", np.zeros((6, 8), dtype=np.uint8))
     with pytest.raises(DataError) as error:  # no split has a picture left
-        open_pair(pair, skip=skip)
-    check_message(error, "p0.png has no mask", "; 10 or more pictures cannot be used, also p1.png (no mask), ")
+        open_pair(pair, skip=skip, root=tmp_path)
+    check_message(error, "p0.png has no mask", "; 10 or more pictures cannot be used, also images/p1.png (no mask), ")
 
 
 def test_notes_on_unused_files(tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ def test_skipped_pictures(tmp_path: Path) -> None:
     skip = [tmp_path / "masks" / ".." / "images" / "p2.png", tmp_path / "masks" / "p3.png", tmp_path / "images" / "p99.png"]
     source = open_pair(pair, skip=skip)
     left_out = f"left out by data.skip: {skip[0]}, {skip[1]}"
-    assert source.notes == (left_out, f"data.skip names {skip[2]}, which is not among the pictures")
+    assert source.notes == (left_out, f"data.skip names {skip[2]}, which is not among the pictures: give paths from the recipe's folder")
     after = {sample.name: name for name in SPLITS for sample in source.split(name)}
     assert after == {name: split for name, split in before.items() if name not in ("p2", "p3")}
     make_classes(tmp_path / "pets")
@@ -268,7 +271,7 @@ def test_skipped_pictures(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "pets" / name / "2.png").write_text("nothing")
     with pytest.raises(DataError, match=r"; 2 pictures cannot be used, also (cat|dog)/2\.png: correct them"):
-        open_pair(pets, classes=()).check()
+        open_pair(pets, classes=(), root=tmp_path / "pets").check()
 
 
 def test_samples_in_the_cache(tmp_path: Path) -> None:

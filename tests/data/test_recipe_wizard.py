@@ -304,6 +304,17 @@ def test_recipe_for_a_stray_value(tmp_path: Path) -> None:
     assert survey.notes[-1].startswith("stray? value 7 has 9 pixels in 1 mask (p3.png): if that is a mistake, correct the mask")
 
 
+def test_mask_of_another_size(tmp_path: Path) -> None:
+    """Found before the training, which would refuse the picture."""
+    fill(tmp_path, [0, 1], 12)
+    write_image(tmp_path / "images" / "p3.png", np.zeros((9, 7, 3), np.uint8))
+    path, survey = write_recipe(tmp_path)
+    recipe, source = open_recipe(path)
+    source.check()
+    assert recipe["data"]["skip"] == ["images/p3.png"]
+    assert re.fullmatch(r"p3\.png is 7×9 and its mask \d+×\d+: left out by data\.skip in the recipe", survey.notes[0])
+
+
 def test_recipe_for_damaged_files(tmp_path: Path) -> None:
     """An image, a mask, and more than a split needs; the recipe leaves them out and can be trained."""
     fill(tmp_path, [0, 1], 12)

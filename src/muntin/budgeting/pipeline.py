@@ -383,7 +383,8 @@ class _BudgetedCompression:
         if len(trained) >= config.trials:
             return ["stopped at the limit of trials: more may find a better model"]
         if trained or self.course is None:
-            return [f"stopped at the limit of {config.minutes:g} minutes: the same call goes on where it ended"]
+            tried = "" if trained else " before a candidate beyond plain INT8 was tried"
+            return [f"stopped at the limit of {config.minutes:g} min{tried}: the same call goes on where it ended"]
         training = f", its training about {self.training_seconds / 60:.2g}" if self.training_seconds else ""
         return [
             f"no trained candidate was tried: plain INT8, tables and final scores take most of the {config.minutes:g} minutes{training}; "
@@ -426,5 +427,5 @@ class _BudgetedCompression:
         if figures.interval is None:
             notes.append("the figures of holdout have no interval: return a score for each sample, and there is one")
         if (times := self.folder.held_out) > 1:
-            notes.append(f"holdout was called for {times} chosen trials of this folder: the figures are less independent")
+            notes.append(f"the held-out data were scored for {times} chosen trials of this folder: their figures are less independent")
         return notes

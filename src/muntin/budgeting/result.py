@@ -142,7 +142,7 @@ def certainty_note(reference: Score, budget: Budget, int8: Trial | None = None) 
     if int8 is None or int8.failed:
         return ""
     margin = int8.bound - int8.drop
-    text = f"the {len(samples)} blocks or images of the evaluation data leave a margin of {margin:.2g} ({percent} % certainty)"
+    text = f"{len(samples)} blocks or images tell INT8's drop to within {margin:.2g} ({percent} % certainty)"
     if margin > budget.max_drop:
         text += f": no drop of {budget.max_drop:g} is certain: give more images, a greater drop or a smaller confidence"
     return text

@@ -223,8 +223,12 @@ def compress_within(
             for line in plan_lines(SearchProgress(stage="plan", forecast=plan)):
                 out.print(line)
         return
-    with shown_search(budget.objective, not json, begin=notes_once(() if json else notes)) as progress:
-        result = compress_run(checkpoint, budget, folder, progress=progress)
+    try:
+        with shown_search(budget.objective, not json, begin=notes_once(() if json else notes)) as progress:
+            result = compress_run(checkpoint, budget, folder, progress=progress)
+    except KeyboardInterrupt as error:
+        say("muntin: interrupted; the same command goes on")
+        raise typer.Exit(1) from error
     _, drift_notes = with_training_reference(open_artifact(result.artifact.path), checkpoint)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
     page = write_front(folder, front_record(result, title=recipe.name, weights=checkpoint.state.weights, metric=metric))
@@ -269,7 +273,8 @@ def describe_search(result: CompressionResult, metric: str) -> None:
         first = result.rows[0]
         ratio, speed = first["bytes"] / best_trial.bytes, first["ms"] / best_trial.ms
         state = VERDICTS[best_trial.verdict]
-        out.print(f"chosen    {trial_name(best_trial.number)}: {ratio:.1f} times smaller and {speed:.2f} times as fast as FP32; {state}")
+        beside = f"{ratio:.1f} times smaller and {speed:.2f} times as fast as FP32's artifact"
+        out.print(f"chosen    {trial_name(best_trial.number)}: {beside}; {state}")
     if result.holdout is not None:
         out.print(f"held out  {_figures(result.holdout, metric)}")
     print_notes(result.notes)

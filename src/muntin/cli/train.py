@@ -113,10 +113,12 @@ def fit_command(
         describe_fit(result)
         if not result.interrupted:
             from muntin.deployment.artifact_comparison import SCORE_MARGINS
+            from muntin.models.trusted_code import is_code
 
             folder, drop = str(result.directory), f"{SCORE_MARGINS[loaded.task]:g}"
-            smaller = shlex.join(["muntin", "compress", folder, "--max-drop", drop])
-            out.print(f"next      `{shlex.join(['muntin', 'export', folder])}`, or smaller: `{smaller}`")
+            trusted = ["--trust-code"] if is_code(loaded.model.name) else []
+            smaller = shlex.join(["muntin", "compress", folder, "--max-drop", drop, *trusted])
+            out.print(f"next      `{shlex.join(['muntin', 'export', folder, *trusted])}`, or smaller: `{smaller}`")
     if result.interrupted:
         places = [] if output is None else ["--output", str(output)]
         words = [word for change in changes for word in ("--set", change)]

@@ -21,6 +21,7 @@ from muntin.data.folders import class_folders
 from muntin.data.source import MAX_CLASSES, DataTask
 from muntin.errors import DataError
 from muntin.images import IGNORED, read_image, read_mask
+from muntin.images.decoding import image_size
 from muntin.images.opening import PictureFile
 from muntin.images.rasters import OpenRasters, Raster, is_windowed, mask_raster, picture_raster, sampled, tiff_header
 from muntin.text import count
@@ -75,6 +76,21 @@ def picture_facts(path: PictureFile) -> PictureFacts:
     image_HWC = sampled(picture) if isinstance(picture, Raster) else picture
     opacity = image_HWC.shape[2] == 4 and not np.ptp(image_HWC[:, :, 3])
     return PictureFacts(channels=image_HWC.shape[2], shorter_side=min(picture.shape[:2]), opacity=opacity)
+
+
+def size_errors(pairs: Iterable[tuple[PictureFile, PictureFile]]) -> dict[PictureFile, DataError]:
+    """The errors of images whose masks have another size, read from the headers."""
+    errors: dict[PictureFile, DataError] = {}
+    for image, mask in pairs:
+        (height, width), (mask_height, mask_width) = (_header_size(file) for file in (image, mask))
+        if (height, width) != (mask_height, mask_width):
+            errors[image] = DataError(f"{image} is {width}×{height} and its mask {mask_width}×{mask_height}: they must be of one size")
+    return errors
+
+
+def _header_size(file: PictureFile) -> tuple[int, int]:
+    header = tiff_header(file) if is_windowed(file) else None
+    return image_size(file) if header is None else (header.height, header.width)
 
 
 @dataclass(frozen=True, kw_only=True)

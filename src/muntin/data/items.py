@@ -54,6 +54,8 @@ class ItemSource:
         self._skip = {_normal(path): path for path in skip}
         self._skipped: set[str] = set()  # keys of `skip` that name a picture
         self._root = root
+        self._absent = ""
+        """A note on keys of `skip` that name no picture."""
         self._failures: dict[PictureFile, Failure] = {}  # pictures that the names of the files alone rule out
 
     def _finish(self, items: Mapping[SplitName, Sequence[Item]], mapping: MaskMapping | None, cache_bytes: int) -> None:
@@ -127,17 +129,26 @@ class ItemSource:
             self._notes.append(f"left out by data.skip: {list_some([path for key, path in shown.items() if key in self._skipped], 3)}")
         absent = [path for key, path in shown.items() if key not in self._skipped]
         if absent:
-            self._notes.append(f"data.skip names {list_some(absent, 3)}, which is not among the pictures")
+            self._absent = f"data.skip names {list_some(absent, 3)}, which is not among the pictures: give paths from the recipe's folder"
+            self._notes.append(self._absent)
 
     def _failure_error(self, failures: Mapping[PictureFile, Failure]) -> DataError:
         """The error for pictures that cannot be used: the reason for the first one, and the names of the others, up to ten in all."""
         (_, first), *others = islice(failures.items(), _MAX_FAILURES)
+        absent = f" ({self._absent})" if self._absent else ""
         if not others:
-            return DataError(f"{first.reason}, or name it under data.skip")
-        parts = -2 if self.task == "classify" else -1  # the folders of two classes may hold files of one name
-        names = ", ".join(f"{_short(path, parts)}{failure.short and f' ({failure.short})'}" for path, failure in others)
+            return DataError(f"{first.reason}, or name it under data.skip: {self._named(next(iter(failures)))}{absent}")
+        names = ", ".join(f"{self._named(path)}{failure.short and f' ({failure.short})'}" for path, failure in others)
         number = f"{_MAX_FAILURES} or more" if len(failures) >= _MAX_FAILURES else f"{len(failures)}"
-        return DataError(f"{first.reason}; {number} pictures cannot be used, also {names}: correct them, or name them under data.skip")
+        return DataError(
+            f"{first.reason}; {number} pictures cannot be used, also {names}: correct them, or name them under data.skip{absent}"
+        )
+
+    def _named(self, file: PictureFile) -> str:
+        """The name of a picture as data.skip takes it: from the recipe's folder."""
+        if not isinstance(file, Path):
+            return f"{file.file.name}/{file.name}"
+        return str(file if self._root is None or self._root not in file.parents else file.relative_to(self._root))
 
 
 class ItemSamples(Samples):
@@ -188,11 +199,6 @@ def _label_counts(sample: Sample, length: int) -> npt.NDArray[np.int64]:
 def _normal(path: PictureFile) -> str:
     """A path for comparisons: without "..", in Unicode's form NFC."""
     return composed(os.path.normpath(str(path)))
-
-
-def _short(file: PictureFile, parts: int) -> str:
-    """The last parts of a path; of an entry, its file and its name."""
-    return str(Path(*file.parts[parts:])) if isinstance(file, Path) else f"{file.file.name}/{file.name}"
 
 
 def _size(item: Item) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from muntin.data.inspection import (
     picture_channels,
     picture_facts,
     read_some,
+    size_errors,
 )
 from muntin.data.layout import Layout, equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
 from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
@@ -144,6 +145,9 @@ def _survey(layout: Layout) -> Survey:
         mask_files = [path for *_, folder in places for path in pictures(folder)]
         masks, unreadable_masks = read_some(list[PictureFile](mask_files), mask_facts)
         unreadable |= unreadable_masks
+        by_stem = {(place, composed(path.stem)): path for place, _, inside in places for path in pictures(inside)}
+        found = [(image, by_stem.get((place, composed(image.stem)))) for place, inside, _ in places for image in pictures(inside)]
+        unreadable |= size_errors((image, mask) for image, mask in found if image in facts and mask is not None and mask in masks)
         classes, counted = classes_in_masks(masks, base.masks), len(masks)
         unopened = len(mask_files) - len(masks) - len(unreadable_masks)
         folders = [folder for place in places for folder in place[1:]]
@@ -268,7 +272,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
         seed = _split_seed(layout, survey.unreadable)
         lines.append(f"  seed: {seed}  # decides which pictures go into which split; adding pictures moves none of the others")
     if survey.unreadable:
-        lines.append("  skip:  # pictures to leave out; these cannot be read")
+        lines.append("  skip:  # pictures to leave out; these cannot be used")
         lines += [f"    - {_path(Path(str(path)), relative_to)}  # {_reason(path, error)[1]}" for path, error in survey.unreadable.items()]
     if layout.task == "segment":
         lines.append(f"  ignore: {'null' if ignore is None else ignore}  # the mask value that belongs to no class; null: there is none")

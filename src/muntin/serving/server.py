@@ -206,7 +206,8 @@ class Server:
         try:
             await face.start(*(f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses))
         except OSError as error:
-            raise DataError(f"cannot listen on {host}:{port} for gRPC: choose another --grpc-port or --host") from error
+            taken = ", which is --http-port's" if port and port == self.config.http_port else ""
+            raise DataError(f"cannot listen on {host}:{port}{taken} for gRPC: choose another --grpc-port or --host") from error
         self.grpc_port = face.port
 
     # ---- going down ----

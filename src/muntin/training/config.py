@@ -135,7 +135,7 @@ class TrainingConfig(Section):
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         default="auto",
-        description="auto: 16 bits on CUDA; on CPUs BF16 if steps of the model are measured to be faster in it; tf32, fp16: on CUDA",
+        description="auto: 16 bits on CUDA; on CPUs BF16 if steps of the model are 1.2 times as fast in it; tf32, fp16: on CUDA",
     )
     compile: bool = Field(default=False, description="torch.compile the training step; needs a C++ compiler on CPUs")
     validate_every: int = Field(default=250, ge=1, description="steps between validations")

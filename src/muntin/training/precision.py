@@ -180,7 +180,10 @@ def _compared(
     gains.sort()
     chosen = bf16 if gains[1] >= MIN_GAIN else fp32
     spread = f"{gains[0]:.2f} to {gains[-1]:.2f} in {PAIRS} pairs of steps"
-    return replace(chosen, reason=f"BF16 is {median(gains):.2f} times as fast with this model ({spread})", gains=tuple(gains))
+    reason = f"BF16 is {median(gains):.2f} times as fast with this model ({spread})"
+    if chosen is fp32 and median(gains) > 1:
+        reason += f", too little: it is taken from {MIN_GAIN:g} times on in all pairs but one"
+    return replace(chosen, reason=reason, gains=tuple(gains))
 
 
 def _on_cuda(name: PrecisionName) -> TrainingPrecision:

@@ -125,9 +125,9 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
     places = [network.artifact.relative_to(result.folder).as_posix() for network in result.networks]
     points = [
         {
-            "number": 0 if network is reference or network.point is None else network.point.number + 1, "name": network.name, "width": 1.0, "score": network.score,
-            "drop": reference.score - network.score, "bytes": network.bytes, "ms": network.ms, "kept": network.score >= reference.score,
-            "artifact": place,
+            "number": 0 if network is reference or network.point is None else network.point.number + 1, "name": network.name,
+            "width": 1.0, "score": network.score, "drop": reference.score - network.score, "bytes": network.bytes, "ms": network.ms,
+            "kept": network.score >= reference.score, "artifact": place,
         }
         for network, place in zip(result.networks, places, strict=True)
     ]  # fmt: skip

@@ -195,9 +195,7 @@ def few_pictures_note(pictures: int) -> tuple[str, ...]:
     """Return a note on a reference of so few pictures that it takes several windows of each."""
     if pictures >= LEAST_REFERENCE:
         return ()
-    return (
-        f"the reference has {pictures} pictures, in many windows each: pictures of other subjects or places than these look like drift",
-    )
+    return (f"the drift reference has {pictures} pictures, in many windows each: other subjects or places than these look like drift",)
 
 
 def corners(count: int, number: int) -> Iterator[Corner]:
