@@ -18,6 +18,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import chdir, redirect_stdout
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,17 @@ TUTORIALS = ROOT / "docs" / "tutorials"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n\n```(?P<language>[^\n]*)\n(?P<code>.*?\n)```", re.DOTALL)
 SHOWN = ("text", "yaml", "json")
 """Languages of blocks that show something and are not run."""
+PAGES = 5
+"""Pages, of which one is run by `make test`, each day another one, and all by `make soak`."""
 pytestmark = pytest.mark.timeout(1800)  # a page of many commands beside other work
 STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
 COMMANDS = re.compile(r"(muntin [^|&;<>$`*~\\\n]+\n)+")
 """Commands that need no shell."""
+
+
+def in_turn(number: int) -> pytest.MarkDecorator:
+    """Mark a page's test as slow on its day, and as a soak test on the others."""
+    return pytest.mark.slow if datetime.now(UTC).toordinal() % PAGES == number else pytest.mark.soak
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -110,7 +118,7 @@ def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@in_turn(0)
 def test_own_data(own_data: Path) -> None:
     assert {path.name for path in (own_data / "predictions").iterdir()} == {"40_0.mask.png", "40_0.overlay.jpg"}
     classes = json.loads((own_data / "runs/photos/small/manifest.json").read_text())["signature"]["classes"]
@@ -120,21 +128,21 @@ def test_own_data(own_data: Path) -> None:
     assert sum(path.stat().st_size for path in (own_data / "runs/photos/small").iterdir()) < floats / 4
 
 
-@pytest.mark.slow
+@in_turn(1)
 def test_serve_and_swap(own_data: Path) -> None:
     printed = run("serve-and-swap.md", own_data)
     assert re.findall(r"(?i)x-model-version: (\d)", printed) == ["2", "1"]
     assert '"name":"ocean","share":' in printed
 
 
-@pytest.mark.slow
+@in_turn(2)
 def test_geotiff(own_data: Path) -> None:
     pytest.importorskip("rasterio", reason="the extra raster is not installed")
     assert re.search(r"ocean +[\d,]{9,} km²", run("geotiff.md", own_data))
     assert (own_data / "exact" / "scene.mask.tif").exists()
 
 
-@pytest.mark.slow
+@in_turn(3)
 def test_foreign_model(tmp_path: Path) -> None:
     printed = run("foreign-model.md", tmp_path)
     floats, integers = (float(text) for text in re.findall(r"(?:PyTorch|INT8) ([\d.]+)", printed))
@@ -142,7 +150,7 @@ def test_foreign_model(tmp_path: Path) -> None:
     assert floats > 0.5 + 3 * error and integers > floats - 3 * error  # better than chance, and INT8 keeps it
 
 
-@pytest.mark.slow
+@in_turn(4)
 def test_notebook(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel", reason="the extra dev is not installed")
     nbformat = pytest.importorskip("nbformat", reason="the extra dev is not installed")

@@ -31,6 +31,10 @@ SIZES = {
 """Sources and sides. Networks that answer one grey level of noise with noise, as many do without training, have no place here."""
 
 
+ALWAYS = ("timm:test_vit", "timm:test_nfnet", "smp:FPN:tu-test_convnext")
+"""A transformer, a network with standardised weights, and a segmenter; `make soak` has the others."""
+
+
 def as_trained(model: nn.Module, pictures: Tensor) -> nn.Module:
     """Set the statistics of batch norms to those of pictures, and scales of (nearly) zero, which switch branches off, to others."""
     norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
@@ -61,7 +65,7 @@ def decibels(exact_BK: NDArray[np.float32], scores_BK: NDArray[np.float32]) -> f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", SIZES)
+@pytest.mark.parametrize("source", [source if source in ALWAYS else pytest.param(source, marks=pytest.mark.soak) for source in SIZES])
 def test_architecture(source: str, tmp_path: Path) -> None:
     if source.startswith("smp:"):
         pytest.importorskip("segmentation_models_pytorch")

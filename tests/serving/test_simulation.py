@@ -50,7 +50,7 @@ def best_refusal(*, service: float, objective: float, load: float, requests: int
 
 @pytest.mark.parametrize(
     ("name", "requests", "refused"),
-    [("segmentation", 20_000, 0.085), pytest.param("classifier", 60_000, 0.05, marks=pytest.mark.slow), ("sizes", 30_000, 0.01)],
+    [("segmentation", 20_000, 0.085), pytest.param("classifier", 60_000, 0.05, marks=pytest.mark.soak), ("sizes", 30_000, 0.01)],
 )
 def test_answers_in_time_at_90_percent_of_saturation(
     simulation: Any, scenarios: dict[str, Any], name: str, requests: int, refused: float
@@ -69,8 +69,13 @@ def test_refusals_compared_with_perfect_foresight(simulation: Any, scenarios: di
     assert summary.refusal < best + 0.02
 
 
-@pytest.mark.parametrize(("name", "requests"), [("segmentation", 10_000), ("classifier", 30_000), ("sizes", 30_000)])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "requests", "workers"),
+    [
+        ("segmentation", 10_000, 1), ("classifier", 30_000, 2),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("sizes", 30_000, 1), ("classifier", 30_000, 1), ("sizes", 30_000, 2))),
+    ],
+)  # fmt: skip
 def test_goodput_at_three_times_saturation(simulation: Any, scenarios: dict[str, Any], name: str, requests: int, workers: int) -> None:
     summary = simulation.simulate(requests, seed=2, scenario=at(scenarios[name], 3.0, workers=workers))
     assert summary.goodput >= 0.9
@@ -136,7 +141,7 @@ def test_refusals_end_with_a_hiccup_of_300_ms(simulation: Any, scenarios: dict[s
     assert summary.dropped + summary.late < 12
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_urgent_requests_in_an_overload(simulation: Any, scenarios: dict[str, Any]) -> None:
     for name in ("segmentation", "classifier", "sizes"):
         scenario = at(scenarios[name], 1.5, priorities=(0.2, 0.8), hiccups=0)

@@ -1,7 +1,7 @@
 """Search for artefacts at which reading ends otherwise than with ArtifactError, or takes much memory: inputs guided by coverage.
 
 python -m pip install atheris
-python tests/artifact/fuzz.py CORPUS -max_total_time=3600 -rss_limit_mb=1024      (a folder of inputs; options of libFuzzer)
+python tests/fuzz_artifacts.py CORPUS -max_total_time=3600 -rss_limit_mb=1024      (a folder of inputs; options of libFuzzer)
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found]
 
 with atheris.instrument_imports(include=["muntin"]):
-    from fuzzing import files_of, inputs_to_begin_with, read_all
-
+    from damaged_artifacts import files_of, inputs_to_begin_with, read_all
     from muntin.errors import ArtifactError
 
 

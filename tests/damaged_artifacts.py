@@ -1,6 +1,6 @@
 """Damaged and malicious artefacts: one file of a sound artefact is changed, its digests are set right, and all of it is read.
 
-Reading may end with ArtifactError alone. `fuzz.py` looks for other ends for hours; `test_fuzzed.py` reads what it kept in `fuzzed/`.
+Reading may end with ArtifactError alone. `fuzz_artifacts.py` looks for other ends; `artifact/test_fuzzed.py` reads the inputs that it kept.
 """
 
 from __future__ import annotations
