@@ -17,13 +17,20 @@ from model_helpers import one_line
 from muntin.artifact import ClassInfo
 from muntin.errors import RecipeError
 from muntin.models import HybridNet, ModelConfig, create_model
+from muntin.models.trusted_code import trust_model
 from muntin.training.model_checks import check_maps, check_model, check_reading, measured_precision, restore_notes
 from muntin.training.precision import PAIRS, TrainingPrecision, resolve_precision
-from muntin.training.recipe import load_recipe, parse_recipe
+from muntin.training.recipe import Recipe, load_recipe, parse_recipe
 from muntin.training.run import fit
 from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))
+
+
+def own_model(recipe: Recipe) -> nn.Module:
+    """Create a recipe's model as `fit` does: a recipe that the user gives may name code."""
+    trust_model(recipe.model.name)
+    return new_model(recipe, TWO)
 
 
 class Own(nn.Module):
@@ -235,7 +242,7 @@ for kind in MADE:  # a factory each, as recipes name them
 def test_state_that_does_not_restore(kind: str, message: str) -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": f"{__name__}:make_{kind}"}}, where="test")
     torch.manual_seed(0)
-    model = new_model(recipe, TWO)
+    model = own_model(recipe)
     check_model(model, recipe, TWO)
     with pytest.raises(RecipeError, match=message) as error:
         check_reading(model, recipe, TWO)
@@ -246,7 +253,7 @@ def test_state_that_does_not_restore(kind: str, message: str) -> None:
 @pytest.mark.parametrize("kind", ["keeping", "lazy"])
 def test_lazy_parameters_restore(kind: str) -> None:
     recipe = parse_recipe({"data": {"crop": 16}, "model": {"name": f"{__name__}:make_{kind}"}}, where="test")
-    model = new_model(recipe, TWO)
+    model = own_model(recipe)
     check_model(model, recipe, TWO)
     state, before = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     check_reading(model, recipe, TWO)
@@ -285,7 +292,7 @@ def test_measured_precision(choice: dict[str, str]) -> None:
     """Steps in BF16 run on any CPU, slowly on most; they leave no trace."""
     training = {"steps": 300, "batch_size": 4, "norm_group": 2, "checkpointing": {"budget": "1GiB"}}
     recipe = parse_recipe({"name": "test", "model": choice, "data": {"crop": 32}, "training": training}, where="test")
-    model = new_model(recipe, TWO)
+    model = own_model(recipe)
     undecided = TrainingPrecision(name="fp32", device="cpu", dtype=None, reason="test", undecided=True)
     state, random, threads = copy.deepcopy(model.state_dict()), torch.get_rng_state(), torch.get_num_threads()
     precision = measured_precision(model, undecided, recipe, TWO)
