@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import resource
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from brief_ceilings import brief
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
 from muntin.cli import main
 
@@ -25,13 +25,9 @@ BUSY_NOTE = "note      other processes use "
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ceilings_measured_once() -> Iterator[None]:
+def brief_ceilings() -> None:
     """A profile measures the machine's ceilings for seconds, each time the same ones."""
-    from muntin.runtime.profiling.ceilings import measure_ceilings
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muntin.runtime.profiling.ceilings.measure_ceilings", functools.cache(measure_ceilings))
-        yield
+    brief()
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,13 @@ def test_doctor_layout(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(line.endswith(name) for line in software[first:last] for name in ("numpy", "torch", "torchvision", "timm"))
 
 
+BRIEF = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); from brief_ceilings import brief; brief()"
+"""Python that shortens a doctor's measurements, of which no test judges the figures."""
+
+
 @pytest.mark.slow
 def test_doctor_self_test_and_threads(call_process: Call) -> None:
-    answer = call_process("doctor", "--threads", "64", "--json", env=os.environ | {"OMP_NUM_THREADS": "65"})
+    answer = call_process("doctor", "--threads", "64", "--json", before=BRIEF, env=os.environ | {"OMP_NUM_THREADS": "65"})
     if "avx512_vnni" not in FEATURES and answer.code == 1:
         pytest.skip("this CPU's INT8 sums are wrong, which the test of saturating kernels reads")
     document = answer.document()
@@ -83,7 +87,7 @@ def test_doctor_self_test_and_threads(call_process: Call) -> None:
     assert checks(document, "INT8 in openvino")[0]["status"] == "ok"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="affinity and /proc/stat are Linux's")
 def test_doctor_names_a_busy_process(call: Call) -> None:
     cpu = min(os.sched_getaffinity(0))
@@ -104,7 +108,7 @@ def test_doctor_names_a_busy_process(call: Call) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif("avx512_vnni" not in FEATURES, reason="kernels that saturate are had by switching VNNI's off")
 def test_doctor_with_wrong_integers(call_process: Call) -> None:
-    answer = call_process("doctor", env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    answer = call_process("doctor", before=BRIEF, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     text = answer.mistake()
     assert text.startswith("INT8 in openvino: wrong integers: ")
     assert 'unset ONEDNN_MAX_CPU_ISA=AVX2, or give engine="onnxruntime", whose integers are exact here' in text

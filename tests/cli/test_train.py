@@ -261,7 +261,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 
 
 @needs_linux
-@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.parametrize("by_kernel", [True, pytest.param(False, marks=pytest.mark.soak)])
 def test_fit_after_a_kill(capfd: Any, write_tiny: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
     """The child really dies by SIGKILL; whether the kernel's counter rises is pretended."""
     (tmp_path / "killed_once.py").write_text(KILLED)
@@ -320,7 +320,7 @@ def memory_group() -> Iterator[Path]:
     group.rmdir()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_linux
 def test_fit_after_a_kill_by_the_kernel(memory_group: Path, write_tiny: Call, tmp_path: Path) -> None:
     """A real lack of memory: the group's limit is some hundred MiB above what the process holds before its first step."""

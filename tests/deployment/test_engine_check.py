@@ -165,7 +165,7 @@ def test_batch_independence(request: pytest.FixtureRequest, form: str, most: flo
     assert not np.allclose(together[0], together[1], atol=together.std() / 10)  # they are several images
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_int8_hybrid_of_several_stages(export_model: Any, trained: Any, pictures: Any) -> None:
     torch.manual_seed(0)
     options = {"stem": (8, 16), "pairs": (0,), "dims": (64, 128), "depths": (1, 1), "head_dim": 32}
@@ -178,7 +178,7 @@ def test_int8_hybrid_of_several_stages(export_model: Any, trained: Any, pictures
         assert error.max() <= LIMITS["f32"].max_error and error.mean() <= 0.01, size
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_int8_accuracy_at_64_times_the_calibrated_area(tmp_path: Path) -> None:
     changes = [
         "data.crop=64",

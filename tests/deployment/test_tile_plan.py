@@ -151,7 +151,7 @@ class PairsOfTokens(nn.Module):
     ("make", "reason"),
     [
         (lambda: PairsOfTokens(softmax=True), "is attention between all pairs of tokens"),
-        (lambda: PairsOfTokens(softmax=False), "too much for a plan"),
+        pytest.param(lambda: PairsOfTokens(softmax=False), "too much for a plan", marks=pytest.mark.soak),
     ],
 )
 def test_model_without_a_plan(make: Any, reason: str, tmp_path: Path) -> None:

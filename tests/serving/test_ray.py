@@ -191,7 +191,7 @@ def test_replicas_killed_under_load(port: int) -> None:
     assert len(killed) == 2 and outcomes.keys() == {(200, "1")}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_rolling_update_under_load(port: int, models: Path) -> None:
     with load(port) as outcomes:
         wait_for(lambda: outcomes.total() > 5)

@@ -14,6 +14,7 @@ from muntin.errors import DataError
 from muntin.runtime.engines.openvino.compiled import capabilities, executed_products
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
+from muntin.runtime.profiling import ceilings
 from muntin.runtime.profiling.ceilings import (
     PRODUCT_PRECISIONS,
     Kind,
@@ -24,6 +25,13 @@ from muntin.runtime.profiling.ceilings import (
 )
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of a call, and little memory to copy."""
+    for name, value in (("_REPEATS", 1), ("_BLOCK", 2), ("_COPY_ROUNDS", 2), ("_copy_bytes", lambda: 32 << 20)):
+        monkeypatch.setattr(ceilings, name, value)
+
+
 @pytest.fixture(scope="module")
 def core() -> Any:
     return openvino.Core()
@@ -31,16 +39,16 @@ def core() -> Any:
 
 def test_ceilings_of_every_precision(core: Any, signal_stack: Any) -> None:
     before = signal_stack()
-    ceilings = measure_ceilings(threads=1, seconds=0.02)
+    measured = measure_ceilings(threads=1, seconds=0.02)
     assert signal_stack() == before
-    assert "f32" in ceilings.gmacs
-    assert set(ceilings.gmacs) == {name for name, (capability, _, _) in PRODUCT_PRECISIONS.items() if capability in capabilities(core)}
-    assert all(0 < rate < 1e6 for rate in ceilings.gmacs.values())
-    assert ceilings.copy_gb_s > 0
-    assert ceilings.threads == 1
-    assert ceilings.others is None or ceilings.others >= 0
+    assert "f32" in measured.gmacs
+    assert set(measured.gmacs) == {name for name, (capability, _, _) in PRODUCT_PRECISIONS.items() if capability in capabilities(core)}
+    assert all(0 < rate < 1e6 for rate in measured.gmacs.values())
+    assert measured.copy_gb_s > 0
+    assert measured.threads == 1
+    assert measured.others is None or measured.others >= 0
     with pytest.raises(FrozenInstanceError):
-        ceilings.threads = 2  # type: ignore[misc]
+        measured.threads = 2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "f16"])

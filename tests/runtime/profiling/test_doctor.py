@@ -14,6 +14,7 @@ import pytest
 from muntin.errors import DataError, install
 from muntin.runtime.engines.compile_cache import cache_folder
 from muntin.runtime.host import quiet_imports
+from muntin.runtime.profiling import ceilings
 from muntin.runtime.profiling.contention import CpuShare
 from muntin.runtime.profiling.doctor import examine
 from muntin.runtime.profiling.doctor_checks import (
@@ -118,6 +119,8 @@ def test_engine_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_examine_with_an_engine_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RUNNERS, "onnxruntime", lambda model, x: run_onnxruntime(b"no model", x))
+    for name, value in (("_REPEATS", 1), ("_BLOCK", 1), ("_COPY_ROUNDS", 1), ("_copy_bytes", lambda: 32 << 20)):
+        monkeypatch.setattr(ceilings, name, value)
     diagnosis = examine(threads=1)
     assert any(problem.startswith("INT8 in onnxruntime: ONNX Runtime ") for problem in diagnosis.problems)
     assert list(diagnosis.integers) == ["openvino"]
