@@ -24,12 +24,27 @@ SMALL = {"stem": [8, 8, 16], "dims": [32, 32], "depths": [1, 1], "head_dim": 16,
 settings.register_profile("muntin", deadline=None)  # what a machine is busy with beside is no failure
 settings.load_profile("muntin")
 COUNTS = {"train": 4, "validation": 2, "test": 2}
+LONG_S = 3.0
+"""Seconds from which a test that has no mark is named at the end of a run."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process ends long after the others."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests without the mark `slow` that took long. It fails nothing: other work on the machine may be the reason."""
+    long = [
+        (report.duration, report.nodeid)
+        for report in terminalreporter.stats.get("passed", [])
+        if report.duration > LONG_S and not {"slow", "soak"} & set(report.keywords)
+    ]
+    if long:
+        terminalreporter.section(f"tests above {LONG_S:g} s without the mark `slow`")
+        for duration, name in sorted(long, reverse=True):
+            terminalreporter.write_line(f"{duration:.1f} s  {name}")
 
 
 @pytest.fixture(scope="session")
