@@ -91,10 +91,10 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
 
 def panes(report: Report) -> list[Pane]:
     """Return the large figures: changes of size, latency and metric, and the agreement, as far as measured; plain values for one step."""
-    first, last = report.steps[0], report.steps[-1]
     metric = text.METRICS[report.task]
     timed_at = "" if report.latency is None else f"at {report.latency.height} × {report.latency.width}"
-    if first is last:
+    if len(report.ends) == 1:
+        last = report.steps[-1]
         single = [
             Pane(label=text.capitalized(metric.name), figure=metric(last.miou), detail=last.engine),
             Pane(label="Size", figure=text.size(last.bytes), detail=f"{text.amount(last.params)} parameters"),
@@ -103,24 +103,26 @@ def panes(report: Report) -> list[Pane]:
             detail = f"{timed_at}, {text.BESIDE}" if report.disturbed else timed_at
             single.append(Pane(label="Latency", figure=text.milliseconds(last.latency_ms), detail=detail))
         return single
+    first, end = report.ends
     changes = []
-    if smaller := text.ratio(first.bytes, last.bytes, less="smaller", more="larger"):
-        changes.append(Pane(label="Size", figure=smaller, detail=text.from_to(text.size(first.bytes), text.size(last.bytes))))
-    if faster := text.ratio(first.latency_ms, last.latency_ms, less="faster", more="slower"):
-        figures = faster, text.from_to(text.milliseconds(first.latency_ms), text.milliseconds(last.latency_ms))
+    if smaller := text.ratio(first.bytes, end.bytes, less="smaller", more="larger"):
+        changes.append(Pane(label="Size", figure=smaller, detail=text.from_to(text.size(first.bytes), text.size(end.bytes))))
+    if faster := text.ratio(first.latency_ms, end.latency_ms, less="faster", more="slower"):
+        figures = faster, text.from_to(text.milliseconds(first.latency_ms), text.milliseconds(end.latency_ms))
         figure, detail = (figures[1], text.BESIDE) if report.disturbed else figures
         changes.append(Pane(label=f"Latency {timed_at}".strip(), figure=figure, detail=detail))
-    change = f"{text.change(first.miou, last.miou, metric.digits)}{metric.unit}"
-    changes.append(Pane(label=text.capitalized(metric.name), figure=change, detail=text.from_to(metric(first.miou), metric(last.miou))))
+    change = f"{text.change(first.miou, end.miou, metric.digits)}{metric.unit}"
+    changes.append(Pane(label=text.capitalized(metric.name), figure=change, detail=text.from_to(metric(first.miou), metric(end.miou))))
     if report.baseline is not None:
-        gain, name = last.miou - report.baseline.score, report.baseline.name
+        gain, name = end.miou - report.baseline.score, report.baseline.name
         changes.append(
-            Pane(label=f"Over {name}", figure=text.with_minus(f"{gain:+.2f} dB"), detail=_over_baseline(report.baseline, last.miou))
+            Pane(label=f"Over {name}", figure=text.with_minus(f"{gain:+.2f} dB"), detail=_over_baseline(report.baseline, end.miou))
         )
-    if report.agreement is not None:
-        agreement = text.percent(report.agreement, 2)
-        detail = f"of {metric.same} equal to those of the step before"
-        changes.append(Pane(label="Agreement", figure=agreement, detail=detail))
+    row = report.recommended
+    agreement = report.agreement if row is None else row.same_labels
+    if agreement is not None:
+        other = "the step before" if row is None else "the first model"
+        changes.append(Pane(label="Agreement", figure=text.percent(agreement, 2), detail=f"of {metric.same} equal to those of {other}"))
     return changes
 
 

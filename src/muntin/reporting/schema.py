@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -251,6 +251,14 @@ class SplitRecord(Record):
     names: tuple[Text, ...] = ()
 
 
+class End(NamedTuple):
+    """Figures of the first model or of the one that the headline is about: bytes and milliseconds, if measured, and the metric."""
+
+    bytes: int | None
+    latency_ms: float | None
+    miou: float
+
+
 class Report(Record):
     """A whole report. The first step is the FP32 model, which `ranks` describe; the last is the deployed model, which `layers` describe.
 
@@ -287,6 +295,22 @@ class Report(Record):
     def disturbed(self) -> bool:
         """Return whether the latencies were measured beside other work (`LatencyRecord.disturbed`)."""
         return self.latency is not None and self.latency.disturbed
+
+    @property
+    def recommended(self) -> ArtifactRow | None:
+        """Return the artefact to take if the steps describe another one; None otherwise."""
+        record = self.artifacts
+        if record is None or record.described in (None, record.take):
+            return None
+        return next(row for row in record.rows if row.name == record.take)
+
+    @property
+    def ends(self) -> tuple[End, ...]:
+        """Return the figures of the first model, and of the one that the headline is about: the artefact to take, or the last step."""
+        if (row := self.recommended) is not None and self.artifacts is not None:
+            return tuple(End(one.bytes, one.median_ms, one.test) for one in (self.artifacts.rows[0], row))
+        steps = (self.steps[0], self.steps[-1]) if len(self.steps) > 1 else self.steps
+        return tuple(End(step.bytes, step.latency_ms, step.miou) for step in steps)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

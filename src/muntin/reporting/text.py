@@ -187,23 +187,22 @@ def disturbance(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """Return the report in one sentence, computed from its first and last steps."""
+    """Return the report in one sentence, about its first model and the one to take (`Report.ends`)."""
     parts, closing = headline_parts(report)
     return f"{', '.join(parts)}: {closing}" if closing else ", ".join(parts)
 
 
 def headline_parts(report: Report) -> tuple[list[str], str]:
     """Return the figures of the headline, and its closing words: where the deployed artefact was measured, otherwise ''."""
-    ends = [report.steps[0], report.steps[-1]] if len(report.steps) > 1 else [report.steps[0]]
-    last, metric, arrow = ends[-1], METRICS[report.task], f" {ARROW} "
+    ends, metric, arrow = report.ends, METRICS[report.task], f" {ARROW} "
     parts = [arrow.join(size(step.bytes) for step in ends)]
     if all(step.latency_ms is not None for step in ends):
         parts.append(arrow.join(milliseconds(step.latency_ms) for step in ends) + (f" ({BESIDE})" if report.disturbed else ""))
     parts.append(f"{metric.name} {arrow.join(metric(step.miou) for step in ends)}")
-    if last.name != "deployed":
+    if report.steps[-1].name != "deployed":
         return parts, ""
     artifacts = report.artifacts
-    name = "" if artifacts is None or len(artifacts.rows) < 3 else f" “{artifacts.described}”"
+    name = "" if artifacts is None or len(artifacts.rows) < 3 else f" “{artifacts.take}”"
     return parts, f"measured on the deployed artefact{name}"
 
 
