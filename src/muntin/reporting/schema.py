@@ -251,7 +251,7 @@ class SplitRecord(Record):
     names: tuple[Text, ...] = ()
 
 
-class End(NamedTuple):
+class HeadlineFigures(NamedTuple):
     """Figures of the first model or of the one that the headline is about: bytes and milliseconds, if measured, and the metric."""
 
     bytes: int | None
@@ -305,12 +305,12 @@ class Report(Record):
         return next(row for row in record.rows if row.name == record.take)
 
     @property
-    def ends(self) -> tuple[End, ...]:
+    def ends(self) -> tuple[HeadlineFigures, ...]:
         """Return the figures of the first model, and of the one that the headline is about: the artefact to take, or the last step."""
         if (row := self.recommended) is not None and self.artifacts is not None:
-            return tuple(End(one.bytes, one.median_ms, one.test) for one in (self.artifacts.rows[0], row))
+            return tuple(HeadlineFigures(one.bytes, one.median_ms, one.test) for one in (self.artifacts.rows[0], row))
         steps = (self.steps[0], self.steps[-1]) if len(self.steps) > 1 else self.steps
-        return tuple(End(step.bytes, step.latency_ms, step.miou) for step in steps)
+        return tuple(HeadlineFigures(step.bytes, step.latency_ms, step.miou) for step in steps)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
