@@ -108,7 +108,9 @@ def _open(file: Path) -> int:
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
-        raise problem if error.errno == errno.ELOOP else error from error
+        if error.errno == errno.ELOOP:
+            raise problem from error
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise problem

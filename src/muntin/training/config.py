@@ -113,7 +113,7 @@ class TrainingConfig(Section):
         default=10.0,
         gt=1,
         allow_inf_nan=False,
-        description="a batch is skipped if its loss is above this many medians of the last 100 and above the first ones; null: only NaN",
+        description="a batch is skipped if its loss is above this many medians of the last 100, the first ones and 0.5; null: only NaN",
     )
     average: float = Field(default=0.995, ge=0, lt=1, description="decay a step of the averaged weights, the result; 0: no averaging")
     loss: LossName = Field(

@@ -252,7 +252,8 @@ def _labelled(folder: Path, task: DataTask) -> dict[str, tuple[Path, ...]]:
 
 def _copy(file: Path, place: Path) -> None:
     """Copy a file. Raises OSError for one that has become a link."""
-    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW)) as source, place.open("wb") as target:
+    no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | no_link)) as source, place.open("wb") as target:
         shutil.copyfileobj(source, target)
 
 
