@@ -1,57 +1,31 @@
 """Measure the value of each part of a hybrid: the network without it, or with another choice, trained in the same way and deployed.
 
     python benchmarks/ablation.py [--model hybrid-s] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--variants serial ...]
-                                  [--threads N] [--rounds 20] [--output runs/benchmark-ablation] [--json]
 
-Each variant is the preset with one change, trained by the demonstration's recipe (source earth, averaged weights) for the same steps on the
-same crops, seed by seed, and in one precision (the recipe's `auto` measures the machine, and may choose differently from one variant to
-the next). That recipe was tuned with hybrid-s, which favours it. A preset has attention in windows of 8 and through 8 to 32 latents,
-parallel blocks, gates, a depthwise convolution for position, foldable norms, ReLU, a decoder of stages.
+Each variant is the preset with one change, trained by the demonstration's recipe (source earth, averaged weights; tuned with hybrid-s) for
+the same steps on the same crops, seed by seed, and in one precision.
     local only, global only   all heads use windows; all heads use latents
     convolutions              no attention: two 3 x 3 convolutions of about as many multiply-adds in place of a block
-    serial                    attention, then the perceptron, instead of both at once
-    no gate, no depthwise     without gates; without the depthwise convolution
-    window, latents           another number than the preset's: a window's side, which may be larger than the map; a head's latents
+    serial                    attention, then the MLP, instead of both at once
+    no gate, no depthwise     without gates; without the depthwise convolution for position
+    window, latents           another side of a window; another number of latents a head
     LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
     one-step decoder          all maps to the finest by one bilinear step, summed, smoothed once; the same projections
     UPerNet head              a pyramid with a global context fused at the finest, half as wide: about as many multiply-adds
-The configuration has no option for a network without depthwise convolutions, or for another norm, activation or decoder. These are
-factories (`ablation_models.py`) that a recipe can name as its model; they are not part of the package.
-
-    GMAC, M     multiply-adds at 512 x 512, millions of parameters
-    mIoU        of the test split, the FP32 model deployed in OpenVINO: mean over seeds ± standard deviation
-    points      100 x (variant - base), seed by seed: mean ± standard error
-    ms          512 x 512, deployed in floats with norms and gates folded: mean over seeds of medians, all variants of a seed in turns
-    slower      variant over base in the precision that is faster here, seed by seed, as for points
-    verdict     on the preset's choice: a difference counts if it is more than twice its standard error. The score decides; if it shows no
-                difference, speed decides. Three seeds make a weak test: by chance alone one difference in five passes it. The score is
-                that of the test split, so a preset that is changed because of it has an optimistic score there
-
-Then it compares parallel blocks with serial ones of the same multiply-adds (+30 % is claimed for them), and networks whose closed channels
-are cut out with the base: eager PyTorch, torch.compile, deployed in FP32, BF16 and W4A8, each pair in turns; the other's time over this
-one's as the median of five passes and their range.
-
-The variants `gate budget ...` are trained for the same steps while gates close, until the gated channels that are open have that share of
-their multiply-adds; closed channels are cut out before GMAC, M, mIoU and ms are measured. Goal: 1.3 times as fast at no more than half a
-point lost. Their speed is shown in each way of running, too.
-
-A variant that cannot be trained or exported is left out with the reason; without the base there is no comparison.
-
-Existing rows are not measured again, and an interrupted training continues; variants that failed are tried again each time. Scores may be
-of any machine; times of another machine are refused. Time on two cores: three to five minutes a variant and seed (windows
-of 32 several times that), so about five hours for all, two minutes a seed of timing, ten for the blocks. Scores do not suffer from other
-work; for the timings run it alone.
+    gate budget               gates close while the network trains, until the open gated channels have that share of their multiply-adds;
+                              closed channels are cut out before anything is measured
+Then parallel blocks are compared with serial ones, and cut networks with the base, in five ways of running: medians of five passes, both
+networks in turns. A variant that cannot be trained or exported is left out; without the base there is no comparison. Time on two cores:
+three to five minutes a variant and seed (windows of 32 several times that), so about five hours for all, two minutes a seed of timing, ten
+for the pairs. Scores do not suffer from other work; for the timings run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -61,403 +35,363 @@ from torch import nn
 
 import muntin
 from ablation_models import BASES, factory_name
-from kept import Row, kept_row
+from documents import Column, Document, Goal, Row, Table, columns, grouped, seeds_of, spread
+from harness import Benchmark, Options, Run, file_name, main, option, seeds_option
 from muntin.artifact import open_artifact
 from muntin.compression import load_model, remove_closed_channels
 from muntin.deployment import image_macs
 from muntin.deployment.counting import parameter_count
-from muntin.errors import DependencyError, MuntinError
+from muntin.errors import MuntinError
 from muntin.models import PRESETS, ModelConfig, TorchSession
 from muntin.models.hybridnet import GAIN
-from muntin.runtime import describe_hardware, load
+from muntin.runtime import load
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.profiling.contention import watch_cpu
-from muntin.runtime.profiling.profile import BUSY, fill
+from muntin.runtime.profiling.profile import fill
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of
-from options import at_least
-from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained
+from segmentation_peers.deployment import precisions
 
-SIDE = 512
-PASSES = 5
+SIDE, PASSES = 512, 5
 WAYS = ("eager f32", "compile f32", "deployed f32", "deployed bf16", "deployed i8")
-"""Ways of running parallel and serial blocks."""
+"""Ways of running a pair of networks."""
 SURE = 2.0
 """Standard errors beyond which a difference counts."""
-GOALS = {"parallel_over_serial": 1.3, "cut_over_base": 1.3, "cut_points_lost": 0.5}
-FAILURES = (MuntinError, RuntimeError, ValueError)
-"""As muntin, PyTorch and OpenVINO raise what cannot be done: the other variants go on."""
+MOST_LOST = 0.5
+"""Goal: points of mIoU."""
+CUT = "gate budget 0.25"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A change of the configuration, or a factory of `ablation_models`; and the share of gated channels that training keeps."""
-
-    factory: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    gate_budget: float = 1.0
-
-
-VARIANTS = {
-    "base": Variant(),
-    "local only": Variant(options={"attention": "local"}),
-    "global only": Variant(options={"attention": "global"}),
-    "convolutions": Variant(factory="with_convolutions"),
-    "serial": Variant(options={"block": "serial"}),
-    "no gate": Variant(options={"gate": False}),
-    "no depthwise": Variant(factory="without_position"),
-    **{f"window {window}": Variant(options={"window": window}) for window in (4, 8, 16, 32)},
-    **{f"latents {latents}": Variant(options={"latents": latents}) for latents in (8, 16, 32, 64)},
-    "LayerNorm": Variant(factory="with_layer_norm"),
-    "GELU": Variant(factory="with_gelu"),
-    "one-step decoder": Variant(options={"fusion": "one-step"}),
-    "UPerNet head": Variant(factory="with_uper_decoder"),
-    **{f"gate budget {share}": Variant(gate_budget=share) for share in (0.5, 0.25)},
+VARIANTS: dict[str, Row] = {
+    "base": {},
+    "local only": {"model.options": {"attention": "local"}},
+    "global only": {"model.options": {"attention": "global"}},
+    "convolutions": {"model.name": "with_convolutions"},
+    "serial": {"model.options": {"block": "serial"}},
+    "no gate": {"model.options": {"gate": False}},
+    "no depthwise": {"model.name": "without_position"},
+    **{f"window {window}": {"model.options": {"window": window}} for window in (4, 8, 16, 32)},
+    **{f"latents {latents}": {"model.options": {"latents": latents}} for latents in (8, 16, 32, 64)},
+    "LayerNorm": {"model.name": "with_layer_norm"},
+    "GELU": {"model.name": "with_gelu"},
+    "one-step decoder": {"model.options": {"fusion": "one-step"}},
+    "UPerNet head": {"model.name": "with_uper_decoder"},
+    **{f"gate budget {share}": {"training.gate_budget": share} for share in (0.5, 0.25)},
 }
+"""Changes of the recipe; `model.name` is a factory of `ablation_models`, `training.gate_budget` the share of gated channels to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Settings that all rows of a run share."""
+class AblationOptions(Options):
+    model: str = option("hybrid-s", "the base: a preset", choices=BASES)
+    seeds: tuple[int, ...] = seeds_option(0, 1, 2)
+    steps: int = option(700, "steps of training, the same for all", least=1)
+    precision: str = option("fp32", "precision of training, the same for all", choices=("fp32", "bf16"))
+    variants: tuple[str, ...] = option(tuple(VARIANTS), "variants besides the base", choices=tuple(VARIANTS), selects=True)
+    threads: int = option(physical_cores(), "threads of the timed networks", least=1, selects=True)
+    rounds: int = option(20, "timed calls of each variant and seed", least=1, selects=True)
 
-    preset: str
-    output: Path
-    steps: int
-    precision: str
-    threads: int
-    rounds: int
 
-    def folder(self, name: str, seed: int) -> Path:
-        return self.output / f"seed-{seed}" / slug(name)
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A variant and a seed, trained in `folder` when it is first needed."""
 
-    def differs(self, name: str) -> bool:
-        """Return whether a variant changes this preset."""
-        options = VARIANTS[name].options
-        config = ModelConfig(**PRESETS[self.preset])
-        return not options or any(getattr(config, key) != value for key, value in options.items())
+    options: AblationOptions
+    folder: Path
+    name: str
+    seed: int
 
-    def checkpoint(self, name: str, seed: int) -> Checkpoint:
-        variant = VARIANTS[name]
-        training = {"training.steps": self.steps, "training.precision": self.precision, "training.gate_budget": variant.gate_budget}
-        changes = {"seed": seed, **training}
-        model = self.preset if variant.factory is None else f"ablation_models:{factory_name(variant.factory, self.preset)}"
-        recipe = demo_recipe({**changes, "model.name": model, "model.options": variant.options})
-        return trained(recipe, self.folder(name, seed))
+    @property
+    def checkpoint(self) -> Checkpoint:
+        changes, preset = dict(VARIANTS[self.name]), self.options.model
+        factory = changes.pop("model.name", None)
+        name = preset if factory is None else f"ablation_models:{factory_name(factory, preset)}"
+        shared = {"seed": self.seed, "training.steps": self.options.steps, "training.precision": self.options.precision}
+        return trained(demo_recipe({**shared, "model.name": name, **changes}), self.folder)
 
-    def model(self, name: str, seed: int) -> nn.Module:
-        """As it is deployed but for folding: without the channels that its gates have closed."""
-        model = load_model(self.checkpoint(name, seed))
+    def model(self) -> nn.Module:
+        """The network as it is deployed, but not folded: without the channels that its gates have closed."""
+        model = load_model(self.checkpoint)
         remove_closed_channels(model)
         return model
 
-    def float_path(self, name: str, seed: int) -> Path:
-        return float_artifact(self.checkpoint(name, seed), self.folder(name, seed) / "float").path
-
-
-def slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
-
-
-def variants_of(names: Sequence[str]) -> Row:
-    """Describe variants, for the settings of a row."""
-    return {name: asdict(VARIANTS[name]) for name in names}
-
-
-def macs_of(model: nn.Module) -> int:
-    return image_macs(model.to("meta"), torch.empty(1, 3, SIDE, SIDE, device="meta"))
-
-
-def reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def score_row(setting: Setting, name: str, seed: int) -> Row:
-    """A variant's figures, or why it cannot be trained or exported."""
-    row: Row = {"variant": name, "seed": seed}
-    try:
-        checkpoint = setting.checkpoint(name, seed)
-        session = load(setting.float_path(name, seed), precision="f32", threads=setting.threads)
-    except FAILURES as error:
-        return row | {"cannot": reason(error)}
-    test = source_of(checkpoint).split("test")
-    return row | {
-        "miou": muntin.evaluate(session, test, tile=tile_of(checkpoint.recipe.data.crop)).score,
-        "gmac": macs_of(setting.model(name, seed)) / 1e9,
-        "parameters": parameter_count(setting.model(name, seed)),
-        "train_s": checkpoint.state.seconds,
-    }
-
-
-def float_precisions(path: Path) -> list[str]:
-    """The types that a float artefact can be opened in here."""
-    try:
-        load(path, precision="bf16", shapes=(), cache=False)
-    except DependencyError:
-        return ["f32"]
-    return ["f32", "bf16"]
-
-
-def latency_row(setting: Setting, names: Sequence[str], seed: int) -> Row:
-    """Medians of all variants of a seed, timed in turns in one process; of a variant by its precision."""
-    paths = {name: setting.float_path(name, seed) for name in names}
-    base = paths[names[0]]
-    precisions = float_precisions(base)
-    sessions = {
-        f"{name}|{precision}": load(path, precision=precision, threads=setting.threads, shapes=[(1, SIDE, SIDE)])
-        for name, path in paths.items()
-        for precision in precisions
-    }
-    with watch_cpu() as watch:
-        measured = interleaved_latency(sessions, pictures(base), rounds=setting.rounds)
-    ms = {name: {precision: measured[f"{name}|{precision}"].median_ms for precision in precisions} for name in names}
-    return {"seed": seed, "ms": ms, "others": watch.others}
-
-
-def pictures(path: Path) -> Any:
-    """One picture of the size that is timed, from an artefact's golden ones."""
-    return fill(open_artifact(path).golden()[0][0], (1, SIDE, SIDE))
-
-
-def pair_row(setting: Setting, name: str, other: str, way: str, seed: int) -> Row:
-    """Two variants in one way of running them, in turns; a way that this machine has not says why."""
-    macs = [macs_of(setting.model(variant, seed)) / 1e9 for variant in (name, other)]
-    row: Row = {"variant": name, "other": other, "way": way, "seed": seed, "gmac": macs}
-    images = pictures(setting.float_path("base", seed))
-    torch._dynamo.reset()  # of what this process compiled before, each network has a share of what may be compiled
-    try:
-        sessions = {variant: open_way(way, setting, variant, seed) for variant in (name, other)}
-        with watch_cpu() as watch:
-            passes = [interleaved_latency(sessions, images, rounds=setting.rounds) for _ in range(PASSES)]
-    except FAILURES as error:  # no such type here; a network that PyTorch cannot compile, or that W4A8 spoils
-        return row | {"cannot": reason(error)}
-    ratios = [found[other].median_ms / found[name].median_ms for found in passes]
-    ms = [median(found[variant].median_ms for found in passes) for variant in (name, other)]
-    return row | {"ms": ms, "gain": median(ratios), "range": [min(ratios), max(ratios)], "others": watch.others}
-
-
-def open_way(way: str, setting: Setting, name: str, seed: int) -> Any:
-    kind, precision = way.split()
-    checkpoint, folder = setting.checkpoint(name, seed), setting.folder(name, seed)
-    if kind != "deployed":
-        torch.set_num_threads(setting.threads)
-        signature = checkpoint.recipe.signature(source_of(checkpoint).classes)
-        return TorchSession(setting.model(name, seed), signature, compile=kind == "compile")
-    artifact = integer_artifact(checkpoint, folder / "int8") if precision == "i8" else float_artifact(checkpoint, folder / "float")
-    asked = "recorded" if precision == "i8" else precision
-    return load(artifact.path, precision=asked, threads=setting.threads, shapes=[(1, SIDE, SIDE)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Paired, over seeds. `error`: the standard error, None for one seed."""
-
-    mean: float
-    error: float | None
+    @property
+    def gmac(self) -> float:
+        return image_macs(self.model().to("meta"), torch.empty(1, 3, SIDE, SIDE, device="meta")) / 1e9
 
     @property
-    def sign(self) -> int:
-        """1 or -1 where the difference counts, otherwise 0."""
-        if self.error is None or abs(self.mean) <= SURE * self.error:
-            return 0
-        return 1 if self.mean > 0 else -1
+    def floats(self) -> Path:
+        return float_artifact(self.checkpoint, self.folder / "float").path
 
-    def text(self, form: str) -> str:
-        return format(self.mean, f"+{form}") + ("" if self.error is None else f" ±{format(self.error, form)}")
+    def image(self) -> Any:
+        """One image of the timed size, from the artifact's reference outputs."""
+        return fill(open_artifact(self.floats).golden()[0][0], (1, SIDE, SIDE))
 
-
-def difference(values: Sequence[float]) -> Difference:
-    return Difference(mean=fmean(values), error=stdev(values) / sqrt(len(values)) if len(values) > 1 else None)
-
-
-def verdict(points: Difference, slower: Difference) -> str:
-    """On what the base has where the variant has something else."""
-    if points.error is None:
-        return "one seed: none"
-    if points.sign:
-        return "earns its place" if points.sign < 0 else "costs score"
-    if slower.sign:
-        return "earns its place by speed" if slower.sign > 0 else "slower, no better"
-    return "not told apart"
+    def open(self, way: str) -> Any:
+        (kind, precision), checkpoint, threads = way.split(), self.checkpoint, self.options.threads
+        if kind != "deployed":
+            torch.set_num_threads(threads)
+            return TorchSession(self.model(), checkpoint.recipe.signature(source_of(checkpoint).classes), compile=kind == "compile")
+        integers = precision == "i8"
+        path = integer_artifact(checkpoint, self.folder / "int8").path if integers else self.floats
+        return load(path, precision="recorded" if integers else precision, threads=threads, shapes=[(1, SIDE, SIDE)])
 
 
-def summary(scores: list[Row], latencies: list[Row]) -> dict[str, dict[str, Any]]:
-    """Compute for each variant the means over its seeds, the paired differences to the base and the verdict."""
-    ms = {row["seed"]: row["ms"] for row in latencies}
-    first = next(iter(ms.values()))["base"]
-    fastest = min(first, key=lambda precision: fmean(entry["base"][precision] for entry in ms.values()))
-    base = {row["seed"]: row["miou"] for row in scores if row["variant"] == "base"}
-    found: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys(row["variant"] for row in scores):
-        mine = [row for row in scores if row["variant"] == name]
-        values, times = [row["miou"] for row in mine], [ms[row["seed"]] for row in mine]
-        points = difference([100 * (row["miou"] - base[row["seed"]]) for row in mine])
-        slower = difference([100 * (entry[name][fastest] / entry["base"][fastest] - 1) for entry in times])
-        found[name] = {
-            "gmac": mine[0]["gmac"], "parameters": mine[0]["parameters"], "miou": fmean(values),
-            "miou_spread": stdev(values) if len(values) > 1 else None, "points": points.mean, "points_error": points.error,
-            "ms": {precision: fmean(entry[name][precision] for entry in times) for precision in first},
-            "slower_percent": slower.mean, "slower_error": slower.error, "slower_in": fastest,
-            "verdict": "" if name == "base" else verdict(points, slower),
-        }  # fmt: skip
-    return found
+def attempt(row: Row, measure: Callable[[], Row]) -> Row:
+    """The row with what is measured, or with the reason why it cannot be."""
+    try:
+        return row | measure()
+    except (MuntinError, RuntimeError, ValueError) as error:  # what muntin, PyTorch and OpenVINO raise; other variants go on
+        return row | {"cannot": " ".join(str(error).split())[:200]}
 
 
-def print_summary(found: dict[str, dict[str, Any]], seeds: int) -> None:
-    precisions = list(found["base"]["ms"])
-    times = "".join(f"{'ms ' + precision:>10}" for precision in precisions)
-    print(f"{'variant':<18}{'GMAC':>7}{'M':>7}{'mIoU':>16}{'points':>16}{times}{'slower %':>16}  verdict")
-    for name, row in found.items():
-        spread = "" if row["miou_spread"] is None else f" ±{row['miou_spread']:.4f}"
-        times = "".join(f"{row['ms'][precision]:>10.2f}" for precision in precisions)
-        points, slower = (
-            "" if name == "base" else Difference(mean=row[mean], error=row[error]).text(form)
-            for mean, error, form in (("points", "points_error", ".2f"), ("slower_percent", "slower_error", ".1f"))
-        )
-        print(
-            f"{name:<18}{row['gmac']:>7.2f}{row['parameters'] / 1e6:>7.2f}{format(row['miou'], '.4f') + spread:>16}{points:>16}{times}"
-            f"{slower:>16}  {row['verdict']}"
-        )
-    print(f"{seeds} seeds; slower: in {found['base']['slower_in']}")
+def score(network: Network) -> Row:
+    checkpoint, model = network.checkpoint, network.model()
+    session = load(network.floats, precision="f32", threads=network.options.threads)
+    miou = muntin.evaluate(session, source_of(checkpoint).split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
+    return {"miou": miou, "gmac": network.gmac, "parameters": parameter_count(model), "train_s": checkpoint.state.seconds}
 
 
-def left_out_line(row: Row) -> str:
-    return f"left out: {row['variant']}, seed {row['seed']}: {row['cannot']}"
+def latencies(networks: Sequence[Network], options: AblationOptions) -> Row:
+    """Medians of all variants of a seed, the base first, timed in turns in one process; of a variant by its precision."""
+    cases = {f"{network.name}|{precision}": (network, precision) for network in networks for precision in precisions()}
+    sessions = {case: network.open(f"deployed {precision}") for case, (network, precision) in cases.items()}
+    with watch_cpu() as watch:
+        timed = interleaved_latency(sessions, networks[0].image(), rounds=options.rounds)
+    ms: Row = {network.name: {} for network in networks}
+    for case, (network, precision) in cases.items():
+        ms[network.name][precision] = timed[case].median_ms
+    timing = {"threads": options.threads, "rounds": options.rounds}
+    return {"part": "latency", "seed": networks[0].seed, **timing, "ms": ms, "others": watch.others}
 
 
-def print_pair(rows: list[Row], names: tuple[str, str], claim: float) -> None:
-    gmac = " and ".join(f"{value:.2f}" for value in rows[0]["gmac"])
-    print(f"\n{names[0]} against {names[1]}, {gmac} GMAC, seed {rows[0]['seed']} (goal {claim:g})")
-    print(f"{'':<16}{f'{names[0]} ms':>17}{f'{names[1]} ms':>11}{'gain':>7}{'range':>14}{'others':>8}")
-    for row in rows:
-        if "cannot" in row:
-            print(f"{row['way']:<16}  cannot: {row['cannot']}")
-            continue
-        low, high = row["range"]
-        others = "–" if row["others"] is None else f"{row['others']:.2f}"
-        times = f"{row['ms'][0]:>17.2f}{row['ms'][1]:>11.2f}{row['gain']:>7.2f}"
-        print(f"{row['way']:<16}{times}{f'{low:.2f} to {high:.2f}':>14}{others:>8}  {met(row['range'], claim)}")
+def gain(first: Network, other: Network, way: str) -> Row:
+    """Time of the second network over that of the first one, in one way of running them, in turns."""
+    torch._dynamo.reset()  # earlier networks of this process count against the limit of compilations
+    sessions, images = {network.name: network.open(way) for network in (first, other)}, first.image()
+    with watch_cpu() as watch:
+        passes = [interleaved_latency(sessions, images, rounds=first.options.rounds) for _ in range(PASSES)]
+    ratios = [latency[other.name].median_ms / latency[first.name].median_ms for latency in passes]
+    ms = [median(latency[network.name].median_ms for latency in passes) for network in (first, other)]
+    gmac = [first.gmac, other.gmac]
+    return {"gmac": gmac, "ms": ms, "gain": median(ratios), "range": [min(ratios), max(ratios)], "others": watch.others}
 
 
-def met(between: Sequence[float], claim: float) -> str:
-    """A goal is met where all passes are, and missed where none is."""
-    low, high = between
-    return "met" if low >= claim else "MISSED" if high < claim else "within the range"
+def rows(run: Run) -> Iterator[Row]:
+    options: AblationOptions = run.options
+    config, recipe = ModelConfig(**PRESETS[options.model]), demo_recipe({})
+    data, training = (section.model_dump(mode="json") for section in (recipe.data, recipe.training))
+    shared = {**network_of(options.model), "gain": GAIN, "data": data, "training": training}
+    timing = {"threads": options.threads, "rounds": options.rounds}
+    names = ["base"]  # then the variants that change this preset
+    for name in dict.fromkeys(options.variants):
+        changes = VARIANTS[name].get("model.options", {})
+        if name != "base" and (not changes or any(getattr(config, key) != value for key, value in changes.items())):
+            names.append(name)
 
+    def variants(names: Iterable[str]) -> Row:
+        return {**shared, "variants": {name: VARIANTS[name] for name in names}}
 
-def points_lost(points: Difference) -> str:
-    """Describe the score lost by closing channels. One seed cannot show whether the goal is met."""
-    lost = Difference(mean=-points.mean, error=points.error)
-    return f"points lost {lost.text('.2f')}: {_lost(lost)} (goal {GOALS['cut_points_lost']:g})"
-
-
-def claim_of(name: str) -> float:
-    return GOALS["parallel_over_serial" if name == "serial" else "cut_over_base"]
-
-
-def judgements(found: dict[str, dict[str, Any]], name: str, rows: list[Row]) -> dict[str, str]:
-    """Judge a pair's goals, for the table."""
-    judged = {row["way"]: met(row["range"], claim_of(name)) for row in rows if "cannot" not in row}
-    if name != "serial":
-        judged["points_lost"] = _lost(Difference(mean=-found[name]["points"], error=found[name]["points_error"]))
-    return judged
-
-
-def _lost(lost: Difference) -> str:
-    if lost.error is None:
-        return "one seed"
-    goal, sure = GOALS["cut_points_lost"], SURE * lost.error
-    return "met" if lost.mean + sure <= goal else "MISSED" if lost.mean - sure > goal else "not told apart"
-
-
-def notes(latencies: list[Row]) -> list[str]:
-    """List reasons to doubt the times."""
-    return [
-        f"seed {row['seed']}: other processes used {row['others']:.1f} cores while it was timed"
-        for row in latencies
-        if row["others"] is not None and row["others"] >= BUSY
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=BASES, default="hybrid-s", help="the base: a preset")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=at_least(1), default=700, help="of training, the same for all")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training, the same for all")
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the base comes first, asked for or not"
-    )
-    parser.add_argument(
-        "--threads", type=at_least(1), default=physical_cores(), help="of what is timed; the usable physical cores unless given"
-    )
-    parser.add_argument("--rounds", type=at_least(1), default=20, help="timed calls of each variant and seed")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-ablation"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    arguments = parser.parse_args()
-    machine = describe_hardware()
-    chosen = {"preset": arguments.model, "steps": arguments.steps, "precision": arguments.precision}
-    timed = {"threads": arguments.threads, "rounds": arguments.rounds}
-    setting = Setting(output=arguments.output, **chosen, **timed)
-    recipe = demo_recipe({"training.steps": arguments.steps, "training.precision": arguments.precision})
-    training = {
-        **chosen, **network_of(arguments.model), "gain": GAIN,
-        "data": recipe.data.model_dump(mode="json"), "training": recipe.training.model_dump(mode="json"),
-    }  # fmt: skip
-    timing = {**timed, **training}
-    names = [name for name in dict.fromkeys(["base", *arguments.variants]) if setting.differs(name)]
-    seeds = list(dict.fromkeys(arguments.seeds))
-    scores: list[Row] = []
-    left_out: list[Row] = []
-    latencies: list[Row] = []
+    seeds, networks = list(dict.fromkeys(options.seeds)), dict[int, dict[str, Network]]()
     for seed in seeds:
-        measured: list[str] = []
+        measured = networks[seed] = {}
         for name in names:
-            done = setting.folder(name, seed) / "row.json"
-            row = kept_row(done, {**training, "variants": variants_of([name])}, partial(score_row, setting, name, seed))
-            if "cannot" in row:
-                if name == "base":
-                    sys.exit(f"the base, seed {seed}, cannot be trained or exported: {row['cannot']}")
-                left_out.append(row)
-                print(left_out_line(row), file=sys.stderr)
-                continue
-            scores.append(row)
-            measured.append(name)
-            print(f"seed {seed}, {name}: {row['miou']:.4f}", file=sys.stderr)
-        path = setting.output / f"seed-{seed}" / f"latency-{'+'.join(map(slug, measured))}.json"  # in turns: another set is another row
-        made = partial(latency_row, setting, measured, seed)
-        latencies.append(kept_row(path, {**timing, "variants": variants_of(measured)}, made, hardware=machine))
-    pairs: dict[str, list[Row]] = {}
-    seed = seeds[0]
-    for name in [row["variant"] for row in scores if row["seed"] == seed]:
-        if name != "serial" and VARIANTS[name].gate_budget == 1:
-            continue
-        first, other = ("base", "serial") if name == "serial" else (name, "base")
-        folder, of_pair = setting.output / f"seed-{seed}" / "pairs" / slug(name), {**timing, "variants": variants_of((first, other))}
-        pairs[name] = [
-            kept_row(folder / f"{slug(way)}.json", of_pair, partial(pair_row, setting, first, other, way, seed), hardware=machine)
-            for way in WAYS
-        ]
-    found = summary(scores, latencies)
-    if arguments.json:
-        judged = {name: judgements(found, name, rows) for name, rows in pairs.items()}
-        document = {"scores": scores, "left_out": left_out, "latencies": latencies, "pairs": pairs, "summary": found, "goals": GOALS}
-        print(json.dumps({"benchmark": "ablation", **document, "judged": judged, "notes": notes(latencies)}, indent=1))
-        return
-    print_summary(found, len(seeds))
-    for row in left_out:
-        print(left_out_line(row))
-    for name, rows in pairs.items():
-        if name == "serial":
-            print_pair(rows, ("parallel", "serial"), claim_of(name))
-        else:
-            print_pair(rows, (name, "base"), claim_of(name))
-            print(points_lost(Difference(mean=found[name]["points"], error=found[name]["points_error"])))
-    for line in notes(latencies):
-        print(f"note: {line}")
-    print_machines(scores + latencies + [row for rows in pairs.values() for row in rows])
+            network = Network(options=options, folder=run.folder / f"seed-{seed}" / file_name(name), name=name, seed=seed)
+            row: Row = {"part": "score", "variant": name, "seed": seed}
+            row = run.row(f"seed-{seed}/{name}/row", partial(attempt, row, partial(score, network)), **variants([name]))
+            if "cannot" not in row:
+                measured[name] = network
+            elif name == "base":
+                raise SystemExit(f"the base, seed {seed}, cannot be trained or exported: {row['cannot']}")
+            yield row
+        make = partial(latencies, list(measured.values()), options)
+        yield run.row(f"seed-{seed}/latency-{'+'.join(measured)}", make, **timing, **variants(measured))  # others need another row
+    first = networks[seeds[0]]
+    for name in (name for name in first if name == "serial" or name.startswith("gate budget")):
+        pair = [first["base"], first[name]] if name == "serial" else [first[name], first["base"]]
+        both = [network.name for network in pair]
+        for way in WAYS:
+            row = {"part": "pair", "variant": both[0], "other": both[1], "way": way, "seed": seeds[0], **timing}
+            make = partial(attempt, row, partial(gain, *pair, way))
+            yield run.row(f"seed-{seeds[0]}/pairs/{name}/{way}", make, **timing, **variants(both))
 
+
+# What the rows say
+
+
+def error(values: Sequence[float]) -> float:
+    """The standard error of a mean, infinite for one value."""
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else inf
+
+
+def sign(values: Sequence[float]) -> int:
+    """1 or -1 if the mean differs from 0 by more than SURE standard errors, otherwise 0."""
+    return 0 if abs(fmean(values)) <= SURE * error(values) else 1 if fmean(values) > 0 else -1
+
+
+def shown(values: Sequence[float], form: str = ".1f") -> str:
+    return f"{fmean(values):+{form}}" + (f" ± {error(values):{form}}" if len(values) > 1 else "")
+
+
+def verdict(points: Sequence[float], slower: Sequence[float]) -> str:
+    """The verdict on the preset's choice: the score decides; if it shows no difference, speed decides."""
+    if len(points) < 2:
+        return "one seed: none"
+    if sign(points):
+        return "earns its place" if sign(points) < 0 else "costs score"
+    return ("not told apart", "earns its place by speed", "slower, no better")[sign(slower)]
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """A row for each variant, the base first; `points` and `slower` are differences to the base, seed by seed. `shown`: as text."""
+    latencies = {row["seed"]: row for row in rows if row["part"] == "latency"}
+    scores = grouped((row for row in rows if row["part"] == "score"), "variant")
+    of_base = [row["ms"]["base"] for row in latencies.values()]
+    fastest = min(of_base[0], key=lambda precision: fmean(ms[precision] for ms in of_base))
+    base = {row["seed"]: row["miou"] for row in scores["base",]}
+    found: list[Row] = []
+    for (name,), mine in scores.items():
+        timed = [latencies[row["seed"]] for row in mine]
+        row = {"variant": name, "gmac": mine[0]["gmac"], "millions": mine[0]["parameters"] / 1e6}
+        row["miou"] = spread([each["miou"] for each in mine])
+        row["ms"] = {precision: fmean(each["ms"][name][precision] for each in timed) for precision in of_base[0]}
+        row["others"] = max((each["others"] for each in timed if each["others"] is not None), default=None)
+        if name != "base":
+            points = [100 * (each["miou"] - base[each["seed"]]) for each in mine]
+            slower = [100 * (each["ms"][name][fastest] / each["ms"]["base"][fastest] - 1) for each in timed]
+            row |= {"points": points, "slower": slower, "slower_in": fastest, "verdict": verdict(points, slower)}
+            row["shown"] = {"points": shown(points, ".2f"), "slower": shown(slower)}
+        found.append(row)
+    return found + [{**row, "cannot": f"seed {row['seed']}: {row['cannot']}"} for row in rows if row["part"] == "score" and "cannot" in row]
+
+
+def pairs(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["part"] == "pair"]
+
+
+def shown_pairs(rows: list[Row]) -> Iterator[Row]:
+    for row in pairs(rows):
+        texts = {key: " and ".join(f"{value:.2f}" for value in row[key]) for key in ("gmac", "ms", "range") if key in row}
+        yield {**row, **texts}
+
+
+def gains(serial: bool) -> Callable[[Document], dict[str, float | None]]:
+    def values(document: Document) -> dict[str, float | None]:
+        mine = [row for row in pairs(document.rows) if (row["other"] == "serial") is serial]
+        return {f"{row['variant']} {row['way']}": row.get("gain") for row in mine}
+
+    return values
+
+
+def points_lost(document: Document) -> dict[str, float | None]:
+    """Points that closed channels cost, plus twice the standard error. One seed can miss the goal, but not meet it."""
+    lost: dict[str, float | None] = {}
+    for row in summary(document.rows):
+        if "points" in row and row["variant"].startswith("gate budget"):
+            mean, sure = -fmean(row["points"]), SURE * error(row["points"])
+            lost[row["variant"]] = mean + sure if sure < inf else mean if mean > MOST_LOST else None
+    return lost
+
+
+def all_columns(document: Document) -> tuple[Column, ...]:
+    ms = ", ".join(f"ms {precision}=ms.{precision}:.2f" for precision in summary(document.rows)[0]["ms"])
+    differences = f"points=shown.points, {ms}, slower %=shown.slower, in=slower_in, verdict, others:.2f"
+    return columns(f"variant, GMAC=gmac:.2f, M=millions:.2f, mIoU=miou, {differences}")
+
+
+def setting(document: Document) -> str:
+    names = [row["variant"] for row in summary(document.rows)[1:]]
+    names = names if len(names) <= 2 else [f"{len(names)} variants"]
+    return f"{document.settings['model']}, {document.settings['steps']} steps in {document.settings['precision']}: {', '.join(names)}"
+
+
+def difference(row: Row) -> str:
+    return f"{shown(row['points'])} points and {fmean(row['slower']):+.0f} % of time"
+
+
+def newest(document: Document) -> str:
+    """The largest differences."""
+    found = sorted((row for row in summary(document.rows) if "points" in row), key=lambda row: -abs(fmean(row["points"])))
+    return "against the preset: " + "; ".join(f"{row['variant']} {difference(row)}" for row in found[:4])
+
+
+def of(documents: list[Document], model: str, name: str) -> tuple[Row, dict[str, float]]:
+    """The summary of a preset's variant in the newest document that has it, with the base's ms, and its gains by the way of running."""
+    for document in reversed(documents):
+        for row in summary(document.rows) if document.settings["model"] == model else ():
+            if row["variant"] == name:
+                gains = {pair["way"]: pair["gain"] for pair in pairs(document.rows) if pair["variant"] == name and "gain" in pair}
+                return {**row, "base_ms": summary(document.rows)[0]["ms"]}, gains
+    raise LookupError(f"no document of {model} has {name}")
+
+
+def between(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    return f"{ordered[0]:.2f} to {ordered[-1]:.2f}"
+
+
+def windows(documents: list[Document]) -> str:
+    (large, _), (small, _) = (of(documents, "hybrid-xxs", f"window {side}") for side in (32, 4))
+    ms, base = (large[key][large["slower_in"]] for key in ("ms", "base_ms"))
+    narrow = f"windows of 4 at stride 16, the smallest measured, {shown(small['points'])} points"
+    return f"{ms:.1f} for {base:.1f} ms and {shown(large['points'])} points; {narrow}"
+
+
+def parallel(documents: list[Document]) -> str:
+    found = [row for each in documents for row in pairs(each.rows) if row["other"] == "serial" and "gain" in row]
+    return f"{between(row['gain'] for row in found)} times as fast as serial ones, in {len({row['way'] for row in found})} ways of running"
+
+
+def gates(documents: list[Document]) -> str:
+    (row, gains), (_, small) = (of(documents, model, CUT) for model in ("hybrid-s", "hybrid-xxs"))
+    eager, compiled, f32, bf16, i8 = (f"{gains[way]:.2f}" for way in WAYS)
+    fast = f"{eager} times as fast in eager PyTorch, {f32} and {bf16} deployed in FP32 and BF16, {compiled} compiled, {i8} in INT8"
+    return f"hybrid-s with gates closed to a quarter: {fast}; {shown(row['points'])} points. hybrid-xxs: {between(small.values())}"
+
+
+def decoders(documents: list[Document]) -> str:
+    step, head = (difference(of(documents, "hybrid-xs", name)[0]) for name in ("one-step decoder", "UPerNet head"))
+    return f"one bilinear step {step}; a UPerNet-like head {head}"
+
+
+def attention(documents: list[Document]) -> str:
+    xs, xxs = (shown([-value for value in of(documents, f"hybrid-{size}", "convolutions")[0]["points"]]) for size in ("xs", "xxs"))
+    return f"Attention brings {xs} points in `hybrid-xs` and {xxs} in `hybrid-xxs`"
+
+
+BENCHMARK = Benchmark(
+    name="ablation",
+    options=AblationOptions,
+    measure=rows,
+    about="""One change at a time, on `earth`. GMAC and ms are at 512 x 512 (float networks with folded norms and gates; all variants of a
+seed in turns), mIoU is of the test split, the FP32 model deployed (± standard deviation over seeds). *Points* and *slower* are differences
+to the base, seed by seed, ± standard error; *slower* is in the precision that is faster here. *Verdict* is on the preset's choice: a
+difference counts if it is more than twice its standard error; the score decides, and if it shows no difference, speed does. Three seeds
+make a weak test (by chance alone one difference in five passes it), and a preset that is changed because of it has an optimistic score.
+
+In the pairs *gain* is the other network's time over the first one's. Goals: parallel blocks 1.3 times as fast as serial ones; networks with
+closed channels cut out 1.3 times as fast as the base, at half a point lost or less, also with twice the standard error.""",
+    newest=newest,
+    n=seeds_of,
+    variant=setting,
+    tables=(
+        Table(columns=all_columns, rows=summary),
+        Table(
+            title="Pairs",
+            columns=columns("variant, other, way, seed, GMAC=gmac, ms, gain:.2f, passes between=range, others:.2f"),
+            rows=shown_pairs,
+        ),
+    ),
+    goals=(
+        Goal(name="parallel over serial blocks", values=gains(serial=True), at_least=1.3, form="{:.2f}"),
+        Goal(name="cut over uncut", values=gains(serial=False), at_least=1.3, form="{:.2f}"),
+        Goal(name="points lost by cutting, plus twice the standard error", values=points_lost, at_most=MOST_LOST, form="{:.2f}"),
+    ),
+    blocks={"M1": windows, "M3": parallel, "M4": gates, "M5": decoders, "limits": attention},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

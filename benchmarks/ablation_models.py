@@ -9,18 +9,17 @@ Axes: B images, C channels, H W map, S windows, T tokens a window.
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from muntin.artifact.manifest import Task
 from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, PyramidFusion, Sum, TokenNorm
 from muntin.models import HybridNet, create_model
 from muntin.models.hybridnet import GAIN, AttentionStage
 
 
 class LayerNorm(nn.Module):
-    """Normalises each token over its channels: statistics of the image itself, so nothing folds away."""
+    """Normalises each token over its channels: the statistics depend on the image, so nothing folds away."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -32,7 +31,7 @@ class LayerNorm(nn.Module):
 
 
 class GeluPerceptron(Perceptron):
-    """GELU for ReLU. A kind of its own, since the gate behind it does not fold into the layer before: GELU is not linear in a scale."""
+    """GELU for ReLU. The gate behind it does not fold into the layer before, because GELU is not linear in a scale."""
 
     def __init__(self, like: Perceptron) -> None:
         nn.Module.__init__(self)
@@ -45,82 +44,71 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.first = ConvUnit(channels, hidden)
-        self.second = ConvUnit(hidden, channels, activation=False)
-        self.sum = Sum()
-        self.activation = nn.ReLU()
+        self.first, self.second = ConvUnit(channels, hidden), ConvUnit(hidden, channels, activation=False)
+        self.sum, self.activation = Sum(), nn.ReLU()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.first(x_BCHW))))
         return out
 
 
-def _hybrid(preset: str, task: Task, classes: int, channels: int) -> HybridNet:
-    return cast(HybridNet, create_model(preset, task=task, classes=classes, channels=channels))
-
-
 def _blocks(model: HybridNet) -> list[ParallelBlock]:
     return [module for module in model.modules() if isinstance(module, ParallelBlock)]
 
 
-def without_position(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """No depthwise convolution before the blocks: nothing tells tokens where they stand."""
-    model = _hybrid(preset, task, classes, channels)
+def without_position(model: HybridNet) -> None:
+    """No depthwise convolution before the blocks: tokens do not know their positions."""
     for stage in model.stages:
         stage.position = nn.Identity()
-    return model
 
 
-def with_convolutions(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+def with_convolutions(model: HybridNet) -> None:
     """No attention: each block is two 3 x 3 convolutions of as many multiply-adds; they know positions, so no `PositionUnit` either."""
-    model = _hybrid(preset, task, classes, channels)
+    config = model.config
     for number, stage in enumerate(cast("list[AttentionStage]", list(model.stages))):
-        dim, config = model.config.dims[number], model.config
+        dim = config.dims[number]
         local = dim - dim // config.head_dim // 2 * config.head_dim
         global_heads = (dim - local) // config.head_dim
         projections = dim * (3 * local + (dim - local) + 2 * global_heads * config.latents) + dim**2
         products = 2 * config.window**2 * local + 2 * config.latents * (dim - local)
         hidden = round((projections + products + 2 * config.mlp_ratio * dim**2) / (18 * dim) / 16) * 16
-        blocks = (ConvolutionBlock(dim, hidden) for _ in stage.blocks)
-        model.stages[number] = nn.Sequential(stage.reduce, *blocks)
-    return model
+        model.stages[number] = nn.Sequential(stage.reduce, *(ConvolutionBlock(dim, hidden) for _ in stage.blocks))
 
 
-def with_layer_norm(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+def with_layer_norm(model: HybridNet) -> None:
     """LayerNorm in the blocks; the convolutions keep their norms."""
-    model = _hybrid(preset, task, classes, channels)
     for block in _blocks(model):
         block.norm = cast(TokenNorm, LayerNorm(block.norm.dim))
-    return model
 
 
-def with_gelu(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
-    """GELU in the blocks' perceptrons; the convolutions keep ReLU."""
-    model = _hybrid(preset, task, classes, channels)
+def with_gelu(model: HybridNet) -> None:
+    """GELU in the blocks' MLPs; the convolutions keep ReLU."""
     for block in _blocks(model):
         block.mlp = GeluPerceptron(block.mlp)
-    return model
 
 
-def with_uper_decoder(preset: str, *, task: Task, classes: int, channels: int) -> nn.Module:
+def with_uper_decoder(model: HybridNet) -> None:
     """A head like UPerNet's, half as wide, which has about as many multiply-adds; the last step to the pixel stays."""
-    model = _hybrid(preset, task, classes, channels)
     config = model.config
     maps = [lateral.conv.in_channels for lateral in cast("list[ConvUnit]", list(model.decoder.lateral))]
     model.decoder = cast(ProgressiveUpsampler, PyramidFusion(maps, config.decoder // 2))
     model.head = PixelHead(config.decoder // 2, config.outputs, config.finest * config.scale, GAIN)
-    return model
 
 
 BASES = ("hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m")
 """Presets that can be taken apart."""
-KINDS = (without_position, with_convolutions, with_layer_norm, with_gelu, with_uper_decoder)
 
 
 def factory_name(kind: str, preset: str) -> str:
     return f"{kind}_{preset.replace('-', '_')}"
 
 
-for _kind in KINDS:
+def _changed(preset: str, change: Any, **arguments: Any) -> nn.Module:
+    model = cast(HybridNet, create_model(preset, **arguments))
+    change(model)
+    return model
+
+
+for _change in (without_position, with_convolutions, with_layer_norm, with_gelu, with_uper_decoder):
     for _preset in BASES:
-        globals()[factory_name(_kind.__name__, _preset)] = partial(_kind, _preset)
+        globals()[factory_name(_change.__name__, _preset)] = partial(_changed, _preset, _change)

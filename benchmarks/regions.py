@@ -1,45 +1,36 @@
 """Measure a change of the recipe on unseen parts of the world: regions of the training split that are left out of training.
 
     python benchmarks/regions.py [--sources earth:climate earth earth:shore] [--variants "as it is" ...] [--model hybrid-xxs] [--steps 900]
-                                 [--seeds 0] [--threads 2] [--precision bf16] [--set KEY=VALUE ...] [--output runs/benchmark-regions]
-                                 [--json]
+                                 [--seeds 0] [--threads 2] [--precision bf16] [--set KEY=VALUE ...]
 
-The demonstration's recipe in one precision, with one change at a time. Each of the three regions of the training split that hold land is
-left out of a training of its own and scored, by the averaged weights in floats. The validation split is a strip of ocean, and strips beside
-the training data are too similar to it (docs/log.md); the test split is not used. Columns:
-    the regions   mIoU of the region that was left out
-    mean          of the regions and the seeds
-    points        100 x (variant - the first variant), region by region and seed by seed: mean +- standard error
-    loss          of training, mean of its last tenth
-
-`--set` changes the recipe for all variants. A row that is there already is not made again. Time: a minute or two a row on two cores, of
-which a variant has three a seed and source. Scores do not suffer from other work.
+The demonstration's recipe with one change at a time. Each of the three regions of the training split that hold land is left out of a
+training of its own and scored, by the averaged weights in floats. The validation split is a strip of ocean, and strips beside the training
+data are too similar to it (docs/log.md); the test split is not used. `--set` changes the recipe for all variants. Time: a minute or two a
+training on two cores, of which a variant has three a seed and source. Scores do not suffer from other work.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shutil
-import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, get_args
 
 import yaml
 
-from kept import Row, kept_row, now
+from ablation import shown
+from documents import Column, Row, Table, columns, grouped, mean, seeds_of
+from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.data.config import SourceName
-from muntin.runtime import describe_hardware
 from muntin.training.loop import LOG_EVERY
 from muntin.training.precision import cpu_computes_bf16
 from muntin.training.recipe import Recipe
 from resumed import demo_recipe, network_of
-from segmentation_peers.budget import Interrupted
-from segmentation_peers.tuning import REGIONS, held_out
+from segmentation_peers.training import REGIONS, held_out
 
 SOURCES = tuple(name for name in get_args(SourceName) if name.startswith("earth"))
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -53,97 +44,90 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross-entropy alone": {"training.overlap_loss": 0},
 }
 """Keys of the recipe that each changes."""
-
-
-OWN = {
+NAMED = {
     "seed": "seeds", "model.name": "model", "data.source": "sources", "training.steps": "steps", "training.precision": "precision",
     "training.threads": "threads", "model": "model",
 }  # fmt: skip
-"""Keys of the recipe that have an option of their own, which says in the tables what they are."""
+"""Keys of the recipe that have an option of their own, which the tables show."""
 
 
-def recipe_of(source: str, variant: str, seed: int, given: argparse.Namespace) -> Recipe:
-    never = given.steps + 1
-    asked = {key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in given.set)}
-    return demo_recipe({
-        "name": "regions", "seed": seed, "model.name": given.model, "data.source": source,
-        "training.steps": given.steps, "training.precision": given.precision, "training.threads": given.threads,
-        "training.validate_every": never, "training.checkpoint_every": never, **asked, **VARIANTS[variant],
-    })  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class RegionsOptions(Options):
+    sources: tuple[str, ...] = option(SOURCES, "label sets", choices=SOURCES, selects=True)
+    variants: tuple[str, ...] = option(tuple(VARIANTS), "the first is the base", choices=tuple(VARIANTS), selects=True)
+    model: str = option("hybrid-xxs", "network")
+    steps: int = option(900, "steps of training, batches of the recipe's size", least=1)
+    seeds: tuple[int, ...] = seeds_option(0)
+    threads: int = option(2, "threads of training", least=1)
+    precision: str = option("bf16" if cpu_computes_bf16() else "fp32", "of training", choices=("fp32", "bf16"))
+    set: tuple[str, ...] = option((), "keys of the recipe with values, KEY=VALUE, for all variants", parse=str)
+
+    def __post_init__(self) -> None:
+        for change in self.set:
+            key, equals, _ = change.partition("=")
+            if not equals:
+                raise ValueError(f"--set {change}: give KEY=VALUE")
+            if key.strip() in NAMED:
+                raise ValueError(f"--set {key.strip()}: give --{NAMED[key.strip()]}, which the table names")
+
+    def recipe(self, source: str, variant: str, seed: int) -> Recipe:
+        never = self.steps + 1
+        changes = {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in self.set)}
+        return demo_recipe({
+            "name": "regions", "seed": seed, "model.name": self.model, "data.source": source, "training.steps": self.steps,
+            "training.precision": self.precision, "training.threads": self.threads, "training.validate_every": never,
+            "training.checkpoint_every": never, **changes, **VARIANTS[variant],
+        })  # fmt: skip
 
 
 def score(recipe: Recipe, region: str) -> Row:
-    folder = Path(tempfile.mkdtemp(prefix="regions-"))
-    try:
-        training = held_out(recipe, folder, REGIONS[region])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    last = max(1, recipe.training.steps // LOG_EVERY // 10)
-    return {
-        "miou": training.validation[-1]["score"],
-        "by_class": training.validation[-1]["by_class"],
-        "loss": fmean(point["loss"] for point in training.curve[-last:]),
-        "seconds": training.seconds,
-    }
+    with tempfile.TemporaryDirectory(prefix="regions-") as folder:
+        training = held_out(recipe, Path(folder), REGIONS[region])
+    last, validation = max(1, recipe.training.steps // LOG_EVERY // 10), training.validation[-1]
+    loss = fmean(point["loss"] for point in training.curve[-last:])
+    return {"miou": validation["score"], "by_class": validation["by_class"], "loss": loss, "seconds": training.seconds}
 
 
-def print_table(source: str, rows: dict[tuple[str, str, int], Row], given: argparse.Namespace) -> None:
-    regions, first = list(REGIONS), given.variants[0]
-    print(f"\n{source}, {given.model}, {given.steps} steps, seeds {', '.join(map(str, given.seeds))}")
-    print(f"{'':<22}{''.join(f'{name:>10}' for name in regions)}{'mean':>8}{'points':>16}{'loss':>8}")
-    for variant in given.variants:
-        mine = {(region, seed): rows[variant, region, seed] for region in regions for seed in given.seeds}
-        means = "".join(f"{fmean(mine[region, seed]['miou'] for seed in given.seeds):>10.3f}" for region in regions)
-        points = [100 * (row["miou"] - rows[first, *key]["miou"]) for key, row in mine.items()]
-        ahead = "" if variant == first else f"{fmean(points):+.1f} +- {stdev(points) / sqrt(len(points)):.1f}"
-        loss = fmean(row["loss"] for row in mine.values())
-        print(f"{variant:<22}{means}{fmean(row['miou'] for row in mine.values()):>8.3f}{ahead:>16}{loss:>8.3f}")
+def rows(run: Run) -> Iterator[Row]:
+    cases = product(*map(dict.fromkeys, (run.options.sources, run.options.seeds, run.options.variants)), REGIONS)
+    for source, seed, variant, region in cases:
+        recipe, names = run.options.recipe(source, variant, seed), {"source": source, "variant": variant, "region": region, "seed": seed}
+        settings = {"recipe": recipe.model_dump(mode="json"), "structure": network_of(run.options.model)["structure"]}
+        name = f"{source.replace(':', '-')}/{variant}/{region}-{seed}"
+        yield names | run.row(name, partial(score, recipe, region), **settings, spans=REGIONS[region])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
-    parser.add_argument(
-        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="the first is what others are held against"
-    )
-    parser.add_argument("--model", default="hybrid-xxs")
-    parser.add_argument("--steps", type=int, default=900, help="of training, batches of the recipe's size")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--threads", type=int, default=2, help="of training")
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="bf16" if cpu_computes_bf16() else "fp32", help="of training, the same for all"
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe, for all variants; repeatable")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-regions"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    given = parser.parse_args()
-    if wrong := [one for one in given.set if "=" not in one]:
-        parser.error(f"--set {wrong[0]}: give KEY=VALUE")
-    if wrong := [key for one in given.set if (key := one.partition("=")[0].strip()) in OWN]:
-        parser.error(f"--set {wrong[0]}: give --{OWN[wrong[0]]}, which the table names")
-    hardware, document = describe_hardware(), []
-    for source in dict.fromkeys(given.sources):
-        rows: dict[tuple[str, str, int], Row] = {}
-        for seed in dict.fromkeys(given.seeds):
-            for variant in dict.fromkeys(given.variants):
-                recipe = recipe_of(source, variant, seed, given)
-                settings = {"recipe": recipe.model_dump(mode="json"), "structure": network_of(given.model)["structure"]}
-                for region in REGIONS:
-                    path = given.output / source.replace(":", "-") / variant.replace(" ", "-") / f"{region}-{seed}.json"
-                    try:
-                        row = kept_row(path, {**settings, "spans": REGIONS[region]}, partial(score, recipe, region))
-                    except Interrupted:
-                        sys.exit("interrupted; the same command goes on, that row anew")
-                    rows[variant, region, seed] = row
-                    print(f"{source}, {variant}, {region}, seed {seed}: {row['miou']:.3f}", file=sys.stderr)
-                    document.append({"source": source, "variant": variant, "region": region, "seed": seed, **row})
-        if not given.json:
-            print_table(source, rows, given)
-    if given.json:
-        print(json.dumps({"benchmark": "regions", "hardware": {**hardware, "created": now()}, "rows": document}, indent=1))
-    else:
-        print(f"\n{hardware['cpu']}, {hardware['physical_cores']} cores; {now()}")
+def summary(rows: list[Row]) -> Iterator[Row]:
+    """A row for each source and variant: means, and points against the first variant, region by region and seed by seed."""
+    base: dict[str, list[float]] = {}
+    for (source, variant), mine in grouped(rows, "source", "variant").items():
+        scores = [row["miou"] for row in sorted(mine, key=lambda row: (row["region"], row["seed"]))]
+        points = [100 * (one - other) for one, other in zip(scores, base.setdefault(source, scores), strict=True)]
+        by_region = {region: mean((row for row in mine if row["region"] == region), "miou") for region in REGIONS}
+        ahead = None if scores is base[source] else shown(points, ".1f")
+        yield {"source": source, "variant": variant, **by_region, "mean": fmean(scores), "points": ahead, "loss": mean(mine, "loss")}
 
+
+BENCHMARK = Benchmark(
+    name="regions",
+    options=RegionsOptions,
+    measure=rows,
+    about="""mIoU of each region that was left out of training, their mean over the seeds, the difference to the first variant in points
+(mean ± standard error over regions and seeds), and the training loss, mean of its last tenth.""",
+    newest=lambda document: "; ".join(f"{row['source']}, {row['variant']}: {row['mean']:.3f}" for row in summary(document.rows)),
+    n=seeds_of,
+    variant=lambda document: f"{document.settings['model']}, {document.settings['steps']} steps",
+    tables=(
+        Table(
+            columns=(
+                *columns("source, variant"), *(Column(title=name, value=name, form="{:.3f}") for name in REGIONS),
+                *columns("mean:.3f, points, loss:.3f"),
+            ),
+            rows=summary,
+        ),
+    ),
+    unrecorded="never run as a whole; single rows are in docs/log.md",
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import muntin
-from kept import Row
+from documents import Row
 from muntin.artifact import Artifact, open_artifact
 from muntin.compression import Change, fold, freeze, load_model, prepare_qat, remove_closed_channels
 from muntin.compression.stages import CompressionRun, compress_checkpoint
@@ -46,13 +46,14 @@ def trained(recipe: Recipe, folder: Path) -> Checkpoint:
     one in between: neither is this recipe's result."""
     begun = bool(checkpoints_in(folder / "checkpoints"))
     if begun:
-        checkpoint = _of_recipe(read_checkpoint(folder), recipe)  # first: `fit` would go on from it, and write it as its own recipe's
+        # First: `fit` would go on from it, and write it as its own recipe's.
+        checkpoint = _of_recipe(read_checkpoint(folder, trust_code=True), recipe)
         if checkpoint.state.step == recipe.training.steps:
             return checkpoint
     result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=begun)
     if result.stop_requested:
         raise SystemExit(f"interrupted at step {result.step} of {result.steps} in {folder}: the same command goes on from there")
-    return _of_recipe(read_checkpoint(folder), recipe)
+    return _of_recipe(read_checkpoint(folder, trust_code=True), recipe)
 
 
 def _of_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -100,14 +101,3 @@ def _exported(checkpoint: Checkpoint, path: Path, how: str, rewrite: Callable[[n
     return muntin.export(
         model, calibration[0], path, signature=checkpoint.recipe.signature(source.classes), changes=changes, measured={"origin": origin}
     )
-
-
-def print_machines(rows: list[Row]) -> None:
-    """Print the machine and the date of the rows: a line for each machine."""
-    machines: dict[str, list[str]] = {}
-    for row in rows:
-        hardware = row["hardware"]
-        words = f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}, OpenVINO {hardware['openvino']}"
-        machines.setdefault(words, []).append(row["created"])
-    for words, created in machines.items():
-        print(f"{words}; {min(created)}" + (f" to {max(created)}" if len(created) > 1 else ""))

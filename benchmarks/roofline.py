@@ -1,56 +1,45 @@
 """Measure the share of the machine's ceilings that the presets reach in BF16 and in INT8, as a whole and by kind of layer.
 
-    python benchmarks/roofline.py [--presets hybrid-xxs hybrid-xs hybrid-s hybrid-m] [--sides 512 1024] [--threads N] [--rounds 40]
-                                  [--output runs/benchmark-roofline] [--json]
+    python benchmarks/roofline.py [--presets hybrid-xxs hybrid-xs hybrid-s hybrid-m] [--sides 512 1024]
 
-Each preset is trained for 30 steps (speed does not depend on the weights' values, but an artefact of a random network is refused: its
-labels depend on rounding) and exported twice: in floats, norms and gates folded, run in FP32 and where the CPU has it in BF16; and in W4A8
-without training, attention products in 8 bits too. Goals: half of the ceiling for the whole network, in BF16 and in INT8, and INT8 at
-least 1.3 times as fast as the same network's BF16. There are CPUs that have BF16 and multiply more slowly in it than in FP32: the ratio
-to FP32 stands beside it.
-
-A row is a preset at a size, and in one go: the ceilings (`muntin.runtime.profiling.ceilings`, what `muntin doctor` measures), the latency
-of the three in turns, a profile of BF16 and of INT8, all with the same number of threads.
-    GMAC       multiply-adds of the network by PyTorch's counter; of a kind, of the kernels that were executed
-    ms, p90    one call on one picture, no counters: median and 90th percentile
-    GMAC/s     GMAC over ms; `ceiling` what a large product reaches in this precision, `share` the first over the second
-    x FP32     FP32's ms over this one's; x BF16 likewise
-Then the kinds, by the engine's own counters (medians; whatever no kernel accounts for is "between kernels"):
-    of time    share of the inference with counters on
-    of ceiling the time that the multiply-adds would take at the ceiling of the precision that each kernel ran in, over its time
-    of roof    the same, where the bytes at the speed of a copy may be what takes longer (more than 100 %: they came from a cache)
+Each preset is trained for 30 steps (speed does not depend on the weights, but an artifact of a random network is refused) and exported
+twice: in floats, norms and gates folded, run in FP32 and where the CPU has it in BF16; and in W4A8 without training, attention products in
+8 bits too. A row is a preset at a size, and in one go: the ceilings (what `muntin doctor` measures), the latency of the three in turns, a
+profile of BF16 and of INT8, all with the same number of threads.
+    GMAC/s      multiply-adds of the network by PyTorch's counter over ms; `ceiling`: what a large product reaches in this precision
+    of time     share of the inference with the engine's counters on
+    of ceiling  the time that the multiply-adds would take at the ceiling of the kernel's precision, over its time
+    of roof     the same, where copying the bytes may take longer (more than 100 %: they came from a cache)
 Latency includes writing float32 scores, 6 MB at 512 x 512. `others`: CPU time of other processes meanwhile, in cores; a row is valid only
-if that is near 0. A row that is there already is not measured again; one of another machine, or of another structure of that name, is
-refused. Time on two cores: about a minute a preset to train and export, then half a minute a row. Run it alone.
+if that is near 0. Time on two cores: about a minute a preset, then half a minute a row. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kept import Row, kept_row
+from documents import Column, Document, Goal, Row, Table, columns
+from harness import Benchmark, Options, Run, main, option, threads_option
 from muntin.compression import load_model
 from muntin.deployment import image_macs
 from muntin.models import PRESETS
-from muntin.runtime import describe_hardware, load
-from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime import load
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.ceilings import measure_ceilings
 from muntin.runtime.profiling.contention import watch_cpu
 from muntin.runtime.profiling.kernels import BETWEEN, COPIES, Ceilings, Kernel, macs_ms
 from muntin.runtime.profiling.profile import Profile, fill, profile
 from muntin.runtime.profiling.timing import interleaved_latency
-from resumed import demo_recipe, float_artifact, integer_artifact, network_of, print_machines, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained
 
 STEPS = 30
-GOALS = {"share": 0.5, "i8_over_bf16": 1.3}
+PRESET_NAMES = tuple(name for name in PRESETS if name.startswith("hybrid-"))
 LINEAR = "1 x 1 and linear"
 CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 RESIZE = frozenset({"Interpolate", "DepthToSpace"})
@@ -130,88 +119,77 @@ def _miscounted(executed: float, gmac: float) -> Iterable[str]:
         yield f"the kernels executed {executed:.3f} GMAC, the network has {gmac:.3f}: the kinds do not add up to the whole"
 
 
-def judged(row: Row) -> dict[str, bool | None]:
-    """Judge each goal; None if this machine has no BF16 to compare with."""
-    shares = {way: row["ways"].get(way, {}).get("share") for way in ("bf16", "i8")}
-    ratio = row["ways"]["i8"].get("over_bf16")
-    return {
-        **{f"{way} share": None if share is None else share >= GOALS["share"] for way, share in shares.items()},
-        "i8 over bf16": None if ratio is None else ratio >= GOALS["i8_over_bf16"],
-    }
+@dataclass(frozen=True, kw_only=True)
+class RooflineOptions(Options):
+    presets: tuple[str, ...] = option(PRESET_NAMES, "networks", choices=PRESET_NAMES, selects=True)
+    sides: tuple[int, ...] = option((512, 1024), "sides of the image, pixels", least=64, selects=True)
+    threads: int = threads_option()
+    rounds: int = option(40, "timed calls, and profiled ones", least=1)
 
 
-def word(met: bool | None) -> str:
-    return "not judged" if met is None else "met" if met else "MISSED"
+def rows(run: Run) -> Iterator[Row]:
+    for preset in run.options.presets:
+        for side in run.options.sides:
+            measured = partial(measure, preset, side, run.folder / preset, run.options.threads, run.options.rounds)
+            yield run.row(f"{preset}/{side}", measured, **network_of(preset))
 
 
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
+def ways(found: list[Row]) -> Iterator[Row]:
+    """A row for each precision of each preset and size."""
+    for row in found:
+        for way, figures in row["ways"].items():
+            yield {**row, "way": way, **figures}
 
 
-def print_tables(rows: list[Row]) -> None:
-    print(f"{'preset':<11}{'side':>6}{'':>6}{'GMAC':>8}{'ms':>9}{'p90':>9}{'GMAC/s':>9}{'ceiling':>9}{'share':>8}", end="")
-    print(f"{'x FP32':>8}{'x BF16':>8}{'others':>8}")
-    for row in rows:
-        others = "–" if row["others"] is None else f"{row['others']:.2f}"
-        for way, found in row["ways"].items():
-            ceiling = "–" if found["ceiling"] is None else f"{found['ceiling']:.0f}"
-            over = "".join(f"{format(found[key], '.2f') if key in found else '–':>8}" for key in ("over_f32", "over_bf16"))
-            print(
-                f"{row['preset']:<11}{row['side']:>6}{way:>6}{row['gmac']:>8.2f}{found['ms']:>9.2f}{found['p90_ms']:>9.2f}"
-                f"{found['gmac_per_s']:>9.0f}{ceiling:>9}{percent(found['share']):>8}{over}{others:>8}"
-            )
-    print(f"\ngoals: {GOALS['share']:.0%} of the ceiling, INT8 over BF16 {GOALS['i8_over_bf16']:g}")
-    for row in rows:
-        print(f"  {row['preset']:<11}{row['side']:>6}   " + ", ".join(f"{goal} {word(met)}" for goal, met in judged(row).items()))
-    for row in rows:
-        for way, found in row["ways"].items():
-            if "kinds" in found:
-                remaining = f", remaining floats in {row['int8_floats_in']}" if way == "i8" else ""
-                print_kinds(f"{row['preset']}, {row['side']} x {row['side']}, {way}{remaining}", found)
-    print()
-    for row in rows:
-        roofs = ", ".join(f"{name} {rate:.0f}" for name, rate in row["ceilings"]["gmacs"].items())
-        print(f"ceilings, {row['preset']} {row['side']}: {roofs} GMAC/s, copy {row['ceilings']['copy_gb_s']:.1f} GB/s")
+def kinds(found: list[Row]) -> Iterator[Row]:
+    """A row for each kind of kernel."""
+    for row in ways(found):
+        for kind in row.get("kinds", ()):
+            yield {"preset": row["preset"], "side": row["side"], "way": row["way"], **kind}
 
 
-def print_kinds(title: str, found: dict[str, Any]) -> None:
-    print(f"\n{title}: {found['profiled_ms']:.2f} ms with counters on")
-    print(f"  {'kind':<28}{'runs in':>8}{'kernels':>9}{'GMAC':>9}{'ms':>9}{'of time':>9}{'of ceiling':>12}{'of roof':>9}")
-    for kind in found["kinds"]:
-        gmac = f"{kind['gmac']:.3f}" if kind["gmac"] else ""
-        print(
-            f"  {kind['kind']:<28}{kind['precision'] or '':>8}{kind['kernels'] or '':>9}{gmac:>9}{kind['ms']:>9.2f}{kind['of_time']:>9.1%}"
-            f"{percent(kind['of_ceiling']):>12}{percent(kind['of_roof']):>9}"
-        )
-    for note in found["notes"]:
-        print(f"  note: {note}")
+def by_network(way: str, figure: str) -> Any:
+    """A goal's cases: a figure of each preset and size."""
+    return lambda document: {f"{row['preset']} {row['side']}²": row["ways"][way].get(figure) for row in document.rows if way in row["ways"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [name for name in PRESETS if name.startswith("hybrid-")]
-    parser.add_argument("--presets", nargs="+", choices=known, default=known)
-    parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024])
-    parser.add_argument("--threads", type=int, default=physical_cores(), help="of the engine; the usable physical cores unless given")
-    parser.add_argument("--rounds", type=int, default=40, help="timed calls, and profiled ones")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-roofline"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    arguments = parser.parse_args()
-    settings = {"threads": arguments.threads, "rounds": arguments.rounds}
-    machine = describe_hardware()
-    rows: list[Row] = []
-    for preset in arguments.presets:
-        folder = arguments.output / preset
-        for side in arguments.sides:
-            measured = partial(measure, preset, side, folder, **settings)
-            rows.append(kept_row(folder / f"{side}.json", {**settings, **network_of(preset)}, measured, hardware=machine))
-    if arguments.json:
-        judgements = [{"preset": row["preset"], "side": row["side"], "met": judged(row)} for row in rows]
-        print(json.dumps({"benchmark": "roofline", "rows": rows, "goals": GOALS, "judged": judgements}, indent=1))
-    else:
-        print_tables(rows)
-        print_machines(rows)
+def newest(document: Document) -> str:
+    ms = {name: [f"{row['ways']['i8']['ms']:.1f}" for row in document.rows if row["preset"] == name] for name in PRESET_NAMES}
+    sides = ", ".join(f"{side}²" for side in dict.fromkeys(row["side"] for row in document.rows))
+    return f"INT8 at {sides}: " + "; ".join(f"{name} {', '.join(values)}" for name, values in ms.items() if values) + " ms"
 
+
+BENCHMARK = Benchmark(
+    name="roofline",
+    options=RooflineOptions,
+    measure=rows,
+    about="One image, pixels in, float scores out. Times on these machines change by a fifth to a third between runs.",
+    newest=newest,
+    tables=(
+        Table(
+            columns=columns(
+                "preset, side, precision=way, GMAC=gmac:.2f, ms:.2f, p90=p90_ms:.2f, GMAC/s=gmac_per_s:.0f, ceiling:.0f, "
+                "of ceiling=share:.1%, x FP32=over_f32:.2f, x BF16=over_bf16:.2f, others:.2f"
+            ),
+            rows=ways,
+        ),
+        Table(
+            title="By kind of layer",
+            columns=(
+                *columns("preset, side, network=way, kind, runs in=precision, kernels"),
+                Column(title="GMAC", value=lambda row: row["gmac"] or None, form="{:.3f}"),
+                *columns("ms:.2f, of time=of_time:.1%, of ceiling=of_ceiling:.1%, of roof=of_roof:.1%"),
+            ),
+            rows=kinds,
+            paged=False,
+        ),
+    ),
+    goals=(
+        Goal(name="half of the BF16 ceiling", values=by_network("bf16", "share"), at_least=0.5, form="{:.0%}"),
+        Goal(name="half of the INT8 ceiling", values=by_network("i8", "share"), at_least=0.5, form="{:.0%}"),
+        Goal(name="INT8 over BF16", values=by_network("i8", "over_bf16"), at_least=1.3, form="{:.2f}"),
+    ),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,7 +1,7 @@
 """Search networks in the minutes in which others are trained by hand: muntin search, random search, presets, other widths, peers.
 
     python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--space FILE.yaml] [--candidates 200]
-                                [--networks 4] [--peers NAME ...] [--output runs/benchmark-search] [--json]
+                                [--networks 4] [--peers NAME ...]
 
 Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise. Those of the search
 cover its latencies, too.
@@ -11,52 +11,39 @@ cover its latencies, too.
     width     `--model` with half, all and one and a half times its channels (in multiples of a head), likewise
     peers     those of `--peers` (`segmentation_peers/models.py`), likewise, each by `muntin export` in INT8, at the demonstration's rate,
               which `peers.py` tunes for each; YOLO26n-sem needs the package ultralytics (AGPL-3.0)
-All networks are exported in INT8, scored on the validation and the test split as artefacts, and those of a seed are timed in turns.
-
-    test, ms       mIoU of the test split; median milliseconds of one picture of twice the training crop
-    points         100 x (test score of a found network - that of its rival): mean over the found networks that have one. The rival is the
-                   network of the other contender with the best validation score among those that are not slower, within 2 %
-    times faster   ms of the fastest network of the other contender that scores no less on the validation split, over that of a found
-                   network: mean over the found networks that have such a rival
-    ranks          over the found and the random networks, Spearman of the scores with shared weights, of the parameters and of the
-                   multiply-adds with the score of the networks trained alone; of the predicted latency, the parameters and the
-                   multiply-adds with the measured latency
-    latency        share of the found networks whose latency is predicted within 10 %, and their median error
-Goals: a point beyond the spread or 1.3 times as fast against presets and width; ahead of random; rank correlation 0.7; 90 % of latencies
-within 10 %. What the parameter count predicts as well is not worth a table of latencies.
-
-Rows that are measured are kept, and a search goes on where it was interrupted. Time: contenders x seeds x minutes, and a fifth more for
-exports. Run it alone.
+All networks are exported in INT8, scored on the validation and the test split as artifacts, and those of a seed are timed in turns. A
+search goes on where it was interrupted. Time: contenders x seeds x minutes, and a fifth more for exports. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, redirect_stdout
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy.stats import spearmanr
 
 import muntin
-from kept import Row, kept_row, now
+from documents import Column, Document, Goal, Row, Table, columns, mean, seeds_of, spread
+from harness import Benchmark, Options, Run, main, option, threads_option
 from muntin.compression import load_model
 from muntin.data import open_source
 from muntin.data.source import SplitName
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
 from muntin.models import PRESETS, ModelConfig
-from muntin.runtime import describe_hardware, load
-from muntin.runtime.host.hardware import physical_cores
-from muntin.searching import SearchSettings, Space, default_space, load_space, search_architectures
+from muntin.runtime import load
+from muntin.runtime.profiling.timing import interleaved_latency
+from muntin.searching import SearchSettings, default_space, load_space, search_architectures
 from muntin.searching.candidates import CandidateScorer
-from muntin.searching.finalists import Finalist, train_finalist, with_latencies
+from muntin.searching.finalists import ROUNDS, train_finalist
 from muntin.searching.latency_table import ArchitectureLatency
 from muntin.searching.preparation import base_config
 from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, document
@@ -68,98 +55,98 @@ from muntin.training.checkpoint import checkpoints_in
 from muntin.training.evaluation import tile_of
 from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import override_recipe
-from options import at_least
 from segmentation_peers.models import ENTRIES
 
-PROTOCOL = 3
-"""Version of the rows."""
 RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
 WIDTHS = (0.5, 1.0, 1.5)
 NOT_SLOWER = 1.02
-CONTENDERS = ("search", "random", "presets", "width", "peers")
+RIVALS = ("random", "presets", "width", "peers")
 PEERS = ("linknet-resnet18", "fpn-mobilenetv4-conv-small", "yolo26n-sem")
 FIGURES = ("seconds", "scored", "correlation", "latency_error", "importances")
+GO_ON = "interrupted: the same command goes on"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(Options):
+    source: str = option("earth", "data", choices=("earth", "earth:climate", "earth:shore"))
+    model: str = option("hybrid-xs", "the recipe's model", choices=tuple(name for name in PRESETS if name != "dense-s"))
+    minutes: float = option(60.0, "minutes of each contender and seed")
+    seeds: int = option(3, "number of seeds", least=1, selects=True)
+    space: Path | None = option(None, "a YAML file of choices; by default the task's", parse=Path)
+    candidates: int = option(200, "candidates of the search", least=1)
+    networks: int = option(4, "networks trained alone by search and by random", least=1)
+    peers: tuple[str, ...] = option(PEERS, "peers", choices=tuple(name for name, entry in ENTRIES.items() if not entry.hybrid))
+    threads: int = threads_option()
+    set: tuple[str, ...] = option((), "values of the recipe, such as data.crop=128; for smoke tests")
+
+    def __post_init__(self) -> None:
+        if "yolo26n-sem" in self.peers and find_spec("ultralytics") is None:
+            raise ValueError("yolo26n-sem needs the package ultralytics (AGPL-3.0): install it, or name other --peers")
 
 
 class Bench:
     """One seed: the recipe, the data and the space."""
 
-    def __init__(self, arguments: argparse.Namespace, seed: int) -> None:
-        values = {"data.source": arguments.source, "model.name": arguments.model, "seed": seed, "training.threads": arguments.threads}
-        changes = [f"{name}={value}" for name, value in values.items()]
-        self.arguments, self.seed = arguments, seed
-        self.recipe = load_recipe(RECIPE, [*changes, *(arguments.set or ())])
-        self.root, self.folder = RECIPE.parent, arguments.output.resolve() / str(seed)
+    def __init__(self, run: Run, seed: int) -> None:
+        given = run.options
+        values = {"data.source": given.source, "model.name": given.model, "seed": seed, "training.threads": given.threads}
+        self.options, self.seed = given, seed
+        self.recipe = load_recipe(RECIPE, [*(f"{name}={value}" for name, value in values.items()), *given.set])
+        self.root, self.folder = RECIPE.parent, (run.folder / str(seed)).resolve()
         self.source = open_source(self.recipe.data, root=self.root)
         self.base = base_config(self.recipe, self.source)
-        self.space: Space = default_space(self.recipe.task, self.base.head_dim) if arguments.space is None else load_space(arguments.space)
-
-    def say(self, text: str) -> None:
-        print(f"seed {self.seed}, {text}", file=sys.stderr, flush=True)
+        self.space = default_space(self.recipe.task, self.base.head_dim) if given.space is None else load_space(given.space)
 
     def search(self) -> Row:
-        given = self.arguments
+        given = self.options
         settings = SearchSettings(minutes=given.minutes, candidates=given.candidates, finalists=given.networks, own=False)
         result = search_architectures(
             self.recipe, self.space, folder=self.folder / "search", root=self.root, settings=settings,
-            report=lambda stage: self.say(f"search: {stage.stage} {stage.done} of {stage.total}"),
+            report=lambda stage: print(f"search: {stage.stage} {stage.done} of {stage.total}", file=sys.stderr, flush=True),
         )  # fmt: skip
         if not result.finished:
-            raise SystemExit("interrupted: the same command goes on")
+            raise SystemExit(GO_ON)
         content = document(result)
-        rows = {row["name"]: row for row in content["networks"]}
-        return {
-            "networks": [{**rows[network.name], **self._tested(network)} for network in result.networks],
-            **{key: content[key] for key in FIGURES},
-        }
+        networks = [{**network.row(), "test": self._score(network.artifact, network.recipe, "test")} for network in result.networks]
+        return {"networks": networks, **{key: content[key] for key in FIGURES}}
 
     def trained(self, contender: str) -> Row:
         """Networks trained alone, each for its share of the minutes."""
         chosen = self._architectures(contender)
-        minutes = TRAINING_SHARE * self.arguments.minutes / len(chosen)
-        rows = []
+        limited, rows = self._limited(len(chosen)), []
         for name, architecture in chosen.items():
-            recipe = self._recipe(architecture, minutes)
-            network = train_finalist(
-                recipe, architecture, name=f"{contender}-{name}", folder=self.folder / contender / name, root=self.root,
-                source=self.source,
-            )  # fmt: skip
+            options = {**limited.model.options, **architecture.options(self.base)}
+            recipe = limited.model_copy(update={"model": limited.model.model_copy(update={"options": options})})
+            folder = self.folder / contender / name
+            network = train_finalist(recipe, architecture, name=f"{contender}-{name}", folder=folder, root=self.root, source=self.source)
             if network is None:
-                raise SystemExit("interrupted: the same command goes on")
-            rows.append({**network.row(), **self._tested(network)})
-            self.say(f"{contender}: {name} {rows[-1]['test']:.4f}")
+                raise SystemExit(GO_ON)
+            rows.append({**network.row(), "test": self._score(network.artifact, recipe, "test")})
         return {"networks": rows}
 
     def peers(self) -> Row:
         """Networks of others, trained alone, each for its share of the minutes."""
         rows = []
-        for name in self.arguments.peers:
+        for name in self.options.peers:
             folder = self.folder / "peers" / name
-            recipe = override_recipe(self._limited(TRAINING_SHARE * self.arguments.minutes / len(self.arguments.peers)), [
-                f"model={{name: '{ENTRIES[name].model}'}}",
-            ])  # fmt: skip
+            recipe = override_recipe(self._limited(len(self.options.peers)), [f"model={{name: '{ENTRIES[name].model}'}}"])
             result = fit(recipe, directory=folder, root=self.root, resume=bool(checkpoints_in(folder / "checkpoints")))
             if result.interrupted or result.stop_requested:
-                raise SystemExit("interrupted: the same command goes on")
+                raise SystemExit(GO_ON)
             checkpoint = read_checkpoint(result.checkpoint)
             artifact = export_checkpoint(checkpoint, folder / ARTIFACT)
             score, test = (self._score(artifact.path, recipe, split) for split in ("validation", "test"))
             parameters = sum(parameter.numel() for parameter in load_model(checkpoint).parameters())
             rows.append({
                 "name": name, "float_score": float((result.result or result.validation[-1])["score"]), "score": score, "test": test,
-                "bytes": artifact.bytes, "parameters": parameters, "run": str(folder), "artifact": str(artifact.path),
+                "bytes": artifact.bytes, "parameters": parameters, "artifact": str(artifact.path),
             })  # fmt: skip
-            self.say(f"peers: {name} {test:.4f}")
         return {"networks": rows}
 
-    def _limited(self, minutes: float) -> Recipe:
+    def _limited(self, count: int) -> Recipe:
+        minutes = TRAINING_SHARE * self.options.minutes / count
         return override_recipe(self.recipe, [f"training.minutes={minutes}", f"training.steps={MANY_STEPS}"])
-
-    def _recipe(self, architecture: Architecture, minutes: float) -> Recipe:
-        options = {**self.recipe.model.options, **architecture.options(self.base)}
-        limited = self._limited(minutes)
-        return limited.model_copy(update={"model": limited.model.model_copy(update={"options": options})})
 
     def _architectures(self, contender: str) -> dict[str, Architecture]:
         if contender == "presets":
@@ -167,7 +154,7 @@ class Bench:
         if contender == "width":
             return {f"x{width:g}": Architecture(config=self._config(self._scaled(width))) for width in WIDTHS}
         generator, found = random.Random(self.seed), dict[str, Architecture]()  # noqa: S311 - no secret
-        while len(found) < self.arguments.networks:
+        while len(found) < self.options.networks:
             try:
                 found[f"{len(found) + 1:03d}"] = self.space.architecture(self.space.sample(generator), self.base)
             except UnbuildableError:
@@ -178,7 +165,7 @@ class Bench:
         own = {"task": self.base.task, "classes": self.base.classes, "channels": self.base.channels}
         return ModelConfig.model_validate({**own, **fields})
 
-    def _scaled(self, width: float) -> dict[str, Any]:
+    def _scaled(self, width: float) -> Row:
         """The preset with its channels times a width, in multiples of 8, and of a head in attention stages."""
         base, unit = self.base, self.base.head_dim
 
@@ -190,40 +177,51 @@ class Bench:
             "dims": tuple(rounded(c, unit, 2 * unit) for c in base.dims),
         }  # fmt: skip
 
-    def _tested(self, network: Finalist) -> Row:
-        return {"test": self._score(network.artifact, network.recipe, "test")}
-
     def _score(self, artifact: Path, recipe: Recipe, split: SplitName) -> float:
-        with closing(load(artifact, threads=self.arguments.threads)) as session:
+        with closing(load(artifact, threads=self.options.threads)) as session:
             return evaluate(session, self.source.split(split), tile=tile_of(recipe.data.crop)).score
 
     def rated(self) -> Row:
         """Score and latency of the random networks as the search predicts them: by its shared weights and the latencies of parts."""
-        given, folder = self.arguments, self.folder / "search"
-        newest = read_checkpoint(folder / "supernet")
-        precision = prepare_hardware(self.recipe.training, begun=newest.state.precision)
-        training = SupernetTraining(
-            self.space, self.base, self.recipe, self.source, folder=folder / "supernet", root=self.root, precision=precision
-        )  # fmt: skip
+        folder = self.folder / "search" / "supernet"
+        precision = prepare_hardware(self.recipe.training, begun=read_checkpoint(folder).state.precision)
+        training = SupernetTraining(self.space, self.base, self.recipe, self.source, folder=folder, root=self.root, precision=precision)
         supernet = training.average.model
         assert isinstance(supernet, Supernet)
         scorer = CandidateScorer(supernet, self.recipe, self.source, precision)
-        latency = ArchitectureLatency(export_side(self.recipe), threads=given.threads)
+        latency = ArchitectureLatency(export_side(self.recipe), threads=self.options.threads)
         return {
-            name: {"shared_score": scorer.score(one), "predicted": latency.predict(one)}
+            f"random-{name}": {"shared_score": scorer.score(one), "predicted": latency.predict(one)}
             for name, one in self._architectures("random").items()
         }  # fmt: skip
 
-    def timed(self, rows: Mapping[str, Row]) -> Row:
+    def timed(self, artifacts: Mapping[str, str]) -> Row:
         """Latency of all networks of this seed in turns, by their names."""
-        networks = [
-            Finalist(
-                name=f"{contender}/{row['name']}", architecture=Architecture(config=self.base), point=None, run=Path(row["run"]),
-                artifact=Path(row["artifact"]), recipe=self.recipe, float_score=0.0, score=0.0, bytes=row["bytes"],
-            )
-            for contender, content in rows.items() for row in content["networks"]
-        ]  # fmt: skip
-        return {"ms": {network.name: network.ms for network in with_latencies(networks, threads=self.arguments.threads)}}
+        side, channels = export_side(self.recipe), self.recipe.data.channels
+        images = np.random.default_rng(0).integers(0, 256, (1, side, side, channels), dtype=np.uint8)
+        sessions = {name: load(Path(path), threads=self.options.threads) for name, path in artifacts.items()}
+        return {"ms": {name: latency.median_ms for name, latency in interleaved_latency(sessions, images, rounds=ROUNDS).items()}}
+
+
+def rows(run: Run) -> Iterator[Row]:
+    space = None if run.options.space is None else {name: list(values) for name, values in load_space(run.options.space).choices.items()}
+    with redirect_stdout(sys.stderr):  # ultralytics prints
+        for seed in range(run.options.seeds):
+            bench = Bench(run, seed)
+            keep = partial(run.row, space=space)
+            found = {"search": keep(f"{seed}/search", bench.search)}
+            found |= {name: keep(f"{seed}/{name}", partial(bench.trained, name)) for name in RIVALS[:-1]}
+            found["peers"] = keep(f"{seed}/peers", bench.peers)
+            artifacts = {f"{contender}/{one['name']}": one["artifact"] for contender, row in found.items() for one in row["networks"]}
+            ms, rated = keep(f"{seed}/latency", partial(bench.timed, artifacts))["ms"], keep(f"{seed}/rated", bench.rated)
+            yield {"part": "search", "seed": seed, **{key: found["search"][key] for key in FIGURES}}
+            for contender, row in found.items():
+                for one in row["networks"]:
+                    network = {key: value for key, value in one.items() if key not in ("run", "artifact")} | rated.get(one["name"], {})
+                    yield {"part": "network", "seed": seed, "contender": contender, **network, "ms": ms[f"{contender}/{one['name']}"]}
+
+
+# Pages
 
 
 def against(found: Sequence[Row], others: Sequence[Row]) -> Row:
@@ -237,103 +235,115 @@ def against(found: Sequence[Row], others: Sequence[Row]) -> Row:
     return {"points": statistics.mean(points) if points else None, "faster": statistics.mean(faster) if faster else None}
 
 
-def ranks(found: Sequence[Row]) -> Row:
-    """Spearman's correlations of what predicts scores and latencies; None where there are too few networks."""
-
-    def correlation(first: str, second: str) -> float | None:
-        pairs = [(row[first], row[second]) for row in found if row.get(first) is not None]
-        if len(pairs) < 3 or any(len({pair[side] for pair in pairs}) == 1 for side in (0, 1)):
-            return None
-        return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
-
-    scores = {f"{name} and score": correlation(name, "float_score") for name in ("shared_score", "parameters", "macs")}
-    return scores | {f"{name} and ms": correlation(name, "ms") for name in ("predicted", "parameters", "macs")}
+def correlation(found: Sequence[Row], first: str, second: str) -> float | None:
+    """Spearman's; None where there are too few networks."""
+    pairs = [(row[first], row[second]) for row in found if row.get(first) is not None]
+    if len(pairs) < 3 or any(len({pair[side] for pair in pairs}) == 1 for side in (0, 1)):
+        return None
+    return float(spearmanr([a for a, _ in pairs], [b for _, b in pairs]).statistic)
 
 
-def measure(arguments: argparse.Namespace, seed: int, settings: Row, machine: Row) -> Row:
-    """The rows of one seed by contender, with latencies and comparisons."""
-    bench = Bench(arguments, seed)
-    keep = partial(kept_row, settings=settings, hardware=machine)
-    rows = {"search": keep(bench.folder / "search.json", measure=bench.search)}
-    rows |= {
-        name: keep(bench.folder / f"{name}.json", measure=bench.peers if name == "peers" else partial(bench.trained, name))
-        for name in CONTENDERS[1:]
-    }
-    ms = keep(bench.folder / "latency.json", measure=partial(bench.timed, rows))["ms"]
-    timed = {
-        contender: [
-            {key: value for key, value in row.items() if key not in ("run", "artifact")} | {"ms": ms[f"{contender}/{row['name']}"]}
-            for row in content["networks"]
-        ]
-        for contender, content in rows.items()
-    }  # fmt: skip
-    rated = keep(bench.folder / "rated.json", measure=bench.rated)
-    timed["random"] = [{**row, **rated[row["name"].removeprefix("random-")]} for row in timed["random"]]
-    return {
-        "networks": timed, "against": {name: against(timed["search"], timed[name]) for name in CONTENDERS[1:]},
-        "ranks": ranks([*timed["search"], *timed["random"]]), **{key: rows["search"][key] for key in FIGURES},
-    }  # fmt: skip
+def seeds(found: list[Row]) -> list[dict[str, list[Row]]]:
+    """Networks by contender, of each seed."""
+    networks = [row for row in found if row["part"] == "network"]
+    return [
+        {name: [row for row in networks if row["seed"] == seed and row["contender"] == name] for name in ("search", *RIVALS)}
+        for seed in dict.fromkeys(row["seed"] for row in networks)
+    ]
 
 
-def _mean(values: Sequence[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "none"
-    spread = f" ±{statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{digits}f}{spread}{'' if len(known) == len(values) else f' ({len(known)} of {len(values)} seeds)'}"
+def known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
-def print_table(seeds: Sequence[Row], hardware: Row) -> None:
-    for number, seed in enumerate(seeds):
-        print(f"seed {number}: {seed['scored']} architectures scored")
-        print(f"  {'contender':<11}{'network':<22}{'test':>8}{'validation':>12}{'ms':>8}{'parameters':>12}{'MB':>8}")
-        for contender, networks in seed["networks"].items():
-            for row in sorted(networks, key=lambda row: row["ms"]):
-                print(
-                    f"  {contender:<11}{row['name']:<22}{row['test']:>8.4f}{row['score']:>12.4f}{row['ms']:>8.2f}{row['parameters']:>12,}"
-                    f"{row['bytes'] / 1e6:>8.3f}"
-                )
-    for name in CONTENDERS[1:]:
-        ahead = [seed["against"][name] for seed in seeds]
-        points, faster = (_mean([one[key] for one in ahead], 2) for key in ("points", "faster"))
-        print(f"search against {name}: {points} points at no more time; {faster} times as fast at no lower score")
-    for name in seeds[0]["ranks"]:
-        print(f"rank correlation of {name.replace('_', ' ')}: {_mean([seed['ranks'][name] for seed in seeds], 2)}")
-    errors = [seed["latency_error"] or {} for seed in seeds]
-    within, median = (_mean([error.get(key) for error in errors], 3) for key in ("within_tenth", "median"))
-    print(f"latency of found networks: {within} of them predicted within 10 %, median error {median}")
-    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+def leads(found: list[Row]) -> Iterator[Row]:
+    """Points and times faster than each rival, of each seed that has them."""
+    for rival in RIVALS:
+        ahead = [against(seed["search"], seed[rival]) for seed in seeds(found)]
+        yield {"rival": rival, **{key: known(one[key] for one in ahead) for key in ("points", "faster")}}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="earth", choices=["earth", "earth:climate", "earth:shore"])
-    parser.add_argument("--model", default="hybrid-xs", choices=[name for name in PRESETS if name != "dense-s"])
-    parser.add_argument("--minutes", type=float, default=60.0, help="of each contender and seed")
-    parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--space", type=Path, help="a YAML file of choices; by default the task's")
-    parser.add_argument("--candidates", type=at_least(1), default=200)
-    parser.add_argument("--networks", type=at_least(1), default=4, help="trained alone by search and by random")
-    parser.add_argument("--peers", nargs="+", choices=[name for name, entry in ENTRIES.items() if not entry.hybrid], default=[*PEERS])
-    parser.add_argument("--threads", type=at_least(1), default=physical_cores())
-    parser.add_argument("--set", action="append", help="a value of the recipe, such as data.crop=128; for smoke tests")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-search"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    if "yolo26n-sem" in arguments.peers and find_spec("ultralytics") is None:
-        parser.error("yolo26n-sem needs the package ultralytics (AGPL-3.0): install it, or name other --peers")
-    machine = describe_hardware()
-    keys = ("source", "model", "minutes", "candidates", "networks", "peers", "threads", "set")
-    settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
-    settings["space"] = None if arguments.space is None else {n: list(v) for n, v in load_space(arguments.space).choices.items()}
-    with redirect_stdout(sys.stderr):  # ultralytics prints
-        seeds = [measure(arguments, seed, settings, machine) for seed in range(arguments.seeds)]
-    hardware = {**machine, "created": now()}
-    if arguments.json:
-        print(json.dumps({"benchmark": "search", "hardware": hardware, "settings": settings, "rows": seeds}, indent=1, default=str))
-    else:
-        print_table(seeds, hardware)
+def ranks(found: list[Row]) -> Iterator[Row]:
+    for predicted, second in (("shared_score", "float_score"), ("predicted", "ms")):
+        for first in (predicted, "parameters", "macs"):
+            values = [correlation([*seed["search"], *seed["random"]], first, second) for seed in seeds(found)]
+            yield {"of": f"{first} and {second}".replace("_", " "), "rank": known(values)}
 
+
+def listed(key: str) -> Column:
+    return Column(title=key, value=lambda row: spread(row[key], "{:.2f}"))
+
+
+def lead(key: str, *rivals: str, spreads: int = 0) -> Callable[[Document], dict[str, float]]:
+    """A goal's cases: the mean lead over rivals, less some times its spread over the seeds."""
+
+    def cases(document: Document) -> dict[str, float]:
+        values = {row["rival"]: row[key] for row in leads(document.rows) if row["rival"] in rivals and row[key]}
+        return {rival: statistics.mean(one) - (spreads * statistics.stdev(one) if len(one) > 1 else 0) for rival, one in values.items()}
+
+    return cases
+
+
+def rank_of_scores(document: Document) -> float | None:
+    values = next(ranks(document.rows))["rank"]
+    return statistics.mean(values) if values else None
+
+
+def newest(document: Document) -> str:
+    told = [f"{points:+.1f} beside {rival}" for rival, points in lead("points", *RIVALS)(document).items()]
+    return f"found networks at no more time, points of test mIoU: {', '.join(told)}"
+
+
+def claims(documents: list[Document]) -> str:
+    points, minutes = lead("points", *RIVALS)(documents[-1]), documents[-1].settings["minutes"]
+    each = f"{'ten' if minutes == 10 else f'{minutes:g}'} minutes each, {documents[-1].n.replace('1', 'one')}"
+    ahead = f"{points['random']:.1f} points ahead of random search and {points['peers']:.1f} of YOLO26n-sem"
+    behind = f"{-points['presets']:.1f} behind the presets, which are faster at no lower validation score"
+    return f"{each}: at no more time {ahead}, but {behind}"
+
+
+BENCHMARK = Benchmark(
+    name="search", options=SearchOptions, measure=rows, newest=newest, n=seeds_of,
+    variant=lambda document: "{model} on {source}, {minutes:g} minutes".format(**document.settings),
+    about="""mIoU and milliseconds (one image of twice the training crop) of the INT8 artifacts. Points: 100 x (test score of a found
+network less that of its rival), mean over the found networks that have one; the rival is the other contender's network with the best
+validation score among those not slower, within 2 %. Faster: ms of the fastest network of the other contender that scores no less on the
+validation split, over that of a found network. Rank: Spearman, over the found and the random networks, with the score of the networks
+trained alone (in floats) and with the measured latency. A network that is better than the presets and other widths is a point ahead beyond
+the spread, or 1.3 times as fast: the two goals stand apart, and one of them is enough.""",
+    tables=(
+        Table(
+            columns=(
+                *columns("seed, contender, network=name, test:.4f, validation=score:.4f, ms:.2f, parameters"),
+                Column(title="MB", value=lambda row: row["bytes"] / 1e6, form="{:.3f}"),
+            ),
+            rows=lambda found: [row for seed in seeds(found) for rows in seed.values() for row in sorted(rows, key=lambda row: row["ms"])],
+        ),
+        Table(title="Search against", columns=(*columns("rival"), listed("points"), listed("faster")), rows=leads),
+        Table(title="Rank correlations", columns=(*columns("of"), listed("rank")), rows=ranks),
+        Table(
+            title="Searches", rows=lambda found: [row for row in found if row["part"] == "search"],
+            columns=columns(
+                "seed, scored, seconds:.0f, seconds of the table=table_seconds:.0f, latencies within 10 %=latency_error.within_tenth:.2f, "
+                "median error=latency_error.median:.3f"
+            ),
+        ),
+    ),
+    goals=(
+        Goal(
+            name="points ahead of presets and width, beyond the spread",
+            values=lead("points", "presets", "width", spreads=1), at_least=1.0, form="{:.1f}",
+        ),
+        Goal(name="or times as fast as presets and width", values=lead("faster", "presets", "width"), at_least=1.3, form="{:.2f}"),
+        Goal(name="points ahead of random search", values=lead("points", "random"), at_least=0.0, form="{:.1f}"),
+        Goal(name="rank correlation of scores with shared weights", values=rank_of_scores, at_least=0.7, form="{:.2f}"),
+        Goal(
+            name="latencies within 10 %", values=lambda document: mean(document.rows, "latency_error.within_tenth"), at_least=0.9,
+            form="{:.0%}",
+        ),
+    ),
+    blocks={"M20": claims},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

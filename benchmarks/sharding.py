@@ -1,43 +1,36 @@
 """Bytes that each process holds in training, beside the formula, and what the sharding costs in time.
 
     python benchmarks/sharding.py [--model hybrid-m] [--processes 1 2 4] [--side 32] [--steps 10]
-                                  [--output runs/benchmark-sharding] [--json]
 
-One row for each number of processes and each `training.sharding`, FP32, on this machine (gloo), one thread a process, 8 crops of `--side`
-in each. P are the bytes of the parameters, N the processes, B those of the largest block.
-
-rest    measured: storages of all tensors that live after a step
-        formula: none 2 P + S; zero1 2 P + S / N; zero2, zero3 (2 P + S) / N
-peak    measured: rest, and what the system gave beyond it until the last gradient is there, less the activations of one process
-        formula: none, zero1 rest + P; zero2 rest + P + P / N + 2 B; zero3 rest + P / N + 3 B (a block, its gradient, a message)
-
-S is the optimiser's state: 1 P for the matrices (momentum) and 2 P for the rest (moments), without vectors where zero1 divides. A parameter
-and its average are 2 P. `step_ms` is a whole step, `update_ms` the optimiser's part, `exchange_ms` the two messages in which Muon's
-matrices travel to their owners and back. Goal: rest and peak within 5 % of the formula. Rows are kept and not measured again. Time: a
-minute or two a row. Run it alone.
+A row for each number of processes and each `training.sharding`, FP32 on CPU processes (gloo), one thread each, 8 crops of `--side` in each.
+P are the bytes of the parameters, N the processes, B those of the largest block, S the optimiser's state: 1 P for the matrices (momentum)
+and 2 P for the rest (moments), without vectors where zero1 divides. A parameter and its average are 2 P.
+    rest  storages of all tensors that live after a step; formula: none 2 P + S; zero1 2 P + S / N; zero2, zero3 (2 P + S) / N
+    peak  rest, and what the system gave beyond it until the last gradient is there, less the activations of one process; formula: none,
+          zero1 rest + P; zero2 rest + P + P / N + 2 B; zero3 rest + P / N + 3 B (a block, its gradient, a message)
+`update ms`: the optimiser's part of a step; `exchange ms`: two messages in which Muon's matrices travel to their owners and back.
+Time: a minute or two a row. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kept import Row, kept_row
+from documents import Document, Goal, Row, Table, columns
+from harness import Benchmark, Options, Run, main, option
 from muntin.models import create_model
-from muntin.runtime import describe_hardware
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.matrices import MatrixExchange
 from muntin.training.distributed.ranks import Ranks, is_sharded, joined_processes, local
@@ -46,10 +39,9 @@ from muntin.training.memory.checkpointing import blocks_of
 from muntin.training.memory.peak import watch_peak
 from muntin.training.precision import resolve_precision
 from muntin.training.trainer import Trainer
-from options import at_least
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
-ROWS, CLASSES, GOAL = 8, 6, 0.05
+ROWS, CLASSES = 8, 6
 
 
 def live_bytes() -> int:
@@ -174,34 +166,60 @@ def with_formulas(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="hybrid-m")
-    parser.add_argument("--processes", type=at_least(1), nargs="+", default=[1, 2, 4])
-    parser.add_argument("--side", type=at_least(16), default=32)
-    parser.add_argument("--steps", type=at_least(1), default=10)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-sharding"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    given = parser.parse_args()
-    settings = {"model": given.model, "side": given.side, "steps": given.steps, "rows": ROWS}
-    machine = describe_hardware()
-    rows = []
-    for count in sorted({1, *given.processes}):
-        for sharding in SHARDINGS if count > 1 else ("none",):
-            path = given.output / f"{count}-{sharding}.json"
-            measured = partial(row, count, given.model, sharding, given.side, given.steps)
-            rows.append({"processes": count, "sharding": sharding, **kept_row(path, settings, measured, hardware=machine)})
-    rows = with_formulas(rows)
-    if given.json:
-        print(json.dumps({"benchmark": "sharding", "goal": GOAL, "rows": rows, "hardware": machine}, indent=1))
-        return
-    print("processes  sharding  rest MB  formula  peak MB  formula  step ms  update ms  exchange ms  within 5 %")
-    for entry in rows:
-        sizes = "  ".join(f"{entry[key] / 1e6:7.1f}" for key in ("rest", "rest_formula", "peak", "peak_formula"))
-        times = f"{entry['step_ms']:7.1f}  {entry['update_ms']:9.1f}  {entry['exchange_ms']:11.1f}"
-        met = all(abs(entry[f"{key}_deviation"]) <= GOAL for key in ("rest", "peak"))
-        print(f"{entry['processes']:9}  {entry['sharding']:8}  {sizes}  {times}  {'yes' if met else 'no'}")
+@dataclass(frozen=True, kw_only=True)
+class ShardingOptions(Options):
+    model: str = option("hybrid-m", "network")
+    processes: tuple[int, ...] = option((1, 2, 4), "numbers of processes; 1 is always measured", least=1, selects=True)
+    side: int = option(32, "side of a crop, pixels", least=16)
+    steps: int = option(10, "timed steps", least=1)
 
+
+def rows(run: Run) -> list[Row]:
+    found = []
+    for count in sorted({1, *run.options.processes}):
+        for sharding in SHARDINGS if count > 1 else ("none",):
+            measured = partial(row, count, run.options.model, sharding, run.options.side, run.options.steps)
+            found.append({"processes": count, "sharding": sharding, **run.row(f"{count}-{sharding}", measured)})
+    return with_formulas(found)
+
+
+def deviations(key: str) -> Callable[[Document], dict[str, float | None]]:
+    return lambda document: {f"{r['sharding']} of {r['processes']}": abs(r[f"{key}_deviation"]) for r in document.rows}
+
+
+def newest(document: Document) -> str:
+    last = [row for row in document.rows if row["processes"] == max(row["processes"] for row in document.rows)]
+    held = ", ".join(f"{row['sharding']} {row['rest'] / 1e6:.0f} MB" for row in last)
+    return f"at rest a process of {last[0]['processes']} holds: {held}"
+
+
+def megabytes(found: list[Row]) -> Iterator[Row]:
+    for row in found:
+        yield row | {f"{key}_mb": row[key] / 1e6 for key in ("rest", "rest_formula", "peak", "peak_formula")}
+
+
+BENCHMARK = Benchmark(
+    name="sharding",
+    options=ShardingOptions,
+    measure=rows,
+    about="MB of the process that holds most, measured and by the formula in the command's docstring.",
+    newest=newest,
+    tables=(
+        Table(
+            columns=columns(
+                "processes, sharding, rest MB=rest_mb:.1f, formula=rest_formula_mb:.1f, peak MB=peak_mb:.1f, formula=peak_formula_mb:.1f, "
+                "step ms=step_ms:.1f, update ms=update_ms:.1f, exchange ms=exchange_ms:.1f"
+            ),
+            rows=megabytes,
+        ),
+    ),
+    goals=(
+        Goal(name="rest beside the formula", values=deviations("rest"), at_most=0.05, form="{:.1%}"),
+        Goal(name="peak beside the formula", values=deviations("peak"), at_most=0.05, form="{:.1%}"),
+    ),
+    unrecorded="hybrid-m, 1, 2, 4 processes, Xeon, 30 November: at rest within 0.5 % of the formula; peaks of zero2 and zero3 with two "
+    "processes **missed** (1.25 and 1.38 times the formula); of four, one holds 163 MB whole, 122 (zero1), 41 MB (zero2, zero3).",
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

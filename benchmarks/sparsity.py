@@ -1,49 +1,34 @@
-"""Patterns of zeros (2:4, 4:8) against fewer bits and lower ranks at the same bytes, as they are deployed.
+"""N:M sparsity (2:4, 4:8) against fewer bits and lower ranks at the same bytes, as deployed.
 
     python benchmarks/sparsity.py --packages FOLDER [--only NAME ...] [--forms FORM ...] [--seeds 3] [--steps 150]
-                                  [--output runs/benchmark-sparsity] [--json]
 
 Networks: EfficientNet-Lite0, all-MiniLM-L6-v2 and a ResNet that is trained here, judged as in `foreign.py`, whose folder brings the weights
-and pictures. Every form is exported, and all figures are the artefact's, in OpenVINO with float layers in FP32.
-
-Forms without training: FP32 and zeros alone (by magnitude, activations, reconstruction), and lower ranks of about as many bytes; W4A8,
-zeros on top of it, and fewer bits (2.7 on average take as many bytes as 2:4 of 4; below 4 bits no layer is raised to 8). Forms with
-training: the same number of steps of distillation, zeros held or bits learned.
-Columns as in `foreign.py`. Then the time of one call in OpenVINO: dense, with zeros, and with zeros and
-CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, all in turns. The option decompresses INT8 weights in products of fully connected layers whose sides
-are multiples of 64, on CPUs with AMX; elsewhere it changes nothing, and the table says which CPU it was. No GPU was used: 2:4 has not been
-run in TensorRT.
-A row that is measured already is not measured again. Run it alone.
+and images. Forms without training: FP32 and zeros alone (by magnitude, activations, reconstruction), and lower ranks of about as many
+bytes; W4A8, zeros on top of it, and fewer bits (2.7 on average take as many bytes as 2:4 of 4; below 4 bits no layer is raised to 8). Forms
+with training: the same number of steps of distillation, zeros held or bits learned.
+Then the time of one call in OpenVINO: dense, with zeros, and with zeros and CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, all in turns. The option
+decompresses INT8 weights in products of fully connected layers whose sides are multiples of 64, on CPUs with AMX. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import muntin
-from foreign_networks.forms import FORMS, MULTIPLE, Form, Material, embeddings
-from foreign_networks.judging import PRECISION, Judge, Makers, file_name, measure, print_table
-from foreign_networks.subjects import PRETRAINED, Subject
-from foreign_networks.trained import TRAINED
-from kept import Row, kept_row, now
+from documents import Document, Goal, Row, Table, columns, seeds_of
+from foreign_networks.forms import MULTIPLE, Form, Material, embeddings, quantised
+from foreign_networks.judging import TABLES, Judge, NetworkOptions, agreements, by_form, cases, judges, points
+from harness import Benchmark, Run, file_name, main, option
 from muntin.artifact import write_standalone
-from muntin.runtime import describe_hardware
-from muntin.runtime.host.hardware import physical_cores
-from muntin.runtime.profiling.timing import interleaved_latency
-from options import at_least
-from quantizer_peers.scoring import Call, PlainModel, each
+from quantizer_peers.scoring import Call, PlainModel
 
-PROTOCOL = 1
-"""Version of the rows."""
-SUBJECTS = tuple(subject for subject in (*PRETRAINED, *TRAINED) if subject.name in ("efficientnet-lite0", "minilm", "resnet"))
+NAMES = ("efficientnet-lite0", "minilm", "resnet")
 RATE = 0.4
 """Share of zeros from which on OpenVINO keeps weights compressed in the timing."""
 FLOATS, INTEGERS = 0.52, 0.67
@@ -74,8 +59,8 @@ def _same(model: nn.Module, material: Material) -> nn.Module:
 
 
 def _bits(model: nn.Module, material: Material, *, before: Form = _same, bits: float) -> nn.Module:
-    model = before(model, material)
     raised: dict[str, Any] = {"min_sqnr_db": 0} if bits < 4 else {}
+    model = before(model, material)
     muntin.quantize(model, material.calibration, bits=bits, **raised, **embeddings(model))
     return model
 
@@ -96,16 +81,17 @@ def _trained(model: nn.Module, material: Material, *, before: Form = _same, bits
 
 
 TWO, FOUR = partial(_sparse, pattern="2:4"), partial(_sparse, pattern="4:8")
+FLOAT_RANKS, INTEGER_RANKS = partial(_low_rank, share=FLOATS), partial(_low_rank, share=INTEGERS)
 SPARSE_FORMS: dict[str, Form | None] = {
-    "float": None,
+    "float": None,  # as it is
     "2:4 magnitude": partial(_sparse, pattern="2:4", scores="magnitude"),
     "2:4 activations": partial(_sparse, pattern="2:4", scores="activations"),
     "2:4": TWO,
     "4:8": FOUR,
-    "low rank": partial(_low_rank, share=FLOATS),
+    "low rank": FLOAT_RANKS,
     "2:4 trained": partial(_trained, before=TWO),
-    "low rank trained": partial(_trained, before=partial(_low_rank, share=FLOATS)),
-    "int8": FORMS["int8"],
+    "low rank trained": partial(_trained, before=FLOAT_RANKS),
+    "int8": quantised,
     "2:4 w8a8": partial(_bits, before=TWO, bits=8),
     "w4a8": partial(_bits, bits=4),
     "2:4 w4a8": partial(_bits, before=TWO, bits=4),
@@ -113,82 +99,96 @@ SPARSE_FORMS: dict[str, Form | None] = {
     "w3a8": partial(_bits, bits=3),
     "w2.7a8": partial(_bits, bits=2.7),
     "w2a8": partial(_bits, bits=2),
-    "low rank w4a8": partial(_bits, before=partial(_low_rank, share=INTEGERS), bits=4),
+    "low rank w4a8": partial(_bits, before=INTEGER_RANKS, bits=4),
     "w4a8 trained": partial(_trained, bits=4),
     "2:4 w4a8 trained": partial(_trained, before=TWO, bits=4),
     "w3a8 trained": partial(_trained, bits=3),
     "w2a8 trained": partial(_trained, bits=2),
-    "low rank w4a8 trained": partial(_trained, before=partial(_low_rank, share=INTEGERS), bits=4),
+    "low rank w4a8 trained": partial(_trained, before=INTEGER_RANKS, bits=4),
 }
-"""None: as it is. In the order of the table."""
 PAIRS = (("float", "2:4"), ("int8", "2:4 w8a8"), ("w4a8", "2:4 w4a8"))
 """Dense and sparse forms whose times are compared."""
 
 
-def makers(judge: Judge, forms: list[str]) -> Makers:
-    return {name: partial(judge.artifact, name, SPARSE_FORMS[name]) for name in forms}
+@dataclass(frozen=True, kw_only=True)
+class SparsityOptions(NetworkOptions):
+    only: tuple[str, ...] = option(NAMES, "networks", choices=NAMES, selects=True)
+    forms: tuple[str, ...] = option(tuple(SPARSE_FORMS), "forms", choices=tuple(SPARSE_FORMS), selects=True)
+    held_out: int = option(1000, "inputs that judge", least=16)
 
 
-def timed(subject: Subject, arguments: argparse.Namespace, settings: dict[str, Any], machine: Row, forms: list[str]) -> Row:
-    """Median milliseconds of a call of the first seed's files in OpenVINO, dense, sparse, and sparse with compressed weights."""
-    folder = arguments.output.resolve() / subject.name / "0"
-    pairs = [pair for pair in PAIRS if set(pair) <= set(forms)]
-    one = each(subject.inputs(arguments.packages.resolve(), "test", 2, 0))[0]
-
-    def opened(form: str, rate: float | None) -> Call:
-        file = write_standalone(folder / file_name(form), folder / f"{file_name(form)}.onnx")
-        options = {} if rate is None else {"CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": rate}
-        return PlainModel(file, one, precision=PRECISION, threads=settings["threads"], options=options)
-
-    def times() -> Row:
-        calls: dict[str, Callable[..., Any]] = {}
-        for dense, sparse in pairs:
-            calls |= {dense: opened(dense, None), sparse: opened(sparse, None), f"{sparse}, compressed": opened(sparse, RATE)}
-        latencies = interleaved_latency(calls, one, rounds=settings["rounds"])
-        return {"ms": {name: latency.median_ms for name, latency in latencies.items()}}
-
-    if not pairs:
-        return {}
-    return dict(kept_row(folder / "sparse-times.json", settings | {"pairs": pairs, "rate": RATE}, times, hardware=machine)["ms"])
+def rows(run: Run) -> Iterator[Row]:
+    forms = {name: form for name, form in SPARSE_FORMS.items() if name in run.options.forms}
+    for judge in judges(run, {"test": run.options.held_out}, "f32", agreements):
+        found = judge.made({name: partial(judge.artifact, name, form) for name, form in forms.items()})
+        fit = [row["form"] for row in found if "cannot" not in row]
+        yield from found if judge.seed else (judge.facts(), *judge.timed(found), *times(judge, fit))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", type=Path, required=True, help="folder of the packages with weights and pictures")
-    parser.add_argument("--only", nargs="+", choices=[subject.name for subject in SUBJECTS], default=None)
-    parser.add_argument("--forms", nargs="+", choices=[*SPARSE_FORMS], default=[*SPARSE_FORMS])
-    parser.add_argument("--held-out", type=at_least(16), default=1000, help="inputs that judge")
-    parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--steps", type=at_least(1), default=150, help="of distillation")
-    parser.add_argument("--calibration", type=at_least(8), default=128, help="calibration inputs")
-    parser.add_argument("--unlabelled", type=at_least(16), default=512, help="inputs of distillation")
-    parser.add_argument("--threads", type=at_least(1), default=physical_cores())
-    parser.add_argument("--rounds", type=at_least(1), default=60, help="of latency")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-sparsity"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    machine = describe_hardware()
-    keys = ("held_out", "calibration", "unlabelled", "steps", "threads", "rounds")
-    settings = {key: getattr(arguments, key) for key in keys} | {"protocol": PROTOCOL}
-    chosen = [subject for subject in SUBJECTS if arguments.only is None or subject.name in arguments.only]
-    forms = [name for name in SPARSE_FORMS if name in arguments.forms]
-    networks = {}
-    for subject in chosen:
-        networks[subject.name] = measure(subject, partial(makers, forms=forms), arguments, settings, machine)
-        made = [name for name, rows in networks[subject.name]["rows"].items() if "cannot" not in rows[0]]
-        networks[subject.name]["sparse_ms"] = timed(subject, arguments, settings, machine, made)
-    hardware = {**machine, "created": now()}
-    if arguments.json:
-        print(json.dumps({"benchmark": "sparsity", "hardware": hardware, "settings": settings, "rows": networks}, indent=1))
-        return
-    print_table(networks, hardware)
-    amx = any("amx" in feature.lower() for feature in hardware["features"])
-    print(
-        f"time of a call in OpenVINO, ms ({'with' if amx else 'no'} AMX{'' if amx else ': the option changes nothing, weights are dense'}):"
-    )
-    for name, network in networks.items():
-        print(f"  {name}: " + "; ".join(f"{form} {ms:.2f}" for form, ms in network["sparse_ms"].items()))
+def times(judge: Judge, forms: list[str]) -> Iterator[Row]:
+    """Median milliseconds of a call of plain ONNX files in OpenVINO: dense, sparse, and sparse with compressed weights."""
 
+    def opened(form: str, **options: float) -> Call:
+        file = write_standalone(judge.folder / file_name(form), judge.folder / f"{file_name(form)}.onnx")
+        return PlainModel(file, judge.one, precision=judge.precision, threads=judge.options.threads, options=options)
+
+    calls = {}
+    for dense, sparse in PAIRS:
+        if dense in forms and sparse in forms:
+            calls |= {form: partial(opened, form) for form in (dense, sparse)}
+            calls[f"{sparse}, compressed"] = partial(opened, sparse, CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE=RATE)
+    for form, ms in (judge.in_turns(calls, rate=RATE) if calls else {}).items():
+        yield {"part": "time", "network": judge.subject.name, "form": form, "ms": ms}
+
+
+# Pages
+
+
+def pairs(found: list[Row]) -> Iterator[Row]:
+    """Milliseconds of each pair of a network: dense, with zeros, and with compressed weights."""
+    ms = {(row["network"], row["form"]): row["ms"] for row in found if row["part"] == "time"}
+    for network in dict.fromkeys(network for network, _ in ms):
+        for dense, sparse in PAIRS:
+            if (network, sparse) in ms:
+                zeros = {"zeros": ms[network, sparse], "compressed": ms[network, f"{sparse}, compressed"]}
+                yield {"network": network, "form": dense, "dense": ms[network, dense], **zeros}
+
+
+def faster(document: Document) -> dict[str, float]:
+    return {f"{row['network']} {row['form']}": row["dense"] / row["compressed"] for row in pairs(document.rows)}
+
+
+def newest(document: Document) -> str:
+    found = {name: forms["2:4 w4a8"] for name, forms in by_form(document).items() if "2:4 w4a8" in forms}
+    told = [f"{name} {row['smaller']:.1f} times fewer bytes at an agreement of {row['agreement']:.3f}" for name, row in found.items()]
+    return f"2:4 on 4 bits: {', '.join(told)}"
+
+
+def claims(documents: list[Document]) -> str:
+    return f"2:4 saves bytes (MiniLM {by_form(documents[-1])['minilm']['2:4 w4a8']['smaller']:.1f} times fewer with 4 bits)"
+
+
+COMPARED = {
+    "refitting adds to 2:4 by magnitude": ("2:4", "2:4 magnitude"),
+    "training adds to 2:4": ("2:4 trained", "2:4"),
+    "2:4 W4A8 is ahead of 2.7 bits": ("2:4 w4a8", "w2.7a8"),
+    "2:4 W4A8 is ahead of lower ranks in W4A8": ("2:4 w4a8", "low rank w4a8"),
+    "2:4 W4A8 trained is ahead of 3 bits trained": ("2:4 w4a8 trained", "w3a8 trained"),
+    "2:4 W4A8 trained is ahead of lower ranks trained": ("2:4 w4a8 trained", "low rank w4a8 trained"),
+}
+BENCHMARK = Benchmark(
+    name="sparsity", options=SparsityOptions, measure=rows, newest=newest, n=seeds_of,
+    about="""Columns as in [foreign](#foreign). Trained: distillation; zeros are held, bits are learned. Lower ranks have the parameters
+that make the bytes of 2:4; 2.7 bits on average take as many bytes as 2:4 of 4. Times: one call of a plain ONNX file in OpenVINO, in turns;
+without AMX the option that keeps weights compressed changes nothing. No GPU was used: 2:4 has not been run in TensorRT.""",
+    tables=(*TABLES, Table(title="OpenVINO, ms", columns=columns("network, form, dense:.2f, zeros:.2f, compressed:.2f"), rows=pairs)),
+    goals=(
+        *(Goal(name=f"points that {name}", values=cases(one, points, other), at_least=0.0, form="{:.1f}")
+          for name, (one, other) in COMPARED.items()),
+        Goal(name="times as fast with zeros, beyond the noise", values=faster, at_least=1.1, form="{:.2f}"),
+    ),
+    blocks={"M19": claims},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

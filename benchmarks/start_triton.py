@@ -15,20 +15,23 @@ import os
 import subprocess
 import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 REQUIREMENT = "nvidia-pytriton==0.7.0"
 HOST = "127.0.0.1"
 _STUB = Path("python_backend_stubs", f"{sys.version_info.major}.{sys.version_info.minor}", "triton_python_backend_stub")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TritonLaunch:
+class TritonLaunch(NamedTuple):
     """A command line, and variables beside this process's."""
 
     command: list[str]
     variables: dict[str, str]
+
+
+def _home(package: Path) -> Path:
+    return package / "pytriton" / "tritonserver"
 
 
 def is_installed(package: Path) -> bool:
@@ -51,28 +54,17 @@ def install(package: Path) -> None:
 def triton_launch(package: Path, repository: Path, *, http_port: int, grpc_port: int | None = None, explicit: bool = False) -> TritonLaunch:
     """Return how to start an installed server."""
     home = _home(package.resolve())
-    options = {
-        "model-repository": repository,
-        "backend-directory": home / "backends",
-        "http-address": HOST,
-        "http-port": http_port,
-        "allow-metrics": "false",
-        **({"allow-grpc": "false"} if grpc_port is None else {"grpc-address": HOST, "grpc-port": grpc_port}),
-        **({"model-control-mode": "explicit"} if explicit else {}),
-    }
+    options = {"model-repository": repository, "backend-directory": home / "backends", "http-address": HOST, "http-port": http_port}
+    options |= {"allow-metrics": "false"} | ({"model-control-mode": "explicit"} if explicit else {})
+    options |= {"allow-grpc": "false"} if grpc_port is None else {"grpc-address": HOST, "grpc-port": grpc_port}
     libraries = [str(package.resolve() / "nvidia_pytriton.libs"), str(sysconfig.get_config_var("LIBDIR"))]
-    return TritonLaunch(
-        command=[str(home / "bin" / "tritonserver"), *(f"--{name}={value}" for name, value in options.items())],
-        variables={
-            "VIRTUAL_ENV": sys.prefix,  # the back end's stub takes its packages from the first Python of the path
-            "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")]),
-            "LD_LIBRARY_PATH": os.pathsep.join(libraries),
-        },
-    )
-
-
-def _home(package: Path) -> Path:
-    return package / "pytriton" / "tritonserver"
+    variables = {
+        "VIRTUAL_ENV": sys.prefix,  # the back end's stub takes its packages from the first Python of the path
+        "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")]),
+        "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+    }
+    command = [str(home / "bin" / "tritonserver"), *(f"--{name}={value}" for name, value in options.items())]
+    return TritonLaunch(command=command, variables=variables)
 
 
 def main() -> None:
@@ -83,19 +75,17 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--package", type=Path, default=Path(sys.prefix) / "triton", help="folder of the server, filled where it is empty")
     parser.add_argument("--explicit", action="store_true", help="clients load and unload models")
-    arguments = parser.parse_args()
-    if not arguments.install and (arguments.repository is None or not arguments.repository.is_dir()):
+    given = parser.parse_args()
+    if not given.install and (given.repository is None or not given.repository.is_dir()):
         parser.error("give a folder that `muntin triton ARTIFACT REPOSITORY` wrote, or --install")
     try:
-        install(arguments.package)
+        install(given.package)
     except subprocess.CalledProcessError:
         sys.exit(f"{REQUIREMENT} cannot be installed; pip's reason is above")
-    if arguments.install:
-        return
-    launch = triton_launch(
-        arguments.package, arguments.repository, http_port=arguments.http_port, grpc_port=arguments.grpc_port, explicit=arguments.explicit
-    )
-    os.execve(launch.command[0], launch.command, os.environ | launch.variables)  # noqa: S606 - our own command
+    if not given.install:
+        ports = {"http_port": given.http_port, "grpc_port": given.grpc_port}
+        launch = triton_launch(given.package, given.repository, **ports, explicit=given.explicit)
+        os.execve(launch.command[0], launch.command, os.environ | launch.variables)  # noqa: S606 - our own command
 
 
 if __name__ == "__main__":

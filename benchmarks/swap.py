@@ -1,27 +1,22 @@
 """Count late, failed and wrong answers while versions change under load.
 
-    python benchmarks/swap.py [--output runs/benchmark-swap] [--share 0.4] [--memory-swaps 200] [--json]
+    python benchmarks/swap.py [--share 0.4] [--memory-swaps 200]
 
-One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise what it fails at), one load generator
-(on the last core): Poisson arrivals of 512 x 512 pictures at `--share` of the server's saturation. First without swaps: 40 s to measure the
-normal latency, and two minutes more, in which bursts of arrivals make some answers late without any swap. Then 20 versions are loaded
-through the repository API one after the other. Fifteen are sound, and each answers differently; one has an altered file, one does not
-compute its golden answers, one lacks its weights. Two pass every check and take over: then the engine of one raises an error at every
-request, and the process of the other's is killed (SIGKILL) while it computes one (an engine that dies between two requests is started again
-by the next one, and its version stays). Requests continue all the time, and failed and late ones count as at any other time. Every answer
-is compared with the versions' expected answers. Goal: none failed, none wrong, none later than the normal p99 + 50 ms; and every sound
-version takes over, every broken one is refused, and the two whose engines fail and die are sent back.
+One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise its errors), one load generator (on
+the last core): Poisson arrivals of 512 x 512 images at `--share` of the server's saturation. First without swaps: 40 s to measure the
+normal latency, and two minutes more, since bursts of arrivals make some answers late without any swap. Then 20 versions are loaded through
+the repository API one after the other. Fifteen are sound, and each answers differently; one has an altered file, one does not compute its
+reference outputs, one lacks its weights. Two pass every check and take over: then the engine of one raises an error at every request, and
+the process of the other's is killed (SIGKILL) while it computes one (an engine that dies between two requests is started again by the next
+one, and its version stays). Requests continue all the time. Every answer is compared with the versions' expected answers.
 
-Then a small classifier is swapped `--memory-swaps` times under light load. The resident memory of the server and of its engine's process is
-read each time when the old version's process has ended, or after some seconds. Its growth is the slope of the second half's readings, by
-least squares; the quarters' values are means. Existing parts are not measured again; a part of other settings, or of another machine, is
-refused. Time: about a quarter of an hour for the first, half an hour for the second. Run it alone.
+Then a small classifier is swapped `--memory-swaps` times (0: not at all) under light load. The resident memory of the server and of its
+engine's process is read each time when the old version's process has ended, or after some seconds. Time: about a quarter of an hour for the
+first, half an hour for the second. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import http.client
 import json
 import os
 import shutil
@@ -29,167 +24,160 @@ import signal
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-import muntin
-from kept import Row, kept_row
+from documents import Document, Goal, Row, Table, columns
+from harness import Benchmark, Options, Run, main, option
 from muntin.artifact import open_artifact, write_artifact
-from muntin.runtime import describe_hardware
 from muntin.runtime.host.memory import resident_of
-from serving_peers.load import HOST, Exchange, Load, same
-from serving_peers.models import WORKLOADS, Workload, exchange, make_artifact, pictures
-from serving_peers.servers import Launch, family, free_port, open_local, running
+from serving_peers.load import Exchange, Load, together
+from serving_peers.models import CLASSIFY, SEGMENT, Workload, check_distinct, engine_answers, exchange, make_artifact, sample_images
+from serving_peers.servers import EARLIER, ENGINE, ask, begin, family, free_port, loaded, muntin_launch, processes_with, state_fields
 
-SOUND, LATER_MS, CONTROL = 4, 50.0, 6
+SOUND, LATER_MS, CONTROL, QUARTERS = 4, 50.0, 6, 4
 SPREAD = 0.01
 """Largest difference in scores between an answer and its version's. Versions have to differ by more."""
 ENDS_S = 10.0
 """Seconds in which the process of an old version's engine has to end before memory is read."""
-QUARTERS = 4
 COMPUTES_S, LOOK_S, LOOKS = 10.0, 0.001, 3
 """Seconds in which the engine to be killed has to get a request, the polling interval, and how many polls in a row have to find it busy:
 its threads may spin for a moment after a call."""
 MARK = 7
-"""First byte of every picture that is sent. The engine of the failing version fails at it."""
+"""First byte of every image that is sent. The engine of the failing version fails at it."""
 PLAN = [kind for broken in ("altered", "golden", "dies", "missing", "fails") for kind in ("sound", "sound", "sound", broken)]
 DUE = {"sound": "took over", "altered": "refused", "golden": "refused", "missing": "refused", "dies": "sent back", "fails": "sent back"}
 """Expected outcome of a version of each kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyVersion(Exchange):
-    """An answer is right if one of the versions gives it."""
+class SwapOptions(Options):
+    share: float = option(0.4, "rate of requests, of the server's saturation")
+    memory_swaps: int = option(200, "swaps of the second part; 0: leave it out", least=0, selects=True)
 
-    versions: tuple[tuple[bytes, ...], ...]
+    def __post_init__(self) -> None:
+        if 0 < self.memory_swaps < QUARTERS:
+            raise ValueError(f"--memory-swaps {self.memory_swaps}: give at least {QUARTERS}, a reading for each quarter, or 0")
 
-    def alike(self, which: int, came: bytes) -> bool:
-        return any(same(answers[which], came, self.dtype, spread=SPREAD) for answers in self.versions)
+
+# Versions
 
 
-def make_failing(sound: Path, path: Path) -> Path:
-    """The same model with a step behind it that cannot be done where a picture starts with `MARK`; golden and warm-up pictures pass."""
+def make_failing(sound: Path, path: Path) -> None:
+    """Write the same model with a step behind it that fails where an image starts with `MARK`; reference and warm-up images pass."""
     artifact = open_artifact(sound)
     model = onnx.load_model_from_string(artifact.model_bytes())
-    graph, manifest = model.graph, artifact.manifest
-    output = graph.output[0].name
+    graph, pixels, output = model.graph, model.graph.input[0].name, model.graph.output[0].name
     for node in graph.node:
         node.output[:] = ["sound" if name == output else name for name in node.output]
         node.input[:] = ["sound" if name == output else name for name in node.input]
-    constants = {"zero": [0], "one": [1], "mark": [MARK], "all": [-1]}
-    graph.initializer.extend(numpy_helper.from_array(np.array(value, np.int64), f"trap.{name}") for name, value in constants.items())
-    graph.initializer.append(numpy_helper.from_array(np.float32(1e-6), "trap.little"))
-    graph.node.extend(
-        [
-            helper.make_node("Reshape", [graph.input[0].name, "trap.all"], ["trap.bytes"]),
-            helper.make_node("Slice", ["trap.bytes", "trap.zero", "trap.one"], ["trap.first"]),
-            helper.make_node("Cast", ["trap.first"], ["trap.wide"], to=TensorProto.INT64),
-            helper.make_node("Equal", ["trap.wide", "trap.mark"], ["trap.is"]),
-            helper.make_node("Cast", ["trap.is"], ["trap.flag"], to=TensorProto.INT64),
-            helper.make_node("Add", ["trap.flag", "trap.one"], ["trap.count"]),
-            helper.make_node("Slice", ["trap.bytes", "trap.zero", "trap.count"], ["trap.one_or_two"]),
-            helper.make_node("Squeeze", ["trap.one_or_two", "trap.zero"], ["trap.single"]),
-            # it has to count for the answer, if ever so little, or an engine takes it out
-            helper.make_node("Cast", ["trap.single"], ["trap.float"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", ["trap.float", "trap.little"], ["trap.nothing"]),
-            helper.make_node("Add", ["sound", "trap.nothing"], [output]),
-        ]
-    )
+    constants = {"zero": np.int64([0]), "one": np.int64([1]), "mark": np.int64([MARK]), "all": np.int64([-1]), "little": np.float32(1e-6)}
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), f"trap.{name}") for name, value in constants.items())
+    integer, number = {"to": TensorProto.INT64}, {"to": TensorProto.FLOAT}
+    steps: list[tuple[str, list[str], str, Row]] = [
+        ("Reshape", [pixels, "trap.all"], "trap.bytes", {}),
+        ("Slice", ["trap.bytes", "trap.zero", "trap.one"], "trap.first", {}),
+        ("Cast", ["trap.first"], "trap.wide", integer),
+        ("Equal", ["trap.wide", "trap.mark"], "trap.is", {}),
+        ("Cast", ["trap.is"], "trap.flag", integer),
+        ("Add", ["trap.flag", "trap.one"], "trap.count", {}),
+        ("Slice", ["trap.bytes", "trap.zero", "trap.count"], "trap.one_or_two", {}),
+        ("Squeeze", ["trap.one_or_two", "trap.zero"], "trap.single", {}),
+        ("Cast", ["trap.single"], "trap.float", number),  # it has to count for the answer a little, or an engine removes it
+        ("Mul", ["trap.float", "trap.little"], "trap.nothing", {}),
+        ("Add", ["sound", "trap.nothing"], output, {}),
+    ]
+    graph.node.extend(helper.make_node(kind, inputs, [result], **attributes) for kind, inputs, result, attributes in steps)
+    write_changed(sound, path, model, list(artifact.golden()))
+
+
+def write_changed(sound: Path, path: Path, model: onnx.ModelProto, golden: list[Any]) -> None:
+    """Write an artifact like another one with other reference outputs or another graph."""
+    manifest = open_artifact(sound).manifest
     write_artifact(
-        path, model=model, signature=manifest.signature, layers=manifest.layers, golden=list(artifact.golden()),
+        path, model=model, signature=manifest.signature, layers=manifest.layers, golden=golden,
         golden_tolerance=manifest.golden_tolerance, precision=manifest.precision, example=manifest.example,
     )  # fmt: skip
-    return path
 
 
 def make(kind: str, sound: Path, new: Path) -> Path:
-    """A version of one kind beside the directory of versions. One that dies is sound: `kill_engine` sees to the rest."""
+    """A version of one kind beside the directory of versions. One that dies is sound: `kill_engine` does the rest."""
     shutil.rmtree(new, ignore_errors=True)
-    new.parent.mkdir(exist_ok=True)
+    new.parent.mkdir(parents=True, exist_ok=True)
     if kind == "fails":
         make_failing(sound, new)
-    else:
-        shutil.copytree(sound, new)
-    weights = new / "weights.safetensors"
-    if kind == "altered":
-        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    elif kind == "missing":
-        weights.unlink()
     elif kind == "golden":
         artifact = open_artifact(sound)
-        shutil.rmtree(new)
         shifted = [(images, np.roll(scores, 1, axis=1)) for images, scores in artifact.golden()]
-        manifest = artifact.manifest
-        write_artifact(
-            new, model=onnx.load_model_from_string(artifact.model_bytes()), signature=manifest.signature, layers=manifest.layers,
-            golden=shifted, golden_tolerance=manifest.golden_tolerance, precision=manifest.precision, example=manifest.example,
-        )  # fmt: skip
+        write_changed(sound, new, onnx.load_model_from_string(artifact.model_bytes()), shifted)
+    else:
+        shutil.copytree(sound, new)
+        weights = new / "weights.safetensors"
+        if kind == "altered":
+            weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+        elif kind == "missing":
+            weights.unlink()
     return new
 
 
+def sound_versions(workload: Workload, folder: Path, count: int) -> tuple[list[Path], Exchange]:
+    """Artifacts of the same model with weights of their own, and requests that any of them may answer. Raises ValueError if two answer
+    alike. (Two images may have the same answer; `serving.py` checks that answers are not mixed up.)"""
+    paths = [folder / str(seed) for seed in range(count)]
+    for seed, path in enumerate(paths):
+        make_artifact(workload, path, seed=seed)
+    images = sample_images(workload.side).copy()
+    images[:, 0, 0, 0] = MARK
+    found = exchange(workload, images, *(engine_answers(workload, path, images) for path in paths), spread=SPREAD)
+    check_distinct(found)
+    return paths, found
+
+
+# Loads and kills
+
+
 def load_version(port: int, name: str, number: int) -> tuple[int, float]:
-    """(status, seconds) of loading it through the repository API. Raises RuntimeError where no answer comes."""
-    body = json.dumps({"parameters": {"version": str(number)}}).encode()
-    request = urllib.request.Request(f"http://{HOST}:{port}/v2/repository/models/{name}/load", body)
+    """(status, seconds) of loading it through the repository API. Raises OSError without a response."""
     began = time.monotonic()
-    try:
-        with open_local(request, timeout=600) as answer:
-            status = answer.status
-    except urllib.error.HTTPError as error:
-        with error:
-            status = error.code
-    except (OSError, http.client.HTTPException) as error:
-        waited = time.monotonic() - began
-        raise RuntimeError(f"version {number} of {name}: no answer to its loading came, after {waited:.0f} s: {error}") from error
+    body = json.dumps({"parameters": {"version": str(number)}}).encode()
+    status, _ = ask(port, f"/v2/repository/models/{name}/load", body, timeout=600)
     return status, time.monotonic() - began
 
 
 def read_index(port: int, output: Path) -> list[Row]:
     """Return the server's list of its versions, without this machine's paths."""
-    with open_local(f"http://{HOST}:{port}/v2/repository/index", b"{}", timeout=60) as answer:
-        index: list[Row] = json.loads(answer.read().decode().replace(f"{output}/", ""))
+    _, text = ask(port, "/v2/repository/index", b"{}", timeout=60)
+    index: list[Row] = json.loads(text.decode().replace(f"{output}/", ""))
     return index
 
 
 def kill_engine(server: int, before: set[int]) -> None:
-    """Kills the engine that a server has begun beside the processes of `before`, when it computes. Raises RuntimeError where there is none,
-    or nothing is asked of it."""
-    started = [pid for pid in family(server).keys() - before if "serving.worker.child" in command_of(pid)]
+    """Kill the engine that a server has started beside the processes of `before`, when it computes. Raises RuntimeError where there is
+    none, or it gets no request."""
+    started = [process for process in processes_with(server, ENGINE) if process not in before]
     if len(started) != 1:
-        raise RuntimeError(f"the engine of the version that is to die: {len(started)} processes were begun for it, not one")
-    (engine,) = started
+        raise RuntimeError(f"the engine of the version that is to die: {len(started)} processes were started for it, not one")
     end, busy = time.monotonic() + COMPUTES_S, 0
     while busy < LOOKS:
         if time.monotonic() > end:
-            raise RuntimeError(f"the engine of the version that is to die: it was asked nothing in {COMPUTES_S:g} s")
+            raise RuntimeError(f"the engine of the version that is to die got no request in {COMPUTES_S:g} s")
         time.sleep(LOOK_S)
-        busy = busy + 1 if computes(engine) else 0
-    os.kill(engine, signal.SIGKILL)
-
-
-def command_of(process: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace")
-    return ""
+        busy = busy + 1 if computes(started[0]) else 0
+    os.kill(started[0], signal.SIGKILL)
 
 
 def computes(process: int) -> bool:
     """Return whether one of its threads runs, or waits for a core."""
     with suppress(OSError):  # it ends meanwhile
-        for thread in Path(f"/proc/{process}/task").glob("[0-9]*"):
-            # A name stands before this in brackets, and may hold blanks and brackets.
-            if (thread / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0] == "R":
-                return True
+        return any(state_fields(thread)[0] == "R" for thread in Path(f"/proc/{process}/task").glob("[0-9]*"))
     return False
 
 
@@ -206,233 +194,200 @@ def outcome_of(load: Row, back: set[str]) -> str:
     return "took over" if load["status"] == 200 else "refused" if 400 <= load["status"] < 500 else "failed"
 
 
-def sound_versions(workload: Workload, folder: Path, count: int) -> list[Path]:
-    """Artefacts of the same model with weights of their own, made where they are not there yet."""
-    paths = [folder / str(seed) for seed in range(count)]
-    for seed, path in enumerate(paths):
-        make_artifact(workload, path, seed=seed)
-    return paths
+# Measurements
 
 
-def any_version(workload: Workload, paths: list[Path]) -> AnyVersion:
-    """Return the requests and each version's answers. Raises ValueError if two versions answer alike, because a wrong
-    answer would not be noticed. (Two pictures may have the same answer; `serving.py` checks that answers are not mixed up.)"""
-    images = pictures(workload.side).copy()
-    images[:, 0, 0, 0] = MARK
-    versions = []
-    for path in paths:
-        session = muntin.load(path, threads=1, shapes=())
-        call = session.labels if workload.output == "labels" else session
-        answers = np.concatenate([call(images[n : n + 1]) for n in range(len(images))])
-        versions.append(exchange(workload, images, answers, path=f"/v2/models/{workload.name}/infer", tensors=True))
-    first = versions[0]
-    found = AnyVersion(
-        requests=first.requests, answers=first.answers, dtype=first.dtype, versions=tuple(version.answers for version in versions)
-    )
-    for one, other in combinations(versions, 2):
-        if any(same(due, came, first.dtype, spread=SPREAD) for due, came in zip(one.answers, other.answers, strict=True)):
-            raise ValueError("two versions answer alike: make others")
-    return found
+@contextmanager
+def served(output: Path, workload: Workload, models: Path, port: int, found: Exchange, cores: set[int]) -> Iterator[tuple[Load, int]]:
+    begin(output)
+    launch = muntin_launch(models, name=workload.name, port=port, threads=2, max_batch=4, trial=50)
+    with loaded(launch, port, found, cores=cores, log=output / f"server-{workload.name}.log") as running:
+        yield running
 
 
-def swaps(output: Path, share: float, cores: tuple[set[int], set[int]]) -> Row:
-    workload = WORKLOADS["segment"]
-    sound = sound_versions(workload, output / "sound", SOUND)
-    found = any_version(workload, sound)
-    models = _empty(output / "models")
+def swaps(output: Path, share: float, cores: set[int]) -> Row:
+    (sound, found), models, port = sound_versions(SEGMENT, output / "sound", SOUND), output / "models", free_port()
+    shutil.rmtree(models, ignore_errors=True)
     make("sound", sound[0], models / "1")
-    # Before the load: it is this process that sends requests, and one that is sent late would count as answered late.
+    # Before the load: this process sends requests, and one that is sent late would count as answered late.
     made = [make(kind, sound[number % SOUND], output / "new" / str(number)) for number, kind in enumerate(PLAN, 2)]
     loads: list[Row] = []
     back: set[str] = set()
-    stop, port = threading.Event(), free_port()
 
-    def change(pid: int) -> None:
+    def change(server: int, stop: threading.Event) -> None:
         for number, (kind, new) in enumerate(zip(PLAN, made, strict=True), 2):
             new.rename(models / str(number))
-            before = set(family(pid))
-            status, seconds = load_version(port, workload.name, number)
+            before = set(family(server))
+            status, seconds = load_version(port, SEGMENT.name, number)
             if kind == "dies" and status == 200:
-                kill_engine(pid, before)
+                kill_engine(server, before)
             loads.append({"version": number, "kind": kind, "status": status, "seconds": seconds})
             print(f"  version {number:>2} {kind:<8} {status} {seconds:.1f} s", file=sys.stderr)
             if stop.wait(2.0):
                 return
-            back.update(sent_back(read_index(port, output)))  # each time: the server forgets what became of versions of long ago
+            back.update(sent_back(read_index(port, output)))  # each time: the server forgets earlier versions
 
-    os.sched_setaffinity(0, cores[1])
-    server = running(_server(workload, models, port), port, cores=cores[0], log=output / "server.log", variables=_cache(output))
-    # The server ends before the thread is waited for: what it asks then fails.
-    with ThreadPoolExecutor(1) as pool, server as process, Load(port, found) as load:
+    with served(output, SEGMENT, models, port, found, cores) as (load, server):
         most = load.closed(concurrency=4, seconds=6)["answers_per_s"]
         rate = share * most
         normal = load.open(rate=rate, seconds=40, objective_ms=1000)
-        late_ms = normal["p99_ms"] + LATER_MS
-        control = _together([load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=101 + n, warm=0.0) for n in range(CONTROL)])
-        changing = pool.submit(change, process.pid)
-        parts = []
-        try:
-            while not changing.done():
-                parts.append(load.open(rate=rate, seconds=20, objective_ms=late_ms, seed=len(parts) + 1, warm=0.0))
-        finally:
-            stop.set()
-        changing.result()  # raises what ended it too early
+        late = {"rate": rate, "seconds": 20, "objective_ms": normal["p99_ms"] + LATER_MS}
+        control = together([load.open(**late, seed=101 + number, warm=0.0) for number in range(CONTROL)])
+        _, parts = load.open_until(partial(change, server), **late)
         index = read_index(port, output)
-    back |= sent_back(index)
     for entry in loads:
-        entry["outcome"] = outcome_of(entry, back)
-        entry["as_due"] = entry["outcome"] == DUE[entry["kind"]]
-    return {
-        "saturation_per_s": most, "rate": rate, "normal": normal, "control": control, "loads": loads, "index": index,
-        "not_as_due": sum(not entry["as_due"] for entry in loads), **_together(parts),
-    }  # fmt: skip
+        entry["outcome"] = outcome_of(entry, back | sent_back(index))
+    rates = {"saturation_per_s": most, "rate": rate}
+    return {"part": "swaps", **rates, "normal": normal, "control": control, "loads": loads, "index": index, **together(parts)}
 
 
-def _together(parts: list[Row]) -> Row:
-    """Add up several loads with one objective; `later`: answers beyond it. A load that got no answer has no times."""
-    failures: dict[str, int] = {}
-    for part in parts:
-        for status, count in part["failures"].items():
-            failures[status] = failures.get(status, 0) + count
-    requests = sum(part["requests"] for part in parts)
-    inside = sum(round(part["goodput_per_s"] * part["seconds"]) for part in parts)
-    return {
-        "requests": requests, "failures": failures, "later": requests - sum(failures.values()) - inside,
-        **{name: max((part[name] for part in parts if part[name] is not None), default=None) for name in ("p99_ms", "worst_ms")},
-    }  # fmt: skip
-
-
-def _told(ms: float | None) -> str:
-    return "-" if ms is None else f"{ms:.1f} ms"
-
-
-def memory(output: Path, count: int, cores: tuple[set[int], set[int]]) -> Row:
-    workload = WORKLOADS["classify"]
-    sound = sound_versions(workload, output / "small", 2)
-    found = any_version(workload, sound)
-    models = _empty(output / "small-models")
+def memory(output: Path, count: int, cores: set[int]) -> Row:
+    (sound, found), models, port = sound_versions(CLASSIFY, output / "small", 2), output / "small-models", free_port()
+    shutil.rmtree(models, ignore_errors=True)
     make("sound", sound[0], models / "1")
     resident: list[float] = []
     engines: list[int] = []
-    stop, port = threading.Event(), free_port()
 
-    def change(pid: int, fewest: int) -> None:
+    def change(server: int, fewest: int, stop: threading.Event) -> None:
         for number in range(2, count + 2):
             if stop.is_set():
                 return
             make("sound", sound[number % 2], output / "new" / str(number)).rename(models / str(number))
-            status, _ = load_version(port, workload.name, number)
+            status, _ = load_version(port, CLASSIFY.name, number)
             if status != 200:
                 raise RuntimeError(f"version {number}, a sound one, was not taken: {status}")
             shutil.rmtree(models / str(number - 1))
-            children = engines_left(pid, fewest)
+            children = engines_left(server, fewest)
             engines.append(len(children))
-            resident.append(sum(resident_of(process) or 0 for process in (pid, *children)) / 2**20)
+            resident.append(sum(resident_of(process) or 0 for process in (server, *children)) / 2**20)
 
-    os.sched_setaffinity(0, cores[1])
-    server = running(_server(workload, models, port), port, cores=cores[0], log=output / "server-small.log", variables=_cache(output))
-    with ThreadPoolExecutor(1) as pool, server as process, Load(port, found) as load:
-        fewest = max(1, len(engines_left(process.pid, 1)))
-        changing = pool.submit(change, process.pid, fewest)
-        failed: dict[str, int] = {}
-        asked = 0
-        try:
-            while not changing.done():
-                part = load.open(rate=20, seconds=20, objective_ms=1000, warm=0.0, seed=asked)
-                asked += part["requests"]
-                for status, number in part["failures"].items():
-                    failed[status] = failed.get(status, 0) + number
-        finally:
-            stop.set()
-        changing.result()
-    quarters = [float(np.mean(part)) for part in np.array_split(resident, QUARTERS)]
-    second_half = resident[count // 2 :]
+    with served(output, CLASSIFY, models, port, found, cores) as (load, server):
+        fewest = max(1, len(engines_left(server, 1)))
+        _, parts = load.open_until(partial(change, server, fewest), rate=20, seconds=20, objective_ms=1000)
+    more, total = sum(left > fewest for left in engines), together(parts)
     return {
-        "swaps": count, "requests": asked, "failures": failed, "resident_mib": resident, "engines": engines,
-        "more_engines": sum(left > fewest for left in engines), "quarters_mib": quarters,
-        "mib_per_swap": float(np.polynomial.Polynomial.fit(range(len(second_half)), second_half, 1).convert().coef[1]),
+        "part": "memory", "swaps": count, "requests": total["requests"], "failures": total["failures"], "resident_mib": resident,
+        "engines": engines, "more_engines": more,
     }  # fmt: skip
 
 
-def engines_left(server: int, wanted: int) -> set[int]:
-    """The processes that a server has started, when there are no more of them than wanted, or after `ENDS_S` seconds."""
+def engines_left(server: int, expected: int) -> set[int]:
+    """The processes that a server has started, when there are no more of them than expected, or after `ENDS_S` seconds."""
     end = time.monotonic() + ENDS_S
-    while len(started := family(server).keys() - {server}) > wanted and time.monotonic() < end:
+    while len(started := family(server).keys() - {server}) > expected and time.monotonic() < end:
         time.sleep(0.2)
-    return started
+    return set(started)
 
 
-def _empty(folder: Path) -> Path:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def measure(run: Run) -> Iterator[Row]:
+    output, cores, count = run.folder.resolve(), os.sched_getaffinity(0), run.options.memory_swaps
+    plan = {"plan": PLAN, "later_ms": LATER_MS, "workload": asdict(SEGMENT)}
+    yield run.row("swaps", partial(swaps, output, run.options.share, cores), **plan)
+    if count:
+        yield run.row("memory", partial(memory, output, count, cores), swaps=count, workload=asdict(CLASSIFY))
 
 
-def _server(workload: Workload, models: Path, port: int) -> Launch:
-    command = [
-        sys.executable, "-m", "muntin", "serve", str(models), "--host", HOST, "--http-port", str(port), "--no-grpc",
-        "--name", workload.name, "--threads", "2", "--max-batch", "4", "--trial", "50",
-    ]  # fmt: skip
-    return Launch(command=command, ready="/v2/health/ready")
+# Figures
 
 
-def _cache(output: Path) -> dict[str, str]:
-    return {"MUNTIN_CACHE": str((output / "cache").resolve())}
+def answers(rows: list[Row]) -> Iterator[Row]:
+    """A row for each kind of load: normal, without swaps, with swaps, and the classifier's."""
+    for row in rows:
+        loads = {"normal latency": row["normal"], "without swaps": row["control"]} if row["part"] == "swaps" else {}
+        loads[f"{len(row['loads'])} versions" if loads else f"{row['swaps']} swaps of a classifier"] = row
+        for name, load in loads.items():
+            wrong, late = load["failures"].get("wrong", 0), load.get("later")
+            counts = {"failed": sum(load["failures"].values()) - wrong, "wrong": wrong}
+            yield {**load, **counts, "load": name, "late": None if late is None else late / load["requests"], "swapping": load is row}
 
 
-def print_table(row: Row, held: Row | None) -> None:
-    normal = row["normal"]
-    print(f"{len(row['loads'])} versions at {row['rate']:.1f} requests/s ({row['saturation_per_s']:.1f} is the most):")
-    for load in row["loads"]:
-        outcome = load["outcome"] if load["status"] == 200 else f"{load['outcome']}, {load['status']}"
-        note = "" if load["as_due"] else f"  NOT AS DUE: {DUE[load['kind']]}"
-        print(f"  {load['version']:>3}  {load['kind']:<8} {outcome:<14} {load['seconds']:>6.1f} s{note}")
-    print(f"versions (goal 0): {row['not_as_due']} of {len(row['loads'])} not taken, refused or sent back as they should")
-    print(f"normal: p50 {normal['p50_ms']:.1f} ms, p99 {normal['p99_ms']:.1f} ms, worst {normal['worst_ms']:.1f} ms")
-    control = row["control"]
-    print(
-        f"no swaps: {control['later']} of {control['requests']} later than p99 + {LATER_MS:g} ms, worst {_told(control['worst_ms'])}, "
-        f"failures: {control['failures'] or 'none'}"
-    )
-    print(f"swapping: p99 {_told(row['p99_ms'])} at most, worst {_told(row['worst_ms'])}")
-    wrong = row["failures"].get("wrong", 0)
-    failed = sum(row["failures"].values()) - wrong
-    print(f"{row['requests']} requests (goal 0 each): {failed} failed, {wrong} wrong, {row['later']} later than p99 + {LATER_MS:g} ms")
-    if held is not None:
-        quarters = ", ".join(f"{mib:.1f}" for mib in held["quarters_mib"])
-        print(
-            f"{held['swaps']} swaps of a small model: {quarters} MiB (means of quarters), {held['mib_per_swap'] * 1024:+.1f} KiB a swap "
-            f"over the second half, {held['more_engines']} readings with more engines than one; {held['requests']} requests, failures: "
-            f"{held['failures'] or 'none'}"
+def versions(rows: list[Row]) -> Iterator[Row]:
+    """The versions with their outcomes, which the oldest documents say in the index alone."""
+    for row in (row for row in rows if row["part"] == "swaps"):
+        for load in row["loads"]:
+            yield {"outcome": outcome_of(load, sent_back(row["index"])), **load, "expected": DUE[load["kind"]]}
+
+
+def held(rows: list[Row]) -> Iterator[Row]:
+    """Memory: means of quarters, and the slope of the second half by least squares."""
+    for row in (row for row in rows if row["part"] == "memory"):
+        resident, half = row["resident_mib"], row["resident_mib"][row["swaps"] // 2 :]
+        slope = np.polynomial.Polynomial.fit(range(len(half)), half, 1).convert().coef[1]
+        quarters = ", ".join(f"{np.mean(part):.1f}" for part in np.array_split(resident, QUARTERS))
+        yield {**row, "first": resident[0], "last": resident[-1], "quarters": quarters, "kib": 1024 * float(slope)}
+
+
+def swapping(name: str) -> Callable[[Document], dict[str, float | None]]:
+    """A goal's cases: a figure of the loads during swaps."""
+    return lambda document: {row["load"]: row[name] for row in answers(document.rows) if row["swapping"]}
+
+
+def unexpected(document: Document) -> float:
+    return sum(row["outcome"] != row["expected"] for row in versions(document.rows))
+
+
+def growth(document: Document) -> float | None:
+    return next((row["kib"] for row in held(document.rows)), None)
+
+
+def told(text: str) -> Callable[[list[Document]], str]:
+    """A text with figures of the newest documents."""
+
+    def written(documents: list[Document]) -> str:
+        row = next(row for row in answers(documents[-1].rows) if row["swapping"])
+        took = [load["seconds"] for load in versions(documents[-1].rows) if load["outcome"] == "took over"]
+        grown = [(document.marks, kib) for document in documents if (kib := growth(document)) is not None]
+        marks, kib = grown[-1] if grown else ((), np.nan)
+        where = " in an earlier server; with today's it was not measured" if EARLIER in marks else ""
+        share = f"{100 * row['late']:.2g} %"
+        return text.format(**{**row, "late": share, "low": min(took), "high": max(took), "kib": kib, "where": where}).replace(
+            " 0 ", " none "
         )
 
+    return written
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-swap"))
-    parser.add_argument("--share", type=float, default=0.4, help="of what the server can do, that is asked of it")
-    parser.add_argument("--memory-swaps", type=int, default=200, help="swaps of the second part; 0: leave it out")
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
-    arguments = parser.parse_args()
-    if 0 < arguments.memory_swaps < QUARTERS:
-        parser.error(f"--memory-swaps {arguments.memory_swaps}: give at least {QUARTERS}, a reading for each quarter, or 0")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server that runs is stopped too
-    output = arguments.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    hardware = describe_hardware()  # before this process is bound to a core
-    usable = sorted(os.sched_getaffinity(0))
-    cores = (set(usable), {usable[-1]})
-    settings = {"share": arguments.share, "plan": PLAN, "later_ms": LATER_MS, "workload": asdict(WORKLOADS["segment"])}
-    row = kept_row(output / "swaps.json", settings, partial(swaps, output, arguments.share, cores), hardware=hardware)
-    held = None
-    if arguments.memory_swaps:
-        settings = {"swaps": arguments.memory_swaps, "workload": asdict(WORKLOADS["classify"])}
-        held = kept_row(output / "memory.json", settings, partial(memory, output, arguments.memory_swaps, cores), hardware=hardware)
-    if arguments.json:
-        print(json.dumps({"benchmark": "swap", "swaps": row, "memory": held}, indent=1))
-    else:
-        print_table(row, held)
 
+def newest(document: Document) -> str:
+    texts = [told("{load} under load, opened in {low:.2g} to {high:.2g} s: " + COUNTS + ", worst {worst_ms:.0f} ms")([document])]
+    return "; ".join(texts + [f"{row['swaps']} swaps: {row['first']:.0f} to {row['last']:.0f} MiB" for row in held(document.rows)])
+
+
+COUNTS = "{requests:,} answers, {failed} failed, {wrong} wrong, {late} late"
+BENCHMARK = Benchmark(
+    name="swap",
+    options=SwapOptions,
+    measure=measure,
+    about="""Server and load on both cores, 40 % of the server's saturation, 20 versions one after the other, five of them broken or dying.
+Late: later than the normal 99th percentile + 50 ms. Goals: no answer failed, wrong or late; every sound version takes over, every broken
+one is refused, and the two whose engines fail and die are sent back. Memory: resident, of the server and its engine's process; the slope of
+the second half's readings by least squares. What each swap leaves behind is not known.""",
+    newest=newest,
+    variant=lambda document: "20 versions" + " and memory" * (growth(document) is not None),
+    tables=(
+        Table(
+            columns=columns("load, requests, failed, wrong, late=later, share=late:.3%, p50=p50_ms:.1f, p99=p99_ms:.1f, max=worst_ms:.1f"),
+            rows=answers,
+        ),
+        Table(title="Versions", columns=columns("version, kind, outcome, expected, status, s=seconds:.1f"), rows=versions, paged=False),
+        Table(
+            title="Memory, MiB",
+            columns=columns("swaps, first:.1f, last:.1f, means of quarters=quarters, KiB a swap=kib:+.1f, more engines=more_engines"),
+            rows=held,
+        ),
+    ),
+    goals=(
+        Goal(name="failed", values=swapping("failed"), at_most=0, form="{:.0f}"),
+        Goal(name="wrong", values=swapping("wrong"), at_most=0, form="{:.0f}"),
+        Goal(name="late, of all", values=swapping("late"), at_most=0, form="{:.3%}"),
+        Goal(name="versions not taken, refused or sent back as expected", values=unexpected, at_most=0, form="{:.0f}"),
+        Goal(name="KiB a swap", values=growth, at_most=0, form="{:+.0f}"),
+    ),
+    blocks={
+        "M21": told("20 versions swapped under load: " + COUNTS + " (goal none)"),
+        "batcher": told("20 swaps, {failed} failed, {wrong} wrong, {late} late"),
+        "limits": told("Swaps delay some answers: {late} were late. Memory grew by some {kib:.0f} KiB a swap{where}."),
+    },
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,179 +1,163 @@
 """Quality and deployed latency by task, beside peers that are trained for the same minutes.
 
-    python benchmarks/tasks.py [--only encoders classify restore] [--seeds 3] [--minutes 2] [--output runs/benchmark-tasks] [--json]
+    python benchmarks/tasks.py [--only encoders classify restore] [--seeds 3] [--minutes 2]
 
     encoders   segmentation of the demonstration's photograph, from the same ImageNet encoder: hybrids, and segmentation_models_pytorch's
                Unet and FPN
-    classify   MNIST-5k, digits and a folder of pictures: hybrids and timm's small classifiers, from random weights
-    restore    denoising and double size, on photographs
-
-Each table is a module of `task_tables`, which is imported when it is needed, and holds
-
-    DESCRIPTION: str                     one line
-    MISSING: Callable[[], list[str]]     packages that it needs and that are not installed, as pip's names
-    measure(seed: int, minutes: float, folder: Path) -> list[Row]
-
-`measure` trains each model for `minutes` (wall clock, all stages together) in `folder`, deploys it, and returns a row a model:
-
-    {"data": str, "model": str, "quality": {NAME: float, ...}, "ms": {SIDE: float, ...}, "mb": float, "parameters": int, "deployed": str}
-
-`quality` is of the deployed form on the test split, under the metric's name (the first is the one that the goal is judged by, higher is
-better); figures of the model in floats may stand beside it. `ms` is the median latency of one picture, deployed, all models of a seed in
-one process, in turns. A row may hold more figures. `deployed` says in which form (`int8`, `bf16`, ...). A model that cannot be measured has
-{"data", "model", "cannot": REASON} in place of the figures. A model whose name begins with `hybrid` is ours; the others are its peers.
-
-A table's rows of a seed are kept in --output and are not measured again; rows of other minutes or another machine are refused. The goal for
-each data set: at least the best peer's quality at no more than half of that peer's latency.
-
-Needs `pip install '.[bench]'` from a checkout. Time: in encoders and classify a model takes twice --minutes (two learning rates) for each
-data set and seed, and some minutes for export. Run it alone.
+    classify   MNIST-5k, digits and tiles of the photograph: hybrids and timm's small classifiers, from random weights
+    restore    denoising and double size of photographs: hybrids, NAFNets, ESRGAN, and methods that are not trained
+The modules of `task_tables` say how. Models whose names begin with `hybrid` are ours. Needs `pip install '.[bench]'` from a checkout. Time:
+in encoders and classify a model takes twice --minutes (two learning rates) for each data set and seed, and some minutes for export. Run it
+alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from operator import sub, truediv
 from pathlib import Path
 from typing import Any
 
-from kept import Row, kept_row, now
-from muntin.runtime import describe_hardware
-from options import at_least
+from documents import Column, Document, Goal, Row, Table, columns, grouped, mean, seeds_of, spread
+from harness import Benchmark, Options, Run, main, option
 
 TABLES = {"encoders": "encoders", "classify": "classification", "restore": "restoration"}
 """Modules of `task_tables` by the names of the tables."""
-OURS = "hybrid"
-"""Beginning of the names of our models."""
 PROTOCOL = 1
 """Version of the rows."""
-LATENCY_SHARE = 0.5
-"""Most latency of ours, as a share of the peer's, that the goal allows."""
 
 
-def summarise(rows: list[Row]) -> list[Row]:
-    """One row a data set and model: means of all figures over the seeds, and the quality's standard deviation.
+@dataclass(frozen=True, kw_only=True)
+class TasksOptions(Options):
+    only: tuple[str, ...] = option(tuple(TABLES), "tables", choices=tuple(TABLES), selects=True)
+    seeds: int = option(3, "number of seeds", least=1, selects=True)
+    minutes: float = option(2.0, "wall-clock minutes of training of each model")
 
-    A model that could not be measured with one of the seeds says why in place of the figures.
-    """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["data"], row["model"]), []).append(row)
-    summary: list[Row] = []
-    for (data, model), of_seeds in groups.items():
-        if failed := [row["cannot"] for row in of_seeds if "cannot" in row]:
-            summary.append({"data": data, "model": model, "cannot": failed[0]})
-            continue
-        first = of_seeds[0]
-        values = {name: [row["quality"][name] for row in of_seeds] for name in first["quality"]}
-        summary.append({
-            "data": data, "model": model, "seeds": len(of_seeds),
-            "quality": {name: statistics.fmean(numbers) for name, numbers in values.items()},
-            "deviation": {name: statistics.stdev(numbers) if len(numbers) > 1 else None for name, numbers in values.items()},
-            "ms": {side: statistics.fmean(row["ms"][side] for row in of_seeds) for side in first["ms"]},
-            "mb": statistics.fmean(row["mb"] for row in of_seeds),
-            "parameters": first["parameters"], "deployed": sorted({row["deployed"] for row in of_seeds}),
-        })  # fmt: skip
-    return summary
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ValueError(f"--minutes {self.minutes:g}: give more than 0")
 
 
-def judge(summary: list[Row]) -> list[Row]:
-    """For each data set: ours with at least the best peer's quality and the least latency, and whether that is within the goal.
-
-    If none has the quality, ours with the best quality is named. None for a data set without a peer or without ours.
-    """
-    goals: list[Row] = []
-    for data in dict.fromkeys(row["data"] for row in summary):
-        measured = [row for row in summary if row["data"] == data and "cannot" not in row]
-        ours = [row for row in measured if row["model"].startswith(OURS)]
-        peers = [row for row in measured if not row["model"].startswith(OURS)]
-        if not ours or not peers:
-            goals.append({"data": data, "met": None, "reason": "no model of ours" if not ours else "no peer"})
-            continue
-        peer = max(peers, key=_quality)
-        good = [row for row in ours if _quality(row) >= _quality(peer)]
-        one = min(good, key=_latency) if good else max(ours, key=_quality)
-        share = _latency(one) / _latency(peer)
-        goals.append({
-            "data": data, "met": bool(good) and share <= LATENCY_SHARE, "model": one["model"], "peer": peer["model"],
-            "gain": _quality(one) - _quality(peer), "latency_share": share,
-        })  # fmt: skip
-    return goals
+def installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
-def _quality(row: Row) -> float:
-    return float(next(iter(row["quality"].values())))
+def measure(table: Any, seed: int, minutes: float, folder: Path) -> Row:
+    return {"rows": table.measure(seed, minutes, folder)}
 
 
-def _latency(row: Row) -> float:
-    return float(next(iter(row["ms"].values())))
+def rows(run: Run) -> Iterator[Row]:
+    for name in dict.fromkeys(run.options.only):
+        table = import_module(f"task_tables.{TABLES[name]}")
+        if missing := " ".join(package for package in table.REQUIRES if not installed(package)):
+            raise SystemExit(f"tasks.py: {name} needs {missing}: pip install {missing}, or leave it out by --only")
+        for seed in range(run.options.seeds):
+            make = partial(measure, table, seed, run.options.minutes, run.folder / name / str(seed))
+            kept = run.row(f"{name}/{seed}", make, protocol=PROTOCOL, table=name, seed=seed)
+            yield from ({"table": name, "seed": seed, **row, "created": kept["created"]} for row in kept["rows"])
 
 
-def print_table(name: str, summary: list[Row], goals: list[Row]) -> None:
-    print(f"\n{name}")
-    for row in summary:
-        place = f"{row['data']:<22}{row['model']:<32}"
-        if "cannot" in row:
-            print(f"{place}cannot: {row['cannot']}")
-            continue
-        quality = ", ".join(
-            f"{metric} {value:.4g}" + ("" if row["deviation"][metric] is None else f" ± {row['deviation'][metric]:.2g}")
-            for metric, value in row["quality"].items()
-        )
-        times = ", ".join(f"{ms:.3g} ms at {side}" for side, ms in row["ms"].items())
-        print(f"{place}{quality}; {times}; {row['mb']:.2f} MB, {row['parameters'] / 1e6:.2f} M, {' or '.join(row['deployed'])}")
-    for goal in goals:
-        if goal["met"] is None:
-            print(f"goal      {goal['data']}: not judged, {goal['reason']}")
-        else:
-            word = "met" if goal["met"] else "missed"
-            print(
-                f"goal      {goal['data']}: {word}: {goal['model']} has {goal['gain']:+.4g} beside {goal['peer']} "
-                f"in {goal['latency_share']:.0%} of its time"
-            )
+def summary(rows: list[Row]) -> Iterator[Row]:
+    """A row for each data set and model over the seeds. One that failed with a seed says why."""
+    failed = {(row["data"], row["model"]): row for row in rows if "cannot" in row}
+    for key, mine in grouped(rows, "data", "model").items():
+        if key not in failed:
+            first, ms = mine[0], {side: mean(mine, f"ms.{side}") for side in mine[0]["ms"]}
+            yield {
+                **{name: first.get(name) for name in ("table", "data", "model", "learning_rate")}, "mb": mean(mine, "mb"), "ms": ms,
+                "quality": {name: spread([row["quality"][name] for row in mine]) for name in first["quality"]},
+                "score": mean(mine, f"quality.{next(iter(first['quality']))}"), "latency": next(iter(ms.values())),
+                "millions": first["parameters"] / 1e6, "deployed": " or ".join(sorted({row["deployed"] for row in mine})),
+                "steps": ", ".join(str(row["steps"]) for row in mine if "steps" in row) or None,
+            }  # fmt: skip
+    yield from failed.values()
 
 
-def measure_table(name: str, seeds: int, minutes: float, folder: Path) -> list[Row]:
-    """The rows of a table, kept by seed."""
-    table: Any = import_module(f"task_tables.{TABLES[name]}")
-    if missing := table.MISSING():
-        sys.exit(f"tasks.py: {name} needs {', '.join(missing)}: pip install {' '.join(missing)}, or leave it out by --only")
-    hardware = describe_hardware()
-    rows: list[Row] = []
-    for seed in range(seeds):
-        print(f"{name}, seed {seed}", file=sys.stderr)
-        place = folder / name / str(seed)
-        settings = {"protocol": PROTOCOL, "table": name, "seed": seed, "minutes": minutes}
-
-        def make(seed: int = seed, place: Path = place) -> Row:
-            return {"rows": table.measure(seed, minutes, place)}
-
-        rows += kept_row(folder / name / f"{seed}.json", settings, make, hardware=hardware)["rows"]
-    return rows
+def all_columns(document: Document) -> tuple[Column, ...]:
+    found = [row for row in summary(document.rows) if "cannot" not in row]
+    names, sides = (dict.fromkeys(name for row in found for name in row[key]) for key in ("quality", "ms"))
+    figures = [f"{name}=quality.{name}" for name in names] + [f"ms at {side}=ms.{side}:.3g" for side in sides]
+    return columns(f"data, model, {', '.join(figures)}, M=millions:.2f, MB=mb:.2f, deployed, rate=learning_rate, steps")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
-    parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("--minutes", type=float, default=2.0, help="wall-clock minutes of training of each model")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-tasks"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    given = parser.parse_args()
-    if not given.minutes > 0:
-        parser.error(f"--minutes {given.minutes:g}: give more than 0")
-    document: dict[str, Any] = {}
-    for name in dict.fromkeys(given.only):
-        rows = measure_table(name, given.seeds, given.minutes, given.output)
-        summary = summarise(rows)
-        document[name] = {"summary": summary, "goals": judge(summary), "rows": rows}
-        if not given.json:
-            print_table(name, summary, document[name]["goals"])
-    if given.json:
-        print(json.dumps({"benchmark": "tasks", "hardware": describe_hardware(), "created": now(), "tables": document}, indent=1))
+def judged(document: Document) -> Iterator[tuple[str, Row, Row]]:
+    """For each data set with both: our fastest model with the best peer's quality, or the one of the best quality, and that peer."""
+    for (data,), found in grouped(summary(document.rows), "data").items():
+        ours, peers = ([row for row in found if row["model"].startswith("hybrid") is kind] for kind in (True, False))
+        if ours and peers:
+            peer = max(peers, key=lambda row: float(row["score"]))
+            good = [row for row in ours if row["score"] >= peer["score"]]
+            yield data, min(good, key=lambda row: float(row["latency"])) if good else max(ours, key=lambda row: float(row["score"])), peer
 
+
+def compared(figure: str, how: Callable[[float, float], float]) -> Callable[[Document], dict[str, float]]:
+    return lambda document: {data: how(ours[figure], peer[figure]) for data, ours, peer in judged(document)}
+
+
+def newest(document: Document) -> str:
+    def told(row: Row) -> str:
+        return f"{row['model']} {row['score']:.4g} in {row['latency']:.3g} ms"
+
+    return "; ".join(f"{data}: {told(ours)}, {told(peer)}" for data, ours, peer in judged(document))
+
+
+def pair(documents: list[Document], data: str, *names: str) -> tuple[list[float], list[float]]:
+    """Scores and latencies of two models on a data set, in the newest document that has them."""
+    for each in reversed(documents):
+        found = {row["model"]: row for row in summary(each.rows) if row["data"] == data and "cannot" not in row}
+        if set(names) <= set(found):
+            scores, latencies = ([float(found[name][figure]) for name in names] for figure in ("score", "latency"))
+            return scores, latencies
+    raise LookupError(f"no document has {names} on {data}")
+
+
+def last_stage(documents: list[Document]) -> str:
+    scores, ms = pair(documents, "noise 25", "hybrid-xs, to half", "hybrid-xs, to a quarter")
+    return f"{scores[0]:.1f} dB for {scores[1]:.1f} in {ms[0]:.1f} and {ms[1]:.1f} ms"
+
+
+def denoising(documents: list[Document]) -> str:
+    (nafnet, quarter), _ = pair(documents, "noise 25", "nafnet-16", "hybrid-xs, to a quarter")
+    return f"{nafnet - quarter:.1f} dB behind a small NAFNet"
+
+
+def double_size(documents: list[Document]) -> str:
+    scores, ms = pair(documents, "double size", "nafnet-16", "hybrid-xs, to half")
+    return f"{scores[0] - scores[1]:.2f} dB behind it, in {100 * ms[1] / ms[0]:.0f} % of its time"
+
+
+def small_images(documents: list[Document]) -> str:
+    times = (pair(documents, data, "hybrid-xxs", "resnet18")[1] for data in ("mnist-5k", "digits"))
+    shares = sorted(100 * ours / peer for ours, peer in times)
+    return f"{shares[0]:.0f} to {shares[1]:.0f} % of a resnet18's time"
+
+
+BENCHMARK = Benchmark(
+    name="tasks",
+    options=TasksOptions,
+    measure=rows,
+    about="""Each model is trained for the same minutes (at each of its learning rates) and deployed in the form that is fastest within half
+a point (0.1 dB) on validation. The first quality column is of the deployed form on the test split: mIoU, top-1 or PSNR in dB (± standard
+deviation over seeds); ms is one image, all models of a seed in turns; steps are those of each seed. The hybrids of restoration are no
+presets: the first was the best of seven structures on validation. Goals: for each data set at least the best peer's quality at no more
+than half of its latency; ours is the fastest model with that quality, or the one of the best quality if there is none.""",
+    newest=newest,
+    n=seeds_of,
+    variant=lambda document: f"{', '.join(dict.fromkeys(row['table'] for row in document.rows))}, {document.settings['minutes']:g} min",
+    tables=(Table(columns=all_columns, rows=summary),),
+    goals=(
+        Goal(name="quality ahead of the best peer", values=compared("score", sub), at_least=0),
+        Goal(name="latency over the best peer's", values=compared("latency", truediv), at_most=0.5, form="{:.0%}"),
+    ),
+    blocks={"M5": last_stage, "denoising": denoising, "double_size": double_size, "small_images": small_images},
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

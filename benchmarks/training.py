@@ -1,45 +1,29 @@
 """Measure what each lever of training gains and costs, alone and all together: images a second, memory, loss after equal steps.
 
-    python benchmarks/training.py [--models hybrid-s dense-s] [--sides 256 512] [--steps 60] [--warm-up 6] [--batch 8] [--threads N]
-                                  [--levers bf16 ...] [--peers] [--output runs/benchmark-training] [--json]
+    python benchmarks/training.py [--models hybrid-s dense-s] [--sides 256 512] [--steps 60] [--warm-up 6] [--levers bf16 ...] [--peers]
 
 Data are the demonstration's (source earth), the model and the optimiser (Muon and AdamW) those of its recipe. Every row trains for the
-same steps on the same crops, in a process of its own:
-    baseline        FP32, eager, contiguous tensors, all activations kept, crops cut between steps, no chunks
-    bf16            products in BF16 (autocast)
-    channels last   kernels and images in channels-last order
-    compile         torch.compile
-    allocator       freed memory kept in the process (glibc)
-    prefetch        crops cut in a thread while a step computes
-    chunked         the loss within 16 MiB of temporaries
-    selective, full what checkpointing recomputes; chunked loss, and operators in chunks of 16 MiB (full)
-    all, compiled   `muntin fit` with BF16 where it is faster, compiled
-    all, selective  the same with checkpointing instead of the compiler; `all, full` likewise; `all` without either
-    fabric, accelerate   (`--peers`) the same model, loss, optimiser and crops trained by Lightning Fabric and by Accelerate, each in
-                    its mixed precision where BF16 is faster, with a DataLoader of one worker; if they are installed
-
-    images/s        of the steps after the warm-up, waiting for crops and optimiser included
-    MiB             peak of the process minus what it held before the first step (allocated tensors on CUDA)
-    loss            mean of the last ten steps; `loss %` its difference from the baseline's
-    gain, memory %  images/s and MiB over the baseline's
-
-Goals: all together 4 times the images a second where the CPU has BF16 matrix units (AMX), elsewhere 80 % of the machine's own BF16/FP32
-ratio, which is printed; at most half of the memory; the loss within 1 %; not slower than the peers. Rows measured already are not
-measured again. Time on two cores: one to ten minutes a row, by model and side; run it alone.
+same steps on the same crops, in a process of its own. The baseline is FP32, eager, with contiguous tensors, all activations kept, crops cut
+between steps, and no chunks. The levers: `bf16` (autocast), `channels last` (kernels and images), `compile` (torch.compile), `allocator`
+(freed memory kept in the process, glibc), `prefetch` (crops cut in a thread meanwhile), `chunked` (the loss within 16 MiB of temporaries),
+checkpointing `selective` and `full` (with chunks). `all` is `muntin fit` with BF16 where it is faster; `compiled`, `selective` and `full`
+are added to that. `--peers`: the same model, loss, optimiser and crops trained by Lightning Fabric and by Accelerate, each in its mixed
+precision where BF16 is faster, with a DataLoader of one worker. Images a second are of the steps after the warm-up, waiting for crops and
+optimiser included; MiB is the peak of the process minus what it held before the first step (allocated tensors on CUDA); the loss is the
+mean of the last ten steps. Time on two cores: one to ten minutes a row, by model and side. Run it alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import subprocess
-import sys
+import math
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -48,10 +32,10 @@ import torch
 from torch import Tensor, nn
 
 import muntin
-from kept import Row, kept_row, now
+from crossed import crossed
+from documents import Document, Goal, Row, Table, columns
+from harness import Benchmark, Options, Run, apart, at_least, main, option
 from muntin.data import Crops, open_source, prefetch
-from muntin.runtime import describe_hardware
-from muntin.training.config import Checkpointing
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.loss import Loss
 from muntin.training.memory.checkpointing import OPERATOR_MEMORY, ActivationCheckpointing
@@ -61,27 +45,19 @@ from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import MIN_GAIN, TrainingPrecision, cpu_computes_bf16, resolve_precision
 from muntin.training.recipe import Recipe
 from muntin.training.trainer import Trainer
-from options import at_least
 from resumed import demo_recipe
 
-LEVERS: dict[str, dict[str, Any]] = {
+LEVERS: dict[str, Row] = {
     "baseline": {},
-    "bf16": {"bf16": True},
-    "channels last": {"channels_last": True},
-    "compile": {"compile": True},
-    "allocator": {"allocator": True},
-    "prefetch": {"prefetch": True},
-    "chunked": {"chunked": True},
-    "selective": {"checkpointing": "selective", "chunked": True},
-    "full": {"checkpointing": "full", "chunked": True},
+    **{name: {name.replace(" ", "_"): True} for name in ("bf16", "channels last", "compile", "allocator", "prefetch", "chunked")},
+    **{name: {"checkpointing": name, "chunked": True} for name in ("selective", "full")},
     "all": {"fit": {}},
     "all, compiled": {"fit": {"compile": True}},
-    "all, selective": {"fit": {"checkpointing": "selective"}},
-    "all, full": {"fit": {"checkpointing": "full"}},
+    **{f"all, {name}": {"fit": {"checkpointing": name}} for name in ("selective", "full")},
 }
+FIT = [name for name, lever in LEVERS.items() if "fit" in lever]
 PEERS = {"fabric": "lightning_fabric", "accelerate": "accelerate"}
 """Rows of other trainers, and the modules that they need."""
-GOALS = {"gain_with_matrix_units": 4.0, "share_of_ratio": 0.8, "memory": 0.5, "loss": 0.01}
 Step = Callable[[int, Tensor, Tensor], float]
 
 
@@ -102,28 +78,14 @@ def bf16_gain() -> float:
     return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def plain_step(recipe: Recipe, model: nn.Module, flags: Row, device: str) -> Step:
-    """One step of a plain PyTorch loop, with one lever or none."""
-    config = recipe.training
-    precision = resolve_precision("bf16" if flags.get("bf16") else "fp32", device)
-    model = model.to(device).train()
-    if flags.get("channels_last"):
-        channels_last(model)
-    order = torch.channels_last if flags.get("channels_last") else torch.contiguous_format
-    level: Checkpointing = flags.get("checkpointing", "none")
-    ActivationCheckpointing(model).apply_all(level, OPERATOR_MEMORY if level == "full" else None)
-    average, optimizer = WeightAverage(model, config.average), make_optimizer(model, config)
-    loss = Loss(task=recipe.task, overlap=config.overlap_loss, memory=OPERATOR_MEMORY if flags.get("chunked") else None)
-    forward = torch.compile(model, dynamic=False) if flags.get("compile") else model
+def loop_step(recipe: Recipe, model: nn.Module, gradient: Callable[[Tensor, Tensor], Tensor], optimizer: Any) -> Step:
+    """One step of a loop in which `gradient` computes the loss and the clipped gradient."""
+    config, average = recipe.training, WeightAverage(model, recipe.training.average)
 
     def step(number: int, images: Tensor, target: Tensor) -> float:
         for group in optimizer.param_groups:
             group["lr"] = config.rate_at((number + 0.5) / config.steps)
-        with precision.autocast():
-            scores = forward(images.to(device, torch.float32, memory_format=order))
-        value = loss(scores, target.to(device))
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        value = gradient(images, target)
         optimizer.step()
         optimizer.zero_grad()
         average.update(model, number)
@@ -132,21 +94,33 @@ def plain_step(recipe: Recipe, model: nn.Module, flags: Row, device: str) -> Ste
     return step
 
 
-def fit_step(recipe: Recipe, model: nn.Module, device: str) -> Step:
-    """One step of `muntin fit`."""
-    trainer = Trainer(model, recipe.training, task=recipe.task, precision=faster_precision(device), seed=recipe.seed)
+def plain_step(recipe: Recipe, model: nn.Module, flags: Row, device: str) -> Step:
+    """One step of a plain PyTorch loop, with one lever or none."""
+    precision = resolve_precision("bf16" if flags.get("bf16") else "fp32", device)
+    model = model.to(device).train()
+    order = torch.channels_last if flags.get("channels_last") else torch.contiguous_format
+    if flags.get("channels_last"):
+        channels_last(model)
+    level = flags.get("checkpointing", "none")
+    ActivationCheckpointing(model).apply_all(level, OPERATOR_MEMORY if level == "full" else None)
+    loss = Loss(task=recipe.task, overlap=recipe.training.overlap_loss, memory=OPERATOR_MEMORY if flags.get("chunked") else None)
+    forward = torch.compile(model, dynamic=False) if flags.get("compile") else model
 
-    def step(number: int, images: Tensor, target: Tensor) -> float:
-        return trainer.update(number, images, target, done=(number + 0.5) / recipe.training.steps)
+    def gradient(images: Tensor, target: Tensor) -> Tensor:
+        with precision.autocast():
+            scores = forward(images.to(device, torch.float32, memory_format=order))
+        value = loss(scores, target.to(device))
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.training.clip)
+        return value
 
-    return step
+    return loop_step(recipe, model, gradient, make_optimizer(model, recipe.training))
 
 
 def peer_step(name: str, recipe: Recipe, model: nn.Module, device: str) -> Step:
     """One step by Lightning Fabric or by Accelerate: their precision, backward and clipping; the rest as in `plain_step`."""
-    config, sixteen = recipe.training, faster_precision(device).dtype is torch.bfloat16
-    loss = Loss(task=recipe.task, overlap=config.overlap_loss)
-    average, optimizer = WeightAverage(model, config.average), make_optimizer(model, config)
+    sixteen, optimizer = faster_precision(device).dtype is torch.bfloat16, make_optimizer(model, recipe.training)
+    loss = Loss(task=recipe.task, overlap=recipe.training.overlap_loss)
     trainer: Any
     if name == "fabric":
         from lightning_fabric import Fabric
@@ -154,53 +128,38 @@ def peer_step(name: str, recipe: Recipe, model: nn.Module, device: str) -> Step:
         trainer = Fabric(accelerator=device, devices=1, precision="bf16-mixed" if sixteen else "32-true")
         trainer.launch()
         wrapped, prepared = trainer.setup(model, optimizer)
+        clip = partial(trainer.clip_gradients, wrapped, prepared, max_norm=recipe.training.clip)
     else:
         from accelerate import Accelerator
 
         trainer = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if sixteen else "no")
         wrapped, prepared = trainer.prepare(model, optimizer)
+        clip = partial(trainer.clip_grad_norm_, wrapped.parameters(), recipe.training.clip)
     wrapped.train()
 
-    def step(number: int, images: Tensor, target: Tensor) -> float:
-        for group in optimizer.param_groups:
-            group["lr"] = config.rate_at((number + 0.5) / config.steps)
+    def gradient(images: Tensor, target: Tensor) -> Tensor:
         value = loss(wrapped(images.to(device, torch.float32)), target.to(device))
         trainer.backward(value)
-        if name == "fabric":
-            trainer.clip_gradients(wrapped, prepared, max_norm=config.clip)
-        else:
-            trainer.clip_grad_norm_(wrapped.parameters(), config.clip)
-        prepared.step()
-        prepared.zero_grad()
-        average.update(model, number)
-        return float(value.detach())
+        clip()
+        return value
 
-    return step
+    return loop_step(recipe, model, gradient, prepared)
 
 
-def loaded(crops: Crops, steps: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """The crops by a DataLoader with one worker."""
-
-    class Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-        def __len__(self) -> int:
-            return steps
-
-        def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-            return crops.batch(step)
-
-    return enumerate(torch.utils.data.DataLoader(Batches(), batch_size=None, num_workers=1))
+def fit_step(recipe: Recipe, model: nn.Module, device: str) -> Step:
+    """One step of `muntin fit`."""
+    trainer = Trainer(model, recipe.training, task=recipe.task, precision=faster_precision(device), seed=recipe.seed)
+    return lambda number, images, target: trainer.update(number, images, target, done=(number + 0.5) / recipe.training.steps)
 
 
-def measure(name: str, settings: Row) -> Row:
+def measure(name: str, model_name: str, side: int, options: TrainingOptions) -> Row:
     """Train one row in this process."""
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    flags = LEVERS.get(name, {})
-    steps, warm_up = settings["steps"], settings["warm_up"]
-    changes = {"data.crop": settings["side"], "model.name": settings["model"], "training.batch_size": settings["batch"], "seed": 0}
-    changes |= {"training.steps": steps, **{f"training.{key}": value for key, value in flags.get("fit", {}).items()}}
-    recipe = demo_recipe(changes)
+    flags, steps = LEVERS.get(name, {}), options.steps
+    changes = {"data.crop": side, "model.name": model_name, "training.batch_size": options.batch, "seed": 0, "training.steps": steps}
+    recipe = demo_recipe(changes | {f"training.{key}": value for key, value in flags.get("fit", {}).items()})
     source = open_source(recipe.data, root=Path.cwd())
     crops = Crops(
         source.split("train"), task=recipe.task, crop=recipe.data.crop, batch_size=recipe.training.batch_size, seed=recipe.seed,
@@ -208,132 +167,150 @@ def measure(name: str, settings: Row) -> Row:
     )  # fmt: skip
     torch.manual_seed(recipe.seed)
     model = muntin.create_model(recipe.model.name, task=recipe.task, classes=len(source.classes))
+    batches: Any = ((number, crops.batch(number)) for number in range(steps))
     if name in PEERS:
         step = peer_step(name, recipe, model, device)
+        batches = enumerate(torch.utils.data.DataLoader(range(steps), batch_size=None, num_workers=1, collate_fn=crops.batch))
     else:
         step = fit_step(recipe, model, device) if "fit" in flags else plain_step(recipe, model, flags, device)
-    ahead = "fit" in flags or flags.get("prefetch")
-    batches: Any = ((number, crops.batch(number)) for number in range(steps))
-    if ahead or name in PEERS:
-        batches = prefetch(crops.batch, 0, steps) if ahead else loaded(crops, steps)
+        if "fit" in flags or flags.get("prefetch"):
+            batches = prefetch(crops.batch, 0, steps)
     losses: list[float] = []
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(keep_freed_memory() if "fit" in flags or flags.get("allocator") else nullcontext())
         watch = stack.enter_context(watch_peak(device))
         for number, (images, target) in batches:
-            if number == warm_up:
+            if number == options.warm_up:
                 started = time.perf_counter()
             losses.append(step(number, images, target))
         seconds = time.perf_counter() - started
-    images_per_s = (steps - warm_up) * recipe.training.batch_size / seconds
+    images_per_s = (steps - options.warm_up) * recipe.training.batch_size / seconds
     return {"images_per_s": images_per_s, "peak_bytes": watch.peak, "loss": fmean(losses[-10:]), "first_loss": losses[0], "device": device}
 
 
-def in_process(name: str, settings: Row) -> Row:
-    """Measure one row in a process of its own. A failure is a row, too."""
-    command = [sys.executable, __file__, "--row", json.dumps([name, settings])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603 - this file
-    if done.returncode:
-        return {"cannot": f"exit code {done.returncode}; its error is above"}
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
+    models: tuple[str, ...] = option(("hybrid-s", "dense-s"), "networks", selects=True)
+    sides: tuple[int, ...] = option((256, 512), "sides of the crops, pixels", least=32, selects=True)
+    levers: tuple[str, ...] = option(tuple(LEVERS), "rows; the baseline is always one", choices=list(LEVERS), selects=True)
+    peers: bool = option(False, "also Lightning Fabric and Accelerate, if they are installed", selects=True)
+    steps: int = option(60, "steps of a row", least=2)
+    warm_up: int = option(6, "steps that are not timed", least=1)
+    batch: int = option(8, "crops a step", least=1)
+    threads: int | None = option(None, "threads of PyTorch; its own choice unless given", parse=at_least(1))
+
+    def __post_init__(self) -> None:
+        if self.warm_up >= self.steps:
+            raise ValueError(f"--warm-up {self.warm_up}: give less than --steps {self.steps}")
 
 
-def compared(rows: dict[str, Row], ratio: float | None, matrix_units: bool) -> Row:
-    """Gains over the baseline, and the goals. `ratio`: speed of BF16 products over FP32."""
-    base = rows.get("baseline")
-    if base is None or "cannot" in base:
-        return {}
-    figures = {
-        name: {
-            "gain": row["images_per_s"] / base["images_per_s"],
-            "memory": row["peak_bytes"] / base["peak_bytes"] if row["peak_bytes"] and base["peak_bytes"] else None,
-            "loss": row["loss"] / base["loss"] - 1,
-        }
-        for name, row in rows.items()
-        if "cannot" not in row
-    }
-    together = [name for name in figures if "fit" in LEVERS.get(name, {})]
-    if not together:
-        return {"figures": figures}
-    gain_goal = GOALS["gain_with_matrix_units"] if matrix_units or ratio is None else GOALS["share_of_ratio"] * ratio
-    gain = max(figures[name]["gain"] for name in together)
-    memory = min((figures[name]["memory"] for name in together if figures[name]["memory"] is not None), default=None)
-    peers = {name: gain >= figures[name]["gain"] for name in PEERS if name in figures}
-    loss = max(abs(figures[name]["loss"]) for name in together)
-    goals = {
-        "gain": [gain, gain_goal, gain >= gain_goal],
-        "memory": [memory, GOALS["memory"], memory is not None and memory <= GOALS["memory"]],
-        "loss": [loss, GOALS["loss"], loss <= GOALS["loss"]],
-        "not_slower_than": peers,
-    }
-    return {"figures": figures, "goals": goals}
-
-
-def show(title: str, rows: dict[str, Row], result: Row) -> None:
-    print(f"\n{title}\n{'':<16}{'images/s':>10}{'gain':>7}{'MiB':>8}{'memory %':>10}{'loss':>8}{'loss %':>8}")
-    for name, row in rows.items():
-        if "cannot" in row:
-            print(f"{name:<16}cannot: {row['cannot']}")
+def rows(run: Run) -> Iterator[Row]:
+    options = run.options
+    if cpu_computes_bf16() and not torch.cuda.is_available():
+        yield {"part": "machine", "bf16_over_fp32": [bf16_gain()]}
+    names = [*dict.fromkeys(["baseline", *options.levers]), *(PEERS if options.peers else ())]
+    for model, side, name in product(options.models, options.sides, names):
+        case = {"part": "training", "model": model, "side": side, "row": name}
+        case |= {"steps": options.steps, "warm_up": options.warm_up, "batch": options.batch}
+        if name in PEERS and importlib.util.find_spec(PEERS[name]) is None:
+            yield {**case, "cannot": f"not installed: pip install {PEERS[name].replace('_', '-')}"}
             continue
-        figures = result.get("figures", {}).get(name, {})
-        mib = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
-        cells = [
-            f"{figures[key] * 100:.{digits}f}" if figures.get(key) is not None else "-" for key, digits in (("memory", 0), ("loss", 1))
-        ]
-        gain = f"{figures['gain']:.2f}" if figures else "-"
-        print(f"{name:<16}{row['images_per_s']:>10.2f}{gain:>7}{mib:>8}{cells[0]:>10}{row['loss']:>8.4f}{cells[1]:>8}")
-    for name, goal in result.get("goals", {}).items():
-        print(f"goal {name}: {goal}")
+        measured = partial(apart, measure, name, model, side, options)
+        yield {**case, **run.row(f"{model}-{side}/{name}", measured, levers=LEVERS.get(name, name))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["hybrid-s", "dense-s"])
-    parser.add_argument("--sides", nargs="+", type=at_least(32), default=[256, 512])
-    parser.add_argument("--levers", nargs="+", choices=list(LEVERS), default=list(LEVERS), help="rows; the baseline is always one")
-    parser.add_argument("--peers", action="store_true", help="also Lightning Fabric and Accelerate, if they are installed")
-    for name, default, least in (("steps", 60, 2), ("warm-up", 6, 1), ("batch", 8, 1)):
-        parser.add_argument(f"--{name}", type=at_least(least), default=default)
-    parser.add_argument("--threads", type=at_least(1), default=None)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark-training"))
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of the tables")
-    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.row:
-        print(json.dumps(measure(*given.row)))
-        return
-    if given.warm_up >= given.steps:
-        raise SystemExit(f"--warm-up {given.warm_up}: give less than --steps {given.steps}")
-    hardware = describe_hardware()
-    names = list(dict.fromkeys(["baseline", *given.levers]))
-    missing = [name for name, module in PEERS.items() if given.peers and importlib.util.find_spec(module) is None]
-    names += [name for name in PEERS if given.peers and name not in missing]
-    ratio = bf16_gain() if cpu_computes_bf16() and not torch.cuda.is_available() else None
-    documents = []
-    for model in given.models:
-        for side in given.sides:
-            common = {"model": model, "side": side, "steps": given.steps, "warm_up": given.warm_up, "batch": given.batch}
-            rows = {}
-            for name in names:
-                settings = {**common, "threads": given.threads, "row": name, "levers": LEVERS.get(name, name)}
-                path = given.output / f"{model}-{side}" / f"{name.replace(', ', '-').replace(' ', '-')}.json"
-                rows[name] = kept_row(path, settings, partial(in_process, name, settings), hardware=hardware)
-            result = compared(rows, ratio, "amx_bf16" in hardware["features"])
-            documents.append({**common, "rows": rows, **result})
-            if not given.json:
-                show(f"{model} at {side}x{side}, batches of {given.batch}, {given.steps} steps", rows, result)
-    summary = {"bf16_over_fp32": ratio, "least_gain_of_auto": MIN_GAIN, "peers_missing": missing, "hardware": hardware, "created": now()}
-    if given.json:
-        print(json.dumps({"benchmark": "training", "results": documents, **summary}, indent=1))
-        return
-    words = (
-        "no BF16 products" if ratio is None else f"multiplies {ratio:.2f} times as fast in BF16 as in FP32 (auto takes it from {MIN_GAIN})"
+def compared(found: list[Row]) -> list[Row]:
+    """Rows of trainings with their speed, memory and loss over the baseline's of the same network and size."""
+    rows = [{**row, "crops": f"{row['model']} {row['side']}²"} for row in found if row["part"] == "training"]
+    base = {row["crops"]: row for row in rows if row["row"] == "baseline" and "cannot" not in row}
+    for row in rows:
+        if "cannot" not in row and (other := base.get(row["crops"])):
+            row |= {"gain": row["images_per_s"] / other["images_per_s"], "change": row["loss"] / other["loss"] - 1}
+            row["memory"] = row["peak_bytes"] / other["peak_bytes"] if row["peak_bytes"] and other["peak_bytes"] else None
+    return rows
+
+
+def extreme(figure: str, names: Iterable[str], document: Document) -> dict[str, float]:
+    """By network and size over some rows: the highest gain, the least memory, the largest change of the loss."""
+    values: dict[str, list[float]] = {}
+    for row in compared(document.rows):
+        if row["row"] in names and row.get(figure) is not None:
+            values.setdefault(row["crops"], []).append(abs(row[figure]))
+    return {crops: min(each) if figure == "memory" else max(each) for crops, each in values.items()}
+
+
+def over_peers(document: Document) -> dict[str, float]:
+    ours, peers = extreme("gain", FIT, document), {name: extreme("gain", [name], document) for name in PEERS}
+    return {f"{crops}, {name}": ours[crops] / gain for name, gains in peers.items() for crops, gain in gains.items() if crops in ours}
+
+
+def machine(found: list[Row]) -> list[Row]:
+    return [row for row in found if row["part"] == "machine"]
+
+
+def over_ratio(document: Document) -> dict[str, float]:
+    """Gains over those of BF16 products; none of a machine that has matrix units for them, or no BF16."""
+    ratios = max((row["bf16_over_fp32"] for row in machine(document.rows) if "amx_bf16" not in document.machine["features"]), default=None)
+    return {crops: gain / max(ratios) for crops, gain in extreme("gain", FIT, document).items()} if ratios else {}
+
+
+def span(document: Document, figure: str, *names: str) -> str:
+    """The lowest and the highest gain, or percent of memory saved, of some rows."""
+    values, form = list(extreme(figure, names, document).values()) or [math.nan], "{:.2f}"
+    if figure == "memory":
+        values, form = [100 * (1 - value) for value in values], "{:.0f}"
+    return f"{form.format(min(values))} to {form.format(max(values))}"
+
+
+def newest(document: Document) -> str:
+    gains = ", ".join(f"{crops} {gain:.2f}" for crops, gain in extreme("gain", FIT, document).items())
+    memory = span(document, "memory", "all, full")
+    return f"all levers together, times the images a second of plain PyTorch: {gains}; with everything recomputed {memory} % less memory"
+
+
+def speed(documents: list[Document]) -> str:
+    low, *_, high = sorted(machine(documents[-1].rows)[0]["bf16_over_fp32"] * 2)
+    gain, prefetched = span(documents[-1], "gain", *FIT), span(documents[-1], "gain", "prefetch")
+    return (
+        f"all levers together: {gain} times plain PyTorch. This CPU multiplies {low:.2f} to {high:.2f} times as fast in BF16 as in FP32. "
+        f"Prefetching batches alone: {prefetched}"
     )
-    print(f"\n{hardware['cpu']}, torch {hardware.get('torch')}: {words}; {now()}")
-    for name in missing:
-        print(f"{name} is not installed: pip install {'lightning-fabric' if name == 'fabric' else name}")
 
+
+def memory(documents: list[Document]) -> str:
+    selective, full = (span(documents[-1], "memory", name) for name in ("all, selective", "all, full"))
+    gain = span(documents[-1], "gain", "all, full")
+    return f"with all levers: {selective} % less with `selective`, {full} % with `full`, at {gain} times the baseline's speed"
+
+
+def cell(row: Row) -> str:
+    texts = [f"{row['images_per_s']:.2f}", f"{(row['peak_bytes'] or 0) / 2**20:,.0f} MiB", f"{row['loss']:.4f}"]
+    shares = (("gain", ".2f"), ("memory", ".0%"), ("change", "+.1%"))
+    return ", ".join(text + (f" ({row[key]:{form}})" if row.get(key) else "") for text, (key, form) in zip(texts, shares, strict=True))
+
+
+BENCHMARK = Benchmark(
+    name="training",
+    options=TrainingOptions,
+    measure=rows,
+    about="""Images a second, MiB beyond those before the first step, and loss, each with what it is over the baseline's, plain PyTorch in
+FP32. Goals of all levers together: 4 times the images a second where the CPU has matrix units for BF16, elsewhere 80 % of the machine's
+own BF16/FP32 ratio; at most half of the memory; the loss within 1 %; not slower than Lightning Fabric and Accelerate.""",
+    newest=newest,
+    tables=(
+        crossed("row", "crops", cell, select=compared),
+        Table(columns=columns("BF16 products over FP32=bf16_over_fp32"), rows=machine),
+    ),
+    goals=(
+        Goal(name="gain", values=lambda each: {} if over_ratio(each) else extreme("gain", FIT, each), at_least=4, form="{:.2f}"),
+        Goal(name="gain over the BF16/FP32 ratio", values=over_ratio, at_least=0.8, form="{:.2f}"),
+        Goal(name="share of the memory", values=partial(extreme, "memory", FIT), at_most=0.5, form="{:.0%}"),
+        Goal(name="change of the loss", values=partial(extreme, "change", FIT), at_most=0.01, form="{:.2%}"),
+        Goal(name="speed over the peers'", values=over_peers, at_least=1, form="{:.2f}"),
+    ),
+    blocks={"M10": speed, "M12": memory},
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK, __doc__)

@@ -1,1 +1,1 @@
-"""Parts of architectures.py: the list of models, real pictures, configurations of transformers, and the measurement of one model."""
+"""Parts of architectures.py: real images, configurations of transformers, and the measurement of one model."""

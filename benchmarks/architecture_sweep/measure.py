@@ -6,14 +6,14 @@ Axes: B images, C channels, H W map, K scores.
 from __future__ import annotations
 
 import importlib
-import json
 import resource
-import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,77 +22,63 @@ from torch import Tensor, nn
 
 import muntin
 from architecture_sweep import hugging_face
-from architecture_sweep.entries import Entry
 from architecture_sweep.pictures import real_pictures
+from documents import Row
 from muntin.artifact import AnyArtifact
 from muntin.errors import DependencyError, MuntinError
 from muntin.runtime.engines.onnx_nodes import is_node_of
 from muntin.runtime.host.quiet_imports import openvino
+from quantizer_peers.jobs import nncf_job
 
 SEED = 0
 CALIBRATION, HELD_OUT = 24, 32
 BATCH = 8
-PHASES = {
-    "muntin.deployment.export": {
-        "to_onnx": "capture", "calibrate": "quantise", "write_checked": "check", "graph_pairs": "check", "check_independence": "check",
-    },
-    "muntin.graph.artifacts.export": {"calibrate": "quantise", "write_checked_tensors": "check", "golden_pairs": "check"},
-}  # fmt: skip
-"""Functions of an export that are timed, by module. What they leave is the search for sizes, and PyTorch's own calls."""
-NNCF_JOB = Path(__file__).parents[1] / "quantizer_peers" / "nncf_job.py"
 AGREES_DB = 10.0
-"""Signal over noise of an artefact that agrees."""
+"""Signal over noise of an artifact that agrees."""
+PHASES = {f"muntin.deployment.export.{name}": "check" for name in ("write_checked", "graph_pairs", "check_independence")}
+PHASES |= {f"muntin.graph.artifacts.export.{name}": "check" for name in ("write_checked_tensors", "golden_pairs")}
+PHASES |= {f"muntin.{module}.export.calibrate": "quantise" for module in ("deployment", "graph.artifacts")}
+PHASES |= {"muntin.deployment.export.to_onnx": "capture"}
+"""Functions of an export that are timed. The remaining time is the search for sizes, and PyTorch's own calls."""
 Array = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
-Row = dict[str, Any]
 
 
-def measure(entry: Entry, folder: Path, nncf_python: str | None = None) -> Row:
-    """Return the row of a model: `outcome` is exported, refused, failed or missing; the others have figures or a `reason`.
+def measure(source: str, size: int | None, folder: Path, nncf_python: str | None = None) -> Row:
+    """Return the row of a model: `outcome` is exported, or refused, failed or missing with the reason as `cannot`.
 
     `nncf_python`: interpreter with NNCF, which quantises the image models that do not agree, as a second opinion.
     """
-    started = time.perf_counter()
-    seconds: dict[str, float] = {}
+    started, seconds = time.perf_counter(), dict[str, float]()
     try:
         with _timed(seconds):
-            row = _measure_tensors(entry, folder, seconds) if entry.kind == "onnx" else _measure_images(entry, folder, seconds, nncf_python)
+            row = (
+                _of_tensors(source, folder, seconds)
+                if source.startswith("onnx:")
+                else _of_images(source, size, folder, seconds, nncf_python)
+            )
     except DependencyError as error:
-        row = {"outcome": "missing", "reason": str(error)}
+        row = {"outcome": "missing", "cannot": str(error)}
     except MuntinError as error:
-        row = {"outcome": "refused", "reason": f"{type(error).__name__}: {error}"}
+        row = {"outcome": "refused", "cannot": f"{type(error).__name__}: {error}"}
     except (MemoryError, Exception) as error:  # noqa: BLE001 - a traceback is what this benchmark looks for
-        row = {"outcome": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", "at": _place(error)}
+        places = [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_tb(error.__traceback__)]
+        at = [*[place for place in places if "/muntin/" in place][-3:], places[-1]]
+        row = {"outcome": "failed", "cannot": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", "at": at}
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rounded = {name: round(value, 1) for name, value in seconds.items()}
     return {**row, "seconds": rounded | {"all": round(time.perf_counter() - started, 1)}, "peak_mib": peak_kib // 1024}
 
 
-def _place(error: BaseException) -> list[str]:
-    """The last places in muntin, and the last one, as file:line function."""
-    places, trace = [], error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        places.append(f"{code.co_filename}:{trace.tb_lineno} {code.co_name}")
-        trace = trace.tb_next
-    own = [place for place in places if "/muntin/" in place]
-    return [*own[-3:], places[-1]]
-
-
 @contextmanager
 def _timed(seconds: dict[str, float]) -> Iterator[None]:
     """Add up the seconds that the functions of `PHASES` take inside the block."""
-    replaced = []
-    for module_name, functions in PHASES.items():
-        module = importlib.import_module(module_name)
-        for name, phase in functions.items():
-            replaced.append((module, name, getattr(module, name)))
-            setattr(module, name, _stopwatch(getattr(module, name), phase, seconds))
-    try:
+    with ExitStack() as stack:
+        for name, phase in PHASES.items():
+            path, _, function = name.rpartition(".")
+            module = importlib.import_module(path)
+            stack.enter_context(patch.object(module, function, _stopwatch(getattr(module, function), phase, seconds)))
         yield
-    finally:
-        for module, name, function in replaced:
-            setattr(module, name, function)
 
 
 def _stopwatch(function: Callable[..., Any], phase: str, seconds: dict[str, float]) -> Callable[..., Any]:
@@ -106,42 +92,39 @@ def _stopwatch(function: Callable[..., Any], phase: str, seconds: dict[str, floa
     return run
 
 
-def as_trained(model: nn.Module, images: list[torch.Tensor]) -> nn.Module:
-    """Give random weights what training gives: statistics of real pictures, and no parameters of zeros that switch branches off.
+def as_trained(model: nn.Module, images: list[Tensor]) -> nn.Module:
+    """Give random weights what training gives: statistics of real images, and no constant parameters near zero.
 
-    Packages set the scale of residual branches (and some last layers) to zero or nearly so at first: then nothing in them is tested.
+    Packages begin with scales of (nearly) zero in residual branches and some last layers, which switches them off.
     """
     torch.manual_seed(SEED)
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2].endswith("bias") or not bool((parameter == parameter.flatten()[0]).all()):
-                continue
-            if abs(float(parameter.flatten()[0])) < 0.01:
+            constant = bool((parameter == parameter.flatten()[0]).all()) and abs(float(parameter.flatten()[0])) < 0.01
+            if constant and not name.rpartition(".")[2].endswith("bias"):
                 if parameter.squeeze().ndim <= 1:
                     parameter.uniform_(0.2, 0.6)
                 else:
                     parameter.normal_(0, parameter[0].numel() ** -0.5)
-        norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        model.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean over the batches
-        model.eval()
-        for norm in norms:
             norm.train()
-        if norms:
-            for batch in images:
-                model(batch)
+        for batch in images if norms else ():
+            model(batch)
     return model.eval()
 
 
-def _measure_images(entry: Entry, folder: Path, seconds: dict[str, float], nncf_python: str | None) -> Row:
+def _of_images(source: str, size: int | None, folder: Path, seconds: dict[str, float], nncf_python: str | None) -> Row:
     torch.manual_seed(SEED)
-    source = entry.source
     started = time.perf_counter()
-    if entry.kind == "hf":
-        hugging_face.write_folder(source.partition(":")[2], folder / "model", SEED)
+    kind, _, name = source.partition(":")
+    if kind == "hf":
+        hugging_face.write_folder(name, folder / "model", SEED)
         source = f"hf:{folder / 'model'}"
-    opened = muntin.open_model(source, size=entry.size, classes=6 if entry.kind == "smp" else None)
+    opened = muntin.open_model(source, size=size, classes=6 if kind == "smp" else None)
     H, W = opened.size
     calibration = _batches(real_pictures(CALIBRATION, H, W, SEED))
     model = as_trained(opened.model, calibration)
@@ -150,45 +133,20 @@ def _measure_images(entry: Entry, folder: Path, seconds: dict[str, float], nncf_
     artifact = muntin.export(model, calibration[0], folder / "artifact", calibration=calibration, signature=opened.signature)
     seconds["export"] = time.perf_counter() - started
     held_out = real_pictures(HELD_OUT, H, W, SEED + 1)
-    exact_BK = _answers(model, held_out)
+    exact_BK = _outputs(model, held_out)
     noise = np.random.default_rng(SEED).integers(-1, 2, held_out.shape, np.int16)
-    noisy_BK = _answers(model, (held_out + noise).clip(0, 255).astype(np.uint8))
-    row = {
-        "noise_db": compare_scores(exact_BK, noisy_BK)["db"],
-        "size": [H, W],
-        "task": opened.signature.task,
-        "sizes": artifact.manifest.signature.sizes.text,
-        **_artifact_facts(artifact, model),
-    }
-    sessions = {"recorded": muntin.load(artifact.path, cache=False)}
-    if sessions["recorded"].precision != "f32":
-        sessions["f32"] = muntin.load(artifact.path, precision="f32", cache=False)
-    for name, session in sessions.items():
-        scores_BK = np.concatenate([session(image[None]) for image in held_out])
-        row |= {f"{key}{'' if name == 'recorded' else '_f32'}": value for key, value in compare_scores(exact_BK, scores_BK).items()}
+    noisy_BK = _outputs(model, (held_out + noise).clip(0, 255).astype(np.uint8))
+    row: Row = {"noise_db": compare_scores(exact_BK, noisy_BK)["db"], "size": [H, W], "task": opened.signature.task}
+    row |= {"sizes": artifact.manifest.signature.sizes.text, **_facts(artifact, model)}
+    row |= _compared(artifact, lambda session: compare_scores(exact_BK, np.concatenate([session(image[None]) for image in held_out])))
     if row["db"] < AGREES_DB and nncf_python is not None:
         row["nncf"] = _by_nncf(model, torch.cat(calibration), held_out, exact_BK, folder, nncf_python)
     return row | _verified(artifact) | {"outcome": "exported"}
 
 
-def _by_nncf(model: nn.Module, calibration_BCHW: Tensor, held_out: Pixels, exact_BK: Array, folder: Path, python: str) -> Row:
-    """Return what `compare_scores` says of NNCF's artefact (its defaults, float layers in f32) with the same calibration, or `refused`."""
-    converted = openvino.convert_model(model, example_input=calibration_BCHW[:1], input=[-1, *calibration_BCHW.shape[1:]])
-    openvino.save_model(converted, folder / "converted.xml", compress_to_fp16=False)
-    np.savez(folder / "inputs.npz", **{converted.input().get_any_name(): calibration_BCHW.numpy()})
-    job = {"model": "converted.xml", "inputs": "inputs.npz", "output": "nncf.xml", "options": {}}
-    subprocess.run([python, str(NNCF_JOB), json.dumps(job), "answer.json"], cwd=folder, check=True, capture_output=True)  # noqa: S603
-    answer: Row = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-    if "refused" in answer:
-        return answer
-    network = openvino.Core().compile_model(folder / "nncf.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    scores = [network(images.numpy())[0] for images in _batches(held_out)]
-    return compare_scores(exact_BK, np.concatenate(scores))
-
-
-def _measure_tensors(entry: Entry, folder: Path, seconds: dict[str, float]) -> Row:
+def _of_tensors(source: str, folder: Path, seconds: dict[str, float]) -> Row:
     started = time.perf_counter()
-    described, model = hugging_face.build(entry.source.partition(":")[2], SEED)
+    described, model = hugging_face.build(source.partition(":")[2], SEED)
     file = folder / "model.onnx"
     hugging_face.write_onnx(described, model, file)
     seconds["open"] = time.perf_counter() - started
@@ -199,51 +157,68 @@ def _measure_tensors(entry: Entry, folder: Path, seconds: dict[str, float]) -> R
     held_out = described.inputs(HELD_OUT, SEED + 100)
     with torch.inference_mode():
         exact = dict(zip(described.outputs, model(*(torch.from_numpy(value) for value in held_out.values())), strict=True))
-    row = {"task": "tensors", "sizes": artifact.manifest.signature.text, **_artifact_facts(artifact, model)}
-    sessions = {"recorded": muntin.load(artifact.path, cache=False)}
-    if sessions["recorded"].precision != "f32":
-        sessions["f32"] = muntin.load(artifact.path, precision="f32", cache=False)
-    for name, session in sessions.items():
-        answers = session(held_out)
-        by_output = {output: compare_tensors(value.numpy(), answers[output], held_out) for output, value in exact.items()}
-        worst = min(by_output.values(), key=lambda figures: figures["db"])
-        row |= {f"{key}{'' if name == 'recorded' else '_f32'}": value for key, value in worst.items()}
-    return row | _verified(artifact) | {"outcome": "exported"}
+
+    def worst_output(session: Any) -> Row:
+        outputs = session(held_out)
+        return min((compare_tensors(value.numpy(), outputs[name], held_out) for name, value in exact.items()), key=lambda row: row["db"])
+
+    row = {"task": "tensors", "sizes": artifact.manifest.signature.text, **_facts(artifact, model)}
+    return row | _compared(artifact, worst_output) | _verified(artifact) | {"outcome": "exported"}
 
 
-def _answers(model: nn.Module, images_BHWC: Pixels) -> Array:
+def _compared(artifact: AnyArtifact, compare: Callable[[Any], Row]) -> Row:
+    """Figures of an artifact in its recorded precision and, with `_f32`, with float layers in f32."""
+    session = muntin.load(artifact.path, cache=False)
+    row = compare(session)
+    if session.precision != "f32":
+        row |= {f"{key}_f32": value for key, value in compare(muntin.load(artifact.path, precision="f32", cache=False)).items()}
+    return row
+
+
+def _by_nncf(model: nn.Module, calibration_BCHW: Tensor, held_out: Pixels, exact_BK: Array, folder: Path, python: str) -> Row:
+    """`compare_scores` of NNCF's artifact (its defaults, float layers in f32) with the same calibration, or `refused`."""
+    converted = openvino.convert_model(model, example_input=calibration_BCHW[:1], input=[-1, *calibration_BCHW.shape[1:]])
+    openvino.save_model(converted, folder / "converted.xml", compress_to_fp16=False)
+    np.savez(folder / "inputs.npz", **{converted.input().get_any_name(): calibration_BCHW.numpy()})
+    answer = nncf_job(python, folder / "converted.xml", folder / "inputs.npz", folder / "nncf.xml", {})
+    if "refused" in answer:
+        return answer
+    network = openvino.Core().compile_model(folder / "nncf.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return compare_scores(exact_BK, np.concatenate([network(images.numpy())[0] for images in _batches(held_out)]))
+
+
+def _outputs(model: nn.Module, images_BHWC: Pixels) -> Array:
     with torch.inference_mode():
         return np.concatenate([model(batch).numpy() for batch in _batches(images_BHWC)])
 
 
-def _batches(images_BHWC: Pixels) -> list[torch.Tensor]:
+def _batches(images_BHWC: Pixels) -> list[Tensor]:
     return list(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
 
 
-def _artifact_facts(artifact: AnyArtifact, model: nn.Module) -> Row:
+def _facts(artifact: AnyArtifact, model: nn.Module) -> Row:
     values = sum(tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point())
-    size = sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file())
     manifest = artifact.manifest
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()), "bytes": size, "bytes_fp32": 4 * values,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file()), "bytes_fp32": 4 * values,
         "precision": manifest.precision, "coverage_planned": manifest.measured.get("integer_coverage", 0.0),
         "notes": list(manifest.measured.get("notes", ())),
     }  # fmt: skip
 
 
 def _verified(artifact: AnyArtifact) -> Row:
-    """What `muntin.verify` says, and the share of multiply-adds that OpenVINO really computes on integer kernels."""
-    result = muntin.verify(artifact.path)
-    counted = [record for record in artifact.manifest.layers if record.macs]
-    inside = 0
+    """The result of `muntin.verify`, and the share of multiply-adds that OpenVINO computes on integer kernels."""
+    result, inside = muntin.verify(artifact.path), 0
+    counted = sorted((record for record in artifact.manifest.layers if record.macs), key=lambda record: -(record.macs or 0))
     for record in counted:
-        ran = [layer.precision for layer in result.layers if layer.compute and is_node_of(layer.name, record)]
-        inside += record.macs or 0 if ran and set(ran) == {"i8"} else 0
+        ran = {layer.precision for layer in result.layers if layer.compute and is_node_of(layer.name, record)}
+        inside += record.macs or 0 if ran == {"i8"} else 0
     total = sum(record.macs or 0 for record in counted)
-    floats = [record.note for record in sorted(counted, key=lambda record: -(record.macs or 0)) if not record.integer_activations]
+    floats = dict.fromkeys(record.note for record in counted if record.note and not record.integer_activations)
     return {
         "verified": result.passed, "problems": list(result.problems)[:4], "macs": total,
-        "coverage": round(inside / total, 4) if total else 0.0, "in_floats": list(dict.fromkeys(note for note in floats if note))[:4],
+        "coverage": round(inside / total, 4) if total else 0.0, "in_floats": list(floats)[:4],
     }  # fmt: skip
 
 
@@ -252,32 +227,28 @@ def decibels(exact: NDArray[Any], approximation: NDArray[Any]) -> float:
     exact, approximation = exact.astype(np.float64), approximation.astype(np.float64)
     if not np.isfinite(approximation).all():
         return -99.0
-    noise = float(np.square(exact - approximation).sum())
-    signal = float(np.square(exact).sum())
+    noise, signal = float(np.square(exact - approximation).sum()), float(np.square(exact).sum())
     return round(min(99.0, 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))), 1)
 
 
 def compare_scores(exact_BK: Array, scores_BK: Array) -> Row:
-    """Return `db`: signal over noise of the scores without their mean over the pictures (and pixels), in which random weights say much the
-    same of every picture; `db_whole`: with it; `labels`: share of equal labels, `labels_centred`: of those of the scores without the mean.
-    """
-    others = (0, *range(2, exact_BK.ndim))
-    mean_K = exact_BK.mean(others, keepdims=True)
+    """Return `db`, `db_whole`: signal over noise of the scores without and with their mean over the images (and pixels), which hides the
+    differences of random weights; `labels`, `labels_centred`: share of equal labels, with and without that mean."""
+    mean_K = exact_BK.mean((0, *range(2, exact_BK.ndim)), keepdims=True)
     centred = exact_BK - mean_K, scores_BK - mean_K
     return {
-        "db": decibels(*centred),
-        "db_whole": decibels(exact_BK, scores_BK),
+        "db": decibels(*centred), "db_whole": decibels(exact_BK, scores_BK),
         "labels": round(float((exact_BK.argmax(1) == scores_BK.argmax(1)).mean()), 4),
         "labels_centred": round(float((centred[0].argmax(1) == centred[1].argmax(1)).mean()), 4),
-    }
+    }  # fmt: skip
 
 
-def compare_tensors(exact: NDArray[Any], answer: NDArray[Any], inputs: Mapping[str, NDArray[Any]]) -> Row:
+def compare_tensors(exact: NDArray[Any], output: NDArray[Any], inputs: Mapping[str, NDArray[Any]]) -> Row:
     """Return the same of one output, and `cosine`: the smallest of its rows. Tokens that the mask leaves out do not count."""
     mask = inputs.get("attention_mask")
     if mask is not None and exact.ndim == 3 and exact.shape[:2] == mask.shape:
-        exact, answer = exact[mask > 0], answer[mask > 0]
-    rows, other = (value.reshape(len(value), -1).astype(np.float64) for value in (exact, answer))
+        exact, output = exact[mask > 0], output[mask > 0]
+    rows, other = (value.reshape(len(value), -1).astype(np.float64) for value in (exact, output))
     cosine = (rows * other).sum(1) / np.maximum(np.linalg.norm(rows, axis=1) * np.linalg.norm(other, axis=1), 1e-12)
     mean = rows.mean(0, keepdims=True)
     return {"db": decibels(rows - mean, other - mean), "db_whole": decibels(rows, other), "cosine": round(float(cosine.min()), 5)}

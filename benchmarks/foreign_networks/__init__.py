@@ -1,1 +1,1 @@
-"""Parts of foreign.py: networks of other packages, their data, and how other tools make them smaller."""
+"""Networks of other packages, their data, their forms (muntin's and other tools'), and how these are judged: foreign, sparsity, budget."""

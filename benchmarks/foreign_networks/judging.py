@@ -1,170 +1,238 @@
-"""One network in FP32 and its forms as they are deployed: what `foreign.py` and `sparsity.py` compare, and how they print it."""
+"""Networks in their forms, as deployed, over seeds, timed in turns: what foreign.py, sparsity.py and budget.py share."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
-import sys
 import time
 import zlib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from torch import nn
 
 import muntin
+from documents import Column, Document, Row, Table, columns, grouped, look_up, mean, spread
 from foreign_networks.forms import Form, Material, parameters_of
-from foreign_networks.subjects import Subject, batches, without_padding
-from kept import Row, kept_row
+from foreign_networks.subjects import SUBJECTS, Subject, batches, without_padding
+from harness import Options, Run, file_name, option, threads_option
 from muntin.runtime.profiling.timing import interleaved_latency
 from quantizer_peers.jobs import CALIBRATION, convert, nncf_job
 from quantizer_peers.scoring import Call, PlainModel, agreement, answers_of, bytes_of, each, open_artifact, reference
 
-PRECISION = "f32"
-Makers = dict[str, Callable[[], Row]]
+Scores = NDArray[np.float32]
+Figures = Callable[["Judge", Mapping[str, Scores]], Row]
+"""From the outputs of an artifact, by part."""
+Makers = Mapping[str, Callable[[], Row]]
 """By the name of a form, what makes and judges it."""
 
 
-def file_name(form: str) -> str:
-    """The name of a form's files."""
-    return form.replace(" ", "-").replace(":", "of")
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions(Options):
+    packages: Path = option(Path(), "folder of the packages with weights and images (see quantizers.py)", selects=True)
+    only: tuple[str, ...] = option(tuple(SUBJECTS), "networks", choices=tuple(SUBJECTS), selects=True)
+    seeds: int = option(3, "number of seeds", least=1, selects=True)
+    calibration: int = option(128, "calibration inputs", least=8)
+    unlabelled: int = option(512, "inputs of distillation", least=16)
+    steps: int = option(150, "steps of distillation", least=1)
+    threads: int = threads_option()
+    rounds: int = option(60, "timed calls", least=1)
+
+    def __post_init__(self) -> None:
+        if self.packages == Path():
+            raise ValueError("give --packages FOLDER")
 
 
 class Judge:
-    """One network of one seed in FP32, with its inputs."""
+    """One network of one seed in FP32, its inputs, and the artifacts of its forms.
 
-    def __init__(self, subject: Subject, seed: int, packages: Path, folder: Path, settings: dict[str, Any]) -> None:
-        self.subject, self.seed, self.folder, self.settings = subject, seed, folder, settings
-        folder.mkdir(parents=True, exist_ok=True)
-        self.module: nn.Module = subject.build(packages, folder, seed).eval()
-        self.calibration = subject.inputs(packages, "train", settings["calibration"], seed)
-        self.train = partial(subject.inputs, packages, "train", settings["unlabelled"], seed + 1000)
-        self.test = subject.inputs(packages, "test", settings["held_out"], 0)
-        self.labels = None if subject.labels is None else subject.labels(packages, settings["held_out"])
-        self.exact = reference(self.module, folder, self.test)
+    `parts`: numbers of the test inputs, by the name of their part. `precision`: of float layers; None: as recorded, or as OpenVINO chooses.
+    `figures`: what is measured of an artifact.
+    """
+
+    def __init__(self, subject: Subject, seed: int, run: Run, parts: Mapping[str, int], precision: str | None, figures: Figures) -> None:
+        self.subject, self.seed, self.run, self.precision, self.figures = subject, seed, run, precision, figures
+        self.options, packages, total = run.options, run.options.packages.resolve(), sum(parts.values())
+        self.folder = (run.folder / subject.name / str(seed)).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.module: nn.Module = subject.build(packages, self.folder, seed).eval()
+        self.calibration = subject.inputs(packages, "train", self.options.calibration, seed)
+        self._unlabelled = partial(subject.inputs, packages, "train", self.options.unlabelled, seed + 1000)
+        test, labels = subject.inputs(packages, "test", total, 0), None if subject.labels is None else subject.labels(packages, total)
+        slices = {part: slice(end - parts[part], end) for part, end in zip(parts, accumulate(parts.values()), strict=True)}
+        self.inputs = {part: {name: value[rows] for name, value in test.items()} for part, rows in slices.items()}
+        self.exact = {part: reference(self.module, self.folder, inputs) for part, inputs in self.inputs.items()}
+        self.labels = {part: None if labels is None else labels[rows] for part, rows in slices.items()}
+        self.one = each(test)[0]
+
+    @cached_property
+    def material(self) -> Material:
+        lessons, calibration = batches(self._unlabelled()), without_padding(self.calibration)
+        return Material(subject=self.subject, batches=lessons, calibration=calibration, steps=self.options.steps, seed=self.seed)
 
     def artifact(self, name: str, form: Form | None) -> Row:
         """Make a form (None: FP32 as it is), export it, and compare what is deployed with FP32."""
-        model, started = copy.deepcopy(self.module), time.perf_counter()
-        if form is not None:
-            material = Material(
-                subject=self.subject, batches=batches(self.train()), calibration=without_padding(self.calibration),
-                steps=self.settings["steps"], seed=self.seed,
-            )  # fmt: skip
-            try:
-                model = form(model, material)
-            except muntin.MuntinError as error:
-                return {"cannot": str(error)}
-        seconds = time.perf_counter() - started
-        path = self.folder / file_name(name)
+        model, material, started = copy.deepcopy(self.module), self.material, time.perf_counter()
+        try:
+            model = model if form is None else form(model, material)
+        except muntin.MuntinError as error:
+            return {"cannot": str(error)}
+        seconds, path = time.perf_counter() - started, self.folder / file_name(name)
         muntin.export(model, batches(self.calibration)[0], path)
-        return {"seconds": seconds, "parameters": parameters_of(model), **self._judged(path)}
+        return {"seconds": seconds, "parameters": parameters_of(model), **self.deployed(path)}
 
-    def nncf(self, python: str, options: dict[str, str], name: str) -> Row:
-        """NNCF's model, the same way."""
-        source = convert(copy.deepcopy(self.module), self.calibration, self.folder)
-        path, inputs = self.folder / file_name(name) / "model.xml", self.folder / CALIBRATION
-        np.savez(inputs, **self.calibration)
-        answer = nncf_job(python, source, inputs, path, options)
-        if "refused" in answer:
-            return {"cannot": answer["refused"]}
-        return {"seconds": answer["seconds"], "parameters": parameters_of(self.module), **self._judged(path)}
+    def nncf(self, name: str, options: Mapping[str, str], control: Row | None = None) -> Row:
+        """NNCF's model, the same way. `control`: of its accuracy."""
+        source, path = convert(copy.deepcopy(self.module), self.calibration, self.folder), self.folder / file_name(name) / "model.xml"
+        np.savez(self.folder / CALIBRATION, **self.calibration)
+        job = nncf_job(self.options.nncf_python, source, self.folder / CALIBRATION, path, dict(options), control=control)
+        if "refused" in job:
+            return {"cannot": job["refused"]}
+        return {"seconds": job["seconds"], "parameters": parameters_of(self.module), **self.deployed(path)}
+
+    def deployed(self, path: Path) -> Row:
+        call = self.opened(path)
+        outputs = {part: answers_of(call, inputs) for part, inputs in self.inputs.items()}
+        return {"path": str(path.relative_to(self.folder)), "bytes": bytes_of(path), **self.figures(self, outputs)}
 
     def opened(self, path: Path) -> Call:
-        one = each(self.test)[0]
         if path.suffix == ".xml":
-            return PlainModel(path, one, precision=PRECISION, threads=self.settings["threads"])
-        return open_artifact(path, one, precision=PRECISION, threads=self.settings["threads"])[1]
+            return PlainModel(path, self.one, precision=self.precision, threads=self.options.threads)
+        return open_artifact(path, self.one, precision=self.precision or "recorded", threads=self.options.threads)[1]
 
-    def _judged(self, path: Path) -> Row:
-        answers = answers_of(self.opened(path), self.test)
-        figures = {
-            "bytes": bytes_of(path),
-            "path": str(path.relative_to(self.folder)),
-            **agreement(self.subject.judged_by, self.exact, answers),
-        }
-        if self.subject.judged_by == "classes":
-            figures["kl"] = divergence(self.exact, answers)
-        if self.labels is not None:
-            figures["accuracy"] = float((answers.argmax(1) == self.labels).mean())
-        return figures
+    # Rows
 
+    def facts(self) -> Row:
+        """The row of the network itself."""
+        labels, exact, subject = next(iter(self.labels.values())), next(iter(self.exact.values())), self.subject
+        return {
+            "part": "network", "network": subject.name, "description": subject.description, "judged_by": subject.judged_by,
+            "fp32_bytes": 4 * parameters_of(self.module),
+            "fp32_accuracy": None if labels is None else float((exact.argmax(1) == labels).mean()),
+        }  # fmt: skip
 
-def divergence(exact: NDArray[np.float32], answers: NDArray[np.float32]) -> float:
-    """Mean KL divergence of the class probabilities from those of FP32, nats."""
-    exact, answers = (scores - scores.max(1, keepdims=True) for scores in (exact, answers))
-    log_p, log_q = (scores - np.log(np.exp(scores).sum(1, keepdims=True)) for scores in (exact, answers))
-    return float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
+    def made(self, makers: Makers) -> list[Row]:
+        """A row for each form."""
+        head, where = {"part": "form", "network": self.subject.name, "seed": self.seed}, f"{self.subject.name}/{self.seed}"
+        return [{**head, "form": name, **self.run.row(f"{where}/{name}", make)} for name, make in makers.items()]
 
+    def in_turns(self, calls: Mapping[str, Callable[[], Call]], **settings: Any) -> dict[str, float]:
+        """Median milliseconds of one input, all calls in turns."""
 
-def figures_of(row: Row) -> str:
-    """A row in a few words."""
-    if "cannot" in row:
-        return f"refused: {row['cannot']}"
-    main = row["same"] if "same" in row else row["cosine"]
-    return f"{main:.4f}, {row['bytes'] / 1e6:.2f} MB, {row['seconds']:.0f} s"
+        def times() -> Row:
+            latencies = interleaved_latency({name: opened() for name, opened in calls.items()}, self.one, rounds=self.options.rounds)
+            return {"ms": {name: latency.median_ms for name, latency in latencies.items()}}
 
+        settings |= {"calls": list(calls)}
+        name = f"{self.subject.name}/{self.seed}/latency-{zlib.crc32(repr(settings).encode()):08x}"
+        return dict(self.run.row(name, times, **settings)["ms"])
 
-def over(rows: list[Row], key: str, digits: int = 3) -> str:
-    """Mean over the seeds, and spread."""
-    values = [row[key] for row in rows if key in row]
-    if not values:
-        return "–"
-    spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    def timed(self, found: list[Row]) -> list[Row]:
+        """The rows of forms with `ms`, the median milliseconds of all in turns."""
+        paths = {row["form"]: row["path"] for row in found if "cannot" not in row}
+        ms = self.in_turns({form: partial(self.opened, self.folder / path) for form, path in paths.items()}, paths=paths)
+        return [{**row, "ms": ms[row["form"]]} if "cannot" not in row else row for row in found]
 
 
-def measure(
-    subject: Subject, makers: Callable[[Judge], Makers], arguments: argparse.Namespace, settings: dict[str, Any], machine: Row
-) -> Row:
-    """All rows of a network: by form, a list over seeds; and the latencies of the first seed. `makers`: what makes each form."""
-    rows: dict[str, list[Row]] = {}
-    first: Judge | None = None
-    for seed in range(arguments.seeds):
-        folder = arguments.output.resolve() / subject.name / str(seed)
-        judge = Judge(subject, seed, arguments.packages.resolve(), folder, settings)
-        first = first or judge
-        for name, make in makers(judge).items():
-            row = kept_row(folder / f"{file_name(name)}.json", settings, make, hardware=machine)
-            rows.setdefault(name, []).append(row)
-            print(f"{subject.name}, seed {seed}, {name}: {figures_of(row)}", file=sys.stderr, flush=True)
-    assert first is not None
-    weights = parameters_of(first.module) * 4
-    own = None if first.labels is None else float((first.exact.argmax(1) == first.labels).mean())
-    ok = {name: each_seed for name, each_seed in rows.items() if "cannot" not in each_seed[0]}
-
-    def timed() -> Row:
-        calls = {name: first.opened(first.folder / each_seed[0]["path"]) for name, each_seed in ok.items()}
-        latencies = interleaved_latency(calls, each(first.test)[0], rounds=settings["rounds"])
-        return {"ms": {name: latency.median_ms for name, latency in latencies.items()}}
-
-    latency = kept_row(
-        first.folder / f"latency-{zlib.crc32(repr(list(ok)).encode()):08x}.json", settings | {"forms": list(ok)}, timed, hardware=machine
-    )
-    return {"description": subject.description, "judged_by": subject.judged_by, "fp32_bytes": weights, "fp32_accuracy": own,
-            "rows": rows, "ms": latency["ms"]}  # fmt: skip
+def judges(run: Run, parts: Mapping[str, int], precision: str | None, figures: Figures) -> Iterator[Judge]:
+    """Each network of `--only` in each seed."""
+    for name in run.options.only:
+        yield from (Judge(SUBJECTS[name], seed, run, parts, precision, figures) for seed in range(run.options.seeds))
 
 
-def print_table(networks: dict[str, Row], hardware: Row) -> None:
-    """A row for each form of each network."""
-    for name, network in networks.items():
-        accuracy = "" if network["fp32_accuracy"] is None else f"; accuracy in FP32 {network['fp32_accuracy']:.3f}"
-        print(f"{name}: {network['description']}{accuracy}; weights {network['fp32_bytes'] / 1e6:.2f} MB in FP32")
-        main, other = ("same", "kl") if network["judged_by"] == "classes" else ("cosine", "worst_cosine")
-        print(f"  {'form':<24}{main:>15}{other:>15}{'accuracy':>15}{'M params':>10}{'MB':>8}{'smaller':>9}{'ms':>8}{'s':>7}")
-        for form, rows in network["rows"].items():
-            if "cannot" in rows[0]:
-                print(f"  {form:<24}refused: {rows[0]['cannot']}")
-                continue
-            size = statistics.mean(row["bytes"] for row in rows)
-            print(
-                f"  {form:<24}{over(rows, main):>15}{over(rows, other):>15}{over(rows, 'accuracy'):>15}"
-                f"{rows[0]['parameters'] / 1e6:>10.2f}{size / 1e6:>8.2f}{network['fp32_bytes'] / size:>9.1f}"
-                f"{network['ms'][form]:>8.2f}{statistics.mean(row['seconds'] for row in rows):>7.0f}"
-            )
-    print(f"{hardware['cpu']}, {hardware['physical_cores']} cores, {', '.join(hardware['features'])}; {hardware['created']}")
+# Networks beside FP32: foreign.py and sparsity.py
+
+
+def agreements(judge: Judge, outputs: Mapping[str, Scores]) -> Row:
+    """Agreement of an artifact with FP32: of classes also `kl`, the mean KL divergence of the probabilities in nats."""
+    ((part, scores),) = outputs.items()
+    exact, labels = judge.exact[part], judge.labels[part]
+    figures: Row = agreement(judge.subject.judged_by, exact, scores)
+    if judge.subject.judged_by == "classes":
+        log_p, log_q = (log_softmax(values, 1) for values in (exact, scores))
+        figures["kl"] = float((np.exp(log_p) * (log_p - log_q)).sum(1).mean())
+    if labels is not None:
+        figures["accuracy"] = float((scores.argmax(1) == labels).mean())
+    return figures
+
+
+def over_seeds(*keys: str) -> Callable[[Iterable[Row]], Iterator[Row]]:
+    """From a document's rows, a row for each group of forms: `seeds`, and means over them; `agreement`: equal classes, or mean cosine."""
+
+    def rows(found: Iterable[Row]) -> Iterator[Row]:
+        found = list(found)
+        fp32 = {row["network"]: row["fp32_bytes"] for row in found if row["part"] == "network"}
+        forms = [row for row in found if row["part"] == "form"]
+        yield from (row for row in forms if "cannot" in row and not row["seed"])
+        for seeds in grouped(forms, *keys).values():
+            row = {**seeds[0], "seeds": seeds, **{key: mean(seeds, key) for key in AVERAGED}}
+            agreement = row["cosine"] if row["same"] is None else row["same"]
+            yield {**row, "agreement": agreement, "smaller": fp32[row["network"]] / row["bytes"]}
+
+    return rows
+
+
+def over(title: str, *paths: str, digits: int = 3) -> Column:
+    """Mean and spread over the seeds, of the first of these figures that they have."""
+
+    def text(row: Row) -> str | None:
+        values = next((values for path in paths if None not in (values := [look_up(seed, path) for seed in row.get("seeds", ())])), ())
+        return spread(values, f"{{:z.{digits}f}}") if values else None
+
+    return Column(title=title, value=text)
+
+
+def by_form(document: Document) -> dict[str, dict[str, Row]]:
+    """Means over the seeds by network and form; `best nncf`: NNCF's form that agrees best."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in over_seeds("network", "form")(document.rows):
+        if "seeds" in row:
+            found.setdefault(row["network"], {})[row["form"]] = row
+    for forms in found.values():
+        if peers := [row for form, row in forms.items() if form.startswith("nncf")]:
+            forms["best nncf"] = max(peers, key=lambda row: row["agreement"])
+    return found
+
+
+def cases(form: str, value: Callable[..., float], *others: str, having: str = "bytes") -> Callable[[Document], dict[str, float]]:
+    """A goal's cases: a value of forms, of each network that has them all and this figure."""
+
+    def values(document: Document) -> dict[str, float]:
+        networks = {name: [forms.get(each) for each in (form, *others)] for name, forms in by_form(document).items()}
+        return {name: value(*found) for name, found in networks.items() if all(row and row[having] is not None for row in found)}
+
+    return values
+
+
+def points(one: Row, other: Row) -> float:
+    """Points of agreement ahead of another form."""
+    return float(100 * (one["agreement"] - other["agreement"]))
+
+
+AVERAGED = ("same", "cosine", "kl", "worst_cosine", "accuracy", "bytes", "ms", "seconds", "artifacts")
+MEGABYTES = Column(title="MB", value=lambda row: row["bytes"] / 1e6 if "bytes" in row else None, form="{:.2f}")
+NETWORKS = Table(
+    title="Networks, weights in FP32",
+    columns=columns("network, description, accuracy=fp32_accuracy:.3f, MB=megabytes:.2f"),
+    rows=lambda found: [{**row, "megabytes": row["fp32_bytes"] / 1e6} for row in found if row["part"] == "network"],
+)
+TABLES = (
+    NETWORKS,
+    Table(
+        title="Forms",
+        columns=(
+            *columns("network, form"), over("agreement", "same", "cosine", digits=4),
+            over("KL, least cosine", "kl", "worst_cosine", digits=4), over("accuracy", "accuracy"),
+            Column(title="M params", value=lambda row: row["parameters"] / 1e6 if "parameters" in row else None, form="{:.2f}"),
+            MEGABYTES, *columns("smaller:.1f, ms:.2f, s=seconds:.0f"),
+        ),
+        rows=over_seeds("network", "form"),
+    ),
+)  # fmt: skip
+"""Tables of foreign.py and sparsity.py."""

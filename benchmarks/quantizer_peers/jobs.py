@@ -1,10 +1,12 @@
-"""Work of child processes of muntin's interpreter: each begins without anything compiled or captured, as a command does.
+"""Work of child processes: exports by muntin, OpenVINO's conversion, and NNCF's jobs in an interpreter of their own.
 
-Imports are not counted in the seconds. Axes: B images, C channels, H W map.
+Each begins without anything compiled or captured, as a command does. Imports are not counted in the seconds.
+Axes: B images, C channels, H W map.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,82 +18,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 import muntin
-from muntin.errors import MuntinError
 from muntin.runtime.host.quiet_imports import openvino
-from quantizer_peers.networks import NETWORKS, Network
+from quantizer_peers.data import draw
+from quantizer_peers.networks import NETWORKS
 
-JOBS = ("int8", "float", "convert")
-"""int8 and float: muntin's artefacts. convert: OpenVINO's model of the same start, which NNCF reads."""
-CALIBRATION, HELD_OUT = "calibration.npz", "held-out.npz"
+CALIBRATION = "calibration.npz"
 BATCH = 8
 NNCF_JOB = Path(__file__).parent / "nncf_job.py"
 WAITING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
 """How PyTorch's threads wait, as in muntin's commands."""
 
 
-def network_of(name: str) -> Network:
-    return next(network for network in NETWORKS if network.name == name)
+def run(form: str, name: str, packages: Path, folder: Path, path: Path, count: int, seed: int) -> dict[str, Any]:
+    """Make a form of a network: `muntin int8` or `muntin float`, or `openvino`, its conversion, which NNCF reads.
 
-
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Do one of `JOBS` for a network, and return its seconds and, of an artefact, what it says of itself.
-
-    `job`: kind, network, packages, folder.
+    `folder`: has the weights or the ONNX file. `path`: of the artifact. `count`, `seed`: calibration inputs. Returns the seconds, without
+    imports, and what the artifact says of itself.
     """
-    network, packages, folder = network_of(job["network"]), Path(job["packages"]), Path(job["folder"])
-    inputs = dict(np.load(folder / CALIBRATION))
-    model = network.module(packages, folder) if network.module is not None else None
-    if job["kind"] == "convert":
+    network = next(network for network in NETWORKS if network.name == name)
+    inputs = draw(packages, name, count, seed=seed)
+    source = network.source(packages, folder)
+    with contextlib.redirect_stdout(sys.stderr):
         started = time.perf_counter()
-        convert(folder / "model.onnx" if model is None else model, inputs, folder)
-        return {"seconds": time.perf_counter() - started}
-    started = time.perf_counter()
-    if model is not None:
-        batches = list(torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
-        calibration = batches if job["kind"] == "int8" else None
-        artifact: Any = muntin.export(model, batches[0], folder / job["kind"], calibration=calibration)
-    else:
-        rows = _in_batches(inputs)
-        given: dict[str, Any] = {"calibration": rows} if job["kind"] == "int8" else {"example": rows[0]}
-        artifact = muntin.export_onnx(folder / "model.onnx", folder / job["kind"], **given)
-    seconds = time.perf_counter() - started
-    measured = artifact.manifest.measured
-    return {"seconds": seconds, "coverage": measured.get("integer_coverage", 0.0), "precision": artifact.manifest.precision,
+        if form == "openvino":
+            convert(source, inputs, folder)
+            return {"seconds": time.perf_counter() - started}
+        if isinstance(source, nn.Module):
+            batches = list(torch.from_numpy(inputs["images"]).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
+            artifact: Any = muntin.export(source, batches[0], path, calibration=batches if form == "muntin int8" else None)
+        else:
+            rows = [{key: value[start : start + BATCH] for key, value in inputs.items()} for start in range(0, count, BATCH)]
+            given: dict[str, Any] = {"calibration": rows} if form == "muntin int8" else {"example": rows[0]}
+            artifact = muntin.export_onnx(source, path, **given)
+    seconds, measured = time.perf_counter() - started, artifact.manifest.measured
+    return {"seconds": seconds, "recorded": artifact.manifest.precision, "coverage": measured.get("integer_coverage", 0.0),
             "notes": list(measured.get("notes", ()))}  # fmt: skip
-
-
-def _in_batches(inputs: dict[str, NDArray[Any]]) -> list[dict[str, NDArray[Any]]]:
-    count = len(next(iter(inputs.values())))
-    return [{name: value[start : start + BATCH] for name, value in inputs.items()} for start in range(0, count, BATCH)]
 
 
 def convert(source: nn.Module | Path, inputs: dict[str, NDArray[Any]], folder: Path) -> Path:
     """Write OpenVINO's model of an ONNX file or a module, for any number of rows, into `folder`/converted. Returns the file.
 
-    A module of pictures gets uint8 pixels (B, H, W, C) as its input.
+    A module of images gets uint8 pixels (B, H, W, C) as its input.
     """
-    if isinstance(source, Path):
-        converted = openvino.Core().read_model(source)
-    elif "images" in inputs:
-        example = torch.from_numpy(inputs["images"][:1]).permute(0, 3, 1, 2).float()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what tracing makes constant
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what tracing makes constant
+        if isinstance(source, Path):
+            converted = openvino.Core().read_model(source)
+        elif "images" in inputs:
+            example = torch.from_numpy(inputs["images"][:1]).permute(0, 3, 1, 2).float()
             converted = openvino.convert_model(source, example_input=example, input=[openvino.PartialShape([-1, *example.shape[1:]])])
-        pixels = openvino.preprocess.PrePostProcessor(converted)
-        pixels.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
-        pixels.input().model().set_layout(openvino.Layout("NCHW"))
-        converted = pixels.build()
-        converted.input().get_tensor().set_names({"images"})  # otherwise the name in the module's forward
-    else:
-        rows = {name: torch.from_numpy(value[:2]) for name, value in inputs.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            pixels = openvino.preprocess.PrePostProcessor(converted)
+            pixels.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+            pixels.input().model().set_layout(openvino.Layout("NCHW"))
+            converted = pixels.build()
+            converted.input().get_tensor().set_names({"images"})  # otherwise the name in the module's forward
+        else:
+            rows = {name: torch.from_numpy(value[:2]) for name, value in inputs.items()}
             converted = openvino.convert_model(source, example_input=rows)
     path = folder / "converted" / "model.xml"
     path.parent.mkdir(exist_ok=True)
@@ -106,7 +93,7 @@ def nncf_job(
 
     `control`: of its accuracy, see `nncf_job.py`.
     """
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     job = {"model": str(source), "inputs": str(inputs), "output": str(path), "options": options, "control": control}
     return ask([python, str(NNCF_JOB), json.dumps(job)])
 
@@ -118,12 +105,3 @@ def ask(command: Sequence[str]) -> dict[str, Any]:
         subprocess.run([*command, str(file)], check=True, stdout=sys.stderr, env=os.environ | WAITING)  # noqa: S603 - our own command
         answer: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return answer
-
-
-def main(text: str, into: Path) -> None:
-    """Do the job that is given as JSON, and write the answer; `refused` is muntin's message."""
-    try:
-        answer = run(json.loads(text))
-    except MuntinError as error:
-        answer = {"refused": str(error)}
-    into.write_text(json.dumps(answer), encoding="utf-8")

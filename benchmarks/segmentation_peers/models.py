@@ -1,4 +1,4 @@
-"""The models that are compared. The peers are factories for recipes (`model: {name: "segmentation_peers.models:linknet_resnet18"}`)."""
+"""The compared models. The peers are factories that a recipe names (`model: {name: "segmentation_peers.models:linknet_resnet18"}`)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ STRIDE = 32
 """Pixels: the peers' encoders take sides that are multiples of it."""
 Way = Literal["stages", "post-training", "nncf"]
 Scheme = Literal["int8", "int8-attention", "int8-tensor", "int8-attention-tensor"]
-"""NNCF's defaults; its scheme for transformers; each with one scale for all of an activation, where NNCF would give channels their own."""
+"""NNCF's default; its scheme for transformers; each with one scale for a whole activation, where NNCF would give channels their own."""
+SIZES = ("xxs", "xs", "s", "m")
+PEERS: dict[str, tuple[str, str, tuple[Scheme, ...]]] = {
+    "linknet_resnet18": ("linknet", "resnet18", ("int8",)),
+    "pan_mobilenet_v2": ("pan", "mobilenet_v2", ("int8",)),
+    "unet_resnet18": ("unet", "resnet18", ("int8",)),
+    "fpn_efficientvit_b0": ("fpn", "tu-efficientvit_b0", ("int8", "int8-attention")),
+    "fpn_mobilenetv4_conv_small": ("fpn", "tu-mobilenetv4_conv_small", ("int8",)),
+    # NNCF takes the tokens between its linear layers and depthwise convolutions for channels: such a model fits one image size only.
+    "segformer_mit_b0": ("segformer", "mit_b0", ("int8-tensor", "int8-attention-tensor")),
+    "deeplabv3plus_efficientnet_b0": ("deeplabv3plus", "efficientnet-b0", ("int8",)),
+}
+"""By factory: architecture and encoder of segmentation_models_pytorch, and the schemes of NNCF that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model of the comparison. `model`: its name in a recipe. `way`: how it is made small (see `segmentation_peers.deployment`).
-
-    `schemes`: of NNCF, each of which is tried with a peer.
-    """
+    """A model of the comparison. `model`: its name in a recipe. `way`: how it is made small (see `deployment`)."""
 
     name: str
     model: str
@@ -36,19 +45,23 @@ class Entry:
 
 
 def _peer(architecture: str, encoder: str, *, task: str, classes: int, channels: int) -> nn.Module:
-    """A model of segmentation_models_pytorch, randomly initialised, that takes raw pixels 0-255 of any size."""
+    """A randomly initialised model of segmentation_models_pytorch that takes raw pixels 0-255 of any size."""
     import segmentation_models_pytorch as smp
 
     if task != "segment":
         raise ValueError(f"task '{task}': {architecture} segments")
     model = smp.create_model(architecture, encoder_name=encoder, encoder_weights=None, in_channels=channels, classes=classes)
-    # Photographs' statistics; of other numbers of channels, their means.
+    # The statistics of photographs; for other numbers of channels their means.
     mean, std = ((v if channels == 3 else (sum(v) / 3,) * channels) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return DividedSides(ForeignModel(model, mean=mean, std=std, task="segment"), STRIDE)
 
 
+for _name, (_architecture, _encoder, _) in PEERS.items():
+    globals()[_name] = partial(_peer, _architecture, _encoder)
+
+
 class _Enlarged(nn.Module):
-    """A network whose answer is a fraction of the picture's size, enlarged to it, bilinearly."""
+    """Scores of a fraction of the image's size, enlarged to it bilinearly."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -59,10 +72,8 @@ class _Enlarged(nn.Module):
 
 
 def yolo26n_sem(*, task: str, classes: int, channels: int) -> nn.Module:
-    """Ultralytics' YOLO26n-sem from its YAML, randomly initialised, without the head that only its own training uses.
-
-    Needs the package ultralytics (AGPL-3.0): a user installs it beside the benchmark, muntin does not depend on it.
-    """
+    """Ultralytics' YOLO26n-sem from its YAML, randomly initialised, without the head that only its own training uses. Needs the package
+    ultralytics (AGPL-3.0), which a user installs beside the benchmark; muntin does not depend on it."""
     from ultralytics.nn.tasks import SemanticSegmentationModel
 
     if task != "segment":
@@ -73,38 +84,12 @@ def yolo26n_sem(*, task: str, classes: int, channels: int) -> nn.Module:
     return DividedSides(ForeignModel(_Enlarged(model), mean=none, std=one, task="segment"), STRIDE)
 
 
-linknet_resnet18 = partial(_peer, "linknet", "resnet18")
-pan_mobilenet_v2 = partial(_peer, "pan", "mobilenet_v2")
-unet_resnet18 = partial(_peer, "unet", "resnet18")
-fpn_efficientvit_b0 = partial(_peer, "fpn", "tu-efficientvit_b0")
-fpn_mobilenetv4_conv_small = partial(_peer, "fpn", "tu-mobilenetv4_conv_small")
-segformer_mit_b0 = partial(_peer, "segformer", "mit_b0")
-deeplabv3plus_efficientnet_b0 = partial(_peer, "deeplabv3plus", "efficientnet-b0")
-
-
-def _entry(factory: str, *schemes: Scheme) -> Entry:
-    return Entry(name=factory.replace("_", "-"), model=f"{__name__}:{factory}", way="nncf", schemes=schemes or ("int8",))
-
-
-ENTRIES = {
-    entry.name: entry
-    for entry in (
-        Entry(name="hybrid-xxs", model="hybrid-xxs", way="stages"),
-        Entry(name="hybrid-xs", model="hybrid-xs", way="stages"),
-        Entry(name="hybrid-s", model="hybrid-s", way="stages"),
-        Entry(name="hybrid-m", model="hybrid-m", way="stages"),
-        Entry(name="hybrid-xxs-ptq", model="hybrid-xxs", way="post-training"),
-        Entry(name="hybrid-xs-ptq", model="hybrid-xs", way="post-training"),
-        Entry(name="hybrid-s-ptq", model="hybrid-s", way="post-training"),
-        Entry(name="hybrid-m-ptq", model="hybrid-m", way="post-training"),
-        _entry("linknet_resnet18"),
-        _entry("pan_mobilenet_v2"),
-        _entry("unet_resnet18"),
-        _entry("fpn_efficientvit_b0", "int8", "int8-attention"),
-        _entry("fpn_mobilenetv4_conv_small"),
-        # NNCF takes the tokens between its linear layers and depthwise convolutions for channels: such a model fits one image size only.
-        _entry("segformer_mit_b0", "int8-tensor", "int8-attention-tensor"),
-        _entry("deeplabv3plus_efficientnet_b0"),
-        _entry("yolo26n_sem"),
-    )
-}
+_ENTRIES = [
+    *(Entry(name=f"hybrid-{size}", model=f"hybrid-{size}", way="stages") for size in SIZES),
+    *(Entry(name=f"hybrid-{size}-ptq", model=f"hybrid-{size}", way="post-training") for size in SIZES),
+    *(
+        Entry(name=factory.replace("_", "-"), model=f"{__name__}:{factory}", way="nncf", schemes=schemes)
+        for factory, schemes in {**{name: peer[2] for name, peer in PEERS.items()}, "yolo26n_sem": ("int8",)}.items()
+    ),
+]
+ENTRIES = {entry.name: entry for entry in _ENTRIES}

@@ -1,15 +1,11 @@
-"""A load generator for HTTP/1.1 on the loopback, light enough to leave its core idle most of the time.
+"""A load generator for HTTP/1.1 on the loopback, light enough to leave its core idle most of the time: one thread, one epoll.
 
-One thread, one epoll, keep-alive connections. Requests are bytes that were built beforehand; an answer is read by its Content-Length into
-a buffer that its connection keeps, and compared with the bytes that are due, whole: one pass of memcmp over them, and what differs there
-is looked at as numbers, since kernels for several rows round elsewhere than those for one.
-
-    closed    `concurrency` connections, each sends when its answer has come: what a server can do at most, or its latency at 1
-    open      Poisson arrivals at `rate`, sent whether or not earlier ones are answered; latency counts from the moment at which a request
-              was due, so a server that stalls is charged for everything that should have been sent meanwhile. That charges it for what this
-              program is behind, too: `client_behind_p99_ms` says by how much
-
-Shortly before an arrival is due the loop polls without sleeping, epoll's clock ticks in milliseconds.
+Requests are bytes built beforehand. A response is read by its Content-Length into its connection's buffer and compared with the expected
+bytes; where they differ, they are compared as numbers, since kernels for several rows round otherwise than those for one.
+    closed    `concurrency` connections, each sends when its response has come: a server's saturation, or its latency at 1
+    open      Poisson arrivals at `rate`, sent whether or not earlier ones are answered. Latency counts from the moment at which a request
+              was due, so a stall is charged for every request due meanwhile; `client_behind_p99_ms` says how late this program sends
+Shortly before an arrival is due the loop polls without sleeping, because epoll's clock ticks in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,52 +13,56 @@ from __future__ import annotations
 import gc
 import select
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+Row = dict[str, Any]
 HOST = "127.0.0.1"
-CONNECTIONS = 512
-"""At most this many requests are without an answer; those that fall due beyond are counted as "not sent"."""
-HEAD = 16384
-"""Bytes that a response may have beyond the answer."""
+CONNECTIONS = 512  # at most; requests that are due beyond are counted as "not sent"
+HEAD = 16384  # bytes that a response may have beyond the answer
 SPIN_S = 0.002
 REFUSED = frozenset({"429", "503"})
-"""Status codes of refusals. After the objective such an answer counts as a broken promise, not as a refusal."""
+"""Status codes of refusals. After the objective such a response counts as a broken promise, not as a refusal."""
 BROKEN = "broken"
 """Outcome of a request that was refused after its admission, if the server says so (`Exchange.broken`)."""
 
 
-def same(due: bytes, came: bytes, dtype: str, *, spread: float = 0.002) -> bool:
+def same(due: bytes, came: bytes, dtype: str, *, spread: float) -> bool:
     """Return whether two answers agree: 99 % of the labels, or scores within a share of their spread."""
     if len(came) != len(due):
         return False
-    wanted, found = np.frombuffer(due, dtype), np.frombuffer(came, dtype)
+    expected, received = np.frombuffer(due, dtype), np.frombuffer(came, dtype)
     if dtype == "uint8":
-        return bool((found == wanted).mean() >= 0.99)
-    return bool(np.abs(found - wanted).max() <= spread * np.ptp(wanted))
+        return bool((received == expected).mean() >= 0.99)
+    return bool(np.abs(received - expected).max() <= spread * np.ptp(expected))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """Requests as they go over the wire, and for each the bytes that its answer's body must end with. `dtype`: of these bytes.
+    """Requests as they go over the wire, and the bytes with which the body of each one's response must end.
 
-    `broken`: what is in the refusal of a request that had been admitted; None: the server does not tell such ones apart.
+    `dtype`, `spread`: how answers are compared, see `same`. `others`: answers of further versions, each as right. `broken`: text in the
+    refusal of a request that had been admitted; None: the server does not tell such ones apart.
     """
 
     requests: tuple[bytes, ...]
     answers: tuple[bytes, ...]
     dtype: str
+    spread: float = 0.002
+    others: tuple[tuple[bytes, ...], ...] = ()
     broken: bytes | None = None
 
     def alike(self, which: int, came: bytes) -> bool:
         """Return whether an answer of other bytes agrees."""
-        return same(self.answers[which], came, self.dtype)
+        return any(same(answers[which], came, self.dtype, spread=self.spread) for answers in (self.answers, *self.others))
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +79,7 @@ class _Connection:
 
 
 class Load:
-    """Requests to one port and what became of them. Use as a context; each `closed` or `open` is a measurement of its own."""
+    """Requests to one port and their outcomes. Use as a context; each `closed` or `open` is a measurement of its own."""
 
     def __init__(self, port: int, exchange: Exchange) -> None:
         self._port, self._exchange = port, exchange
@@ -89,7 +89,7 @@ class Load:
         self._idle: list[_Connection] = []
         self._sent = 0
         self._done: list[tuple[float, float, str]] = []  # due, finished, status; the clock is time.perf_counter
-        self._behind: list[tuple[float, float]] = []  # due, seconds after that it went out
+        self._behind: list[tuple[float, float]] = []  # due, seconds after that it was sent
 
     def __enter__(self) -> Load:
         return self
@@ -99,9 +99,9 @@ class Load:
             self._drop(connection)
         self._poller.close()
 
-    def closed(self, *, concurrency: int, seconds: float, warm: float = 0.5) -> dict[str, Any]:
+    def closed(self, *, concurrency: int, seconds: float, warm: float = 0.5) -> Row:
         """Throughput and latencies with always `concurrency` requests under way, over `seconds` after `warm` seconds."""
-        with _quiet():
+        with _no_collection():
             self._reset()
             started = time.perf_counter()
             cpu: float | None = None
@@ -120,14 +120,12 @@ class Load:
         row = _summary([d for d in self._done if begin <= d[1] < end], seconds, None)
         return {"load": "closed", "concurrency": concurrency, **row, "client_cpu": used / seconds}
 
-    def open(
-        self, *, rate: float, seconds: float, objective_ms: float, warm: float = 1.0, seed: int = 0, grace: float = 5.0
-    ) -> dict[str, Any]:
+    def open(self, *, rate: float, seconds: float, objective_ms: float, warm: float = 1.0, seed: int = 0, grace: float = 5.0) -> Row:
         """Poisson arrivals, `rate` a second; judged are those due in the `seconds` after `warm`. The last have `grace` seconds."""
         generator = np.random.default_rng(seed)
         due = np.cumsum(generator.exponential(1 / rate, int((warm + seconds) * rate * 1.2 + 100)))
         due = due[due < warm + seconds]
-        with _quiet():
+        with _no_collection():
             self._reset()
             cpu, started = time.process_time(), time.perf_counter() + 0.01
             moments: list[float] = (due + started).tolist()
@@ -146,6 +144,20 @@ class Load:
         late = [after for moment, after in self._behind if begin <= moment < begin + seconds]
         behind = 1e3 * float(np.percentile(late, 99)) if late else None
         return {"load": "open", "rate": rate, **row, "client_cpu": used, "client_behind_p99_ms": behind}
+
+    def open_until(self, work: Callable[[threading.Event], Any], **arrivals: Any) -> tuple[Any, list[Row]]:
+        """Poisson loads in a row until `work`, in a thread, has ended: what it returned, and the loads. `work` is given an event, which is
+        set when a load fails. The thread is not waited for then: its requests fail when the server ends."""
+        stop, pool = threading.Event(), ThreadPoolExecutor(1)
+        parts: list[Row] = []
+        working = pool.submit(work, stop)
+        try:
+            while not working.done() or not parts:
+                parts.append(self.open(**arrivals, warm=0.0, seed=len(parts) + 1))
+        finally:
+            stop.set()
+            pool.shutdown(wait=False)
+        return working.result(), parts
 
     def _reset(self) -> None:
         for _ in self._events(0):  # servers hang up on connections that have been idle for some seconds
@@ -179,14 +191,12 @@ class Load:
             self._poller.modify(connection.sock, select.EPOLLIN | select.EPOLLOUT)
 
     def _push(self, connection: _Connection) -> None:
-        """Writes what the socket takes. That the other side has hung up shows when its answer is read."""
-        try:
+        """Write what the socket takes. A closed connection shows when its response is read."""
+        with suppress(BlockingIOError, ConnectionError):
             connection.unsent = connection.unsent[connection.sock.send(connection.unsent) :]
-        except (BlockingIOError, ConnectionError):
-            return
 
     def _events(self, timeout: float) -> Iterator[_Connection | None]:
-        """Reads and writes what can be; gives the connection of every request that has ended, None where it was closed."""
+        """Read and write what is possible; yields the connection of every request that has ended, None where it was closed."""
         for fd, mask in self._poller.poll(timeout):
             connection = self._all[fd]
             if mask & select.EPOLLOUT and connection.unsent:
@@ -205,23 +215,18 @@ class Load:
         except ConnectionError:
             count = 0
         if count == 0:
-            return self._hung_up(connection)
+            if connection.busy:
+                self._done.append((connection.due, time.perf_counter(), "closed"))
+            self._drop(connection)
+            return connection.busy
         connection.filled += count
-        if connection.end < 0 and not self._read_head(connection):
+        if (connection.end < 0 and not self._read_head(connection)) or connection.filled < connection.end:
             return False
-        if connection.filled < connection.end:
-            return False
-        self._done.append((connection.due, time.perf_counter(), self._judge(connection)))
+        self._done.append((connection.due, time.perf_counter(), self._outcome(connection)))
         connection.busy = False
         if connection.unsent:  # answered before all was sent (too large, refused): the rest would be read as the next request
             self._drop(connection)
         return True
-
-    def _hung_up(self, connection: _Connection) -> bool:
-        if connection.busy:
-            self._done.append((connection.due, time.perf_counter(), "closed"))
-        self._drop(connection)
-        return connection.busy
 
     def _read_head(self, connection: _Connection) -> bool:
         stop = connection.buffer.find(b"\r\n\r\n", 0, connection.filled)
@@ -237,7 +242,7 @@ class Load:
             raise ValueError(f"a response of {connection.end} bytes where {self._size} are the most: {head[:200]!r}")
         return True
 
-    def _judge(self, connection: _Connection) -> str:
+    def _outcome(self, connection: _Connection) -> str:
         due, broken = self._exchange.answers[connection.which], self._exchange.broken
         if connection.status in REFUSED and broken is not None and connection.buffer.find(broken, 0, connection.end) >= 0:
             return BROKEN
@@ -247,7 +252,7 @@ class Load:
         return "200" if self._exchange.alike(connection.which, came) else "wrong"
 
     def _settle(self, grace: float) -> None:
-        """Waits for what is under way; what does not come is counted as "unanswered"."""
+        """Wait for requests under way; those without a response in time are counted as "unanswered"."""
         end = time.perf_counter() + grace
         while any(c.busy for c in self._all.values()) and time.perf_counter() < end:
             self._idle += [connection for connection in self._events(0.05) if connection]
@@ -264,8 +269,8 @@ class Load:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No garbage collection while it is measured."""
+def _no_collection() -> Iterator[None]:
+    """No garbage collection during a measurement."""
     gc.collect()
     gc.disable()
     try:
@@ -274,16 +279,12 @@ def _quiet() -> Iterator[None]:
         gc.enable()
 
 
-def _summary(done: list[tuple[float, float, str]], seconds: float, objective_ms: float | None) -> dict[str, Any]:
-    """Figures of finished requests. Shares: of all that were due, and of those that the server did not refuse at once: what it admitted and
-    then gave up counts as admitted, where it says so."""
+def _summary(done: list[tuple[float, float, str]], seconds: float, objective_ms: float | None) -> Row:
+    """Figures of finished requests. Shares inside the objective: of all that were due (`offered`), and without those refused at once
+    (`admitted`); a request that the server admitted and then gave up counts as admitted, where it says so."""
     latencies = np.array([(finished - due) * 1e3 for due, finished, status in done if status == "200"])
-    row: dict[str, Any] = {
-        "seconds": seconds,
-        "requests": len(done),
-        "answers_per_s": len(latencies) / seconds,
-        "failures": dict(Counter(status for _, _, status in done if status != "200")),
-    }
+    row: Row = {"seconds": seconds, "requests": len(done), "answers_per_s": len(latencies) / seconds}
+    row["failures"] = dict(Counter(status for _, _, status in done if status != "200"))
     for name, percent in (("p50_ms", 50), ("p90_ms", 90), ("p99_ms", 99), ("p999_ms", 99.9), ("worst_ms", 100)):
         row[name] = float(np.percentile(latencies, percent)) if latencies.size else None
     if objective_ms is not None:
@@ -299,3 +300,14 @@ def _summary(done: list[tuple[float, float, str]], seconds: float, objective_ms:
             "inside_admitted": inside / (len(done) - refused) if len(done) > refused else None,
         }
     return row
+
+
+def together(parts: Sequence[Row]) -> Row:
+    """Sum of several loads with one objective. `later`: answers beyond it; times are the longest ones, None without answers."""
+    failures: Counter[str] = Counter()
+    for part in parts:
+        failures.update(part["failures"])
+    requests = sum(part["requests"] for part in parts)
+    inside = sum(round(part["goodput_per_s"] * part["seconds"]) for part in parts)
+    longest = {name: max((part[name] for part in parts if part[name] is not None), default=None) for name in ("p99_ms", "worst_ms")}
+    return {"requests": requests, "failures": dict(failures), "later": requests - sum(failures.values()) - inside, **longest}

@@ -1,7 +1,7 @@
 """The two models that are served, their requests, and the expected answers.
 
-The weights are untrained: they change neither time nor bytes. Their norms are given statistics as training leaves them, so that the
-answers to different pictures differ and a server that mixes them up is found out.
+The weights are untrained: they change neither time nor bytes. Their norms have statistics as training leaves them, so that answers to
+different images differ and a server that mixes them up is noticed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving_peers.load import Exchange
+from serving_peers.load import Exchange, same
 
-PICTURES = 8
+IMAGES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model and how it is used. `max_rows`: of a batch, in every server. `concurrency`: those that saturation is looked for with.
+    """A model and how it is used. `max_rows`: largest batch of every server. `concurrency`: tried in search of the saturation.
 
-    `objective_calls`: the latency objective, as so many calls of the engine with one picture: one that a machine can keep, fast or slow.
+    `objective_calls`: the latency objective in calls of the engine with one image, so that a fast and a slow machine can keep it.
     """
 
     name: Literal["segment", "classify"]
@@ -41,41 +42,26 @@ class Workload:
         return "labels" if self.name == "segment" else "scores"
 
     @property
-    def structure(self) -> dict[str, Any]:
-        """Structure of the preset, as it is now."""
-        from muntin.models import PRESETS, ModelConfig
-
-        return ModelConfig(**PRESETS[self.preset]).model_dump(mode="json")
-
-    @property
     def dtype(self) -> str:
         return "uint8" if self.output == "labels" else "float32"
 
     @property
-    def answer_shape(self) -> tuple[int, ...]:
-        """Shape of the answer to one picture."""
-        return (self.side, self.side) if self.output == "labels" else (self.classes,)
+    def path(self) -> str:
+        """Path of inference in the Open Inference Protocol."""
+        return f"/v2/models/{self.name}/infer"
 
 
-WORKLOADS = {
-    "segment": Workload(name="segment", preset="hybrid-s", classes=6, side=512, max_rows=4, objective_calls=5, concurrency=(2, 4, 8)),
-    "classify": Workload(
-        name="classify", preset="hybrid-xs", classes=10, side=64, max_rows=16, objective_calls=16, concurrency=(8, 16, 32, 64)
-    ),
-}
-
-
-def origin_of(path: Path) -> str | None:
-    """Return the origin of an artefact; None if there is no artefact."""
-    try:
-        return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["measured"]["origin"])
-    except (OSError, ValueError, KeyError):
-        return None
+SEGMENT = Workload(name="segment", preset="hybrid-s", classes=6, side=512, max_rows=4, objective_calls=5, concurrency=(2, 4, 8))
+CLASSIFY = Workload(
+    name="classify", preset="hybrid-xs", classes=10, side=64, max_rows=16, objective_calls=16, concurrency=(8, 16, 32, 64)
+)  # fmt: skip
+WORKLOADS = {"segment": SEGMENT, "classify": CLASSIFY}
+TITLES = {"segment": "512 x 512", "classify": "classifier"}
 
 
 def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
-    """Quantises and exports the workload's model with weights of its own, where it is not there yet, or was made by another state of the
-    preset or of the export: about a minute."""
+    """Quantise and export the workload's model, with the seed's weights, unless it is there and neither preset nor export has changed:
+    about a minute."""
     import torch
 
     import muntin
@@ -83,12 +69,13 @@ def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
     from muntin.deployment.checkpoint_export import REVISION
     from muntin.errors import ArtifactError
     from muntin.layers import MapNorm, TokenNorm
+    from muntin.models import PRESETS, ModelConfig
 
-    origin = json.dumps({"workload": asdict(workload), "structure": workload.structure, "seed": seed, "revision": REVISION}, sort_keys=True)
+    structure = ModelConfig(**PRESETS[workload.preset]).model_dump(mode="json")
+    origin = json.dumps({"workload": asdict(workload), "structure": structure, "seed": seed, "revision": REVISION}, sort_keys=True)
     with suppress(ArtifactError):  # none, or an altered one
         if open_artifact(path).manifest.measured.get("origin") == origin:
             return
-
     torch.manual_seed(seed)
     model = muntin.create_model(workload.preset, task=workload.name, classes=workload.classes)
     with torch.no_grad():
@@ -98,58 +85,48 @@ def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
                 norm.bias.normal_(0, 0.1)
                 norm.running_mean.normal_(0, 0.1)
                 norm.running_var.uniform_(0.5, 2)
-    batch = torch.from_numpy(pictures(workload.side)[:2]).permute(0, 3, 1, 2).float()
+    batch = torch.from_numpy(sample_images(workload.side)[:2]).permute(0, 3, 1, 2).float()
     muntin.export(model.eval(), batch, path, calibration=[batch], measured={"origin": origin})
 
 
-def pictures(side: int) -> NDArray[np.uint8]:
-    """`PICTURES` smooth pictures, uint8 (B, side, side, 3)."""
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (PICTURES, 8, 8, 3), dtype=np.uint8)
+def sample_images(side: int) -> NDArray[np.uint8]:
+    """`IMAGES` smooth images, uint8 (B, side, side, 3)."""
+    coarse = np.random.default_rng(0).integers(0, 256, (IMAGES, 8, 8, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)) for image in coarse])
 
 
-def exchange(workload: Workload, images: NDArray[np.uint8], answers: NDArray[Any], *, path: str, tensors: bool) -> Exchange:
-    """The requests to `path`, one picture each, and their answers: as tensors of the Open Inference Protocol, or as raw bytes."""
-    encode = _tensor_request if tensors else _raw_request
-    return Exchange(
-        requests=tuple(encode(workload, path, image) for image in images),
-        answers=tuple(np.ascontiguousarray(answer, workload.dtype).tobytes() for answer in answers),
-        dtype=workload.dtype,
-    )
+def exchange(
+    workload: Workload, images: NDArray[np.uint8], *versions: NDArray[Any], path: str | None = None, **how: Any
+) -> Exchange:  # fmt: skip
+    """Requests of one image each, and the answers of one or several versions. `path`: raw bytes are sent to it; None: tensors of the Open
+    Inference Protocol. `how`: see `Exchange`."""
+    answers = [tuple(np.ascontiguousarray(answer, workload.dtype).tobytes() for answer in version) for version in versions]
+    requests = tuple(_tensor_request(workload, image) if path is None else _post(path, "", image.tobytes()) for image in images)
+    return Exchange(requests=requests, answers=answers[0], others=tuple(answers[1:]), dtype=workload.dtype, **how)
+
+
+def engine_answers(workload: Workload, artifact: Path, images: NDArray[np.uint8]) -> NDArray[Any]:
+    """Answers of the engine, which is called in this process."""
+    import muntin
+
+    session = muntin.load(artifact, threads=1, shapes=(), cache=False)  # servers compile for themselves
+    call = session.labels if workload.output == "labels" else session
+    return np.concatenate([call(image[None]) for image in images])
 
 
 def check_distinct(found: Exchange) -> None:
-    """Raises ValueError where two pictures have the same answer: a mix-up would not be seen."""
-    for one in range(len(found.answers)):
-        for other in range(one):
-            if found.alike(one, found.answers[other]):
-                raise ValueError(f"the model answers pictures {other} and {one} alike: take another artefact")
+    """Raises ValueError where two images, or two versions of a model, have the same answer: a mix-up would not be noticed."""
+    for answers in zip(found.answers, *found.others, strict=True) if found.others else [found.answers]:
+        if any(same(one, other, found.dtype, spread=found.spread) for one, other in combinations(answers, 2)):
+            raise ValueError("two images, or two versions of the model, have the same answer: take other weights")
 
 
-def _raw_request(workload: Workload, path: str, image: NDArray[np.uint8]) -> bytes:
-    return _post(path, "", image.tobytes())
-
-
-def _tensor_request(workload: Workload, path: str, image: NDArray[np.uint8]) -> bytes:
-    header = json.dumps(
-        {
-            "inputs": [
-                {
-                    "name": "images",
-                    "shape": [1, *image.shape],
-                    "datatype": "UINT8",
-                    "parameters": {"binary_data_size": image.nbytes},
-                }
-            ],
-            "outputs": [{"name": workload.output, "parameters": {"binary_data": True}}],
-        }
-    ).encode()
-    return _post(path, f"Inference-Header-Content-Length: {len(header)}\r\n", header + image.tobytes())
+def _tensor_request(workload: Workload, image: NDArray[np.uint8]) -> bytes:
+    tensor = {"name": "images", "shape": [1, *image.shape], "datatype": "UINT8", "parameters": {"binary_data_size": image.nbytes}}
+    header = json.dumps({"inputs": [tensor], "outputs": [{"name": workload.output, "parameters": {"binary_data": True}}]}).encode()
+    return _post(workload.path, f"Inference-Header-Content-Length: {len(header)}\r\n", header + image.tobytes())
 
 
 def _post(path: str, headers: str, body: bytes) -> bytes:
-    lines = (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
-    )
-    return lines.encode() + body
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n{headers}Content-Length: {len(body)}"
+    return f"{head}\r\n\r\n".encode() + body

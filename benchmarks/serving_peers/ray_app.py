@@ -1,22 +1,21 @@
-"""Ray Serve around the engine: raw bytes in, raw bytes out.
+"""Ray Serve on loopback until SIGTERM: the engine around raw bytes; with `--replicas` above 0 muntin's own application.
 
-    python ray_app.py ARTIFACT --port P --side N --scratch FOLDER [--threads N] [--max-rows N] [--batch-timeout S]
-
-One replica. `--max-rows` above 1 goes through `serve.batch`. Ray's helpers (its control store, the raylet, the proxy) run where this
-process may run, without a dashboard. Its settings are environment variables, see `servers.ray`.
+The first has one replica, and `--max-rows` above 1 goes through `serve.batch`. Ray's helpers (its control store, the raylet, the proxy) run
+where this process may run, without a dashboard. Its settings are environment variables, see `servers`.
 """
 
 from __future__ import annotations
 
 import argparse
 import signal
+from pathlib import Path
 
 import ray
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serving_peers.engine import Engine
+from serving_peers.engine import Engine, parse
 
 
 def application(given: argparse.Namespace) -> serve.Application:
@@ -40,26 +39,23 @@ def application(given: argparse.Namespace) -> serve.Application:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("artifact")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--side", type=int, required=True)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-rows", type=int, default=1)
-    parser.add_argument("--batch-timeout", type=float, default=0.0)
-    parser.add_argument("--scratch", required=True)
-    given = parser.parse_args()
-    ray.init(  # of the CPUs that it schedules by, the proxy and the controller want some too
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=256 * 2**20,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=given.scratch,
-    )
+    given = parse("scratch", "name", "replicas")
+    replicas, stop = int(given.replicas), {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # Ray's handlers would end this process before its parts have ended
+    ray.init(
+        num_cpus=replicas + 1 if replicas else 4,  # of these the proxy and the controller take some, too
+        include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, logging_level="ERROR",
+        _node_ip_address="127.0.0.1", _temp_dir=given.scratch,
+    )  # fmt: skip
     serve.start(http_options={"host": "127.0.0.1", "port": given.port})
-    serve.run(application(given), route_prefix="/predict")
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    if replicas:
+        from muntin.serving.ray import RayOptions, app
+
+        options = RayOptions(artifact=Path(given.artifact), name=given.name, replicas=replicas, threads=1, max_batch=given.max_rows)
+        serve.run(app(options), name=given.name)
+    else:
+        serve.run(application(given), route_prefix="/predict")
+    signal.sigwait(stop)
     serve.shutdown()
     ray.shutdown()
 

