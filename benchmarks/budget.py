@@ -160,16 +160,16 @@ def contenders(found: list[Row]) -> Iterator[Row]:
 
 
 def by_budget(document: Document) -> dict[str, dict[str, Row]]:
-    """Rows of contenders by network and budget."""
+    """Rows of contenders by network and budget, of those with muntin's."""
     found: dict[str, dict[str, Row]] = {}
     for row in contenders(document.rows):
         if "seeds" in row:
             found.setdefault(f"{row['network']} {row['budget']:g}", {})[row["form"]] = row
-    return found
+    return {case: rows for case, rows in found.items() if "muntin" in rows}
 
 
 def over_budget(document: Document) -> dict[str, float]:
-    return {case: round(rows["muntin"]["over"], 7) for case, rows in by_budget(document).items() if "muntin" in rows}
+    return {case: round(rows["muntin"]["over"], 7) for case, rows in by_budget(document).items()}
 
 
 def fewest_bytes(document: Document) -> dict[str, float]:
@@ -179,23 +179,26 @@ def fewest_bytes(document: Document) -> dict[str, float]:
     found = {}
     for case, rows in by_budget(document).items():
         baselines = [row["bytes"] for form, row in rows.items() if form != "muntin" and row["kept"] == "yes"]
-        if baselines and "muntin" in rows:
+        if baselines:
             found[case] = min(baselines) / rows["muntin"]["bytes"] if rows["muntin"]["kept"] == "yes" else 0.0
     return found
 
 
+def counted(document: Document, form: str = "muntin") -> str:
+    """Budgets that a contender keeps."""
+    kept = [rows[form]["kept"] == "yes" for rows in by_budget(document).values() if form in rows]
+    return f"{sum(kept)} of {len(kept)}"
+
+
 def newest(document: Document) -> str:
-    found, won = list(by_budget(document).values()), list(fewest_bytes(document).values())
-    ours = [rows["muntin"] for rows in found if "muntin" in rows]
-    counts = [sum(rows[form]["kept"] == "yes" for rows in found if form in rows) for form in ("muntin", "bits", "nncf")]
+    ours, won = [rows["muntin"] for rows in by_budget(document).values()], fewest_bytes(document).values()
     smaller, slower = sorted(row["smaller"] for row in ours), sorted(1 / row["speed"] for row in ours if row["speed"])
     excess = max(row["over"] for row in ours)
     broken = f" (exceeded by up to {excess:.4f} points)" if excess > TOLERANCE else ""
-    kept = f"kept in {counts[0]} of {len(ours)}{broken}, by bits alone in {counts[1]}, by NNCF's accuracy control in {counts[2]}"
-    return (
-        f"{smaller[0]:.1f} to {smaller[-1]:.1f} times fewer bytes; on unseen inputs {kept}; fewest bytes in {sum(one >= 1 for one in won)} "
-        f"of the {len(won)} budgets that a baseline keeps; {slower[0]:.2f} to {slower[-1]:.2f} times the latency of bits alone"
-    )
+    others = f"by bits alone in {counted(document, 'bits')}, by NNCF's accuracy control in {counted(document, 'nncf')}"
+    fewest = f"fewest bytes in {sum(one >= 1 for one in won)} of {len(won)} that a baseline keeps"
+    size, latency = f"{smaller[0]:.1f} to {smaller[-1]:.1f} times fewer bytes", f"{slower[0]:.2f} to {slower[-1]:.2f} times the latency"
+    return f"{size}; on unseen inputs kept in {counted(document)}{broken}, {others}; {fewest}; {latency} of bits alone"
 
 
 def claims(documents: list[Document]) -> str:
@@ -203,9 +206,8 @@ def claims(documents: list[Document]) -> str:
 
 
 def verdict(documents: list[Document]) -> str:
-    won, over = fewest_bytes(documents[-1]).values(), over_budget(documents[-1]).values()
-    kept = sum(value <= TOLERANCE for value in over)
-    return f"fewest bytes in {sum(value >= 1 for value in won)} of {len(won)} comparisons; budget kept in {kept} of {len(over)}"
+    won = fewest_bytes(documents[-1]).values()
+    return f"fewest bytes in {sum(one >= 1 for one in won)} of {len(won)} comparisons; budget kept in {counted(documents[-1])}"
 
 
 BENCHMARK = Benchmark(

@@ -190,7 +190,8 @@ def measure(session: Session, reference: DriftReference, images: Iterator[Pixels
         ]
         alarms[str(size)] = float(np.mean(np.array(effects) > reference.threshold(size)))
         median = float(np.median(effects)) if size == 32 else median
-    return {"pictures": len(features), "alarms": alarms, "effect": median, "thresholds": [reference.threshold(size) for size in SIZES]}
+    thresholds = [reference.threshold(size) for size in SIZES]
+    return {"pictures": len(features), "batches": batches, "alarms": alarms, "effect": median, "thresholds": thresholds}
 
 
 def rows_of(data: str, run: Run) -> Iterator[Row]:
@@ -253,7 +254,7 @@ times are measured. Blur: standard deviation in pixels; noise: in grey levels; b
 resolution and halved to that of the photograph, `terrain` is `etopo1.jpg`; `other regions` is the test split, whose climates have other
 shares. How far correlations are shrunk was chosen on other windows of the same photograph.""",
     newest=newest,
-    n=lambda rows: "100 batches of each size",
+    n=lambda rows: f"{rows[0]['batches']} batches of each size",
     tables=(Table(columns=columns("data, images=pictures_of, 8, 16, 32, 64, effect:.2f"), rows=shown),),
     goals=(
         Goal(name="false alarms", values=lambda document: alarms(document, "same"), at_most=FALSE, form="{:.0%}"),

@@ -33,7 +33,7 @@ from typing import Any, get_args
 import torch
 
 from documents import Column, Document, Goal, Row, Table, columns, seeds_of
-from harness import Benchmark, Options, Run, main, option, seeds_option, write_whole
+from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.data import open_source
 from muntin.data.config import SourceName
 from muntin.errors import MuntinError, RecipeError
@@ -106,12 +106,6 @@ class PeersOptions(Options):
                 if refused:
                     raise RecipeError(f"recipe {recipe.name}: {reason}")
         return recipes
-
-    @property
-    def budgets(self) -> list[Budget]:
-        minutes = 4.0 if self.minutes is None and self.samples is None else self.minutes
-        budgets = [Budget(minutes=minutes)] if minutes is not None else []
-        return budgets + ([Budget(samples=self.samples)] if self.samples is not None else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,26 +236,21 @@ def versions() -> Row:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def precision_of(output: Path) -> str:
-    """The precision of all training below `output`: kept in a file, because "auto" might choose another one for one model than for the
-    rest."""
-    path = output / "precision.json"
-    if not path.is_file():
-        write_whole(path, resolve_precision("auto", "cuda" if torch.cuda.is_available() else "cpu").name)
-    return str(json.loads(path.read_text(encoding="utf-8")))
-
-
 def rows(run: Run) -> Iterator[Row]:
     options = run.options
     if missing := [name for name, module in PACKAGES.items() if find_spec(module) is None]:
         raise SystemExit(f"peers.py: {', '.join(missing)} missing: pip install '.[bench]'")
-    precision = precision_of(run.folder)
-    yield {"part": "setting", "protocol": PROTOCOL, "precision": precision, "packages": versions()}
+    # "auto" might choose another precision for one model than for the rest: it is asked once for an output folder.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = run.row("setting", lambda: {"part": "setting", "precision": resolve_precision("auto", device).name})
+    yield {**made, "protocol": PROTOCOL, "packages": versions()}
     entries, seeds = [ENTRIES[name] for name in dict.fromkeys(options.models)], list(dict.fromkeys(options.seeds))
     shared = {"root": Path.cwd() if options.recipe is None else options.recipe.parent, "threads": options.threads}
-    for budget in options.budgets:
+    minutes = 4.0 if options.minutes is None and options.samples is None else options.minutes
+    budgets = [Budget(minutes=minutes)] if minutes is not None else []
+    for budget in budgets + ([Budget(samples=options.samples)] if options.samples is not None else []):
         for source, recipe in options.recipes.items():
-            setting = Setting(source=source, recipe=recipe, precision=precision, **shared)
+            setting = Setting(source=source, recipe=recipe, precision=made["precision"], **shared)
             yield from Comparison(run=run, setting=setting, budget=budget).rows(entries, seeds)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ablation import shown, sign
-from documents import Document, Goal, Row, Table, columns, grouped, mean
+from documents import Document, Goal, Row, Table, columns, grouped, mean, seeds_of
 from harness import Benchmark, Options, Run, main, option
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint
 from muntin.runtime import load
@@ -131,7 +131,7 @@ BENCHMARK = Benchmark(
 a source and a seed; ms is 512 x 512, all networks of a seed in turns; *time* is over the preset's. A found network replaces its preset
 if it takes at most 5 % more time and is ahead on validation by more than twice the standard error. The test split decides nothing.""",
     newest=newest,
-    n=lambda rows: f"{len({row['seed'] for row in rows if row['part'] == 'score'})} seeds on {len(SOURCES)} sources",
+    n=lambda rows: f"{seeds_of(row for row in rows if row['part'] == 'score')} on {len(SOURCES)} sources",
     variant=lambda document: f"{document.settings['steps']} steps",
     tables=(
         Table(

@@ -74,6 +74,7 @@ def rows(run: Run) -> Iterator[Row]:
             continue
         folder = run.folder.resolve() / network.name
         facts = {"network": network.name, "description": network.description, "weights": network.weights, "judged_by": network.judged_by}
+        facts["nncf"] = nncf and nncf["nncf"]
         floats = run.row(f"{network.name}/floats", partial(export_floats, network, packages, folder))
         test = cache(partial(judges, network, packages, folder, options.held_out))
         for seed in range(options.calibration_sets):

@@ -137,6 +137,7 @@ BENCHMARK = Benchmark(
 of saturation. Ray's proxy, two ingresses and the replicas share the cores with each other. With one replica a request waits until a new one
 has started. Goal: no request without a right answer.""",
     newest=newest,
+    n=lambda rows: f"{rows[0]['killed']['kills']} kills a server",
     variant=lambda document: str(document.settings["model"]),
     tables=(
         Table(

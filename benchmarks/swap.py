@@ -362,10 +362,13 @@ Late: later than the normal 99th percentile + 50 ms. Goals: no answer failed, wr
 one is refused, and the two whose engines fail and die are sent back. Memory: resident, of the server and its engine's process; the slope of
 the second half's readings by least squares. What each swap leaves behind is not known.""",
     newest=newest,
+    n=lambda rows: ", ".join(f"{len(row['loads'])} versions" if row["part"] == "swaps" else f"{row['swaps']} swaps" for row in rows),
     variant=lambda document: "20 versions" + " and memory" * (growth(document) is not None),
     tables=(
         Table(
-            columns=columns("load, requests, failed, wrong, late=later, share=late:.3%, p50=p50_ms:.1f, p99=p99_ms:.1f, max=worst_ms:.1f"),
+            columns=columns(
+                "load, requests, failed, wrong, late=later, of all=late:.3%, p50 ms=p50_ms:.1f, p99 ms=p99_ms:.1f, worst ms=worst_ms:.1f"
+            ),
             rows=answers,
         ),
         Table(title="Versions", columns=columns("version, kind, outcome, expected, status, s=seconds:.1f"), rows=versions, paged=False),

@@ -134,7 +134,7 @@ def peer_step(name: str, recipe: Recipe, model: nn.Module, device: str) -> Step:
 
         trainer = Accelerator(cpu=device == "cpu", mixed_precision="bf16" if sixteen else "no")
         wrapped, prepared = trainer.prepare(model, optimizer)
-        clip = partial(trainer.clip_grad_norm_, wrapped.parameters(), recipe.training.clip)
+        clip = partial(trainer.clip_grad_norm_, list(wrapped.parameters()), recipe.training.clip)
     wrapped.train()
 
     def gradient(images: Tensor, target: Tensor) -> Tensor:

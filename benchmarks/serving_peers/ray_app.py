@@ -41,7 +41,8 @@ def application(given: argparse.Namespace) -> serve.Application:
 def main() -> None:
     given = parse("scratch", "name", "replicas")
     replicas, stop = int(given.replicas), {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stop)  # Ray's handlers would end this process before its parts have ended
+    if replicas:  # Ray's handlers would end this process before the replicas have ended
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
     ray.init(
         num_cpus=replicas + 1 if replicas else 4,  # of these the proxy and the controller take some, too
         include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False, logging_level="ERROR",
