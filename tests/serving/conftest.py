@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,37 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, Sizes, open_artifact, write_artifact
+import serving_parts
+from muntin.artifact import (
+    ClassInfo,
+    GoldenTolerance,
+    LayerRecord,
+    Signature,
+    Sizes,
+    TensorInfo,
+    TensorSignature,
+    open_artifact,
+    write_artifact,
+)
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import Opened
+from tensor_models import model as tensor_model
+from tensor_models import write_tensors
 
 NAMES = ("sea", "field", "roof", "road", "tree")
+
+
+def beside(name: str) -> Any:
+    """The module of this name beside this file."""
+    spec = importlib.util.spec_from_file_location(f"serving_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_signature(channels: int = 3, classes: tuple[str, ...] = NAMES[:4], **changes: Any) -> Signature:
@@ -83,16 +107,6 @@ def write(
         layers=[LayerRecord(name="head", kind="Conv2d", weight_bits=32, activation_bits=activation_bits)],
     )
     return path
-
-
-@dataclass(frozen=True, kw_only=True)
-class InProcess(ArtifactLoader):
-    """Opens artefacts in this process, as on Windows, for tests that open many or look inside."""
-
-    def open(self, path: Path, **given: Any) -> Opened:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
-            return super().open(path, **given)
 
 
 class Constant(Liveness, Session):
@@ -198,19 +212,10 @@ def one_core() -> Any:
     return beside("one_core")
 
 
-def beside(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"serving_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def in_process() -> ArtifactLoader:
     """Opens artefacts in this process."""
-    return InProcess(options=SessionOptions(threads=1))
+    return serving_parts.InProcess(options=SessionOptions(threads=1))
 
 
 @pytest.fixture
@@ -227,10 +232,47 @@ def clock() -> Clock:
 @pytest.fixture
 def uncollected() -> Iterator[None]:
     """What is in a cycle stays."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def uncollected_starts() -> Iterator[None]:
+    """No server collects garbage when it starts: with the objects of all tests it takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("muntin.serving.server.gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int))
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_server() -> Callable[..., Any]:
+    """`make_server(path, remote=False, **settings)`: a server on free ports; start it, or use it as a context."""
+    return serving_parts.new_server
+
+
+@pytest.fixture(scope="session")
+def socketless() -> Callable[..., Any]:
+    """`with socketless(path, **settings) as server`: a server's parts without sockets."""
+    return serving_parts.Socketless
+
+
+@pytest.fixture(scope="session")
+def fetch() -> Callable[..., tuple[int, dict[str, str], bytes]]:
+    """`fetch(server, path, body=None, headers=None, method=None)`: status, header fields and body of the answer."""
+    return serving_parts.fetch_over_http
+
+
+@pytest.fixture(scope="session")
+def call_error() -> type[Exception]:
+    """What `Socketless.call` raises: `code`, `details`, `trailing`."""
+    return serving_parts.CallError
+
+
+@pytest.fixture(scope="session")
+def ask_app() -> Any:
+    """`ask_app(app, method, path, pieces, headers, stays=True)`: sends a request to an ASGI application."""
+    return serving_parts.ask_app
 
 
 @pytest.fixture(scope="session")
@@ -282,3 +324,22 @@ def write_pixels() -> Callable[..., Path]:
         return path
 
     return write_it
+
+
+@pytest.fixture(scope="session")
+def every_type(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that returns its inputs of every type (n,) with one more axis, and the places of the true values. It has no batch."""
+    types = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
+    names = {name: {"float32": "float", "float64": "double"}.get(name, name) for name in types}
+    given = ", ".join(f"{kind}[n] {name}" for name, kind in names.items())
+    returned = ", ".join(f"{kind}[1, n] {name}_out" for name, kind in names.items())
+    nodes = " ".join(f"{name}_out = Unsqueeze({name}, axis)" for name in types)
+    proto = tensor_model(f"({given}) => ({returned}, int64[1, true] places) {{ {nodes} places = NonZero(bool) }}", axis=np.array([0]))
+    infos = (
+        [(name, name, ("n",)) for name in types],
+        [*((f"{name}_out", name, (1, "n")) for name in types), ("places", "int64", (1, "true"))],
+    )
+    inputs, outputs = (tuple(TensorInfo(name=name, dtype=dtype, shape=shape) for name, dtype, shape in entries) for entries in infos)
+    values = {name: np.arange(1, 4).astype(name) for name in types}
+    path = tmp_path_factory.mktemp("types") / "types"
+    return write_tensors(path, proto, signature=TensorSignature(inputs=inputs, outputs=outputs), inputs=[values], example={"n": 3}).path

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from math import inf
 from pathlib import Path
@@ -34,6 +34,7 @@ from muntin.serving.worker.calls import Call
 from muntin.serving.worker.launch import RunningEngine
 from muntin.serving.worker.opening import EngineDiedError
 from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
+from serving_parts import random_images, state_of, stop_process
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")
@@ -41,18 +42,7 @@ OPTIONS = SessionOptions(threads=1, dynamic=True)
 EXAMPLE = Call((1, 8, 8))
 
 
-def stop(process: int) -> None:
-    """Make a process hang. Where a core is busy, a signal takes its time."""
-    os.kill(process, signal.SIGSTOP)
-    while LINUX and Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        time.sleep(0.001)
-
-
-def images_of(seed: int, rows: int, height: int, width: int, channels: int = 3) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, channels)).astype(np.uint8)
-
-
-SMALL = images_of(1, 1, 8, 8)
+SMALL = random_images(1, 1, 8, 8, 3)
 
 
 def running_of(session: RemoteSession) -> RunningEngine:
@@ -65,18 +55,9 @@ def pid_of(session: RemoteSession) -> int:
     return running_of(session).process.pid
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
 @pytest.fixture
-def session(write_pixels: Callable[..., Path], tmp_path: Path) -> Iterator[RemoteSession]:
-    """A session of a model whose scores are the pixels."""
+def session(write_pixels: Any, tmp_path: Path) -> Iterator[RemoteSession]:
+    """A session of a model whose scores are the pixels, of this test's own: its memory is bounded."""
     path = write_pixels(tmp_path / "pixels")
     session = open_remote(path, OPTIONS, [EXAMPLE], seconds=60.0).session
     assert isinstance(session, RemoteSession)
@@ -86,8 +67,8 @@ def session(write_pixels: Callable[..., Path], tmp_path: Path) -> Iterator[Remot
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.serving.batching.latency_model.OVERDUE_UNKNOWN_S", 2.0)
-    monkeypatch.setattr("muntin.serving.batching.latency_model.OVERDUE_S", 2.0)
+    monkeypatch.setattr("muntin.serving.batching.latency_model.OVERDUE_UNKNOWN_S", 1.5)
+    monkeypatch.setattr("muntin.serving.batching.latency_model.OVERDUE_S", 1.5)
     monkeypatch.setattr("muntin.serving.batching.workers._GRACE_S", 0.05)
 
 
@@ -114,9 +95,7 @@ def runner_of(slot: Slot) -> Runner:
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGSEGV])
-def test_old_version_answers_when_the_new_one_fails(
-    write_version: Callable[..., Path], tmp_path: Path, wait_until: Callable[..., None], number: signal.Signals
-) -> None:
+def test_old_version_answers_when_the_new_one_fails(write_version: Any, tmp_path: Path, wait_until: Any, number: signal.Signals) -> None:
     lines: list[str] = []
     slot = Slot("m", ArtifactLoader(options=OPTIONS), rollout=Rollout(for_requests=10**6, max_slowdown=inf), notify=lines.append)
     for name in ("1", "2"):
@@ -126,7 +105,7 @@ def test_old_version_answers_when_the_new_one_fails(
     assert isinstance(new.session, RemoteSession)
     pid = pid_of(new.session)
     assert (answered(runner, slot)[0] == 2).all()
-    stop(pid)
+    stop_process(pid)
     if number != signal.SIGSTOP:
         threading.Timer(0.3, lambda: [os.kill(pid, each) for each in (number, signal.SIGCONT)]).start()  # type: ignore[func-returns-value]
     assert (answered(runner, slot)[0] == 1).all()
@@ -135,32 +114,31 @@ def test_old_version_answers_when_the_new_one_fails(
     if number == signal.SIGSEGV:
         ended = "the process of its engine has ended (signal 11, Segmentation fault)"
         assert [line for line in lines if line.endswith(ended)] == [f"m: version 2: {ended}", rollback]
-    wait_until(lambda: not alive(pid))
+    wait_until(lambda: state_of(pid) == "Z")
     assert runner.hanging == 0
     assert runner.close(30)
     slot.close()
 
 
 @pytest.mark.usefixtures("impatient")
-def test_only_version_is_restarted_after_a_hang(
-    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_version_is_restarted_after_a_hang(write_version: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("muntin.serving.batching.workers.HANGING", 0)  # no other thread may take the place of one that hangs
+    for name in ("OVERDUE_UNKNOWN_S", "OVERDUE_S"):
+        monkeypatch.setattr(f"muntin.serving.batching.latency_model.{name}", 3.0)  # longer than a restart takes
     lines: list[str] = []
     slot = Slot("m", ArtifactLoader(options=OPTIONS), rollout=Rollout(), notify=lines.append)
     session = slot.load(write_version(tmp_path / "1", 1), "1").session
     assert isinstance(session, RemoteSession)
     runner = runner_of(slot)
-    for _ in range(2):
-        stop(pid_of(session))
-        assert isinstance(answered(runner, slot)[0], EngineDiedError)
-        assert (answered(runner, slot)[0] == 1).all()
+    stop_process(pid_of(session))
+    assert isinstance(answered(runner, slot)[0], EngineDiedError)
+    assert (answered(runner, slot)[0] == 1).all()
     assert runner.able
     os.kill(pid_of(session), signal.SIGSEGV)  # between two calls
     running_of(session).process.wait()
     assert (answered(runner, slot)[0] == 1).all()
     deaths = [line.partition("has ended ")[2] for line in lines if "the process of its engine" in line]
-    assert deaths == ["(signal 9, Killed)", "(signal 9, Killed)", "(signal 11, Segmentation fault)"]
+    assert deaths == ["(signal 9, Killed)", "(signal 11, Segmentation fault)"]
     assert runner.close(30)
     slot.close()
 
@@ -242,15 +220,15 @@ def test_image_that_the_kernel_ends_the_engine_for(bounded: RemoteSession, shelf
     slot = slot_of(shelf, monkeypatch, bounded)
     assert slot.current is not None
     runner = runner_of(slot)
-    images = images_of(1, 1, 2000, 2000)
-    for _ in range(3):
+    images = random_images(1, 1, 1600, 1600, 3)
+    for _ in range(2):
         labels, work = answered(runner, slot, images)
         np.testing.assert_array_equal(labels, images.argmax(3))
         assert work.recovered == f"in tiles of {TILE} pixels"
         assert bounded.deaths == 1
     assert bounded.last_death == "the process of its engine has ended (signal 9, Killed: out of memory)"
     assert slot.current.latencies.calls == ()
-    small = images_of(1, 2, 8, 8)
+    small = random_images(2, 1, 8, 8, 3)
     labels, work = answered(runner, slot, small)
     np.testing.assert_array_equal(labels, small.argmax(3))
     assert work.recovered == ""
@@ -261,7 +239,7 @@ def test_image_that_the_kernel_ends_the_engine_for(bounded: RemoteSession, shelf
 def test_image_that_the_system_refuses_memory_for(session: RemoteSession, shelf: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slot = slot_of(shelf, monkeypatch, session)
     runner = runner_of(slot)
-    small, large = images_of(1, 1, TILE, TILE), images_of(1, 1, 4000, 3000)
+    small, large = random_images(1, 1, TILE, TILE, 3), random_images(1, 1, 2500, 2000, 3)
     answered(runner, slot, small)
     mapped = int(Path(f"/proc/{pid_of(session)}/statm").read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.prlimit(pid_of(session), resource.RLIMIT_AS, (mapped + large.nbytes + (32 << 20),) * 2)  # its images it has mapped, too

@@ -1,4 +1,4 @@
-"""No request makes a decoder do anything but decode or refuse it. A hundred thousand mutated ones here; `hostile.run` takes any number."""
+"""No request makes a decoder do anything but decode or refuse it. Some thousands of mutated ones here, ten million in `test_soak`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import orjson
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,19 +40,12 @@ DOCUMENT = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.slow
-def test_a_hundred_thousand_mutated_requests(hostile: Any) -> None:
+def test_mutated_requests(hostile: Any) -> None:
     """CPU time, so that a busy machine is no failure: what would fail is a request whose cost grows with what it announces."""
-    summary = hostile.run(100_000, seed=0)
-    assert summary.accepted > 10_000
-    assert summary.refused > 10_000
-    assert summary.accepted + summary.refused == 100_000
+    summary = hostile.run(20_000, seed=0)
+    assert min(summary.accepted, summary.refused) > 2_000
+    assert summary.accepted + summary.refused == 20_000
     assert summary.slowest < 1
-
-
-def test_some_mutated_requests(hostile: Any) -> None:
-    summary = hostile.run(4_000, seed=1)
-    assert min(summary.accepted, summary.refused) > 400
 
 
 def test_a_request_can_be_made_again(hostile: Any) -> None:
@@ -68,7 +60,7 @@ def only_protocol_errors(decode: Any, *arguments: Any) -> None:
         assert str(error).isprintable()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=150)
 @given(st.binary(max_size=200), st.none() | st.integers(-5, 210))
 def test_any_bytes(body: bytes, length: int | None) -> None:
     only_protocol_errors(decode_request, body, length, LIMITS)
@@ -77,7 +69,7 @@ def test_any_bytes(body: bytes, length: int | None) -> None:
     only_protocol_errors(decode_raw_request, body, "x", (1, 4, 3), LIMITS)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=150)
 @given(DOCUMENT | JSON, st.binary(max_size=20), st.booleans())
 def test_any_document(document: Any, tail: bytes, with_tail: bool) -> None:
     header = orjson.dumps(document)
@@ -85,7 +77,7 @@ def test_any_document(document: Any, tail: bytes, with_tail: bool) -> None:
     only_protocol_errors(decode_repository_request, header, LIMITS)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=150)
 @given(st.binary(max_size=200))
 def test_any_message(wire: bytes) -> None:
     only_protocol_errors(lambda: decode_infer(parse(wire, messages.ModelInferRequest, LIMITS), LIMITS))

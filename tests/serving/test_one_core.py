@@ -19,7 +19,7 @@ def calm(one_core: Any) -> Any:
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_answers_in_time_near_saturation(one_core: Any, calm: Any, share: float) -> None:
     scene = replace(calm, rate=1700.0, share=share)
-    outcome = one_core.play(12_000, seed=1, scene=scene)
+    outcome = one_core.play(6_000, seed=1, scene=scene)
     assert outcome.inside >= 0.999
     assert outcome.goodput > 0.9 * scene.rate
 
@@ -28,13 +28,13 @@ def test_answers_in_time_near_saturation(one_core: Any, calm: Any, share: float)
 def test_goodput_in_a_flood(one_core: Any, calm: Any, share: float) -> None:
     """Half as much again as it can answer."""
     scene = replace(calm, rate=2700.0, share=share)
-    outcome = one_core.play(15_000, seed=0, scene=scene)
+    outcome = one_core.play(6_000, seed=0, scene=scene)
     assert outcome.inside > 0.995
     assert outcome.goodput > 0.9 * scene.ceiling(rows=4)
     assert outcome.batch_rows > 3
 
 
 def test_single_rows_at_low_load(one_core: Any, calm: Any) -> None:
-    outcome = one_core.play(3000, seed=0, scene=replace(calm, rate=100.0))
+    outcome = one_core.play(2000, seed=0, scene=replace(calm, rate=100.0))
     assert outcome.inside == 1
     assert outcome.batch_rows < 1.01

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from muntin.serving.config import ServeConfig
 from muntin.serving.server import Server
 
 perf_analyzer = pytest.importorskip("perf_analyzer", reason="no perf_analyzer: `make test` installs it where it has a wheel")
@@ -20,10 +20,9 @@ SIDE = 16
 
 
 @pytest.fixture(scope="module")
-def server(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(make_server: Any, write_pixels: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A classifier whose scores are the means of the pixels: perf_analyzer compares only answers whose shape the model fixes."""
-    path = write_pixels(tmp_path_factory.mktemp("perf") / "means", task="classify")
-    with Server(path, ServeConfig(http_port=0, grpc_port=0, threads=1, name="means", max_batch=4)) as running:
+    with make_server(write_pixels(tmp_path_factory.mktemp("perf") / "means", task="classify"), max_batch=4) as running:
         yield running
 
 
@@ -48,16 +47,12 @@ def run(server: Server, face: str, *options: object) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("face", "options"),
     [
-        ("http", ()),
         ("http", ("-a", "--concurrency-range", 3, "-b", 2)),
         ("http", ("--input-tensor-format", "json", "--output-tensor-format", "json")),
-        ("http", ("--request-rate-range", 20, "--request-distribution", "poisson")),
-        ("grpc", ("--concurrency-range", 2,)),
-        ("grpc", ("-a", "-b", 4)),
         ("grpc", ("-a", "--streaming")),
         ("grpc", ("--grpc-compression-algorithm", "gzip")),
     ],
-)  # fmt: skip
+)
 def test_measurement_with_compared_answers(server: Server, tmp_path: Path, face: str, options: tuple[object, ...]) -> None:
     report = tmp_path / "report.csv"
     data = write_input(tmp_path, label=None if "-b" in options else 1)  # it compares a batch with one picture's answer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import io
 import json
 import os
@@ -26,11 +25,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from muntin.errors import ArtifactError, DataError
-from muntin.serving.config import ServeConfig
-from muntin.serving.server import Server
 from muntin.serving.versions.version import UnknownVersionError
 from muntin.serving.worker.calls import Call
 from ray_cluster import ON_LINUX, processes, restored_signals
+from serving_protocols import Connection
 
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed", exc_type=ImportError)
 import ray
@@ -62,24 +60,8 @@ def binary_request(side: int) -> tuple[bytes, dict[str, str]]:
     return head + pixels, {"inference-header-content-length": str(len(head))}
 
 
-class Client:
-    """One connection to a server on this machine."""
-
-    def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-
-    def ask(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-        self._connection.request(method, path, body, headers or {})
-        answer = self._connection.getresponse()
-        content = answer.read()
-        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, content
-
-    def close(self) -> None:
-        self._connection.close()
-
-
 @pytest.fixture(scope="module")
-def models(write_version: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(write_version: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two versions: 1 answers the label 1 everywhere, 2 the label 2."""
     folder = tmp_path_factory.mktemp("serve") / "roofs"
     for label in (1, 2):
@@ -103,8 +85,8 @@ def port(ray_address: str, models: Path) -> Iterator[int]:
             ray.shutdown()
 
 
-def deploy(models: Path, version: str) -> None:
-    serve.run(app(RayOptions(artifact=models, version=version, replicas=2)), name="roofs")
+def deploy(models: Path, version: str, *, ingresses: int = 1) -> None:
+    serve.run(app(RayOptions(artifact=models, version=version, replicas=2, ingresses=ingresses)), name="roofs")
 
 
 REQUESTS = {
@@ -125,27 +107,39 @@ REQUESTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-def test_answers_of_the_server(port: int, models: Path) -> None:
-    config = ServeConfig(http_port=0, grpc_port=None, threads=1)
-    with Server(models / "1", config.model_copy(update={"name": "roofs"})) as server:
-        ours, other = Client(server.http_port), Client(port)
-        for name, request in REQUESTS.items():
-            due, answer = ours.ask(*request), other.ask(*request)
-            assert answer[::2] == due[::2], name
-            for header in ("content-type", "inference-header-content-length", "x-model-version"):
-                assert answer[1].get(header) == due[1].get(header), (name, header)
-        ours.close()
-        other.close()
+@pytest.fixture(scope="module")
+def server(socketless: Any, models: Path) -> Iterator[Any]:
+    """The parts of `muntin serve`, without a socket."""
+    with socketless(models.parent / "roofs" / "1", name="roofs", local=False, max_batch=8) as server:
+        yield server
 
 
-@pytest.mark.slow
-def test_routes_of_one_replica(port: int) -> None:
-    client = Client(port)
-    for method, path in (("GET", "/metrics"), ("GET", "/v2/models/roofs/stats"), ("POST", "/v2/repository/models/roofs/load")):
-        status, _, content = client.ask(method, path)
-        assert status == 501 and path in json.loads(content)["error"]
-    client.close()
+def assert_equal(answer: Any, due: Any, name: str) -> None:
+    assert answer[::2] == due[::2], name
+    for header in ("content-type", "inference-header-content-length", "x-model-version"):
+        assert answer[1].get(header) == due[1].get(header), (name, header)
+
+
+def test_answers_of_the_server(server: Any, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ingress and a replica in this process."""
+    monkeypatch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
+
+    async def ask() -> dict[str, Any]:
+        model = Model(RayOptions(artifact=models), "1")
+        handle = SimpleNamespace(answer=SimpleNamespace(remote=model.answer))
+        answers = {}
+        for name, (method, path, body, headers) in REQUESTS.items():
+            response = await answer_of(handle, method, path, body, headers=headers)
+            answers[name] = response.status_code, dict(response.headers), bytes(response.body)
+        for method, path in (("GET", "/metrics"), ("GET", "/v2/models/roofs/stats"), ("POST", "/v2/repository/models/roofs/load")):
+            response = await answer_of(handle, method, path, b"")
+            assert response.status_code == 501 and path in json.loads(response.body)["error"]  # of one replica
+        await model.__del__()
+        return answers
+
+    for name, answer in asyncio.run(ask()).items():
+        method, path, body, headers = REQUESTS[name]
+        assert_equal(answer, server.fetch(path, body, headers, method), name)
 
 
 @contextmanager
@@ -155,9 +149,9 @@ def load(port: int) -> Iterator[Counter[tuple[int, str]]]:
     stop, body = threading.Event(), bitmap(900)
 
     def ask() -> None:
-        client = Client(port)
+        client = Connection(port)
         while not stop.is_set():
-            status, headers, _ = client.ask("POST", "/predict?output=json", body)
+            status, headers, _ = client.fetch("/predict?output=json", body)
             outcomes[status, headers.get("x-model-version", "")] += 1
         client.close()
 
@@ -180,27 +174,43 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 @pytest.mark.slow
-def test_replicas_killed_under_load(port: int) -> None:
+def test_replica_killed_under_load(port: int, server: Any) -> None:
+    client = Connection(port)
+    for name in ("binary", "large", "labels", "ready", "no picture"):
+        method, path, body, headers = REQUESTS[name]
+        assert_equal(client.fetch(path, body, headers, method), server.fetch(path, body, headers, method), name)
+    client.close()
     with load(port) as outcomes:
         wait_for(lambda: outcomes.total() > 5)
-        killed = set(processes(TITLE))
-        for process in killed:
+        first, _ = processes(TITLE)
+        os.kill(first, signal.SIGKILL)
+        before = outcomes.total()
+        wait_for(lambda: outcomes.total() > before + 20)
+    assert outcomes.keys() == {(200, "1")}
+
+
+@pytest.mark.soak
+def test_all_replicas_killed_under_load(port: int) -> None:
+    with load(port) as outcomes:
+        wait_for(lambda: outcomes.total() > 5)
+        for process in set(processes(TITLE)):
             os.kill(process, signal.SIGKILL)
         before = outcomes.total()
         wait_for(lambda: outcomes.total() > before + 20)
-    assert len(killed) == 2 and outcomes.keys() == {(200, "1")}
+    assert outcomes.keys() == {(200, "1")}
 
 
 @pytest.mark.soak
 def test_rolling_update_under_load(port: int, models: Path) -> None:
+    deploy(models, "1", ingresses=2)
     with load(port) as outcomes:
         wait_for(lambda: outcomes.total() > 5)
-        deploy(models, "2")
+        deploy(models, "2", ingresses=2)
         before = outcomes[200, "2"]
         wait_for(lambda: outcomes[200, "2"] > before + 5)
     assert outcomes.keys() == {(200, "1"), (200, "2")}
-    client = Client(port)
-    assert json.loads(client.ask("GET", "/v2/models/roofs")[2])["versions"] == ["2"]
+    client = Connection(port)
+    assert json.loads(client.fetch("/v2/models/roofs")[2])["versions"] == ["2"]
     client.close()
 
 
@@ -213,7 +223,10 @@ def test_rolling_update_under_load(port: int, models: Path) -> None:
         ({"token_file": "nothing"}, DataError, "No such file"),
     ],
 )
-def test_refused_before_deployment(models: Path, tmp_path: Path, arguments: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_refused_before_deployment(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    monkeypatch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
     shutil.copytree(models, tmp_path / "roofs")
     weights = tmp_path / "roofs" / "1" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
@@ -272,17 +285,34 @@ class Dying:
         return 200, [(b"x-path", scope["path"].encode())], body
 
 
-def through_ingress(
-    handle: Dying, path: str, body: bytes = b"pixels", root: str = "", *, token_file: Path | None = None, token: str = ""
+async def answer_of(
+    handle: Any,
+    method: str,
+    path: str,
+    body: bytes,
+    root: str = "",
+    *,
+    token_file: Path | None = None,
+    headers: dict[str, str] | None = None,
 ) -> Response:
-    headers = [(b"content-length", str(len(body)).encode()), *([(b"authorization", f"Bearer {token}".encode())] if token else [])]
-    scope = {"type": "http", "method": "POST", "path": path, "root_path": root, "query_string": b"", "headers": headers, "client": None}
+    """The answer of an ingress."""
+    fields = {"content-length": str(len(body)), **(headers or {})}
+    scope = {"type": "http", "method": method, "path": path.partition("?")[0], "root_path": root, "client": None}
+    scope["query_string"] = path.partition("?")[2].encode()
+    scope["headers"] = [(name.encode(), value.encode()) for name, value in fields.items()]
 
     async def receive() -> dict[str, Any]:
         handle.read = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return asyncio.run(Ingress(handle, token_file)(Request(scope, receive)))
+    return await Ingress(handle, token_file)(Request(scope, receive))
+
+
+def through_ingress(
+    handle: Dying, path: str, body: bytes = b"pixels", root: str = "", *, token_file: Path | None = None, token: str = ""
+) -> Response:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return asyncio.run(answer_of(handle, "POST", path, body, root, token_file=token_file, headers=headers))
 
 
 def test_request_that_kills_replicas() -> None:
@@ -314,8 +344,9 @@ def test_body_beyond_the_limit() -> None:
     assert (answer.status_code, handle.calls) == (413, 0)
 
 
-def test_health_of_a_replica(models: Path) -> None:
+def test_health_of_a_replica(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica whose version is gone asks Serve to replace it."""
+    monkeypatch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)
 
     async def check() -> None:
         model = Model(RayOptions(artifact=models), "1")

@@ -50,7 +50,7 @@ def best_refusal(*, service: float, objective: float, load: float, requests: int
 
 @pytest.mark.parametrize(
     ("name", "requests", "refused"),
-    [("segmentation", 20_000, 0.085), pytest.param("classifier", 60_000, 0.05, marks=pytest.mark.soak), ("sizes", 30_000, 0.01)],
+    [("segmentation", 6_000, 0.085), pytest.param("classifier", 60_000, 0.05, marks=pytest.mark.soak), ("sizes", 10_000, 0.01)],
 )
 def test_answers_in_time_at_90_percent_of_saturation(
     simulation: Any, scenarios: dict[str, Any], name: str, requests: int, refused: float
@@ -63,16 +63,16 @@ def test_answers_in_time_at_90_percent_of_saturation(
 
 def test_refusals_compared_with_perfect_foresight(simulation: Any, scenarios: dict[str, Any]) -> None:
     """No policy refuses less than about 6.5 % of single requests at 90 % of saturation."""
-    best = best_refusal(service=0.012, objective=0.06, load=0.9, requests=100_000)
+    best = best_refusal(service=0.012, objective=0.06, load=0.9, requests=40_000)
     assert 0.06 < best < 0.07
-    summary = simulation.simulate(20_000, seed=2, scenario=at(scenarios["segmentation"], 0.9))
+    summary = simulation.simulate(6_000, seed=2, scenario=at(scenarios["segmentation"], 0.9))
     assert summary.refusal < best + 0.02
 
 
 @pytest.mark.parametrize(
     ("name", "requests", "workers"),
     [
-        ("segmentation", 10_000, 1), ("classifier", 30_000, 2),
+        ("segmentation", 5_000, 1), ("classifier", 30_000, 2),
         *(pytest.param(*case, marks=pytest.mark.soak) for case in (("sizes", 30_000, 1), ("classifier", 30_000, 1), ("sizes", 30_000, 2))),
     ],
 )  # fmt: skip
@@ -101,7 +101,7 @@ def test_overload_with_pauses(simulation: Any, scenarios: dict[str, Any]) -> Non
 def test_large_batches_for_a_large_fixed_part(simulation: Any) -> None:
     shape = simulation.Shape(fixed=0.010, each=0.0001)
     scenario = simulation.Scenario(shapes=(shape,), max_rows=32, objective=0.05, warm_up=STARTS)
-    summary = simulation.simulate(15_000, seed=0, scenario=at(scenario, 0.8))
+    summary = simulation.simulate(6_000, seed=0, scenario=at(scenario, 0.8))
     assert summary.batch_rows > 24
     assert summary.refusal < 0.001
     assert summary.inside > 0.999
@@ -109,24 +109,23 @@ def test_large_batches_for_a_large_fixed_part(simulation: Any) -> None:
 
 def test_latency_at_low_load(simulation: Any, scenarios: dict[str, Any]) -> None:
     for name, alone in (("segmentation", 0.012), ("classifier", 0.00115)):
-        summary = simulation.simulate(4000, seed=0, scenario=at(scenarios[name], 0.01, hiccups=0, warm_up=500))
+        summary = simulation.simulate(2000, seed=0, scenario=at(scenarios[name], 0.01, hiccups=0, warm_up=500))
         assert summary.refusal == 0
         assert summary.p50 == pytest.approx(alone, rel=0.03)
         assert summary.p99 < 2 * alone
 
 
-@pytest.mark.parametrize(("clients", "rows", "busy"), [(1, 1.0, 0.9), (4, 3.3, 0.9), (16, 8.0, 0.9)])
+@pytest.mark.parametrize(("clients", "rows", "busy"), [(1, 1.0, 0.9), (16, 8.0, 0.9)])
 def test_clients_that_await_answers(simulation: Any, scenarios: dict[str, Any], clients: int, rows: float, busy: float) -> None:
     """Few clients all share a batch, and no worker waits for a request that cannot arrive."""
-    summary = simulation.simulate(8000, seed=0, scenario=replace(scenarios["classifier"], clients=clients, objective=0.05, warm_up=2000))
+    summary = simulation.simulate(4000, seed=0, scenario=replace(scenarios["classifier"], clients=clients, objective=0.05, warm_up=2000))
     assert summary.batch_rows >= rows
     assert summary.busy > busy
     assert summary.refusal == 0
 
 
-@pytest.mark.parametrize("factor", [2.0, 5.0])
-def test_machine_becomes_slow_and_recovers(simulation: Any, scenarios: dict[str, Any], factor: float) -> None:
-    scenario = at(scenarios["classifier"], 0.15, slowness=lambda now: factor if 3 < now < 5 else 1.0, hiccups=0, warm_up=0)
+def test_machine_becomes_slow_and_recovers(simulation: Any, scenarios: dict[str, Any]) -> None:
+    scenario = at(scenarios["classifier"], 0.15, slowness=lambda now: 5.0 if 3 < now < 5 else 1.0, hiccups=0, warm_up=0)
     summary = simulation.simulate(8_000, seed=1, scenario=scenario)
     assert summary.ended > 8
     assert summary.late_after < 5.2
@@ -156,15 +155,14 @@ def test_urgent_requests_in_an_overload(simulation: Any, scenarios: dict[str, An
 
 def test_only_queue_bounds_without_objective(simulation: Any) -> None:
     scenario = replace(simulation.CHAOS, objective=None, deadlines=None)
-    summary = simulation.simulate(6000, seed=0, scenario=scenario)
+    summary = simulation.simulate(3000, seed=0, scenario=scenario)
     assert summary.dropped == summary.late == 0
     assert set(summary.refused) == {"full"}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_all_faults_at_once(simulation: Any, seed: int) -> None:
+def test_all_faults_at_once(simulation: Any) -> None:
     """The simulation checks that every request has one outcome; this test checks the shares of the outcomes."""
-    summary = simulation.simulate(15_000, seed=seed)
+    summary = simulation.simulate(12_000, seed=0)
     assert min(summary.cancelled, summary.failed, summary.dropped, summary.late, sum(summary.refused.values())) > 0
     assert summary.inside > 0.93
     assert summary.by_priority[0][1] > 0.99

@@ -5,37 +5,39 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import grpc
 import pytest
 
-from muntin.serving.config import Bounds, ServeConfig
+from muntin.serving.config import Bounds
 from muntin.serving.grpc.health import MAX_CHECKS, MAX_WATCHES
 from muntin.serving.protocol import open_inference_pb2 as messages
 from muntin.serving.protocol.grpc_codec import SERVICE
-from muntin.serving.server import Server
 
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
 
 
-@pytest.fixture(scope="module")
-def path(write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pixels(tmp_path_factory.mktemp("health") / "pixels")
-
-
-@contextmanager
-def served(path: Path, **options: Any) -> Iterator[tuple[Server, grpc.Channel]]:
-    config = ServeConfig(**{"http_port": 0, "grpc_port": 0, "threads": 1, "name": "pixels", **options})
-    with Server(path, config) as server, grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
-        yield server, channel
+Serve = Callable[..., AbstractContextManager[tuple[Any, grpc.Channel]]]
 
 
 @pytest.fixture(scope="module")
-def channel(path: Path) -> Iterator[grpc.Channel]:
-    with served(path, bounds=Bounds(connections=1)) as (_, channel):
+def served(make_server: Any, write_pixels: Any, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """`with served(**settings) as (server, channel)`."""
+    path = write_pixels(tmp_path_factory.mktemp("health") / "pixels")
+
+    @contextmanager
+    def serve(**settings: Any) -> Iterator[tuple[Any, grpc.Channel]]:
+        with make_server(path, **settings) as server, grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+            yield server, channel
+
+    return serve
+
+
+@pytest.fixture(scope="module")
+def channel(served: Serve) -> Iterator[grpc.Channel]:
+    with served(bounds=Bounds(connections=1)) as (_, channel):
         yield channel
 
 
@@ -59,9 +61,9 @@ def stalled(channel: grpc.Channel, method: str, release: threading.Event, **opti
     return channel.stream_unary(method, lambda m: m).future(requests(), timeout=30, **options)
 
 
-def test_check_and_watch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_and_watch(served: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a token, and while all places for calls are taken."""
-    with served(path, tokens=("secret",), bounds=Bounds(connections=1)) as (_, channel):
+    with served(tokens=("secret",), bounds=Bounds(connections=1)) as (_, channel):
         release = threading.Event()
         busy = stalled(channel, f"/{SERVICE}/ModelMetadata", release, metadata=(("authorization", "Bearer secret"),))
         for service in ("", "pixels", SERVICE):
@@ -82,8 +84,8 @@ def test_check_and_watch(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert busy.exception() is not None
 
 
-def test_watches_end_when_the_server_stops(path: Path) -> None:
-    with served(path, drain_seconds=60) as (server, channel):
+def test_watches_end_when_the_server_stops(served: Serve) -> None:
+    with served(drain_seconds=60) as (server, channel):
         watching = watch(channel)
         assert next(watching).status == SERVING
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""One stream of requests, over a call that tests control. test_grpc.py has streams over a socket."""
+"""One stream of requests, over a call that tests control. `test_calls` has streams of the service."""
 
 from __future__ import annotations
 

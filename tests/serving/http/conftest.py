@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -58,8 +59,8 @@ class Lines:
 class Harness:
     """An application with its service, memory budget and access log."""
 
-    def __init__(self, **bounds: Any) -> None:
-        self.service, self.log = Service(), Lines()
+    def __init__(self, ask: Any, **bounds: Any) -> None:
+        self._ask, self.service, self.log = ask, Service(), Lines()
         self.budget = MemoryBudget(Bounds(**bounds))
         self.app = HttpApp(
             cast(Any, self.service),
@@ -72,52 +73,19 @@ class Harness:
         )
 
     async def ask(
-        self, path: str, *messages: Any, method: str = "POST", headers: Any = (), stays: bool = True
+        self, path: str, *pieces: bytes, method: str = "POST", headers: Any = (), stays: bool = True
     ) -> tuple[int, dict[str, str], bytes]:
-        """The answer to a request whose body comes in these messages. `stays`: the client waits for the answer."""
-        left, sent = list(messages), []
-
-        async def receive() -> Any:
-            if left:
-                return left.pop(0)
-            if stays:
-                await asyncio.Event().wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
+        """The answer to a request whose body comes in these pieces. `stays`: the client waits for the answer."""
         names = {name for name, _ in headers}
-        length = [] if names & {b"content-length", b"transfer-encoding"} or not messages else [(b"transfer-encoding", b"chunked")]
-        scope = {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "query_string": b"",
-            "headers": [*headers, *length],
-            "client": ("1.2.3.4", 5),
-        }
-        await self.app(scope, receive, send)
-        if not sent:
-            return 0, {}, b""
-        fields = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        return sent[0]["status"], fields, b"".join(message["body"] for message in sent[1:])
-
-
-def part(body: bytes, *, more: bool = False) -> dict[str, Any]:
-    return {"type": "http.request", "body": body, "more_body": more}
+        length = [] if names & {b"content-length", b"transfer-encoding"} or not pieces else [(b"transfer-encoding", b"chunked")]
+        answer: tuple[int, dict[str, str], bytes] = await self._ask(self.app, method, path, pieces, [*headers, *length], stays=stays)
+        return answer
 
 
 @pytest.fixture
-def harness() -> Callable[..., Harness]:
+def harness(ask_app: Any) -> Callable[..., Harness]:
     """`harness(**bounds)`."""
-    return Harness
-
-
-@pytest.fixture(scope="session")
-def message() -> Callable[..., dict[str, Any]]:
-    """`message(body, more=False)`: a piece of a request's body."""
-    return part
+    return partial(Harness, ask_app)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The picture route: cancelled pictures, limits, versions. What pictures give is tested in `test_server`."""
+"""The picture route: cancelled pictures, limits, versions. What pictures give is tested in `test_predict`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class FallbackService(BlockedService):
 
 
 @pytest.fixture
-def slot(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Slot:
+def slot(write_version: Any, in_process: ArtifactLoader, tmp_path: Path) -> Slot:
     slot = Slot("m", in_process, rollout=Rollout())
     slot.load(write_version(tmp_path / "1"), "1")
     return slot
@@ -290,7 +290,7 @@ def test_number_of_pictures_in_work(slot: Slot, monkeypatch: pytest.MonkeyPatch)
     asyncio.run(ask())
 
 
-def test_picture_for_a_classifier_in_one_piece(write_pixels: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> None:
+def test_picture_for_a_classifier_in_one_piece(write_pixels: Any, in_process: ArtifactLoader, tmp_path: Path) -> None:
     """It is not larger than an inference request could be."""
     slot = Slot("m", in_process, rollout=Rollout())
     slot.load(write_pixels(tmp_path / "1", task="classify"), "1")

@@ -143,7 +143,7 @@ def test_client_that_asks_before_it_sends(harness: Any, connect: Any, infer_body
 
 
 def test_connections_beyond_the_bound_wait(harness: Any, connect: Any) -> None:
-    with listening(harness().app, connections=1, idle_seconds=2) as served:
+    with listening(harness().app, connections=1, idle_seconds=1) as served:
         for _ in range(1 + SPARE):
             connect(served, b"")
         assert everything(connect(served, LAST)).startswith(b"HTTP/1.1 200")  # once the others were closed for doing nothing

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from muntin.artifact import ClassInfo, Signature
 from muntin.errors import ArtifactError
-from muntin.runtime.session import ExecutedLayer, Session
+from muntin.runtime.session import Session
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.executor import Executor, Work
@@ -25,34 +24,7 @@ from muntin.serving.versions.slot import Slot
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import EngineDiedError, OutOfMemoryError
-
-CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
-
-
-class Pixels(Session):
-    """Scores of a pixel are its channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
-
-    def __init__(self, task: str = "segment", most: int = 10**9) -> None:
-        super().__init__(signature=Signature(task=task, channels=4, classes=CLASSES), engine="none", precision="f32", threads=1)
-        self.most = most
-        self.calls: list[tuple[int, ...]] = []
-        self.error: Exception | None = None
-
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        self.calls.append(images_BHWC.shape)
-        if self.error is not None:
-            raise self.error
-        if images_BHWC.size // 4 > self.most:
-            raise ArtifactError("x: the model failed: Exception from src/inference: std::bad_alloc")  # as engines' errors come
-        scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
-        return scores.mean((2, 3)) if self.signature.task == "classify" else scores
-
-    def layers(self) -> list[ExecutedLayer]:
-        return []
-
-
-def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 4)).astype(np.uint8)
+from serving_parts import PixelSession, random_images
 
 
 @pytest.fixture
@@ -84,9 +56,9 @@ def batch_of(slot: Slot, images: list[NDArray[np.uint8]], *, labels: bool, versi
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_each_job_gets_its_rows(serving: Any, labels: bool) -> None:
-    session = Pixels()
+    session = PixelSession()
     slot, _ = serving(session)
-    images = [images_of(rows, seed) for seed, rows in enumerate((1, 3, 2))]
+    images = [random_images(rows, seed) for seed, rows in enumerate((1, 3, 2))]
     batch = batch_of(slot, images, labels=labels)
     answers = Executor(slot)(batch)
     assert session.calls == [(6, 6, 5, 4)]
@@ -96,9 +68,9 @@ def test_each_job_gets_its_rows(serving: Any, labels: bool) -> None:
 
 
 def test_single_request_is_not_copied(serving: Any) -> None:
-    session = Pixels()
+    session = PixelSession()
     slot, _ = serving(session)
-    images = images_of(2, 1)
+    images = random_images(2, 1)
     seen = []
     session._infer_labels = lambda given: seen.append(given) or given.argmax(3).astype(np.uint8)  # type: ignore[method-assign, func-returns-value]
     Executor(slot)(batch_of(slot, [images], labels=True))
@@ -106,8 +78,8 @@ def test_single_request_is_not_copied(serving: Any) -> None:
 
 
 def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    slot, _ = serving(Pixels())
-    batch = batch_of(slot, [images_of(2, 1), images_of(1, 2)], labels=True)
+    slot, _ = serving(PixelSession())
+    batch = batch_of(slot, [random_images(2, 1), random_images(1, 2)], labels=True)
     Executor(slot)(batch)
     assert [job.payload.whole for job in batch.jobs] == [None, None]
     monkeypatch.setattr(Slot, "shadowed", True)
@@ -120,18 +92,18 @@ def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.Monke
 
 
 def test_times_of_batches_in_one_call(serving: Any) -> None:
-    slot, _ = serving(Pixels(most=60))
+    slot, _ = serving(PixelSession(most=60))
     executor = Executor(slot)
-    executor(batch_of(slot, [images_of(1, 1), images_of(1, 2)], labels=True))
-    executor(batch_of(slot, [images_of(3, 1)], labels=True))  # in rows
+    executor(batch_of(slot, [random_images(1, 1), random_images(1, 2)], labels=True))
+    executor(batch_of(slot, [random_images(3, 1)], labels=True))  # in rows
     assert slot.current.latencies.calls == (Call((2, 6, 5), True),)
 
 
 def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
-    good, new = Pixels(), Pixels()
+    good, new = PixelSession(), PixelSession()
     slot, _ = serving(good, new)
-    first, second = (batch_of(slot, [images_of(1, seed)], labels=True) for seed in (1, 2))
-    candidate, images, executor = first.group.version, images_of(1, 1), Executor(slot)
+    first, second = (batch_of(slot, [random_images(1, seed)], labels=True) for seed in (1, 2))
+    candidate, images, executor = first.group.version, random_images(1, 1), Executor(slot)
     new.error = RuntimeError("engine died")
     for batch in (first, second):  # the version is rolled back after the first: the second is not tried there
         answer, work = executor(batch)[0], batch.jobs[0].payload
@@ -141,15 +113,15 @@ def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
     assert len(new.calls) == 1  # its engine may have been ended, and would be restarted for that
     good.error = RuntimeError("this one too")
     with pytest.raises(RuntimeError, match="this one too"):
-        executor(batch_of(slot, [images_of(1, 1)], labels=True))
+        executor(batch_of(slot, [random_images(1, 1)], labels=True))
 
 
 def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
     """It may open no more files."""
-    good, new = Pixels(), Pixels()
+    good, new = PixelSession(), PixelSession()
     slot, _ = serving(good, new)
     new.error = OSError(errno.EMFILE, "Too many open files")
-    batch, candidate, images = batch_of(slot, [images_of(1, 1)], labels=True), slot.current, images_of(1, 1)
+    batch, candidate, images = batch_of(slot, [random_images(1, 1)], labels=True), slot.current, random_images(1, 1)
     executor = Executor(slot)
     executor.shadow(candidate, batch.group, images, images.argmax(3), beside=candidate)
     np.testing.assert_array_equal(executor(batch)[0], images.argmax(3))
@@ -160,7 +132,7 @@ def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
 
 
 def test_recovery_is_reported_for_each_job(serving: Any) -> None:
-    class Moody(Pixels):
+    class Moody(PixelSession):
         def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
             if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
                 raise MemoryError
@@ -174,12 +146,12 @@ def test_recovery_is_reported_for_each_job(serving: Any) -> None:
     assert [float(answer.mean()) for answer in answers] == pytest.approx([7, 131])
 
 
-class Mortal(Liveness, Pixels):
+class Mortal(Liveness, PixelSession):
     """A session whose engine the kernel ends when there is no memory for a call."""
 
     def __init__(self, **options: Any) -> None:
         Liveness.__init__(self)
-        Pixels.__init__(self, **options)
+        PixelSession.__init__(self, **options)
         self.running = True
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -214,16 +186,16 @@ def test_rows_after_a_death(serving: Any) -> None:
     session = Mortal(most=70)
     slot, _ = serving(session)
     executor = Executor(slot)
-    assert answered(executor, batch_of(slot, [images_of(4, 1)], labels=True)) == "one row at a time"
+    assert answered(executor, batch_of(slot, [random_images(4, 1)], labels=True)) == "one row at a time"
     assert session.sizes == [(4, 6)] + [(1, 6)] * 4
-    assert answered(executor, batch_of(slot, [images_of(4, 3)], labels=True)) == "one row at a time"
+    assert answered(executor, batch_of(slot, [random_images(4, 3)], labels=True)) == "one row at a time"
     assert session.sizes == [(1, 6)] * 4
 
 
 def test_tiles_after_a_second_death(serving: Any) -> None:
     session = Mortal(most=300)
     slot, _ = serving(session)
-    assert answered(Executor(slot), batch_of(slot, [images_of(2, 1, 30, 34)], labels=True)) == "in tiles of 17 pixels"
+    assert answered(Executor(slot), batch_of(slot, [random_images(2, 1, 30, 34)], labels=True)) == "in tiles of 17 pixels"
     assert session.sizes[:2] == [(2, 30), (1, 30)]
     assert session.deaths == 2
 
@@ -232,7 +204,7 @@ def test_jobs_of_a_batch_after_a_death(serving: Any) -> None:
     session = Mortal(most=70)
     slot, _ = serving(session)
     executor = Executor(slot)
-    batch = batch_of(slot, [images_of(1, seed) for seed in range(4)], labels=True)
+    batch = batch_of(slot, [random_images(1, seed) for seed in range(4)], labels=True)
     with pytest.raises(AgainError):
         executor(batch)
     for job in batch.jobs:
@@ -244,7 +216,7 @@ def test_death_in_tiles_is_an_error(serving: Any) -> None:
     session = Mortal(most=70)
     slot, _ = serving(session)
     with pytest.raises(OutOfMemoryError):
-        answered(Executor(slot), batch_of(slot, [images_of(1, 1, 30, 34)], labels=True))
+        answered(Executor(slot), batch_of(slot, [random_images(1, 1, 30, 34)], labels=True))
     assert session.deaths == 2
 
 
@@ -252,7 +224,7 @@ def test_restart_is_awaited(serving: Any) -> None:
     session = Mortal(most=70)
     slot, _ = serving(session)
     executor = Executor(slot)
-    batch = batch_of(slot, [images_of(4, 1)], labels=True)
+    batch = batch_of(slot, [random_images(4, 1)], labels=True)
     with pytest.raises(AgainError, match="has ended"):
         executor(batch)
     session.running = False
@@ -268,7 +240,7 @@ def test_image_without_tiles_is_always_tried(serving: Any) -> None:
     session = Mortal(task="classify", most=70)
     slot, _ = serving(session)
     executor = Executor(slot)
-    batch = batch_of(slot, [images_of(1, 1, 9, 9)], labels=False)
+    batch = batch_of(slot, [random_images(1, 1, 9, 9)], labels=False)
     for _ in range(3):
         with pytest.raises(OutOfMemoryError):
             executor(batch)
@@ -278,9 +250,9 @@ def test_image_without_tiles_is_always_tried(serving: Any) -> None:
 
 
 def test_each_request_survives_one_death(serving: Any) -> None:
-    session = Pixels()
+    session = PixelSession()
     slot, _ = serving(session)
-    executor, batch = Executor(slot), batch_of(slot, [images_of(1, 1)], labels=True)
+    executor, batch = Executor(slot), batch_of(slot, [random_images(1, 1)], labels=True)
     session.error = EngineDiedError("the process of its engine has ended")
     with pytest.raises(AgainError, match="has ended"):
         executor(batch)
@@ -291,8 +263,8 @@ def test_each_request_survives_one_death(serving: Any) -> None:
 
 
 def test_request_that_an_engine_was_ended_for(serving: Any) -> None:
-    session = Pixels()
+    session = PixelSession()
     slot, _ = serving(session)
     session.error = EngineDiedError("ended, because it hung")
     with pytest.raises(EngineDiedError):
-        Executor(slot)(replace(batch_of(slot, [images_of(1, 1)], labels=True), within=0.0))
+        Executor(slot)(replace(batch_of(slot, [random_images(1, 1)], labels=True), within=0.0))

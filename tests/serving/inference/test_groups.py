@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from muntin.serving.batching.job import Batch, Job
 from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import TensorGroup
 from muntin.serving.inference.recovery import Parts, Recovery
+from muntin.serving.protocol.messages import InferInput, InferRequest
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Version
-from tensor_models import SIGNATURE, text_inputs
+from tensor_models import SIGNATURE, text_inputs, write_tensors
 
 BATCH = "batch"
 
@@ -95,3 +98,37 @@ def test_candidate_is_compared(shelf: Any, monkeypatch: pytest.MonkeyPatch, erro
     group = group_of(inputs, current)
     Executor(slot).shadow(candidate, group, inputs, group.compute(current.session, inputs), beside=current)
     assert (agreements[0] >= slot.rollout.min_agreement) == passed
+
+
+def test_requests_join_in_batches(socketless: Any, monkeypatch: pytest.MonkeyPatch, wait_until: Any, tmp_path: Path) -> None:
+    """While the engine computes requests wait, those of one size and the same outputs in one group."""
+    begun, go_on, sizes, compute = threading.Event(), threading.Event(), list[set[tuple[int, ...]]](), Executor.__call__
+
+    def held(executor: Executor, batch: Batch) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        sizes.append({job.payload.inputs["ids"].shape[1:] for job in batch.jobs})
+        return compute(executor, batch)
+
+    async def ask(server: Any, requests: list[Named]) -> list[Any]:
+        def request(inputs: Named) -> InferRequest:
+            kinds = {"ids": "INT64", "mask": "BOOL"}
+            given = tuple(InferInput(name=name, datatype=kinds[name], shape=array.shape, data=array) for name, array in inputs.items())
+            return InferRequest(id="", inputs=given, outputs=(), parameters={"binary_data_output": True})
+
+        service = server.parts.service
+        tasks = [asyncio.create_task(service.infer(request(inputs), model="m", version=None)) for inputs in requests]
+        while service.runner.snapshot().admitted < len(requests):
+            await asyncio.sleep(0.001)
+        go_on.set()
+        return await asyncio.gather(*tasks)
+
+    monkeypatch.setattr(Executor, "__call__", held)
+    requests = [text_inputs(1 + number % 2, 8 if number % 3 else 6, seed=number) for number in range(16)]
+    with socketless(write_tensors(tmp_path / "m").path, max_batch=8) as server:
+        answers = server.run(ask(server, requests))
+        session = server.slot.current.session
+        for inputs, answer in zip(requests, answers, strict=True):
+            outputs = {output.name: output.data for output in answer.response.outputs}
+            np.testing.assert_allclose(outputs["embedding"], session(inputs)["embedding"], rtol=0.02, atol=0.05)
+    assert all(len(shapes) == 1 for shapes in sizes) and max(answer.batch_rows for answer in answers) > 2

@@ -9,49 +9,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from muntin.artifact import ClassInfo, Signature, Sizes
-from muntin.errors import ArtifactError, MuntinError, VerificationError
+from muntin.artifact import Sizes
+from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
-from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery
 from muntin.serving.versions.version import Version
-
-CLASSES = tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in ("a", "b", "c", "d"))
-
-
-class Pixels(Session):
-    """Scores of a pixel are its channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
-
-    def __init__(self, task: str = "segment", most: int = 10**9, sizes: Sizes = Sizes()) -> None:  # noqa: B008 - immutable
-        signature = Signature(task=task, channels=4, classes=CLASSES, sizes=sizes)  # type: ignore[arg-type]
-        super().__init__(signature=signature, engine="none", precision="f32", threads=1)
-        self.most = most
-        self.calls: list[tuple[int, ...]] = []
-        self.error: Exception | None = None
-
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        self.calls.append(images_BHWC.shape)
-        if self.error is not None:
-            raise self.error
-        if images_BHWC.size // 4 > self.most:
-            raise ArtifactError("x: the model failed: Exception from src/inference: std::bad_alloc")  # as engines' errors come
-        scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
-        return scores.mean((2, 3)) if self.signature.task == "classify" else scores
-
-    def layers(self) -> list[ExecutedLayer]:
-        return []
-
-
-def images_of(rows: int, seed: int, height: int = 6, width: int = 5) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, (rows, height, width, 4)).astype(np.uint8)
+from serving_parts import PixelSession, random_images
 
 
 def group_of(images: NDArray[np.uint8], *, labels: bool) -> ImageGroup:
     return ImageGroup(Version(name="1", path=Path("1")), images.shape[1], images.shape[2], labels)
 
 
-def compute(recovery: Recovery, session: Pixels, images: NDArray[np.uint8], *, labels: bool = True) -> Computed:
+def compute(recovery: Recovery, session: PixelSession, images: NDArray[np.uint8], *, labels: bool = True) -> Computed:
     computed = recovery.compute(session, group_of(images, labels=labels), images, parts=Parts.WHOLE)
     expected = images.argmax(3) if labels else images.transpose(0, 3, 1, 2)
     np.testing.assert_allclose(computed.answers, expected, atol=1e-3)
@@ -60,8 +31,8 @@ def compute(recovery: Recovery, session: Pixels, images: NDArray[np.uint8], *, l
 
 
 def test_rows_without_memory_for_a_batch(clock: Any) -> None:
-    session, recovery = Pixels(most=30), Recovery(clock)
-    computed = compute(recovery, session, images_of(3, 1))
+    session, recovery = PixelSession(most=30), Recovery(clock)
+    computed = compute(recovery, session, random_images(3, 1))
     assert session.calls == [(3, 6, 5, 4)] + [(1, 6, 5, 4)] * 3
     assert (set(computed.recovered), computed.whole) == ({"one row at a time"}, False)
     assert (recovery.counts.rows, recovery.counts.tiles) == (1, 0)
@@ -69,29 +40,29 @@ def test_rows_without_memory_for_a_batch(clock: Any) -> None:
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_tiles_without_memory_for_an_image(clock: Any, labels: bool) -> None:
-    session, recovery = Pixels(most=400), Recovery(clock)
-    computed = compute(recovery, session, images_of(3, 1, 30, 34), labels=labels)
+    session, recovery = PixelSession(most=400), Recovery(clock)
+    computed = compute(recovery, session, random_images(3, 1, 30, 34), labels=labels)
     assert set(computed.recovered) == {"in tiles of 17 pixels"}
     assert (recovery.counts.rows, recovery.counts.tiles) == (1, 3)
 
 
 def test_tiles_of_an_allowed_size(clock: Any) -> None:
-    computed = compute(Recovery(clock), Pixels(most=400, sizes=Sizes.both(multiple=4)), images_of(1, 1, 32, 36))
+    computed = compute(Recovery(clock), PixelSession(most=400, sizes=Sizes.both(multiple=4)), random_images(1, 1, 32, 36))
     assert computed.recovered == ["in tiles of 16 pixels"]
 
 
-@pytest.mark.parametrize("session", [Pixels("classify", most=20), Pixels(most=20, sizes=Sizes.only(6, 5))])
-def test_image_without_tiles(clock: Any, session: Pixels) -> None:
+@pytest.mark.parametrize("session", [PixelSession("classify", most=20), PixelSession(most=20, sizes=Sizes.only(6, 5))])
+def test_image_without_tiles(clock: Any, session: PixelSession) -> None:
     with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
-        Recovery(clock).compute(session, group_of(images_of(1, 1), labels=False), images_of(1, 1), parts=Parts.WHOLE)
+        Recovery(clock).compute(session, group_of(random_images(1, 1), labels=False), random_images(1, 1), parts=Parts.WHOLE)
 
 
 def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:
-    session, recovery = Pixels(most=70), Recovery(clock)
+    session, recovery = PixelSession(most=70), Recovery(clock)
 
     def calls_for(rows: int, *, labels: bool = True) -> list[int]:
         session.calls.clear()
-        compute(recovery, session, images_of(rows, 1), labels=labels)
+        compute(recovery, session, random_images(rows, 1), labels=labels)
         return [shape[0] for shape in session.calls]
 
     assert calls_for(4) == [4, 1, 1, 1, 1]
@@ -107,12 +78,12 @@ def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:
 
 
 def test_engine_that_cannot_start_is_no_shortage(clock: Any) -> None:
-    session, recovery = Pixels(), Recovery(clock)
+    session, recovery = PixelSession(), Recovery(clock)
     session.error = VerificationError("its engine ended the process that opened it: signal 9, Killed: out of memory")
     with pytest.raises(VerificationError):
-        compute(recovery, session, images_of(4, 1))
+        compute(recovery, session, random_images(4, 1))
     session.error = None
-    assert compute(recovery, session, images_of(4, 1)).whole
+    assert compute(recovery, session, random_images(4, 1)).whole
 
 
 @pytest.mark.parametrize(

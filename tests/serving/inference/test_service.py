@@ -1,5 +1,5 @@
-"""Encoding of answers beside the event loop, and serving while a version is tried. The answers of both protocols are tested in
-`test_server`."""
+"""Encoding of answers beside the event loop, and serving while a version is tried. The answers of the protocols are tested in
+`contract`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.errors import MuntinError
 from muntin.images import encode_png
 from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.latency_model import LatencyModel
@@ -32,6 +31,7 @@ from muntin.serving.protocol.messages import InferInput, InferRequest, ProtocolE
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Version
+from serving_parts import on_trial
 
 SIDE = 150
 """Side of an image, pixels, whose scores are encoded on a thread."""
@@ -228,29 +228,15 @@ def test_ended_request_holds_no_images(shelf: Any, side: int, fails: str) -> Non
 
 
 @contextmanager
-def trying(service: Service, wait_until: Any) -> Iterator[list[str]]:
-    """Try version 2; yields a list that gets the error of its load, if there is one."""
-    outcome: list[str] = []
+def trying(service: Service) -> Iterator[list[Any]]:
+    """Try version 2."""
     with service.slot.lease() as lease:  # a version that nobody asks is not tried against
         service.slot.observe(lease.version, seconds=0.001, rows=1)
-
-    def load() -> None:
-        try:
-            service.slot.load(Path("2"), "2")
-        except MuntinError as error:
-            outcome.append(str(error))
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    wait_until(lambda: len(service.slot.index()) == 2 and service.slot.index()[1].state == "READY")
-    try:
+    with on_trial(service.slot, "2", ends=True) as outcome:
         yield outcome
-    finally:
-        service.slot.end_loads()
-        thread.join()
 
 
-def test_candidate_compared_with_current_version(shelf: Any, wait_until: Any) -> None:
+def test_candidate_compared_with_current_version(shelf: Any) -> None:
     """Version 2 gives other labels. Requests that it answers itself, as a canary or because they name it, do not count."""
     rollout = Rollout(canary=0.5, shadow=1.0, for_requests=10_000, max_slowdown=math.inf)
 
@@ -258,7 +244,7 @@ def test_candidate_compared_with_current_version(shelf: Any, wait_until: Any) ->
         return (await service.infer(request_of(8), model="m", version=version)).response.version
 
     async def try_it() -> None:
-        with service_of(shelf, rollout) as service, trying(service, wait_until) as outcome:
+        with service_of(shelf, rollout) as service, trying(service) as outcome:
             trial = service.slot._routes.trial
             assert trial is not None
             assert {await ask(service, "2") for _ in range(10)} == {"2"}
@@ -268,7 +254,7 @@ def test_candidate_compared_with_current_version(shelf: Any, wait_until: Any) ->
                 while service.shadows.pending:
                     await asyncio.sleep(0.001)
                 await asyncio.sleep(0)
-            assert "its answers agree by 0.0%" in outcome[0]
+            assert "its answers agree by 0.0%" in str(outcome[0])
             assert trial.compared == ENOUGH
             assert "2" in answered
 
@@ -398,7 +384,7 @@ def test_picture_names_its_version(shelf: Any, wait_until: Any) -> None:
     content = encode_png(np.zeros((8, 8, 3), np.uint8))
 
     async def ask() -> None:
-        with service_of(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until) as outcome:
+        with service_of(shelf, Rollout(canary=1.0)) as service, trying(service) as outcome:
             pictures = ImageRoute(service, body_bytes=BODY_BYTES)
             try:
                 assert (await pictures.answer(content, {})).version == "2"
@@ -430,9 +416,9 @@ def test_refusals_without_a_version_are_counted(shelf: Any) -> None:
     asyncio.run(ask())
 
 
-def test_describe_while_a_version_is_tried(shelf: Any, signature_of: Any, wait_until: Any) -> None:
+def test_describe_while_a_version_is_tried(shelf: Any, signature_of: Any) -> None:
     shelf.signatures["2"] = signature_of(classes=("sea", "field", "roof", "road", "tree"))  # one more than version 1
-    with service_of(shelf, Rollout(canary=1.0)) as service, trying(service, wait_until):
+    with service_of(shelf, Rollout(canary=1.0)) as service, trying(service):
         assert [service.describe(None, version).outputs[1].shape[1] for version in (None, "2", "1", None)] == [4, 5, 4, 4]
         with service.lease("m", None) as lease:  # a request to compute is the candidate's
             assert lease.version.name == "2"

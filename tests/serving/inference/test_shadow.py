@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from muntin.errors import MuntinError
 from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import ImageGroup
 from muntin.serving.inference.metrics import Metrics
@@ -19,28 +16,9 @@ from muntin.serving.inference.shadow import SHADOWS, Shadows
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Version
+from serving_parts import on_trial
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
-
-
-@contextmanager
-def trial(slot: Slot, name: str, wait_until: Any) -> Iterator[tuple[Version, list[str]]]:
-    """Load a version on another thread. Yields the candidate, and a list for the error of the load."""
-    outcome: list[str] = []
-
-    def load() -> None:
-        try:
-            slot.load(Path(name), name)
-        except MuntinError as error:
-            outcome.append(str(error))
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    wait_until(lambda: any(entry.reason.startswith("candidate") and entry.version == name for entry in slot.index()))
-    with slot.lease(name) as lease:
-        candidate = lease.version
-    yield candidate, outcome
-    thread.join(20)
 
 
 def cast(slot: Slot, shadows: Shadows, current: Version, count: int = 1) -> None:
@@ -59,15 +37,19 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
     monkeypatch.setattr("muntin.serving.inference.shadow.JOIN_S", 0.05)
     slot, metrics, free = Slot("m", shelf, rollout=Rollout(shadow=1.0, for_seconds=0.2, for_requests=3)), Metrics(), threading.Event()
     shadows, current = Shadows(slot, Executor(slot), metrics), slot.load(Path("1"), "1")
-    with trial(slot, "2", wait_until) as (hanging, outcome):
+    with on_trial(slot, "2") as outcome, slot.lease("2") as lease:
+        hanging = lease.version
+        lease.release()
         hanging.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
         cast(slot, shadows, current, SHADOWS + 1)
         assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
-    assert "its engine hangs" in outcome[0]
+    assert "its engine hangs" in str(outcome[0])
     free.set()  # as an engine that is ended
     wait_until(lambda: not shadows.pending and not hanging.open)
     free.clear()
-    with trial(slot, "3", wait_until) as (candidate, _):
+    with on_trial(slot, "3"), slot.lease("3") as lease:
+        candidate = lease.version
+        lease.release()
         cast(slot, shadows, current)
         wait_until(lambda: not shadows.pending)
         ended: list[bool] = []
@@ -86,7 +68,9 @@ def test_shadow_without_threads(shelf: Any, wait_until: Any, monkeypatch: pytest
     def none(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    with trial(slot, "2", wait_until) as (candidate, _):
+    with on_trial(slot, "2"), slot.lease("2") as lease:
+        candidate = lease.version
+        lease.release()
         cast(slot, shadows, current)
         wait_until(lambda: not shadows.pending)
         monkeypatch.setattr(shadows._threads, "submit", none)

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 import pytest
 import tritonclient.http
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -157,7 +157,6 @@ def test_json_and_binary_outputs_in_one_response() -> None:
 # ---- round trips, with tritonclient as the other side ----
 
 
-@settings(deadline=None)
 @given(st.data(), st.lists(st.sampled_from(list(DATATYPES)), min_size=1, max_size=3), st.booleans())
 def test_requests_of_tritonclient(data: Any, datatypes: list[str], as_bytes: bool) -> None:
     arrays = [drawn(data, datatype, finite=not as_bytes) for datatype in datatypes]
@@ -178,15 +177,6 @@ def test_requests_of_tritonclient(data: Any, datatypes: list[str], as_bytes: boo
         assert_same(item.data, array)
 
 
-def test_request_of_tritonclient_without_outputs() -> None:
-    item = tritonclient.http.InferInput("x", [1], "UINT8").set_data_from_numpy(np.uint8([5]))
-    body, length = tritonclient.http.InferenceServerClient.generate_request_body([item])
-    request = decode_request(body, length, LIMITS)
-    assert request.outputs == ()
-    assert request.binary_default
-
-
-@settings(deadline=None)
 @given(st.data(), st.lists(st.sampled_from(list(DATATYPES)), min_size=1, max_size=3), st.booleans())
 def test_responses_in_tritonclient(data: Any, datatypes: list[str], as_bytes: bool) -> None:
     arrays = [drawn(data, datatype, finite=not as_bytes) for datatype in datatypes]
@@ -201,17 +191,6 @@ def test_responses_in_tritonclient(data: Any, datatypes: list[str], as_bytes: bo
         assert_same(found, array)
 
 
-@settings(deadline=None)
-@given(st.data(), st.sampled_from([name for name in DATATYPES if DATATYPES[name].kind == "f"]))
-def test_exact_floats_in_json(data: Any, datatype: str) -> None:
-    array = drawn(data, datatype, finite=True)
-    body, _ = encode(response(InferOutput(name="y", data=array)))
-    (entry,) = orjson.loads(body)["outputs"]
-    request = decode({"inputs": [entry]})
-    assert_same(request.inputs[0].data, array)
-
-
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(list(DATATYPES)))
 def test_nested_data(data: Any, datatype: str) -> None:
     array = drawn(data, datatype, finite=True)
@@ -228,15 +207,6 @@ def test_arrays_are_views_of_any_buffer(kind: Any) -> None:
     array = decode_request(body, len(header), LIMITS).inputs[0].data
     assert array.tolist() == [1, 2, 3]
     assert np.shares_memory(array, np.frombuffer(body, np.uint8))
-
-
-def test_output_as_classes() -> None:
-    answer = response(InferOutput(name="y", data=np.float32([[0.25, 0.5]]), labels=("cat", "dog")))
-    body, length = encode(answer, RequestedOutput(name="y", classification=1))
-    assert orjson.loads(body)["outputs"] == [{"name": "y", "datatype": "BYTES", "shape": [1, 1], "data": ["0.5:1:dog"]}]
-    body, length = encode(answer, RequestedOutput(name="y", binary=True, classification=2))
-    result = tritonclient.http.InferResult.from_response_body(body, header_length=length)
-    assert result.as_numpy("y").tolist() == [[b"0.5:1:dog", b"0.25:0:cat"]]
 
 
 def test_outputs_that_json_cannot_hold() -> None:
@@ -278,19 +248,14 @@ GOOD = {"name": "x", "datatype": "UINT8", "shape": [1], "data": [1]}
         ({"inputs": [{}]}, "one of inputs has the name nothing"),
         ({"inputs": [GOOD] * 2}, "two inputs are named 'x'"),
         ({"inputs": [GOOD | {"name": str(index)} for index in range(33)]}, "33 inputs: this server takes at most 32"),
-        ({"inputs": [GOOD | {"datatype": "BF16"}]}, "datatype 'BF16'"),
         ({"inputs": [GOOD | {"shape": 1}]}, "shape 1: give an array"),
-        ({"inputs": [GOOD | {"shape": [-1]}]}, "has -1 in its shape"),
-        ({"inputs": [GOOD | {"shape": [1] * 9}]}, "9 axes"),
         ({"inputs": [GOOD | {"data": 1}]}, 'has 1 as "data"'),
         ({"inputs": [GOOD | {"data": {}}]}, 'has an object as "data"'),
         ({"inputs": [GOOD | {"data": None}]}, "has no tensor"),
-        ({"inputs": [GOOD | {"data": [1, 2]}]}, "2 values"),
         ({"inputs": [GOOD | {"data": [[1]]}]}, "has an array in its data"),
         ({"inputs": [GOOD | {"parameters": []}]}, "\"parameters\" of input 'x' is an array"),
         ({"inputs": [GOOD | {"parameters": {"shared_memory_region": "r"}}]}, "shared_memory_region"),
         ({"inputs": [GOOD], "parameters": 3}, '"parameters" of the request is 3'),
-        ({"inputs": [GOOD], "parameters": {"sequence_id": 3}}, "sequence_id"),
         ({"inputs": [GOOD], "id": 3}, "the request's id is 3"),
         ({"inputs": [GOOD], "id": "x" * 257}, "257 characters"),
         ({"inputs": [GOOD], "outputs": {}}, '"outputs" is an object'),

@@ -6,13 +6,10 @@ from muntin.serving.protocol.metadata import (
     EXTENSIONS,
     BatchStatistics,
     Duration,
-    IndexEntry,
     ModelDescription,
     Statistics,
     TensorSpec,
     configuration_document,
-    index_document,
-    metadata_document,
     server_document,
     statistics_document,
 )
@@ -31,26 +28,6 @@ def model(max_batch: int = 8) -> ModelDescription:
 def test_server_metadata() -> None:
     assert server_document("muntin", "1.2") == {"name": "muntin", "version": "1.2", "extensions": list(EXTENSIONS)}
     assert {"binary_tensor_data", "classification", "statistics", "model_configuration", "schedule_policy"} <= set(EXTENSIONS)
-
-
-def test_model_metadata() -> None:
-    assert metadata_document(model()) == {
-        "name": "m",
-        "versions": ["1", "2"],
-        "platform": "muntin",
-        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, -1, -1, 3]}],
-        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}, {"name": "names", "datatype": "BYTES", "shape": [-1, 1]}],
-    }
-
-
-def test_configuration() -> None:
-    document = configuration_document(model())
-    assert (document["name"], document["backend"], document["max_batch_size"]) == ("m", "muntin", 8)
-    assert [(item["name"], item["data_type"], item["dims"]) for item in document["input"] + document["output"]] == [
-        ("images", "TYPE_UINT8", [-1, -1, 3]),
-        ("scores", "TYPE_FP32", [10]),
-        ("names", "TYPE_STRING", [1]),
-    ]
 
 
 def test_configuration_for_perf_analyzer() -> None:
@@ -79,9 +56,3 @@ def test_statistics() -> None:
     assert item["inference_stats"]["cache_hit"] == {"count": 0, "ns": 0}
     spent = {"count": 3, "ns": 900}
     assert item["batch_stats"] == [{"batch_size": 2, "compute_input": spent, "compute_infer": spent, "compute_output": spent}]
-
-
-def test_index() -> None:
-    assert index_document([IndexEntry(name="m", version="1", state="READY")]) == [
-        {"name": "m", "version": "1", "state": "READY", "reason": ""}
-    ]

@@ -134,8 +134,7 @@ assert theirs.FromString(ours.FromString(message.SerializeToString()).SerializeT
 """
 
 
-@pytest.mark.parametrize("imports", [(OURS, THEIRS), (THEIRS, OURS)], ids=["ours first", "theirs first"])
-@pytest.mark.parametrize("implementation", ["upb", "python"])
+@pytest.mark.parametrize(("imports", "implementation"), [((OURS, THEIRS), "upb"), ((THEIRS, OURS), "python")])
 def test_beside_tritonclients_messages(imports: tuple[str, str], implementation: str) -> None:
     code = "\n".join([*imports, BOTH])
     environment = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation}

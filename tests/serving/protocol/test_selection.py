@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -83,7 +83,6 @@ def test_fewer_labels_than_classes() -> None:
     assert best_classes(output(np.uint8([1, 2]), "first"), 2).tolist() == [b"2:1", b"1:0:first"]
 
 
-@settings(deadline=None)
 @given(hnp.arrays(st.sampled_from([np.float32, np.int16, np.uint8]), st.integers(1, 30), elements=st.integers(0, 9)), st.integers(1, 40))
 def test_order_of_classes(values: Any, count: int) -> None:
     plain = sorted(range(len(values)), key=lambda index: (-int(values[index]), index))[:count]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -26,7 +26,6 @@ def take(values: list[Any], datatype: str, *shape: int, limits: Limits = LIMITS)
     return from_values(values, datatype, shape, int(np.prod(shape)), "x", limits)
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(NUMBERS))
 def test_binary_round_trip(data: Any, datatype: str) -> None:
     array = data.draw(hnp.arrays(DATATYPES[datatype], hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)))
@@ -38,7 +37,6 @@ def test_binary_round_trip(data: Any, datatype: str) -> None:
     assert back.tobytes() == raw
 
 
-@settings(deadline=None)
 @given(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4), st.data())
 def test_bytes_round_trip(shape: tuple[int, ...], data: Any) -> None:
     count = int(np.prod(shape))
@@ -50,7 +48,6 @@ def test_bytes_round_trip(shape: tuple[int, ...], data: Any) -> None:
     assert back.reshape(-1).tolist() == array.reshape(-1).tolist()
 
 
-@settings(deadline=None)
 @given(st.data(), st.sampled_from(NUMBERS))
 def test_numbers_round_trip(data: Any, datatype: str) -> None:
     dtype = DATATYPES[datatype]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from muntin.serving.protocol import open_inference_pb2 as messages
@@ -86,7 +86,6 @@ def test_messages_without_tensors() -> None:
     assert caught.value.status == 413
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=300), max_size=2), st.text(max_size=20))
 def test_small_requests(raw: list[bytes], identity: str) -> None:
     wire = request(*raw, id=identity)

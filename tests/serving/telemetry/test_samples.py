@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def keeper(folder: Path, **settings: Any) -> SampleKeeper:
     return SampleKeeper(SampleSettings(folder=folder, **({"share": 1.0} | settings)), clock=lambda: START)
 
 
-def kept_one_by_one(keeping: SampleKeeper, images: NDArray[np.uint8], wait_until: Callable[..., None]) -> None:
+def kept_one_by_one(keeping: SampleKeeper, images: NDArray[np.uint8], wait_until: Any) -> None:
     for image in images:
         before = keeping.kept
         keeping.offer(image[None])
@@ -53,7 +52,7 @@ def test_pixels_come_back(tmp_path: Path, channels: int) -> None:
     assert (tmp_path / "a" / "kept").stat().st_mode & 0o777 == 0o700
 
 
-def test_share_of_the_pictures(tmp_path: Path, wait_until: Callable[..., None]) -> None:
+def test_share_of_the_pictures(tmp_path: Path, wait_until: Any) -> None:
     draws = iter([0.5, 0.04, 0.06, 0.049])
     keeping = SampleKeeper(SampleSettings(folder=tmp_path, share=0.05), chance=lambda: next(draws))
     keeping.offer(noise(4))
@@ -61,7 +60,7 @@ def test_share_of_the_pictures(tmp_path: Path, wait_until: Callable[..., None]) 
     assert keeping.kept == 2 and not sum(keeping.dropped.values())
 
 
-def test_size_limit_over_earlier_files(tmp_path: Path, wait_until: Callable[..., None]) -> None:
+def test_size_limit_over_earlier_files(tmp_path: Path, wait_until: Any) -> None:
     (tmp_path / "notes.txt").write_text("of the user")
     first = keeper(tmp_path)
     kept_one_by_one(first, noise(3), wait_until)
@@ -79,7 +78,7 @@ def test_size_limit_over_earlier_files(tmp_path: Path, wait_until: Callable[...,
     assert second.bytes <= 4.5 * size
 
 
-def test_age_limit_and_unfinished_files(tmp_path: Path, wait_until: Callable[..., None]) -> None:
+def test_age_limit_and_unfinished_files(tmp_path: Path, wait_until: Any) -> None:
     old, young, unfinished, foreign = (
         tmp_path / name for name in ("20260101T000000Z-0123456789abcdef.png", "20270115T070000Z-0123456789abcdef.png",
                                      ".0123456789abcdef.tmp", "picture.png")
@@ -111,7 +110,7 @@ def test_busy_writer_drops_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert keeping.kept == 20 - keeping.dropped["busy"] == len(names(tmp_path))
 
 
-def test_folder_that_goes_away(tmp_path: Path, wait_until: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_that_goes_away(tmp_path: Path, wait_until: Any, caplog: pytest.LogCaptureFixture) -> None:
     keeping = keeper(tmp_path / "kept")
     shutil.rmtree(tmp_path / "kept")
     (tmp_path / "kept").write_text("a file")

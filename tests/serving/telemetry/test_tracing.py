@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from muntin.errors import DependencyError
+from muntin.images import encode_png
 from muntin.serving.inference.service import Answered
 from muntin.serving.protocol.messages import InferOutput, InferResponse, ProtocolError
+from muntin.serving.protocol.open_inference_pb2 import ModelInferRequest
 from muntin.serving.telemetry.tracing import Tracing, set_answer
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -62,3 +67,37 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(DependencyError, match=r"pip install .*\[otel\]"):
         Tracing()
+
+
+def test_spans_at_a_collector(socketless: Any, write_pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[bytes] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    collector = http.server.HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+    traces = [f"{number:032x}" for number in (0xABC, 0xDEF, 0xFED)]
+    parents = [("traceparent", f"00-{trace}-00000000000000ff-01") for trace in traces]
+    pixel = b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 1, 3], "data": [0, 0, 0]}]}'
+    message = ModelInferRequest(model_name="pixels", raw_input_contents=[b"abc"])
+    message.inputs.add(name="images", datatype="UINT8", shape=[1, 1, 1, 3])
+    tracing = Tracing()
+    with socketless(write_pixels(tmp_path / "pixels"), tracing=tracing) as server:
+        assert server.fetch("/v2/models/pixels/infer", pixel, dict(parents[:1]))[0] == 200
+        server.call("ModelInfer", message.SerializeToString(), metadata=parents[1:2])
+        assert server.fetch("/predict", encode_png(np.zeros((8, 8, 3), np.uint8)), dict(parents[2:]))[0] == 200
+    tracing.close()
+    collector.shutdown()
+    collector.server_close()
+    for trace in traces:
+        assert any(bytes.fromhex(trace) in body for body in received)
+    assert any(b"infer pixels" in body for body in received)

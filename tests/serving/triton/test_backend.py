@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +99,7 @@ def images(rows: int, height: int = 8) -> Array:
     return np.random.default_rng(rows).integers(0, 256, (rows, height, 8, 3)).astype(np.uint8)
 
 
-def test_requests_of_several_groups(write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_of_several_groups(write_pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_pixels(tmp_path / "pixels")
     model, session = opened(path, tmp_path), load(path, threads=1)
     given = [(images(1), "labels"), (images(2, 6), "labels"), (images(2), "labels"), (images(1), "scores"), (images(1)[:, :0], "labels")]

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def files_of(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
-def test_configuration_of_images(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+def test_configuration_of_images(write_pixels: Any, tmp_path: Path) -> None:
     path = write_pixels(tmp_path / "pixels", sizes=Sizes(width=Sides(min=8, max=8)))
     options = TritonOptions(name="m", max_batch=16, instances=2, threads=3, objective_ms=20, sizes=((16, 8),))
     batching = TritonBatching(delay_us=700, preferred_rows=4, latency_ms={1: 2.0})
@@ -58,7 +57,7 @@ def test_configuration_of_images(write_pixels: Callable[..., Path], tmp_path: Pa
     assert open_any_artifact(model / "1" / "artifact").digest == open_any_artifact(path).digest
 
 
-def test_configuration_of_a_classifier(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+def test_configuration_of_a_classifier(write_pixels: Any, tmp_path: Path) -> None:
     model = write_repository(write_pixels(tmp_path / "means", task="classify"), tmp_path / "models", TritonOptions(name="m")).model
     labels, scores = parsed(model).output
     assert (labels.dims, labels.HasField("reshape"), list(labels.reshape.shape)) == ([1], True, [])
@@ -75,7 +74,7 @@ def test_configuration_without_a_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "python"])
-def test_configuration_of_other_back_ends(write_pixels: Callable[..., Path], tmp_path: Path, backend: Any) -> None:
+def test_configuration_of_other_back_ends(write_pixels: Any, tmp_path: Path, backend: Any) -> None:
     options = TritonOptions(name="m", backend=backend, threads=2)
     model = write_repository(write_pixels(tmp_path / "pixels"), tmp_path / "models", options).model
     assert files_of(model) == {"config.pbtxt", "1", "1/model.onnx"}
@@ -100,7 +99,7 @@ def test_options_that_do_not_fit() -> None:
         TritonOptions(name="m", engine="openvino2")
 
 
-def test_further_versions(write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+def test_further_versions(write_pixels: Any, tmp_path: Path) -> None:
     pixels, models = write_pixels(tmp_path / "pixels"), tmp_path / "models"
     write_repository(pixels, models, TritonOptions(name="m"))
     config = (models / "m" / "config.pbtxt").read_bytes()
@@ -118,7 +117,7 @@ def test_further_versions(write_pixels: Callable[..., Path], tmp_path: Path) -> 
     assert files_of(models) == before
 
 
-def test_nothing_is_left_of_a_failed_write(write_pixels: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_of_a_failed_write(write_pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels, models = write_pixels(tmp_path / "pixels"), tmp_path / "models"
 
     def full(source: Path, target: Path) -> None:

@@ -24,7 +24,7 @@ from muntin.serving.worker.opening import NotReadyError
 
 
 @pytest.fixture
-def control(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> Control:
+def control(write_version: Any, in_process: ArtifactLoader, tmp_path: Path) -> Control:
     """Versions 1 and 10, and a 2 that does not reproduce its golden answers."""
     for name in ("1", "2", "10"):
         write_version(tmp_path / name, shift=50.0 * (name == "2"))
@@ -86,7 +86,7 @@ def test_empty_repository(shelf: Any, tmp_path: Path) -> None:
     assert caught.value.status == 404
 
 
-def test_single_artefact_loaded_again(write_version: Callable[..., Path], in_process: ArtifactLoader, tmp_path: Path) -> None:
+def test_single_artefact_loaded_again(write_version: Any, in_process: ArtifactLoader, tmp_path: Path) -> None:
     path = write_version(tmp_path / "single")
     control = Control(Slot("m", in_process, rollout=Rollout()), Repository(path))
     assert control.load("m", {}) == "1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +21,7 @@ OPTIONS = SessionOptions(threads=1, dynamic=True)
 
 
 @pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
-def test_opening_verifies_and_reports(write_version: Callable[..., Path], tmp_path: Path) -> None:
+def test_opening_verifies_and_reports(write_version: Any, tmp_path: Path) -> None:
     steps: list[str] = []
     loader = ArtifactLoader(options=OPTIONS, max_batch=2)
     opened = loader.open(write_version(tmp_path / "1", 3), progress=steps.append)
@@ -38,7 +37,7 @@ def test_opening_verifies_and_reports(write_version: Callable[..., Path], tmp_pa
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_artefact_that_is_replaced_while_it_is_opened(
-    write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+    write_version: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
 ) -> None:
     """The process that opens it takes the artefact that was meant, or none."""
     if not remote:
@@ -53,7 +52,7 @@ def test_artefact_that_is_replaced_while_it_is_opened(
         loader.open(path, digest=manifest.sha256)
 
 
-def test_only_the_manifest_is_read_here(write_version: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_manifest_is_read_here(write_version: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requested: list[tuple[Call, ...]] = []
 
     def open_nothing(path: Path, options: SessionOptions, calls: tuple[Call, ...], **_: Any) -> Opened:

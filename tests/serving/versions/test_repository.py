@@ -64,7 +64,7 @@ def copy_to(source: Path, target: Path, *names: str) -> None:
 # ---- listing ----
 
 
-def test_single_artefact(write_version: Write, tmp_path: Path) -> None:
+def test_single_artefact(write_version: Any, tmp_path: Path) -> None:
     path = write_version(tmp_path / "a")
     assert Repository(path).scan() == {"1": path}
     assert Repository(str(path)).find("1") == path
@@ -116,7 +116,7 @@ def test_missing_directory(models: Path, tmp_path: Path) -> None:
         repository.scan()
 
 
-def test_fingerprint(write_version: Write, tmp_path: Path) -> None:
+def test_fingerprint(write_version: Any, tmp_path: Path) -> None:
     path = write_version(tmp_path / "1")
     first = fingerprint(path)
     assert first == fingerprint(path)
@@ -129,7 +129,7 @@ def test_fingerprint(write_version: Write, tmp_path: Path) -> None:
 # ---- watching ----
 
 
-def test_newest_version_is_loaded(watcher: Watcher, write_version: Write, models: Path, slot: Slot, lines: list[str]) -> None:
+def test_newest_version_is_loaded(watcher: Watcher, write_version: Any, models: Path, slot: Slot, lines: list[str]) -> None:
     assert watcher.step() is None
     for name in ("1", "2", "10"):
         write_version(models / name)
@@ -142,7 +142,7 @@ def test_newest_version_is_loaded(watcher: Watcher, write_version: Write, models
     assert lines == []
 
 
-def test_broken_version(watcher: Watcher, write_version: Write, models: Path, shelf: Any, lines: list[str]) -> None:
+def test_broken_version(watcher: Watcher, write_version: Any, models: Path, shelf: Any, lines: list[str]) -> None:
     write_version(models / "1")
     (write_version(models / "2") / "model.onnx").write_bytes(b"altered")
     assert watcher.step() == "1"
@@ -156,7 +156,7 @@ def test_broken_version(watcher: Watcher, write_version: Write, models: Path, sh
     assert watcher.step() == "2"
 
 
-def test_version_that_fails_to_open(watcher: Watcher, write_version: Write, models: Path, shelf: Any, lines: list[str]) -> None:
+def test_version_that_fails_to_open(watcher: Watcher, write_version: Any, models: Path, shelf: Any, lines: list[str]) -> None:
     for name in ("1", "2", "3"):
         write_version(models / name)
     shelf.trouble = {"3": ArtifactError("3: its engine ended the process")}
@@ -170,9 +170,7 @@ def test_version_that_fails_to_open(watcher: Watcher, write_version: Write, mode
     assert watcher.step() == "3"
 
 
-def test_version_that_takes_too_long(
-    watcher: Watcher, models: Path, write_version: Write, clock: Any, shelf: Any, lines: list[str]
-) -> None:
+def test_version_that_takes_too_long(watcher: Watcher, models: Path, write_version: Any, clock: Any, shelf: Any, lines: list[str]) -> None:
     for name in ("1", "2"):
         write_version(models / name)
     shelf.trouble = {"2": TookTooLongError("2: it was not open in time")}
@@ -190,7 +188,7 @@ def test_version_that_takes_too_long(
     assert shelf.tried == ["2", "1", "2", "2", "2"]
 
 
-def test_copy_in_progress(watcher: Watcher, write_version: Write, models: Path, lines: list[str]) -> None:
+def test_copy_in_progress(watcher: Watcher, write_version: Any, models: Path, lines: list[str]) -> None:
     whole = write_version(models.parent / "whole")
     files = sorted(entry.name for entry in whole.iterdir())
     for count in range(len(files)):
@@ -206,7 +204,7 @@ def test_copy_in_progress(watcher: Watcher, write_version: Write, models: Path, 
     assert watcher.step() == "1"
 
 
-def test_folder_of_the_current_version_is_removed(watcher: Watcher, write_version: Write, models: Path, slot: Slot) -> None:
+def test_folder_of_the_current_version_is_removed(watcher: Watcher, write_version: Any, models: Path, slot: Slot) -> None:
     write_version(models / "1")
     write_version(models / "2")
     assert watcher.step() == "2"
@@ -218,7 +216,7 @@ def test_folder_of_the_current_version_is_removed(watcher: Watcher, write_versio
     assert watcher.step() == "3"
 
 
-def test_rolled_back_version(watcher: Watcher, write_version: Write, models: Path, slot: Slot, lines: list[str]) -> None:
+def test_rolled_back_version(watcher: Watcher, write_version: Any, models: Path, slot: Slot, lines: list[str]) -> None:
     for name in ("2", "3"):
         write_version(models / name)
         watcher.step()
@@ -242,7 +240,7 @@ def test_rolled_back_version(watcher: Watcher, write_version: Write, models: Pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need no privilege on POSIX")
-def test_version_with_a_dangling_link(watcher: Watcher, write_version: Write, models: Path, lines: list[str]) -> None:
+def test_version_with_a_dangling_link(watcher: Watcher, write_version: Any, models: Path, lines: list[str]) -> None:
     data = (write_version(models / "1") / "model.onnx").read_bytes()
     (models / "1" / "model.onnx").unlink()
     (models / "1" / "model.onnx").symlink_to(models.parent / "store.onnx")
@@ -257,7 +255,7 @@ def test_version_with_a_dangling_link(watcher: Watcher, write_version: Write, mo
 
 
 def test_version_without_permission(
-    watcher: Watcher, write_version: Write, models: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    watcher: Watcher, write_version: Any, models: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_version(models / "1")
     iterdir = Path.iterdir
@@ -279,7 +277,7 @@ def test_version_without_permission(
 
 @pytest.mark.parametrize("unloaded", [False, True])
 def test_version_loaded_by_another_caller(
-    watcher: Watcher, write_version: Write, models: Path, slot: Slot, shelf: Any, unloaded: bool
+    watcher: Watcher, write_version: Any, models: Path, slot: Slot, shelf: Any, unloaded: bool
 ) -> None:
     """The watcher finds it while it is being loaded, and waits."""
     write_version(models / "1")
@@ -309,7 +307,7 @@ def test_version_loaded_by_another_caller(
     assert watcher.step() == "2"
 
 
-def test_single_artefact_that_is_replaced(slot: Slot, write_version: Write, tmp_path: Path, lines: list[str]) -> None:
+def test_single_artefact_that_is_replaced(slot: Slot, write_version: Any, tmp_path: Path, lines: list[str]) -> None:
     path = write_version(tmp_path / "a", 1)
     watcher = Watcher(Repository(path), slot, notify=lines.append)
     assert watcher.step() == "1"
@@ -330,7 +328,7 @@ def test_folder_that_is_no_version(watcher: Watcher, models: Path, lines: list[s
     assert lines == [f"{models / 'newest'}: its name is no whole number from 1: name versions 1, 2, 3, ..."]
 
 
-def test_directory_away_for_a_while(watcher: Watcher, write_version: Write, models: Path, lines: list[str]) -> None:
+def test_directory_away_for_a_while(watcher: Watcher, write_version: Any, models: Path, lines: list[str]) -> None:
     write_version(models / "1")
     watcher.step()
     models.rename(models.with_name("away"))
@@ -343,7 +341,7 @@ def test_directory_away_for_a_while(watcher: Watcher, write_version: Write, mode
     assert watcher.step() == "2"
 
 
-def test_start_and_stop(in_process: Any, models: Path, write_version: Write, wait_until: Any, lines: list[str]) -> None:
+def test_start_and_stop(in_process: Any, models: Path, write_version: Any, wait_until: Any, lines: list[str]) -> None:
     """With versions that have an engine."""
     slot = Slot("model", in_process, rollout=Rollout())
     watcher = Watcher(Repository(models), slot, notify=lines.append, interval_s=0.01)

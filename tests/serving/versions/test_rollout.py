@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -124,7 +123,7 @@ def test_verdicts_are_final(rows: int, failed: int, after: float, rate: float, r
         assert not verdict(rollout, rows=requests, failed=min(failed, rows), after=after).passed or after >= rollout.for_seconds
 
 
-def test_label_agreement(signature_of: Callable[..., Any]) -> None:
+def test_label_agreement(signature_of: Any) -> None:
     signature = signature_of(classes=("a", "b"))
     scores = np.zeros((1, 2, 2, 2), np.float32)
     scores[:, 1, 0] = 1

@@ -69,7 +69,7 @@ def test_unknown_name(admit: ADMIT, name: str) -> None:
     assert len(str(caught.value)) < 200
 
 
-def test_contract(admit: ADMIT, signature_of: Callable[..., Any]) -> None:
+def test_contract(admit: ADMIT, signature_of: Any) -> None:
     routes, version = Routes("model", Rollout()), Version(name="2", path=Path("2"))
     routes.require_contract(version, signature_of(channels=1))
     admit(routes, "1")

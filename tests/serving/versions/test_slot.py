@@ -6,16 +6,15 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from muntin.errors import ArtifactError, DataError, MuntinError, VerificationError
+from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.session import Session
 from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.rollout import Rollout
@@ -25,6 +24,7 @@ from muntin.serving.versions.version import RefusedError, UnknownVersionError, V
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import NotReadyError
+from serving_parts import on_trial
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = Call((1, 8, 8), labels=True)
@@ -71,35 +71,10 @@ def make_slot(shelf: Any, clock: Any, lines: list[str]) -> Callable[..., Slot]:
     return make
 
 
-@contextmanager
-def loading(slot: Slot, path: str, name: str) -> Iterator[list[Any]]:
-    """Load on another thread until the version is on trial. Afterwards the list holds the version, or the error."""
-    outcome: list[Any] = []
-
-    def load() -> None:
-        try:
-            outcome.append(slot.load(path, name))
-        except MuntinError as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    try:
-        while not outcome and not states(slot).get(name, ("", ""))[1].startswith("candidate"):
-            pass
-        yield outcome
-    except BaseException:
-        slot.close()  # else the load would wait for a verdict
-        raise
-    finally:
-        thread.join(20)
-        assert not thread.is_alive()
-
-
 # ---- leases ----
 
 
-def test_leases(make_slot: Callable[..., Slot], lines: list[str]) -> None:
+def test_leases(make_slot: Any, lines: list[str]) -> None:
     slot = make_slot()
     assert not slot.ready
     with pytest.raises(NotReadyError, match="model: no version is ready"):
@@ -116,7 +91,7 @@ def test_leases(make_slot: Callable[..., Slot], lines: list[str]) -> None:
     assert lines == ["model: version 1 serves"]
 
 
-def test_last_lease_closes_an_old_version(make_slot: Callable[..., Slot], wait_until: Callable[..., None]) -> None:
+def test_last_lease_closes_an_old_version(make_slot: Any, wait_until: Any) -> None:
     slot, threads = make_slot(for_seconds=0), list[str]()
     old = slot.load("1", "1")
     old.session.__dict__["close"] = lambda: threads.append(threading.current_thread().name)
@@ -139,7 +114,7 @@ def test_last_lease_closes_an_old_version(make_slot: Callable[..., Slot], wait_u
 # ---- loading ----
 
 
-def test_failed_loads(make_slot: Callable[..., Slot], shelf: Any, signature_of: Callable[..., Any]) -> None:
+def test_failed_loads(make_slot: Any, shelf: Any, signature_of: Any) -> None:
     slot = make_slot()
     current = slot.load("1", "1")
     shelf.trouble = {"2": ArtifactError("2: altered"), "3": RuntimeError("no kernel\nfor this")}
@@ -157,7 +132,7 @@ def test_failed_loads(make_slot: Callable[..., Slot], shelf: Any, signature_of: 
         slot.lease("2")
 
 
-def test_times_of_batches_that_lacked_memory(make_slot: Callable[..., Slot]) -> None:
+def test_times_of_batches_that_lacked_memory(make_slot: Any) -> None:
     slot = make_slot()
     version, large = slot.load("1", "1"), Call((8, 64, 64))
     observe(slot, version)
@@ -167,7 +142,7 @@ def test_times_of_batches_that_lacked_memory(make_slot: Callable[..., Slot]) -> 
     assert version.latencies.calls == (CALL,)
 
 
-def test_advice_on_a_frequent_size(make_slot: Callable[..., Slot], lines: list[str]) -> None:
+def test_advice_on_a_frequent_size(make_slot: Any, lines: list[str]) -> None:
     slot = make_slot()
     version = slot.load("1", "1")
     version.compiled_sizes = {CALL.shape[1:]}
@@ -178,7 +153,7 @@ def test_advice_on_a_frequent_size(make_slot: Callable[..., Slot], lines: list[s
     ]
 
 
-def test_load_unless_already_loaded(make_slot: Callable[..., Slot], shelf: Any) -> None:
+def test_load_unless_already_loaded(make_slot: Any, shelf: Any) -> None:
     slot = make_slot()
     slot.load("1", "1", digest="digest of 1")
     with pytest.raises(NotReadyError, match="was loaded before"):
@@ -191,7 +166,7 @@ def test_load_unless_already_loaded(make_slot: Callable[..., Slot], shelf: Any) 
     assert shelf.tried == ["1", "1"]
 
 
-def test_loads_one_at_a_time(make_slot: Callable[..., Slot], shelf: Any) -> None:
+def test_loads_one_at_a_time(make_slot: Any, shelf: Any) -> None:
     slot, inside, most = make_slot(), list[int](), list[int]()
     open_version = shelf.open
 
@@ -208,10 +183,10 @@ def test_loads_one_at_a_time(make_slot: Callable[..., Slot], shelf: Any) -> None
     assert most == [1] * 4
 
 
-def test_canary_share(make_slot: Callable[..., Slot], clock: Any) -> None:
+def test_canary_share(make_slot: Any, clock: Any) -> None:
     slot = make_slot(canary=0.25, for_requests=200, random=random.Random(3).random)  # noqa: S311
     old = slot.load("1", "1")
-    with loading(slot, "2", "2") as outcome:
+    with on_trial(slot, "2") as outcome:
         with slot.lease("2") as lease:
             candidate = lease.version
         versions = [slot.lease().version for _ in range(400)]
@@ -223,10 +198,10 @@ def test_canary_share(make_slot: Callable[..., Slot], clock: Any) -> None:
     assert outcome == [slot.current] == [candidate]
 
 
-def test_refused_canary(make_slot: Callable[..., Slot]) -> None:
+def test_refused_canary(make_slot: Any) -> None:
     slot = make_slot(canary=0.5)
     old = slot.load("1", "1")
-    with loading(slot, "2", "2") as outcome:
+    with on_trial(slot, "2") as outcome:
         candidate = slot.lease().version
         break_engine(candidate)
         assert compute_somewhere(slot, candidate, label_of, rows=1) == (1, old)
@@ -235,13 +210,13 @@ def test_refused_canary(make_slot: Callable[..., Slot]) -> None:
     assert slot.lease().version is old
 
 
-def test_shadow_share(make_slot: Callable[..., Slot]) -> None:
+def test_shadow_share(make_slot: Any) -> None:
     drawn = 0.0
     slot = make_slot(shadow=0.5, for_requests=30, random=lambda: drawn)
     old = slot.load("1", "1")
     assert slot.shadow(old) is None
     assert not slot.shadowed
-    with loading(slot, "2", "2") as outcome:
+    with on_trial(slot, "2") as outcome:
         candidate = slot.lease("2").version
         assert slot.shadowed
         assert slot.lease().version is old
@@ -261,7 +236,7 @@ def test_shadow_share(make_slot: Callable[..., Slot]) -> None:
 # ---- failing and hanging versions ----
 
 
-def test_failed_batch_is_computed_by_the_old_version(make_slot: Callable[..., Slot]) -> None:
+def test_failed_batch_is_computed_by_the_old_version(make_slot: Any) -> None:
     slot = make_slot()
     old, new = slot.load("1", "1"), slot.load("2", "2")
     with slot.lease() as lease:
@@ -275,7 +250,7 @@ def test_failed_batch_is_computed_by_the_old_version(make_slot: Callable[..., Sl
     assert (old.leases, new.leases) == (0, 0)
 
 
-def test_images_that_no_version_can_compute(make_slot: Callable[..., Slot]) -> None:
+def test_images_that_no_version_can_compute(make_slot: Any) -> None:
     slot = make_slot()
     old, new = slot.load("1", "1"), slot.load("2", "2")
 
@@ -291,7 +266,7 @@ def test_images_that_no_version_can_compute(make_slot: Callable[..., Slot]) -> N
     assert old.leases == 0
 
 
-def test_images_are_freed_after_a_failure(make_slot: Callable[..., Slot], uncollected: None) -> None:
+def test_images_are_freed_after_a_failure(make_slot: Any, uncollected: None) -> None:
     slot = make_slot()
     old, new = slot.load("1", "1"), slot.load("2", "2")
     break_engine(new)
@@ -302,7 +277,7 @@ def test_images_are_freed_after_a_failure(make_slot: Callable[..., Slot], uncoll
     assert gone() is None
 
 
-def test_overdue_batch_on_probation(make_slot: Callable[..., Slot], clock: Any, lines: list[str]) -> None:
+def test_overdue_batch_on_probation(make_slot: Any, clock: Any, lines: list[str]) -> None:
     """A version does not pass while a batch hangs, and is rolled back when it is overdue."""
     slot = make_slot(for_seconds=2)
     old, new = slot.load("1", "1"), slot.load("2", "2")
@@ -320,7 +295,7 @@ def test_overdue_batch_on_probation(make_slot: Callable[..., Slot], clock: Any, 
     assert (new.open, new.leases) == (False, 0)
 
 
-def test_requests_behind_an_overdue_batch(make_slot: Callable[..., Slot], clock: Any) -> None:
+def test_requests_behind_an_overdue_batch(make_slot: Any, clock: Any) -> None:
     slot = make_slot()
     old, new = slot.load("1", "1"), slot.load("2", "2")
     with slot.lease() as waiting:
@@ -336,7 +311,7 @@ def test_requests_behind_an_overdue_batch(make_slot: Callable[..., Slot], clock:
     assert (slot.hangs(old), old.leases, new.open) == (False, 0, False)
 
 
-def test_interrupted_batch(make_slot: Callable[..., Slot], clock: Any, lines: list[str]) -> None:
+def test_interrupted_batch(make_slot: Any, clock: Any, lines: list[str]) -> None:
     slot = make_slot(max_error_rate=0.5)
     old, new = slot.load("1", "1"), slot.load("2", "2")
     interrupted: list[float] = []
@@ -359,7 +334,7 @@ def test_interrupted_batch(make_slot: Callable[..., Slot], clock: Any, lines: li
 # ---- out of service ----
 
 
-def test_unload(make_slot: Callable[..., Slot]) -> None:
+def test_unload(make_slot: Any) -> None:
     slot = make_slot()
     slot.load("4", "4")
     slot.load("4", "4")
@@ -374,11 +349,11 @@ def test_unload(make_slot: Callable[..., Slot]) -> None:
     assert not slot.ready
 
 
-def test_end_of_loads_and_close(make_slot: Callable[..., Slot]) -> None:
+def test_end_of_loads_and_close(make_slot: Any) -> None:
     slot = make_slot(canary=1)
     first = slot.load("1", "1")
     lease = slot.lease()
-    with loading(slot, "2", "2") as outcome:
+    with on_trial(slot, "2") as outcome:
         candidate = slot.lease()
         slot.end_loads()
     assert isinstance(outcome[0], NotReadyError)
@@ -397,7 +372,7 @@ def test_end_of_loads_and_close(make_slot: Callable[..., Slot]) -> None:
     assert not first.open
 
 
-def test_close_during_opening(make_slot: Callable[..., Slot], shelf: Any, wait_until: Any) -> None:
+def test_close_during_opening(make_slot: Any, shelf: Any, wait_until: Any) -> None:
     slot, closed = make_slot(), list[Session]()
     opens = shelf.open
 
@@ -413,7 +388,7 @@ def test_close_during_opening(make_slot: Callable[..., Slot], shelf: Any, wait_u
     wait_until(lambda: len(closed) == 1)
 
 
-def test_end_calls(make_slot: Callable[..., Slot], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_calls(make_slot: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     slot, interrupted = make_slot(), list[tuple[Session, float]]()
     monkeypatch.setattr(Liveness, "interrupt", lambda session, seconds: bool(interrupted.append((session, seconds))))
     old, new = (slot.load(Path(name), name) for name in ("1", "2"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from muntin.artifact import Sizes
 from muntin.serving.versions.version import CALLS, TIMES, Latencies, Version, contract_difference
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.opening import NotReadyError
+from tensor_models import SIGNATURE
 
 SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
 
@@ -29,12 +29,17 @@ SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
         ({"task": "classify"}, "task classify where segment is served"),
     ],
 )
-def test_contract(signature_of: Callable[..., Any], changes: dict[str, Any], difference: str) -> None:
+def test_contract(signature_of: Any, changes: dict[str, Any], difference: str) -> None:
     assert contract_difference(signature_of(**changes), signature_of()) == difference
 
 
-def test_contract_with_more_sizes(signature_of: Callable[..., Any]) -> None:
+def test_contract_with_more_sizes(signature_of: Any) -> None:
     assert contract_difference(signature_of(), signature_of(sizes=Sizes.only(32, 32))) == ""
+
+
+def test_contract_of_named_tensors() -> None:
+    narrower = SIGNATURE.model_copy(update={"outputs": SIGNATURE.outputs[:1]})
+    assert contract_difference(narrower, SIGNATURE) == "output 1 is none where label int64 (batch) is served"
 
 
 def test_latencies() -> None:

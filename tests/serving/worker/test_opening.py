@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def compiled(session: Any) -> set[tuple[Any, bool]]:
     return set(session._compiled)
 
 
-def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
+def test_warm_up(write_version: Any, tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", 2)
     opened = open_version(path, SessionOptions(threads=1), [SCORES, LABELS, SCORES])
     assert opened.calls == (SCORES, LABELS)
@@ -33,12 +32,12 @@ def test_warm_up(write_version: Callable[..., Path], tmp_path: Path) -> None:
     assert (opened.session.labels(np.zeros((1, 4, 8, 3), np.uint8)) == 2).all()
 
 
-def test_warm_up_of_dynamic_sizes(write_version: Callable[..., Path], tmp_path: Path) -> None:
+def test_warm_up_of_dynamic_sizes(write_version: Any, tmp_path: Path) -> None:
     session = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1, dynamic=True), [SCORES]).session
     assert compiled(session) == {(None, False), (None, True), ((2, 8, 8, 3), False)}
 
 
-def test_warm_up_of_one_size(write_version: Callable[..., Path], signature_of: Callable[..., Any], tmp_path: Path) -> None:
+def test_warm_up_of_one_size(write_version: Any, signature_of: Any, tmp_path: Path) -> None:
     """No model of dynamic sizes: other batches are computed in those that are compiled."""
     path = write_version(tmp_path / "1", 2, signature=signature_of(sizes=Sizes.only(6, 8)), example=(1, 6, 8))
     calls = starting_calls(read_manifest(path), 2)
@@ -52,7 +51,7 @@ def test_warm_up_of_one_size(write_version: Callable[..., Path], signature_of: C
         starting_calls(read_manifest(path), 2, [(6, 8), (8, 8)])
 
 
-def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_golden_pair(write_version: Any, tmp_path: Path) -> None:
     path = write_version(tmp_path / "1", shift=30)
     with pytest.raises(VerificationError, match=r"1: openvino in \w+ is .* standard deviations off a golden pair \(allowed: 0.05\)"):
         open_version(path, SessionOptions(), [])
@@ -61,7 +60,7 @@ def test_wrong_golden_pair(write_version: Callable[..., Path], tmp_path: Path) -
         open_version(path, SessionOptions(), [])
 
 
-def test_hurry(write_version: Callable[..., Path], tmp_path: Path) -> None:
+def test_hurry(write_version: Any, tmp_path: Path) -> None:
     """The smallest call for labels is compiled at once, the others later."""
     calls = [LABELS, Call((2, 4, 8), labels=True), Call((1, 4, 8))]
     opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), calls, hurry=True)

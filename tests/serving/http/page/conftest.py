@@ -5,29 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from muntin.serving.config import ServeConfig
-from muntin.serving.server import Server
-
-
-@contextmanager
-def started(path: Path, **options: Any) -> Iterator[Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muntin.serving.versions.loader.can_open_remote", lambda: False)  # in this process, which is quicker
-        settings: dict[str, Any] = {"http_port": 0, "grpc_port": None, "threads": 1, "max_batch": 2}
-        with Server(path, ServeConfig(**(settings | options))) as server:
-            yield server
-
 
 @pytest.fixture(scope="session")
-def start_server() -> Callable[..., Any]:
+def start_server(make_server: Callable[..., Any]) -> Callable[..., Any]:
     """`with start_server(path, **settings) as server`."""
-    return started
+    return partial(make_server, grpc_port=None)
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +32,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def save_picture(tmp_path: Path) -> Callable[[Any, str], None]:
-    """`save_picture(page, name)`: a screenshot in $MUNTIN_SCREENSHOTS, or in the test's folder."""
-    folder = Path(os.environ.get("MUNTIN_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
+def save_picture() -> Callable[[Any, str], None]:
+    """`save_picture(page, name)`: a screenshot in $MUNTIN_SCREENSHOTS, if that is set."""
+    folder = os.environ.get("MUNTIN_SCREENSHOTS")
 
     def save(page: Any, name: str) -> None:
-        page.screenshot(path=folder / f"{name}.png", full_page=True)
+        if folder is not None:
+            page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
 
     return save

@@ -50,14 +50,14 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def folder(write_pixels: Write, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(write_pixels: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page") / "earth"
     write_pixels(folder / "1", classes=CLASSES)
     return folder
 
 
 @pytest.fixture(scope="module")
-def server(start_server: Serve, folder: Path) -> Iterator[Server]:
+def server(start_server: Any, folder: Path) -> Iterator[Server]:
     with start_server(folder) as server:
         yield server
 
@@ -122,10 +122,9 @@ def change(server: Server, action: str, version: str) -> None:
     urllib.request.urlopen(urllib.request.Request(url, body), timeout=60).close()
 
 
-@pytest.mark.parametrize("name", ["dropped.png", "pasted.png"])
-def test_overlay_and_legend(open_page: Open, server: Server, save_picture: Any, name: str) -> None:
+def test_overlay_and_legend(open_page: Any, server: Server, save_picture: Any) -> None:
     page = open_page(server)
-    give(page, name)
+    give(page)
     assert text_of(page, "#by", "version") == "version 1"
     np.testing.assert_allclose(seen(page), blended(0.6), atol=1.5)
     for opacity in ("0", "100", "25"):
@@ -143,9 +142,7 @@ def test_overlay_and_legend(open_page: Open, server: Server, save_picture: Any, 
     save_picture(page, "overlay")
 
 
-def test_many_classes_and_large_labels(
-    open_page: Open, start_server: Serve, write_version: Write, signature_of: Any, tmp_path: Path
-) -> None:
+def test_many_classes_and_large_labels(open_page: Any, start_server: Any, write_version: Any, signature_of: Any, tmp_path: Path) -> None:
     signature = signature_of(classes=tuple(f"class {number}" for number in range(300)))
     with start_server(write_version(tmp_path / "many", 299, signature=signature)) as server:  # labels of 16 bits
         page = open_page(server)
@@ -156,14 +153,14 @@ def test_many_classes_and_large_labels(
 
 
 @pytest.fixture
-def earth(write_pixels: Write, write_version: Write, signature_of: Any, tmp_path: Path) -> Path:
+def earth(write_pixels: Any, write_version: Any, signature_of: Any, tmp_path: Path) -> Path:
     """Version 1, and version 2 beside it, to be moved there: it says roof everywhere."""
     write_version(tmp_path / "next", 2, signature=signature_of().model_copy(update={"classes": CLASSES}))
     write_pixels(tmp_path / "earth" / "1", classes=CLASSES)
     return tmp_path / "earth"
 
 
-def test_swap_and_comparison(open_page: Open, start_server: Serve, earth: Path, save_picture: Any) -> None:
+def test_swap_and_comparison(open_page: Any, start_server: Any, earth: Path, save_picture: Any) -> None:
     with start_server(earth) as server:
         page = open_page(server)
         give(page)
@@ -204,7 +201,7 @@ def test_swap_and_comparison(open_page: Open, start_server: Serve, earth: Path, 
         np.testing.assert_allclose(seen(page)[low, :7], blended(0.6)[low, :7], atol=1.5)
 
 
-def test_candidate_loaded_again(open_page: Open, start_server: Serve, write_version: Write, earth: Path, signature_of: Any) -> None:
+def test_candidate_loaded_again(open_page: Any, start_server: Any, write_version: Any, earth: Path, signature_of: Any) -> None:
     signature = signature_of().model_copy(update={"classes": CLASSES})
     rollout = Rollout(canary=0.001, for_seconds=600, for_requests=10_000)
     with ExitStack() as trials, start_server(earth, rollout=rollout) as server:
@@ -232,8 +229,7 @@ def on_trial(server: Server, path: Path) -> None:
         server.slot.load(path, path.name)
 
 
-@pytest.mark.parametrize("way", ["picked", "dropped"])
-def test_folder_with_a_broken_file(open_page: Open, server: Server, tmp_path: Path, save_picture: Any, way: str) -> None:
+def test_folder_with_a_broken_file(open_page: Any, server: Server, tmp_path: Path, save_picture: Any) -> None:
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     (folder / "1.png").write_bytes(encode_png(PICTURE))
@@ -242,13 +238,13 @@ def test_folder_with_a_broken_file(open_page: Open, server: Server, tmp_path: Pa
     (folder / "notes.txt").write_text("no picture")
     page = open_page(server)
     page.locator("#versions tr").first.wait_for()
-    if way == "picked":
-        page.set_input_files("#pick-folder", folder)
-    else:
-        data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
-        session = page.context.new_cdp_session(page)
-        for kind in ("dragEnter", "dragOver", "drop"):
-            session.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
+    page.set_input_files("#pick-folder", folder)
+    text_of(page, "#progress", "^2 of 3 answered, 1 failed$")
+    page.locator("#clear").click()
+    data = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": data})
     text_of(page, "#progress", "^2 of 3 answered, 1 failed$")
     text_of(page, "#live", r"^3 pictures: 2 answered, 1 failed\.$")
     names = [button.get_attribute("aria-label") for button in page.locator("#strip button").all()]
@@ -267,7 +263,7 @@ def test_folder_with_a_broken_file(open_page: Open, server: Server, tmp_path: Pa
     assert page.locator("#failure").is_hidden()
 
 
-def test_keyboard_alone(open_page: Open, server: Server) -> None:
+def test_keyboard_alone(open_page: Any, server: Server) -> None:
     page = open_page(server)
     file = {"name": "a.png", "mimeType": "image/png", "buffer": encode_png(PICTURE)}
     page.on("filechooser", lambda chooser: chooser.set_files([file]))
@@ -293,9 +289,8 @@ def test_keyboard_alone(open_page: Open, server: Server) -> None:
     assert page.locator("#name-one").inner_text() == "picture"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_phone(open_page: Open, server: Server, save_picture: Any, scheme: str) -> None:
-    page = open_page(server, viewport={"width": 360, "height": 740}, has_touch=True, color_scheme=scheme, reduced_motion="reduce")
+def test_phone(open_page: Any, server: Server, save_picture: Any) -> None:
+    page = open_page(server, viewport={"width": 360, "height": 740}, has_touch=True, reduced_motion="reduce")
     give(page, "a-very-long-name-of-a-file-that-does-not-fit-into-one-line-of-a-phone.png")
     text_of(page, "#by", "version 1")
     page.select_option("#against", "picture")
@@ -305,9 +300,10 @@ def test_phone(open_page: Open, server: Server, save_picture: Any, scheme: str) 
         box for box in (button.bounding_box() for button in page.locator("button:visible, select:visible").all()) if box["height"] < 40
     ]
     assert not small
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert paper == {"light": "rgb(244, 246, 246)", "dark": "rgb(15, 21, 23)"}[scheme]
-    save_picture(page, f"phone-{scheme}")
+    for scheme, color in (("light", "rgb(244, 246, 246)"), ("dark", "rgb(15, 21, 23)")):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == color
+        save_picture(page, f"phone-{scheme}")
 
 
 def test_security_policy_is_enforced(browser: Any, server: Server) -> None:
@@ -327,7 +323,7 @@ def test_security_policy_is_enforced(browser: Any, server: Server) -> None:
     assert blocked == [False, ["script-src-elem", "style-src-attr", "connect-src"]]
 
 
-def test_token(open_page: Open, start_server: Serve, write_pixels: Write, tmp_path: Path) -> None:
+def test_token(open_page: Any, start_server: Any, write_pixels: Any, tmp_path: Path) -> None:
     with start_server(write_pixels(tmp_path / "closed", classes=CLASSES), tokens=("secret",)) as server:
         page = open_page(server)
         page.locator("#token-field").wait_for()
@@ -347,7 +343,7 @@ def test_token(open_page: Open, start_server: Serve, write_pixels: Write, tmp_pa
         assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [0, 0, ""]
 
 
-def test_classifier(open_page: Open, start_server: Serve, write_pixels: Write, tmp_path: Path, save_picture: Any) -> None:
+def test_classifier(open_page: Any, start_server: Any, write_pixels: Any, tmp_path: Path, save_picture: Any) -> None:
     means = PICTURE.reshape(-1, 3).mean(0)
     weights = np.exp(means - means.max())
     with start_server(write_pixels(tmp_path / "classes", task="classify", classes=CLASSES)) as server:
@@ -363,7 +359,7 @@ def test_classifier(open_page: Open, start_server: Serve, write_pixels: Write, t
         save_picture(page, "classifier")
 
 
-def test_restoration(open_page: Open, start_server: Serve, write_pixels: Write, tmp_path: Path, save_picture: Any) -> None:
+def test_restoration(open_page: Any, start_server: Any, write_pixels: Any, tmp_path: Path, save_picture: Any) -> None:
     with start_server(write_pixels(tmp_path / "restore", task="restore", classes=())) as server:
         page = open_page(server)
         give(page)
@@ -382,7 +378,7 @@ def test_restoration(open_page: Open, start_server: Serve, write_pixels: Write, 
         np.testing.assert_allclose(seen(page)[4:10], PICTURE[4:10], atol=2.5)
 
 
-def test_objective_beside_the_latency(open_page: Open, start_server: Serve, folder: Path, save_picture: Any) -> None:
+def test_objective_beside_the_latency(open_page: Any, start_server: Any, folder: Path, save_picture: Any) -> None:
     with start_server(folder, objective_ms=400) as server:
         page = open_page(server)
         give(page)
@@ -396,14 +392,16 @@ def test_objective_beside_the_latency(open_page: Open, start_server: Serve, fold
         save_picture(page, "objective")
 
 
-def test_no_objective(open_page: Open, server: Server) -> None:
+def test_pasted_picture_without_objective(open_page: Any, server: Server) -> None:
     page = open_page(server)
-    page.locator("#versions tr").first.wait_for()
+    give(page, "pasted.png")
+    text_of(page, "#by", "version 1")
+    assert legend(page) == {entry.name: [share] for entry, share in zip(CLASSES, SHARES, strict=True)}
     assert page.locator(".promise:visible").count() == 0
     assert {line.get_attribute("visibility") for line in page.locator(".aim").all()} == {"hidden"}
 
 
-def test_polling_stops_in_a_hidden_tab(open_page: Open, server: Server) -> None:
+def test_polling_stops_in_a_hidden_tab(open_page: Any, server: Server) -> None:
     page = open_page(server)
     page.locator("#versions tr").first.wait_for()
     calls: list[str] = []
@@ -422,7 +420,7 @@ def test_polling_stops_in_a_hidden_tab(open_page: Open, server: Server) -> None:
         page.evaluate(hide % "false")
 
 
-def test_named_tensors(open_page: Open, start_server: Serve, tmp_path: Path) -> None:
+def test_named_tensors(open_page: Any, start_server: Any, tmp_path: Path) -> None:
     with start_server(write_tensors(tmp_path / "encoder").path) as server:
         page = open_page(server)
         assert "named tensors" in text_of(page, "#invitation", "tensors")

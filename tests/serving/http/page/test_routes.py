@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,26 +25,13 @@ FILES = PageRoutes(cast(Any, None)).files
 
 
 @pytest.fixture(scope="module")
-def server(
-    start_server: Callable[..., Any], write_pixels: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def server(start_server: Any, write_pixels: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with start_server(write_pixels(tmp_path_factory.mktemp("page") / "pixels"), tokens=("secret",)) as server:
         yield server
 
 
-def fetch(server: Server, path: str, *, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, Any, bytes]:
-    fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.Request(f"http://127.0.0.1:{server.http_port}{path}", body, fields, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - to this machine
-            return answer.status, answer.headers, answer.read()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.headers, error.read()
-
-
 @pytest.mark.parametrize("path", sorted(FILES))
-def test_files_without_a_token(server: Server, path: str) -> None:
+def test_files_without_a_token(server: Server, fetch: Any, path: str) -> None:
     status, headers, body = fetch(server, path)
     assert (status, body) == (200, FILES[path].content)
     assert headers["content-type"].partition(";")[0] == FILES[path].media_type
@@ -54,9 +39,9 @@ def test_files_without_a_token(server: Server, path: str) -> None:
     assert (headers["x-content-type-options"], headers["referrer-policy"]) == ("nosniff", "no-referrer")
     assert headers["cache-control"] == "no-cache"
     for tag in (headers["etag"], f'"other", W/{headers["etag"]}', "*"):
-        status, again, nothing = fetch(server, path, if_none_match=tag)
+        status, again, nothing = fetch(server, path, None, {"if-none-match": tag})
         assert (status, nothing, again["etag"], again["content-security-policy"]) == (304, b"", headers["etag"], POLICY)
-    assert fetch(server, path, if_none_match='"other"')[2] == body
+    assert fetch(server, path, None, {"if-none-match": '"other"'})[2] == body
     status, head, nothing = fetch(server, path, method="HEAD")
     assert (status, nothing, head["etag"], head["content-length"]) == (200, b"", headers["etag"], str(len(body)))
 
@@ -75,23 +60,23 @@ def test_page_loads_only_its_own_files() -> None:
 @pytest.mark.parametrize(
     "path", ["/page/", "/page/app", "/page/index.html", "/page/..%2froutes.py", "/page/%2e%2e/routes.py", "/page//etc/passwd"]
 )
-def test_paths_outside_the_table(server: Server, path: str) -> None:
-    assert fetch(server, path, **TOKEN)[0] == 404
+def test_paths_outside_the_table(server: Server, fetch: Any, path: str) -> None:
+    assert fetch(server, path, None, TOKEN)[0] == 404
     assert fetch(server, path)[0] == 401
 
 
-def test_documents(server: Server) -> None:
+def test_documents(server: Server, fetch: Any) -> None:
     assert fetch(server, "/page/status")[0] == fetch(server, "/page/model/1")[0] == 401
-    status, headers, body = fetch(server, "/page/model/1", **TOKEN)
+    status, headers, body = fetch(server, "/page/model/1", None, TOKEN)
     model = json.loads(body)
     assert (status, headers["cache-control"], model["task"], model["refusal"]) == (200, "no-store", "segment", "")
     assert [entry["name"] for entry in model["classes"]] == ["sea", "field", "roof"]
     assert model["classes"][1]["color"] == [1, 1, 1]
-    assert fetch(server, "/page/model/7", **TOKEN)[0] == 404
-    before = json.loads(fetch(server, "/page/status", **TOKEN)[2])
+    assert fetch(server, "/page/model/7", None, TOKEN)[0] == 404
+    before = json.loads(fetch(server, "/page/status", None, TOKEN)[2])
     picture = encode_png(np.zeros((8, 8, 3), np.uint8))
-    answer = fetch(server, "/predict?version=1", method="POST", body=picture, **TOKEN)
-    after = json.loads(fetch(server, "/page/status", **TOKEN)[2])
+    answer = fetch(server, "/predict?version=1", picture, TOKEN)
+    after = json.loads(fetch(server, "/page/status", None, TOKEN)[2])
     assert (answer[0], answer[1]["x-model-version"]) == (200, "1")
     assert (after["model"], after["current"], after["ready"], after["canary"]) == ("pixels", "1", True, 0)
     (version,) = after["versions"]
@@ -102,17 +87,7 @@ def test_documents(server: Server) -> None:
     assert after["sums"]["batch"][1] == before["sums"]["batch"][1] + 1
 
 
-def test_version_and_times_of_a_picture(server: Server) -> None:
-    picture = encode_png(np.zeros((8, 8, 3), np.uint8))
-    _, headers, _ = fetch(server, "/predict", method="POST", body=picture, **TOKEN)
-    times = {name: float(value) for name, value in re.findall(r"(\w+);dur=([\d.]+)", headers["server-timing"])}
-    assert set(times) == {"wait", "compute", "total"}
-    assert 0 < times["compute"] <= times["total"]
-    status, _, body = fetch(server, "/predict?version=7", method="POST", body=picture, **TOKEN)
-    assert (status, json.loads(body)["error"]) == (404, "pixels: no version '7': there is 1")
-
-
-def test_no_page(start_server: Callable[..., Any], write_pixels: Callable[..., Path], tmp_path: Path) -> None:
+def test_no_page(start_server: Any, fetch: Any, write_pixels: Any, tmp_path: Path) -> None:
     assert ServeConfig().page
     with start_server(write_pixels(tmp_path / "pixels"), page=False) as server:
         assert {fetch(server, path)[0] for path in ("/", "/page/app.js", "/page/status")} == {404}
