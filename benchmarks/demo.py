@@ -104,7 +104,7 @@ def newest(document: Document) -> str:
 def front(documents: list[Document]) -> str:
     newest = documents[-1]
     deployed, floats = (median(newest.rows, f"{key}_miou") for key in ("deployed", "fp32"))
-    return f"**{ratios(newest)}**, mIoU {deployed:.3f} for {floats:.3f}"
+    return f"**{ratios(newest)}**, mIoU {deployed:.3f} (FP32: {floats:.3f})"
 
 
 def span(documents: list[Document], key: str, form: str = "{:.1f}") -> str:

@@ -237,8 +237,8 @@ def front(documents: list[Document]) -> str:
     ms, public_ms = (told(group, "ms_over", "{:.2f}") for group in (every, public))
     db, public_db = (told(group, "db_less", "{:+.1f}") for group in (every, public))
     return (
-        f"post-training INT8 of {len(every)} networks: medians, lowest to highest | NNCF, the better of two schemes | "
-        f"**{ms} times** its latency, **{db} dB** signal over noise; {len(public)} with public weights: {public_ms} times, {public_db} dB"
+        f"plain INT8 of {len(every)} networks ({len(public)} with public weights): median, lowest to highest | NNCF's INT8, same engine | "
+        f"latency **{ms}×**, output signal-to-noise **{db} dB** (public weights: {public_ms}×, {public_db} dB)"
     )
 
 
