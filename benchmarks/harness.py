@@ -91,8 +91,8 @@ def _parser(options: type[Options], description: str | None) -> argparse.Argumen
         parse = facts["parse"] or (str if sample is None else type(sample))
         if facts["least"] is not None:
             parse = at_least(facts["least"])
-        extra: dict[str, Any] = {"nargs": "+"} if several else {}
-        parser.add_argument(flag, type=parse, default=each.default, choices=facts["choices"], help=text, **extra)
+        extra: dict[str, Any] = {"nargs": "+", "action": "extend"} if several else {"default": each.default}
+        parser.add_argument(flag, type=parse, choices=facts["choices"], help=text, **extra)
     return parser
 
 
@@ -240,7 +240,9 @@ class Benchmark:
     def parse(self, arguments: Sequence[str], description: str | None = None) -> Any:
         """Read the command line. Ends the program on wrong values."""
         parser = _parser(self.options, description)
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(arguments)).items()}
+        several = {each.name for each in dataclasses.fields(self.options) if isinstance(each.default, tuple)}
+        words = vars(parser.parse_args(arguments))
+        given = {key: tuple(value) if key in several else value for key, value in words.items() if key not in several or value is not None}
         if given["output"] == Path():
             given["output"] = Path(f"runs/benchmark-{self.name}")
         try:

@@ -63,6 +63,8 @@ def test_command_line_of_options(counted: Any) -> None:
     options = benchmark.parse(["--seeds", "0", "2", "--kinds", "b", "--fast"])
     assert (options.seeds, options.steps, options.kinds, options.fast) == ((0, 2), 5, ("b",), True)
     assert options.output == Path("runs/benchmark-counted")
+    assert benchmark.parse(["--kinds", "b", "--kinds", "a"]).kinds == ("b", "a")
+    assert benchmark.parse([]).kinds == ("a", "b")
 
 
 @pytest.mark.parametrize(
