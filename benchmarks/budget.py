@@ -202,7 +202,9 @@ def newest(document: Document) -> str:
 
 
 def claims(documents: list[Document]) -> str:
-    return f"EfficientNet-Lite0 and MiniLM, two budgets each, {documents[-1].n.replace('1', 'one')}: {newest(documents[-1])}"
+    networks = list(dict.fromkeys(row["network"] for row in documents[-1].rows))
+    budgets = f"{' and '.join(networks)}, {len(by_budget(documents[-1])) / len(networks):g} budgets each"
+    return f"{budgets}, {documents[-1].n.replace('1', 'one')}: {newest(documents[-1])}"
 
 
 def verdict(documents: list[Document]) -> str:

@@ -61,7 +61,7 @@ RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
 WIDTHS = (0.5, 1.0, 1.5)
 NOT_SLOWER = 1.02
-RIVALS = ("random", "presets", "width", "peers")
+RIVALS = {"random": "random search", "presets": "the presets", "width": "other widths", "peers": "the peers"}
 PEERS = ("linknet-resnet18", "fpn-mobilenetv4-conv-small", "yolo26n-sem")
 FIGURES = ("seconds", "scored", "correlation", "latency_error", "importances")
 GO_ON = "interrupted: the same command goes on"
@@ -210,7 +210,7 @@ def rows(run: Run) -> Iterator[Row]:
             bench = Bench(run, seed)
             keep = partial(run.row, space=space)
             found = {"search": keep(f"{seed}/search", bench.search)}
-            found |= {name: keep(f"{seed}/{name}", partial(bench.trained, name)) for name in RIVALS[:-1]}
+            found |= {name: keep(f"{seed}/{name}", partial(bench.trained, name)) for name in RIVALS if name != "peers"}
             found["peers"] = keep(f"{seed}/peers", bench.peers)
             artifacts = {f"{contender}/{one['name']}": one["artifact"] for contender, row in found.items() for one in row["networks"]}
             ms, rated = keep(f"{seed}/latency", partial(bench.timed, artifacts))["ms"], keep(f"{seed}/rated", bench.rated)
@@ -279,12 +279,12 @@ def newest(document: Document) -> str:
 
 
 def claims(documents: list[Document]) -> str:
-    points, minutes = beside("points beside", *RIVALS)(documents[-1]), documents[-1].settings["minutes"]
-    each = f"{'ten' if minutes == 10 else f'{minutes:g}'} minutes each, {documents[-1].n.replace('1', 'one')}"
-    ahead = f"{points['random']:.1f} points ahead of random search and {points['peers']:.1f} of YOLO26n-sem"
-    return (
-        f"{each}: at no more time {ahead}, but {-points['presets']:.1f} behind the presets, which are faster at no lower validation score"
-    )
+    newest = documents[-1]
+    points, minutes = beside("points beside", *RIVALS)(newest), newest.settings["minutes"]
+    each = f"{'ten' if minutes == 10 else f'{minutes:g}'} minutes each, {newest.n.replace('1', 'one')}"
+    leads = [f"{abs(value):.1f} points {'behind' if value < 0 else 'ahead of'} {RIVALS[rival]}" for rival, value in points.items()]
+    faster = beside("times as fast beside", "presets")(newest)["presets"]
+    return f"{each}: at no more time {', '.join(leads)}; at no lower validation score {faster:.2f} times as fast as the presets"
 
 
 BENCHMARK = Benchmark(
