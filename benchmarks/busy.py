@@ -129,7 +129,7 @@ BENCHMARK = Benchmark(
     about="""Seconds, medians of the rounds, quiet and beside one process that keeps a CPU busy, by how OpenMP's threads wait: as muntin
 sets it, or as GNU's OpenMP does. Goals of muntin's: busy at most 2.5 times as long as quiet; quiet at most 3 % longer than the default.""",
     newest=newest,
-    n=lambda rows: f"{len({row['round'] for row in rows})} rounds",
+    n=lambda rows: f"rounds: {len({row['round'] for row in rows})}",
     unrecorded="beside one busy process `fit` (20 steps) takes 27.1 s for 15.3 alone (1.8 times), `evaluate` 8.3 for 6.5 (1.3), `report` "
     "44.1 for 26.7 (1.7; goal 2.5: met); with OpenMP's own waiting `fit` takes 317 s, `evaluate` 69. Alone, against OpenMP's own: 0.99, "
     "1.08 and 0.98 times the time (goal 1.03: missed by `evaluate`; five times more in turns it took 6.58 and 6.61 s). One round, stopped "
