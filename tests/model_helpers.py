@@ -76,9 +76,10 @@ def assert_same_state(one: Checkpoint, other: Checkpoint) -> None:
     assert one.state.step == other.state.step and one.state.compression == other.state.compression
     assert one.tensors.keys() == other.tensors.keys()
     for file, tensors in one.tensors.items():
-        assert tensors.keys() == other.tensors[file].keys()
+        others = other.tensors[file]  # read from disk
+        assert tensors.keys() == others.keys()
         for name, value in tensors.items():
-            assert torch.equal(value, other.tensors[file][name]), f"{file}: {name}"
+            assert torch.equal(value, others[name]), f"{file}: {name}"
 
 
 class LiveBytes(TorchDispatchMode):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.qat import prepare_qat
 from muntin.models import create_model
+from muntin.training.checkpoint import checkpoints_in
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, local
 from muntin.training.precision import resolve_precision
@@ -69,8 +72,28 @@ class Short(Plain):
         return super().forward(x)
 
 
+class Killed(Plain):
+    """Kills the second process in the fifth step, when there is a checkpoint, unless it was started again."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) > 3 and os.environ.get("RANK") == "1" and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+            Killed.calls += 1
+            if Killed.calls > 4:
+                end = time.monotonic() + TIMEOUT_S / 2
+                while not checkpoints_in(Path(os.environ["RUN"]) / "checkpoints") and time.monotonic() < end:
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
 def plain(**options: Any) -> nn.Module:
     return Plain()
+
+
+def killed(**options: Any) -> nn.Module:
+    return Killed()
 
 
 def short(**options: Any) -> nn.Module:
@@ -134,11 +157,14 @@ def _work(environment: dict[str, str], pipe: Any, work: Callable[..., Any], argu
         raise
 
 
-def run_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results of `work(*arguments)` in `count` processes. Raises RuntimeError with the traceback of the first that fails."""
+def run_ranks(count: int, work: Callable[..., Any], *arguments: Any, **variables: str) -> list[Any]:
+    """The results of `work(*arguments)` in `count` processes with these environment variables.
+
+    Raises RuntimeError with the traceback of the first that fails.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **variables}
     pipes, processes = [], []
     for index in range(count):
         receiver, sender = context.Pipe(duplex=False)
@@ -152,7 +178,10 @@ def run_ranks(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any
         for index, pipe in enumerate(pipes):
             if not pipe.poll(TIMEOUT_S):
                 raise TimeoutError(f"process {index} of {count} has not answered in {TIMEOUT_S} s")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((False, f"process {index} was killed"))
     finally:
         for process in processes:
             process.join(10)

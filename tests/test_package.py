@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -70,9 +71,19 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout))
 
 
-def imports_of(path: Path) -> Iterator[str]:
-    """Yield every module that a file imports, also inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports_of(path: Path) -> tuple[str, ...]:
+    """Return every module that a file imports, also inside functions."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -267,7 +278,7 @@ def defined_names(tree: ast.Module) -> Iterator[str]:
 def test_class_names_are_unique() -> None:
     places: dict[str, list[str]] = {}
     for path in SOURCE.rglob("*.py"):
-        for name in defined_names(ast.parse(path.read_text(encoding="utf-8"))):
+        for name in defined_names(parsed(path)):
             places.setdefault(name, []).append(str(path.relative_to(SOURCE)))
     assert not {name: files for name, files in places.items() if len(files) > 1}
 
@@ -276,20 +287,14 @@ def test_size_of_folders_files_and_classes() -> None:
     for folder in [SOURCE, *(path.parent for path in SOURCE.rglob("__init__.py"))]:
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 15, folder
     for path in SOURCE.rglob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 450, path
-        for node in ast.walk(ast.parse(text)):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 450, path
+        for node in ast.walk(parsed(path)):
             assert not isinstance(node, ast.ClassDef) or (node.end_lineno or 0) - node.lineno < 300, f"{path}: {node.name}"
 
 
 def test_length_of_test_names() -> None:
-    files = {
-        path.relative_to(TESTS).as_posix()
-        for path in TESTS.rglob("test_*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_") and len(node.name) > 60
-    }
-    assert not files
+    long = re.compile(r"^ *(?:async )?def (test_\w{56,})", re.MULTILINE)
+    assert not [name for path in TESTS.rglob("test_*.py") for name in long.findall(path.read_text(encoding="utf-8"))]
 
 
 def test_version_of_the_package() -> None:

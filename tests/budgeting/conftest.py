@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,10 @@ from torch import nn
 
 from drawn_digits import Digits, Uniform, draw_digits, network
 from model_helpers import one_seed_one_thread
+from muntin.budgeting import pipeline
+from muntin.budgeting.deployed import deploy
+from muntin.budgeting.trials import batches_digest
+from muntin.compression.history import history
 
 __all__ = ["one_seed_one_thread"]
 
@@ -36,3 +44,25 @@ def digits() -> Digits:
 def uniform() -> Callable[..., Uniform]:
     """`uniform(width, ...)`: opens plans of uniform forms."""
     return lambda width, *given: Uniform(width)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_models_are_exported_once(exported: Path) -> Iterator[None]:
+    """Searches of many tests have the same candidates, whose artifacts are copied."""
+
+    def write(model: nn.Module, interface: Any, example: Any, path: Path, *, exact: bool = False) -> None:
+        tensors = tuple(tensor for _, tensor in sorted(model.state_dict().items()))
+        text = f"{model} {history(model)} {batches_digest([tensors, example])} {interface} {exact}"
+        first = exported / hashlib.sha256(text.encode()).hexdigest()
+        if not first.exists():
+            deploy(model, interface, example, first, exact=exact)
+        shutil.copytree(first, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "deploy", write)
+        yield

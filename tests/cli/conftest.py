@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from brief_ceilings import brief
 from muntin.artifact import ClassInfo, GoldenTolerance, Signature, write_artifact
 from muntin.cli import main
+from muntin.runtime.profiling.cold_start import Loading
+from products import copy_of, product
 
 BUSY_NOTE = "note      other processes use "
 """Begins a note that depends on what else the machine does."""
@@ -89,51 +92,49 @@ def call_process() -> Callable[..., Answer]:
 
 @dataclass(frozen=True)
 class Exported:
-    """A data set, a run on it and the run's artefact. Not to be changed: copy first."""
+    """A data set, a run on it, the run's artefact, and one in floats. Not to be changed: copy first."""
 
     root: Path
     recipe: Path
     run: Path
     artifact: Path
+    floats: Path
     image: Path
     mask: Path
 
 
-CONVOLUTIONS = """
-from torch import nn
-
-class Small(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x / 128 - 1)
-
-def make(*, task, classes, channels):
-    first, second = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
-    return Small(first, nn.BatchNorm2d(8), nn.ReLU(), second, nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, classes, 1))
-"""
-
-
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Iterator[Exported]:
+def exported() -> Exported:
     """Of a user's own model of three convolutions: our own takes PyTorch ten times as long to trace."""
-    from muntin.deployment.checkpoint_export import export_checkpoint
-    from muntin.training import fit, read_checkpoint
+    folder = product("trained")
+    data, run = folder / "data", folder / "run"
+    image, mask = (data / "test" / kind / "test-0.png" for kind in ("images", "masks"))
+    return Exported(data, data / "recipe.yaml", run, run / "artifact", folder / "float", image, mask)
 
-    root = tmp_path_factory.mktemp("exported")
-    (root / "three_convolutions.py").write_text(CONVOLUTIONS)
-    tiny = write_tiny(root / "data", model={"name": "three_convolutions:make", "options": {}})
-    folder = tiny.root / "test"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root)
-        fit(tiny.recipe, directory=root / "run")
-        export_checkpoint(read_checkpoint(root / "run"), root / "run" / "artifact")
-        yield Exported(
-            tiny.root,
-            tiny.recipe,
-            root / "run",
-            root / "run" / "artifact",
-            folder / "images" / "test-0.png",
-            folder / "masks" / "test-0.png",
-        )
+
+@pytest.fixture
+def run(exported: Exported, tmp_path: Path) -> Path:
+    """A copy of the run, with its artefact."""
+    return copy_of(exported.run, tmp_path)
+
+
+@pytest.fixture
+def loading_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is measured in this process: the import of PyTorch in another one takes seconds."""
+
+    def measure(candidate: Any, options: Any) -> Any:
+        started = time.perf_counter()
+        session = candidate.open(options)
+        return Loading(load_s=time.perf_counter() - started, held_mib=None, peak_mib=2.0, cached=getattr(session, "from_cache", None))
+
+    for module in ("muntin.runtime.profiling.bench", "muntin.deployment.artifact_comparison"):
+        monkeypatch.setattr(f"{module}.measure_loading", measure)
+
+
+@pytest.fixture
+def fixed_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are exported for one size, where nothing else is requested: a graph of free sizes takes several times as long to make."""
+    monkeypatch.setattr("muntin.deployment.checkpoint_export.usual_sizes", lambda task: "fixed")
 
 
 @pytest.fixture(scope="session")

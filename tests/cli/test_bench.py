@@ -18,6 +18,7 @@ from muntin.runtime.profiling.timing import Latency
 from tensor_models import write_tensors
 
 Call = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("loading_here")
 QUICK = ("--threads", "1", "--rounds", "2")
 
 
@@ -47,7 +48,7 @@ def test_bench_of_a_run_beside_artefacts(call: Call, exported: Any) -> None:
 
 def test_bench_of_a_run_alone(call: Call, exported: Any) -> None:
     text = call("bench", exported.run, *QUICK).out
-    assert f"A  {exported.run.parent.name}/run: pytorch eager, f32\n" in text and "64x64" in text and "faster: " not in text
+    assert "A  trained/run: pytorch eager, f32\n" in text and "64x64" in text and "faster: " not in text
     assert "size: the size of the export; --size measures another\n" in text
 
 

@@ -18,13 +18,11 @@ from muntin.training import read_checkpoint
 Call = Callable[..., Any]
 
 
-@pytest.fixture
-def run(exported: Any, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported.run, tmp_path / "run"))
+pytestmark = pytest.mark.usefixtures("loading_here")
 
 
-def test_compare_two_artefacts(call: Call, run: Path) -> None:
-    call("export", run, "--float", "-o", run / "floats", "--json").document()
+def test_compare_two_artefacts(call: Call, exported: Any, run: Path) -> None:
+    shutil.copytree(exported.floats, run / "floats")
     document = call("compare", run, "--rounds", "2", "--json").document()
     first, *rows = document["artifacts"]["rows"]
     assert [row["name"] for row in (first, *rows)] == ["fp32", "int8", "float"]
@@ -67,7 +65,7 @@ def test_compare_of_older_artefacts(call: Call, run: Path) -> None:
     shutil.copytree(run / "artifact", stage / "artifact")
     manifest = open_artifact(run / "artifact").manifest.model_copy(update={"passes": ({"pass": "low_rank"},)})
     (stage / "artifact" / "manifest.json").write_bytes(render_manifest(manifest)[1])
-    shutil.rmtree(run / "checkpoints" / "step-00000006")  # the newest weights are others now
+    shutil.rmtree(run / "checkpoints" / "step-00000150")  # the newest weights are others now
     text = call("compare", run).mistake()
     assert f"left out, of other weights than the run's newest: {run / 'artifact'}, {run / 'backup'}; export again, or" in text
     assert f"left out, compressed from other weights than the run's newest: {stage / 'artifact'}; to renew them, remove " in text
@@ -77,7 +75,7 @@ def test_compare_of_older_artefacts(call: Call, run: Path) -> None:
 
 def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     shutil.copytree(run / "artifact", run / "backup")  # the same artefact again: not one of its own
-    call("export", run, "--set", "quantization.keep=['0']", "-o", run / "kept", "--json").document()
+    call("export", run, "--set", "quantization.keep=['0']", "-o", run / "kept", "--sizes", "fixed", "--json").document()
     checkpoint = read_checkpoint(run)
     artifacts, notes = run_artifacts(checkpoint)
     assert ([entry.name for entry in artifacts], notes) == (["int8 in artifact", "int8 in kept"], [])
@@ -98,12 +96,12 @@ def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     (run / "kept" / "weights.safetensors").write_bytes(b"")
     artifacts, notes = run_artifacts(checkpoint)
     assert [entry.name for entry in artifacts] == ["int8"] and notes[0].startswith(f"left out: {run / 'kept' / 'weights.safetensors'}: ")
-    assert run_artifacts(read_checkpoint(run / "checkpoints" / "step-00000003"))[0] == []  # of other weights
+    assert run_artifacts(read_checkpoint(run / "checkpoints" / "step-00000075"))[0] == []  # of other weights
 
 
-def test_place_of_the_missing_artefact(call: Call, run: Path) -> None:
+def test_place_of_the_missing_artefact(exported: Any, run: Path) -> None:
     shutil.rmtree(run / "artifact")
-    call("export", run, "--float", "--json").document()
+    shutil.copytree(exported.floats, run / "artifact")
     checkpoint = read_checkpoint(run)
     missing = missing_forms(checkpoint, run_artifacts(checkpoint)[0])
     assert (missing[0].name, missing[0].command) == ("int8", f"muntin export {run} -o {run / 'artifact-int8'}")

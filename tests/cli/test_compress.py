@@ -14,44 +14,36 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from typer.testing import CliRunner
 
 from muntin.artifact import open_artifact
 from muntin.artifact.file_lock import folder_in_use
-from muntin.cli import app
 from muntin.compression import load_model
 from muntin.compression.stages import compress_checkpoint
 from muntin.deployment.counting import parameter_count
+from muntin.deployment.run_artifacts import finished_stages, stage_notes
 from muntin.graph.passes.storage import UNPACKED
 from muntin.models.compression_record import STAGES
 from muntin.runtime.verification.exactness import sums_saturate
 from muntin.training import read_checkpoint
 from muntin.training.recipe import override_recipe
+from products import STAGES as STAGE_SETTINGS
+from products import copy_of, product
 
 Call = Callable[..., Any]
-SETTINGS = (
-    "compression.low_rank={parameters: 0.8, multiple: 2}",
-    "compression.average_bits=6",
-    "compression.recover.share=0.34",
-    "compression.quantize.share=0.5",
-    "compression.mix.share=0.34",
-)
-CHANGES = [word for setting in SETTINGS for word in ("--set", setting)]
+CHANGES = [word for setting in STAGE_SETTINGS for word in ("--set", setting)]
 FOLDERS = ("1-low-rank", "2-w4a8", "3-mixed")
+pytestmark = pytest.mark.usefixtures("loading_here", "fixed_sizes")
 
 
 @pytest.fixture(scope="module")
-def compressed(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the run, compressed. Not to be changed: copy first."""
-    run = Path(shutil.copytree(exported.run, tmp_path_factory.mktemp("compress") / "run"))
-    answer = CliRunner().invoke(app, ["compress", str(run), *CHANGES], catch_exceptions=False)
-    assert (answer.exit_code, answer.stderr) == (0, "")
-    return run
+def compressed() -> Path:
+    """The run, compressed by stages. Not to be changed: copy first."""
+    return product("staged") / "run"
 
 
 @pytest.fixture
 def copied(compressed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(compressed, tmp_path / "run"))
+    return copy_of(compressed, tmp_path)
 
 
 # ---- compress ----
@@ -179,23 +171,23 @@ def test_compress_calibration_images(call: Call, exported: Any, tmp_path: Path) 
 
 
 def test_compress_notes_stages_without_steps(call: Call, exported: Any, tmp_path: Path) -> None:
-    """The fit had 6 steps: a share of 0.05 is none of them, and a share of 0 asks for none."""
+    """The fit had 150 steps: a share of 0.002 is none of them, and a share of 0 asks for none."""
     shares = [word for key in ("recover", "mix") for word in ("--set", f"compression.{key}.share=0")]
-    answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.05", *shares)
-    assert "note      no training in w4a8: a share of the 6 steps of fit is less than a step: set training.steps" in answer.out
+    answer = call("compress", exported.run, "-o", tmp_path / "out", *CHANGES, "--set", "compression.quantize.share=0.002", *shares)
+    assert "note      no training in w4a8: a share of the 150 steps of fit is less than a step: set training.steps" in answer.out
     document = call("compress", exported.run, "-o", tmp_path / "more", *CHANGES, *shares[:2], "--until", "low-rank", "--json").document()
     assert document["notes"] == []
 
 
-def test_compress_after_an_interrupted_training(call: Call, exported: Any, tmp_path: Path) -> None:
-    run, note = tmp_path / "run", "step 3 of 6: `muntin fit RECIPE --resume` goes on"
-    shutil.copytree(exported.run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000003")
+def test_commands_after_an_interrupted_training(call: Call, exported: Any, tmp_path: Path) -> None:
+    run, note = tmp_path / "run", "step 75 of 150: `muntin fit RECIPE --resume` goes on"
+    shutil.copytree(exported.run / "checkpoints" / "step-00000075", run / "checkpoints" / "step-00000075")
     assert f"note      {note}\n" in call("evaluate", run).out
     assert note in call("export", run, "--json").document()["notes"]
     assert note in call("report", run, "--json").document()["notes"]
     assert note in call("compress", run, *CHANGES, "--until", "low-rank", "--json").document()["notes"]
-    older = call("evaluate", exported.run / "checkpoints" / "step-00000003", "--json").document()
-    assert older["notes"] == ["step 3 of 6: step-00000006 is there, too"]
+    older = call("evaluate", exported.run / "checkpoints" / "step-00000075", "--json").document()
+    assert older["notes"] == ["step 75 of 150: step-00000150 is there, too"]
     assert call("evaluate", exported.run, "--json").document()["notes"] == []
 
 
@@ -252,12 +244,15 @@ def test_export_prints_the_replaced_artefact(call: Call, copied: Path) -> None:
     words = ("export", copied / "compressed" / "3-mixed", "-o", copied / "artifact")
     assert f"replaced  what was there, plain INT8 of weights {weights[:8]}, exported {created}\n" in call(*words).out
     assert call(*words, "--json").document()["replaced"] is None  # its own: taken as it is
-    assert call("export", copied, "--json").document()["replaced"].startswith("mixed INT8 of weights ")
-    floats = call("export", copied, "--float").out
-    assert "replaced  what was there, plain INT8 of these weights" in floats and "kept" not in floats
+    floats = call("export", copied, "--float", "--json").document()
+    assert floats["replaced"].startswith("mixed INT8 of weights ") and floats["int8_layers"] == 0
 
 
-def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], Any]) -> None:
+class ReachedError(Exception):
+    """A command reaches what it is stopped at."""
+
+
+def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     before = tree(copied / "artifact")
     document = call("report", copied, "--json").document()
     assert tree(copied / "artifact") == before  # exported as plain INT8: only an export replaces it
@@ -291,30 +286,38 @@ def test_report_of_the_stages(call: Call, copied: Path, tree: Callable[[Path], A
     missing = call("compare", copied, "--rounds", "1", "--json").document()["missing"]
     stages = {stage: copied / "compressed" / folder for stage, folder in zip(STAGES, FOLDERS, strict=True)}
     assert missing == [{"name": stage, "command": f"muntin export {stages[stage]}"} for stage in ("low-rank", "w4a8")]
-    again = call("report", copied, "--json").document()  # nothing is exported twice
-    assert {row["name"]: Path(row["path"]) for row in again["artifacts"]["rows"]} == places
+    compared: list[Any] = []
+
+    def compare(checkpoint: Any, artifacts: Any, *arguments: Any, **options: Any) -> None:
+        compared.extend(artifacts)
+        raise ReachedError
+
+    monkeypatch.setattr("muntin.deployment.comparison.compare_artifacts", compare)
+    written = tree(copied)
+    with pytest.raises(ReachedError):  # a second report begins to measure: nothing is exported twice
+        call("report", copied)
+    assert tree(copied) == written and {entry.name: entry.artifact.path for entry in compared} == {
+        name: places[name] for name in ("int8", "mixed")
+    }
 
 
-def test_report_of_an_unfinished_compression(call: Call, copied: Path) -> None:
+def test_stages_of_an_unfinished_compression(copied: Path) -> None:
+    """What a report says of them; it describes plain INT8 then."""
     shutil.rmtree(copied / "compressed" / "3-mixed")
-    document = call("report", copied, "--json").document()
-    assert [step["name"] for step in document["steps"]] == ["fp32", "deployed"]
-    assert document["ranks"] == []
-    assert [note for note in document["notes"] if "are not done; `muntin compress RUN --resume` goes on with them" in note]
+    checkpoint = read_checkpoint(copied)
+    (note,) = stage_notes(checkpoint)
+    assert "are not done; `muntin compress RUN --resume` goes on with them" in note and not finished_stages(checkpoint)
 
 
-def test_report_after_an_interrupted_stage(call: Call, exported: Any, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(exported.run, tmp_path / "run"))
-
+def test_stages_after_an_interrupted_one(run: Path) -> None:
     def report(stage: str, progress: Any) -> None:
         if stage == "w4a8" and progress.kind == "validation":
             os.kill(os.getpid(), signal.SIGINT)  # the last stage ends after its first step
 
     checkpoint = read_checkpoint(run)
-    config = override_recipe(checkpoint.recipe, SETTINGS).compression
+    config = override_recipe(checkpoint.recipe, STAGE_SETTINGS).compression
     assert compress_checkpoint(checkpoint, run / "compressed", config=config, report=report).interrupted
-    document = call("report", run, "--json").document()
-    assert [step["name"] for step in document["steps"]] == ["fp32", "deployed"]
+    assert not finished_stages(checkpoint) and "are not done" in stage_notes(checkpoint)[0]
 
 
 def test_stop_request_after_the_last_stage(exported: Any, tmp_path: Path) -> None:
@@ -323,17 +326,16 @@ def test_stop_request_after_the_last_stage(exported: Any, tmp_path: Path) -> Non
             os.kill(os.getpid(), signal.SIGINT)
 
     checkpoint = read_checkpoint(exported.run)
-    config = override_recipe(checkpoint.recipe, SETTINGS).compression
+    config = override_recipe(checkpoint.recipe, STAGE_SETTINGS).compression
     stopped = compress_checkpoint(checkpoint, tmp_path / "compressed", config=config, until="low-rank", report=report)
     assert (len(stopped.stages), stopped.interrupted, stopped.stop_requested) == (1, False, True)
     again = compress_checkpoint(checkpoint, tmp_path / "compressed", config=config, until="low-rank", resume=True)
     assert (again.interrupted, again.stop_requested, again.checkpoint) == (False, False, stopped.checkpoint)
 
 
-def test_report_with_stages_of_another_checkpoint(call: Call, copied: Path) -> None:
-    older = copied / "checkpoints" / "step-00000003"
-    document = call("report", older, "--json", "-o", copied / "older").document()
-    assert [step["name"] for step in document["steps"]] == ["fp32", "deployed"]
+def test_stages_of_another_checkpoint(compressed: Path) -> None:
+    assert finished_stages(read_checkpoint(compressed))
+    assert not finished_stages(read_checkpoint(compressed / "checkpoints" / "step-00000075"))
 
 
 def test_report_of_a_stage(call: Call, compressed: Path, tmp_path: Path) -> None:
@@ -364,31 +366,32 @@ def test_quantize_an_onnx_file(call: Call, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def searched(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the run, for searches in its folder."""
-    return Path(shutil.copytree(exported.run, tmp_path_factory.mktemp("budget") / "run"))
+def searched() -> Path:
+    """The run with a search within a budget. Not to be changed: copy first."""
+    return product("budgeted") / "run"
 
 
-def test_budget_search_and_its_page(call: Call, searched: Path) -> None:
-    words = ("compress", searched, "--max-drop", "1", "--confidence", "0.5", "--trials", "2", "--steps", "2")
+def test_budget_search_and_its_page(call: Call, searched: Path, tmp_path: Path) -> None:
+    """The search is done, so that only what comes after it is left."""
+    copied = copy_of(searched, tmp_path)
+    words = ("compress", copied, "--max-drop", "1", "--confidence", "0.5", "--trials", "2", "--steps", "2")
     answer = call(*words)
-    assert answer.code == 0 and "plan      FP32 and plain INT8 are exported and scored first" in answer.err
-    assert "at most 2 trials of 2 training steps" in answer.err
+    assert answer.code == 0
     lines = answer.out.splitlines()
     assert all(word in lines[1] for word in ("width", "mIoU", "at worst", "MB", "ms", "front"))
     assert [" ".join(line.split()[1:3]) for line in lines[3:7]] == ["FP32 │", "INT8 │", "trial 1", "trial 2"]
-    assert any(line.startswith("chosen    ") for line in lines) and any(line.startswith("held out  mIoU 0.") for line in lines)
-    page = searched / "budget" / "front.html"
+    assert any(line.startswith("chosen    ") for line in lines) and any(line.startswith("held out  mIoU ") for line in lines)
+    page = copied / "budget" / "front.html"
     assert page.is_file() and lines[-1] == f"page      {page}"
 
-    document = json.loads(call(*words, "--json").out)  # goes on: nothing is left to do
+    document = json.loads(call(*words, "--json").out)
     assert document["kept"] and document["outcome"] == "kept" and [row["trial"] for row in document["rows"]] == [None, 0, 1, 2]
     artifact = open_artifact(document["artifact"])
     assert artifact.bytes == document["rows"][1 + document["chosen"]]["bytes"] and artifact.manifest.signature.task == "segment"
     low, high = document["holdout"]["interval"]
     assert low <= document["holdout"]["drop"] <= high and document["holdout"]["samples"] >= 2
 
-    again = json.loads(call("compress", searched, "--max-drop", "0", "--trials", "2", "--steps", "2", "--minutes", "0", "--json").out)
+    again = json.loads(call("compress", copied, "--max-drop", "0", "--trials", "2", "--steps", "2", "--minutes", "0", "--json").out)
     assert [row["score"] for row in again["rows"]] == [row["score"] for row in document["rows"]]
     assert [row["kept"] for row in again["rows"]] == [row["drop"] <= 1e-9 for row in again["rows"]]
     assert "other settings (recipe " in call(*words, "--set", "compression.distillation=0").mistake()
@@ -406,7 +409,13 @@ def test_dry_run_of_a_budget_search(call: Call, searched: Path, tmp_path: Path) 
 
 
 def test_budget_without_minutes(call: Call, searched: Path, tmp_path: Path) -> None:
-    answer = call("compress", searched, "--max-drop", "0.1", "--minutes", "0", "--steps", "0", "-o", tmp_path / "none", "--json")
+    """A reference is there, as after a search that was ended early."""
+    folder = tmp_path / "none"
+    for name in ("reference", "tables"):
+        shutil.copytree(searched / "budget" / name, folder / name)
+    shutil.copyfile(searched / "budget" / "settings.json", folder / "settings.json")
+    words = ("compress", searched, "--max-drop", "0.1", "--minutes", "0", "--trials", "2", "--steps", "2", "-o", folder)
+    answer = call(*words, "--json")
     document = json.loads(answer.out)
     assert answer.code == 1 and document["outcome"] == "not tried" and not document["kept"]
     assert Path(document["artifact"]) == tmp_path / "none" / "reference" / "artifact"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,6 +17,7 @@ from muntin.errors import DataError
 from muntin.images import read_image, read_mask, write_image
 from muntin.runtime import load, predict
 from muntin.training import read_checkpoint
+from products import copy_of
 from tensor_models import text_inputs, two_heads
 
 Call = Callable[..., Any]
@@ -27,7 +27,7 @@ Tree = Callable[[Path], dict[str, bytes]]
 
 @pytest.fixture
 def copied(exported: Any, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported.artifact, tmp_path / "artifact"))
+    return copy_of(exported.artifact, tmp_path)
 
 
 def test_export_reuses_an_artefact_of_the_same_weights(call: Call, exported: Any, tree: Tree) -> None:
@@ -65,10 +65,9 @@ def test_export_again_after_a_new_revision(call: Call, exported: Any, copied: Pa
 FILES = ("model.onnx", "weights.safetensors", "golden.safetensors")
 
 
-def test_relabel_of_a_run(call: Call, exported: Any, tmp_path: Path, tree: Tree) -> None:
+def test_relabel_of_a_run(call: Call, exported: Any, run: Path, tmp_path: Path, tree: Tree) -> None:
     """The artefact follows, the data are still read, and no weight changes."""
-    run, names = Path(shutil.copytree(exported.run, tmp_path / "run")), tmp_path / "names.yaml"
-    artifact = Path(shutil.copytree(exported.artifact, run / "artifact", dirs_exist_ok=True))
+    artifact, names = run / "artifact", tmp_path / "names.yaml"
     names.write_text("- {name: See, color: [1, 2, 3]}\n- Feld\n- Dach\n")
     before = tree(run)
     text = call("relabel", run, "--classes", names)
@@ -83,8 +82,8 @@ def test_relabel_of_a_run(call: Call, exported: Any, tmp_path: Path, tree: Tree)
     scores = [call("evaluate", run, "--json", *words).document()["score"] for words in ([], ["--artifact", exported.artifact])]
     assert call("evaluate", artifact, "--json").document()["score"] == scores[1]  # by the old and by the new names
     names.write_text("A\nB\nC\n")
-    assert call("export", run, "--classes", names.rename(tmp_path / "names.txt"), "-o", tmp_path / "named").code == 0
-    assert [entry.name for entry in open_artifact(tmp_path / "named").manifest.signature.classes] == ["A", "B", "C"]
+    assert call("export", run, "--classes", names.rename(tmp_path / "names.txt")).code == 0
+    assert [entry.name for entry in open_artifact(artifact).manifest.signature.classes] == ["A", "B", "C"]
 
 
 def test_relabel_of_an_artefact(call: Call, copied: Path, tmp_path: Path) -> None:
@@ -111,7 +110,7 @@ def test_relabel_on_a_full_disk(call: Call, copied: Path, tmp_path: Path, tree: 
 
 
 def test_export_in_float(call: Call, exported: Any, tmp_path: Path) -> None:
-    document = call("export", exported.run, "--float", "-o", tmp_path / "float", "--json").document()
+    document = call("export", exported.run, "--float", "--sizes", "fixed", "-o", tmp_path / "float", "--json").document()
     assert (document["written"], document["int8_layers"]) == (True, 0)
     image = read_image(exported.image)
     integer, floating = (predict(load(path, precision="f32"), image) for path in (exported.artifact, tmp_path / "float"))
@@ -142,6 +141,7 @@ def test_export_sizes(call: Call, exported: Any, tmp_path: Path) -> None:
     assert "tile=20: the model takes" in call(*words, "--tile", "20").mistake()
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_export_keeps_named_layers_in_floats(call: Call, exported: Any, tmp_path: Path) -> None:
     name = next(layer.name for layer in open_artifact(exported.artifact).manifest.layers if layer.activation_bits == 8)
     document = call("export", exported.run, "--set", f"quantization.keep=['{name}']", "-o", tmp_path / "kept", "--json").document()
@@ -176,9 +176,10 @@ def test_export_checks_the_target_before_the_data(call: Call, exported: Any, tmp
     assert "file is a file" in call("export", exported.run, "-o", tmp_path / "file" / "artifact").mistake()
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_export_to_a_full_disk(call: Call, exported: Any, tmp_path: Path, full_disk: FullDisk, tree: Tree) -> None:
     before = tree(exported.run)
-    with full_disk(20_000):
+    with full_disk(5_000):
         text = call("export", exported.run, "-o", tmp_path / "artifact").mistake()
     assert "cannot be written (File too large): make room" in text
     assert list(tmp_path.iterdir()) == []

@@ -122,8 +122,6 @@ def test_doctor_without_engines(call_process: Call, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
     before = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})"
-    text = call_process("doctor", "--quick", before=before).mistake()
-    assert text.startswith("engines: no engine, so nothing can run: openvino cannot be loaded: libgomp.so.1")
     answer = call_process("doctor", "--quick", "--json", before=before)
-    assert answer.code == 1
+    assert answer.mistake().startswith("engines: no engine, so nothing can run: openvino cannot be loaded: libgomp.so.1")
     assert '"no engine, so nothing can run: ' in answer.out

@@ -142,8 +142,9 @@ def test_output_of_names_outside_its_encoding(call_process: Call, exported: Any,
     shutil.copy(exported.image, image)
     words = ("predict", exported.artifact, image, "-o", tmp_path / "out")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
-    (result,) = call_process(*words, "--json", env=environment).document()["results"]
-    assert Path(result["source"]) == image
+    if encoding == "ascii:strict":  # JSON is ASCII anywhere
+        (result,) = call_process(*words, "--json", env=environment).document()["results"]
+        assert Path(result["source"]) == image
     told = call_process(*words, env=environment, errors="surrogateescape")
     assert (told.code, told.err) == (0, "")
     shown = {"utf-8:strict": "\\udcffü.png", "utf-8:surrogateescape": "\udcffü.png", "ascii:strict": "\\udcff\\xfc.png"}[encoding]

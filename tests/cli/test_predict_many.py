@@ -119,6 +119,24 @@ def test_refused_places_and_resumes(call: Call, tmp_path: Path, write_small: Wri
     assert "--resume goes with several images" in call(*one).mistake()
 
 
+def test_smaller_tiles_where_memory_is_short(call: Call, tmp_path: Path, write_small: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = write_small(tmp_path / "artifact")
+    write_photos(tmp_path / "photos", 1, height=100, width=130)
+    compute, (photo,) = items.predict_map, (tmp_path / "photos").iterdir()
+
+    def limited(*given: Any, **options: Any) -> Any:
+        if given[5]["tile"] > 64:
+            raise MemoryError
+        return compute(*given, **options)
+
+    monkeypatch.setattr(items, "predict_map", limited)
+    words = ("predict", artifact, tmp_path / "photos", "-o", tmp_path / "out", "--tile", 128, "--precision", "f32")
+    (result,) = call(*words, "--json").document()["results"]
+    (note,) = result["notes"]
+    assert f"{photo}: not enough memory for tiles of 128 pixels" in note and "computed in tiles of 64," in note
+    assert np.array_equal(read_mask(result["mask"]), predict(load(artifact, precision="f32"), read_image(photo)))
+
+
 LIMITED = """
 import resource
 from muntin.runtime.bulk import run
@@ -131,8 +149,9 @@ run.ItemComputer.__call__ = limited
 """
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not count pages for us")
-def test_smaller_tiles_where_memory_is_short(call_process: Call, tmp_path: Path, write_small: Write) -> None:
+def test_smaller_tiles_where_memory_is_really_short(call_process: Call, tmp_path: Path, write_small: Write) -> None:
     """In one tile the scores of 28 classes alone take 1.8 GiB, in tiles of half the side less than a third of the bound: close to it
     OpenVINO crashes."""
     artifact, photo = write_small(tmp_path / "artifact", names=tuple(map(str, range(28)))), tmp_path / "x.png"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def test_sizes() -> None:
             parse_size(size)
 
 
-def test_profile_of_a_run(call: Call, exported: Any, tmp_path: Path) -> None:
+def test_profile_of_a_run(call: Call, exported: Any, run: Path, tmp_path: Path) -> None:
     words = ("profile", exported.run, "--size", "24", "--rounds", "2", "-o", tmp_path / "out")
     answer = call(*words)
     assert (answer.code, answer.err) == (0, "")
@@ -108,10 +107,9 @@ def test_profile_of_a_run(call: Call, exported: Any, tmp_path: Path) -> None:
     events = json.loads((tmp_path / "out" / "trace.json").read_text())["traceEvents"]
     assert {f"muntin:{layer['name']}" for layer in document["layers"]} <= {event.get("name") for event in events}
     assert "--engine" in call(*words, "--engine", "onnxruntime").mistake()
-    inside = call("profile", exported.run, "--size", "24", "--rounds", "1", "-o", exported.run / "profile")
-    assert (inside.code, (exported.run / "profile" / "trace.json").is_file()) == (0, True)
-    shutil.rmtree(exported.run / "profile")
-    assert "holds its own files only" in call("profile", exported.artifact, "-o", exported.artifact / "profile").mistake()
+    inside = call("profile", run, "--size", "24", "--rounds", "1", "-o", run / "profile")
+    assert (inside.code, (run / "profile" / "trace.json").is_file()) == (0, True)
+    assert "holds its own files only" in call("profile", run / "artifact", "-o", run / "artifact" / "profile").mistake()
 
 
 def test_profile_of_named_tensors(call: Call, exported: Any, tmp_path: Path) -> None:

@@ -33,13 +33,14 @@ def test_waiting_as_the_user_has_set_it(name: str, monkeypatch: pytest.MonkeyPat
     assert {other: os.environ[other] for other in WAITING if other in os.environ} == {name: "7"}
 
 
-def test_note_of_commands_on_a_busy_machine(call: Call, exported: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fixed_sizes")
+def test_note_of_commands_on_a_busy_machine(call: Call, exported: Any, run: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contention, "others_since", lambda *_, **__: 0.93)
     (note,) = contention.notes_at_start(0.93)
     assert "other processes use 0.9 of our " in note
     low_rank = ("--set", "compression.low_rank={parameters: 0.8, multiple: 2}", "--set", "compression.recover.share=0")
     commands: tuple[tuple[object, ...], ...] = (
-        ("fit", exported.recipe, "-o", tmp_path / "run", "--set", "training.steps=1"),
+        ("fit", exported.recipe, "-o", tmp_path / "other", "--set", "training.steps=1"),
         ("evaluate", exported.run),
         ("compress", exported.run, "-o", tmp_path / "compressed", "--until", "low-rank", *low_rank),
         ("export", exported.run, "--float", "-o", tmp_path / "artifact"),
@@ -48,6 +49,6 @@ def test_note_of_commands_on_a_busy_machine(call: Call, exported: Any, tmp_path:
         answer = call(*words)
         assert (answer.code, answer.err) == (0, f"note      {note}\n"), words
     assert call("evaluate", exported.run, "--json").document()["notes"] == [note]
-    for words in (("evaluate", tmp_path / "none"), ("fit", exported.recipe, "-o", exported.run), ("compare", exported.run / "artifact")):
+    for words in (("evaluate", tmp_path / "none"), ("fit", exported.recipe, "-o", run), ("compare", exported.run / "artifact")):
         assert call(*words).mistake()  # and no note
     assert call("export", exported.run).err == ""  # it exists already

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import os
 import re
@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,15 +18,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import muntin.training
-from muntin.cli import main
+from muntin.cli import app
 from muntin.cli.train import _supervised
 from muntin.compression import load_model
 from muntin.deployment.checkpoint_candidate import checkpoint_session
 from muntin.images import write_image
 from muntin.runtime.host import supervised_process
-from muntin.training import fit, load_recipe, read_checkpoint
+from muntin.runtime.host.supervised_process import ProcessEnd
+from muntin.training import fit, read_checkpoint
 from muntin.training.evaluation import tile_of
 
 Call = Callable[..., Any]
@@ -90,16 +91,25 @@ def test_fit_of_a_folder_by_several_processes(call: Call, tiny: Any, monkeypatch
     assert not tiny.recipe.exists()
 
 
-def test_fit_prints_notes_once_and_early(call: Call, call_process: Call, tiny: Any, tmp_path: Path) -> None:
+class DiedError(Exception):
+    """The end of a process."""
+
+
+def died(*arguments: Any) -> None:
+    raise DiedError
+
+
+def test_fit_prints_notes_once_and_early(call: Call, tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     write_image(tiny.root / "train" / "masks" / "lonely.png", np.zeros((48, 48), np.uint8))
     note = f"note      {tiny.root}/train/masks: 1 mask without an image, not used: lonely.png\n"
     answer = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.steps=1")
     assert (answer.code, answer.err) == (0, note) and "note " not in answer.out
     document = call("fit", tiny.recipe, "-o", tmp_path / "document", "--set", "training.steps=1", "--json").document()
     assert f"note      {document['notes'][0]}\n" == note
-    dies = "import os\nimport muntin.training.loop as loop\nloop.Training.run = lambda *arguments: os._exit(9)"
-    broken = call_process("fit", tiny.recipe, "-o", tmp_path / "other", before=dies)
-    assert (broken.code, broken.err) == (9, note)
+    monkeypatch.setattr("muntin.training.loop.Training.run", died)
+    with pytest.raises(DiedError):
+        call("fit", tiny.recipe, "-o", tmp_path / "other")
+    assert capsys.readouterr().err == note
 
 
 def test_fit_json(call: Call, tiny: Any, tmp_path: Path) -> None:
@@ -109,12 +119,12 @@ def test_fit_json(call: Call, tiny: Any, tmp_path: Path) -> None:
     assert [point["step"] for point in document["validation"]] == [3, 6]
 
 
-def test_fit_resume(call: Call, exported: Any, tmp_path: Path, tree: Callable[[Path], Any]) -> None:
-    before = tree(exported.run)
-    assert "--resume goes on with it" in call("fit", exported.recipe, "-o", exported.run).mistake()
-    words = ("fit", exported.recipe, "-o", exported.run, "--resume", "--set", "seed=4")
+def test_fit_resume(call: Call, exported: Any, run: Path, tree: Callable[[Path], Any]) -> None:
+    before = tree(run)
+    assert "--resume goes on with it" in call("fit", exported.recipe, "-o", run).mistake()
+    words = ("fit", exported.recipe, "-o", run, "--resume", "--set", "seed=4")
     assert "another recipe (seed was 0, is 4)" in call(*words).mistake()
-    assert tree(exported.run) == before
+    assert tree(run) == before
 
 
 @pytest.mark.parametrize(
@@ -158,45 +168,30 @@ def test_fit_checks_the_output_first(call: Call, tiny: Any, tmp_path: Path) -> N
     assert "taken is a file: name a folder" in call("fit", tiny.recipe, "-o", tmp_path / "taken").mistake()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(call: Call, tiny: Any, tmp_path: Path) -> None:
-    """A process that is really interrupted, and the one it names, end in the bits of a run that nothing interrupted."""
-    run, steps = tmp_path / "a run", 100
-    words = [
-        MUNTIN,
-        "fit",
-        str(tiny.recipe),
-        "--output",
-        str(run),
-        "--set",
-        f"training.steps={steps}",
-        "--set",
-        "training.validate_every=50",
-    ]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        log, deadline = run / "metrics.jsonl", time.monotonic() + 60
-        while not (log.is_file() and '"training"' in log.read_text()):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    answer, last = [line for line in errors.splitlines() if line.startswith("muntin: ")]
+def test_ctrl_c_leaves_a_checkpoint_and_a_resume_command(call: Call, tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """A real SIGINT, in the validation after the third of six steps."""
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        def report(progress: Any) -> None:
+            named["progress"](progress)
+            if (progress.kind, progress.step) == ("validation", 3):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return fit(*arguments, **(named | {"progress": report}))
+
+    run = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        patch.setattr("muntin.training.fit", interrupted)
+        stopped = call("fit", tiny.recipe, "--output", run, "--set", "training.steps=6")
+    assert stopped.code == 1 and "trained   3 of 6 steps" in stopped.out and "next " not in stopped.out
+    answer, last = [line for line in stopped.err.splitlines() if line.startswith("muntin: ")]
     assert answer.endswith(", with a checkpoint; Ctrl-C again ends at once")
-    assert "interrupted after step" in last
+    assert "interrupted after step 3 of 6; `muntin fit" in last and last.endswith("` goes on")
     checkpoint = read_checkpoint(run)
-    assert 10 <= checkpoint.state.step < steps
+    assert checkpoint.state.step == 3
     load_model(checkpoint)
     again = shlex.split(last.split("`")[1])
-    assert again[0] == "muntin"
-    assert call(*again[1:], "--json").document()["step"] == steps
-    recipe = load_recipe(tiny.recipe, [f"training.steps={steps}", "training.validate_every=50"])
-    whole = read_checkpoint(fit(recipe, root=tiny.root, directory=tmp_path / "whole").checkpoint)
-    resumed = read_checkpoint(run)
-    assert resumed.state.step == steps
-    for file, tensors in whole.tensors.items():
-        assert all(torch.equal(value, resumed.tensors[file][name]) for name, value in tensors.items()), file
-    assert [point["loss"] for point in whole.state.training] == [point["loss"] for point in resumed.state.training]
+    assert again[0] == "muntin" and call(*again[1:], "--json").document()["step"] == 6
 
 
 def test_fit_to_a_full_disk(call: Call, full_disk: Call, tiny: Any, tmp_path: Path) -> None:
@@ -222,13 +217,35 @@ def test_fit_without_a_compiler(call: Call, tiny: Any, tmp_path: Path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-def test_fit_with_a_failing_compiler(call_process: Call, tiny: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def failing_compiler(tmp_path: Path) -> Path:
+    """A folder with a compiler that compiles nothing."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "g++").write_text('#!/bin/sh\n[ "$1" = --version ] && echo "g++ 99" || { echo "error: no"; exit 1; }\n')
     (tmp_path / "bin" / "g++").chmod(0o755)
+    return tmp_path / "bin"
+
+
+def test_fit_with_a_failing_compiler(
+    call: Call, exported: Any, failing_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's default backend takes ten seconds to fail: this one fails at once."""
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("error: no")
+
+    monkeypatch.setenv("PATH", f"{failing_compiler}:/bin:/usr/bin")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=fail))
+    text = call("fit", exported.recipe, "-o", tmp_path / "run", "--set", "training.compile=true").mistake()
+    assert "cannot compile this model" in text and "backend='fail'" in text
+    assert "set compile: false" in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.soak
+def test_fit_with_a_real_compiler_that_fails(call_process: Call, tiny: Any, failing_compiler: Path, tmp_path: Path) -> None:
     env = {
-        "PATH": f"{tmp_path / 'bin'}:/bin:/usr/bin",
+        "PATH": f"{failing_compiler}:/bin:/usr/bin",
         "HOME": str(tmp_path),
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
@@ -236,52 +253,41 @@ def test_fit_with_a_failing_compiler(call_process: Call, tiny: Any, tmp_path: Pa
     }
     text = call_process("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.compile=true", env=env).mistake()
     assert "cannot compile this model" in text
-    assert "set compile: false" in text
-    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # ---- fit in a child process ----
 
-KILLED = """
-import os, pathlib, signal
-from torch import nn
-
-class Small(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x / 128 - 1)
-
-def make(*, task, classes, channels):
-    killed = pathlib.Path(__file__).with_name("killed")
-    if not killed.exists():
-        killed.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return Small(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1))
-"""
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
 
 
 @needs_linux
-@pytest.mark.parametrize("by_kernel", [True, pytest.param(False, marks=pytest.mark.soak)])
-def test_fit_after_a_kill(capfd: Any, write_tiny: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_kernel: bool) -> None:
-    """The child really dies by SIGKILL; whether the kernel's counter rises is pretended."""
-    (tmp_path / "killed_once.py").write_text(KILLED)
-    monkeypatch.syspath_prepend(tmp_path)
-    tiny = write_tiny(tmp_path / "data", model={"name": "killed_once:make", "options": {}})
-    kills = itertools.count() if by_kernel else itertools.repeat(3)
-    monkeypatch.setattr(supervised_process, "kills_for_memory", lambda: next(kills))
-    words = ["fit", str(tiny.recipe), "-o", str(tmp_path / "run"), "--set", "training.memory=16GiB", "--set", "training.steps=2"]
-    monkeypatch.setattr(sys, "argv", ["muntin", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    printed = capfd.readouterr()
-    if by_kernel:
-        assert end.value.code == 0
-        assert "the kernel killed the training for lack of memory: it goes on from the newest checkpoint with less" in printed.err
-        assert "trained   2 of 2 steps" in printed.out
-    else:
-        assert end.value.code == 1
-        assert "muntin: SIGKILL ended the training, and the kernel killed no process for lack of memory in this time" in printed.err
-    assert "Traceback" not in printed.err
+def test_fit_after_a_kill(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next attempt is a real one; a child that the kernel really kills is among the soak tests."""
+    attempts: list[list[str]] = []
+
+    def run_muntin(words: list[str]) -> ProcessEnd:
+        attempts.append(words)
+        if len(attempts) == 1:
+            return ProcessEnd(code=-9, signal="SIGKILL", for_memory=True)
+        ended = CliRunner().invoke(app, words)
+        return ProcessEnd(code=ended.exit_code, signal=None, for_memory=False)
+
+    monkeypatch.setattr(supervised_process, "run_muntin", run_muntin)
+    answer = call("fit", tiny.recipe, "-o", tmp_path / "run", "--set", "training.memory=16GiB", "--set", "training.steps=2")
+    assert answer.code == 0
+    assert answer.err == "muntin: the kernel killed the training for lack of memory: it goes on from the newest checkpoint with less\n"
+    assert [words[-2:] for words in attempts] == [["--attempt", "0"], ["--attempt", "1"]]
+    assert read_checkpoint(tmp_path / "run").state.step == 2
+
+
+@needs_linux
+@pytest.mark.parametrize(
+    ("name", "reason"), [("SIGKILL", ", and the kernel killed no process for lack of memory in this time"), ("SIGSEGV", "")]
+)
+def test_fit_after_a_signal(call: Call, tiny: Any, monkeypatch: pytest.MonkeyPatch, name: str, reason: str) -> None:
+    monkeypatch.setattr(supervised_process, "run_muntin", lambda words: ProcessEnd(code=-9, signal=name, for_memory=False))
+    text = call("fit", tiny.recipe, "--supervise").mistake()
+    assert text == f"{name} ended the training{reason}: with a checkpoint, --resume goes on from the newest one"
 
 
 @pytest.mark.parametrize(
@@ -378,7 +384,7 @@ def test_evaluate_checkpoint(call: Call, exported: Any) -> None:
 
 
 def test_evaluate_options(call: Call, exported: Any) -> None:
-    older = exported.run / "checkpoints" / "step-00000003"
+    older = exported.run / "checkpoints" / "step-00000075"
     assert call("evaluate", older, "--split", "train", "--json").document()["samples"] == 4
     assert call("evaluate", exported.run, "--tile", "20", "--json").document()["counted"] == 2 * 47 * 48
     assert "split 'tset': give one of train, validation, test" in call("evaluate", exported.run, "--split", "tset").mistake()
@@ -417,25 +423,25 @@ def test_evaluate_artefact_of_other_data(call: Call, exported: Any, tmp_path: Pa
 @pytest.mark.parametrize("name", ["model.safetensors", "average.safetensors", "optimizer.safetensors", "checkpoint.json"])
 def test_corrupted_checkpoint(call: Call, exported: Any, tmp_path: Path, name: str) -> None:
     shutil.copytree(exported.run / "checkpoints", tmp_path / "run" / "checkpoints")
-    file = tmp_path / "run" / "checkpoints" / "step-00000006" / name
+    file = tmp_path / "run" / "checkpoints" / "step-00000150" / name
     data = bytearray(file.read_bytes())
-    place = data.index(b"0.002") if name == "checkpoint.json" else len(data) // 2
-    data[place + 4] ^= 1
+    place = data.index(b"0.01") if name == "checkpoint.json" else len(data) // 2
+    data[place + 3] ^= 2  # of the learning rate, which stays a number
     file.write_bytes(data)
     for words in (("evaluate", tmp_path / "run"), ("export", tmp_path / "run"), ("report", tmp_path / "run")):
         text = call(*words).mistake()
         assert f"{name}: corrupted" in text
         assert "use an older step beside it" in text
-    older = tmp_path / "run" / "checkpoints" / "step-00000003"
+    older = tmp_path / "run" / "checkpoints" / "step-00000075"
     assert call("evaluate", older, "--json").document()["samples"] == 2  # what the line advises works
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoints"]
-    resumed = call("fit", exported.recipe, "-o", tmp_path / "run", "--resume")
+    resumed = call("fit", exported.recipe, "-o", tmp_path / "run", "--resume", "--set", "training.steps=76")
     assert resumed.code == 0 and f"{name}: corrupted" in resumed.err
-    assert "step-00000006.damaged, and the run goes on from step-00000003" in resumed.err
+    assert "step-00000150.damaged, and the run goes on from step-00000075" in resumed.err
 
 
 def test_newer_checkpoint(call: Call, exported: Any, tmp_path: Path) -> None:
-    shutil.copytree(exported.run / "checkpoints" / "step-00000006", tmp_path / "newer")
+    shutil.copytree(exported.run / "checkpoints" / "step-00000150", tmp_path / "newer")
     state = tmp_path / "newer" / "checkpoint.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"format": 3}))
     assert "upgrade muntin" in call("evaluate", tmp_path / "newer").mistake()
@@ -497,6 +503,7 @@ def make(*, task, classes, channels):
 """
 
 
+@pytest.mark.usefixtures("loading_here")
 def test_classifier_of_one_size(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained, evaluated and exported at the size of its crops; pictures of other sizes are resized."""
     (tmp_path / "one_size.py").write_text(ONE_SIZE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from muntin.compression import load_model
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.errors import CheckpointError
 from muntin.models import trusted_code
+from muntin.runtime.host.helper_process import Outcome
+from muntin.runtime.profiling.cold_start import _measure
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.recipe import load_recipe
 from muntin.training.run import fit
@@ -39,6 +42,19 @@ def run(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]
         export_checkpoint(read_checkpoint(made.root / "run"), made.root / "run" / "artifact")
     sys.modules.pop(MODULE)
     return made
+
+
+@pytest.fixture(autouse=True)
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that measures loading, which knows what it is told alone, without the seconds that its import of PyTorch takes."""
+
+    def ask(entry: Any, question: dict[str, Any]) -> Outcome:
+        with monkeypatch.context() as patch:
+            patch.setattr(trusted_code, "_trusted", set())
+            patch.delitem(sys.modules, MODULE, raising=False)
+            return Outcome(returncode=0, answer=json.dumps(_measure(json.loads(json.dumps(question)))).encode(), last_line="")
+
+    monkeypatch.setattr("muntin.runtime.profiling.cold_start.ask_helper", ask)
 
 
 @pytest.fixture(autouse=True)

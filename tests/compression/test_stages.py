@@ -215,9 +215,10 @@ def ctrl_c_in(stage: Stage, step: int = LOG_EVERY) -> Report:
     return report
 
 
-def test_interruption_in_every_stage(compressed: Compressed, tmp_path: Path) -> None:
-    for number, stage in enumerate(STAGES):
-        run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=number > 0, report=ctrl_c_in(stage))
+def test_interruption_in_stages(compressed: Compressed, tmp_path: Path) -> None:
+    """One in the first stage: `test_interruption_in_a_last_step`."""
+    for number, stage in enumerate(STAGES[1:], 1):
+        run = compress_checkpoint(compressed.origin, tmp_path / "again", resume=number > 1, report=ctrl_c_in(stage))
         assert run.interrupted
         assert [(result.stage, result.step) for result in run.stages] == [
             *((before, STEPS) for before in STAGES[:number]),
@@ -314,8 +315,8 @@ def test_missing_data_folder(compressed: Compressed, tmp_path: Path) -> None:
 def test_moved_data_folder(compressed: Compressed, tmp_path: Path) -> None:
     moved = shutil.copytree(compressed.origin.state.root, tmp_path / "moved")
     directory = shutil.copytree(compressed.run.directory, tmp_path / "stages")
-    run = compress_checkpoint(at(compressed.origin, root=str(moved)), directory, resume=True)
-    assert [result.stage for result in run.stages] == list(STAGES)
+    run = compress_checkpoint(at(compressed.origin, root=str(moved)), directory, resume=True, until="w4a8")
+    assert [result.stage for result in run.stages] == ["low-rank", "w4a8"]
     for result in run.stages:
         checkpoint = read_checkpoint(result.checkpoint)
         assert checkpoint.state.root == str(moved)
@@ -535,7 +536,7 @@ def test_learning_rate_over_both_stages(write_tiny: Callable[..., Any], tmp_path
 
 
 def test_stage_limited_by_minutes(write_tiny: Callable[..., Any], tmp_path: Path) -> None:
-    limits = {"steps": 10**6, "minutes": 0.02, "validate_every": 10**6, "checkpoint_every": 10**6}
+    limits = {"steps": 10**6, "minutes": 0.005, "validate_every": 10**6, "checkpoint_every": 10**6}
     origin = train(write_tiny, tmp_path, training=limits, compression={**COMPRESSION, "low_rank": None})
     run = compress_checkpoint(origin, origin.path.parent.parent / FOLDER)
     last = read_checkpoint(run.stages[-1].checkpoint)

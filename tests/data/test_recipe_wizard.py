@@ -87,7 +87,7 @@ def test_documents_name_the_first_model(tmp_path: Path) -> None:
     name, training = recipe.model.name, recipe.training
     minutes = {5: "five", 10: "ten", 15: "fifteen"}[round(training.minutes or 0)]
     readme, quickstart, models = (" ".join((ROOT / page).read_text(encoding="utf-8").split()) for page in PAGES)
-    assert f"# trains {name} into runs/photos: four to {minutes} minutes on two cores" in readme
+    assert f"# trains a small network: four to {minutes} minutes" in readme
     assert f"The recipe trains `{name}` on {training.steps:,} batches of {training.batch_size} crops" in quickstart
     assert f"ends after {minutes} minutes (`training.minutes: {training.minutes:g}`)" in quickstart
     assert f"Begin with `{name}` and plain INT8: this is what the recipe of `muntin init` trains, in {minutes} minutes at most" in models

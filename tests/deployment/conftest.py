@@ -16,14 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import muntin
-from muntin import create_model
 from muntin.artifact import Artifact
 from muntin.compression import quantize
 from muntin.errors import ExportError, MuntinError
 from muntin.layers import ChannelGate, MapNorm, TokenNorm
-
-HYBRID = {"depths": (1,), "dims": (128,)}
-"""A hybrid of one attention stage, in a width that integer kernels are for: each further stage adds seconds to an export."""
 
 
 class Built(nn.Module):
@@ -78,6 +74,19 @@ def as_trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def as_lively(model: nn.Module) -> nn.Module:
+    """Weights of a size at which every branch counts, and the statistics of norms that go with them."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+        model.train()
+        for seed in range(2):
+            model(make_pixels(1, 3, 96, 96, seed=seed).repeat(8, 1, 1, 1))
+    return model.eval()
+
+
 @pytest.fixture(autouse=True)
 def one_seed_one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
@@ -112,6 +121,12 @@ def trained() -> Callable[[nn.Module], nn.Module]:
 
 
 @pytest.fixture(scope="session")
+def lively() -> Callable[[nn.Module], nn.Module]:
+    """Gives a model weights at which every branch counts."""
+    return as_lively
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Callable[[], nn.Module]:
     """`tiny()`: a model that exports in a second."""
     return lambda: nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1))
@@ -134,13 +149,13 @@ def refused() -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def export_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """`export_model(model, quantized=..., keep=...)` into a directory of its own."""
+    """`export_model(model, quantized=..., sizes=...)` into a directory of its own. Free sizes take three times as long as fixed ones."""
 
-    def run(model: nn.Module, *, quantized: bool, example: Tensor | None = None, keep: tuple[str, ...] = ()) -> Exported:
+    def run(model: nn.Module, *, quantized: bool, sizes: Any, example: Tensor | None = None, keep: tuple[str, ...] = ()) -> Exported:
         example = make_pixels(2, 3, 64, 64) if example is None else example
         changes = quantize(model, [example], keep=keep, min_sqnr_db=0) if quantized else []
         path = tmp_path_factory.mktemp("export") / "artifact"
-        return Exported(model, muntin.export(model, example, path, changes=changes, sizes="widest"))
+        return Exported(model, muntin.export(model, example, path, changes=changes, sizes=sizes))
 
     return run
 
@@ -163,12 +178,36 @@ def plain_scores() -> Callable[[Path, NDArray[np.uint8]], NDArray[np.float32]]:
 
 
 @pytest.fixture(scope="session")
-def hybrid_float(export_model: Callable[..., Exported]) -> Exported:
-    torch.manual_seed(0)
-    return export_model(as_trained(create_model("hybrid-xs", classes=5, options={**HYBRID, "fusion": "one-step"})), quantized=False)
+def assert_standalone(plain_scores: Callable[..., NDArray[np.float32]]) -> Callable[[Artifact, Path], None]:
+    """`assert_standalone(artifact, file)`: the plain file computes what the artefact's session does, bit for bit, and the golden scores."""
+
+    def run(artifact: Artifact, file: Path) -> None:
+        muntin.write_standalone(artifact, file)
+        session = muntin.load(artifact.path, engine="onnxruntime", threads=1)
+        for images, golden in artifact.golden():
+            plain = plain_scores(file, images)
+            np.testing.assert_array_equal(plain, session(images))
+            assert np.abs(plain - golden).max() <= 0.1 * golden.std()
+            assert (plain.argmax(1) == golden.argmax(1)).mean() > 0.98
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def hybrid_int8(export_model: Callable[..., Exported]) -> Exported:
-    torch.manual_seed(0)
-    return export_model(as_trained(create_model("hybrid-xxs", classes=5, options={"depths": (1,)})), quantized=True)
+def assert_exact_tiles() -> Callable[[Artifact, int, int, int], None]:
+    """`assert_exact_tiles(artifact, height, width, tile)`: tiles give the answer of one call."""
+
+    def run(artifact: Artifact, height: int, width: int, tile: int) -> None:
+        assert artifact.manifest.plan is not None, artifact.manifest.measured
+        session = muntin.load(artifact.path, precision="f32", shapes=(), engine="onnxruntime", cache=False)
+        picture = make_pictures(1, height, width, 3, seed=0)[0]
+        whole, tiled = (muntin.predict(session, picture, output="scores", **how) for how in ({}, {"exact": True, "tile": tile}))
+        assert tiled.shape == whole.shape
+        if artifact.manifest.integers:
+            assert (tiled.argmax(0) == whole.argmax(0)).mean() >= 0.9999
+        else:
+            np.testing.assert_allclose(tiled, whole, rtol=0, atol=1e-5 * whole.std() + 1e-6)
+        if session.signature.task == "segment":
+            assert (muntin.predict(session, picture, exact=True, tile=tile) == tiled.argmax(0)).all()
+
+    return run

@@ -11,51 +11,30 @@ import torch
 from torch import Tensor, nn
 
 import muntin
-from muntin.artifact import TensorArtifact, TensorInfo
+from muntin.artifact import TensorArtifact, TensorInfo, open_any_artifact
 from muntin.compression import quantize
 from muntin.compression.equivalent.input_factors import ScaledLinear
 from muntin.errors import ExportError
 from muntin.runtime.verification.exactness import sums_saturate
 from muntin.runtime.verification.layerwise import verify_layers
 from muntin.training.config import QuantizationConfig
-
-
-class Encoder(nn.Module):
-    """Token ids and a mask to an embedding of each row and the number of the best class."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(50, 32)
-        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, dropout=0.0)
-        self.classes = nn.Linear(32, 5)
-
-    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        x = self.layer(self.table(ids), src_key_padding_mask=mask == 0)
-        kept = mask[..., None].to(x.dtype)
-        embedding = (x * kept).sum(1) / kept.sum(1)
-        return {"embedding": embedding, "label": self.classes(embedding).argmax(1)}
-
-
-def tokens(batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    mask = torch.ones(batch, length, dtype=torch.int64)
-    mask[:, length - 1] = 0
-    return {"ids": torch.randint(0, 50, (batch, length), generator=draw), "mask": mask}
-
+from product_model import make_encoder, tokens
+from products import product
 
 AXES = {"ids": ("batch", "tokens"), "mask": ("batch", "tokens")}
 
 
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
-    torch.manual_seed(0)
-    return Encoder().eval()
+    return make_encoder()
 
 
 @pytest.fixture(scope="module")
-def artifact(encoder: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> TensorArtifact:
-    path = tmp_path_factory.mktemp("named") / "artifact"
-    return muntin.export(encoder, tokens(3, 12), path, calibration=[tokens(8, 12, seed) for seed in range(4)], axes=AXES)
+def artifact() -> TensorArtifact:
+    """Of the encoder, calibrated."""
+    opened = open_any_artifact(product("tensors") / "artifact")
+    assert isinstance(opened, TensorArtifact)
+    return opened
 
 
 def test_encoder(encoder: nn.Module, artifact: TensorArtifact) -> None:

@@ -78,13 +78,22 @@ def test_int8(tiny: Any, trained: Checkpoint) -> None:
     assert muntin.verify(artifact.path).passed
 
 
-def test_stages(tiny: Any, trained: Checkpoint) -> None:
+@pytest.fixture(scope="module")
+def compressed(tiny: Any, trained: Checkpoint) -> Checkpoint:
     run = compress_checkpoint(trained, tiny.root / "compressed")
     assert [stage.stage for stage in run.stages] == ["low-rank", "w4a8", "mixed"]
-    last = read_checkpoint(run.checkpoint)
-    assert any(name.startswith("encoder.features.") for name in last.state.compression.qat or {})  # type: ignore[union-attr]
-    artifact = export_checkpoint(last, tiny.root / "compressed-artifact", sizes="fixed")
-    assert agreement(artifact.path, load_model(last), tiny.root) > 0.9
+    return read_checkpoint(run.checkpoint)
+
+
+def test_stages(compressed: Checkpoint) -> None:
+    assert any(name.startswith("encoder.features.") for name in compressed.state.compression.qat or {})  # type: ignore[union-attr]
+    assert any(change.layer.startswith("encoder.features.") and change.done == "W4A8" for change in compressed.changes)
+
+
+@pytest.mark.soak
+def test_artifact_of_the_stages(tiny: Any, compressed: Checkpoint) -> None:
+    artifact = export_checkpoint(compressed, tiny.root / "compressed-artifact", sizes="fixed")
+    assert agreement(artifact.path, load_model(compressed), tiny.root) > 0.9
 
 
 def test_weights_of_imagenet(tmp_path: Path) -> None:

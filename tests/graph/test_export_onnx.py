@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.tokens, self.places = nn.Embedding(100, size), nn.Embedding(64, size)
         block = nn.TransformerEncoderLayer(size, 4, 2 * size, 0.0, batch_first=True, activation="gelu")
-        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.blocks = nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
         self.head, self.projection = nn.Linear(size, 5), nn.Linear(size, 16)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

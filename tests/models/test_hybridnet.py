@@ -49,8 +49,7 @@ def expected_shape(x_BCHW: Tensor, task: Task, classes: int, scale: int) -> tupl
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize(("task", "scale"), TASKS)
-@pytest.mark.parametrize("channels", [1, 4, 16])
+@pytest.mark.parametrize(("task", "scale", "channels"), [("segment", 1, 1), ("classify", 1, 4), ("restore", 1, 16), ("restore", 2, 4)])
 def test_presets_at_every_size(name: str, task: Task, scale: int, channels: int) -> None:
     model = create_model(name, task=task, classes=5, channels=channels, scale=scale).eval()
     with torch.inference_mode():
@@ -172,7 +171,7 @@ def macs(name: str, side: int) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", ["hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m"])
+@pytest.mark.parametrize("name", ["hybrid-xxs", "hybrid-s"])
 def test_linear_cost(name: str) -> None:
     assert macs(name, 1024) / macs(name, 512) == pytest.approx(4, rel=0.01)
 

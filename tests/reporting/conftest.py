@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
+from muntin.reporting import page, profile_page
+from muntin.reporting.files import template
 
 Row = dict[str, Any]
 VOID = {"meta", "link", "img", "br", "wbr"}
@@ -417,6 +421,15 @@ class Page(HTMLParser):
     @property
     def has_handlers(self) -> bool:
         return any(name.startswith("on") for _, attrs in self.elements for name in attrs)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates() -> Iterator[None]:
+    """A template is compiled once for all pages: that takes a quarter of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (page, profile_page):
+            patch.setattr(module, "template", functools.cache(template))
+        yield
 
 
 @pytest.fixture

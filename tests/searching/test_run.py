@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
+from collections.abc import Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from muntin.artifact import open_artifact
 from muntin.data import open_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
-from muntin.searching import ArchitectureSearch, SearchSettings, Space, latency_table, plan_search, run, search_architectures
+from muntin.runtime.options import SessionOptions
+from muntin.searching import ArchitectureSearch, SearchSettings, Space, finalists, latency_table, plan_search, run, search_architectures
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist
+from muntin.searching.parts import PartProbe
 from muntin.searching.preparation import base_config
 from muntin.searching.run import SearchStage, may_begin
 from muntin.searching.space import Architecture, parse_space
@@ -144,50 +145,28 @@ def test_minutes_without_time_to_begin(tiny: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "search").exists()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from muntin.searching import SearchSettings, latency_table, search_architectures
-from muntin.searching.space import parse_space
-from muntin.training import load_recipe
-
-recipe, folder, until = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-measured, graphs = latency_table.measured, []
-
-def kill(*words):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def measured_then_killed(probes, options):
-    graphs.append(probes)
-    return measured(probes, options) if len(graphs) < 2 else kill()
-
-latency_table.measured = measured_then_killed
-report = lambda stage: kill() if until == f"{stage.stage} {stage.done}" else None
-settings = SearchSettings(candidates=4, finalists=1)
-space = parse_space({"depths.0": [1, 2]})
-search_architectures(load_recipe(recipe), space, folder=folder, root=recipe.parent, settings=settings, report=report)
-"""
-"""A search that is killed at a stage, or after one graph of latencies."""
-
-
-@pytest.mark.slow
-def test_search_killed_by_the_system(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the training of the shared weights, and between two rows of the latencies: the next call goes on with both."""
+def test_search_ended_between_two_latencies(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call goes on with the shared weights and with the rows of the graph that was measured."""
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "search"
-    for until in ("supernet 4", "never"):
-        words = [sys.executable, "-c", KILLED, str(tiny.recipe), str(folder), until]
-        assert subprocess.run(words, check=False).returncode == -signal.SIGKILL
-        assert [path.name for path in checkpoints_in(folder / "supernet" / "checkpoints")][-1] == f"step-{3 if until != 'never' else 6:08d}"
+    graphs: list[Any] = []
+
+    def measured(probes: Sequence[PartProbe], options: SessionOptions) -> dict[str, float]:
+        graphs.append(probes)
+        if len(graphs) == 2:
+            raise Stopped
+        return {key: 0.5 for probe in probes for key in probe.keys}
+
+    monkeypatch.setattr(latency_table, "measured", measured)
+    folder, space = tmp_path / "search", parse_space({"depths.0": [1, 2]})
+    given: dict[str, Any] = {"space": space, "objective": "latency", "candidates": 4}
+    search(tiny, folder, until=("never", 0), **given)
+    assert checkpoints_in(folder / "supernet" / "checkpoints")[-1].name == f"step-{6:08d}"
     (rows,) = (tmp_path / "cache").rglob("*.json")
     kept = json.loads(rows.read_text())["ms"]
-    assert kept
     settings = SearchSettings(candidates=4, finalists=1)
-    recipe, space = load_recipe(tiny.recipe), parse_space({"depths.0": [1, 2]})
-    plan = plan_search(recipe, space, folder=folder, root=tiny.root, settings=settings)
-    assert plan.parts - plan.missing == len(kept) and plan.supernet_s == 0
-    monkeypatch.setattr(latency_table, "measured", lambda probes, options: {key: 0.5 for probe in probes for key in probe.keys})
-    front = search(tiny, folder, until=("train", 0), space=space, objective="latency", candidates=4)
+    plan = plan_search(load_recipe(tiny.recipe), space, folder=folder, root=tiny.root, settings=settings)
+    assert plan.parts - plan.missing == len(kept) > 0 and plan.supernet_s == 0
+    front = search(tiny, folder, until=("train", 0), **given)
     assert front and all(point.cost > 0 for point in front)
     after = json.loads(rows.read_text())["ms"]
     assert {key: after[key] for key in kept} == kept and len(after) > len(kept)
@@ -206,9 +185,13 @@ def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:
     assert front and all(one.architecture.config.task == "restore" and one.score > 0 for one in front)
 
 
-def test_finalist_with_ranks_and_bits(tiny: Any, tmp_path: Path) -> None:
+def test_finalist_with_ranks_and_bits(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are trained by stages of compression; an interruption before the last one goes on."""
-    recipe = load_recipe(tiny.recipe, ["compression.recover.share=0.5", "compression.quantize.share=0.5"])
+    monkeypatch.setattr(
+        finalists, "export_checkpoint", partial(finalists.export_checkpoint, sizes="fixed")
+    )  # free ones take five times as long
+    shares = ["compression.recover.share=0.5", "compression.quantize.share=0.5"]
+    recipe = load_recipe(tiny.recipe, [*shares, "model.options.dims=[32]", "model.options.depths=[1]"])
     source = open_source(recipe.data, root=tiny.root)
     one = Architecture(config=base_config(recipe, source), rank_share=0.95, bits=4)
     arguments: dict[str, Any] = {"name": "001", "folder": tmp_path / "001", "root": tiny.root, "source": source}

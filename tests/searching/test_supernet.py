@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from muntin.errors import RecipeError
 from muntin.models import HybridNet, ModelConfig
 from muntin.searching.space import Architecture, Space, UnbuildableError, parse_space
 from muntin.searching.supernet import Supernet, largest_configs
-from small_space import base_of
+from small_space import CHOICES, base_of
 
 
 def some(space: Space, base: ModelConfig, count: int) -> list[Architecture]:
@@ -26,10 +27,21 @@ def some(space: Space, base: ModelConfig, count: int) -> list[Architecture]:
     return found
 
 
+@pytest.fixture(scope="module")
+def supernet() -> Supernet:
+    """Of the whole space. Making it takes seconds: copy before changing it."""
+    return Supernet(parse_space(CHOICES), base_of("segment"), seed=3)
+
+
 @pytest.mark.parametrize("task", ["segment", "classify", "restore"])
-def test_networks_compute_what_their_copies_do(task: str, space: Space) -> None:
-    base = base_of(task)
-    supernet, images = Supernet(space, base), pixels(2, 3, 48, 32)
+def test_networks_compute_what_their_copies_do(task: str, space: Space, supernet: Supernet) -> None:
+    """Whole for segmentations; for the other tasks with what differs in them: the beginning, the number of stages and the end."""
+    base, images = base_of(task), pixels(2, 3, 48, 32)
+    if task == "segment":
+        supernet = copy.deepcopy(supernet)
+    else:
+        space = parse_space({name: CHOICES[name] for name in ("stem", "pairs", "stages", "dims.0", "depths.0", "fusion", "finest")})
+        supernet = Supernet(space, base)
     for layer in supernet.layers.values():  # norms, biases and the last layer of restore begin with 0 and 1
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -39,8 +51,7 @@ def test_networks_compute_what_their_copies_do(task: str, space: Space) -> None:
     assert torch.equal(supernet(images), supernet.extract(supernet.largest).train()(images))
 
 
-def test_largest_network_is_an_ordinary_one(space: Space, base: ModelConfig) -> None:
-    supernet = Supernet(space, base, seed=3)
+def test_largest_network_is_an_ordinary_one(supernet: Supernet) -> None:
     torch.manual_seed(3)
     network = HybridNet(supernet.largest)
     weights = supernet.weights(supernet.largest)
@@ -90,8 +101,7 @@ def test_gates_and_windows(base: ModelConfig) -> None:
     assert gated.keys() > plain.keys() and all(torch.equal(gated[name], weights) for name, weights in plain.items())
 
 
-def test_kinds_of_attention_share_nothing(space: Space, base: ModelConfig) -> None:
-    supernet = Supernet(space, base)
+def test_kinds_of_attention_share_nothing(space: Space, base: ModelConfig, supernet: Supernet) -> None:
     kinds = {key.split("/attention/")[1].split("/")[0] for key in supernet.layers if "/attention/" in key}
     assert kinds == {"hybrid-0_5", "hybrid-0_75", "local", "global", "dense"}
     configs = list(largest_configs(space, base))

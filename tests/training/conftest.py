@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import scenes
 from muntin.artifact.classes import ClassInfo
 from muntin.training import loop
 from muntin.training.checkpoint import write_checkpoint
@@ -17,9 +18,16 @@ from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
 from muntin.training.optimizer import make_optimizer, optimizer_tensors
 from muntin.training.recipe import Recipe, parse_recipe
 from muntin.training.weights import build_model
+from scenes import Tiny
 
 CLASSES = tuple(ClassInfo(name=name, color=(9, 9, 9)) for name in ("sea", "field", "roof"))
 SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
+
+
+@pytest.fixture(scope="session")
+def write_tiny() -> Callable[..., Tiny]:
+    """As everywhere, with a network of one stage."""
+    return lambda root, **sections: scenes.write_tiny(root, **({"model": {"options": SMALL}} | sections))
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
 
 STEPS = LOG_EVERY + 4
+TWO_STAGES = ("model.options.dims=[32, 32]", "model.options.depths=[1, 1]")
 
 
 def train(tiny: Any, directory: Path, *overrides: str, **arguments: Any) -> FitResult:
@@ -587,7 +588,7 @@ def test_model_error(tmp_path: Path, tiny: Any, override: str, says: str) -> Non
 
 def test_batch_too_small(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MuntinError, match="train on larger crops") as error:
-        train(tiny, tmp_path / "ours", "training.batch_size=1")
+        train(tiny, tmp_path / "ours", "training.batch_size=1", *TWO_STAGES)
     one_line(error)
     (tmp_path / "batch_norm_model.py").write_text(
         "from torch import nn\n\ndef make(*, task, classes, channels):\n"
@@ -805,7 +806,7 @@ def test_validation_at_the_time_limit(tmp_path: Path, tiny: Any, clock: Any) -> 
 # ---- parts ----
 
 
-BUDGET = ("training.gate_budget=0.66", "training.steps=12", "training.validate_every=4", "training.checkpoint_every=1000")
+BUDGET = (*TWO_STAGES, "training.gate_budget=0.66", "training.steps=12", "training.validate_every=4", "training.checkpoint_every=1000")
 
 
 def test_interrupted_gate_closing(tmp_path: Path, tiny: Any) -> None:

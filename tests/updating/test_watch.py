@@ -15,12 +15,16 @@ import pytest
 from muntin.errors import DataError
 from muntin.updating import run as updates
 from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, _copy, keep_watching
+from products import copy_of
 
 QUICK = ("update.share=0.02", "update.accept.max_slowdown=50", "update.accept.max_drop=1", "update.accept.min_gain=-1")
 
 
+pytestmark = pytest.mark.usefixtures("fixed_sizes")
+
+
 def make_watch(run: Path, tmp_path: Path, every: int = 12) -> FolderWatch:
-    own = Path(shutil.copytree(run, tmp_path / "run"))
+    own = copy_of(run, tmp_path)
     folder = tmp_path / "arriving"
     folder.mkdir()
     return FolderWatch(own, folder, WatchSettings(every=every, overrides=QUICK, threads=1), None)

@@ -104,6 +104,7 @@ def test_reference_is_spread_over_a_folder(
     assert reference is not None and 0.15 < reference.mean[0] < 0.3  # 110/255 of half of the pictures
 
 
+@pytest.mark.usefixtures("fixed_sizes")
 def test_reference_of_a_run(
     call: Callable[..., Any], write_tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

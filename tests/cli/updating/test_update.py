@@ -14,14 +14,8 @@ from typer.testing import CliRunner, Result
 from muntin.cli import app
 from muntin.cli.updating.update import all_overrides, parse_classes
 from muntin.errors import DataError, MuntinError
-from muntin.training import fit
+from products import UPDATE, copy_of, product
 
-MODEL = """
-from torch import nn
-
-def make(*, task, classes, channels):
-    return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, classes, 1))
-"""
 LOOSE = ["--accept", "max_slowdown=50", "--accept", "max_drop=1", "--accept", "max_class_drop=1", "--accept", "min_gain=-1"]
 LABELS = ["--accept", "max_relabel_gain=1"]
 THREAD = ["--threads", "1"]
@@ -34,51 +28,63 @@ def invoke(*words: str | Path) -> Result:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any], write_scenes: Callable[..., None]) -> Any:
-    """The folder of a run, with a folder of new pictures beside it."""
-    root = tmp_path_factory.mktemp("update")
-    (root / "two_layers_of_a_command.py").write_text(MODEL)
-    tiny = write_tiny(root / "data", model={"name": "two_layers_of_a_command:make", "options": {}})
-    write_scenes(root / "new", "new", 8, 900)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root)
-        fit(tiny.recipe, directory=root / "run")
-        yield root
+def updated() -> Path:
+    """The folder of a `run` with an accepted update, beside the `new` images of it. Not to be changed: copy first."""
+    return product("updated")
 
 
-def test_accepted_refused_and_json(trained: Path) -> None:
-    words = ["update", trained / "run", "--data", trained / "new", *THREAD]
-    accepted = invoke(*words, *LOOSE, *LABELS)
+@pytest.fixture
+def run(updated: Path, tmp_path: Path) -> Path:
+    return copy_of(updated / "run", tmp_path)
+
+
+def test_accepted_refused_and_json(updated: Path, run: Path, tmp_path: Path) -> None:
+    """The update is there, as after a kill between verdict and version, and then as before the verdict, with other conditions."""
+    words = ["update", run, "--data", updated / "new", *THREAD, *(word for value in UPDATE for word in ("--set", value))]
+    accepted = invoke(*words, "--repository", tmp_path / "versions")
     assert accepted.exit_code == 0, accepted.output
-    done = invoke(*words, *LOOSE, *LABELS, "--repository", trained / "versions")  # as after a kill between verdict and version
-    assert done.exit_code == 0, done.output
-    assert [path.name for path in (trained / "run" / "updates").iterdir()] == ["1"]
-    for text in ("gain on new data", "size, times the old", "accepted", f"version   {trained / 'versions' / '1'}"):
-        assert text in done.stdout
-    assert (trained / "versions" / "1" / "manifest.json").is_file()
-    fresh = ["--output", trained / "strict", "--accept", "min_gain=1", "--json"]
-    refused = invoke("update", trained / "run" / "checkpoints", *words[2:], *fresh)
+    assert [path.name for path in (run / "updates").iterdir()] == ["1"]
+    for text in ("gain on new data", "size, times the old", "accepted", f"version   {tmp_path / 'versions' / '1'}"):
+        assert text in accepted.stdout
+    assert (tmp_path / "versions" / "1" / "manifest.json").is_file()
+    (run / "updates" / "1" / "verdict.json").unlink()
+    refused = invoke(*words, "--accept", "min_gain=1", "--json")
     document = json.loads(refused.stdout[refused.stdout.index("{") :])
     assert refused.exit_code == 1 and document["accepted"] is False and not document["verdict"]["accepted"]
     assert "refused: " in refused.stderr and "gain on new data" in refused.stderr
     assert "; try: " in refused.stderr and "for a gain more new images, or more steps (--set update.share=" in refused.stderr
     assert any("update.share" in line for line in document["advice"])
-    assert "no new picture" in str(invoke(*words).exception)
 
 
-def test_watch_ends_after_its_rounds(trained: Path, write_scenes: Callable[..., None]) -> None:
-    folder = trained / "arriving"
+def test_images_that_an_update_learned(updated: Path, run: Path) -> None:
+    assert "no new picture" in str(invoke("update", run, "--data", updated / "new", *THREAD).exception)
+
+
+def test_update_of_the_first_training(run: Path, write_scenes: Callable[..., None], tmp_path: Path) -> None:
+    """RUN names its newest update, RUN/checkpoints the training before it."""
+    write_scenes(tmp_path / "new", "later", 8, 1900)
+    learned: list[Any] = []
+    words = ["--data", tmp_path / "new", "--output", tmp_path / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("muntin.updating.run.learn", lambda plan, *given, **options: (learned.append(plan.parent.path), 1 / 0))
+        for folder in (run, run / "checkpoints"):
+            CliRunner().invoke(app, ["update", *map(str, (folder, *words))])
+    assert learned == [run / "updates" / "1" / "checkpoints" / "step-00000015", run / "checkpoints" / "step-00000150"]
+
+
+def test_watch_ends_after_its_rounds(run: Path, write_scenes: Callable[..., None], tmp_path: Path) -> None:
+    folder = tmp_path / "arriving"
     write_scenes(folder, "later", 6, 1300)
     for path in folder.rglob("*.png"):
         os.utime(path, (0, 0))
-    done = invoke("watch", folder, trained / "run", "--every", 6, "--rounds", 1, *THREAD, *LOOSE, *LABELS, "--set", "update.share=0.2")
+    done = invoke("watch", folder, run, "--every", 6, "--rounds", 1, *THREAD, *LOOSE, *LABELS, "--set", "update.share=0.02")
     assert done.exit_code == 0 and done.stdout.startswith("update 1: accepted"), done.output
     assert "6 of 6 new pictures" in done.stderr
 
 
-def test_server_that_is_not_there(trained: Path) -> None:
+def test_server_that_is_not_there(updated: Path, run: Path) -> None:
     for url, message in (("http://127.0.0.1:9", "does not answer"), ("localhost", "give the address of a server")):
-        failed = invoke("update", trained / "run", "--data", trained / "new", "--push", url)
+        failed = invoke("update", run, "--data", updated / "new", "--push", url)
         assert message in str(failed.exception)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import muntin
 from model_helpers import answer, pixels
 from muntin import create_model
 from muntin.compression import fold, quantize
@@ -134,17 +132,6 @@ def test_widths_of_another_model() -> None:
     with pytest.raises(MuntinError, match=r"'stage4.0' has 48 hidden channels, not 64"):
         apply_widths(model, {"stage8.1": 16, "stage4.0": 64})
     assert widths_of(model) == GATED
-
-
-def test_exported_model(tmp_path: Path) -> None:
-    model, x = closed(0.5), pixels(1, 3, 64, 64)
-    artifact = muntin.export(model, x, tmp_path / "artifact", sizes="fixed")  # one size: a third of the time
-    assert widths_of(model) == GATED  # the caller's model stays as it is
-    assert [p["layer"] for p in artifact.manifest.passes if p["pass"] == "slim"] == list(GATED)
-    records = {record.name: record.parameters for record in artifact.manifest.layers}
-    assert records["stages.0.blocks.0.mlp.expand"] == 64 * 64 + 64
-    scores = muntin.load(artifact.path, precision="f32")(x.to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    assert alike(torch.from_numpy(scores), answer(model, x))
 
 
 def test_quantize_cuts_first() -> None:

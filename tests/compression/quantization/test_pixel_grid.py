@@ -66,9 +66,7 @@ def test_other_grids(net: Net) -> None:
     assert float(net.stem.input.scale) == before
 
 
-@pytest.mark.parametrize(
-    ("share", "mean"), [(0.993, 127.5), (0.9995, 127.5), (1.0036, 127.5), (1.005, 127.5), (0.993, 128.0), (1.005, 128.0)]
-)
+@pytest.mark.parametrize(("share", "mean"), [(0.9995, 127.5), (1.0036, 127.5), (1.005, 127.5), (0.993, 128.0)])
 def test_runtime_result(share: float, mean: float, tmp_path: object) -> None:
     """OpenVINO omits the rounding for grids within 1 % of the pixels' grid; beside it (127.5), within 0.4 %."""
     net = Net(share / 64, mean=mean).eval()

@@ -198,7 +198,8 @@ STEPS: dict[str, Any] = {
     "prune": lambda model: muntin.prune(model, BATCHES, ratio=0.25, multiple=4),
     "quantize": lambda model: muntin.quantize(model, BATCHES, bits=4, min_sqnr_db=0),
 }
-ORDERS = list(permutations(STEPS))[::2]
+ORDERS = list(permutations(STEPS))[::4]
+"""Those of two passes: `test_pass_pairs.py`."""
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])

@@ -16,7 +16,7 @@ from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.bench import bench, distinct_names
-from muntin.runtime.profiling.cold_start import ArtifactCandidate
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Loading
 from muntin.text import count
 
 
@@ -26,6 +26,13 @@ def candidate(written: Any, **options: str) -> ArtifactCandidate:
 
 def name_of(written: Any) -> str:
     return f"{written.path.parent.name}/{written.path.name}"
+
+
+@pytest.fixture
+def loaded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading is not measured: it takes half a second for each row."""
+    loading = Loading(load_s=0.1, held_mib=None, peak_mib=None, cached=None)
+    monkeypatch.setattr(sys.modules[bench.__module__], "measure_loading", lambda candidate, options: loading)
 
 
 def test_every_combination_is_a_row(convolutions: Any) -> None:
@@ -51,6 +58,7 @@ def test_every_combination_is_a_row(convolutions: Any) -> None:
     assert result.notes[-1] == "2 streams on 1 thread: a stream needs a thread, so they count as 1"
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 def test_candidates_and_ratios(convolutions: Any) -> None:
     candidates = [candidate(convolutions, engine="onnxruntime"), candidate(convolutions), candidate(convolutions, precision="f32")]
     result = bench(candidates, batches=(1, 2), size=(8, 8), rounds=3)
@@ -83,6 +91,7 @@ class OneStream(ArtifactCandidate):
         return super().open(replace(options, streams=1))
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 @pytest.mark.parametrize("streams", [1, 2])
 def test_ratio_of_other_streams(convolutions: Any, streams: int) -> None:
     result = bench(
@@ -94,6 +103,7 @@ def test_ratio_of_other_streams(convolutions: Any, streams: int) -> None:
     assert ("latencies of different streams are not compared: compare images/s" in " ".join(result.notes)) == (streams > 1)
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 def test_default_size_is_the_example(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 12, 20))
     result = bench([candidate(written)], batches=(2,), rounds=1)
@@ -102,6 +112,7 @@ def test_default_size_is_the_example(write_layers: Callable[..., Any], convoluti
     assert {row.shape for row in both.rows} == {(1, 12, 20)} and both.size_reason == f"the size of the export of {name_of(written)}"
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 def test_plain_values(convolutions: Any) -> None:
     document = asdict(bench([candidate(convolutions)], size=(8, 8), rounds=1))
     assert document["rows"][0]["latency"]["calls"] == 1
@@ -122,6 +133,7 @@ def test_memory_of_loading_is_repeatable(convolutions: Any, tmp_path: Path, monk
     assert max(peaks) - min(peaks) < max(peaks) / 4
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 def test_candidates_that_compute_something_else(
     write_layers: Callable[..., Any], convolutions: Any, per_pixel: Any, tmp_path: Path
 ) -> None:
@@ -145,12 +157,14 @@ def test_images_larger_than_memory(convolutions: Any) -> None:
         bench([candidate(convolutions)], batches=(1, 100), size=(99999, 99999))
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 def test_too_many_threads_are_named(convolutions: Any) -> None:
     many = physical_cores() + 3
     notes = bench([candidate(convolutions)], size=(8, 8), threads=(many,), rounds=1).notes
     assert any(f"{many} threads on {count(physical_cores(), 'physical core')}:" in note for note in notes)
 
 
+@pytest.mark.usefixtures("loaded_at_once")
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the system does not say what others use")
 def test_others_at_work_are_named(convolutions: Any) -> None:
     spin = "import time\nprint('up', flush=True)\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def test_examine_with_an_engine_that_cannot_run(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(RUNNERS, "onnxruntime", lambda model, x: run_onnxruntime(b"no model", x))
     for name, value in (("_REPEATS", 1), ("_BLOCK", 1), ("_COPY_ROUNDS", 1), ("_copy_bytes", lambda: 32 << 20)):
         monkeypatch.setattr(ceilings, name, value)
+    monkeypatch.setattr(ceilings, "measure_ceilings", partial(ceilings.measure_ceilings, seconds=0.02))
     diagnosis = examine(threads=1)
     assert any(problem.startswith("INT8 in onnxruntime: ONNX Runtime ") for problem in diagnosis.problems)
     assert list(diagnosis.integers) == ["openvino"]

@@ -41,17 +41,17 @@ def assert_close(path: Path, other: Path) -> None:
 
 def test_resume_with_other_numbers_of_processes(tmp_path: Path, plain: Path) -> None:
     fit_recipe(plain, tmp_path / "alone", [], False)
-    answers = run_ranks(4, fit_recipe, plain, tmp_path / "four", ["training.sharding=zero3"], False)
+    answers = run_ranks(3, fit_recipe, plain, tmp_path / "three", ["training.sharding=zero3"], False)
     assert len({answer["score"] for answer in answers}) == 1  # each has seen some pictures
-    assert_close(tmp_path / "four", tmp_path / "alone")
-    newest = checkpoints_in(tmp_path / "four" / "checkpoints")[-1]
+    assert_close(tmp_path / "three", tmp_path / "alone")
+    newest = checkpoints_in(tmp_path / "three" / "checkpoints")[-1]
     assert load_model(read_checkpoint(newest))(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 8, 8)
 
     part = next((newest / "optimizer").iterdir())
     part.write_bytes(part.read_bytes()[:-9])  # the newest is damaged: the run goes on from step 3
-    for count, sharding in ((1, "zero3"), (3, "zero2")):
+    for count, sharding in ((1, "zero3"), (2, "zero2")):
         folder = tmp_path / f"resumed-{count}"
-        shutil.copytree(tmp_path / "four", folder)
+        shutil.copytree(tmp_path / "three", folder)
         arguments = plain, folder, [f"training.sharding={sharding}"], True
         first = fit_recipe(*arguments) if count == 1 else run_ranks(count, fit_recipe, *arguments)[0]
         assert any("corrupted" in note and "goes on from step-00000003" in note for note in first["notes"])
@@ -74,8 +74,20 @@ def test_lack_of_memory_in_one_process(tmp_path: Path, plain: Path) -> None:
     assert memory is not None and memory.micro_batch == 3
 
 
-@pytest.mark.slow
 def test_killed_process(tmp_path: Path, plain: Path) -> None:
+    """The other ends with a message; started again, as torchrun does, both go on from the newest checkpoint."""
+    words = plain, tmp_path / "run", ["model.name=rank_processes:killed", "training.sharding=zero3"], False
+    with pytest.raises(RuntimeError, match="lost the others"):
+        run_ranks(2, fit_recipe, *words, RUN=str(tmp_path / "run"))
+    assert [path.name for path in checkpoints_in(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    (first, _) = run_ranks(2, fit_recipe, *words, TORCHELASTIC_RESTART_COUNT="1")
+    assert first["step"] == 6
+    fit_recipe(plain, tmp_path / "alone", [], False)
+    assert_close(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.soak
+def test_killed_process_of_torchrun(tmp_path: Path, plain: Path) -> None:
     """The others end with a message, and torchrun starts all again, from the newest checkpoint."""
     run, steps = tmp_path / "run", 200
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]

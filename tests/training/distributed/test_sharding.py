@@ -16,21 +16,21 @@ from muntin.training.recipe import parse_recipe
 from muntin.training.weights import new_model
 from rank_processes import Plain, curves, run_ranks
 
-STEPS = 20
+STEPS = 8
 RUNS: dict[str, dict[str, Any]] = {
     "none": {"steps": STEPS},
     "zero1": {"steps": STEPS, "sharding": "zero1"},
     "zero2": {"steps": STEPS, "sharding": "zero2", "micro_batch": 3, "checkpointing": "full"},
     "zero3": {"steps": STEPS, "sharding": "zero3", "checkpointing": "selective"},
-    "quantized": {"steps": 5, "sharding": "zero3", "quantized": True},
-    "hybrid zero2": {"steps": 5, "sharding": "zero2", "norm_group": 3, "hybrid": True},
-    "hybrid zero3": {"steps": 5, "sharding": "zero3", "norm_group": 3, "hybrid": True, "checkpointing": "full"},
+    "quantized": {"steps": 3, "sharding": "zero3", "quantized": True},
+    "hybrid zero2": {"steps": 3, "sharding": "zero2", "norm_group": 3, "hybrid": True},
+    "hybrid zero3": {"steps": 3, "sharding": "zero3", "norm_group": 3, "hybrid": True, "checkpointing": "full"},
 }
 
 
 def test_curves_of_two_processes() -> None:
     """Those of one process. Quantised: up to values that a last bit rounds to another step of a grid."""
-    plain, quantized, hybrid = curves({"steps": STEPS}, {"steps": 5, "quantized": True}, {"steps": 5, "norm_group": 3, "hybrid": True})
+    plain, quantized, hybrid = curves({"steps": STEPS}, {"steps": 3, "quantized": True}, {"steps": 3, "norm_group": 3, "hybrid": True})
     for answers in run_ranks(2, curves, *RUNS.values()):
         for name, (losses, weights, held) in zip(RUNS, answers, strict=True):
             alone, tolerance = {"quantized": (quantized, 1e-3), "hybrid": (hybrid, 1e-5)}.get(name.split()[0], (plain, 1e-5))

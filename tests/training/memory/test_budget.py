@@ -35,8 +35,8 @@ from muntin.training.trainer import Trainer
 torch.set_num_threads(1)
 options = {"stem": [8, 8, 16], "dims": [32], "depths": [2], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
 generator = torch.Generator().manual_seed(0)
-images = torch.randint(0, 256, (2, 16, 3, 96, 96), dtype=torch.uint8, generator=generator)
-targets = torch.randint(0, 4, (2, 16, 96, 96), generator=generator)
+images = torch.randint(0, 256, (2, 16, 3, 64, 64), dtype=torch.uint8, generator=generator)
+targets = torch.randint(0, 4, (2, 16, 64, 64), generator=generator)
 
 def run(budget):
     torch.manual_seed(0)

@@ -19,8 +19,8 @@ from muntin.training.trainer import Trainer
 SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid-xs": {"task": "segment", "options": SMALL},
-    "timm:mobilenetv3_small_050": {"task": "classify"},  # BatchNormAct2d
-    "torchvision:resnet18": {"task": "classify"},
+    "timm:test_efficientnet": {"task": "classify"},  # BatchNormAct2d
+    "timm:test_resnet": {"task": "classify"},
 }
 
 

@@ -34,8 +34,8 @@ def run(free):
     torch.manual_seed(0)
     model = muntin.create_model("hybrid-xs", task="segment", classes=4, options=options).double()
     trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"))
-    images = [torch.randint(0, 256, (32, 3, 96, 96), dtype=torch.uint8) for _ in range(steps)]
-    targets = [torch.randint(0, 4, (32, 96, 96)) for _ in range(steps)]
+    images = [torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8) for _ in range(steps)]
+    targets = [torch.randint(0, 4, (32, 64, 64)) for _ in range(steps)]
     losses = []
     for step in range(steps):
         bound = resident()[0] + (free << 20) if step >= 1 and free is not None else None

@@ -22,7 +22,9 @@ from muntin.training.checkpoint import read_checkpoint
 from muntin.training.recipe import Recipe, load_recipe
 from muntin.training.run import fit
 from muntin.training.teachers.opening import SessionTeacher, open_teacher
+from products import product
 
+SMALL = {"stem": [8, 8, 16], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 16, "pairs": [1, 1]}
 FACTORY = """
 import torch
 def make(*, task, classes, channels):
@@ -32,8 +34,10 @@ def make(*, task, classes, channels):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Any:
-    made = write_tiny(tmp_path_factory.mktemp("teachers") / "data", training={"steps": 2})
-    fit(made.recipe, directory=made.root / "run")
+    """A recipe, and beside it the shared run, as `run`, and its artefact in floats, as `artifact`."""
+    made, trained = write_tiny(tmp_path_factory.mktemp("teachers") / "data"), product("trained")
+    (made.root / "run").symlink_to(trained / "run")
+    (made.root / "artifact").symlink_to(trained / "float")
     return made
 
 
@@ -47,8 +51,6 @@ def open_(tiny: Any, *overrides: str, names: tuple[str, ...] | None = None, **ch
 
 def test_run_and_artifact(tiny: Any) -> None:
     """The deployed teacher answers as the run's, but for rounding."""
-    checkpoint = read_checkpoint(tiny.root / "run")
-    export_checkpoint(checkpoint, tiny.root / "artifact", integer=False, sizes="fixed")
     run, _ = open_(tiny, "teacher.model=run")
     deployed, notes = open_(tiny, "teacher.model=artifact")
     assert isinstance(deployed, SessionTeacher) and notes == ("teacher: artifact",)
@@ -141,6 +143,7 @@ def test_teacher_of_restored_pictures(tmp_path: Path) -> None:
         "task": "restore",
         "data": {"source": "folders", "images": "photos", "degrade": {"scale": 2}, "validation": 0.3, "test": 0.3, "crop": 32},
         "training": {"steps": 1, "batch_size": 2, "threads": 1},
+        "model": {"name": "hybrid-xs", "options": SMALL},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     run = read_checkpoint(fit(tmp_path / "recipe.yaml", directory=tmp_path / "run").checkpoint)

@@ -107,6 +107,7 @@ def taught(tmp_path: Path, write_tiny: Callable[..., Any], write_scenes: Callabl
     """A data set whose labels lack the third class, a folder without labels that shows it, and a teacher that knows it."""
     tiny = write_tiny(
         tmp_path / "data",
+        model={"name": "product_model:make", "options": {}},
         training={"steps": 60, "validate_every": 60, "checkpoint_every": 30, "batch_size": 4, "average": 0.9, "learning_rate": 0.01},
     )
     colors = [entry["color"] for entry in tiny.content["data"]["classes"]]
