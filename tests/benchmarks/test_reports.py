@@ -330,13 +330,6 @@ def test_peer_padding(tmp_path: Path) -> None:
     assert [tuple(shape) for shape in padded] == [(2, 40, 33, 3), (1, 64, 32, 3)]
 
 
-@pytest.mark.parametrize("change", ["seed=5", "model.name=hybrid-m", "data.source=earth:shore", "training.steps=5"])
-def test_regions_options(change: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        importlib.import_module("regions").BENCHMARK.parse(["--set", change])
-    assert f"--set {change.partition('=')[0]}: give --" in capsys.readouterr().err
-
-
 def test_choice_split_has_every_class() -> None:
     training = importlib.import_module("segmentation_peers.training")
     source = EarthSource("cover")

@@ -55,6 +55,20 @@ def test_written_frames_are_read(tmp_path: Path, ending: str) -> None:
         next(read_frames(path, 4))
 
 
+@pytest.mark.parametrize(("height", "matrix"), [(718, "ITU601"), (720, "ITU709")])
+def test_colours_that_no_stream_names(tmp_path: Path, height: int, matrix: str) -> None:
+    """BT.709 from 720 lines on, BT.601 below."""
+    with av.open(str(tmp_path / "film.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, height, "yuv420p"
+        planes = np.full((height * 3 // 2, 32), 90, np.uint8)
+        planes[height:] = 200
+        frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
+        container.mux([*stream.encode(frame), *stream.encode()])
+    (read,) = read_frames(tmp_path / "film.mkv")
+    np.testing.assert_array_equal(read.pixels, frame.to_ndarray(format="rgb24", src_colorspace=matrix))
+
+
 def test_uneven_times(tmp_path: Path) -> None:
     times = [90_000, 93_000, 99_000, 120_000, 121_500]
     frames = list(read_frames(write(tmp_path / "film.mp4", pts=times, base=Fraction(1, 90_000))))

@@ -47,6 +47,13 @@ def test_balance() -> None:
     assert balanced_choice(np.zeros((4, 2)), 3) == []
 
 
+def test_balance_of_shares() -> None:
+    """A row counts for a class from a share of 0.01 on, or for the largest share if no row has as much."""
+    shares = np.array([[0.995, 0.005], [0.5, 0.5], [0.98, 0.02], [1.0, 0.0]])
+    assert balanced_choice(shares[:, 1:], 4) == [1, 2]
+    assert balanced_choice(np.array([[0.004], [0.005]]), 4) == [1]
+
+
 def test_balance_of_labels() -> None:
     labels = np.array([0] * 30 + [1] * 10 + [300] * 3)
     assert np.bincount(labels[balanced_labels(labels, 12)])[[0, 1, 300]].tolist() == [5, 4, 3]
