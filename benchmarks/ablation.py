@@ -2,22 +2,16 @@
 
     python benchmarks/ablation.py [--model hybrid-s] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--variants serial ...]
 
-Each variant is the preset with one change, trained by the demonstration's recipe (source earth, averaged weights; tuned with hybrid-s) for
-the same steps on the same crops, seed by seed, and in one precision.
-    local only, global only   all heads use windows; all heads use latents
-    convolutions              no attention: two 3 x 3 convolutions of about as many multiply-adds in place of a block
-    serial                    attention, then the MLP, instead of both at once
-    no gate, no depthwise     without gates; without the depthwise convolution for position
-    window, latents           another side of a window; another number of latents a head
-    LayerNorm, GELU           in the blocks, in place of norms that fold away and of ReLU, which fuses
-    one-step decoder          all maps to the finest by one bilinear step, summed, smoothed once; the same projections
-    UPerNet head              a pyramid with a global context fused at the finest, half as wide: about as many multiply-adds
-    gate budget               gates close while the network trains, until the open gated channels have that share of their multiply-adds;
-                              closed channels are cut out before anything is measured
+Each variant is the preset with one change (VARIANTS), trained by the demonstration's recipe for the same steps on the same crops, seed by
+seed. Variants without an option of the configuration are factories of this module. `convolutions` has two 3 x 3 convolutions of about as
+many multiply-adds in place of a block; `one-step decoder` brings all maps to the finest by one bilinear step; with a `gate budget`, gates
+close while the network trains, until the open gated channels have that share of their multiply-adds, and closed channels are cut out.
 Then parallel blocks are compared with serial ones, and cut networks with the base, in five ways of running: medians of five passes, both
 networks in turns. A variant that cannot be trained or exported is left out; without the base there is no comparison. Time on two cores:
-three to five minutes a variant and seed (windows of 32 several times that), so about five hours for all, two minutes a seed of timing, ten
-for the pairs. Scores do not suffer from other work; for the timings run it alone.
+three to five minutes a variant and seed (windows of 32 several times that), two minutes a seed of timing, ten for the pairs. Scores do not
+suffer from other work; for the timings run it alone.
+
+Axes: B images, C channels, H W map, S windows, T tokens a window.
 """
 
 from __future__ import annotations
@@ -28,13 +22,12 @@ from functools import partial
 from math import inf, sqrt
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import muntin
-from ablation_models import BASES, factory_name
+import measures
 from documents import Column, Document, Goal, Row, Table, columns, grouped, seeds_of, spread
 from harness import Benchmark, Options, Run, file_name, main, option, seeds_option
 from muntin.artifact import open_artifact
@@ -42,19 +35,20 @@ from muntin.compression import load_model, remove_closed_channels
 from muntin.deployment import image_macs
 from muntin.deployment.counting import parameter_count
 from muntin.errors import MuntinError
-from muntin.models import PRESETS, ModelConfig, TorchSession
-from muntin.models.hybridnet import GAIN
+from muntin.layers import ConvUnit, Grid, ParallelBlock, Perceptron, PixelHead, ProgressiveUpsampler, PyramidFusion, Sum, TokenNorm
+from muntin.models import PRESETS, HybridNet, ModelConfig, TorchSession, create_model
+from muntin.models.hybridnet import GAIN, AttentionStage
 from muntin.runtime import load
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.profiling.contention import watch_cpu
 from muntin.runtime.profiling.profile import fill
-from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of
-from muntin.training.evaluation import tile_of
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained
 from segmentation_peers.deployment import precisions
 
+BASES = ("hybrid-xxs", "hybrid-xs", "hybrid-s", "hybrid-m")
+"""Presets that can be taken apart."""
 SIDE, PASSES = 512, 5
 WAYS = ("eager f32", "compile f32", "deployed f32", "deployed bf16", "deployed i8")
 """Ways of running a pair of networks."""
@@ -81,7 +75,7 @@ VARIANTS: dict[str, Row] = {
     "UPerNet head": {"model.name": "with_uper_decoder"},
     **{f"gate budget {share}": {"training.gate_budget": share} for share in (0.5, 0.25)},
 }
-"""Changes of the recipe; `model.name` is a factory of `ablation_models`, `training.gate_budget` the share of gated channels to keep."""
+"""Changes of the recipe; `model.name` is a factory of this module, `training.gate_budget` the share of gated channels to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +102,7 @@ class Network:
     def checkpoint(self) -> Checkpoint:
         changes, preset = dict(VARIANTS[self.name]), self.options.model
         factory = changes.pop("model.name", None)
-        name = preset if factory is None else f"ablation_models:{factory_name(factory, preset)}"
+        name = preset if factory is None else f"ablation:{factory_name(factory, preset)}"
         shared = {"seed": self.seed, "training.steps": self.options.steps, "training.precision": self.options.precision}
         return trained(demo_recipe({**shared, "model.name": name, **changes}), self.folder)
 
@@ -151,19 +145,20 @@ def attempt(row: Row, measure: Callable[[], Row]) -> Row:
 def score(network: Network) -> Row:
     checkpoint, model = network.checkpoint, network.model()
     session = load(network.floats, precision="f32", threads=network.options.threads)
-    miou = muntin.evaluate(session, source_of(checkpoint).split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
-    return {"miou": miou, "gmac": network.gmac, "parameters": parameter_count(model), "train_s": checkpoint.state.seconds}
+    return {
+        "miou": measures.score(checkpoint, session),
+        "gmac": network.gmac,
+        "parameters": parameter_count(model),
+        "train_s": checkpoint.state.seconds,
+    }
 
 
 def latencies(networks: Sequence[Network], options: AblationOptions) -> Row:
     """Medians of all variants of a seed, the base first, timed in turns in one process; of a variant by its precision."""
-    cases = {f"{network.name}|{precision}": (network, precision) for network in networks for precision in precisions()}
-    sessions = {case: network.open(f"deployed {precision}") for case, (network, precision) in cases.items()}
+    sessions = {f"{each.name}|{precision}": each.open(f"deployed {precision}") for each in networks for precision in precisions()}
     with watch_cpu() as watch:
-        timed = interleaved_latency(sessions, networks[0].image(), rounds=options.rounds)
-    ms: Row = {network.name: {} for network in networks}
-    for case, (network, precision) in cases.items():
-        ms[network.name][precision] = timed[case].median_ms
+        timed = measures.ms_in_turns(sessions, networks[0].image(), options.rounds)
+    ms: Row = {network.name: {precision: timed[f"{network.name}|{precision}"] for precision in precisions()} for network in networks}
     timing = {"threads": options.threads, "rounds": options.rounds}
     return {"part": "latency", "seed": networks[0].seed, **timing, "ms": ms, "others": watch.others}
 
@@ -173,9 +168,9 @@ def gain(first: Network, other: Network, way: str) -> Row:
     torch._dynamo.reset()  # earlier networks of this process count against the limit of compilations
     sessions, images = {network.name: network.open(way) for network in (first, other)}, first.image()
     with watch_cpu() as watch:
-        passes = [interleaved_latency(sessions, images, rounds=first.options.rounds) for _ in range(PASSES)]
-    ratios = [latency[other.name].median_ms / latency[first.name].median_ms for latency in passes]
-    ms = [median(latency[network.name].median_ms for latency in passes) for network in (first, other)]
+        passes = [measures.ms_in_turns(sessions, images, first.options.rounds) for _ in range(PASSES)]
+    ratios = [ms[other.name] / ms[first.name] for ms in passes]
+    ms = [median(each[network.name] for each in passes) for network in (first, other)]
     gmac = [first.gmac, other.gmac]
     return {"gmac": gmac, "ms": ms, "gain": median(ratios), "range": [min(ratios), max(ratios)], "others": watch.others}
 
@@ -217,6 +212,101 @@ def rows(run: Run) -> Iterator[Row]:
             row = {"part": "pair", "variant": both[0], "other": both[1], "way": way, "seed": seeds[0], **timing}
             make = partial(attempt, row, partial(gain, *pair, way))
             yield run.row(f"seed-{seeds[0]}/pairs/{name}/{way}", make, **timing, **variants(both))
+
+
+# Variants that the configuration has no option for. A recipe names one for each preset: `ablation:with_gelu_hybrid_xs`
+
+
+class LayerNorm(nn.Module):
+    """Normalises each token over its channels: the statistics depend on the image, so nothing folds away."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, t_STC: Tensor, grid: Grid) -> Tensor:
+        out: Tensor = self.norm(t_STC)
+        return out
+
+
+class GeluPerceptron(Perceptron):
+    """GELU for ReLU. The gate behind it does not fold into the layer before, because GELU is not linear in a scale."""
+
+    def __init__(self, like: Perceptron) -> None:
+        nn.Module.__init__(self)
+        self.expand, self.gate, self.reduce = like.expand, like.gate, like.reduce
+        self.activation = cast(nn.ReLU, nn.GELU())
+
+
+class ConvolutionBlock(nn.Module):
+    """x + conv(conv(x)), 3 x 3, `hidden` channels in between, then ReLU: `(B, C, H, W)` to the same shape."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.first, self.second = ConvUnit(channels, hidden), ConvUnit(hidden, channels, activation=False)
+        self.sum, self.activation = Sum(), nn.ReLU()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.activation(self.sum(x_BCHW, self.second(self.first(x_BCHW))))
+        return out
+
+
+def _blocks(model: HybridNet) -> list[ParallelBlock]:
+    return [module for module in model.modules() if isinstance(module, ParallelBlock)]
+
+
+def without_position(model: HybridNet) -> None:
+    """No depthwise convolution before the blocks: tokens do not know their positions."""
+    for stage in model.stages:
+        stage.position = nn.Identity()
+
+
+def with_convolutions(model: HybridNet) -> None:
+    """Blocks of as many multiply-adds; they know positions, so no `PositionUnit` either."""
+    config = model.config
+    for number, stage in enumerate(cast("list[AttentionStage]", list(model.stages))):
+        dim = config.dims[number]
+        local = dim - dim // config.head_dim // 2 * config.head_dim
+        global_heads = (dim - local) // config.head_dim
+        projections = dim * (3 * local + (dim - local) + 2 * global_heads * config.latents) + dim**2
+        products = 2 * config.window**2 * local + 2 * config.latents * (dim - local)
+        hidden = round((projections + products + 2 * config.mlp_ratio * dim**2) / (18 * dim) / 16) * 16
+        model.stages[number] = nn.Sequential(stage.reduce, *(ConvolutionBlock(dim, hidden) for _ in stage.blocks))
+
+
+def with_layer_norm(model: HybridNet) -> None:
+    """LayerNorm in the blocks; the convolutions keep their norms."""
+    for block in _blocks(model):
+        block.norm = cast(TokenNorm, LayerNorm(block.norm.dim))
+
+
+def with_gelu(model: HybridNet) -> None:
+    """GELU in the blocks' MLPs; the convolutions keep ReLU."""
+    for block in _blocks(model):
+        block.mlp = GeluPerceptron(block.mlp)
+
+
+def with_uper_decoder(model: HybridNet) -> None:
+    """A head like UPerNet's, half as wide, which has about as many multiply-adds; the last step to the pixel stays."""
+    config = model.config
+    maps = [lateral.conv.in_channels for lateral in cast("list[ConvUnit]", list(model.decoder.lateral))]
+    model.decoder = cast(ProgressiveUpsampler, PyramidFusion(maps, config.decoder // 2))
+    model.head = PixelHead(config.decoder // 2, config.outputs, config.finest * config.scale, GAIN)
+
+
+def factory_name(kind: str, preset: str) -> str:
+    return f"{kind}_{preset.replace('-', '_')}"
+
+
+def _changed(preset: str, change: Any, **arguments: Any) -> nn.Module:
+    model = cast(HybridNet, create_model(preset, **arguments))
+    change(model)
+    return model
+
+
+for _change in (without_position, with_convolutions, with_layer_norm, with_gelu, with_uper_decoder):
+    for _preset in BASES:
+        globals()[factory_name(_change.__name__, _preset)] = partial(_changed, _preset, _change)
 
 
 # What the rows say
@@ -363,9 +453,7 @@ def attention(documents: list[Document]) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="ablation",
-    options=AblationOptions,
-    measure=rows,
+    name="ablation", options=AblationOptions, measure=rows, newest=newest, n=seeds_of,
     about="""One change at a time, on `earth`. GMAC and ms are at 512 x 512 (float networks with folded norms and gates; all variants of a
 seed in turns), mIoU is of the test split, the FP32 model deployed (± standard deviation over seeds). *Points* and *slower* are differences
 to the base, seed by seed, ± standard error; *slower* is in the precision that is faster here. *Verdict* is on the preset's choice: a
@@ -374,8 +462,6 @@ make a weak test (by chance alone one difference in five passes it), and a prese
 
 In the pairs *gain* is the other network's time over the first one's. Goals: parallel blocks 1.3 times as fast as serial ones; networks with
 closed channels cut out 1.3 times as fast as the base, at half a point lost or less, also with twice the standard error.""",
-    newest=newest,
-    n=seeds_of,
     variant=setting,
     tables=(
         Table(columns=all_columns, rows=summary),

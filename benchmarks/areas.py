@@ -2,35 +2,30 @@
 
     python benchmarks/areas.py [--model hybrid-xs] [--crop 160] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--threads N]
 
-A hybrid trained by the demonstration's recipe (source earth) on crops of --crop pixels, as many pixels a step as the recipe has, is
-exported in floats and in integers, which are calibrated on such crops: `INT8` and `W4A8` after training, `stages` through low rank,
-W4A8 and mixed precision. Each artifact, in OpenVINO with its float layers in f32, scores the whole test split in tiles of that crop's
-side, of twice and four times it, and without tiles: strips of 645 x 2700 pixels, 68 times the area of crops of 160. An interrupted
-training continues. Time on two cores: eight minutes a seed for hybrid-xs. Scores do not suffer from other work.
+A hybrid trained by the demonstration's recipe on crops of --crop pixels is exported in floats and in integers: `INT8` and `W4A8` after
+training, `stages` through low rank, W4A8 and mixed precision. Each scores the test split (strips of 645 x 2700 pixels) in OpenVINO with
+float layers in f32, in tiles and whole. Time on two cores: eight minutes a seed. Scores do not suffer from other work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 import muntin
+from ablation import error, shown
 from documents import Column, Document, Goal, Row, Table, columns, mean, seeds_of, spread
 from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.artifact import Artifact
 from muntin.deployment.checkpoint_export import export_checkpoint
-from muntin.training import read_checkpoint
+from muntin.training import Recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import predictions, score
 from muntin.training.precision import cpu_computes_bf16
-from muntin.training.recipe import Recipe
 from resumed import PERCENTILE, compressed, demo_recipe, float_artifact, integer_artifact, network_of, trained
 
 FLOATS = "floats"
@@ -76,7 +71,6 @@ def measure(recipe: Recipe, folder: Path) -> Row:
     return {"forms": rows}
 
 
-@dataclass(frozen=True, kw_only=True)
 class AreasOptions(Options):
     model: str = option("hybrid-xs", "preset")
     crop: int = option(160, "side of training crops and calibration images, pixels", least=32)
@@ -90,7 +84,7 @@ def rows(run: Run) -> Iterator[Row]:
     for seed in dict.fromkeys(run.options.seeds):
         recipe, name = recipe_of(seed, run.options), f"{run.options.model}-{seed}"
         settings = {"recipe": recipe.model_dump(mode="json"), "percentile": PERCENTILE, **network_of(run.options.model)}
-        row = run.row(f"{name}/row", partial(measure, recipe, run.folder / name), **settings)
+        row = run.row(f"{name}/row", measure, recipe, run.folder / name, **settings)
         yield from ({"seed": seed, **form, "created": row["created"]} for form in row["forms"])
 
 
@@ -111,12 +105,7 @@ def figures(found: list[Row]) -> Iterator[Row]:
 
 
 def change(values: list[float] | None) -> str | None:
-    """Mean and standard error."""
-    return f"{fmean(values):+.2f}" + (f" ± {error(values):.2f}" if len(values) > 1 else "") if values else None
-
-
-def error(values: list[float]) -> float:
-    return stdev(values) / sqrt(len(values))
+    return shown(values, ".2f") if values else None
 
 
 def surely(document: Document) -> dict[str, float]:

@@ -2,19 +2,16 @@
 
     python benchmarks/budget.py --packages FOLDER [--nncf-python PATH] [--only NAME ...] [--budgets 3] [--seeds 3] [--trials 10]
 
-Networks, packages and NNCF's environment: as for `foreign.py`. Metrics: share of crops with FP32's class (EfficientNet-Lite0), mean cosine
-with FP32's embedding (MiniLM), accuracy (the ResNet, which is trained here). Every contender chooses on the same inputs (`choosing`) the
-smallest of its artifacts whose metric is within the budget; the figures are those of other inputs, which none has seen (`holdout`).
-Calibration and training use other images and sentences than both. Contenders:
-    muntin      muntin.compress: channels, ranks and bits together; `--trials` artifacts at most
-    bits, ranks, channels       quantize, or low_rank or prune and then INT8, at several strengths
-    nncf        nncf.quantize_with_accuracy_control with the budget
-Only the ResNet is trained: `--steps` steps of distillation a contender, shared evenly among its artifacts. Run it alone.
+Networks, packages, NNCF's environment and held-out inputs: as for `foreign.py`. Metrics: share of crops with FP32's class
+(EfficientNet-Lite0), mean cosine with FP32's embedding (MiniLM), accuracy (the ResNet). Every contender chooses on the same inputs
+(`choosing`) the smallest of its artifacts whose metric is within the budget; the figures are those of other inputs (`holdout`). Contenders:
+muntin.compress with `--trials` artifacts at most; quantize, low_rank and prune (then INT8) at several strengths;
+nncf.quantize_with_accuracy_control. Only the ResNet is trained: `--steps` steps of distillation a contender, shared evenly among its
+artifacts. Run it alone.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,22 +20,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 import muntin
 from documents import Document, Goal, Row, Table, columns, mean, seeds_of
-from foreign_networks.forms import RATE, Material, embeddings, parameters_of
 from foreign_networks.judging import MEGABYTES, NETWORKS, Judge, NetworkOptions, Scores, judges, over, over_seeds
-from foreign_networks.subjects import batches
+from foreign_networks.subjects import RATE, Pass, chain, channels, parameters_of, ranks
 from harness import Benchmark, Run, main, option
 from muntin.models.eager import call, tensors_of
+from quantizer_peers.data import HELD_OUT, batches
 
 BUDGETS = {"efficientnet-lite0": (0.05, 0.1, 0.2), "minilm": (0.005, 0.01, 0.02), "resnet": (0.005, 0.01, 0.02)}
 SHARES = (0.8, 0.6, 0.4)
 """Parameters that low rank and pruning leave."""
 SWEEPS: dict[str, tuple[float, ...]] = {"bits": (8, 6, 5, 4.5, 4), "ranks": SHARES, "channels": SHARES}
 TOLERANCE = 1e-7
-"""Points by which a drop may exceed its budget: 30 of 600 images are 5 points and a rounding error."""
+"""Points by which a drop may exceed its budget: a rounding error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +43,7 @@ class BudgetOptions(NetworkOptions):
     only: tuple[str, ...] = option(tuple(BUDGETS), "networks", choices=tuple(BUDGETS), selects=True)
     budgets: int = option(3, "how many of each network's, the tightest first", least=1, selects=True)
     choosing: int = option(400, "inputs on which contenders choose", least=16)
-    holdout: int = option(600, "inputs of the figures", least=16)
+    holdout: int = option(HELD_OUT, "inputs of the figures", least=16)
     trials: int = option(10, "most artifacts of muntin.compress", least=1)
     steps: int = option(1200, "steps of distillation, all artifacts of a contender together", least=1)
     unlabelled: int = option(1024, "inputs of distillation", least=16)
@@ -75,7 +71,7 @@ def compressed(judge: Judge, max_drop: float) -> Row:
         outputs = [tensors_of(call(model, batch))[0].numpy() for batch in batches(judge.inputs["choosing"])]  # type: ignore[arg-type]
         return metric(judge, "choosing", np.concatenate(outputs))
 
-    given, lessons = judge.options, None if judge.subject.labels is None else judge.material.batches
+    given, lessons = judge.options, None if judge.labels["choosing"] is None else judge.material.batches
     recipe = {"trials": given.trials, "steps": given.steps // given.trials if lessons else None, "learning_rate": RATE}
     started = time.perf_counter()
     result = muntin.compress(
@@ -88,24 +84,14 @@ def compressed(judge: Judge, max_drop: float) -> Row:
     }  # fmt: skip
 
 
-def swept(sweep: str, strength: float, model: nn.Module, material: Material) -> nn.Module:
+def swept(sweep: str, strength: float, trains: bool) -> Pass:
     """A form of a sweep. Only networks with labels are trained, each form for an even share of the steps."""
-    trains, share, teacher = material.subject.labels is not None, len(SWEEPS[sweep]), copy.deepcopy(model)
-    if sweep != "bits":
-        narrow = muntin.low_rank if sweep == "ranks" else muntin.prune
-        narrow(model, material.calibration, parameters=strength, keep=material.subject.keep)
-        if trains:
-            material.distil(model, teacher, share)
-    options: dict[str, Any] = {"embedding_bits": 4 if strength < 8 else 8} if embeddings(model) else {}
+    parts = len(SWEEPS[sweep])
     if sweep == "bits":
-        options["bits"] = int(strength) if float(strength).is_integer() else strength
-    if trains and isinstance(options.get("bits"), int):
-        muntin.prepare_qat(model, material.calibration, bits=options["bits"])
-        material.distil(model, teacher, share)
-        muntin.freeze(model)
-    else:
-        muntin.quantize(model, material.calibration, **options)
-    return model
+        learns = trains and float(strength).is_integer()
+        return chain(bits=int(strength) if float(strength).is_integer() else strength, trained=learns, aware=learns, parts=parts)
+    narrow = partial(ranks if sweep == "ranks" else channels, parameters=strength)
+    return chain(narrow, trained=trains, parts=parts, embedding_bits=4)
 
 
 def chosen(points: list[Row], max_drop: float) -> Row:
@@ -130,12 +116,12 @@ def controlled(judge: Judge, max_drop: float) -> Row:
 def rows(run: Run) -> Iterator[Row]:
     given = run.options
     makers = {"muntin": compressed, **({"nncf": controlled} if given.nncf_python else {})}
-    for judge in judges(run, {"choosing": given.choosing, "holdout": given.holdout}, None, drops):
+    for judge in judges(run, {"holdout": given.holdout, "choosing": given.choosing}, None, drops):
         if judge.seed == 0:
             yield judge.facts()
         sweeps = {}
         for sweep, strengths in SWEEPS.items():
-            forms = {f"{sweep}-{one:g}": partial(swept, sweep, one) for one in strengths}
+            forms = {f"{sweep}-{one:g}": swept(sweep, one, judge.labels["choosing"] is not None) for one in strengths}
             sweeps[sweep] = judge.made({name: partial(judge.artifact, name, form) for name, form in forms.items()})
         for budget in BUDGETS[judge.subject.name][: given.budgets]:
             found = judge.made({f"{name}-{budget:g}": partial(make, judge, budget) for name, make in makers.items()})

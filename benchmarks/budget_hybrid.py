@@ -4,13 +4,11 @@
                                        [--only muntin channels ...] [--set training.batch_size=8 ...]
 
 The recipe is that of the demonstration with hybrid-m and `--fit` steps. Every contender has `--steps` training steps, shared evenly among
-its candidates, chooses by the mean IoU of its artifacts on the validation part, and is judged on the test part:
-    muntin          `muntin compress --max-drop`: widths, ranks and bits by tables
-    bits, ranks, channels       the same search among uniform bits, the same share of each rank, or widths alone (the last two with INT8)
-    one stage       muntin's plan again, with all the steps in one training
-    stages, cumulative stages   the recipe's three stages, with ranks by its criterion or by the cumulative energy of each weight
-    scratch         a HybridNet whose INT8 artifact has the bytes of muntin's, trained for the seconds of FP32 and muntin's search together
-The last four know no budget: their drop is what it is. Run it alone: hours on two cores.
+its candidates, chooses by the mean IoU of its artifacts on the validation part, and is judged on the test part. `muntin` is `muntin
+compress --max-drop`; `bits`, `ranks` and `channels` the same search among uniform bits, the same share of each rank, or widths alone; `one
+stage` muntin's plan in one training; the stages are the recipe's, with ranks by its criterion or by the cumulative energy; `scratch` is a
+HybridNet whose INT8 artifact has the bytes of muntin's, trained for the seconds of FP32 and muntin's search together. The last four know no
+budget. Run it alone: hours on two cores.
 """
 
 from __future__ import annotations
@@ -23,24 +21,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 import muntin
 from documents import Document, Goal, Row, Table, columns, grouped, mean, seeds_of, spread
 from harness import Benchmark, Options, Run, file_name, main, option
+from measures import ms_in_turns, noise, score
 from muntin.artifact import open_artifact
 from muntin.budgeting.forms.layer_forms import KEPT, layer_forms, offered_ranks
 from muntin.budgeting.forms.plans import Form, Plan
 from muntin.budgeting.run import compress_run
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.deployment.layer_rows import deployed_sizes
-from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.training.checkpoint import read_checkpoint, source_of
-from muntin.training.evaluation import evaluate, tile_of
-from muntin.training.recipe import Recipe, load_recipe, override_recipe
+from muntin.training.checkpoint import read_checkpoint
+from muntin.training.recipe import Recipe, override_recipe
 from muntin.training.weights import new_model
-from resumed import compressed, trained
+from resumed import compressed, demo_recipe, trained
+from segmentation_peers.deployment import bytes_of
 
 MODEL = "hybrid-m"
 SEARCHED = ("muntin", "one stage", "scratch", "bits", "ranks", "channels")
@@ -113,8 +110,6 @@ class Bench:
         self.folder, self.options = (run.folder / str(seed)).resolve(), run.options
         self.recipe = override_recipe(recipe, [f"seed={seed}"])
         self.fp32 = trained(self.recipe, self.folder / "fp32")
-        source = source_of(self.fp32)
-        self.parts = {"validation": source.split("validation"), "test": source.split("test")}
 
     def reference(self) -> Row:
         path = export_checkpoint(self.fp32, self.folder / "float", integer=False).path
@@ -180,17 +175,14 @@ class Bench:
         return sum(one.numel() for one in model.parameters()) + 60_000  # graph, manifest and reference outputs
 
     def _judged(self, path: Path) -> Row:
-        session, tile = muntin.load(path), tile_of(self.recipe.data.crop)
-        scores = {part: evaluate(session, samples, tile=tile).score for part, samples in self.parts.items()}
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return {"path": str(path.relative_to(self.folder)), "bytes": size, **scores}
+        session = muntin.load(path)
+        scores = {split: score(self.fp32, session, split) for split in ("validation", "test")}
+        return {"path": str(path.relative_to(self.folder)), "bytes": bytes_of(path), **scores}
 
 
 def rows(run: Run) -> Iterator[Row]:
     given = run.options
-    recipe = load_recipe(
-        Path(muntin.__file__).parent / "recipes" / "demo.yaml", [f"model.name={MODEL}", f"training.steps={given.fit}", *given.set]
-    )
+    recipe = override_recipe(demo_recipe({"model.name": MODEL, "training.steps": given.fit}), given.set)
     for seed in range(given.seeds):
         bench = Bench(recipe, seed, run)
 
@@ -217,9 +209,7 @@ def rows(run: Run) -> Iterator[Row]:
 
 
 def timed(paths: Mapping[str, Path], rounds: int) -> Row:
-    image = np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
-    latencies = interleaved_latency({name: muntin.load(path) for name, path in paths.items()}, image, rounds=rounds)
-    return {"ms": {name: latency.median_ms for name, latency in latencies.items()}}
+    return {"ms": ms_in_turns({name: muntin.load(path) for name, path in paths.items()}, noise(SIDE), rounds)}
 
 
 # Pages

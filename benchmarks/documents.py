@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -112,6 +112,32 @@ class Table:
         return f"**{self.title}**\n\n{table}" if self.title else table
 
 
+def crossed(
+    keys: str, across: str, cell: Callable[[Row], str], *, select: Callable[[list[Row]], Iterable[Row]] = list, head: str = "{}",
+    more: Iterable[Column] = (), title: str = "",
+) -> Table:  # fmt: skip
+    """A table with a line for each combination of the `keys` ("preset, side") and a column, titled by `head`, for each value of `across`.
+
+    `more`: columns after them, of a line's first row or of all its `rows`. A row that says `cannot` is a cell like others.
+    """
+    names = keys.split(", ")
+
+    def shown(document: Document) -> tuple[Column, ...]:
+        places = dict.fromkeys(row.get(across) for row in select(document.rows))
+        cells = (Column(title=head.format(place), value=lambda line, place=place: line["cells"].get(place)) for place in places)
+        return (*(Column(title=name, value=name) for name in names), *cells, *more)
+
+    def lines(rows: list[Row]) -> Iterator[Row]:
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in select(rows):
+            groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+        for group in groups.values():
+            cells = {row.get(across): f"cannot: {row['cannot']}" if "cannot" in row else cell(row) for row in group}
+            yield {key: value for key, value in group[0].items() if key != "cannot"} | {"rows": group, "cells": cells}
+
+    return Table(columns=shown, rows=lines, title=title)
+
+
 def grid(lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned, so that a terminal shows it as well. The first line is its head."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
@@ -122,17 +148,25 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """A bound on one or several cases of a document; a case of None was not measured. One of the bounds is given."""
+    """A bound on one or several cases of a document; a case of None was not measured. One of the bounds is given.
+
+    `values`: the cases or the only one of a document; or a dotted path in each of the `rows`, with `case` as the format of its case's name.
+    """
 
     name: str
-    values: Callable[[Document], Mapping[str, float | None] | float | None]
+    values: Callable[[Document], Mapping[str, float | None] | float | None] | str
+    case: str = ""
+    rows: Callable[[list[Row]], Iterable[Row]] = list
     at_least: float | None = None
     at_most: float | None = None
     form: str = "{:.3g}"
 
     def cases(self, document: Document) -> dict[str, float]:
         """Measured cases; the only one has an empty name."""
-        values = self.values(document)
+        if isinstance(self.values, str):
+            values: Any = {self.case.format(**row): look_up(row, self.values) for row in self.rows(document.rows) if "cannot" not in row}
+        else:
+            values = self.values(document)
         cases = values if isinstance(values, Mapping) else {"": values}
         return {case: value for case, value in cases.items() if value is not None}
 
@@ -210,14 +244,17 @@ def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]
     return groups
 
 
+def values_of(rows: Iterable[Row], path: str) -> list[Any]:
+    """The values at a dotted path, of the rows that have one."""
+    return [value for row in rows if (value := look_up(row, path)) is not None]
+
+
 def mean(rows: Iterable[Row], path: str) -> float | None:
-    values = [value for row in rows if (value := look_up(row, path)) is not None]
-    return statistics.fmean(values) if values else None
+    return statistics.fmean(values) if (values := values_of(rows, path)) else None
 
 
 def median(rows: Iterable[Row], path: str) -> float | None:
-    values = [value for row in rows if (value := look_up(row, path)) is not None]
-    return statistics.median(values) if values else None
+    return statistics.median(values) if (values := values_of(rows, path)) else None
 
 
 def spread(values: Sequence[float], form: str = "{:.3f}") -> str:

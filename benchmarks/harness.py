@@ -39,20 +39,20 @@ NAMED_DIFFERENCES = 4
 
 def option(
     default: Any, help: str, *, least: int | None = None, choices: Sequence[str] | None = None, parse: Callable[[str], Any] | None = None,
-    selects: bool = False, hidden: bool = False,
+    selects: bool = False,
 ) -> Any:  # fmt: skip
     """Declare a field of an options dataclass: `--name`, with dashes. A tuple takes several values, a bool is a switch.
 
     `least`: smallest integer. `parse`: reads one value where the default is None or of another type. `selects`: it chooses which rows are
     measured and changes none of them.
     """
-    facts = {"help": help, "least": least, "choices": choices, "parse": parse, "selects": selects, "hidden": hidden}
+    facts = {"help": help, "least": least, "choices": choices, "parse": parse, "selects": selects}
     return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options that every benchmark has. Subclasses add fields made by `option`."""
+    """Options that every benchmark has. Subclasses add fields made by `option`; `Benchmark` makes a dataclass of them."""
 
     output: Path = option(Path(), "folder of the rows; runs/benchmark-NAME unless given", selects=True)
     json: bool = option(False, "print one JSON document instead of the tables", selects=True)
@@ -82,7 +82,7 @@ def _parser(options: type[Options], description: str | None) -> argparse.Argumen
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for each in sorted(dataclasses.fields(options), key=lambda each: each.name in ("output", "json")):
         facts, flag = each.metadata, "--" + each.name.replace("_", "-")
-        text = argparse.SUPPRESS if facts["hidden"] else facts["help"].replace("%", "%%")
+        text = facts["help"].replace("%", "%%")
         if isinstance(each.default, bool):
             parser.add_argument(flag, action="store_true", help=text)
             continue
@@ -116,17 +116,17 @@ class Run:
         fields = dataclasses.fields(self.options)
         return {each.name: getattr(self.options, each.name) for each in fields if not each.metadata["selects"]}
 
-    def row(self, name: str, measure: Callable[[], Row], /, **settings: Any) -> Row:
+    def row(self, name: str, measure: Callable[..., Row], /, *arguments: Any, **settings: Any) -> Row:
         """Return the row of this name (a path below the output folder, without suffix): the one on disk, or a new one.
 
-        `settings`: what it depends on beyond the options. A row of other settings or of another machine ends the program. A row that says
-        `cannot` is not kept, so the next call tries again.
+        `arguments`: of `measure`. `settings`: what the row depends on beyond the options. A row of other settings or of another machine
+        ends the program. A row that says `cannot` is not kept, so the next call tries again.
         """
         path = self.folder / f"{file_name(name)}.json"
         wanted = self.settings | settings
         row = read_row(path, wanted, self.hardware)
         if row is None:
-            row = {"settings": wanted, **measure(), "created": now(), "hardware": self.hardware}
+            row = {"settings": wanted, **measure(*arguments), "created": now(), "hardware": self.hardware}
             if "cannot" not in row:
                 write_whole(path, row)
             print(f"{datetime.now(UTC):%H:%M:%S}  {name}{': ' + row['cannot'] if 'cannot' in row else ''}", file=sys.stderr, flush=True)
@@ -237,9 +237,13 @@ class Benchmark:
     blocks: Mapping[str, Callable[[list[Document]], str]] = field(default_factory=dict)
     unrecorded: str = ""
 
+    def __post_init__(self) -> None:
+        if "__dataclass_fields__" not in vars(self.options):
+            dataclass(frozen=True, kw_only=True)(self.options)
+
     def parse(self, arguments: Sequence[str], description: str | None = None) -> Any:
-        """Read the command line. Ends the program on wrong values."""
-        parser = _parser(self.options, description)
+        """Read the command line. Ends the program on wrong values. `--help` prints the description and `about`."""
+        parser = _parser(self.options, f"{description or ''}\n{self.about}")
         several = {each.name for each in dataclasses.fields(self.options) if isinstance(each.default, tuple)}
         words = vars(parser.parse_args(arguments))
         given = {key: tuple(value) if key in several else value for key, value in words.items() if key not in several or value is not None}

@@ -2,10 +2,9 @@
 
     python benchmarks/loads.py [--loads 20] [--clients 3]
 
-One server (`muntin serve`, on all cores) has a segmentation at 512 x 512. Each client is a process that sends one image after the other,
-over HTTP, and compares every answer with the first one, byte for byte. First without loads for 30 s, then new versions are loaded one after
-the other, by HTTP and gRPC in turns, with ten seconds between them: the same model in artifacts of their own, so nothing is compiled yet.
-Time: about a quarter of an hour. Run it alone.
+Each client is a process that sends one image after the other to `muntin serve` and compares every answer with the first one. After 30 s
+without loads new versions are loaded by HTTP and gRPC in turns, with ten seconds between them: the same model in artifacts of their own, so
+nothing is compiled yet. Time: about a quarter of an hour. Run it alone.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from importlib import import_module
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -29,7 +27,7 @@ from documents import Goal, Row, Table, columns
 from harness import Benchmark, Options, Run, main, option
 from muntin.artifact.manifest import render_manifest
 from muntin.artifact.store import read_manifest
-from serving_peers.load import HOST
+from serving_peers.load import HOST, figures
 from serving_peers.models import IMAGES, SEGMENT, make_artifact, sample_images
 from serving_peers.servers import free_port, muntin_launch, running
 
@@ -40,7 +38,6 @@ Answer = tuple[float, float, str]
 """Time when it was sent, seconds that it took, and what was wrong with it ("" for a right answer)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LoadsOptions(Options):
     loads: int = option(20, "versions to load", least=1)
     clients: int = option(3, f"at most {IMAGES}", least=1)
@@ -121,8 +118,9 @@ def measure(output: Path, loads: int, clients: int) -> Row:
         for worker in workers:
             worker.join(60)
     spans = [(row["began"], row["began"] + row["seconds"]) for row in rows]
-    before = [seconds for began, seconds, _ in done if quiet <= began < quiet + QUIET_S]
-    during = [seconds for began, seconds, _ in done if any(start <= began + seconds and began <= end for start, end in spans)]
+    times = [(began, began + seconds, "200") for began, seconds, _ in done]
+    before = [answer for answer in times if quiet <= answer[0] < quiet + QUIET_S]
+    during = [(began, end, status) for began, end, status in times if any(first <= end and began <= last for first, last in spans)]
     problems = [problem for _, _, problem in done if problem]
     wrong = problems.count(OTHER)
     return {
@@ -132,14 +130,9 @@ def measure(output: Path, loads: int, clients: int) -> Row:
     }  # fmt: skip
 
 
-def figures(seconds: list[float], over: float) -> Row:
-    p50, p99, worst = (float(value) * 1e3 for value in np.percentile(seconds, (50, 99, 100)))
-    return {"answers_per_s": len(seconds) / over, "p50_ms": p50, "p99_ms": p99, "worst_ms": worst}
-
-
 def rows(run: Run) -> Iterator[Row]:
     given = run.options
-    yield run.row("loads", partial(measure, run.folder, given.loads, given.clients), workload=asdict(SEGMENT))
+    yield run.row("loads", measure, run.folder, given.loads, given.clients, workload=asdict(SEGMENT))
 
 
 def summary(rows: list[Row]) -> Iterator[Row]:
@@ -147,10 +140,6 @@ def summary(rows: list[Row]) -> Iterator[Row]:
         seconds, problems = [load["seconds"] for load in row["loads"]], [load["problem"] for load in row["loads"] if load["problem"]]
         times = {"count": len(seconds), "median": np.median(seconds), "longest": max(seconds)}
         yield {**row, **times, "refused": len(problems), "told": "; ".join(dict.fromkeys((*problems, *row["problems"])))}
-
-
-def goal(name: str, column: str, at_most: float) -> Goal:
-    return Goal(name=name, values=lambda document: next(summary(document.rows))[column], at_most=at_most, form="{:.3g}")
 
 
 NEWEST = (
@@ -184,8 +173,11 @@ same labels throughout.""",
         ),
     ),
     goals=(
-        goal("longest load, s", "longest", LONGEST_S), goal("failed loads", "refused", 0), goal("failed requests", "failed", 0),
-        goal("requests with other labels", "wrong", 0),
+        Goal(name="longest load, s", values="longest", rows=summary, at_most=LONGEST_S),
+        *(
+            Goal(name=name, values=column, rows=summary, at_most=0)
+            for name, column in (("failed loads", "refused"), ("failed requests", "failed"), ("requests with other labels", "wrong"))
+        ),
     ),
 )  # fmt: skip
 

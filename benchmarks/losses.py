@@ -75,13 +75,10 @@ def newest(document: Document) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="losses",
-    options=LossesOptions,
-    measure=rows,
+    name="losses", options=LossesOptions, measure=rows, newest=newest,
     about="Cross-entropy and soft IoU with their gradient, written out and in PyTorch's own operations (plain), in turns.",
-    newest=newest,
     tables=(Table(columns=columns("shape, threads, ms:.1f, plain ms=plain_ms:.1f, gain:.2f")),),
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(BENCHMARK, __doc__)

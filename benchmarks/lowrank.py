@@ -2,13 +2,10 @@
 
     python benchmarks/lowrank.py --seeds 0 [--shares 0.5 0.35 0.2]
 
-One FP32 model a seed (the demonstration's, hybrid-s on earth), and from that same checkpoint, for each share of parameters and each
-criterion, the score at once and after the recovery stage (labels and distillation, as in the demonstration):
-    cumulative   the same share of Σσ of every weight (the usual criterion), the threshold found that meets the budget
-    energy       the same share of Σσ²
-    activation   muntin's default: least loss of the output on calibration images, ranks allocated together
-Then each kind of layer alone in an INT8 artifact in OpenVINO, dense and factored, in turns. Time on two cores: about four minutes of FP32
-training a seed, then one a row.
+From one FP32 model a seed (the demonstration's, hybrid-s on earth), for each share of parameters and each criterion, the score at once and
+after the recovery stage. Criteria: the same share of Σσ of every weight (`cumulative`, the usual one), of Σσ² (`energy`), and muntin's
+default, the least loss of the output on calibration images (`activation`). Then each kind of layer alone in an INT8 artifact in OpenVINO,
+dense and factored, in turns. Time on two cores: about four minutes of FP32 training a seed, then one a row.
 """
 
 from __future__ import annotations
@@ -25,19 +22,18 @@ from torch import nn
 import muntin
 from documents import Document, Row, Table, columns, grouped, seeds_of
 from harness import Benchmark, Options, Run, main, option, seeds_option
+from measures import ms_in_turns, score
 from muntin.compression import load_model
 from muntin.compression.low_rank.factored_layers import full_ranks
 from muntin.compression.low_rank.factorization import factorize, low_rank
 from muntin.deployment.counting import parameter_count
-from muntin.models import TorchSession
-from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.distributed.stored_tensors import AVERAGE
-from muntin.training.evaluation import tile_of
 from resumed import compressed, demo_recipe, trained
 
+ROUNDS = 40
 CRITERIA = ("cumulative", "energy", "activation")
 LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]] = {
     "1x1 conv 256 -> 256 at 32², rank 64": (nn.Conv2d(256, 256, 1), (256, 32), (64,)),
@@ -48,12 +44,6 @@ LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]
     "7x7 conv 64 -> 64 at 64², rank 64": (nn.Conv2d(64, 64, 7, padding=3), (64, 64), (64,)),
 }
 """Layer, (channels, side) of its input, ranks."""
-
-
-def score(checkpoint: Checkpoint, model: nn.Module) -> float:
-    source = source_of(checkpoint)
-    session = TorchSession(model, checkpoint.recipe.signature(source.classes))
-    return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
 
 
 def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder: Path) -> Row:
@@ -69,7 +59,7 @@ def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder
     return kind | {"parameters": parameter_count(model) / before, "at_once": at_once, "trained": after}
 
 
-def layer_rows(folder: Path, rounds: int = 40) -> Iterator[Row]:
+def layer_rows(folder: Path) -> Iterator[Row]:
     """Each layer between two pixel-wise ones, dense and factored: the difference is the layer's."""
     torch.manual_seed(0)
     for name, (layer, (channels, side), ranks) in LAYERS.items():
@@ -79,10 +69,9 @@ def layer_rows(folder: Path, rounds: int = 40) -> Iterator[Row]:
         for kind, middle in (("dense", layer), ("factored", factorize(layer, ranks))):
             model = nn.Sequential(ends[0], nn.ReLU(), middle, nn.ReLU(), ends[1]).eval()
             sessions[kind] = muntin.load(muntin.export(model, example, folder / f"layer-{kind}", calibration=[example]).path)
-        measured = interleaved_latency(sessions, example.permute(0, 2, 3, 1).to(torch.uint8).numpy(), rounds=rounds)
-        ms = {f"{kind}_ms": measured[kind].median_ms for kind in sessions}
-        gain = ms["dense_ms"] / ms["factored_ms"]
-        yield {"part": "layer", "layer": name, "full": full_ranks(layer), "ranks": ranks, **ms, "gain": gain}
+        ms = ms_in_turns(sessions, example.permute(0, 2, 3, 1).to(torch.uint8).numpy(), ROUNDS)
+        times = {f"{kind}_ms": each for kind, each in ms.items()} | {"gain": ms["dense"] / ms["factored"]}
+        yield {"part": "layer", "layer": name, "full": full_ranks(layer), "ranks": ranks, **times}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +114,8 @@ def newest(document: Document) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="lowrank",
-    options=LowRankBenchmarkOptions,
-    measure=rows,
+    name="lowrank", options=LowRankBenchmarkOptions, measure=rows, newest=newest, n=seeds_of,
     about="hybrid-s on `earth`: test mIoU of each seed at once and after the recovery stage. `cumulative` is the usual criterion. No goal.",
-    newest=newest,
-    n=seeds_of,
     variant=lambda document: "" if any("trained" in row for row in document.rows) else "layers",
     tables=(
         Table(columns=columns("share of parameters=share:.0%, criterion, at once=at_once, trained"), rows=by_seed),
@@ -140,7 +125,7 @@ BENCHMARK = Benchmark(
             title="One layer in INT8, dense time over factored",
         ),
     ),
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(BENCHMARK, __doc__)

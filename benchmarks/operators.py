@@ -1,22 +1,18 @@
 """Measure operators computed in chunks within a bound on temporary memory, against the same operators computed whole.
 
-    python benchmarks/operators.py [--operators perceptron ...] [--tokens 4096 65536] [--rounds 5] [--threads 2] [--device cpu]
+    python benchmarks/operators.py [--operators perceptron ...] [--tokens 4096 65536] [--rounds 5] [--threads 2]
 
-Operators, of random inputs in FP32: `perceptron` (an MLP: 192 channels, 768 hidden, GELU), `windows` (attention of 6 heads in windows of
-8 x 8 tokens, padded), `latents` (attention of 6 heads through 32 latents), `dense` (attention of 6 heads without PyTorch's fused kernel;
-only up to 8192 tokens, as its scores take 24 bytes for each pair of tokens), `loss` (cross-entropy and soft IoU of 19 classes in 4 maps);
-`inference`, and `gradient` with the gradient by all inputs and weights. The bound is a share of the whole operator's peak, which is memory
-beyond inputs, output and gradients: of the process on a CPU (Linux), of tensors on CUDA. The tests count tensors, which stay within the
-bound; a process's peak also has memory that its allocator keeps. Time on two cores: five minutes. Run it alone.
+`windows`: attention of 6 heads in windows of 8 x 8 tokens; `latents`: through 32 latents; `dense`: without a fused kernel, up to 8192
+tokens; `loss`: 19 classes in 4 maps. The bound is a share of the whole operator's peak: memory beyond inputs, output and gradients,
+of the process (Linux). Time on two cores: five minutes. Run it alone.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import median
@@ -26,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from crossed import crossed
-from documents import Document, Goal, Row, grouped
+from documents import Document, Goal, Row, crossed, grouped
 from harness import Benchmark, Options, Run, main, option
 from muntin.images import IGNORED
 from muntin.layers import DenseProduct, chunked, partition
@@ -46,26 +41,25 @@ Operator = Callable[[int | None], list[Tensor]]
 """Computes within a bound, in bytes: the output and, with a gradient, the gradients."""
 
 
-def operator_of(name: str, tokens: int, gradient: bool, device: str) -> Operator:
+def operator_of(name: str, tokens: int, gradient: bool) -> Operator:
     """The operator of a name on random inputs."""
     torch.manual_seed(0)
     if name == "loss":
-        return loss_of(math.isqrt(tokens), gradient, device)
+        return loss_of(math.isqrt(tokens), gradient)
     module, channels = {
         "perceptron": lambda: (nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM)), DIM),
         "windows": lambda: (WindowMixer(DIM, HEADS), 3 * DIM),
         "latents": lambda: (LatentMixer(DIM, HEADS, LATENTS), DIM + 2 * HEADS * LATENTS),
         "dense": lambda: (DenseProduct(), DIM),
     }[name]()
-    module = module.to(device)
     inputs: list[Any]
     if name == "dense":
-        inputs = [torch.randn(1, HEADS, tokens, DIM // HEADS, device=device) for _ in range(3)]
+        inputs = [torch.randn(1, HEADS, tokens, DIM // HEADS) for _ in range(3)]
     elif name == "perceptron":
-        inputs = [torch.randn(tokens, channels, device=device)]
+        inputs = [torch.randn(tokens, channels)]
     else:
         side = math.isqrt(tokens) - 3
-        inputs = list(partition(torch.randn(1, side, side, channels, device=device), WINDOW))
+        inputs = list(partition(torch.randn(1, side, side, channels), WINDOW))
     sources = [value.requires_grad_(gradient) for value in inputs if isinstance(value, Tensor)] + list(module.parameters())
 
     def compute(memory: int | None) -> list[Tensor]:
@@ -76,9 +70,9 @@ def operator_of(name: str, tokens: int, gradient: bool, device: str) -> Operator
     return compute
 
 
-def loss_of(side: int, gradient: bool, device: str) -> Operator:
-    scores = torch.randn(MAPS, CLASSES, side, side, device=device).to(memory_format=torch.channels_last).requires_grad_(gradient)
-    target = torch.randint(0, CLASSES, (MAPS, side, side), device=device)
+def loss_of(side: int, gradient: bool) -> Operator:
+    scores = torch.randn(MAPS, CLASSES, side, side).to(memory_format=torch.channels_last).requires_grad_(gradient)
+    target = torch.randint(0, CLASSES, (MAPS, side, side))
     target[:, :3] = IGNORED
 
     def compute(memory: int | None) -> list[Tensor]:
@@ -89,9 +83,9 @@ def loss_of(side: int, gradient: bool, device: str) -> Operator:
     return compute
 
 
-def measure(name: str, tokens: int, mode: str, rounds: int, device: str) -> Row:
+def measure(name: str, tokens: int, mode: str, rounds: int) -> Row:
     with sdpa_kernel(SDPBackend.MATH):
-        compute = operator_of(name, tokens, mode == "gradient", device)
+        compute = operator_of(name, tokens, mode == "gradient")
         whole = compute(None)  # also the warm-up
         outputs = sum(tensor.numel() * tensor.element_size() for tensor in whole)
         results: Row = {}
@@ -102,42 +96,30 @@ def measure(name: str, tokens: int, mode: str, rounds: int, device: str) -> Row:
             computed = compute(memory)
             differs = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(computed, whole, strict=True))
             del computed
-            with watch_peak(device) as watch:
+            with watch_peak("cpu") as watch:
                 compute(memory)
             if watch.peak is None:
-                return {"cannot": "this system does not tell the peak of memory (Linux and CUDA do)"}
-            ms = median(timed(partial(compute, memory), device) for _ in range(rounds))
+                return {"cannot": "this system does not tell the peak of memory (Linux does)"}
+            ms = median(timeit.repeat(partial(compute, memory), number=1, repeat=rounds)) * 1e3
             results[part] = {"peak": max(0, watch.peak - outputs), "bound": memory, "ms": ms, "differs": differs}
         return results
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of a call."""
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e3
-
-
-@dataclass(frozen=True, kw_only=True)
 class OperatorsOptions(Options):
     operators: tuple[str, ...] = option(OPERATORS, "operators", choices=OPERATORS, selects=True)
     tokens: tuple[int, ...] = option((4096, 65536), "tokens, or pixels of a map for the loss", least=64, selects=True)
     rounds: int = option(5, "timed calls", least=1)
     threads: int = option(2, "threads of PyTorch", least=1)
-    device: str = option("cpu", "where it runs", choices=("cpu", "cuda"))
 
 
 def rows(run: Run) -> Iterator[Row]:
     options = run.options
     torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False
     for name, tokens, mode in product(options.operators, options.tokens, ("inference", "gradient")):
         if name == "dense" and tokens > DENSE_TOKENS:
             print(f"left out: dense with {tokens} tokens, more than {DENSE_TOKENS}", file=sys.stderr)
             continue
-        row = run.row(f"{name}-{tokens}-{mode}", partial(measure, name, tokens, mode, options.rounds, options.device))
+        row = run.row(f"{name}-{tokens}-{mode}", measure, name, tokens, mode, options.rounds)
         case = {"operator": name, "tokens": tokens, "mode": mode, "created": row["created"]}
         parts = [{"part": "whole", "cannot": row["cannot"]}] if "cannot" in row else [{"part": part, **row[part]} for part in PARTS]
         yield from ({**case, **part, "time": part["ms"] / row["whole"]["ms"] if "ms" in part else None} for part in parts)

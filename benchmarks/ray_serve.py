@@ -2,15 +2,9 @@
 
     python benchmarks/ray_serve.py [--model segment] [--seconds 5] [--kills 5]
 
-The same artifact, requests (one image each, binary tensors of the Open Inference Protocol) and engine (OpenVINO, one thread a replica) in
-`muntin serve` with one stream for each replica, and in Ray Serve with one replica and with two. Ray's processes, the two ingresses and the
-replicas share all cores; the load generator is on the last one. Every answer is compared with the expected one.
-    answers/s   closed loop, the best of the model's concurrencies, with the 50th and 99th percentile there
-    alone       concurrency 1: 50th and 99th percentile
-    killed      Poisson arrivals at 30 % of the server's own saturation, while a replica's process (in `muntin serve` the engine's) is
-                killed (SIGKILL) `--kills` times, the next time when a new one has taken its place: requests, those without a right answer
-                (lost), the longest time of one, mean seconds until a process was replaced
-Needs the extras `bench` and `ray`, and Linux. Run it alone: it takes some ten minutes.
+The same artifact, requests (one image each, binary tensors) and engine in `muntin serve` with one stream for each replica, and in Ray Serve
+with one replica and with two. A killed process (in `muntin serve` the engine's) is replaced before the next one is killed. Needs the extras
+`bench` and `ray`, and Linux. Run it alone: it takes some ten minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -43,7 +36,6 @@ VICTIMS = {"muntin": ENGINE, "ray": "ray::ServeReplica:{name}:Model"}
 """Part of the command line of the processes to be killed, by the kind of server."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RayServeOptions(Options):
     model: str = option("segment", "model", choices=tuple(WORKLOADS))
     seconds: int = option(5, "of each load", least=1)
@@ -106,8 +98,7 @@ def rows(run: Run) -> Iterator[Row]:
     check_distinct(found)
     begin(run.folder)
     for kind, replicas in (("muntin", 1), ("ray", 1), ("muntin", 2), ("ray", 2)):
-        measured = partial(measure, kind, replicas, found, run, cores)
-        yield run.row(f"{workload.name}-{kind}-{replicas}", measured, kind=kind, replicas=replicas)
+        yield run.row(f"{workload.name}-{kind}-{replicas}", measure, kind, replicas, found, run, cores, kind=kind, replicas=replicas)
 
 
 def shown(rows: list[Row]) -> Iterator[Row]:
@@ -150,7 +141,7 @@ has started. Goal: no request without a right answer.""",
         ),
     ),
     goals=tuple(
-        Goal(name=name, values=lambda document, key=key: {row["server"]: row[key] for row in shown(document.rows)}, at_most=0)
+        Goal(name=name, values=key, case="{server}", rows=shown, at_most=0)
         for name, key in (("lost during kills", "lost"), ("lost without kills", "unkilled"))
     ),
 )  # fmt: skip

@@ -1,26 +1,20 @@
 """Measure a change of the recipe on unseen parts of the world: regions of the training split that are left out of training.
 
-    python benchmarks/regions.py [--sources earth:climate earth earth:shore] [--variants "as it is" ...] [--model hybrid-xxs] [--steps 900]
-                                 [--seeds 0] [--threads 2] [--precision bf16] [--set KEY=VALUE ...]
+    python benchmarks/regions.py [--sources earth:climate ...] [--variants "as it is" ...] [--model NAME] [--steps 900]
 
-The demonstration's recipe with one change at a time. Each of the three regions of the training split that hold land is left out of a
-training of its own and scored, by the averaged weights in floats. The validation split is a strip of ocean, and strips beside the training
-data are too similar to it (docs/log.md); the test split is not used. `--set` changes the recipe for all variants. Time: a minute or two a
-training on two cores, of which a variant has three a seed and source. Scores do not suffer from other work.
+The demonstration's recipe with one change at a time. The validation split is a strip of ocean, and strips beside the training data are too
+similar to it (docs/log.md); the test split is not used. Time: a minute or two a training on
+two cores, of which a variant has three a seed and source. Scores do not suffer from other work.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_args
-
-import yaml
 
 from ablation import shown
 from documents import Column, Row, Table, columns, grouped, mean, seeds_of
@@ -44,14 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cross-entropy alone": {"training.overlap_loss": 0},
 }
 """Keys of the recipe that each changes."""
-NAMED = {
-    "seed": "seeds", "model.name": "model", "data.source": "sources", "training.steps": "steps", "training.precision": "precision",
-    "training.threads": "threads", "model": "model",
-}  # fmt: skip
-"""Keys of the recipe that have an option of their own, which the tables show."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RegionsOptions(Options):
     sources: tuple[str, ...] = option(SOURCES, "label sets", choices=SOURCES, selects=True)
     variants: tuple[str, ...] = option(tuple(VARIANTS), "the first is the base", choices=tuple(VARIANTS), selects=True)
@@ -60,23 +48,13 @@ class RegionsOptions(Options):
     seeds: tuple[int, ...] = seeds_option(0)
     threads: int = option(2, "threads of training", least=1)
     precision: str = option("bf16" if cpu_computes_bf16() else "fp32", "of training", choices=("fp32", "bf16"))
-    set: tuple[str, ...] = option((), "keys of the recipe with values, KEY=VALUE, for all variants", parse=str)
-
-    def __post_init__(self) -> None:
-        for change in self.set:
-            key, equals, _ = change.partition("=")
-            if not equals:
-                raise ValueError(f"--set {change}: give KEY=VALUE")
-            if key.strip() in NAMED:
-                raise ValueError(f"--set {key.strip()}: give --{NAMED[key.strip()]}, which the table names")
 
     def recipe(self, source: str, variant: str, seed: int) -> Recipe:
         never = self.steps + 1
-        changes = {key: yaml.safe_load(value) for key, value in (change.split("=", 1) for change in self.set)}
         return demo_recipe({
             "name": "regions", "seed": seed, "model.name": self.model, "data.source": source, "training.steps": self.steps,
             "training.precision": self.precision, "training.threads": self.threads, "training.validate_every": never,
-            "training.checkpoint_every": never, **changes, **VARIANTS[variant],
+            "training.checkpoint_every": never, **VARIANTS[variant],
         })  # fmt: skip
 
 
@@ -94,7 +72,7 @@ def rows(run: Run) -> Iterator[Row]:
         recipe, names = run.options.recipe(source, variant, seed), {"source": source, "variant": variant, "region": region, "seed": seed}
         settings = {"recipe": recipe.model_dump(mode="json"), "structure": network_of(run.options.model)["structure"]}
         name = f"{source.replace(':', '-')}/{variant}/{region}-{seed}"
-        yield names | run.row(name, partial(score, recipe, region), **settings, spans=REGIONS[region])
+        yield names | run.row(name, score, recipe, region, **settings, spans=REGIONS[region])
 
 
 def summary(rows: list[Row]) -> Iterator[Row]:

@@ -19,11 +19,10 @@ from muntin.deployment.checkpoint_export import REVISION
 from muntin.errors import ArtifactError
 from muntin.models import PRESETS, ModelConfig
 from muntin.models.compression_record import Stage
-from muntin.training import Checkpoint, read_checkpoint
+from muntin.training import Checkpoint, Recipe, load_recipe, read_checkpoint
 from muntin.training.checkpoint import calibration_of, checkpoints_in, recipe_changes, source_of
 from muntin.training.config import CompressionConfig
 from muntin.training.distributed.stored_tensors import AVERAGE
-from muntin.training.recipe import Recipe, load_recipe
 
 PERCENTILE = 99.99
 """Percentile of a layer's inputs at which W4A8 without training clips them."""
@@ -35,13 +34,13 @@ def network_of(name: str) -> Row:
     return {"structure": structure, "revision": REVISION}
 
 
-def demo_recipe(changes: Mapping[str, Any]) -> Recipe:
-    """The demonstration's recipe with some values replaced, by `section.key`."""
+def demo_recipe(changes: Mapping[str, Any], path: Path | None = None) -> Recipe:
+    """The demonstration's recipe, or the one of a path, with some values replaced, by `section.key`."""
     overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    return load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml", overrides)
+    return load_recipe(path or Path(muntin.__file__).parent / "recipes" / "demo.yaml", overrides)
 
 
-def trained(recipe: Recipe, folder: Path) -> Checkpoint:
+def trained(recipe: Recipe, folder: Path, root: Path | None = None) -> Checkpoint:
     """The recipe's last checkpoint: trained from where it stands. One of another recipe ends the program, and so does Ctrl-C, which leaves
     one in between: neither is this recipe's result."""
     begun = bool(checkpoints_in(folder / "checkpoints"))
@@ -50,7 +49,7 @@ def trained(recipe: Recipe, folder: Path) -> Checkpoint:
         checkpoint = _of_recipe(read_checkpoint(folder, trust_code=True), recipe)
         if checkpoint.state.step == recipe.training.steps:
             return checkpoint
-    result = muntin.fit(recipe, directory=folder, root=Path.cwd(), resume=begun)
+    result = muntin.fit(recipe, directory=folder, root=root or Path.cwd(), resume=begun)
     if result.stop_requested:
         raise SystemExit(f"interrupted at step {result.step} of {result.steps} in {folder}: the same command goes on from there")
     return _of_recipe(read_checkpoint(folder, trust_code=True), recipe)

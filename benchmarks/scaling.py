@@ -2,15 +2,9 @@
 
     python benchmarks/scaling.py [--model hybrid-s] [--options "stem=[8, 16]" ...] [--answer labels] [--sides 512 1024 2048 4096]
 
-The twin is the same network with attention over all tokens (`attention: dense`). `--options` change the preset, for both, as a recipe's
-`model.options` do. Pixels go in; each pixel's class comes out, or with `--answer scores` float32 scores, 24 bytes a pixel. Both are trained
-for 30 steps (speed does not depend on the weights, but an artifact of a random network is refused) and deployed in OpenVINO (`int8`; `bf16`
-where the CPU has it, else FP32); `dense eager` is the twin in FP32 PyTorch with fused attention: a user's starting point.
-    ms       median of three to twenty calls, after one that does not count
-    MiB      largest resident memory during these calls, beyond the memory after opening and one image of 64 x 64
-    slope    of the logarithm, between 1024 x 1024 and 4096 x 4096: 1 is proportional to the pixels
-Every point is a process of its own, without compiled models of a cache, so that none inherits memory of another. After a point that takes
-longer than --limit seconds, or more memory than there is, larger ones of its kind are not tried. Time on two cores: ten minutes, alone.
+`--options` change the preset, for both, as a recipe's `model.options` do. Every point is a process of its own, so that none inherits memory
+of another: the median of three to twenty calls. After a point that takes longer than --limit seconds, or more memory than there is, larger
+ones of its kind are not tried. Time on two cores: ten minutes, alone.
 """
 
 from __future__ import annotations
@@ -21,7 +15,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,8 +24,7 @@ import numpy as np
 import yaml
 
 import muntin
-from crossed import crossed
-from documents import Column, Document, Goal, Row
+from documents import Column, Document, Goal, Row, crossed
 from harness import Benchmark, Options, Run, apart, main, option
 from muntin.artifact import open_artifact
 from muntin.models import PRESETS, ModelConfig
@@ -63,7 +55,6 @@ def change(text: str) -> tuple[str, Any]:
     raise argparse.ArgumentTypeError(f"{text}: give NAME=VALUE, a name of {', '.join(ModelConfig.model_fields)}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ScalingOptions(Options):
     model: str = option("hybrid-s", "preset", choices=[name for name in PRESETS if name.startswith("hybrid")])
     options: tuple[tuple[str, Any], ...] = option((), "NAME=VALUE: changed in the preset; YAML values", parse=change)

@@ -1,18 +1,13 @@
 """Search networks in the minutes in which others are trained by hand: muntin search, random search, presets, other widths, peers.
 
-    python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--space FILE.yaml] [--candidates 200]
-                                [--networks 4] [--peers NAME ...]
+    python benchmarks/search.py [--source earth] [--model hybrid-xs] [--minutes 60] [--seeds 3] [--candidates 200] [--networks 4]
+                                [--peers NAME ...]
 
-Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise. Those of the search
-cover its latencies, too.
-    search    muntin search: shared weights, latencies of parts, `--networks` of the front trained alone
-    random    `--networks` random architectures of the same space, trained alone, each for its share of the minutes
-    presets   hybrid-xxs, hybrid-xs and hybrid-s, likewise
-    width     `--model` with half, all and one and a half times its channels (in multiples of a head), likewise
-    peers     those of `--peers` (`segmentation_peers/models.py`), likewise, each by `muntin export` in INT8, at the demonstration's rate,
-              which `peers.py` tunes for each; YOLO26n-sem needs the package ultralytics (AGPL-3.0)
-All networks are exported in INT8, scored on the validation and the test split as artifacts, and those of a seed are timed in turns. A
-search goes on where it was interrupted. Time: contenders x seeds x minutes, and a fifth more for exports. Run it alone.
+Every contender has `--minutes` for each seed, all its training together, and the recipe of the demonstration otherwise: `muntin search`,
+and `--networks` of its front trained alone; as many random architectures of the same space; hybrid-xxs, hybrid-xs and hybrid-s; `--model`
+with half, all and one and a half times its channels; and peers (`segmentation_peers/models.py`; YOLO26n-sem needs the package ultralytics,
+AGPL-3.0). All networks are exported in INT8, scored as artifacts, and those of a seed are timed in turns. A search goes on where it was
+interrupted. Time: contenders x seeds x minutes, and a fifth more for exports. Run it alone.
 """
 
 from __future__ import annotations
@@ -28,20 +23,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from scipy.stats import spearmanr
 
 import muntin
 from documents import Column, Document, Goal, Row, Table, columns, mean, seeds_of, spread
 from harness import Benchmark, Options, Run, main, option, threads_option
-from muntin.compression import load_model
+from measures import ms_in_turns, noise
 from muntin.data import open_source
 from muntin.data.source import SplitName
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import load
-from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.searching import SearchSettings, default_space, load_space, search_architectures
+from muntin.searching import SearchSettings, default_space, search_architectures
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.finalists import ROUNDS, train_finalist
 from muntin.searching.latency_table import ArchitectureLatency
@@ -50,12 +43,13 @@ from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, document
 from muntin.searching.space import Architecture, UnbuildableError
 from muntin.searching.supernet import Supernet
 from muntin.searching.supernet_training import SupernetTraining
-from muntin.training import Recipe, evaluate, fit, load_recipe, read_checkpoint
-from muntin.training.checkpoint import checkpoints_in
+from muntin.training import Recipe, evaluate, load_recipe, read_checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.training.precision import prepare_hardware
 from muntin.training.recipe import override_recipe
+from segmentation_peers.deployment import parameters_of
 from segmentation_peers.models import ENTRIES
+from segmentation_peers.training import train
 
 RECIPE = Path(muntin.__file__).parent / "recipes" / "demo.yaml"
 BY_HAND = ("hybrid-xxs", "hybrid-xs", "hybrid-s")
@@ -73,7 +67,6 @@ class SearchOptions(Options):
     model: str = option("hybrid-xs", "the recipe's model", choices=tuple(name for name in PRESETS if name != "dense-s"))
     minutes: float = option(60.0, "minutes of each contender and seed")
     seeds: int = option(3, "number of seeds", least=1, selects=True)
-    space: Path | None = option(None, "a YAML file of choices; by default the task's", parse=Path)
     candidates: int = option(200, "candidates of the search", least=1)
     networks: int = option(4, "networks trained alone by search and by random", least=1)
     peers: tuple[str, ...] = option(PEERS, "peers", choices=tuple(name for name, entry in ENTRIES.items() if not entry.hybrid))
@@ -96,7 +89,7 @@ class Bench:
         self.root, self.folder = RECIPE.parent, (run.folder / str(seed)).resolve()
         self.source = open_source(self.recipe.data, root=self.root)
         self.base = base_config(self.recipe, self.source)
-        self.space = default_space(self.recipe.task, self.base.head_dim) if given.space is None else load_space(given.space)
+        self.space = default_space(self.recipe.task, self.base.head_dim)
 
     def search(self) -> Row:
         given = self.options
@@ -131,16 +124,12 @@ class Bench:
         for name in self.options.peers:
             folder = self.folder / "peers" / name
             recipe = override_recipe(self._limited(len(self.options.peers)), [f"model={{name: '{ENTRIES[name].model}'}}"])
-            result = fit(recipe, directory=folder, root=self.root, resume=bool(checkpoints_in(folder / "checkpoints")))
-            if result.interrupted or result.stop_requested:
-                raise SystemExit(GO_ON)
-            checkpoint = read_checkpoint(result.checkpoint)
+            checkpoint = train(recipe, folder, self.root)
             artifact = export_checkpoint(checkpoint, folder / ARTIFACT)
             score, test = (self._score(artifact.path, recipe, split) for split in ("validation", "test"))
-            parameters = sum(parameter.numel() for parameter in load_model(checkpoint).parameters())
             rows.append({
-                "name": name, "float_score": float((result.result or result.validation[-1])["score"]), "score": score, "test": test,
-                "bytes": artifact.bytes, "parameters": parameters, "artifact": str(artifact.path),
+                "name": name, "float_score": float((checkpoint.state.result or {})["score"]), "score": score, "test": test,
+                "bytes": artifact.bytes, "parameters": parameters_of(checkpoint), "artifact": str(artifact.path),
             })  # fmt: skip
         return {"networks": rows}
 
@@ -198,17 +187,15 @@ class Bench:
     def timed(self, artifacts: Mapping[str, str]) -> Row:
         """Latency of all networks of this seed in turns, by their names."""
         side, channels = export_side(self.recipe), self.recipe.data.channels
-        images = np.random.default_rng(0).integers(0, 256, (1, side, side, channels), dtype=np.uint8)
         sessions = {name: load(Path(path), threads=self.options.threads) for name, path in artifacts.items()}
-        return {"ms": {name: latency.median_ms for name, latency in interleaved_latency(sessions, images, rounds=ROUNDS).items()}}
+        return {"ms": ms_in_turns(sessions, noise(side, channels), ROUNDS)}
 
 
 def rows(run: Run) -> Iterator[Row]:
-    space = None if run.options.space is None else {name: list(values) for name, values in load_space(run.options.space).choices.items()}
     with redirect_stdout(sys.stderr):  # ultralytics prints
         for seed in range(run.options.seeds):
             bench = Bench(run, seed)
-            keep = partial(run.row, space=space)
+            keep = run.row
             found = {"search": keep(f"{seed}/search", bench.search)}
             found |= {name: keep(f"{seed}/{name}", partial(bench.trained, name)) for name in RIVALS if name != "peers"}
             found["peers"] = keep(f"{seed}/peers", bench.peers)

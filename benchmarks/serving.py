@@ -2,23 +2,12 @@
 
     python benchmarks/serving.py [--models segment classify] [--servers NAME ...] [--seconds 5] [--requests 2000] [--prepare]
 
-Two models: a segmentation at 512 x 512 (UINT8 pixels in, 262,144 bytes of labels out) and a small classifier at 64 x 64 (scores out). Every
-server has the same engine, with one thread on one core; the load generator has another core, a physical one if there are two. muntin and
-Triton speak the Open Inference Protocol with binary tensors, LitServe and Ray Serve are given raw bytes, which is less work. Every answer
-is compared with the expected one. MUNTIN_BEFORE=SRC adds the server of an earlier checkout.
-    /s, of bare    closed loop, the best of several concurrencies: answers a second, and as a share of the engine alone on the same core,
-                   with its fastest number of rows, before and after each; the server's processes are paused (SIGSTOP) meanwhile
-    1 ms, over     concurrency 1: median latency; ms beyond the engine's call and an echo of the same bytes over a raw socket
-    admitted, all  Poisson arrivals at 90 % of the server's own saturation: share of the admitted requests, and of all, that were answered
-                   inside the objective; same: at 90 % of muntin's saturation, if muntin is among the servers
-    3x, refused    three times its own saturation: answers inside the objective as a share of saturation, and share of refused requests
-    load, behind   use of the load generator's core (it polls shortly before arrivals); 99 % were sent within so many ms of when due
-The objective is five calls of the bare engine with one image of the first model, sixteen of the second. A refusal (503, 429) counts as one
-only inside the objective, and for muntin only if the request was not admitted before (its message says so).
-
-The peers' environments are made with pip below --output/peers; a peer that cannot be installed or started is left out with the reason. The
-servers run in a network namespace that has only a loopback, since Ray's own processes listen on every interface; this needs Linux,
-`unshare`, and root or user namespaces. Run it alone: it takes about an hour.
+muntin and Triton speak the Open Inference Protocol with binary tensors, LitServe and Ray Serve are given raw bytes, which is less work. A
+refusal (503, 429) counts as one only inside the objective, and for muntin only if the request was not admitted before (its message says
+so). Saturation is the best of several concurrencies, with the engine alone timed before and after each while the server's processes are
+paused. MUNTIN_BEFORE=SRC adds the server of an earlier checkout. The peers' environments are made with pip below --output/peers; a peer
+that cannot be installed or started is left out with the reason. The servers run in a network namespace with only a loopback (Linux,
+`unshare`, root or user namespaces), since Ray's processes listen on every interface. Run it alone: it takes about an hour.
 """
 
 from __future__ import annotations
@@ -44,28 +33,27 @@ from harness import Benchmark, Options, Run, main, option
 from muntin.artifact import open_artifact
 from muntin.runtime.host.hardware import affinity, parse_cpus
 from muntin.serving.batching.batcher import BROKEN
-from serving_peers.baselines import child, echo, stand_by
-from serving_peers.environments import PEERS, make_environment, versions
+from serving_peers.engine import child, echo, stand_by
 from serving_peers.load import Load
 from serving_peers.models import TITLES, WORKLOADS, Workload, check_distinct, exchange, make_artifact, sample_images
-from serving_peers.servers import BEFORE, EARLIER, SERVERS, Wanted, begin, free_port, loaded, stopped
+from serving_peers.servers import BEFORE, EARLIER, PEERS, SERVERS, Wanted, begin, free_port, loaded, make_environment, stopped, versions
 
 THREADS = 1
 ANSWER_S = 60.0
 STEADY, OVERLOAD = 0.9, 3.0
 """Load, as a share of saturation."""
+INSIDE = "MUNTIN_BENCHMARK_INSIDE"
+"""Environment variable of the call that is made in the network namespace."""
 NOISE = 0.03
 """Share by which a server's saturation differs from itself in another order: a smaller lead is none."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServingOptions(Options):
     models: tuple[str, ...] = option(tuple(WORKLOADS), "models", choices=tuple(WORKLOADS), selects=True)
     servers: tuple[str, ...] = option(tuple(SERVERS), "servers", choices=tuple(SERVERS), selects=True)
     seconds: float = option(5.0, "of each measurement")
     requests: int = option(2000, "of each measurement with Poisson arrivals, at least", least=1)
     prepare: bool = option(False, "make the peers' environments and the artifacts, and end", selects=True)
-    inside: bool = option(False, "", selects=True, hidden=True)
 
 
 # Measurements
@@ -205,7 +193,7 @@ def measure_server(setting: Setting, name: str, base: Row, ours: float | None) -
 
 def measure(run: Run) -> Iterator[Row]:
     output, names = run.folder.resolve(), sorted(set(run.options.servers), key=["muntin", *SERVERS].index)  # the others need its rate
-    if not run.options.inside:
+    if INSIDE not in os.environ:
         prepare(run.options, output)
         enter_namespace()
     raise_loopback()
@@ -241,7 +229,8 @@ def prepare(options: ServingOptions, output: Path) -> None:
 def enter_namespace() -> None:
     """Start this again where no network but a loopback is. Does not return; raises OSError without `unshare`."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    os.execvp("unshare", ["unshare", *user, "--net", sys.executable, __file__, *sys.argv[1:], "--inside"])  # noqa: S606, S607
+    os.environ[INSIDE] = "1"
+    os.execvp("unshare", ["unshare", *user, "--net", sys.executable, __file__, *sys.argv[1:]])  # noqa: S606, S607
 
 
 def raise_loopback() -> None:
@@ -300,49 +289,36 @@ def _line(model: str, server: str, found: Row, base: Row) -> Row:
     }
 
 
-def ours(document: Document) -> dict[str, Row]:
-    """muntin's line by model, with the highest figures of each of the `GROUPS`."""
-    found, made = [line for line in lines(document.rows) if "cannot" not in line], {}
+def ours(rows: list[Row]) -> list[Row]:
+    """muntin's lines, with the highest figures of each of the `GROUPS`, its own over them, and its shares minus Triton's."""
+    found, made = [line for line in lines(rows) if "cannot" not in line], []
     for line in (line for line in found if line["server"] == "muntin"):
+        others = [other for other in found if other["model"] == line["model"]]
         for group, start in GROUPS.items():
-            others = [other for other in found if other["model"] == line["model"] and other["server"].startswith(start)]
-            if group == "peers":
-                others = [other for other in others if not other["server"].startswith("muntin")]
-            line[group] = {name: max((other[name] for other in others if other[name] is not None), default=None) for name in FIGURES}
-        made[line["model"]] = line
+            mine = [other for other in others if other["server"].startswith(start) and (start or not other["server"].startswith("muntin"))]
+            line[group] = {name: max((other[name] for other in mine if other[name] is not None), default=None) for name in FIGURES}
+        line["over"] = {group: {name: line[name] / best for name, best in line[group].items() if line[name] and best} for group in GROUPS}
+        if abs(line["over"]["peers"].get("of_bare", 1) - 1) < NOISE:
+            line["over"]["peers"].pop("of_bare", None)
+        triton = {name: value for name, value in line["triton"].items() if value is not None}
+        shares = {name: line[name] for name in ("admitted", "all") if line[name] is not None}
+        line["ahead"] = {name: {theirs: share - value for theirs, value in triton.items()} for name, share in shares.items()}
+        made.append(line)
     return made
 
 
-def goal(name: str, figure: Callable[[Row], float | None], form: str, *models: str, **bound: float) -> Goal:
+def goal(name: str, figure: str, form: str, *models: str, **bound: float) -> Goal:
     """A goal on a figure of muntin's line with each model, or only some of them."""
-
-    def values(document: Document) -> dict[str, float | None]:
-        return {model: figure(line) for model, line in ours(document).items() if model in (models or TITLES.values())}
-
-    return Goal(name=name, values=values, form=form, **bound)
-
-
-def over(name: str, group: str, noise: float = 0.0) -> Callable[[Row], float | None]:
-    """A figure over the highest of a group, if they differ by a share."""
-
-    def ratio(line: Row) -> float | None:
-        value = line[name] / line[group][name] if line[name] and line[group][name] else None
-        return None if value is None or abs(value - 1) < noise else value
-
-    return ratio
-
-
-def lead(name: str, theirs: str) -> Callable[[Row], float | None]:
-    """A share minus the highest of Triton's settings."""
-    return lambda line: None if None in (line[name], line["triton"][theirs]) else line[name] - line["triton"][theirs]
+    rows = lambda rows: [line for line in ours(rows) if line["model"] in (models or TITLES.values())]  # noqa: E731
+    return Goal(name=name, values=figure, case="{model}", rows=rows, form=form, **bound)
 
 
 def newest(document: Document) -> str:
     told = []
-    for model, line in ours(document).items():
+    for line in ours(document.rows):
         theirs = " (best peer {of_bare:.1%})".format(**line["peers"]) if line["peers"]["of_bare"] else ""
         triton = " (Triton {all:.1%})".format(**line["triton"]) if line["triton"]["all"] else ""
-        told.append(NEWEST.format(**line).format(model=model, theirs=theirs, triton=triton))
+        told.append(NEWEST.format(**line).format(model=line["model"], theirs=theirs, triton=triton))
     return ". ".join(told)
 
 
@@ -360,9 +336,8 @@ def told(text: str) -> Callable[[list[Document]], str]:
         return " to ".join(dict.fromkeys(f"{100 * share:.{digits}f}" for share in (min(shares), max(shares)))) + " %"
 
     def written(documents: list[Document]) -> str:
-        found = [(EARLIER in document.marks, model, line) for document in documents for model, line in ours(document).items()]
-        large = [(earlier, line) for earlier, model, line in found if model == LARGE]
-        small = [(earlier, line) for earlier, model, line in found if model == SMALL]
+        found = [(EARLIER in document.marks, line) for document in documents for line in ours(document.rows)]
+        large, small = ([(earlier, line) for earlier, line in found if line["model"] == model] for model in (LARGE, SMALL))
         today = [line["admitted"] for earlier, line in large if not earlier]
         before = [line["admitted"] if earlier else line["before"]["admitted"] for earlier, line in large]
         before = [share for share in before if share is not None]
@@ -407,19 +382,19 @@ nothing: the machine's speed changes by a third within seconds. Earlier servers:
         ),
     ),
     goals=(
-        goal("saturation, of the bare engine", lambda line: line["of_bare"], "{:.1%}", LARGE, at_least=0.95),
-        goal("saturation over the best peer's, if they differ by 3 %", over("of_bare", "peers", NOISE), "{:.3f}", at_least=1),
-        goal("ms beyond engine and echo at concurrency 1", lambda line: line["over_ms"], "{:.2f}", at_most=0.5),
-        goal("in time at 90 %, of the admitted", lambda line: line["admitted"], "{:.2%}", at_least=0.999),
-        goal("in time at 90 %, of the admitted, minus Triton's best", lead("admitted", "admitted"), "{:+.1%}", at_least=0),
-        goal("in time at 90 %, of all, minus Triton's best", lead("all", "all"), "{:+.1%}", at_least=0),
-        goal("the admitted minus Triton's best at this rate", lead("admitted", "same_admitted"), "{:+.1%}", at_least=0),
-        goal("all minus Triton's best at this rate", lead("all", "same_all"), "{:+.1%}", at_least=0),
-        goal("in time under three times the load, of saturation", lambda line: line["goodput"], "{:.1%}", at_least=0.9),
-        goal("wrong answers", lambda line: line["wrong"], "{:.0f}", at_most=0),
-        goal("saturation over that of the server before", over("of_bare", "before"), "{:.1%}", LARGE, at_least=0.97),
-        goal("classifier's saturation over that of the server before", over("of_bare", "before"), "{:.1%}", SMALL, at_least=0.9),
-        goal("latency alone over that of the server before", over("single_ms", "before"), "{:.1%}", LARGE, at_most=1.03),
+        goal("saturation, of the bare engine", "of_bare", "{:.1%}", LARGE, at_least=0.95),
+        goal("saturation over the best peer's, if they differ by 3 %", "over.peers.of_bare", "{:.3f}", at_least=1),
+        goal("ms beyond engine and echo at concurrency 1", "over_ms", "{:.2f}", at_most=0.5),
+        goal("in time at 90 %, of the admitted", "admitted", "{:.2%}", at_least=0.999),
+        goal("in time at 90 %, of the admitted, minus Triton's best", "ahead.admitted.admitted", "{:+.1%}", at_least=0),
+        goal("in time at 90 %, of all, minus Triton's best", "ahead.all.all", "{:+.1%}", at_least=0),
+        goal("the admitted minus Triton's best at this rate", "ahead.admitted.same_admitted", "{:+.1%}", at_least=0),
+        goal("all minus Triton's best at this rate", "ahead.all.same_all", "{:+.1%}", at_least=0),
+        goal("in time under three times the load, of saturation", "goodput", "{:.1%}", at_least=0.9),
+        goal("wrong answers", "wrong", "{:.0f}", at_most=0),
+        goal("saturation over that of the server before", "over.before.of_bare", "{:.1%}", LARGE, at_least=0.97),
+        goal("classifier's saturation over that of the server before", "over.before.of_bare", "{:.1%}", SMALL, at_least=0.9),
+        goal("latency alone over that of the server before", "over.before.single_ms", "{:.1%}", LARGE, at_most=1.03),
     ),
     blocks={
         "readme": told("**{beside[all]:.0%}** for {beside[triton][all]:.0%}"),

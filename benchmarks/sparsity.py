@@ -2,12 +2,10 @@
 
     python benchmarks/sparsity.py --packages FOLDER [--only NAME ...] [--forms FORM ...] [--seeds 3] [--steps 150]
 
-Networks: EfficientNet-Lite0, all-MiniLM-L6-v2 and a ResNet that is trained here, judged as in `foreign.py`, whose folder brings the weights
-and images. Forms without training: FP32 and zeros alone (by magnitude, activations, reconstruction), and lower ranks of about as many
-bytes; W4A8, zeros on top of it, and fewer bits (2.7 on average take as many bytes as 2:4 of 4; below 4 bits no layer is raised to 8). Forms
-with training: the same number of steps of distillation, zeros held or bits learned.
-Then the time of one call in OpenVINO: dense, with zeros, and with zeros and CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, all in turns. The option
-decompresses INT8 weights in products of fully connected layers whose sides are multiples of 64, on CPUs with AMX. Run it alone.
+Networks: EfficientNet-Lite0, all-MiniLM-L6-v2 and a ResNet that is trained here, judged as in `foreign.py`. Forms in FP32 and on top of
+bits, without training and with the same number of steps of distillation (zeros held, bits learned). 2.7 bits on average take as many bytes
+as 2:4 of 4; below 4 bits no layer is raised to 8. Then the time of one call in OpenVINO: dense, with zeros, and with zeros and
+CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE, which decompresses INT8 weights of fully connected layers on CPUs with AMX. Run it alone.
 """
 
 from __future__ import annotations
@@ -22,11 +20,12 @@ from torch import nn
 
 import muntin
 from documents import Document, Goal, Row, Table, columns, seeds_of
-from foreign_networks.forms import MULTIPLE, Form, Material, embeddings, quantised
 from foreign_networks.judging import TABLES, Judge, NetworkOptions, agreements, by_form, cases, judges, points
+from foreign_networks.subjects import Material, Pass, chain, ranks
 from harness import Benchmark, Run, file_name, main, option
 from muntin.artifact import write_standalone
-from quantizer_peers.scoring import Call, PlainModel
+from quantizer_peers.artifacts import Call, PlainModel
+from quantizer_peers.data import HELD_OUT
 
 NAMES = ("efficientnet-lite0", "minilm", "resnet")
 RATE = 0.4
@@ -43,9 +42,7 @@ def _sparse(model: nn.Module, material: Material, *, pattern: str, scores: Any =
 def _low_rank(model: nn.Module, material: Material, *, share: float) -> nn.Module:
     """`share`: of the parameters of the layers that 2:4 thins; embeddings and the like stay as they are in both."""
     thinned = _sparse(copy.deepcopy(model), material, pattern="2:4", scores="magnitude")
-    left = 1 - 2 * (_zeros(thinned) - _zeros(model)) * (1 - share)
-    muntin.low_rank(model, material.calibration, parameters=left, multiple=MULTIPLE, keep=material.subject.keep)
-    return model
+    return ranks(model, material, parameters=1 - 2 * (_zeros(thinned) - _zeros(model)) * (1 - share))
 
 
 def _zeros(model: nn.Module) -> float:
@@ -54,57 +51,29 @@ def _zeros(model: nn.Module) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-def _same(model: nn.Module, material: Material) -> nn.Module:
-    return model
-
-
-def _bits(model: nn.Module, material: Material, *, before: Form = _same, bits: float) -> nn.Module:
-    raised: dict[str, Any] = {"min_sqnr_db": 0} if bits < 4 else {}
-    model = before(model, material)
-    muntin.quantize(model, material.calibration, bits=bits, **raised, **embeddings(model))
-    return model
-
-
-def _trained(model: nn.Module, material: Material, *, before: Form = _same, bits: int | None = None) -> nn.Module:
-    """A form, distilled; in quantisation-aware training if `bits` are given."""
-    teacher = copy.deepcopy(model)
-    model = before(model, material)
-    if bits is not None:
-        if tables := embeddings(model):
-            names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)]
-            muntin.quantize(model, material.calibration, only=names, **tables)
-        muntin.prepare_qat(model, material.calibration, bits=bits)
-    material.distil(model, teacher)
-    if bits is not None:
-        muntin.freeze(model, material.calibration)
-    return model
-
-
 TWO, FOUR = partial(_sparse, pattern="2:4"), partial(_sparse, pattern="4:8")
 FLOAT_RANKS, INTEGER_RANKS = partial(_low_rank, share=FLOATS), partial(_low_rank, share=INTEGERS)
-SPARSE_FORMS: dict[str, Form | None] = {
+plain, learned = partial(chain, bits=None), partial(chain, trained=True, aware=True)
+SPARSE_FORMS: dict[str, Pass | None] = {
     "float": None,  # as it is
-    "2:4 magnitude": partial(_sparse, pattern="2:4", scores="magnitude"),
-    "2:4 activations": partial(_sparse, pattern="2:4", scores="activations"),
-    "2:4": TWO,
-    "4:8": FOUR,
-    "low rank": FLOAT_RANKS,
-    "2:4 trained": partial(_trained, before=TWO),
-    "low rank trained": partial(_trained, before=FLOAT_RANKS),
-    "int8": quantised,
-    "2:4 w8a8": partial(_bits, before=TWO, bits=8),
-    "w4a8": partial(_bits, bits=4),
-    "2:4 w4a8": partial(_bits, before=TWO, bits=4),
-    "4:8 w4a8": partial(_bits, before=FOUR, bits=4),
-    "w3a8": partial(_bits, bits=3),
-    "w2.7a8": partial(_bits, bits=2.7),
-    "w2a8": partial(_bits, bits=2),
-    "low rank w4a8": partial(_bits, before=INTEGER_RANKS, bits=4),
-    "w4a8 trained": partial(_trained, bits=4),
-    "2:4 w4a8 trained": partial(_trained, before=TWO, bits=4),
-    "w3a8 trained": partial(_trained, bits=3),
-    "w2a8 trained": partial(_trained, bits=2),
-    "low rank w4a8 trained": partial(_trained, before=INTEGER_RANKS, bits=4),
+    "2:4 magnitude": plain(partial(_sparse, pattern="2:4", scores="magnitude")),
+    "2:4 activations": plain(partial(_sparse, pattern="2:4", scores="activations")),
+    "2:4": plain(TWO),
+    "4:8": plain(FOUR),
+    "low rank": plain(FLOAT_RANKS),
+    "2:4 trained": plain(TWO, trained=True),
+    "low rank trained": plain(FLOAT_RANKS, trained=True),
+    "int8": chain(),
+    "2:4 w8a8": chain(TWO),
+    "w4a8": chain(bits=4),
+    "2:4 w4a8": chain(TWO, bits=4),
+    "4:8 w4a8": chain(FOUR, bits=4),
+    **{f"w{bits:g}a8": chain(bits=bits, min_sqnr_db=0) for bits in (3, 2.7, 2)},
+    "low rank w4a8": chain(INTEGER_RANKS, bits=4),
+    "w4a8 trained": learned(bits=4),
+    "2:4 w4a8 trained": learned(TWO, bits=4),
+    **{f"w{bits}a8 trained": learned(bits=bits) for bits in (3, 2)},
+    "low rank w4a8 trained": learned(INTEGER_RANKS, bits=4),
 }
 PAIRS = (("float", "2:4"), ("int8", "2:4 w8a8"), ("w4a8", "2:4 w4a8"))
 """Dense and sparse forms whose times are compared."""
@@ -114,7 +83,7 @@ PAIRS = (("float", "2:4"), ("int8", "2:4 w8a8"), ("w4a8", "2:4 w4a8"))
 class SparsityOptions(NetworkOptions):
     only: tuple[str, ...] = option(NAMES, "networks", choices=NAMES, selects=True)
     forms: tuple[str, ...] = option(tuple(SPARSE_FORMS), "forms", choices=tuple(SPARSE_FORMS), selects=True)
-    held_out: int = option(1000, "inputs that judge", least=16)
+    held_out: int = option(HELD_OUT, "inputs that judge", least=16)
 
 
 def rows(run: Run) -> Iterator[Row]:

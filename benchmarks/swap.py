@@ -2,17 +2,11 @@
 
     python benchmarks/swap.py [--share 0.4] [--memory-swaps 200]
 
-One server (`muntin serve`, two threads, on all cores: with one thread OpenVINO 2026.4 does not raise its errors), one load generator (on
-the last core): Poisson arrivals of 512 x 512 images at `--share` of the server's saturation. First without swaps: 40 s to measure the
-normal latency, and two minutes more, since bursts of arrivals make some answers late without any swap. Then 20 versions are loaded through
-the repository API one after the other. Fifteen are sound, and each answers differently; one has an altered file, one does not compute its
-reference outputs, one lacks its weights. Two pass every check and take over: then the engine of one raises an error at every request, and
-the process of the other's is killed (SIGKILL) while it computes one (an engine that dies between two requests is started again by the next
-one, and its version stays). Requests continue all the time. Every answer is compared with the versions' expected answers.
-
-Then a small classifier is swapped `--memory-swaps` times (0: not at all) under light load. The resident memory of the server and of its
-engine's process is read each time when the old version's process has ended, or after some seconds. Time: about a quarter of an hour for the
-first, half an hour for the second. Run it alone.
+One `muntin serve` with two threads (with one OpenVINO 2026.4 does not raise its errors), Poisson arrivals of 512 x 512 images. First 160 s
+without swaps, since bursts make some answers late without any. Then 20 versions are loaded through the repository API: fifteen are sound;
+one has an altered file, one does not compute its reference outputs, one lacks its weights; two take over before the engine of one raises
+an error at every request, and that of the other is killed (SIGKILL) while it computes. Then a small classifier is swapped `--memory-swaps`
+times (0: not at all) under light load. Time: a quarter of an hour, and half an hour. Run it alone.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +35,7 @@ from muntin.artifact import open_artifact, write_artifact
 from muntin.runtime.host.memory import resident_of
 from serving_peers.load import Exchange, Load, together
 from serving_peers.models import CLASSIFY, SEGMENT, Workload, check_distinct, engine_answers, exchange, make_artifact, sample_images
-from serving_peers.servers import EARLIER, ENGINE, ask, begin, family, free_port, loaded, muntin_launch, processes_with, state_fields
+from serving_peers.servers import EARLIER, ENGINE, ask, begin, family, free_port, loaded, muntin_launch, processes_with
 
 SOUND, LATER_MS, CONTROL, QUARTERS = 4, 50.0, 6, 4
 SPREAD = 0.01
@@ -58,7 +52,6 @@ DUE = {"sound": "took over", "altered": "refused", "golden": "refused", "missing
 """Expected outcome of a version of each kind."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SwapOptions(Options):
     share: float = option(0.4, "rate of requests, of the server's saturation")
     memory_swaps: int = option(200, "swaps of the second part; 0: leave it out", least=0, selects=True)
@@ -177,7 +170,8 @@ def kill_engine(server: int, before: set[int]) -> None:
 def computes(process: int) -> bool:
     """Return whether one of its threads runs, or waits for a core."""
     with suppress(OSError):  # it ends meanwhile
-        return any(state_fields(thread)[0] == "R" for thread in Path(f"/proc/{process}/task").glob("[0-9]*"))
+        stats = [(thread / "stat").read_text(encoding="utf-8", errors="replace") for thread in Path(f"/proc/{process}/task").iterdir()]
+        return any(stat.rpartition(") ")[2].startswith("R") for stat in stats)
     return False
 
 
@@ -282,9 +276,9 @@ def engines_left(server: int, expected: int) -> set[int]:
 def measure(run: Run) -> Iterator[Row]:
     output, cores, count = run.folder.resolve(), os.sched_getaffinity(0), run.options.memory_swaps
     plan = {"plan": PLAN, "later_ms": LATER_MS, "workload": asdict(SEGMENT)}
-    yield run.row("swaps", partial(swaps, output, run.options.share, cores), **plan)
+    yield run.row("swaps", swaps, output, run.options.share, cores, **plan)
     if count:
-        yield run.row("memory", partial(memory, output, count, cores), swaps=count, workload=asdict(CLASSIFY))
+        yield run.row("memory", memory, output, count, cores, swaps=count, workload=asdict(CLASSIFY))
 
 
 # Figures
@@ -317,9 +311,9 @@ def held(rows: list[Row]) -> Iterator[Row]:
         yield {**row, "first": resident[0], "last": resident[-1], "quarters": quarters, "kib": 1024 * float(slope)}
 
 
-def swapping(name: str) -> Callable[[Document], dict[str, float | None]]:
-    """A goal's cases: a figure of the loads during swaps."""
-    return lambda document: {row["load"]: row[name] for row in answers(document.rows) if row["swapping"]}
+def swapping(rows: list[Row]) -> list[Row]:
+    """The loads during swaps."""
+    return [row for row in answers(rows) if row["swapping"]]
 
 
 def unexpected(document: Document) -> float:
@@ -334,7 +328,7 @@ def told(text: str) -> Callable[[list[Document]], str]:
     """A text with figures of the newest documents."""
 
     def written(documents: list[Document]) -> str:
-        row = next(row for row in answers(documents[-1].rows) if row["swapping"])
+        row = swapping(documents[-1].rows)[0]
         took = [load["seconds"] for load in versions(documents[-1].rows) if load["outcome"] == "took over"]
         grown = [(document.marks, kib) for document in documents if (kib := growth(document)) is not None]
         marks, kib = grown[-1] if grown else ((), np.nan)
@@ -379,9 +373,9 @@ the second half's readings by least squares. What each swap leaves behind is not
         ),
     ),
     goals=(
-        Goal(name="failed", values=swapping("failed"), at_most=0, form="{:.0f}"),
-        Goal(name="wrong", values=swapping("wrong"), at_most=0, form="{:.0f}"),
-        Goal(name="late, of all", values=swapping("late"), at_most=0, form="{:.3%}"),
+        Goal(name="failed", values="failed", case="{load}", rows=swapping, at_most=0, form="{:.0f}"),
+        Goal(name="wrong", values="wrong", case="{load}", rows=swapping, at_most=0, form="{:.0f}"),
+        Goal(name="late, of all", values="late", case="{load}", rows=swapping, at_most=0, form="{:.3%}"),
         Goal(name="versions not taken, refused or sent back as expected", values=unexpected, at_most=0, form="{:.0f}"),
         Goal(name="KiB a swap", values=growth, at_most=0, form="{:+.0f}"),
     ),

@@ -2,31 +2,31 @@
 
     python benchmarks/tasks.py [--only encoders classify restore] [--seeds 3] [--minutes 2]
 
-    encoders   segmentation of the demonstration's photograph, from the same ImageNet encoder: hybrids, and segmentation_models_pytorch's
-               Unet and FPN
-    classify   MNIST-5k, digits and tiles of the photograph: hybrids and timm's small classifiers, from random weights
-    restore    denoising and double size of photographs: hybrids, NAFNets, ESRGAN, and methods that are not trained
-The modules of `task_tables` say how. Models whose names begin with `hybrid` are ours. Needs `pip install '.[bench]'` from a checkout. Time:
-in encoders and classify a model takes twice --minutes (two learning rates) for each data set and seed, and some minutes for export. Run it
-alone.
+Tables: segmentation from one ImageNet encoder, classification from random weights, and restoration of photographs; the modules of
+`task_tables` say how. Models whose names begin with `hybrid` are ours. Needs `pip install '.[bench]'` from a checkout. Time: in encoders
+and classify a model takes twice --minutes (two learning rates) for each data set and seed, and some minutes for export. Run it alone.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
+from importlib.metadata import packages_distributions
 from operator import sub, truediv
 from pathlib import Path
-from typing import Any
 
 from documents import Column, Document, Goal, Row, Table, columns, grouped, mean, seeds_of, spread
 from harness import Benchmark, Options, Run, main, option
+from pretrained import LITE0
+from task_tables import recognition, restoration
 
-TABLES = {"encoders": "encoders", "classify": "classification", "restore": "restoration"}
-"""Modules of `task_tables` by the names of the tables."""
+TABLES: dict[str, tuple[Callable[[int, float, Path], list[Row]], tuple[str, ...]]] = {
+    "encoders": (recognition.encoders, ("segmentation-models-pytorch", "timm", LITE0)),
+    "classify": (recognition.classify, ("mlxtend", "timm")),
+    "restore": (restoration.restore, ("scikit-image",)),
+}
+"""By name, what measures a table and the packages that it needs."""
 PROTOCOL = 1
 """Version of the rows."""
 
@@ -42,25 +42,15 @@ class TasksOptions(Options):
             raise ValueError(f"--minutes {self.minutes:g}: give more than 0")
 
 
-def installed(package: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(package))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def measure(table: Any, seed: int, minutes: float, folder: Path) -> Row:
-    return {"rows": table.measure(seed, minutes, folder)}
-
-
 def rows(run: Run) -> Iterator[Row]:
+    installed = {name.replace("_", "-") for names in packages_distributions().values() for name in names}
     for name in dict.fromkeys(run.options.only):
-        table = import_module(f"task_tables.{TABLES[name]}")
-        if missing := " ".join(package for package in table.REQUIRES if not installed(package)):
+        measure, packages = TABLES[name]
+        if missing := " ".join(package for package in packages if package not in installed):
             raise SystemExit(f"tasks.py: {name} needs {missing}: pip install {missing}, or leave it out by --only")
         for seed in range(run.options.seeds):
-            make = partial(measure, table, seed, run.options.minutes, run.folder / name / str(seed))
-            kept = run.row(f"{name}/{seed}", make, protocol=PROTOCOL, table=name, seed=seed)
+            make = partial(measure, seed, run.options.minutes, run.folder / name / str(seed))
+            kept = run.row(f"{name}/{seed}", lambda make=make: {"rows": make()}, protocol=PROTOCOL, table=name, seed=seed)  # type: ignore[misc]
             yield from ({"table": name, "seed": seed, **row, "created": kept["created"]} for row in kept["rows"])
 
 
@@ -140,16 +130,12 @@ def small_images(documents: list[Document]) -> str:
 
 
 BENCHMARK = Benchmark(
-    name="tasks",
-    options=TasksOptions,
-    measure=rows,
+    name="tasks", options=TasksOptions, measure=rows, newest=newest, n=seeds_of,
     about="""Each model is trained for the same minutes (at each of its learning rates) and deployed in the form that is fastest within half
 a point (0.1 dB) on validation. The first quality column is of the deployed form on the test split: mIoU, top-1 or PSNR in dB (± standard
 deviation over seeds); ms is one image, all models of a seed in turns; steps are those of each seed. The hybrids of restoration are no
 presets: the first was the best of seven structures on validation. Goals: for each data set at least the best peer's quality at no more
 than half of its latency; ours is the fastest model with that quality, or the one of the best quality if there is none.""",
-    newest=newest,
-    n=seeds_of,
     variant=lambda document: f"{', '.join(dict.fromkeys(row['table'] for row in document.rows))}, {document.settings['minutes']:g} min",
     tables=(Table(columns=all_columns, rows=summary),),
     goals=(
@@ -157,7 +143,7 @@ than half of its latency; ours is the fastest model with that quality, or the on
         Goal(name="latency over the best peer's", values=compared("latency", truediv), at_most=0.5, form="{:.0%}"),
     ),
     blocks={"M5": last_stage, "denoising": denoising, "double_size": double_size, "small_images": small_images},
-)
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(BENCHMARK, __doc__)

@@ -2,22 +2,11 @@
 
     python benchmarks/tiles.py [--preset hybrid-xs] [--tile 512] [--overlap 128] [--exact-tile 1024] [--streams N] [--gigapixel]
 
-The preset is trained for 30 steps (speed does not depend on the weights) and exported in W4A8. Images are the demonstration's photograph,
-mirrored at its edges up to the size: 5400 x 2700, 10800 x 5400, with --gigapixel also 32768 x 32768. Ways, each in a process of its own:
-    array     an array in memory to an array of labels
-    raster    a tiled BigTIFF (deflate), read by window, to a GeoTIFF of labels with overviews (`open_source`, `open_sink`)
-    monai     MONAI's `sliding_window_inference` on the same artifact and engine (`pip install monai`), one tile a call, blending
-              "gaussian", float32 tensors in memory, `argmax` at the end; not for a gigapixel, whose scores alone are 24 GiB
-    exact        as `raster`, in exact tiles (`exact=True`) with temporary files; `exact float` the same of the float32 export
-`array` and `raster` compute several tiles at once (--streams, as many as threads), each on its share of the threads; MONAI calls the engine
-tile by tile, so all threads work on one.
-    s            seconds from the opened source to the finished labels; Mpixel/s: pixels of the image a second
-    computed     Mpixel/s that the engine computed: each tile counts whole, of exact tiles without halo and repeated passes
-    of untiled   computed, over the rate of one call on 2048 x 2048 pixels with all threads, afterwards in the same process
-    MiB          largest resident memory beyond that of the loaded model, which has computed one tile; of `array` and `monai` with the
-                 image and the result; disk: MiB of temporary files
-    equal labels, largest difference, clear labels: scores of exact tiles beside those of one call, at the smallest size; clear are labels
-                 whose two highest scores in the one call are further apart than 2e-4
+Images are the demonstration's photograph, mirrored at its edges up to the size. Ways, each in a process of its own: `array`, in memory;
+`raster`, a tiled BigTIFF read by window to a GeoTIFF of labels; `exact` and `exact float`, as `raster` in exact tiles with temporary files;
+`monai`, `sliding_window_inference` on the same artifact and engine, one tile a call with all threads (`pip install monai`; not for a
+gigapixel, whose scores alone are 24 GiB). MiB: largest resident memory beyond the loaded model; disk: MiB of temporary files. Clear labels:
+the two highest scores of one call are further apart than 2e-4.
 Time on two cores: a minute to train, then three minutes; with --gigapixel half an hour more, and 30 GB of disk. Run it alone.
 """
 
@@ -27,9 +16,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -45,6 +32,7 @@ from muntin.runtime import Session
 from muntin.runtime.blending import tile_origins
 from muntin.runtime.exact_tiles.run import exact_tiles
 from muntin.runtime.host.memory import watch_memory
+from muntin.runtime.profiling.timing import interleaved_latency
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained
 
 STEPS = 30
@@ -55,7 +43,6 @@ UNTILED, CALLS, ROWS = 2048, 5, 1024
 MARGIN = 2e-4
 
 
-@dataclass(frozen=True, kw_only=True)
 class TilesOptions(Options):
     preset: str = option("hybrid-xs", "network", choices=tuple(PRESETS))
     tile: int = option(512, "side of a tile, pixels", least=64)
@@ -66,12 +53,6 @@ class TilesOptions(Options):
     gigapixel: bool = option(False, "also 32768 x 32768 pixels", selects=True)
 
 
-def mirrored(indices: NDArray[np.intp], size: int) -> NDArray[np.intp]:
-    """Places in an axis of `size` pixels that is mirrored at its ends."""
-    places = indices % (2 * size)
-    return np.minimum(places, 2 * size - 1 - places)
-
-
 def write_raster(path: Path, size: tuple[int, int]) -> None:
     """Write an image of (height, width) as a tiled BigTIFF, row of tiles by row of tiles."""
     import rasterio
@@ -79,16 +60,15 @@ def write_raster(path: Path, size: tuple[int, int]) -> None:
 
     photograph, _ = EarthSource("cover").picture()
     height, width = size
-    columns = mirrored(np.arange(width), photograph.shape[1])
+    rows, columns = (np.pad(np.arange(old), (0, max(0, new - old)), "symmetric") for old, new in zip(photograph.shape, size, strict=False))
     layout: Row = {"driver": "GTiff", "tiled": True, "blockxsize": 512, "blockysize": 512, "compress": "deflate", "predictor": 2}
     place = {"crs": "EPSG:4326", "transform": rasterio.transform.from_bounds(-180, -90, 180, 90, width, height)}
     layout |= {"bigtiff": "YES", "height": height, "width": width, "count": 3, "dtype": "uint8", "photometric": "rgb", **place}
     draft = path.with_suffix(".draft")
     with rasterio.open(draft, "w", **layout) as dataset:
         for top in range(0, height, ROWS):
-            rows = mirrored(np.arange(top, min(top + ROWS, height)), photograph.shape[0])
-            pixels = photograph[rows][:, columns]
-            dataset.write(pixels.transpose(2, 0, 1), window=Window(0, top, width, len(rows)))
+            pixels = photograph[rows[top : min(top + ROWS, height)]][:, columns[:width]]
+            dataset.write(pixels.transpose(2, 0, 1), window=Window(0, top, width, len(pixels)))
     draft.replace(path)
 
 
@@ -104,17 +84,6 @@ def monai_labels(session: Session, image_HWC: NDArray[np.uint8], tile: int, over
     assert isinstance(scores, torch.Tensor)
     labels: NDArray[Any] = scores.argmax(1)[0].to(torch.uint8).numpy()
     return labels
-
-
-def untiled_rate(artifact: Path, image_1HWC: NDArray[np.uint8], **how: Any) -> float:
-    """Pixels a second of one call."""
-    session = muntin.load(artifact, shapes=(image_1HWC.shape[:3],), **how)
-    times = []
-    for _ in range(CALLS + 1):
-        started = time.perf_counter()
-        session(image_1HWC)
-        times.append(time.perf_counter() - started)
-    return image_1HWC.shape[1] * image_1HWC.shape[2] / median(times[1:])
 
 
 def compared(artifact: Path, image: NDArray[np.uint8], tile: int, threads: int) -> Row:
@@ -160,7 +129,9 @@ def measure(way: str, artifact: Path, raster: Path, tile: int, overlap: int, thr
             monai_labels(session, image, tile, overlap)
         seconds = time.perf_counter() - started
     result.unlink(missing_ok=True)
-    untiled = untiled_rate(artifact, np.ascontiguousarray(source[:UNTILED, :UNTILED])[None], **how)
+    pixels = np.ascontiguousarray(source[:UNTILED, :UNTILED])[None]
+    call = muntin.load(artifact, shapes=(pixels.shape[:3],), **how)
+    untiled = pixels[..., 0].size / interleaved_latency({"": call}, pixels, rounds=CALLS)[""].median_ms * 1e3
     count = len(tile_origins(height, tile, overlap)) * len(tile_origins(width, tile, overlap))
     computed = (height * width if exact else count * tile**2) / seconds
     row: Row = {"seconds": seconds, "pixels_per_s": height * width / seconds, "computed_per_s": computed, "untiled_per_s": untiled}
@@ -177,16 +148,13 @@ def rows(run: Run) -> Iterator[Row]:
     integers, floats = integer_artifact(checkpoint, folder / "int8").path, float_artifact(checkpoint, folder / "float").path
     for size in SIZES if given.gigapixel else [size for size in SIZES if size != GIGAPIXEL]:
         raster = run.folder / f"{size}.tif"
+        if not raster.is_file():
+            write_raster(raster, SIZES[size])
         for way in ("raster", "exact") if size == GIGAPIXEL else WAYS:
             artifact, tile = floats if way == "exact float" else integers, given.exact_tile if way.startswith("exact") else given.tile
             arguments = (way, artifact, raster, tile, given.overlap, given.threads, given.streams or given.threads)
-
-            def measured(arguments: Any = arguments, raster: Path = raster, size: str = size) -> Row:
-                if not raster.is_file():
-                    write_raster(raster, SIZES[size])
-                return apart(measure, *arguments)
-
-            yield {"size": size, "way": way, **run.row(f"{given.preset}/{way}-{size}", measured, **network_of(given.preset))}
+            row = run.row(f"{given.preset}/{way}-{size}", apart, measure, *arguments, **network_of(given.preset))
+            yield {"size": size, "way": way, **row}
 
 
 def shown(rows: list[Row]) -> Iterator[Row]:

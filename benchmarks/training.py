@@ -2,15 +2,11 @@
 
     python benchmarks/training.py [--models hybrid-s dense-s] [--sides 256 512] [--steps 60] [--warm-up 6] [--levers bf16 ...] [--peers]
 
-Data are the demonstration's (source earth), the model and the optimiser (Muon and AdamW) those of its recipe. Every row trains for the
-same steps on the same crops, in a process of its own. The baseline is FP32, eager, with contiguous tensors, all activations kept, crops cut
-between steps, and no chunks. The levers: `bf16` (autocast), `channels last` (kernels and images), `compile` (torch.compile), `allocator`
-(freed memory kept in the process, glibc), `prefetch` (crops cut in a thread meanwhile), `chunked` (the loss within 16 MiB of temporaries),
-checkpointing `selective` and `full` (with chunks). `all` is `muntin fit` with BF16 where it is faster; `compiled`, `selective` and `full`
-are added to that. `--peers`: the same model, loss, optimiser and crops trained by Lightning Fabric and by Accelerate, each in its mixed
-precision where BF16 is faster, with a DataLoader of one worker. Images a second are of the steps after the warm-up, waiting for crops and
-optimiser included; MiB is the peak of the process minus what it held before the first step (allocated tensors on CUDA); the loss is the
-mean of the last ten steps. Time on two cores: one to ten minutes a row, by model and side. Run it alone.
+Every row trains for the same steps on the same crops, in a process of its own. The baseline is FP32, eager, contiguous,
+without checkpointing, prefetching and chunks; `allocator` keeps freed memory in the process, `chunked` computes the loss within 16 MiB of
+temporaries, checkpointing is `selective` or `full` (with chunks). `all` is `muntin fit` with BF16 where it is faster. `--peers`: the same
+training by Lightning Fabric and by Accelerate. The loss is the mean of the last ten steps. Time on two cores: one to ten minutes a row.
+Run it alone.
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -32,9 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import muntin
-from crossed import crossed
-from documents import Document, Goal, Row, Table, columns
-from harness import Benchmark, Options, Run, apart, at_least, main, option
+from documents import Document, Goal, Row, Table, columns, crossed
+from harness import Benchmark, Options, Run, apart, main, option
 from muntin.data import Crops, open_source, prefetch
 from muntin.training.distributed.averaging import WeightAverage
 from muntin.training.loss import Loss
@@ -154,8 +148,6 @@ def fit_step(recipe: Recipe, model: nn.Module, device: str) -> Step:
 
 def measure(name: str, model_name: str, side: int, options: TrainingOptions) -> Row:
     """Train one row in this process."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     flags, steps = LEVERS.get(name, {}), options.steps
     changes = {"data.crop": side, "model.name": model_name, "training.batch_size": options.batch, "seed": 0, "training.steps": steps}
@@ -189,7 +181,6 @@ def measure(name: str, model_name: str, side: int, options: TrainingOptions) -> 
     return {"images_per_s": images_per_s, "peak_bytes": watch.peak, "loss": fmean(losses[-10:]), "first_loss": losses[0], "device": device}
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
     models: tuple[str, ...] = option(("hybrid-s", "dense-s"), "networks", selects=True)
     sides: tuple[int, ...] = option((256, 512), "sides of the crops, pixels", least=32, selects=True)
@@ -198,7 +189,6 @@ class TrainingOptions(Options):
     steps: int = option(60, "steps of a row", least=2)
     warm_up: int = option(6, "steps that are not timed", least=1)
     batch: int = option(8, "crops a step", least=1)
-    threads: int | None = option(None, "threads of PyTorch; its own choice unless given", parse=at_least(1))
 
     def __post_init__(self) -> None:
         if self.warm_up >= self.steps:
@@ -216,8 +206,7 @@ def rows(run: Run) -> Iterator[Row]:
         if name in PEERS and importlib.util.find_spec(PEERS[name]) is None:
             yield {**case, "cannot": f"not installed: pip install {PEERS[name].replace('_', '-')}"}
             continue
-        measured = partial(apart, measure, name, model, side, options)
-        yield {**case, **run.row(f"{model}-{side}/{name}", measured, levers=LEVERS.get(name, name))}
+        yield {**case, **run.row(f"{model}-{side}/{name}", apart, measure, name, model, side, options, levers=LEVERS.get(name, name))}
 
 
 def compared(found: list[Row]) -> list[Row]:

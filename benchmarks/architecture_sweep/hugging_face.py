@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pkgutil
 import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from architecture_sweep.pictures import real_pictures
+from quantizer_peers.data import real_pictures, sentences
 
 LABELS = {number: f"class-{number}" for number in range(20)}
 SIDE = 224
@@ -86,17 +84,6 @@ def write_folder(name: str, folder: Path, seed: int) -> None:
     model = getattr(transformers, kind)(_config(family, {**arguments, **side, "id2label": LABELS}))
     model.save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
-
-
-def sentences() -> list[str]:
-    """The first lines of docstrings of the standard library, read from its files."""
-    lines = set()
-    for module in pkgutil.iter_modules():
-        spec = find_spec(module.name) if not module.name.startswith("_") and "site-packages" not in str(module.module_finder) else None
-        if spec is not None and spec.origin and spec.origin.endswith(".py"):
-            text = Path(spec.origin).read_text(encoding="utf-8", errors="ignore")
-            lines |= {" ".join(line.split()) for line in re.findall(r'"""([A-Z][^"\n]{30,160}\.)', text)}
-    return sorted(lines)
 
 
 def texts(count: int, seed: int) -> Named:

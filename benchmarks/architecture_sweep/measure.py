@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 import muntin
 from architecture_sweep import hugging_face
-from architecture_sweep.pictures import real_pictures
 from documents import Row
 from muntin.artifact import AnyArtifact
 from muntin.errors import DependencyError, MuntinError
 from muntin.runtime.engines.onnx_nodes import is_node_of
-from muntin.runtime.host.quiet_imports import openvino
-from quantizer_peers.jobs import nncf_job
+from muntin.runtime.host.hardware import physical_cores
+from quantizer_peers.artifacts import CALIBRATION as FILE
+from quantizer_peers.artifacts import PlainModel, Scores, answers_of, convert, decibels, nncf_job, reference
+from quantizer_peers.data import Pixels, batches, real_pictures
+from segmentation_peers.deployment import bytes_of
 
 SEED = 0
 CALIBRATION, HELD_OUT = 24, 32
@@ -40,8 +42,6 @@ PHASES |= {f"muntin.graph.artifacts.export.{name}": "check" for name in ("write_
 PHASES |= {f"muntin.{module}.export.calibrate": "quantise" for module in ("deployment", "graph.artifacts")}
 PHASES |= {"muntin.deployment.export.to_onnx": "capture"}
 """Functions of an export that are timed. The remaining time is the search for sizes, and PyTorch's own calls."""
-Array = NDArray[np.float32]
-Pixels = NDArray[np.uint8]
 
 
 def measure(source: str, size: int | None, folder: Path, nncf_python: str | None = None) -> Row:
@@ -126,21 +126,22 @@ def _of_images(source: str, size: int | None, folder: Path, seconds: dict[str, f
         source = f"hf:{folder / 'model'}"
     opened = muntin.open_model(source, size=size, classes=6 if kind == "smp" else None)
     H, W = opened.size
-    calibration = _batches(real_pictures(CALIBRATION, H, W, SEED))
+    images = real_pictures(CALIBRATION, H, W, SEED)
+    calibration = batches({"images": images}, BATCH)
     model = as_trained(opened.model, calibration)
     seconds["open"] = time.perf_counter() - started
     started = time.perf_counter()
     artifact = muntin.export(model, calibration[0], folder / "artifact", calibration=calibration, signature=opened.signature)
     seconds["export"] = time.perf_counter() - started
     held_out = real_pictures(HELD_OUT, H, W, SEED + 1)
-    exact_BK = _outputs(model, held_out)
+    exact_BK = reference(model, folder, {"images": held_out})
     noise = np.random.default_rng(SEED).integers(-1, 2, held_out.shape, np.int16)
-    noisy_BK = _outputs(model, (held_out + noise).clip(0, 255).astype(np.uint8))
+    noisy_BK = reference(model, folder, {"images": (held_out + noise).clip(0, 255).astype(np.uint8)})
     row: Row = {"noise_db": compare_scores(exact_BK, noisy_BK)["db"], "size": [H, W], "task": opened.signature.task}
     row |= {"sizes": artifact.manifest.signature.sizes.text, **_facts(artifact, model)}
     row |= _compared(artifact, lambda session: compare_scores(exact_BK, np.concatenate([session(image[None]) for image in held_out])))
     if row["db"] < AGREES_DB and nncf_python is not None:
-        row["nncf"] = _by_nncf(model, torch.cat(calibration), held_out, exact_BK, folder, nncf_python)
+        row["nncf"] = _by_nncf(model, images, held_out, exact_BK, folder, nncf_python)
     return row | _verified(artifact) | {"outcome": "exported"}
 
 
@@ -175,25 +176,15 @@ def _compared(artifact: AnyArtifact, compare: Callable[[Any], Row]) -> Row:
     return row
 
 
-def _by_nncf(model: nn.Module, calibration_BCHW: Tensor, held_out: Pixels, exact_BK: Array, folder: Path, python: str) -> Row:
+def _by_nncf(model: nn.Module, calibration: Pixels, held_out: Pixels, exact_BK: Scores, folder: Path, python: str) -> Row:
     """`compare_scores` of NNCF's artifact (its defaults, float layers in f32) with the same calibration, or `refused`."""
-    converted = openvino.convert_model(model, example_input=calibration_BCHW[:1], input=[-1, *calibration_BCHW.shape[1:]])
-    openvino.save_model(converted, folder / "converted.xml", compress_to_fp16=False)
-    np.savez(folder / "inputs.npz", **{converted.input().get_any_name(): calibration_BCHW.numpy()})
-    answer = nncf_job(python, folder / "converted.xml", folder / "inputs.npz", folder / "nncf.xml", {})
+    np.savez(folder / FILE, images=calibration)
+    source, path = convert(model, {"images": calibration}, folder), folder / "nncf" / "model.xml"
+    answer = nncf_job(python, source, folder / FILE, path, {})
     if "refused" in answer:
         return answer
-    network = openvino.Core().compile_model(folder / "nncf.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return compare_scores(exact_BK, np.concatenate([network(images.numpy())[0] for images in _batches(held_out)]))
-
-
-def _outputs(model: nn.Module, images_BHWC: Pixels) -> Array:
-    with torch.inference_mode():
-        return np.concatenate([model(batch).numpy() for batch in _batches(images_BHWC)])
-
-
-def _batches(images_BHWC: Pixels) -> list[Tensor]:
-    return list(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float().contiguous().split(BATCH))
+    network = PlainModel(path, {"images": held_out[:1]}, precision="f32", threads=physical_cores())
+    return compare_scores(exact_BK, answers_of(network, {"images": held_out}))
 
 
 def _facts(artifact: AnyArtifact, model: nn.Module) -> Row:
@@ -201,7 +192,7 @@ def _facts(artifact: AnyArtifact, model: nn.Module) -> Row:
     manifest = artifact.manifest
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "bytes": sum(path.stat().st_size for path in artifact.path.rglob("*") if path.is_file()), "bytes_fp32": 4 * values,
+        "bytes": bytes_of(artifact.path), "bytes_fp32": 4 * values,
         "precision": manifest.precision, "coverage_planned": manifest.measured.get("integer_coverage", 0.0),
         "notes": list(manifest.measured.get("notes", ())),
     }  # fmt: skip
@@ -222,16 +213,7 @@ def _verified(artifact: AnyArtifact) -> Row:
     }  # fmt: skip
 
 
-def decibels(exact: NDArray[Any], approximation: NDArray[Any]) -> float:
-    """Signal over noise, dB; -99 if the approximation is not finite."""
-    exact, approximation = exact.astype(np.float64), approximation.astype(np.float64)
-    if not np.isfinite(approximation).all():
-        return -99.0
-    noise, signal = float(np.square(exact - approximation).sum()), float(np.square(exact).sum())
-    return round(min(99.0, 10 * float(np.log10(max(signal, 1e-300) / max(noise, 1e-300)))), 1)
-
-
-def compare_scores(exact_BK: Array, scores_BK: Array) -> Row:
+def compare_scores(exact_BK: Scores, scores_BK: Scores) -> Row:
     """Return `db`, `db_whole`: signal over noise of the scores without and with their mean over the images (and pixels), which hides the
     differences of random weights; `labels`, `labels_centred`: share of equal labels, with and without that mean."""
     mean_K = exact_BK.mean((0, *range(2, exact_BK.ndim)), keepdims=True)

@@ -13,20 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import log_softmax
 from torch import nn
 
 import muntin
 from documents import Column, Document, Row, Table, columns, grouped, look_up, mean, spread
-from foreign_networks.forms import Form, Material, parameters_of
-from foreign_networks.subjects import SUBJECTS, Subject, batches, without_padding
-from harness import Options, Run, file_name, option, threads_option
-from muntin.runtime.profiling.timing import interleaved_latency
-from quantizer_peers.jobs import CALIBRATION, convert, nncf_job
-from quantizer_peers.scoring import Call, PlainModel, agreement, answers_of, bytes_of, each, open_artifact, reference
+from foreign_networks.subjects import SUBJECTS, Material, Pass, Subject, parameters_of, without_padding
+from harness import Run, file_name, option, threads_option
+from measures import ms_in_turns
+from quantizer_peers.artifacts import (
+    CALIBRATION,
+    Call,
+    PlainModel,
+    Scores,
+    agreement,
+    answers_of,
+    convert,
+    nncf_job,
+    open_artifact,
+    reference,
+)
+from quantizer_peers.data import PackagesOptions, batches, draw, held_out, parts
+from segmentation_peers.deployment import bytes_of
 
-Scores = NDArray[np.float32]
 Figures = Callable[["Judge", Mapping[str, Scores]], Row]
 """From the outputs of an artifact, by part."""
 Makers = Mapping[str, Callable[[], Row]]
@@ -34,8 +43,7 @@ Makers = Mapping[str, Callable[[], Row]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkOptions(Options):
-    packages: Path = option(Path(), "folder of the packages with weights and images (see quantizers.py)", selects=True)
+class NetworkOptions(PackagesOptions):
     only: tuple[str, ...] = option(tuple(SUBJECTS), "networks", choices=tuple(SUBJECTS), selects=True)
     seeds: int = option(3, "number of seeds", least=1, selects=True)
     calibration: int = option(128, "calibration inputs", least=8)
@@ -44,39 +52,35 @@ class NetworkOptions(Options):
     threads: int = threads_option()
     rounds: int = option(60, "timed calls", least=1)
 
-    def __post_init__(self) -> None:
-        if self.packages == Path():
-            raise ValueError("give --packages FOLDER")
-
 
 class Judge:
     """One network of one seed in FP32, its inputs, and the artifacts of its forms.
 
-    `parts`: numbers of the test inputs, by the name of their part. `precision`: of float layers; None: as recorded, or as OpenVINO chooses.
+    `counts`: of the held-out inputs, by the name of their part. `precision`: of float layers; None: as recorded, or as OpenVINO chooses.
     `figures`: what is measured of an artifact.
     """
 
-    def __init__(self, subject: Subject, seed: int, run: Run, parts: Mapping[str, int], precision: str | None, figures: Figures) -> None:
+    def __init__(self, subject: Subject, seed: int, run: Run, counts: Mapping[str, int], precision: str | None, figures: Figures) -> None:
         self.subject, self.seed, self.run, self.precision, self.figures = subject, seed, run, precision, figures
-        self.options, packages, total = run.options, run.options.packages.resolve(), sum(parts.values())
+        self.options, packages, total = run.options, run.options.packages.resolve(), sum(counts.values())
         self.folder = (run.folder / subject.name / str(seed)).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.module: nn.Module = subject.build(packages, self.folder, seed).eval()
-        self.calibration = subject.inputs(packages, "train", self.options.calibration, seed)
-        self._unlabelled = partial(subject.inputs, packages, "train", self.options.unlabelled, seed + 1000)
-        test, labels = subject.inputs(packages, "test", total, 0), None if subject.labels is None else subject.labels(packages, total)
-        slices = {part: slice(end - parts[part], end) for part, end in zip(parts, accumulate(parts.values()), strict=True)}
+        self.calibration = draw(packages, subject.name, self.options.calibration, seed=seed)
+        self._unlabelled = partial(draw, packages, subject.name, self.options.unlabelled, seed=seed + 1000)
+        test, labels = held_out(packages, subject.name, total)
+        slices = {part: slice(end - counts[part], end) for part, end in zip(counts, accumulate(counts.values()), strict=True)}
         self.inputs = {part: {name: value[rows] for name, value in test.items()} for part, rows in slices.items()}
         self.exact = {part: reference(self.module, self.folder, inputs) for part, inputs in self.inputs.items()}
         self.labels = {part: None if labels is None else labels[rows] for part, rows in slices.items()}
-        self.one = each(test)[0]
+        self.one = parts(test)[0]
 
     @cached_property
     def material(self) -> Material:
         lessons, calibration = batches(self._unlabelled()), without_padding(self.calibration)
         return Material(subject=self.subject, batches=lessons, calibration=calibration, steps=self.options.steps, seed=self.seed)
 
-    def artifact(self, name: str, form: Form | None) -> Row:
+    def artifact(self, name: str, form: Pass | None) -> Row:
         """Make a form (None: FP32 as it is), export it, and compare what is deployed with FP32."""
         model, material, started = copy.deepcopy(self.module), self.material, time.perf_counter()
         try:
@@ -126,8 +130,7 @@ class Judge:
         """Median milliseconds of one input, all calls in turns."""
 
         def times() -> Row:
-            latencies = interleaved_latency({name: opened() for name, opened in calls.items()}, self.one, rounds=self.options.rounds)
-            return {"ms": {name: latency.median_ms for name, latency in latencies.items()}}
+            return {"ms": ms_in_turns({name: opened() for name, opened in calls.items()}, self.one, self.options.rounds)}
 
         settings |= {"calls": list(calls)}
         name = f"{self.subject.name}/{self.seed}/latency-{zlib.crc32(repr(settings).encode()):08x}"
@@ -140,10 +143,10 @@ class Judge:
         return [{**row, "ms": ms[row["form"]]} if "cannot" not in row else row for row in found]
 
 
-def judges(run: Run, parts: Mapping[str, int], precision: str | None, figures: Figures) -> Iterator[Judge]:
+def judges(run: Run, counts: Mapping[str, int], precision: str | None, figures: Figures) -> Iterator[Judge]:
     """Each network of `--only` in each seed."""
     for name in run.options.only:
-        yield from (Judge(SUBJECTS[name], seed, run, parts, precision, figures) for seed in range(run.options.seeds))
+        yield from (Judge(SUBJECTS[name], seed, run, counts, precision, figures) for seed in range(run.options.seeds))
 
 
 # Networks beside FP32: foreign.py and sparsity.py

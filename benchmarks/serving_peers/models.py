@@ -66,13 +66,11 @@ def make_artifact(workload: Workload, path: Path, *, seed: int = 0) -> None:
 
     import muntin
     from muntin.artifact import open_artifact
-    from muntin.deployment.checkpoint_export import REVISION
     from muntin.errors import ArtifactError
     from muntin.layers import MapNorm, TokenNorm
-    from muntin.models import PRESETS, ModelConfig
+    from resumed import network_of
 
-    structure = ModelConfig(**PRESETS[workload.preset]).model_dump(mode="json")
-    origin = json.dumps({"workload": asdict(workload), "structure": structure, "seed": seed, "revision": REVISION}, sort_keys=True)
+    origin = json.dumps({"workload": asdict(workload), "seed": seed, **network_of(workload.preset)}, sort_keys=True)
     with suppress(ArtifactError):  # none, or an altered one
         if open_artifact(path).manifest.measured.get("origin") == origin:
             return

@@ -7,6 +7,7 @@ it says which settings were tried. A new one is a function and a line in `SERVER
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import re
 import secrets
@@ -19,15 +20,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import psutil
+
+import start_triton
+from harness import ROOT, write_whole
 from muntin.serving.triton.batching import TritonBatching
 from muntin.serving.triton.options import TritonOptions
 from muntin.serving.triton.repository import write_repository
 from serving_peers.load import HOST, Exchange, Load
 from serving_peers.models import Workload
-from start_triton import triton_launch
 
 APPS = Path(__file__).resolve().parent
 READY_S, STOP_S, ENDS_S = 180.0, 20.0, 5.0
@@ -133,32 +138,21 @@ def _app(wanted: Wanted, file: str, **more: Any) -> list[str]:
     return [str(wanted.environment / "bin" / "python"), str(APPS / file), str(wanted.artifact), *options]
 
 
-def triton(wanted: Wanted) -> Launch:
-    """The exported repository, with a fixed delay in its dynamic batcher, or without batches."""
-    if wanted.wait_ms is None:
-        return triton_exported(wanted, batcher="")
-    return triton_exported(wanted, batcher=f"dynamic_batching {{ max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f} }}")
-
-
-def triton_rejecting(wanted: Wanted) -> Launch:
-    """A fixed delay; requests that have waited for half of the objective are rejected, since the other half is needed for computing."""
-    policy = ""
-    if wanted.objective_ms is not None:
-        policy = f"default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wanted.objective_ms * 500:.0f} }}"
-    delay = f"max_queue_delay_microseconds: {(wanted.wait_ms or 0) * 1e3:.0f}"
-    return triton_exported(wanted, batcher=f"dynamic_batching {{ {delay} {policy} }}")
-
-
-def triton_exported(wanted: Wanted, *, batcher: str | None = None) -> Launch:
-    """The repository as `muntin triton --objective-ms` writes it, with a delay from measured batches; without an objective, none.
-    `batcher` replaces its line of dynamic batching."""
+def triton(wanted: Wanted, *, exported: bool = False, rejecting: bool = False) -> Launch:
+    """The repository as `muntin triton --objective-ms` writes it if `exported`, with a delay from measured batches (without an objective,
+    none); otherwise with a fixed delay in its dynamic batcher, or without batches. `rejecting`: requests that have waited for half of the
+    objective are rejected, since the other half is needed for computing."""
     repository, workload = wanted.scratch / "models", wanted.workload
     options = TritonOptions(name=workload.name, max_batch=workload.max_rows, threads=wanted.threads, objective_ms=wanted.objective_ms)
-    exported = write_repository(wanted.artifact, repository, options, batching=None if batcher is None else TritonBatching())
-    if batcher is not None:
-        file = exported.model / "config.pbtxt"
+    written = write_repository(wanted.artifact, repository, options, batching=None if exported else TritonBatching())
+    if not exported:
+        file, batcher, policy = written.model / "config.pbtxt", "", ""
+        if rejecting and wanted.objective_ms is not None:
+            policy = f"default_queue_policy {{ timeout_action: REJECT default_timeout_microseconds: {wanted.objective_ms * 500:.0f} }}"
+        if wanted.wait_ms is not None:
+            batcher = f"dynamic_batching {{ max_queue_delay_microseconds: {wanted.wait_ms * 1e3:.0f} {policy} }}"
         file.write_text(re.sub(r"(?m)^dynamic_batching .*$", batcher, file.read_text(encoding="utf-8")), encoding="utf-8")
-    launch = triton_launch(wanted.environment, repository, http_port=wanted.port)
+    launch = start_triton.triton_launch(wanted.environment, repository, http_port=wanted.port)
     return Launch(command=launch.command, variables=launch.variables)
 
 
@@ -170,9 +164,9 @@ SERVERS: dict[str, Server] = {
     "ray": Server(launch=ray, peer="ray"),
     "ray 2 ms": Server(launch=ray, peer="ray", wait_ms=2),
     "triton": TRITON(launch=triton),
-    "triton exported": TRITON(launch=triton_exported),
+    "triton exported": TRITON(launch=partial(triton, exported=True)),
     **{f"triton {wait} ms": TRITON(launch=triton, wait_ms=wait) for wait in (0, 1, 5, 20)},
-    "triton 0 ms, rejecting": TRITON(launch=triton_rejecting, wait_ms=0),
+    "triton 0 ms, rejecting": TRITON(launch=partial(triton, rejecting=True), wait_ms=0),
 }
 EARLIER = "earlier server"
 """Mark of documents whose `muntin serve` has been replaced."""
@@ -212,7 +206,10 @@ def running(launch: Launch, port: int, *, cores: set[int], log: Path) -> Iterato
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        _end(process.pid, started)
+        _, hanging = psutil.wait_procs({**started, **family(process.pid)}.values(), timeout=ENDS_S)
+        for each in hanging:
+            with suppress(psutil.Error):
+                each.kill()
 
 
 @contextmanager
@@ -230,77 +227,42 @@ def begin(output: Path, core: int | None = None) -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if core is None else core})
 
 
-class _Process(NamedTuple):
-    """A process. `began`: clock ticks since the system started; with its number it identifies the process."""
-
-    parent: int
-    session: int
-    began: int
-
-
-def state_fields(folder: Path) -> list[str]:
-    """Fields of a process or thread in /proc, from its state on. The name before them is in brackets, and may hold blanks and brackets."""
-    return (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-
-
-def _processes() -> dict[int, _Process]:
-    """All processes by number, except zombies."""
-    found: dict[int, _Process] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ends meanwhile
-            fields = state_fields(folder)
-            if fields[0] not in ("Z", "X"):
-                found[int(folder.name)] = _Process(parent=int(fields[1]), session=int(fields[3]), began=int(fields[19]))
+def family(root: int) -> dict[int, psutil.Process]:
+    """A server's processes by number, itself included: its session, and all processes started from it, in any group or session."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # it ends meanwhile
+            if process.pid == root or os.getsid(process.pid) == root:
+                members = (process, *process.children(recursive=True))
+                found |= {member.pid: member for member in members if member.status() != psutil.STATUS_ZOMBIE}
     return found
-
-
-def family(root: int) -> dict[int, int]:
-    """A server's processes by number, itself included, and when each began: its session, and all processes started from it, in any group or
-    session."""
-    everyone = _processes()
-    members = {number for number, process in everyone.items() if root in (number, process.session)}
-    while new := {number for number, process in everyone.items() if process.parent in members} - members:
-        members |= new
-    return {number: everyone[number].began for number in members}
 
 
 def processes_with(root: int, text: str) -> list[int]:
     """Those of a server's processes that have a text in their command line, the oldest first."""
     found = []
-    for number, began in family(root).items():
-        with suppress(OSError):  # it ends meanwhile
-            if text in Path(f"/proc/{number}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " "):
-                found.append((began, number))
+    for number, process in family(root).items():
+        with suppress(psutil.Error):
+            if text in " ".join(process.cmdline()):
+                found.append((process.create_time(), number))
     return [number for _, number in sorted(found)]
-
-
-def _end(root: int, started: dict[int, int]) -> None:
-    """Wait until all processes that an ended server `started` are gone, and kill those that remain: an engine that hangs."""
-    end = time.monotonic() + ENDS_S
-    while left := {number for number, process in _processes().items() if process.session == root or started.get(number) == process.began}:
-        if time.monotonic() >= end:
-            _signal(left, signal.SIGKILL)
-            return
-        time.sleep(0.05)
 
 
 @contextmanager
 def stopped(root: int) -> Iterator[None]:
     """Pause a server with all processes that it has started, so that none takes a turn on its core. No request should be under way."""
-    paused: set[int] = set()
+    paused: dict[int, psutil.Process] = {}
     try:
-        while new := family(root).keys() - paused:  # again: one may start another before its own turn comes
-            paused |= new
-            _signal(new, signal.SIGSTOP)
+        while new := {number: process for number, process in family(root).items() if number not in paused}:
+            paused |= new  # again: one may start another before its own turn comes
+            for process in new.values():
+                with suppress(psutil.Error):
+                    process.suspend()
         yield
     finally:
-        _signal(paused, signal.SIGCONT)
-
-
-def _signal(processes: set[int], number: signal.Signals) -> None:
-    for process in processes:
-        with suppress(ProcessLookupError):
-            os.kill(process, number)
+        for process in paused.values():
+            with suppress(psutil.Error):
+                process.resume()
 
 
 # Addresses and folders
@@ -334,3 +296,46 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, path: str, lo
 def _last_lines(log: Path) -> str:
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-2:])[-300:]
+
+
+# Environments: one for each peer, made with pip, as their dependencies exclude each other. Triton runs in muntin's own.
+
+PEERS = {"litserve": "litserve", "ray": "ray[serve]", "triton": start_triton.REQUIREMENT}
+_VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps({name: m.version(name) for name in sys.argv[1:]}))"
+
+
+def make_environment(name: str, folder: Path) -> str | None:
+    """Make `folder/NAME` unless it is there with this environment's engine: None, or the reason why it cannot be made. The first time takes
+    a minute or two. muntin is installed as it is here (editable, without extras)."""
+    root, ready = folder / name, folder / name / "ready.json"
+    if versions(name, folder):
+        return None
+    ready.unlink(missing_ok=True)  # of another engine: after a failure there is no environment
+    if name == "triton":
+        try:
+            start_triton.install(root)
+        except (subprocess.CalledProcessError, SystemExit) as error:
+            return str(error)
+        package, _, its_version = start_triton.REQUIREMENT.partition("==")
+        write_whole(ready, {package: its_version, **{package: version(package) for package in ("openvino", "numpy")}})
+        return None
+    python = str(root / "bin" / "python")
+    pins = [f"{engine}=={version(engine)}" for engine in ("openvino", "onnxruntime")]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PEERS[name], *pins, "--editable", str(ROOT)]
+    package = PEERS[name].partition("[")[0]
+    for command in ([sys.executable, "-m", "venv", "--clear", str(root)], pip, [python, "-c", _VERSIONS, package, "openvino", "numpy"]):
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own commands
+        if ran.returncode:
+            lines = [line for line in (ran.stderr + ran.stdout).splitlines() if line.strip()]
+            return f"{' '.join(command[1:6])} ... : {(lines or ['no message'])[-1][:200]}"
+    packages = next((root / "lib").glob("python3.*")) / "site-packages"
+    (packages / "serving-benchmark.pth").write_text(f"{ROOT / 'benchmarks'}\n", encoding="utf-8")  # for `serving_peers`
+    write_whole(ready, json.loads(ran.stdout))
+    return None
+
+
+def versions(name: str, folder: Path) -> dict[str, str]:
+    """Versions in a complete environment with this environment's engine; empty without one."""
+    ready = folder / name / "ready.json"
+    found: dict[str, str] = json.loads(ready.read_text(encoding="utf-8")) if ready.is_file() else {}
+    return found if found.get("openvino") == version("openvino") else {}
