@@ -270,8 +270,7 @@ after training; the others spend a part of their budget on low rank, W4A8 and mi
 Goals: a hybrid leads by more than both standard deviations, and on `earth` by two points; a hybrid that reaches the best peer's score takes
 at most a quarter of its time, and half of the fastest peer's (inf: no hybrid reaches that score). They are judged over the seeds that all
 models have; one seed can miss a goal but not meet it. No rate, form or stopping point was chosen by the test split, but the parts of a
-hybrid were, by ablations on the test split of `earth`. Plots: [earth, 1 minute](../docs/pareto-earth-1min.png),
-[earth, 2 minutes](../docs/pareto-earth.png), [climate](../docs/pareto-climate-1min.png), [shore](../docs/pareto-shore-1min.png).""",
+hybrid were, by ablations on the test split of `earth`.""",
     newest=report.newest,
     n=seeds_of,
     variant=report.variant,

@@ -26,8 +26,6 @@ from serving_peers.load import Exchange, Load, together
 from serving_peers.models import WORKLOADS, Workload, check_distinct, engine_answers, exchange, make_artifact, sample_images
 from serving_peers.servers import ENGINE, Launch, Wanted, begin, free_port, loaded, muntin_launch, processes_with, ray_replicas
 
-SPREAD = 0.01
-"""Largest difference of an answer from the expected one, a share of the scores' spread: batches are rounded otherwise than single rows."""
 SHARE = 0.3
 """Share of saturation, at which replicas are killed."""
 LOOK_S, RETURNS_S, PAUSE_S = 0.1, 60.0, 2.0
@@ -94,7 +92,7 @@ def rows(run: Run) -> Iterator[Row]:
     workload, cores = WORKLOADS[run.options.model], os.sched_getaffinity(0)
     artifact, images = run.folder / workload.name, sample_images(workload.side)
     make_artifact(workload, artifact)
-    found = exchange(workload, images, engine_answers(workload, artifact, images), spread=SPREAD)
+    found = exchange(workload, images, engine_answers(workload, artifact, images))
     check_distinct(found)
     begin(run.folder)
     for kind, replicas in (("muntin", 1), ("ray", 1), ("muntin", 2), ("ray", 2)):

@@ -38,8 +38,6 @@ from serving_peers.models import CLASSIFY, SEGMENT, Workload, check_distinct, en
 from serving_peers.servers import EARLIER, ENGINE, ask, begin, family, free_port, loaded, muntin_launch, processes_with
 
 SOUND, LATER_MS, CONTROL, QUARTERS = 4, 50.0, 6, 4
-SPREAD = 0.01
-"""Largest difference in scores between an answer and its version's. Versions have to differ by more."""
 ENDS_S = 10.0
 """Seconds in which the process of an old version's engine has to end before memory is read."""
 COMPUTES_S, LOOK_S, LOOKS = 10.0, 0.001, 3
@@ -129,7 +127,7 @@ def sound_versions(workload: Workload, folder: Path, count: int) -> tuple[list[P
         make_artifact(workload, path, seed=seed)
     images = sample_images(workload.side).copy()
     images[:, 0, 0, 0] = MARK
-    found = exchange(workload, images, *(engine_answers(workload, path, images) for path in paths), spread=SPREAD)
+    found = exchange(workload, images, *(engine_answers(workload, path, images) for path in paths))
     check_distinct(found)
     return paths, found
 
