@@ -48,8 +48,9 @@ def same(due: bytes, came: bytes, dtype: str, *, spread: float) -> bool:
 class Exchange:
     """Requests as they go over the wire, and the bytes with which the body of each one's response must end.
 
-    `dtype`, `spread`: how answers are compared, see `same`; batches are rounded otherwise than single rows. `others`: answers of further versions, each as right. `broken`: text in the
-    refusal of a request that had been admitted; None: the server does not tell such ones apart.
+    `dtype`, `spread`: how answers are compared, see `same`; batches are rounded otherwise than single rows. `others`: answers of further
+    versions, each as right. `broken`: text in the refusal of a request that had been admitted; None: the server does not tell such ones
+    apart.
     """
 
     requests: tuple[bytes, ...]
