@@ -49,6 +49,20 @@ def test_filling_seed_by_class() -> None:
     assert len({(split_of(key, seed, {"validation": 0.15, "test": 0.15}), key[0]) for key in keys}) == 9
 
 
+def test_first_of_equal_seeds() -> None:
+    """Of seeds that lack the same classes: one class has a single picture, so that none can have all of them."""
+    keys = ["a/0", *(f"b/{number}" for number in range(4))]
+    seed = filling_seed(keys, SHARES, by_class=True)
+    assert seed is not None
+
+    def shown(seed: int) -> tuple[int, int]:
+        placed = {(split_of(key, seed, SHARES), key[0]) for key in keys}
+        return sum(split == "train" for split, _ in placed), len(placed)
+
+    assert shown(seed) == (2, 4)
+    assert all(shown(earlier) != (2, 4) for earlier in range(seed))
+
+
 def test_empty_split_error_names_a_seed() -> None:
     keys = [f"p{number}" for number in range(4)]
     seed = filling_seed(keys, SHARES, 6)

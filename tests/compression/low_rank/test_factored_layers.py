@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from muntin.compression.low_rank.costs import FactoredCosts
 from muntin.compression.low_rank.factored_layers import (
     FactoredConv2d,
     FactoredLinear,
@@ -52,6 +53,15 @@ def test_convolution_shell(name: str) -> None:
     assert all(type(part) is nn.Conv2d for part in factored.children())
     assert all(part.bias is None for part in factored.children() if part is not factored.expand)
     assert [name for name, _ in factored.named_children()] == (["reduce", "core", "expand"] if len(ranks) == 2 else ["reduce", "expand"])
+
+
+def test_costs_of_a_factored_model() -> None:
+    """Multiply-adds of one image, at all positions of the map."""
+    layer = nn.Conv2d(6, 10, 3, 2, 1, bias=False)
+    model = nn.Sequential(shell(layer, (4, 5)))
+    costs = FactoredCosts.of(model, [torch.zeros(3, 6, 14, 22), torch.zeros(1, 6, 14, 22)], with_macs=True)
+    assert (costs.layers, costs.dense_macs, costs.dense_parameters) == (1, 10 * 6 * 9 * 7 * 11, 10 * 6 * 9)
+    assert costs.macs == factored_macs(layer, (4, 5), 7 * 11) and costs.parameters == factored_parameters(layer, (4, 5))
 
 
 def test_strided_1x1_order() -> None:
