@@ -32,12 +32,13 @@ def tile_origins(size: int, tile: int, overlap: int) -> tuple[int, ...]:
     """Starts of the tiles that cover an axis; the last one is moved inward. A tile as long as the axis is the only one."""
     if tile >= size:
         return (0,)
-    return (*range(0, size - tile, tile - overlap), size - tile)
+    step = tile - min(overlap, tile - 1)
+    return (*range(0, size - tile, step), size - tile)
 
 
 def tile_weights(origins: tuple[int, ...], tile: int, overlap: int, scale: int) -> NDArray[np.float64]:
     """The weights of each tile along an axis, (len(origins), scale*tile), all positive: where tiles overlap they sum to 1."""
-    length, ramp = tile * scale, overlap * scale
+    length, ramp = tile * scale, max(overlap, 0) * scale
     distance = np.arange(length) + 0.5  # to the first edge, from a pixel's centre
     rising = np.sin(np.pi / 2 * np.minimum(distance / ramp, 1.0)) ** 2 if ramp else np.ones(length)
     tapers = np.ones((len(origins), length))
