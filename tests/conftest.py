@@ -24,15 +24,19 @@ LONG_S = 3.0
 """Seconds from which a test that has no mark is named at the end of a run."""
 
 
-SLOW_FOLDERS = ("budgeting", "deployment", "end_to_end", "searching", "training/distributed")
-"""Folders of tests that train, compress or export almost everywhere: all are marked `slow`."""
+SLOW = (
+    *("budgeting", "cli/test_compress.py", "cli/test_export.py", "cli/updating", "compression/test_stages.py", "deployment", "end_to_end"),
+    *("runtime/bulk/test_on_ray.py", "searching", "training/distributed", "training/memory", "training/recovery", "training/test_loop.py"),
+    "updating",
+)
+"""Folders and files whose tests train, compress or export almost everywhere: all are marked `slow`."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of `SLOW_FOLDERS`. Files with slow tests come first, so that no process ends long after the others."""
-    folders = [Path(__file__).parent / name for name in SLOW_FOLDERS]
+    """Mark the tests of `SLOW`. Files with slow tests come first, so that no process ends long after the others."""
+    places = [Path(__file__).parent / name for name in SLOW]
     for item in items:
-        if any(item.path.is_relative_to(folder) for folder in folders):
+        if any(item.path.is_relative_to(place) for place in places):
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
