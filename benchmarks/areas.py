@@ -4,7 +4,7 @@
 
 A hybrid trained by the demonstration's recipe on crops of --crop pixels is exported in floats and in integers: `INT8` and `W4A8` after
 training, `stages` through low rank, W4A8 and mixed precision. Each scores the test split (strips of 645 x 2700 pixels) in OpenVINO with
-float layers in f32, in tiles and whole. Time on two cores: eight minutes a seed. Scores do not suffer from other work.
+float layers in f32, in tiles and whole. Time on two cores: eight minutes a seed. TaskScores do not suffer from other work.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from documents import Column, Document, Goal, Row, Table, columns, mean, seeds_o
 from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.artifact import Artifact
 from muntin.deployment.checkpoint_export import export_checkpoint
+from muntin.tasks.scores import PictureAnswers
 from muntin.training import Recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
-from muntin.training.evaluation import predictions, score
+from muntin.training.evaluation import evaluate
 from muntin.training.precision import cpu_computes_bf16
 from resumed import PERCENTILE, compressed, demo_recipe, float_artifact, integer_artifact, network_of, trained
 
@@ -62,8 +63,8 @@ def measure(recipe: Recipe, folder: Path) -> Row:
         floats: list[Any] = []
         for form, artifact in artifacts.items():
             session = muntin.load(artifact.path, precision="f32", threads=recipe.training.threads, shapes=(), cache=False)
-            pairs = list(predictions(session, split, tile=tile))
-            result, labels = score(iter(pairs), session), [given for _, given in pairs]
+            labels: PictureAnswers = []
+            result = evaluate(session, split, tile=tile, answers=labels)
             floats = floats or labels
             same = sum(int(np.count_nonzero(one == other)) for one, other in zip(labels, floats, strict=True))
             share = same / sum(each.size for each in labels)

@@ -35,14 +35,15 @@ from PIL import Image
 from documents import Document, Goal, Row, Table, columns, grouped, mean, seeds_of, spread
 from harness import Benchmark, Options, Run, main, option
 from muntin.data import EarthSource, open_source
-from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
 from muntin.data.earth import CLASSES
-from muntin.data.folders import FolderPair
-from muntin.data.source import HeldSamples, Sample
+from muntin.data.source import HeldSamples
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.images import IGNORED, read_image, read_mask, write_image
 from muntin.runtime import load
+from muntin.tasks.classes import ClassSpec
+from muntin.tasks.folders import FolderPair
+from muntin.tasks.samples import Sample
 from muntin.training import ModelChoice, Recipe, TrainingConfig, fit, read_checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.updating.comparison import compare_counts, count_labels
@@ -166,7 +167,7 @@ def update(run: Run, folder: Path, tasks: Path, strategy: str, number: int) -> R
         plan = plan_update(parent, tasks / task / "train", added=added, overrides=[*run.options.set, f"update.strategy={strategy}"])
         if strategy == "joint":
             old = data_config(str(union(folder.resolve() / f"union-{number}", tasks, number)), TASKS[number - 1])
-            plan = replace(plan, old=open_source(old, root=tasks))
+            plan = replace(plan, old=open_source(old, task="segment", root=tasks))
         learn(plan, target)
     return {**row, "miou": scores(target, tasks, number)}
 

@@ -33,10 +33,12 @@ from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.host.quiet_imports import onnxruntime, openvino
 from muntin.runtime.profiling.profile import fill
 from muntin.runtime.profiling.timing import interleaved_latency, interleaved_throughput
+from muntin.runtime.session import Labels
+from muntin.tasks.scores import PictureAnswers
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
 from muntin.training.distributed.stored_tensors import AVERAGE
-from muntin.training.evaluation import Labels, predictions, score, tile_of
+from muntin.training.evaluation import evaluate, tile_of
 
 SIDE = 512
 SHAPE = (1, SIDE, SIDE)
@@ -65,8 +67,8 @@ def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, Any]
 
 def labels_of(checkpoint: Checkpoint, session: Any) -> tuple[float, list[Labels]]:
     test = source_of(checkpoint).split("test")
-    pairs = list(predictions(session, test, tile=tile_of(checkpoint.recipe.data.crop)))
-    return score(iter(pairs), session).score, [labels for _, labels in pairs]
+    labels: PictureAnswers = []
+    return evaluate(session, test, tile=tile_of(checkpoint.recipe.data.crop), answers=labels).score, labels
 
 
 def agreement(checkpoint: Checkpoint, one: list[Labels], other: list[Labels]) -> float:

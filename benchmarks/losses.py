@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 from documents import Document, Row, Table, columns
 from harness import Benchmark, Options, Run, main, option
 from muntin.images import IGNORED
-from muntin.training.loss import segment_loss
+from muntin.training.loss import Loss
 
 
 def plain_loss(scores: Tensor, target: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def rows(run: Run) -> Iterator[Row]:
     scores = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
     target = torch.randint(0, given.classes, (given.batch, given.side, given.side))
     target[:, :3] = IGNORED
-    written, plain = partial(segment_loss, target_BHW=target, overlap=1.0), partial(plain_loss, target=target)
+    written, plain = partial(Loss(task="segment", overlap=1.0), target=target), partial(plain_loss, target=target)
     for one, other in zip(called(written, scores)[1:], called(plain, scores)[1:], strict=True):
         if (one - other).abs().max() > 1e-4 * other.abs().max():
             raise SystemExit("written out and plain do not agree")

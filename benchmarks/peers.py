@@ -193,7 +193,7 @@ class Comparison:
             place = self.folder / f"model-{row['model']}-{seed}"
             for name, variant in row["variants"].items():
                 variants[row["model"], name] = Variant(path=place / row["forms"][variant["form"]], precision=variant["precision"])
-        source = open_source(self.setting.recipe.data, root=self.setting.root)
+        source = open_source(self.setting.recipe.data, task=self.setting.recipe.task, root=self.setting.root)
         how = {"threads": self.setting.threads, "rounds": self.run.options.rounds}
         all_ms = measure_latency(variants, image_of(source, first), **how)
         chosen = {}

@@ -30,7 +30,6 @@ from documents import Column, Document, Goal, Row, Table, columns, mean, seeds_o
 from harness import Benchmark, Options, Run, main, option, threads_option
 from measures import ms_in_turns, noise
 from muntin.data import open_source
-from muntin.data.source import SplitName
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import load
@@ -43,6 +42,7 @@ from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, document
 from muntin.searching.space import Architecture, UnbuildableError
 from muntin.searching.supernet import Supernet
 from muntin.searching.supernet_training import SupernetTraining
+from muntin.tasks.folders import SplitName
 from muntin.training import Recipe, evaluate, load_recipe, read_checkpoint
 from muntin.training.evaluation import tile_of
 from muntin.training.precision import prepare_hardware
@@ -87,7 +87,7 @@ class Bench:
         self.options, self.seed = given, seed
         self.recipe = load_recipe(RECIPE, [*(f"{name}={value}" for name, value in values.items()), *given.set])
         self.root, self.folder = RECIPE.parent, (run.folder / str(seed)).resolve()
-        self.source = open_source(self.recipe.data, root=self.root)
+        self.source = open_source(self.recipe.data, task=self.recipe.task, root=self.root)
         self.base = base_config(self.recipe, self.source)
         self.space = default_space(self.recipe.task, self.base.head_dim)
 

@@ -152,7 +152,7 @@ def measure(name: str, model_name: str, side: int, options: TrainingOptions) -> 
     flags, steps = LEVERS.get(name, {}), options.steps
     changes = {"data.crop": side, "model.name": model_name, "training.batch_size": options.batch, "seed": 0, "training.steps": steps}
     recipe = demo_recipe(changes | {f"training.{key}": value for key, value in flags.get("fit", {}).items()})
-    source = open_source(recipe.data, root=Path.cwd())
+    source = open_source(recipe.data, task=recipe.task, root=Path.cwd())
     crops = Crops(
         source.split("train"), task=recipe.task, crop=recipe.data.crop, batch_size=recipe.training.batch_size, seed=recipe.seed,
         augmentation=recipe.data.augmentation,

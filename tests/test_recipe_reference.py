@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
-from muntin.data.folders import FolderPair
 from muntin.models.config import ModelConfig
+from muntin.tasks.classes import ClassSpec
+from muntin.tasks.folders import FolderPair
 from muntin.training.config import (
     AcceptConfig,
     CompressionConfig,

@@ -27,10 +27,11 @@ from documents import Row
 from muntin.compression.stages import FOLDER
 from muntin.data import DataConfig, EarthSource, FolderPair, Sample, Samples, Source, open_source
 from muntin.data.earth import GAP_DEGREES
-from muntin.data.source import CheckProgress, HeldSamples, SplitName
+from muntin.data.source import CheckProgress, HeldSamples
 from muntin.errors import DataError
 from muntin.models import create_model
 from muntin.models.trusted_code import trust_model
+from muntin.tasks.folders import SplitName
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import digest_of_file
 from muntin.training.loop import Training
@@ -227,7 +228,7 @@ def admission(source: Source) -> Samples:
 def held_out(recipe: Recipe, folder: Path, spans: Spans = HELD_OUT, *, root: Path | None = None) -> Training:
     """Train on all but the held-out part, and validate on it. `root`: where the recipe's paths start. Ctrl-C ends the program."""
     root = Path.cwd() if root is None else root
-    source = open_source(recipe.data, root=root)
+    source = open_source(recipe.data, task=recipe.task, root=root)
     held = held_strips(source, spans) if isinstance(source, EarthSource) else held_images(source)
     precision = prepare_hardware(recipe.training, begun=None)
     torch.manual_seed(recipe.seed)

@@ -37,11 +37,11 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from documents import Row
 from muntin.data import Source, open_source
-from muntin.data.restoration.degradation import enlarged
 from muntin.images import IMAGE_SUFFIXES, write_image
 from muntin.images.opening import UInt8
+from muntin.tasks.restore.degradation import enlarged
+from muntin.tasks.restore.scores import mean_scores, picture_scores, psnr
 from muntin.training import parse_recipe
-from muntin.training.restoration.evaluation import mean_scores, picture_scores, psnr
 from segmentation_peers.deployment import image_of
 from task_tables.recognition import measure_models
 
@@ -105,7 +105,7 @@ def restore(seed: int, minutes: float, folder: Path) -> list[Row]:
             rows.append({"data": data, "model": "esrgan-slim", "cannot": f"no {PACKAGE}: see task_tables/restoration.py"})
         given: Row = {"seed": seed, "minutes": minutes, "folder": folder, "sides": (SIDE,), "loss": ADMITTED_DB, "also": ALSO}
         rows += measure_models(data, base, Path.cwd(), models, **given)
-        source = open_source(base.data, root=Path.cwd())
+        source = open_source(base.data, task=base.task, root=Path.cwd())
         scale = setting["degrade"].get("scale", 1)
         methods: dict[str, Denoiser] = {"bicubic": partial(enlarged, scale=scale)} if enlarges else denoisers(source)
         rows += [{"data": data, "model": name, **_method(method, source)} for name, method in methods.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 
 def plain(text: str) -> str:
@@ -20,21 +20,6 @@ def number_format(precision: str, *, integers: bool) -> str:
     return f"INT8, float layers in {precision}" if integers else precision
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreFormat:
-    """How the score of a task is written: its name, its unit and its digits."""
-
-    name: str
-    unit: str = ""
-    digits: int = 3
-
-    def __call__(self, value: float) -> str:
-        return f"{value:.{self.digits}f}{self.unit}"
-
-
-SCORES = {
-    "segment": ScoreFormat(name="mIoU"),
-    "classify": ScoreFormat(name="accuracy"),
-    "restore": ScoreFormat(name="PSNR", unit=" dB", digits=2),
-}
-"""By task."""
+def list_some(values: Sequence[object], count: int = 5) -> str:
+    """The first `count` values, separated by commas, and how many more there are."""
+    return ", ".join(str(value) for value in values[:count]) + (f" and {len(values) - count} more" if len(values) > count else "")

@@ -15,8 +15,7 @@ from onnx import helper, numpy_helper
 from muntin.artifact import onnx_weights
 from muntin.artifact.manifest import SparseStorage, TensorRecord
 from muntin.artifact.onnx_weights import join_model, split_model
-from muntin.artifact.sparse_layers import sparsity_of
-from muntin.artifact.sparse_packing import check_form, index_bytes, put_values, smallest_form, stored_size, take_values
+from muntin.artifact.sparse_packing import check_form, index_bytes, put_values, smallest_form, sparsity_of, stored_size, take_values
 from muntin.errors import ArtifactError
 
 

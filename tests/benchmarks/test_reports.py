@@ -239,7 +239,7 @@ def test_choice_split_of_folders(tmp_path: Path) -> None:
             Image.fromarray(np.full(shape, number % 2, np.uint8)).save(tmp_path / folder / f"{number}.png")
     classes = ({"name": "dark", "value": 0}, {"name": "light", "value": 1})
     config = DataConfig.model_validate({"source": "folders", "images": "images", "masks": "masks", "classes": classes})
-    source = open_source(config, root=tmp_path)
+    source = open_source(config, task="segment", root=tmp_path)
     held = training.held_images(source)
     trained, chosen = ([sample.name for sample in held.split(name)] for name in ("train", "validation"))
     assert len(chosen) == -(-len(source.split("train")) // 5)
@@ -249,7 +249,7 @@ def test_choice_split_of_folders(tmp_path: Path) -> None:
     assert training.admission(source)[0].name == source.split("validation")[0].name
     few = DataConfig.model_validate({**config.model_dump(), "validation": 0.4, "test": 0.4})
     with pytest.raises(DataError, match="4 pictures to train on"):
-        training.held_images(open_source(few, root=tmp_path))
+        training.held_images(open_source(few, task="segment", root=tmp_path))
 
 
 def test_choice_split_of_strips() -> None:

@@ -19,9 +19,10 @@ from muntin import Budget
 from muntin.budgeting.forms.plans import Form
 from muntin.budgeting.run import RecipeCourse, _splits, compress_run
 from muntin.compression import load_compressed, load_model
-from muntin.data.source import HeldSamples, Sample
+from muntin.data.source import HeldSamples
 from muntin.errors import DataError, MuntinError
 from muntin.models.eager import eager_copy
+from muntin.tasks.samples import Sample
 from muntin.training import Checkpoint, fit, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.recipe import override_recipe

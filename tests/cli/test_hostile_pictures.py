@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muntin.data.classes import ClassSpec
-from muntin.data.folders import FolderPair, FolderSource
+from muntin.data.folders import FolderSource
 from muntin.errors import DataError
 from muntin.images import decode_image, pixel_count, read_image, read_mask, write_image
 from muntin.runtime import load, predict
+from muntin.tasks.classes import ClassSpec
+from muntin.tasks.folders import FolderPair
+from own_sources import folder_source
 
 Array = np.ndarray[Any, np.dtype[np.uint8]]
 PHOTO = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -132,7 +134,7 @@ def source_of(folder: Path, picture: Path, shape: tuple[int, int]) -> FolderSour
         write_image(folder / split / "images" / f"{split}.png", PHOTO)
         write_image(folder / split / "masks" / f"{split}.png", GREY % 2)
     others = {split: FolderPair(images=folder / split / "images", masks=folder / split / "masks") for split in ("validation", "test")}
-    return FolderSource(base=FolderPair(images=picture.parent, masks=folder / "masks"), classes=SPECS, **others)  # type: ignore[arg-type]
+    return folder_source(base=FolderPair(images=picture.parent, masks=folder / "masks"), classes=SPECS, **others)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_out_of_memory(call: Call, monkeypatch: pytest.MonkeyPatch, exported: An
     text = call("verify", exported.artifact).mistake()
     assert text.startswith("not enough memory (Unable to allocate 1.00 EiB for an array")
     assert "): choose a smaller --tile, --size or --batch" in text
-    monkeypatch.setattr("muntin.runtime.bulk.items.predict_map", too_large)
+    monkeypatch.setattr("muntin.runtime.bulk.items.predict_picture", too_large)
     answer = call("predict", exported.artifact, exported.image, "-o", tmp_path / "out", "--json")
     assert answer.mistake().startswith(f"{exported.image}: not enough memory (Unable")
     assert [failure["source"] for failure in json.loads(answer.out)["failures"]] == [str(exported.image)]

@@ -18,8 +18,8 @@ from muntin.cli.predict import _print_results
 from muntin.images import colorize, overlay, read_image, read_mask, write_image
 from muntin.runtime import ENGINES, load, predict
 from muntin.runtime.bulk import items
+from muntin.runtime.bulk.pictures import predict_picture
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.picture_results import predict_map
 from muntin.training import read_checkpoint
 from muntin.training.evaluation import tile_of
 
@@ -98,16 +98,16 @@ def test_predict_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     np.save(tmp_path / "two.npy", np.random.default_rng(0).integers(0, 255, (24, 20, 2), dtype=np.uint8))
     session: Any = Two()
     tiles = {"tile": 64, "overlap": None}
-    result = predict_map(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
+    result = predict_picture(session, tmp_path / "two.npy", tmp_path / "out" / "two", None, 10_000, tiles)
     assert result["notes"] == [f"{tmp_path}/two.npy: 2 channels cannot be shown: no overlay"] and "overlay" not in result
     assert capsys.readouterr().err == ""
-    _print_results([result])
+    _print_results([result], "segment")
     assert capsys.readouterr().err == f"{result['notes'][0]}\n"
 
 
 @pytest.mark.parametrize(("agreement", "shown"), [(0.99996, "99.99 %"), (0.5, "50.00 %"), (1.0, "100 %")])
 def test_predict_agreement_below_one(capsys: pytest.CaptureFixture[str], agreement: float, shown: str) -> None:
-    _print_results([{"source": "a.png", "mask": "a.mask.png", "agreement": agreement}])
+    _print_results([{"source": "a.png", "mask": "a.mask.png", "agreement": agreement}], "segment")
     assert f"({shown} of the pixels that count agree with the truth)" in capsys.readouterr().out
 
 
@@ -409,7 +409,7 @@ def test_predict_npy_file(call: Call, exported: Any, tmp_path: Path) -> None:
 
 
 def test_predict_checks_the_output_first(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.runtime.picture_results.predict", lambda *arguments, **options: pytest.fail("it was computed"))
+    monkeypatch.setattr("muntin.runtime.bulk.pictures.predict", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file.png").write_text("in the way")
     words = ("predict", exported.artifact, exported.image, "-o")
     text = call(*words, tmp_path / "file.png").mistake()
@@ -516,7 +516,7 @@ def test_predict_geotiff_of_16_bits(call: Call, tmp_path: Path, write_small: Wri
 def test_predict_large_geotiff_without_overlay(
     call: Call, exported: Any, tmp_path: Path, scene: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("muntin.runtime.picture_results.WINDOWED_PIXELS", 1000)
+    monkeypatch.setattr("muntin.tasks.segment.answer.WINDOWED_PIXELS", 1000)
     words = ("predict", exported.artifact, scene(), "-o", tmp_path / "out", "--max-pixels", "1000", "--json")
     (result,) = call(*words).document()["results"]
     assert "overlay" not in result and "150×120 pixels are too many for an overlay" in result["notes"][0]

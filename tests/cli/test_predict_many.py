@@ -35,13 +35,13 @@ def write_photos(folder: Path, count: int, *, height: int = 30, width: int = 40)
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the pictures that are computed from now on."""
     names: list[str] = []
-    compute = items.predict_map
+    compute = items.predict_picture
 
     def noting(session: Any, source: Path, *arguments: Any, **options: Any) -> Any:
         names.append(source.name)
         return compute(session, source, *arguments, **options)
 
-    monkeypatch.setattr(items, "predict_map", noting)
+    monkeypatch.setattr(items, "predict_picture", noting)
     return names
 
 
@@ -92,8 +92,9 @@ def test_resume_after_a_kill(call: Call, tmp_path: Path, write_small: Write, tre
     write_photos(tmp_path / "photos", 12)
     words = ["predict", artifact, tmp_path / "photos", "-o", out, "--precision", "f32"]
     slow = (
-        "import time\nfrom muntin.runtime.bulk import items\ncompute = items.predict_map\n"
-        "items.predict_map = lambda *given, **named: (time.sleep(0.1), compute(*given, **named))[1]\nfrom muntin.cli import main\nmain()"
+        "import time\nfrom muntin.runtime.bulk import items\ncompute = items.predict_picture\n"
+        "items.predict_picture = lambda *given, **named: (time.sleep(0.1), compute(*given, **named))[1]\n"
+        "from muntin.cli import main\nmain()"
     )
     with subprocess.Popen([sys.executable, "-c", slow, *map(str, words)]) as process:
         deadline = time.monotonic() + 60
@@ -122,14 +123,14 @@ def test_refused_places_and_resumes(call: Call, tmp_path: Path, write_small: Wri
 def test_smaller_tiles_where_memory_is_short(call: Call, tmp_path: Path, write_small: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = write_small(tmp_path / "artifact")
     write_photos(tmp_path / "photos", 1, height=100, width=130)
-    compute, (photo,) = items.predict_map, (tmp_path / "photos").iterdir()
+    compute, (photo,) = items.predict_picture, (tmp_path / "photos").iterdir()
 
     def limited(*given: Any, **options: Any) -> Any:
         if given[5]["tile"] > 64:
             raise MemoryError
         return compute(*given, **options)
 
-    monkeypatch.setattr(items, "predict_map", limited)
+    monkeypatch.setattr(items, "predict_picture", limited)
     words = ("predict", artifact, tmp_path / "photos", "-o", tmp_path / "out", "--tile", 128, "--precision", "f32")
     (result,) = call(*words, "--json").document()["results"]
     (note,) = result["notes"]

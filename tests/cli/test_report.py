@@ -56,7 +56,7 @@ def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None
 
 
 def test_report_checks_the_folder_first(call: Call, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("muntin.deployment.artifact_comparison.predictions", lambda *arguments, **options: pytest.fail("it was computed"))
+    monkeypatch.setattr("muntin.deployment.artifact_comparison.evaluate", lambda *arguments, **options: pytest.fail("it was computed"))
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is a file: name a folder" in call("report", run, "-o", tmp_path / "file").mistake()
     shutil.rmtree(run / "artifact")

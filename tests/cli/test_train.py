@@ -21,6 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import muntin.training
+from muntin.artifact.answers import ANSWERS
 from muntin.cli import app
 from muntin.cli.train import _supervised
 from muntin.compression import load_model
@@ -391,7 +392,7 @@ def test_evaluate_options(call: Call, exported: Any) -> None:
 
 
 def test_evaluate_classifier_with_tiles(call: Call, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier = SimpleNamespace(signature=SimpleNamespace(task="classify"))
+    classifier = SimpleNamespace(signature=SimpleNamespace(task="classify", answer=ANSWERS["classify"]))
     monkeypatch.setattr("muntin.training.read_checkpoint", lambda path, trust_code: classifier)
     assert "--tile 20: the run's task is classify" in call("evaluate", exported.run, "--tile", "20").mistake()
 

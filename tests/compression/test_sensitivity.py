@@ -17,13 +17,13 @@ from muntin.compression.quantization.qat import FLOAT, bits_of
 from muntin.compression.sensitivity import BETTER, LEAST, STORED, WIDER, assign_bits, measure_sensitivity
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Sensitivity
-from muntin.training.loss import distillation_loss
+from muntin.tasks.learning import LEARNING
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
 
 
 def distance(model: nn.Module, teacher: nn.Module, x: Tensor) -> float:
-    return float(distillation_loss("segment", answer(model, x), answer(teacher, x)))
+    return float(LEARNING["segment"].mean_distance(answer(model, x), answer(teacher, x)))
 
 
 class Fragile(nn.Module):

@@ -10,14 +10,17 @@ import torch
 import yaml
 from torch.nn.functional import max_pool2d
 
+from muntin.artifact.answers import Task
 from muntin.data import Augmentation, Crops, DataConfig, Sample
 from muntin.data.augmentation import NO_AUGMENTATION, PRESETS, Preset
 from muntin.data.batch_feed import prefetch
-from muntin.data.batches import Draw, cut
-from muntin.data.source import DataTask
 from muntin.errors import RecipeError
 from muntin.images import IGNORED
+from muntin.tasks.crops import Draw
+from muntin.tasks.learning import LEARNING
 from muntin.training.recipe import Recipe, override_recipe, parse_recipe, recipe_text
+
+cut = LEARNING["segment"].cut
 
 
 def painted(seed: int = 0, height: int = 60, width: int = 70, label: int | None = None) -> Sample:
@@ -28,7 +31,7 @@ def painted(seed: int = 0, height: int = 60, width: int = 70, label: int | None 
     return Sample(name=f"{seed}", image=np.repeat(grey[:, :, None], 3, axis=2), target=labels if label is None else label)
 
 
-def crops(task: DataTask, augmentation: Augmentation, *, batch: int = 6, seed: int = 0, samples: list[Sample] | None = None) -> Crops:
+def crops(task: Task, augmentation: Augmentation, *, batch: int = 6, seed: int = 0, samples: list[Sample] | None = None) -> Crops:
     made = [painted(number, label=number if task == "classify" else None) for number in range(4)]
     return Crops(samples or made, task=task, crop=32, batch_size=batch, seed=seed, augmentation=augmentation, classes=4)
 
@@ -67,7 +70,7 @@ def test_mixtures_are_for_one_task() -> None:
 
 
 @pytest.mark.parametrize("task", ["segment", "classify"])
-def test_batches_do_not_depend_on_workers_rows_and_order(task: DataTask) -> None:
+def test_batches_do_not_depend_on_workers_rows_and_order(task: Task) -> None:
     made = crops(task, PRESETS["strong"])
     alone = [made.batch(step) for step in (2, 0, 1)]
     with_workers = [batch for _, batch in prefetch(crops(task, PRESETS["strong"]).batch, 0, 3, workers=3)]
@@ -106,7 +109,7 @@ def test_rotation_beyond_the_picture() -> None:
     image, target = cut(painted(3, 32, 32), Draw(index=0, top=0, left=0, side=32, angle=45), 32)
     assert (target == IGNORED).any() and (image[:, target == IGNORED] == 0).float().mean() > 0.8
     bright = Sample(name="", image=np.full((32, 32, 3), 200, np.uint8), target=1)
-    image, _ = cut(bright, Draw(index=0, top=0, left=0, side=32, angle=45), 32)
+    image, _ = LEARNING["classify"].cut(bright, Draw(index=0, top=0, left=0, side=32, angle=45), 32)
     assert (image == 200).all()  # mirrored, without black corners
 
 
@@ -147,7 +150,7 @@ def test_mixtures_of_a_share_of_the_crops() -> None:
 
 def test_hue_turns_colours() -> None:
     red = Sample(name="", image=np.full((8, 8, 3), (200, 10, 10), np.uint8), target=0)
-    image, _ = cut(red, Draw(index=0, top=0, left=0, side=8, hue=1 / 3), 8)
+    image, _ = LEARNING["classify"].cut(red, Draw(index=0, top=0, left=0, side=8, hue=1 / 3), 8)
     red_level, green_level, blue_level = image.float().mean((1, 2)).tolist()
     assert green_level > 190 and max(red_level, blue_level) < 20
 

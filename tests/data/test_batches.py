@@ -11,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import muntin.data
-from muntin.data.batches import Crops, Draw, ImageBatch, calibration_batches, class_cells, cut, prefetch, small_picture_notes
+from muntin.data.batches import Crops, ImageBatch, calibration_batches, class_cells, prefetch, small_picture_notes
 from muntin.data.config import Augmentation
 from muntin.data.earth import EarthSource
-from muntin.data.source import HeldSamples, Sample
+from muntin.data.source import HeldSamples
 from muntin.errors import DataError
 from muntin.images import middle_square
+from muntin.tasks.crops import Draw
+from muntin.tasks.learning import LEARNING
+from muntin.tasks.samples import Sample
+
+cut = LEARNING["segment"].cut
 
 FLIPS = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(1, 1), brightness=0, contrast=0, saturation=0)
 EVERYTHING = Augmentation(flip_horizontal=0.5, flip_vertical=0.5, scale=(0.5, 2), brightness=0.3, contrast=0.3, saturation=0.3)
@@ -190,16 +195,16 @@ def test_cut_and_middle_square_agree() -> None:
     """`predict` prepares a picture without torch; the pixels equal those of the training crop, to rounding."""
     photograph = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     square = Draw(index=0, top=0, left=12, side=48)
-    trained, _ = cut(Sample(name="a", image=photograph, target=2), square, 20)
+    trained, _ = LEARNING["classify"].cut(Sample(name="a", image=photograph, target=2), square, 20)
     predicted = middle_square(photograph, 20)
     assert predicted.shape == (20, 20, 3)
     assert np.abs(trained.permute(1, 2, 0).numpy().astype(int) - predicted).max() <= 1
 
 
 def test_calibration_batches_by_count() -> None:
-    batches = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3))
+    batches = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3, task="segment"))
     assert [tuple(batch.shape) for batch in batches] == [(4, 3, 16, 16), (4, 3, 16, 16), (2, 3, 16, 16)]
-    again = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3))
+    again = list(calibration_batches([coded(50, 50)], crop=16, count=10, batch_size=4, seed=3, task="segment"))
     assert all(torch.equal(one, other) for one, other in zip(batches, again, strict=True))
 
 

@@ -20,9 +20,9 @@ FOLDERS: dict[str, Any] = {
 
 
 def test_source_by_default() -> None:
-    source = open_source(DataConfig(), root=Path())
+    source = open_source(DataConfig(), task="segment", root=Path())
     assert [entry.name for entry in source.classes] == ["ocean", "moist land", "steppe", "desert", "tundra", "ice"]
-    assert len(open_source(DataConfig(source="earth:shore"), root=Path()).classes) == 3
+    assert len(open_source(DataConfig(source="earth:shore"), task="segment", root=Path()).classes) == 3
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_source_with_relative_folders(tmp_path: Path) -> None:
             (tmp_path / name).mkdir(exist_ok=True)
             write_image(tmp_path / name / f"{number}.png", np.zeros((4, 4) if name == "masks" else (4, 4, 3), dtype=np.uint8))
     config = DataConfig.model_validate({**FOLDERS, "classes": [{"name": "a"}, {"name": "b"}]})
-    assert sum(len(open_source(config, root=tmp_path).split(name)) for name in ("train", "validation", "test")) == 20
+    assert sum(len(open_source(config, task="segment", root=tmp_path).split(name)) for name in ("train", "validation", "test")) == 20
     for name in ("images", "masks"):
         shutil.copytree(tmp_path / name, tmp_path / "own" / name)
     own = DataConfig.model_validate({**config.model_dump(), "test": {"images": "own/images", "masks": "own/masks"}})
-    assert len(open_source(own, root=tmp_path).split("test")) == 20
+    assert len(open_source(own, task="segment", root=tmp_path).split("test")) == 20

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muntin.data.classes import ClassSpec
-from muntin.data.folders import FolderPair, FolderSource
+from muntin.data.folders import FolderSource
 from muntin.data.source import SPLITS
 from muntin.data.splits import filling_seed, split_of
 from muntin.errors import DataError
 from muntin.images import write_image
 from muntin.images.listing import composed
+from muntin.tasks.classes import ClassSpec
+from muntin.tasks.folders import FolderPair
+from own_sources import folder_source
 
 SPECS = (ClassSpec(name="sea"), ClassSpec(name="land"), ClassSpec(name="ice"))
 PAINTED = (ClassSpec(name="sea", value=(0, 0, 9)), ClassSpec(name="land", value=(9, 0, 0)))
@@ -34,7 +36,7 @@ def make_pair(root: Path, count: int = 20, *, size: tuple[int, int] = (6, 8)) ->
 
 def open_pair(pair: FolderPair, **changes: Any) -> FolderSource:
     options: dict[str, Any] = {"base": pair, "validation": 0.2, "test": 0.2, "classes": SPECS, **changes}
-    return FolderSource(**options)
+    return folder_source(**options)
 
 
 def open_classes(root: Path, *names: str, **changes: Any) -> FolderSource:

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from muntin.data.folders import FolderPair
-from muntin.data.layout import equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
+from muntin.data.layout import equal_stem_notes, find_layout, training_pictures
 from muntin.errors import DataError
+from muntin.tasks.classify.folders import nested_class_notes
+from muntin.tasks.folders import FolderPair
+from muntin.tasks.segment.folders import unpaired_notes, unused_split_notes
 
 
 def touch(root: Path, *names: str) -> None:
@@ -42,7 +44,7 @@ def test_layout_of_images_and_masks(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/b.png", "images/.hidden.png", "images/notes.txt", "masks/a.png", "masks/b.png")
     layout = find_layout(tmp_path, None)
     assert (layout.task, layout.base, layout.validation, layout.test) == ("segment", pair(tmp_path), None, None)
-    assert layout.training_pictures() == {"a": tmp_path / "images/a.jpg", "b": tmp_path / "images/b.png"}
+    assert training_pictures(layout) == {"a": tmp_path / "images/a.jpg", "b": tmp_path / "images/b.png"}
     with pytest.raises(DataError, match=f"{tmp_path} holds both images and masks: name it"):
         find_layout(tmp_path / "images", None)
 
@@ -65,7 +67,7 @@ def test_layout_of_class_folders(tmp_path: Path, around: str) -> None:
     touch(tmp_path, f"{around}cat/1.png", f"{around}dog/1.png", f"{around}runs/fit/log.txt")
     layout = find_layout(tmp_path, None)
     assert (layout.task, layout.base) == ("classify", FolderPair(images=tmp_path / around))
-    assert list(layout.training_pictures()) == ["cat/1", "dog/1"]
+    assert list(training_pictures(layout)) == ["cat/1", "dog/1"]
 
 
 def test_layout_by_task(tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def test_layout_of_classes_with_reserved_names(tmp_path: Path, folders: tuple[st
     assert str(error.value).startswith(str(tmp_path / folders[0]))
     layout = find_layout(tmp_path, "classify")
     assert (layout.base, layout.validation, layout.test) == (FolderPair(images=tmp_path), None, None)
-    assert set(layout.training_pictures()) == {f"{folder}/a" for folder in folders}
+    assert set(training_pictures(layout)) == {f"{folder}/a" for folder in folders}
 
 
 @pytest.mark.parametrize("inside", ["picture.png", "images/picture.png", "test_a.py", "images/notes.txt"])
@@ -120,7 +122,7 @@ def test_notes_on_nested_class_folders(tmp_path: Path) -> None:
     (note,) = nested_class_notes(tmp_path)
     only = "bird is not a class: only its subfolders (2023) hold pictures"
     assert note == f"{only}; if it is a class, run init with --task classify, without this recipe"
-    assert list(find_layout(tmp_path, "classify").training_pictures()) == ["bird/2023/1", "cat/1", "dog/1"]
+    assert list(training_pictures(find_layout(tmp_path, "classify"))) == ["bird/2023/1", "cat/1", "dog/1"]
     deep = tmp_path / "deep"
     touch(deep, "cat/2023/1.png", "dog/2023/1.png")
     with pytest.raises(DataError, match=r"if cat, dog are classes, whose pictures lie in folders below: --task classify"):

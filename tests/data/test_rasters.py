@@ -20,6 +20,7 @@ from muntin.images import rasters, write_image
 from muntin.images.rasters import Raster
 from muntin.runtime.host.memory import watch_memory
 from muntin.training import evaluate, load_recipe
+from own_sources import folder_source
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `raster` is not installed")
 CLASSES = [ClassSpec(name="sea", value=3), ClassSpec(name="land", value=8)]
@@ -63,7 +64,7 @@ def write_scenes(root: Path, **options: Any) -> Path:
 
 def open_scenes(root: Path) -> FolderSource:
     pairs = [FolderPair(images=root / split / "images", masks=root / split / "masks") for split in ("train", "val", "test")]
-    return FolderSource(base=pairs[0], validation=pairs[1], test=pairs[2], classes=CLASSES)
+    return folder_source(base=pairs[0], validation=pairs[1], test=pairs[2], classes=CLASSES)
 
 
 def crops_of(source: FolderSource) -> Crops:
@@ -174,7 +175,7 @@ def test_refused_rasters(tmp_path: Path, windowed: None) -> None:
             write_raster(root / split / "masks" / "a.tif", labels)
         pairs = [FolderPair(images=root / split / "images", masks=root / split / "masks") for split in ("train", "val", "test")]
         with pytest.raises(DataError, match=says):
-            FolderSource(base=pairs[0], validation=pairs[1], test=pairs[2], classes=CLASSES, channels=4).check()
+            folder_source(base=pairs[0], validation=pairs[1], test=pairs[2], classes=CLASSES, channels=4).check()
 
 
 def test_damaged_raster(tmp_path: Path, windowed: None) -> None:
@@ -215,7 +216,7 @@ def test_nodata_of_a_class(tmp_path: Path) -> None:
     """A class of this value is learned; otherwise it is ignored."""
     root = write_scenes(tmp_path / "data")
     pairs = [FolderPair(images=root / split / "images", masks=root / split / "masks") for split in ("train", "val", "test")]
-    source = FolderSource(base=pairs[0], validation=pairs[1], test=pairs[2], classes=[*CLASSES, ClassSpec(name="empty", value=77)])
+    source = folder_source(base=pairs[0], validation=pairs[1], test=pairs[2], classes=[*CLASSES, ClassSpec(name="empty", value=77)])
     assert set(np.unique(np.asarray(source.split("train")[0].target))) == {0, 1, 2, 255}
 
 
@@ -230,5 +231,5 @@ def test_upright_tiff(tmp_path: Path, windowed: None) -> None:
     write_image(tmp_path / "masks" / "a.png", np.rot90(mask, -1))
     base = FolderPair(images=tmp_path / "images", masks=tmp_path / "masks")
     with pytest.raises(DataError, match="split of the 1 pictures"):
-        FolderSource(base=base, validation=0.2, test=0.2, classes=CLASSES)
+        folder_source(base=base, validation=0.2, test=0.2, classes=CLASSES)
     assert not rasters.is_windowed(tmp_path / "images" / "a.tif")

@@ -43,7 +43,7 @@ def fill_classes(folder: Path, names: tuple[str, ...] = ("cat", "dog"), count: i
 def open_recipe(path: Path) -> tuple[dict[str, Any], Any]:
     """The recipe, and its source after every file was checked."""
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    source = open_source(load_recipe(path).data, root=path.parent)
+    source = open_source(load_recipe(path).data, task=load_recipe(path).task, root=path.parent)
     assert source.task == recipe["task"]
     assert all(len(source.split(name)) for name in SPLITS)
     source.check()
@@ -215,7 +215,7 @@ def test_recipe_with_names_that_are_not_utf8(tmp_path: Path) -> None:
         write_recipe(tmp_path)
     assert not path.exists()
     with pytest.raises(DataError, match=message):
-        open_source(DataConfig(source="folders", images=tmp_path), root=tmp_path)
+        open_source(DataConfig(source="folders", images=tmp_path), task="classify", root=tmp_path)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems refuse such file names")

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muntin.data.source import HeldSamples, Sample, SampleCache
+from muntin.data.source import HeldSamples, SampleCache
+from muntin.tasks.samples import Sample
 
 
 def sample(side: int, name: str = "a") -> Sample:

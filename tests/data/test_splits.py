@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from muntin.data.source import SPLITS, SplitName
+from muntin.data.source import SPLITS
 from muntin.data.splits import check_disjoint, empty_split_error, filling_seed, split_of
 from muntin.errors import DataError
+from muntin.tasks.folders import SplitName
 
 SHARES: dict[SplitName, float] = {"validation": 0.1, "test": 0.3}
 

@@ -28,17 +28,17 @@ def row(name: str, validation: float, ms: float, size: int, test: float = 0.5) -
     ids=["the fastest", "at the margin", "none within the margin", "equal latency", "the test score does not count"],
 )
 def test_choice(rows: list[dict[str, Any]], name: str) -> None:
-    assert choose(rows)["name"] == choose(rows[::-1])["name"] == name
+    assert choose(rows, 0.01)["name"] == choose(rows[::-1], 0.01)["name"] == name
 
 
 def test_equal_labels_without_ignored_pixels() -> None:
     target = np.array([[0, 1], [1, 255]], np.uint8)
-    samples: Any = [SimpleNamespace(target=target)] * 2
+    samples: Any = [SimpleNamespace(target=target, labels=target)] * 2
     one = [np.array([[0, 0], [1, 0]], np.uint8)] * 2
     other = [np.array([[0, 0], [1, 1]], np.uint8), np.array([[1, 1], [1, 0]], np.uint8)]
-    assert equal_labels(samples, one, other) == 4 / 6
+    assert equal_labels(samples, one, other, "segment") == 4 / 6
     classified: Any = [SimpleNamespace(target=3)] * 2
-    assert equal_labels(classified, [np.array([3])] * 2, [np.array([3]), np.array([1])]) == 0.5
+    assert equal_labels(classified, [np.array([3])] * 2, [np.array([3]), np.array([1])], "classify") == 0.5
 
 
 @pytest.mark.parametrize(("shape", "corner"), [((8, 8, 1), (2, 2)), ((3, 8, 1), (0, 2))])

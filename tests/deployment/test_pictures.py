@@ -12,19 +12,12 @@ from numpy.typing import NDArray
 from muntin.artifact import ClassInfo, Signature
 from muntin.data import Crops
 from muntin.data.augmentation import NO_AUGMENTATION
-from muntin.data.source import Sample
-from muntin.deployment.pictures import (
-    draw_borders,
-    example_windows,
-    worst_windows,
-    write_class_examples,
-    write_crops,
-    write_examples,
-    write_picture,
-    write_restored_examples,
-    write_worst,
-)
+from muntin.deployment.pictures import draw_borders, write_crops, write_picture
 from muntin.images import IGNORED, RIGHT, WRONG, colorize, read_image, read_mask
+from muntin.tasks.classify.pictures import write_class_examples
+from muntin.tasks.restore.pictures import write_restored_examples
+from muntin.tasks.samples import Sample
+from muntin.tasks.segment.pictures import example_windows, worst_windows, write_examples, write_worst
 
 CLASSES = (ClassInfo(name="sea", color=(0, 0, 200)), ClassInfo(name="field", color=(0, 160, 0)), ClassInfo(name="roof", color=(200, 60, 0)))
 SIDE = 16
@@ -171,14 +164,14 @@ def test_worst_pictures_are_named(tmp_path: Path) -> None:
 
 
 def test_wrong_pictures_with_the_largest_loss_first(tmp_path: Path) -> None:
-    class Scores:
+    class TaskScores:
         signature = Signature(task="classify", channels=3, classes=CLASSES, side=8)
 
         def __call__(self, images_BHWC: NDArray[np.uint8], /) -> NDArray[np.float32]:
             return np.array([[float(images_BHWC[0, 0, 0, 0]) / 10, 0.0, 0.0]], np.float32)
 
     samples = [Sample(name=f"p{level}", image=np.full((8, 8, 3), level, np.uint8), target=1) for level in (10, 90, 40)]
-    examples = write_class_examples(tmp_path, Scores(), samples, [np.array([0])] * 3, CLASSES, side=8)
+    examples = write_class_examples(tmp_path, TaskScores(), samples, [np.array([0])] * 3, CLASSES, side=8)
     assert [example["name"].split(":")[0] for example in examples] == ["p90", "p40", "p10"]
 
 

@@ -114,7 +114,7 @@ def test_weights_of_imagenet(tmp_path: Path) -> None:
     for layer in model.encoder.features.modules():  # type: ignore[union-attr]
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.register_forward_hook(compare)
-    picture = open_source(load_recipe(DEMO).data, root=DEMO.parent).split("train")[1].image[:512, :512]
+    picture = open_source(load_recipe(DEMO).data, task=load_recipe(DEMO).task, root=DEMO.parent).split("train")[1].image[:512, :512]
     with torch.no_grad():
         model(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float())
     assert len(ratios) > 40 and min(ratios) > 0.2 and max(ratios) < 2  # .002 and 13 with random weights; 33 if an order were wrong

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from muntin.cli import app
 from muntin.data import EarthSource
-from muntin.data.restoration.degradation import reduced
 from muntin.images import read_image, write_image
-from muntin.training.restoration.evaluation import psnr
+from muntin.tasks.restore.degradation import reduced
+from muntin.tasks.restore.scores import psnr
 
 MODEL = {"stem": [16, 48, 48], "pairs": [1, 0], "dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 4, "decoder": 48}
 PLACES = ((300, 900), (520, 1300), (700, 1700), (400, 200), (600, 1900), (350, 1500), (800, 1100))

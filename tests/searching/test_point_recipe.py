@@ -31,7 +31,10 @@ def test_recipe_in_another_folder(tiny: Any, tmp_path: Path) -> None:
     found = written(recipe, ONE, tmp_path / "networks", tiny.root)
     assert found.training == recipe.training and found.model.options == {**recipe.model.options, "depths": [2, 1]}
     assert found.compression == recipe.compression and found.data.crop == recipe.data.crop
-    here, there = open_source(recipe.data, root=tiny.root), open_source(found.data, root=tmp_path / "networks")
+    here, there = (
+        open_source(recipe.data, task=recipe.task, root=tiny.root),
+        open_source(found.data, task=found.task, root=tmp_path / "networks"),
+    )
     for split in ("train", "validation", "test"):
         assert here.split(split).names() == there.split(split).names()
     assert len(there.split("train")) == 3

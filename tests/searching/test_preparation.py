@@ -54,7 +54,7 @@ def test_damaged_picture(tiny: Any, tmp_path: Path) -> None:
 def test_notes_on_the_data(tiny: Any) -> None:
     (tiny.root / "train" / "images" / "notes.txt").write_text("no picture")
     recipe = load_recipe(tiny.recipe, ["data.crop=64"])
-    source = open_source(recipe.data, root=tiny.root)
+    source = open_source(recipe.data, task=recipe.task, root=tiny.root)
     notes = check_data(recipe, source, tiny.root, lambda done, total: None)
     assert any("notes.txt" in note for note in notes)
     assert any("4 of 4 training pictures have a side shorter than data.crop 64" in note for note in notes)

@@ -192,7 +192,7 @@ def test_finalist_with_ranks_and_bits(tiny: Any, tmp_path: Path, monkeypatch: py
     )  # free ones take five times as long
     shares = ["compression.recover.share=0.5", "compression.quantize.share=0.5"]
     recipe = load_recipe(tiny.recipe, [*shares, "model.options.dims=[32]", "model.options.depths=[1]"])
-    source = open_source(recipe.data, root=tiny.root)
+    source = open_source(recipe.data, task=recipe.task, root=tiny.root)
     one = Architecture(config=base_config(recipe, source), rank_share=0.95, bits=4)
     arguments: dict[str, Any] = {"name": "001", "folder": tmp_path / "001", "root": tiny.root, "source": source}
 

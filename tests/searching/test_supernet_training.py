@@ -27,7 +27,7 @@ CHOICES = {"dims.0": [32, 48], "depths.0": [1, 2], "attention": ["hybrid", "loca
 
 
 def trained(recipe: Recipe, folder: Path, root: Path, *, until: int | None = None) -> Any:
-    source = open_source(recipe.data, root=root)
+    source = open_source(recipe.data, task=recipe.task, root=root)
     precision = resolve_precision("fp32", "cpu")
     training = SupernetTraining(
         parse_space(CHOICES), base_config(recipe, source), recipe, source, folder=folder, root=root, precision=precision
@@ -62,7 +62,7 @@ def test_measured_precision(tiny: Any, tmp_path: Path, monkeypatch: pytest.Monke
     """It leaves the shared weights and their norms as they are."""
     monkeypatch.setattr("muntin.training.precision.MAX_SHARE", 9.0)
     recipe = load_recipe(tiny.recipe)
-    source = open_source(recipe.data, root=tiny.root)
+    source = open_source(recipe.data, task=recipe.task, root=tiny.root)
     space, fp32 = parse_space(CHOICES), resolve_precision("fp32", "cpu")
     trainings = [
         SupernetTraining(space, base_config(recipe, source), recipe, source, folder=tmp_path, root=tiny.root, precision=precision)
@@ -110,7 +110,7 @@ def test_classify_at_other_resolutions(write_tiny: Callable[..., Any], tmp_path:
         file.unlink()
     content["data"] = {"source": "folders", "images": "train/images", "crop": 32, "validation": 0.3, "test": 0.2}
     recipe = Recipe.model_validate(content)
-    source = open_source(recipe.data, root=tiny.root)
+    source = open_source(recipe.data, task=recipe.task, root=tiny.root)
     base, space = base_config(recipe, source), parse_space({"resolution": [0.5, 1], "latents": [2, 4]})
     precision = resolve_precision("fp32", "cpu")
     training = SupernetTraining(space, base, recipe, source, folder=tmp_path / "search", root=tiny.root, precision=precision)

@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.data.source import HeldSamples, Sample
+from muntin.data.source import HeldSamples
 from muntin.errors import DataError
 from muntin.images import IGNORED
-from muntin.training.evaluation import Evaluation, areas, collapse, evaluate, poor_classes, predictions, tile_of, worse_than_input
+from muntin.tasks.classify.learning import PictureScores
+from muntin.tasks.samples import Sample
+from muntin.tasks.scores import PictureAnswers
+from muntin.tasks.segment.scores import MaskScores, areas
+from muntin.training.evaluation import collapse, evaluate, poor_classes, predictions, tile_of, worse_than_input
 
 NAMES = ("sea", "land", "ice", "rock")
 
@@ -38,8 +42,10 @@ def sample(guess_HW: NDArray[np.uint8], truth: NDArray[np.uint8] | int) -> Sampl
     return Sample(name="a", image=guess_HW[:, :, None], target=truth)
 
 
-def evaluated(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], classes: int, tile: int = 64) -> Evaluation:
-    return evaluate(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
+def evaluated(pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], classes: int, tile: int = 64) -> MaskScores:
+    scores = evaluate(Painted(classes), HeldSamples([sample(guess, truth) for guess, truth in pairs]), tile=tile)
+    assert isinstance(scores, MaskScores)
+    return scores
 
 
 def areas_of(
@@ -98,16 +104,17 @@ def test_class_in_neither_truth_nor_prediction() -> None:
 
 
 def test_class_without_images() -> None:
-    result = Evaluation(task="classify", samples=1, counted=1, accuracy=1.0, iou={}, recall={"sea": 1.0, "land": None, "ice": None})
+    result = PictureScores(task="classify", samples=1, counted=1, accuracy=1.0, iou={}, recall={"sea": 1.0, "land": None, "ice": None})
     assert result.notes == ("no image is of land, ice: the accuracy does not cover it",)
 
 
 def test_interval_of_an_accuracy() -> None:
-    result = Evaluation(task="classify", samples=10, counted=10, accuracy=0.8, iou={}, recall={})
+    result = PictureScores(task="classify", samples=10, counted=10, accuracy=0.8, iou={}, recall={})
     assert result.interval == pytest.approx((0.490, 0.943), abs=0.001)  # Wilson's, from a table
     all_right = replace(result, accuracy=1.0).interval
     assert all_right is not None and all_right[0] < 1 == pytest.approx(all_right[1])
-    assert replace(result, task="segment").interval is None
+    masks = MaskScores(task="segment", samples=10, counted=10, accuracy=0.8, iou={}, recall={})
+    assert masks.interval is None
 
 
 def test_ignored_pixels() -> None:
@@ -145,9 +152,10 @@ def test_tiles_and_progress() -> None:
     session, notes = Painted(2), []
     truth = np.zeros((20, 30), np.uint8)
     samples = HeldSamples([sample(truth, truth)] * 2)
-    labels = list(predictions(session, samples, tile=tile_of(8), progress=lambda done, total: notes.append((done, total))))
+    labels: PictureAnswers = []
+    evaluate(session, samples, tile=tile_of(8), progress=lambda done, total: notes.append((done, total)), answers=labels)
     assert {shape[1:3] for shape in session.shapes} == {(16, 16)}
-    assert [entry.shape for _, entry in labels] == [(20, 30)] * 2
+    assert [entry.shape for entry in labels] == [(20, 30)] * 2 == [entry.shape for _, entry in predictions(session, samples, tile=16)]
     assert notes == [(1, 2), (2, 2)]
 
 

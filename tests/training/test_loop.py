@@ -393,7 +393,7 @@ def test_advice_after_divergence(tmp_path: Path, write_foreign: Callable[[str], 
     assert advised == ["training.learning_rate=0.0005", "training.final_learning_rate=0.0005"]
     assert train(tiny, tmp_path / "run", *plan, *advised, "training.steps=2").step == 2  # what the line advises works
     recipe = load_recipe(tiny.recipe)
-    source, precision = open_source(recipe.data, root=tiny.root), resolve_precision("fp32", "cpu")
+    source, precision = open_source(recipe.data, task=recipe.task, root=tiny.root), resolve_precision("fp32", "cpu")
     trainer = Trainer(new_model(recipe, source.classes), recipe.training, task="segment", precision=precision)
     stage = Training(
         trainer,
@@ -560,7 +560,7 @@ def test_data_checked_first(tmp_path: Path, tiny: Any, kind: str) -> None:
 
 def test_task_of_the_data(tmp_path: Path, tiny: Any) -> None:
     for overrides, says in (
-        (["task=classify"], "task: classify has no masks: leave out data.masks"),
+        (["task=classify"], "task: classify has no data.masks: leave it out"),
         (["task=classify", "data={}"], "the data are for 'segment' and the recipe says 'classify'"),
     ):
         with pytest.raises(RecipeError, match=says) as error:
@@ -846,7 +846,7 @@ def test_easy_classification(tmp_path: Path, tiny: Any) -> None:
 def test_validation_by_class(tmp_path: Path, tiny: Any) -> None:
     result = fit(write_colors(tmp_path, tiny.content["model"], steps=3), directory=tmp_path / "run")
     checkpoint = read_checkpoint(result.checkpoint)
-    samples = open_source(checkpoint.recipe.data, root=tmp_path).split("validation")
+    samples = open_source(checkpoint.recipe.data, task=checkpoint.recipe.task, root=tmp_path).split("validation")
     again = evaluate(TorchSession(load_model(checkpoint), checkpoint.signature), samples, tile=48)
     assert again.recall != again.iou, "it errs nowhere: this test plants nothing"
     assert result.validation[-1]["by_class"] == again.recall

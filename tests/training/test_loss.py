@@ -16,12 +16,17 @@ from muntin.data import open_source
 from muntin.data.items import class_counts
 from muntin.errors import RecipeError
 from muntin.images import IGNORED
+from muntin.tasks.learning import LEARNING
 from muntin.training.config import LossName
-from muntin.training.loss import Loss, class_weights, distillation_loss, loss_of, segment_loss
+from muntin.training.loss import Loss, class_weights, loss_of
 from muntin.training.recipe import load_recipe
 from muntin.training.run import fit
 
 LOSSES = get_args(LossName)
+
+
+def segment_loss(scores: torch.Tensor, target: torch.Tensor, overlap: float, *, entropy: float = 1.0) -> torch.Tensor:
+    return Loss(task="segment", overlap=overlap, entropy=entropy)(scores, target)
 
 
 def example(seed: int, batch: int = 2, classes: int = 4, height: int = 5, width: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +204,7 @@ def test_task_losses() -> None:
 def test_distillation_against_kl_divergence(layout: torch.memory_format) -> None:
     scores, target = (torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(n)).to(memory_format=layout) for n in (0, 1))
     one, other = scores.clone().requires_grad_(), scores.double().requires_grad_()
-    loss = distillation_loss("segment", one, target)
+    loss = LEARNING["segment"].mean_distance(one, target)
     expected = F.kl_div(other.log_softmax(1), target.double().softmax(1), reduction="sum") / (2 * 6 * 7)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     (3 * loss).backward()
@@ -210,14 +215,16 @@ def test_distillation_against_kl_divergence(layout: torch.memory_format) -> None
 def test_distillation_ignored_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     scores, expected, target = *(torch.randn(2, 5, 6, 7, generator=generator) for _ in range(2)), torch.zeros(2, 6, 7, dtype=torch.long)
-    torch.testing.assert_close(distillation_loss("segment", scores, expected, target), distillation_loss("segment", scores, expected))
+    torch.testing.assert_close(
+        LEARNING["segment"].mean_distance(scores, expected, target), LEARNING["segment"].mean_distance(scores, expected)
+    )
     target[:, :4] = IGNORED
     scores.requires_grad_()
-    loss = distillation_loss("segment", scores, expected, target)
-    torch.testing.assert_close(loss, distillation_loss("segment", scores[:, :, 4:], expected[:, :, 4:]))
+    loss = LEARNING["segment"].mean_distance(scores, expected, target)
+    torch.testing.assert_close(loss, LEARNING["segment"].mean_distance(scores[:, :, 4:], expected[:, :, 4:]))
     (gradient,) = torch.autograd.grad(loss, scores)
     assert not gradient[:, :, :4].any() and gradient[:, :, 4:].all()
-    assert distillation_loss("segment", scores, expected, torch.full_like(target, IGNORED)).item() == 0
+    assert LEARNING["segment"].mean_distance(scores, expected, torch.full_like(target, IGNORED)).item() == 0
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -245,13 +252,13 @@ def test_loss_within_memory(layout: torch.memory_format, distillation: float, dt
 
 def test_distillation_of_equal_answers() -> None:
     scores = torch.randn(3, 4, requires_grad=True)
-    loss = distillation_loss("classify", scores, scores.detach())
+    loss = LEARNING["classify"].mean_distance(scores, scores.detach())
     (gradient,) = torch.autograd.grad(loss, scores)
     assert loss.item() == pytest.approx(0, abs=1e-6) and gradient.abs().max() < 1e-6
 
 
 def test_distillation_of_restoration() -> None:
-    assert float(distillation_loss("restore", torch.full((1, 3, 2, 2), 96.0), torch.full((1, 3, 2, 2), 32.0))) == 1.0
+    assert float(LEARNING["restore"].mean_distance(torch.full((1, 3, 2, 2), 96.0), torch.full((1, 3, 2, 2), 32.0))) == 1.0
 
 
 @pytest.mark.parametrize("memory", [None, 600])
@@ -349,8 +356,8 @@ def test_classify_with_weights_and_shares(gamma: float) -> None:
 def test_class_weights_of_a_recipe(tmp_path: Path, write_tiny: Callable[..., Any]) -> None:
     tiny = write_tiny(tmp_path)
     recipe = load_recipe(tiny.recipe, ["training.class_weights=auto"])
-    source = open_source(recipe.data, root=tiny.root)
-    counts = class_counts(source.split("train"), 3)
+    source = open_source(recipe.data, task=recipe.task, root=tiny.root)
+    counts = class_counts(source.split("train"), 3, "segment")
     weights = class_weights(recipe.training, source)
     assert all(weight * number == pytest.approx(counts.sum() / 3) for weight, number in zip(weights, counts.tolist(), strict=True))
     given = load_recipe(tiny.recipe, ["training.class_weights={field: 3}"]).training

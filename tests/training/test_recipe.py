@@ -12,10 +12,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from muntin.data.classes import ClassSpec
 from muntin.data.config import Augmentation, DataConfig
 from muntin.errors import RecipeError
 from muntin.models import create_model
+from muntin.tasks.classes import ClassSpec
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
 from muntin.training.recipe import Recipe, load_recipe, override_recipe, parse_recipe, recipe_text
 
@@ -115,7 +115,7 @@ def test_value_out_of_range(place: str, value: Any, says: str) -> None:
     ("place", "value", "says"),
     [
         ("data.masks", None, "recipe: task: segment needs data.masks; if each class has a folder of its own, write task: classify"),
-        ("task", "classify", "recipe: task: classify has no masks: leave out data.masks, or write task: segment"),
+        ("task", "classify", "recipe: task: classify has no data.masks: leave it out, or write task: segment"),
     ],
 )
 def test_masks_by_task(place: str, value: Any, says: str) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from muntin.images import IGNORED
+from muntin.tasks.learning import LEARNING
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.averaging import WeightAverage
-from muntin.training.loss import Loss, distillation_loss
+from muntin.training.loss import Loss
 from muntin.training.precision import TrainingPrecision, resolve_precision
 from muntin.training.trainer import SKIPPED_STEPS, DivergedError, Trainer
 
@@ -55,9 +56,9 @@ def test_loss_terms(weight: float, overlap: float) -> None:
     scores, expected = model(images).detach(), teacher(images).detach()
     config = TrainingConfig(overlap_loss=overlap)
     trainer = Trainer(model, config, task="segment", precision=resolve_precision("fp32", "cpu"), teacher=teacher, distillation=weight)
-    reference = Loss(task="segment", overlap=overlap)(scores, target) + weight * distillation_loss("segment", scores, expected, target)
+    reference = Loss(task="segment", overlap=overlap)(scores, target) + weight * LEARNING["segment"].mean_distance(scores, expected, target)
     assert trainer.update(0, images, target, done=0.5) == pytest.approx(float(reference), rel=1e-5)
-    assert weight == 0 or distillation_loss("segment", scores, expected, target) > 0.01
+    assert weight == 0 or LEARNING["segment"].mean_distance(scores, expected, target) > 0.01
     assert overlap == 0 or Loss(task="segment", overlap=0)(scores, target) < Loss(task="segment", overlap=overlap)(scores, target)
 
 

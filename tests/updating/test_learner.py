@@ -13,10 +13,10 @@ import torch
 
 from muntin.compression import load_model
 from muntin.compression.stages import broken_off
-from muntin.data.classes import ClassSpec
 from muntin.errors import CheckpointError
 from muntin.images import write_image
 from muntin.models import TorchSession
+from muntin.tasks.classes import ClassSpec
 from muntin.training import Checkpoint, fit, parse_recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate, tile_of

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from muntin.data.items import Item, ItemSamples
-from muntin.data.source import HeldSamples, Sample, SampleCache
+from muntin.data.items import ItemSamples
+from muntin.data.source import HeldSamples, SampleCache
+from muntin.tasks.classify.folders import ClassReader
+from muntin.tasks.reading import ReadingSettings
+from muntin.tasks.samples import Item, Sample
 from muntin.updating.memory import balanced_choice, balanced_labels, class_shares, herding, remember_windows, windows_of
 
 
@@ -69,15 +72,15 @@ def test_balance_of_labels() -> None:
 
 
 def test_every_class_of_pictures_is_kept_without_decoding(tmp_path: Path) -> None:
-    items = [Item(key=f"{number}", image=tmp_path / f"{number}.png", label=number // 600) for number in range(1201)]
+    items = [Item(key=f"{number}", image=tmp_path / f"{number}.png", target=number // 600) for number in range(1201)]
 
     class Unread(ItemSamples):
         def sizes(self) -> list[tuple[int, int]]:
             return [(8, 8)] * len(self)
 
-    samples = Unread("train", items, 3, None, SampleCache(0))  # the files do not exist
+    samples = Unread("train", items, ClassReader(ReadingSettings()), SampleCache(0))  # the files do not exist
     chosen = remember_windows(samples, count=5, classes=3, side=None, seed=0)
-    assert np.bincount([items[window.index].label for window in chosen]).tolist() == [2, 2, 1]
+    assert np.bincount([items[window.index].target for window in chosen]).tolist() == [2, 2, 1]
 
 
 def test_herding_is_closer_to_the_mean_than_chance() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from muntin.data.classes import ClassSpec
 from muntin.data.source import SPLITS
 from muntin.errors import DataError
 from muntin.images import write_image
+from muntin.tasks.classes import ClassSpec
 from muntin.updating.new_pictures import NewPictures, digest_of
 
 CLASSES = tuple(ClassSpec(name=name) for name in ("a", "b", "c"))

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from muntin.data import Crops
-from muntin.data.source import HeldSamples, Sample
+from muntin.data.source import HeldSamples
 from muntin.layers.norm import MapNorm
+from muntin.tasks.samples import Sample
 from muntin.training.config import TrainingConfig
 from muntin.training.optimizer import make_optimizer
 from muntin.updating.strategies import ReplayCrops, freeze_body

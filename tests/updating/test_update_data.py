@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from muntin.data import open_source
-from muntin.data.classes import ClassSpec
 from muntin.errors import DataError
 from muntin.images import read_mask
+from muntin.tasks.classes import ClassSpec
 from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.updating.new_pictures import NewPictures
@@ -40,7 +40,7 @@ def write(plan: UpdatePlan, directory: Path, relabel: Any = None) -> Any:
     """Write the data; return the source that a run opens."""
     directory.mkdir()
     write_data(plan, directory, describe=None, relabel=relabel, report=lambda stage: None)
-    return open_source(update_data_config(plan.parent, plan.classes), root=directory)
+    return open_source(update_data_config(plan.parent, plan.classes), task=plan.parent.recipe.task, root=directory)
 
 
 def test_old_and_new_pictures_with_their_values(parent: Checkpoint, write_new: Callable[..., Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from muntin.artifact.manifest import (
 )
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sizes import Sides, Sizes
-from muntin.artifact.sparse_layers import sparsity_of
+from muntin.artifact.sparse_packing import sparsity_of
 from muntin.artifact.standalone import check_standalone, write_standalone
 from muntin.artifact.store import (
     AnyArtifact,

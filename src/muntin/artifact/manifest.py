@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from muntin.artifact.answers import ANSWERS, Answer, Task
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.plan import TilePlan
 from muntin.artifact.sizes import Sizes
@@ -33,7 +34,6 @@ from muntin.errors import ArtifactError
 FORMAT: Literal[1] = 1
 AnyKind = TypeVar("AnyKind", bound="AnyManifest")
 
-Task = Literal["segment", "classify", "restore"]
 FloatPrecision = Literal["f32", "bf16", "f16"]
 EngineFamily = Literal["openvino", "onnxruntime"]
 Side = Annotated[int, Field(ge=1)]
@@ -54,8 +54,8 @@ class _Frozen(BaseModel):
 class Signature(_Frozen):
     """Inputs and outputs of the model.
 
-    Images are (B, H, W, channels) in `dtype`, of the allowed `sizes`; scores are float32: (B, K, scale*H, scale*W) for "segment" and
-    "restore", (B, K) for "classify". K is the number of classes, or of channels for "restore", which has no classes.
+    Images are (B, H, W, channels) in `dtype`, of the allowed `sizes`; scores are float32, (B, K) or (B, K, scale*H, scale*W) as the task's
+    `Answer` says. K is the number of classes, or of channels for a task without classes.
     """
 
     task: Task
@@ -64,25 +64,32 @@ class Signature(_Frozen):
     classes: Annotated[tuple[ClassInfo, ...], Field(max_length=65535)] = ()
     dtype: Literal["uint8"] = "uint8"
     side: Annotated[int | None, Field(ge=1, le=1 << 14)] = None
-    """For "classify": pictures are resized to their middle square of this side, in pixels, as in training; None: used as they are."""
+    """Of a task with one answer a picture: pictures are resized to their middle square of this side, in pixels, as in training; None: used
+    as they are."""
     sizes: Sizes = Sizes()
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> Self:
-        if (self.task == "restore") == bool(self.classes):
-            raise ValueError(f'task "{self.task}" with {len(self.classes)} classes: "restore" has none, the others at least one')
-        if self.task == "classify" and self.scale != 1:
-            raise ValueError(f'task "classify" with scale {self.scale}: it has no pixels to scale, leave 1')
-        if self.task != "classify" and self.side is not None:
+        if self.answer.has_classes != bool(self.classes):
+            allowed = "at least one" if self.answer.has_classes else "none"
+            raise ValueError(f'task "{self.task}" with {len(self.classes)} classes: it has {allowed}')
+        if self.answer.one and self.scale != 1:
+            raise ValueError(f'task "{self.task}" with scale {self.scale}: it has no pixels to scale, leave 1')
+        if not self.answer.one and self.side is not None:
             raise ValueError(f'task "{self.task}" with side {self.side}: it takes pictures of every size, leave it out')
         if self.side is not None and not self.sizes.takes(self.side, self.side):
             raise ValueError(f"side {self.side}: the model takes {self.sizes.text}: give a side that is allowed")
         return self
 
     @property
+    def answer(self) -> Answer:
+        """Facts of the task."""
+        return ANSWERS[self.task]
+
+    @property
     def outputs(self) -> int:
         """K, the number of channels of the scores."""
-        return self.channels if self.task == "restore" else len(self.classes)
+        return self.answer.width(len(self.classes), self.channels)
 
     @property
     def label_type(self) -> np.dtype[Any]:
@@ -91,7 +98,7 @@ class Signature(_Frozen):
 
     def scores_shape(self, batch: int, height: int, width: int) -> tuple[int, ...]:
         """Shape of the scores of a (batch, height, width, channels) input."""
-        if self.task == "classify":
+        if self.answer.one:
             return (batch, self.outputs)
         return (batch, self.outputs, self.scale * height, self.scale * width)
 

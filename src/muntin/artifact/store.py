@@ -52,7 +52,7 @@ from muntin.artifact.manifest import (
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
 from muntin.artifact.plan import TilePlan
-from muntin.artifact.sparse_layers import sparsity_of
+from muntin.artifact.sparse_packing import sparsity_of
 from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.errors import ArtifactError
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from muntin.artifact.answers import Task
 from muntin.budgeting.budget import Budget
 from muntin.budgeting.candidate import StepReport
 from muntin.budgeting.display import shown_search
@@ -26,14 +27,14 @@ from muntin.compression.calibration import calibration_list
 from muntin.compression.loading import load_model
 from muntin.compression.rewrite import EVERY
 from muntin.compression.stages import trained_steps
-from muntin.data.classes import list_some
 from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
 from muntin.models.eager import eager_copy
-from muntin.text import count
+from muntin.tasks.learning import LEARNING
+from muntin.text import count, list_some
 from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, source_of
 from muntin.training.config import BudgetConfig, CompressionConfig, QuantizationConfig
-from muntin.training.evaluation import areas, predictions, tile_of
+from muntin.training.evaluation import tile_of
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights
 from muntin.training.model_checks import check_maps
@@ -43,7 +44,6 @@ from muntin.training.progress.metrics_log import MetricsLog
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe
 from muntin.training.recovery.out_of_memory import MemoryUse
-from muntin.training.restoration.evaluation import picture_psnrs
 from muntin.training.trainer import Trainer
 from muntin.training.weights import load_weights
 
@@ -51,8 +51,6 @@ FOLDER = "budget"
 """Folder of the trials in a run's folder."""
 TRAINING_SHARE, TRIALS = 0.4, 3
 """Largest share of a time limit for the training of so many trials, the fewest that a search should try."""
-WHOLE_IMAGES = 100
-"""Images from which whole ones are the samples of a segmentation's score; fewer are cut into blocks of half the training crop."""
 SEED = 104729
 """Added to the recipe's seed, so that candidates learn from other crops than `fit`."""
 
@@ -87,7 +85,7 @@ def compress_run(
             progress=_with_samples(report, judged, held_out), step_seconds=_step_seconds(checkpoint),
             keep=(*stages.keep, *recipe.quantization.keep), dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
         )  # fmt: skip
-    absent = _absent_classes(folder, [one.name for one in checkpoint.signature.classes]) if recipe.task == "segment" else ()
+    absent = _absent_classes(folder, [one.name for one in checkpoint.signature.classes]) if recipe.answer.masks else ()
     return replace(result, notes=(*result.notes, *absent, *(() if course is None else course.notes), *_unused(recipe)))
 
 
@@ -179,19 +177,9 @@ def _splits(source: Source) -> tuple[Samples, Samples]:
     return validation.select(range(0, len(validation), 2)), validation.select(range(1, len(validation), 2))
 
 
-def _metric(samples: Samples, tile: int, task: str) -> Callable[[Any], Any]:
-    """Return a function from an artifact to its scores: areas of blocks of images for segment, 1 or 0 for each image for classify,
-    its PSNR in dB for restore.
-    """
-
-    def measure(deployed: Any) -> Any:
-        if task == "segment":
-            return areas(deployed.session, samples, tile=tile, block=None if len(samples) >= WHOLE_IMAGES else tile // 4)
-        if task == "restore":
-            return picture_psnrs(deployed.session, samples, tile=tile)
-        return [float(labels[0] == sample.target) for sample, labels in predictions(deployed.session, samples, tile=tile)]
-
-    return measure
+def _metric(samples: Samples, tile: int, task: Task) -> Callable[[Any], Any]:
+    """Return a function from an artifact to its scores, as of `Learning.measure`."""
+    return lambda deployed: LEARNING[task].measure(deployed.session, samples, tile=tile)
 
 
 class _CandidateRun(Training):

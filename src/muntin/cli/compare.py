@@ -12,7 +12,7 @@ from muntin.cli.options import CheckpointArgument, JsonOption, TrustOption
 from muntin.cli.start import prepare_torch
 
 if TYPE_CHECKING:
-    from muntin.artifact.manifest import Task
+    from muntin.artifact.answers import Task
 
 
 def compare_command(

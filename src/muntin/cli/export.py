@@ -124,8 +124,8 @@ def export_command(
         return
     start = prepare_torch()  # before PyTorch is imported
     from muntin.compression.stages import broken_off
-    from muntin.data.classes import renamed_by
     from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
+    from muntin.tasks.classes import renamed_by
     from muntin.training import find_checkpoint, read_checkpoint
     from muntin.updating.drift.training_pictures import with_training_reference
 
@@ -171,7 +171,7 @@ def relabel_command(
     from muntin.artifact import open_artifact
     from muntin.artifact.classes import write_renamed
     from muntin.artifact.store import MANIFEST
-    from muntin.data.classes import relabel_artifact, renamed_by
+    from muntin.tasks.classes import relabel_artifact, renamed_by
 
     if (path / MANIFEST).is_file():
         artifact = open_artifact(path)

@@ -62,29 +62,31 @@ def init_command(
     json: JsonOption = False,
 ) -> None:
     """Write a commented recipe for a folder of your own images."""
+    from muntin.artifact.answers import ANSWERS
     from muntin.data.recipe_wizard import write_recipe
     from muntin.errors import RecipeError
 
-    if task not in (None, "segment", "classify", "restore"):
-        raise RecipeError(f"task '{task}': give segment, classify or restore")
-    path, survey = write_recipe(directory, task=task, output=output)  # type: ignore[arg-type]
+    if task is not None and task not in ANSWERS:
+        *first, last = ANSWERS
+        raise RecipeError(f"task '{task}': give {', '.join(first)} or {last}")
+    path, survey = write_recipe(directory, task=task, output=output)
     if json:
         shares = {entry.name: share for entry, share in zip(survey.classes.classes, survey.classes.shares, strict=True)}
         numbers = {key: getattr(survey, key) for key in ("counted", "unopened", "opened")}
         print_json({"recipe": path, "shares": shares, **numbers, "notes": survey.notes})
         return
-    rename = "rename the classes, " if survey.layout.task == "segment" else ""
+    rename = "rename the classes, " if survey.layout.answer.masks else ""
     describe_survey(path, survey, f": read it, {rename}then `{shlex.join(['muntin', 'fit', str(path)])}`")
 
 
 def describe_survey(path: Path, survey: Survey, advice: str = "") -> None:
     """Print what was found in a folder, for which the recipe at `path` was written."""
-    from muntin.data.classes import as_yaml
     from muntin.reporting.text import percent
+    from muntin.tasks.classes import as_yaml
 
-    classes, segment = survey.classes, survey.layout.task == "segment"
+    classes, segment = survey.classes, survey.layout.answer.masks
     out.print(f"wrote     {path} (task: {survey.layout.task}){advice}")
-    if survey.layout.task == "restore":
+    if not survey.layout.answer.has_classes:
         made = "made from them by data.degrade" if survey.layout.base.targets is None else "beside clean ones"
         out.print(f"pictures  {survey.counted}, of which {survey.opened} were opened; inputs are {made}")
         print_notes(survey.notes)

@@ -18,8 +18,9 @@ from muntin.progress import progress_bar
 
 if TYPE_CHECKING:
     from muntin.artifact import Signature
+    from muntin.artifact.answers import Task
     from muntin.runtime.bulk.items import ItemOutcome
-    from muntin.runtime.picture_results import Result
+    from muntin.tasks.base import Result
 
 RESULTS = Path("predictions")
 """Folder of the results where none is named."""
@@ -116,7 +117,7 @@ def predict_command(
     session = open_session(artifact, opening)
     targets: dict[Path, Path | None] = dict.fromkeys(images)
     journal = None
-    if signature.task != "classify":
+    if not signature.answer.one:
         names = {path: folder / name for path, name in _result_names(images).items()}
         for parent in {target.parent for target in names.values()}:
             refuse_unwritable(parent)
@@ -149,7 +150,7 @@ def predict_command(
         failed = [failures[path] for path in images if path in failures]
         print_json(document | {"results": ended, "failures": failed, "notes": notes})
     else:
-        _print_results(ended)
+        _print_results(ended, signature.task)
     if failures:
         raise typer.Exit(1)
 
@@ -164,13 +165,12 @@ def _ray_address(on: str | None) -> str | None:
     return address
 
 
-def _print_results(results: Iterable[Result]) -> None:
+def _print_results(results: Iterable[Result], task: Task) -> None:
     from muntin.reporting.text import percent
+    from muntin.tasks.answers import ANSWERING
 
     for result in results:
-        line = result.get("class") or ", ".join(result[kind] for kind in ("mask", "image", "overlay", "difference") if kind in result)
-        if "probability" in result:
-            line += f" (probability {result['probability']:.3f})"
+        line = ANSWERING[task].line(result)
         if "agreement" in result:
             line += f" ({percent(result['agreement'], 2)} of the pixels that count agree with the truth)"
         if "frames" in result:
@@ -237,12 +237,13 @@ def _names(image: Path) -> Iterator[str]:
         yield "/".join((*folders[start:], image.name))
 
 
-def _refuse_unused(task: str, values: dict[str, object]) -> None:
+def _refuse_unused(task: Task, values: dict[str, object]) -> None:
     """Raise DataError for an option with a value that the artefact's task does not use."""
-    useless = {"classify": tuple(values), "restore": ("--truth", "--no-overlay")}.get(task, ())
-    if unused := [option for option, value in values.items() if value is not None and option in useless]:
-        answers = "the name of a class, which is printed" if task == "classify" else "an image, which has no mask"
-        raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answers}: leave out {', '.join(unused)}")
+    from muntin.tasks.answers import ANSWERING
+
+    answering = ANSWERING[task]
+    if unused := [option for option, value in values.items() if value is not None and option in answering.useless]:
+        raise DataError(f"{unused[0]}: the artefact's task is {task}, and its answer {answering.words}: leave out {', '.join(unused)}")
 
 
 def _refuse_overwriting(

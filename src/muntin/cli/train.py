@@ -33,8 +33,8 @@ from muntin.progress import progress_bar
 from muntin.text import count, number_format
 
 if TYPE_CHECKING:
+    from muntin.artifact.answers import Task
     from muntin.training import FitProgress, FitResult, Recipe
-    from muntin.training.restoration.evaluation import RestoredScores
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe, e.g. --set training.steps=200; repeatable.")]
 
@@ -112,10 +112,9 @@ def fit_command(
     else:
         describe_fit(result)
         if not result.interrupted:
-            from muntin.deployment.artifact_comparison import SCORE_MARGINS
             from muntin.models.trusted_code import is_code
 
-            folder, drop = str(result.directory), f"{SCORE_MARGINS[loaded.task]:g}"
+            folder, drop = str(result.directory), f"{loaded.answer.score.margin:g}"
             trusted = ["--trust-code"] if is_code(loaded.model.name) else []
             smaller = shlex.join(["muntin", "compress", folder, "--max-drop", drop, *trusted])
             out.print(f"next      `{shlex.join(['muntin', 'export', folder, *trusted])}`, or smaller: `{smaller}`")
@@ -130,8 +129,8 @@ def fit_command(
 def _recipe_of_folder(folder: Path, *, writes: bool, quiet: bool) -> tuple[Path, Sequence[str]]:
     """The recipe of a folder of images, and the notes of its survey. Writes the recipe if there is none, and prints what was found."""
     from muntin.cli.models import describe_survey
-    from muntin.data.folders import RECIPE_NAME
     from muntin.data.recipe_wizard import write_recipe
+    from muntin.tasks.folders import RECIPE_NAME
 
     path = folder / RECIPE_NAME
     if path.exists():
@@ -200,7 +199,7 @@ def _show_crops(recipe: Recipe, root: Path, file: Path, *, json: bool) -> None:
 
     with status("making crops"):
         recipe = settled(recipe, root)
-        source = open_source(recipe.data, root=root)
+        source = open_source(recipe.data, task=recipe.task, root=root)
         number = write_crops(file, training_crops(recipe, source), source.classes, task=recipe.task)
     if json:
         print_json({"file": file, "crops": number, "augmentation": recipe.data.augmentation.model_dump(), "notes": source.notes})
@@ -268,7 +267,7 @@ def fit_with_progress(
 
 
 @contextmanager
-def training_bar(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
+def training_bar(task: Task) -> Iterator[Callable[[str, FitProgress], None]]:
     """Show steps as `training.progress.bar` does. A process that `torchrun` started after the first one shows nothing."""
     if not first_process():
         yield lambda description, progress: None
@@ -329,8 +328,7 @@ def evaluate_command(
     from muntin.runtime.tiles import check_tiles
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.checkpoint import source_of
-    from muntin.training.evaluation import Evaluation, tile_of
-    from muntin.training.restoration.evaluation import RestoredScores
+    from muntin.training.evaluation import tile_of
 
     if split not in SPLITS:
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")
@@ -340,8 +338,8 @@ def evaluate_command(
         raise RecipeError(f"--engine {engine} is an artefact's, and a checkpoint runs in PyTorch: give --artifact too, or leave it out")
     loaded = read_checkpoint(checkpoint, trust_code=trust_code)
     signature = loaded.signature
-    if tile is not None and signature.task == "classify":
-        raise RecipeError(f"--tile {tile}: the run's task is classify, and its pictures are taken whole: leave it out")
+    if tile is not None and signature.answer.one:
+        raise RecipeError(f"--tile {tile}: the run's task is {signature.task}, and its pictures are taken whole: leave it out")
     source = source_of(loaded)
     session: Any = load(artifact, engine=engine or DEFAULT_ENGINE) if artifact else TorchSession(load_model(loaded), signature)
     if artifact is None and loaded.quantized:
@@ -357,7 +355,7 @@ def evaluate_command(
     with progress_bar(f"evaluating {split}") as advance:
         result = evaluate(session, source.split(split), tile=tile or tile_of(loaded.recipe.data.crop), progress=advance)
     notes = (*broken_off(loaded), *result.notes)
-    interval = result.interval if isinstance(result, Evaluation) else None
+    interval = result.interval
     if json:
         scores = {"score": result.score, "interval": interval, **asdict(result)}
         print_json({"split": split, "engine": session.engine, **scores, "notes": (*start, *notes)})
@@ -366,20 +364,12 @@ def evaluate_command(
     numbers = number_format(session.precision, integers=artifact is not None and open_artifact(artifact).manifest.integers)
     samples = count(result.samples, "sample") + ("" if interval is None else f", 95 % interval {interval[0]:.3f} to {interval[1]:.3f}")
     out.print(f"{metric.name} {metric.exact(result.score)} on {split} ({samples}), {session.engine}, {numbers}")
-    if isinstance(result, RestoredScores):
-        for line in _restored_lines(result, signature.scale):
-            out.print(f"  {line}")
-    else:
+    for line in result.lines(signature.scale):
+        out.print(f"  {line}")
+    if signature.answer.has_classes:
         out.print(f"  {metric.each} of each class:")
-    pictures = [sum(row) for row in result.confusion] if signature.task == "classify" and isinstance(result, Evaluation) else []
+    pictures = result.pictures
     for number, (name, value) in enumerate(result.by_class.items()):
         of = f"  of {count(pictures[number], 'picture')}" if pictures else ""
         out.print(f"  {name:<20} {'-' if value is None else f'{value:.4f}'}{of}")
     print_notes(notes)
-
-
-def _restored_lines(result: RestoredScores, scale: int) -> list[str]:
-    """SSIM, and the scores of the input."""
-    shown = [("restored", result.psnr, result.ssim)]
-    shown.append(("the input" if scale == 1 else "the input, enlarged bicubically", result.input_psnr, result.input_ssim))
-    return [f"{name}: PSNR {psnr:.2f} dB" + ("" if ssim is None else f", SSIM {ssim:.4f}") for name, psnr, ssim in shown]

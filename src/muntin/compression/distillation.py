@@ -24,9 +24,9 @@ from torch.utils import _pytree
 from muntin.compression.sparsity.holding import hold_sparsity
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, call, check_module, inputs_of, tensors_of
+from muntin.tasks.base_learning import at_least_float32, mean_divergence
 from muntin.training.config import TrainingConfig
 from muntin.training.gradients import buffers_kept, kept_buffers, random_kept, restore_buffers
-from muntin.training.loss import at_least_float32, distillation_loss
 from muntin.training.optimizer import make_optimizer
 from muntin.training.precision import PrecisionName, TrainingPrecision, choose_by_speed, resolve_precision
 from muntin.training.recovery.instability import SKIPPED_IN_A_ROW, LossGuard
@@ -206,7 +206,7 @@ def _loss_function(loss: NamedLoss | LossFunction) -> LossFunction:
 
 def _score_distance(answer: Any, expected: Any) -> Tensor:
     scores, teacher_scores = _pair(answer, expected)
-    return distillation_loss("classify", scores, teacher_scores)
+    return mean_divergence(scores, teacher_scores)
 
 
 def _feature_distance(answer: Any, expected: Any) -> Tensor:

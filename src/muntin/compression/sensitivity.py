@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from muntin.artifact.answers import Task
 from muntin.compression.allocation import Choice, allocate
 from muntin.compression.quantization.fake_quantization import weight_scale
 from muntin.compression.quantization.qat import FLOAT, QATConv2d, QATLinear
 from muntin.compression.rewrite import named, replace
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Sensitivity
-from muntin.training.loss import distillation_loss
+from muntin.tasks.learning import LEARNING
 
 LEAST = 1e-3
 """Least gain of a key layer, as a share of the distance: smaller ones are within the measurement's noise."""
@@ -30,7 +31,7 @@ STORED = {FLOAT: 16}
 
 
 def measure_sensitivity(
-    model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], *, task: str, widths: Sequence[int] = WIDER
+    model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor], *, task: Task, widths: Sequence[int] = WIDER
 ) -> dict[str, Sensitivity]:
     """Measure each layer of a model after `prepare_qat` with each wider form in its place alone; the model is restored.
 
@@ -43,7 +44,7 @@ def measure_sensitivity(
         teacher_scores = [teacher(batch) for batch in images]
 
         def distance() -> float:
-            return sum(float(distillation_loss(task, model(x), y)) for x, y in zip(images, teacher_scores, strict=True)) / len(images)
+            return sum(float(LEARNING[task].mean_distance(model(x), y)) for x, y in zip(images, teacher_scores, strict=True)) / len(images)
 
         before = distance()
         measured = {}

@@ -315,7 +315,7 @@ class _Compression:
         return self._mix(model, previous.sensitivity)
 
     def _measure(self, model: nn.Module) -> dict[str, Sensitivity]:
-        count = len(self.calibration) if self.recipe.task == "classify" else max(1, SENSITIVITY_IMAGES // len(self.calibration[0]))
+        count = len(self.calibration) if self.recipe.answer.one else max(1, SENSITIVITY_IMAGES // len(self.calibration[0]))
         return measure_sensitivity(model, load_model(self.checkpoint), self.calibration[:count], task=self.recipe.task)
 
     def _mix(self, model: nn.Module, measured: dict[str, Sensitivity]) -> list[Change]:

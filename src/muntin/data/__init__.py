@@ -9,13 +9,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 from muntin.data.augmentation import Augmentation
-from muntin.data.classes import ClassSpec
 from muntin.data.config import DataConfig, open_source
 from muntin.data.earth import EarthSource
-from muntin.data.folders import FolderPair, FolderSource
+from muntin.data.folders import FolderSource
 from muntin.data.recipe_wizard import write_recipe
 from muntin.data.shards import ShardSource, write_shards
-from muntin.data.source import Sample, Samples, Source
+from muntin.data.source import Samples, Source
+from muntin.tasks.classes import ClassSpec
+from muntin.tasks.folders import FolderPair
+from muntin.tasks.samples import Sample
 
 if TYPE_CHECKING:
     from muntin.data.batch_feed import BatchFeed, ImageBatch, prefetch

@@ -6,14 +6,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from muntin.data.section import Section
-from muntin.data.source import DataTask
+from muntin.section import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, lt=1)]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
 Preset = Literal["none", "light", "standard", "strong"]
-MIXTURES: dict[str, DataTask] = {"mosaic": "segment", "mixup": "classify", "cutmix": "classify"}
 """Fields that join several pictures in a crop, and their task: a preset's value has no effect in the other one."""
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, field_serializer, model_validator
 
+from muntin.artifact.answers import Task
 from muntin.data.augmentation import Augmentation, Preset, Probability, fill_in
-from muntin.data.classes import ClassSpec, MaskValue
 from muntin.data.earth import EarthSource, EarthVariant
-from muntin.data.folders import FolderPair, FolderSource
-from muntin.data.restoration.degradation import MAX_SCALE, Degradation
-from muntin.data.restoration.source import RestoreSource, scale_of_pairs
-from muntin.data.section import Section
+from muntin.data.folders import FolderSource
 from muntin.data.shards.source import ShardSource
 from muntin.data.source import Source
 from muntin.images import IGNORED, MAX_CHANNELS
+from muntin.section import Section
+from muntin.tasks.classes import ClassSpec, MaskValue
+from muntin.tasks.folders import FolderPair, PictureListing
+from muntin.tasks.reading import ReadingSettings
+from muntin.tasks.restore.degradation import MAX_SCALE, Degradation
+from muntin.tasks.restore.folders import scale_of_pairs
 
 SplitShare = Annotated[float, Field(gt=0, lt=1)]
 
@@ -112,6 +116,10 @@ class DataConfig(Section):
                 f"the shares of validation and test add up to {sum(shares):g}: make them less than 1, so that pictures to train on are left"
             )
 
+    def given(self, keys: Sequence[str]) -> list[str]:
+        """Those of some keys that are not null."""
+        return [key for key in keys if getattr(self, key) is not None]
+
     @property
     def restores(self) -> bool:
         """True for the data of `restore`."""
@@ -142,23 +150,21 @@ def with_scale(config: DataConfig, *, root: Path) -> DataConfig:
     return config.model_copy(update={"scale": scale_of_pairs(pair)})
 
 
-def open_source(config: DataConfig, *, root: Path) -> Source:
+def open_source(config: DataConfig, *, task: Task, root: Path) -> Source:
     """Open the data set of a recipe. Relative folders start at `root`, the recipe's folder. Raises DataError or DependencyError."""
     if config.source not in ("folders", "shards"):
         return EarthSource(cast(EarthVariant, config.source.partition(":")[2] or "cover"))
     images = Path() if config.images is None else config.images
     base = FolderPair(images=images, masks=config.masks, targets=config.targets).under(root)
     validation, test = (share.under(root) if isinstance(share, FolderPair) else share for share in (config.validation, config.test))
-    if config.restores:
-        return RestoreSource(
-            base=base, validation=validation, test=test, degrade=config.degrade, scale=config.output_scale, channels=config.channels,
-            seed=config.seed, skip=[root / path for path in config.skip], root=root, cache_bytes=config.cache_mib << 20,
-        )  # fmt: skip
+    reading = ReadingSettings(
+        channels=config.channels, classes=config.classes, ignore=config.ignore, degrade=config.degrade, scale=config.output_scale
+    )
     options: dict[str, Any] = {
-        "classes": config.classes, "ignore": config.ignore, "channels": config.channels, "seed": config.seed,
-        "skip": [root / path for path in config.skip], "root": root, "cache_bytes": config.cache_mib << 20,
+        "reading": reading, "seed": config.seed, "cache_bytes": config.cache_mib << 20,
+        "listing": PictureListing(skip=[root / path for path in config.skip], root=root),
     }  # fmt: skip
     if config.source == "folders":
-        return FolderSource(base=base, validation=validation, test=test, **options)
+        return FolderSource(task, base=base, validation=validation, test=test, **options)
     places = [share.images if isinstance(share, FolderPair) else share for share in (validation, test)]
     return ShardSource(base=base.images, validation=places[0], test=places[1], **options)

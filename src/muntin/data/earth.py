@@ -19,11 +19,14 @@ from typing import Literal
 
 import numpy as np
 
+from muntin.artifact.answers import Task
 from muntin.artifact.classes import ClassInfo
-from muntin.data.source import CheckProgress, DataTask, HeldSamples, Sample, Samples, SplitName
+from muntin.data.source import CheckProgress, HeldSamples, Samples
 from muntin.errors import DataError, DependencyError, install
 from muntin.images import IGNORED, read_image, read_mask
 from muntin.images.opening import UInt8
+from muntin.tasks.folders import SplitName
+from muntin.tasks.samples import Sample
 
 EarthVariant = Literal["cover", "climate", "shore"]
 BorderName = Literal["train", "validation", "test", "left out"]
@@ -89,7 +92,7 @@ class EarthSource:
     Raises DependencyError if the packages are not installed, DataError if their files have other contents than expected.
     """
 
-    task: DataTask = "segment"
+    task: Task = "segment"
     channels = 3
     notes: tuple[str, ...] = ()
 

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from muntin.data.classes import RGB, ClassSpec, MaskValue, code_color, color_codes, distinct_colors
-from muntin.data.folders import class_folders
-from muntin.data.source import MAX_CLASSES, DataTask
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.errors import DataError
 from muntin.images import IGNORED, read_image, read_mask
 from muntin.images.decoding import image_size
 from muntin.images.opening import PictureFile
 from muntin.images.rasters import OpenRasters, Raster, is_windowed, mask_raster, picture_raster, sampled, tiff_header
+from muntin.tasks.classes import RGB, ClassSpec, MaskValue, code_color, color_codes, distinct_colors
+from muntin.tasks.classify.folders import class_folders
 from muntin.text import count
 
 Content = TypeVar("Content")
@@ -129,11 +129,11 @@ def picture_channels(facts: Mapping[PictureFile, PictureFacts]) -> int:
     return 4 if four_channel_tiffs and not all(picture.opacity for picture in facts.values()) else 3
 
 
-def crop_side(facts: Mapping[PictureFile, PictureFacts], task: DataTask) -> int:
+def crop_side(facts: Mapping[PictureFile, PictureFacts], task: Task) -> int:
     """Side of the training crops, pixels: the median of the pictures' shorter sides rounded down to a multiple of 32, at least 32 and at
-    most 256 (`classify`: 224, `restore`: 128)."""
+    most `Answer.usual_crop`."""
     shorter_side = int(median(picture.shorter_side for picture in facts.values()))
-    return min({"segment": 256, "classify": 224, "restore": 128}[task], max(32, shorter_side // 32 * 32))
+    return min(ANSWERS[task].usual_crop, max(32, shorter_side // 32 * 32))
 
 
 def classes_in_folders(folder: Path, chosen: Sequence[Path]) -> list[ClassSpec]:
@@ -284,7 +284,7 @@ def _check_lossless(paths: Sequence[PictureFile], folder: Path) -> None:
 
 
 def _check_count(number: int, folder: Path) -> None:
-    if number > (most := MAX_CLASSES["segment"]):
+    if number > (most := ANSWERS["segment"].most_classes):
         raise DataError(f"the masks in {folder} hold {number} values, more than {most}: save them as PNG (JPEG blurs them)")
     if number < 2:
         raise DataError(f"the masks in {folder} hold {number} classes: at least two classes are needed")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from muntin.data.classes import as_yaml, list_some
-from muntin.data.folders import RECIPE_NAME, FolderPair
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.data.inspection import (
     LOOK_S,
     MaskClasses,
@@ -26,16 +25,19 @@ from muntin.data.inspection import (
     read_some,
     size_errors,
 )
-from muntin.data.layout import Layout, equal_stem_notes, find_layout, nested_class_notes, unpaired_notes, unused_split_notes
-from muntin.data.restoration.layout import restore_layout, restore_lines, restore_notes
+from muntin.data.layout import equal_stem_notes, find_layout, training_pictures
 from muntin.data.shards.inspection import shard_classes
-from muntin.data.source import DataTask, SplitName
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError, RecipeError
 from muntin.images import write_whole
 from muntin.images.listing import composed, folders_below, is_utf8, paired_folders, pictures, pictures_below, subfolders
 from muntin.images.opening import PictureFile
-from muntin.text import count
+from muntin.tasks.classes import as_yaml
+from muntin.tasks.classify.folders import folders_of_classes, nested_class_notes
+from muntin.tasks.folders import RECIPE_NAME, FolderPair, Layout, SplitName
+from muntin.tasks.restore.folders import restore_lines, restore_notes
+from muntin.tasks.segment.folders import unpaired_notes, unused_split_notes
+from muntin.text import count, list_some
 
 _SHARE = 0.15  # share of the pictures for a split without a folder of its own
 FEW_PIXELS = 0.02
@@ -94,7 +96,7 @@ class Survey:
     notes: tuple[str, ...]
 
 
-def write_recipe(directory: Path | str, *, task: DataTask | None = None, output: Path | None = None) -> tuple[Path, Survey]:
+def write_recipe(directory: Path | str, *, task: Task | None = None, output: Path | None = None) -> tuple[Path, Survey]:
     """Write `recipe.yaml` into the user's folder. Returns its path, and what was seen in the folder. Reads images and masks for at most
     `LOOK_S` seconds each.
 
@@ -112,7 +114,7 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
         raise RecipeError(f"{path} cannot be written: use --output to name a file in a folder that you may write to")
     if output is not None and not (is_utf8(str(root)) and is_utf8(output.name)):
         raise DataError(f"{str(root)!a} or {str(output)!a} is not valid UTF-8, so a recipe cannot name it: rename it")
-    survey = _survey(restore_layout(root) if task == "restore" else find_layout(root, task))
+    survey = _survey(find_layout(root, task))
     write_whole(path, _recipe_text(survey, root, file=path.name, absolute=output is not None).encode())
     return path, survey
 
@@ -120,7 +122,7 @@ def write_recipe(directory: Path | str, *, task: DataTask | None = None, output:
 def _survey(layout: Layout) -> Survey:
     base = layout.base
     pairs = [pair for pair in (base, layout.validation, layout.test) if pair is not None]
-    images = list(layout.training_pictures().values())
+    images = list(training_pictures(layout).values())
     facts, unreadable = read_some(images, picture_facts)
     unopened_images = len(images) - len(facts) - len(unreadable)
     if layout.shards is not None:
@@ -128,12 +130,12 @@ def _survey(layout: Layout) -> Survey:
         notes, folders = [f"{failure.reason}; `muntin fit` refuses them" for failure in failed[:_MAX_REASONS]], []
         classes, counted, unopened, unreadable_masks = shard_classes(content, base.images)
         unreadable |= unreadable_masks
-    elif layout.task == "restore":
+    elif not layout.answer.has_classes:
         classes, counted, unopened = MaskClasses(classes=(), ignore=None, shares=()), len(images), 0
         own = [folder for pair in pairs for folder in (pair.images, pair.targets) if folder is not None]
         notes, folders = restore_notes(layout), [inside for folder in own for _, inside in folders_below(folder, apart=layout.apart())]
     elif base.masks is None:
-        class_folders = layout.class_folders()
+        class_folders = folders_of_classes(base.images, deep=layout.deep)
         specs = classes_in_folders(base.images, class_folders)
         numbers = [len(pictures_below(folder)) for folder in class_folders]
         counted, unopened = sum(numbers), 0
@@ -196,21 +198,21 @@ def stray_notes(classes: MaskClasses) -> list[str]:
     ]
 
 
-def balance_notes(classes: MaskClasses, task: DataTask) -> list[str]:
+def balance_notes(classes: MaskClasses, task: Task) -> list[str]:
     """A note on classes of few pixels, or of few pictures beside the most frequent class, and on the settings that help."""
-    if task == "restore":
+    if not ANSWERS[task].has_classes:
         return []
     shares = {
         entry.name if entry.value is None else as_yaml(entry.value): share
         for entry, share in zip(classes.classes, classes.shares, strict=True)
     }
-    bound = FEW_PIXELS if task == "segment" else FEW_PICTURES * max(shares.values())
+    bound = FEW_PIXELS if ANSWERS[task].masks else FEW_PICTURES * max(shares.values())
     stray = {as_yaml(entry.value) for entry in classes.stray}
     few = sorted((name for name, share in shares.items() if share < bound and name not in stray), key=shares.__getitem__)
     if not few:
         return []
     named = list_some([f"{name} ({percent(shares[name])})" for name in few], 3)
-    if task == "segment":
+    if ANSWERS[task].masks:
         return [
             f"few pixels are of {named}: data.rare centres crops on them; if they are still missed, set training.class_weights: auto or "
             "training.loss: dice-cross-entropy, and look at the IoU of each class"
@@ -245,7 +247,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     """The recipe as YAML with comments. `absolute`: write absolute paths; otherwise paths relative to `root`."""
     layout, base, ignore = survey.layout, survey.layout.base, survey.classes.ignore
     relative_to = None if absolute else root
-    checked = "degradation" if layout.task == "restore" else "class names"
+    checked = "class names" if layout.answer.has_classes else "degradation"
     lines = [
         f"# A recipe for muntin, written by `muntin init`. Check the {checked} below, then run",
         f"#     muntin fit {shlex.quote(file)}     (with the path to this file; results go to `runs/` in the current folder)",
@@ -262,7 +264,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     ]
     if base.masks is not None:
         lines.append(f"  masks: {_path(base.masks, relative_to)}  # a mask has the stem of its image: a.jpg and a.png")
-    if layout.task == "restore":
+    if not layout.answer.has_classes:
         lines += restore_lines(layout, "" if base.targets is None else _path(base.targets, relative_to))
     lines += [
         _split_line("validation", "during training", layout.validation, layout, relative_to),
@@ -274,14 +276,14 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
     if survey.unreadable:
         lines.append("  skip:  # pictures to leave out; these cannot be used")
         lines += [f"    - {_path(Path(str(path)), relative_to)}  # {_reason(path, error)[1]}" for path, error in survey.unreadable.items()]
-    if layout.task == "segment":
+    if layout.answer.masks:
         lines.append(f"  ignore: {'null' if ignore is None else ignore}  # the mask value that belongs to no class; null: there is none")
     lines += [
-        *([] if layout.task == "restore" else _class_lines(survey)),
+        *(_class_lines(survey) if layout.answer.has_classes else []),
         f"  channels: {survey.channels}  # of the images: 3 is colour, 1 grey; up to 16 in .npy files",
         f"  crop: {survey.crop}  # side of the random training squares, pixels; larger has more context and is slower",
     ]
-    if layout.task == "segment":
+    if layout.answer.masks:
         lines.append("  rare: 0.25  # fraction of the crops centred on a class drawn uniformly: rare classes are seen more often")
     lines += [
         "  augment: light  # random changes to the crops: none, light (flips, zoom, a little colour), standard, strong;",
@@ -291,7 +293,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
         "    flip_vertical: 0.0  # 0.5, with rotation: 180, suits pictures taken from above: satellites, microscopes",
     ]
     after = _AFTER_DATA
-    if layout.task == "restore":  # which learns by the distance to the clean picture
+    if not layout.answer.has_classes:  # which learns by the distance to the clean picture
         lines = [line.replace("flips, zoom, a little colour", "flips, a little colour") for line in lines]
         after = after.replace(_CLASS_LOSS, "").replace(_STEPS_TIME, "")
         after = after.replace(_FIRST_MODEL, _FIRST_RESTORER.replace("WIDE", str(max(48, 4 * survey.channels))))
@@ -299,7 +301,7 @@ def _recipe_text(survey: Survey, root: Path, *, file: str, absolute: bool) -> st
 
 
 def _class_lines(survey: Survey) -> list[str]:
-    if survey.layout.task == "classify":
+    if survey.layout.answer.one:
         kind = "is a class of the entries .cls" if survey.layout.shards is not None else "has the name of its folder"
         lines = [f"  classes:  # each {kind}; `color` is how charts paint it (red, green, blue)"]
     else:
@@ -328,9 +330,9 @@ def _split_line(name: SplitName, scored: str, pair: FolderPair | None, layout: L
 def _split_seed(layout: Layout, left_out: Mapping[PictureFile, DataError]) -> int:
     """The first seed that leaves no split empty; for `classify`, one whose splits lack as few classes as possible."""
     stems = {composed(path.stem) for path in left_out}
-    by_class = layout.task == "classify" and layout.shards is None
+    by_class = layout.answer.one and layout.shards is None
     keys = [
-        key for key, path in layout.training_pictures().items()
+        key for key, path in training_pictures(layout).items()
         if path not in left_out and (by_class or composed(path.stem) not in stems)  # its mask may be left out
     ]  # fmt: skip
     splits: dict[SplitName, FolderPair | None] = {"validation": layout.validation, "test": layout.test}

@@ -10,68 +10,15 @@ import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Protocol, overload
 
-import numpy as np
-
+from muntin.artifact.answers import Task
 from muntin.artifact.classes import ClassInfo
-from muntin.data.restoration.degradation import Degradation
-from muntin.images.opening import UInt8
-from muntin.images.rasters import Raster
+from muntin.tasks.folders import SplitName
+from muntin.tasks.samples import Sample
 
-DataTask = Literal["segment", "classify", "restore"]
-SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-MAX_CLASSES: dict[DataTask, int] = {"segment": 255, "classify": 65535, "restore": 0}
-"""Most classes that can be trained: masks are uint8, and their 255 is ignored."""
-_CORNER = 4096
 CheckProgress = Callable[[int, int], None]  # files checked, files in all
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One picture, uint8 (H, W, C), and its target: uint8 labels (H, W) with 255 = ignored, for `classify` the class number, for `restore`
-    the clean picture, uint8 (scale*H, scale*W, C), and how the picture was made from it (None: it was given).
-
-    The arrays may be read-only and shared with a cache: copy them before writing. Both may be rasters, which are read by window.
-    """
-
-    name: str
-    image: UInt8 | Raster
-    target: UInt8 | Raster | int
-    degradation: Degradation | None = None
-
-    @property
-    def bytes(self) -> int:
-        """Size of the arrays in memory, bytes."""
-        return self.image.nbytes + (0 if isinstance(self.target, int) else self.target.nbytes)
-
-    @property
-    def corner(self) -> UInt8:
-        """The picture; of a raster the upper left part of at most 4096 pixels a side."""
-        return self.image[:_CORNER, :_CORNER] if isinstance(self.image, Raster) else self.image
-
-    @property
-    def labels(self) -> UInt8 | Raster:
-        """The labels (H, W) of a segmentation sample."""
-        if isinstance(self.target, int):
-            raise TypeError("a classification sample has no labels (H, W): use its `target`, a class number")
-        if self.restores:
-            raise TypeError("a sample for restore has no labels (H, W): use its `clean` picture")
-        return self.target
-
-    @property
-    def restores(self) -> bool:
-        """True for a sample of `restore`."""
-        return isinstance(self.target, np.ndarray) and self.target.ndim == 3
-
-    @property
-    def clean(self) -> UInt8:
-        """The clean picture (scale*H, scale*W, C) of a sample for `restore`."""
-        if not isinstance(self.target, np.ndarray) or self.target.ndim != 3:
-            raise TypeError("only a sample for restore has a clean picture")
-        return self.target
 
 
 class Samples(ABC, Sequence[Sample]):
@@ -112,7 +59,7 @@ class Source(Protocol):
     """A data set: its task, classes, number of channels, and splits."""
 
     @property
-    def task(self) -> DataTask: ...
+    def task(self) -> Task: ...
     @property
     def classes(self) -> tuple[ClassInfo, ...]: ...
     @property

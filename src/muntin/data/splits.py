@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from muntin.data.source import SplitName
 from muntin.errors import DataError
 from muntin.images.listing import composed
+from muntin.tasks.folders import SplitName
 
 _MAX_SEEDS = 1000  # seeds tried
 _BALANCE_HASHES = 50_000  # pictures hashed in search of a seed that keeps the shares: about half a second

@@ -21,43 +21,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from muntin.artifact.answers import Task
 from muntin.compression import load_model
 from muntin.compression.stages import broken_off
-from muntin.data import Sample, Source
+from muntin.data import Source
 from muntin.data.source import Samples
 from muntin.deployment.checkpoint_candidate import CheckpointCandidate
 from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.deployment.run_artifacts import RunArtifact, missing_forms, run_artifacts, run_folder, stage_notes
 from muntin.errors import CheckpointError
-from muntin.images import IGNORED
-from muntin.images.opening import UInt8
-from muntin.images.rasters import Raster, bands
+from muntin.images.rasters import Raster
 from muntin.models import TorchSession
 from muntin.runtime import Session, SessionOptions, describe_hardware, load
 from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.timing import latency_report
-from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor, allowed_tile, predict
+from muntin.runtime.tiles import Predictor
+from muntin.tasks.learning import LEARNING
+from muntin.tasks.scores import PictureAnswers, TaskScores
 from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, source_of
-from muntin.training.evaluation import Evaluation, evaluate, predictions, score, tile_of
-from muntin.training.restoration.evaluation import RestoredScores, mean_scores, picture_scores
+from muntin.training.evaluation import evaluate, tile_of
 
 REFERENCE = "fp32"
 """Name of the row of PyTorch FP32."""
-SCORE_MARGINS = {"segment": 0.01, "classify": 0.01, "restore": 0.1}
-"""Difference from the best validation score up to which an artefact may be taken for its speed, by task. Absolute, of restore in dB."""
-CLOSE = 1
-"""Grey levels by which two restored values may differ and count as equal."""
 LATENCY_MARGIN = 0.1
 """Share of the fastest latency by which another may be longer and count as equal: about the noise of a timing."""
 ROUNDING = 1e-9
 """Tolerance of a comparison of scores: 0.5 - 0.01 is not exactly 0.49."""
 ROUNDS = 30
 """Timed calls of each candidate."""
-Predicted = Labels | UInt8
-"""The answer of a session for a picture: labels, or for restore the picture (H, W, C)."""
 Announce = Callable[[str], None]
 
 
@@ -71,8 +64,8 @@ class ArtifactComparison:
 
     record: dict[str, Any]
     sessions: dict[str, Session]
-    tests: dict[str, Evaluation | RestoredScores]
-    labels: list[Predicted]
+    tests: dict[str, TaskScores]
+    labels: PictureAnswers
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
@@ -133,7 +126,7 @@ def compare_artifacts(
         REFERENCE: (checkpoint.path, checkpoint.bytes),
         **{entry.name: (entry.artifact.path, entry.artifact.bytes) for entry in artifacts},
     }
-    rows, margin = [], SCORE_MARGINS[checkpoint.recipe.task]
+    rows, score_format = [], checkpoint.recipe.answer.score
     for timed in latency["rows"]:
         name = timed["name"]
         path, nbytes = files[name]
@@ -146,8 +139,8 @@ def compare_artifacts(
             "size_reason": SIZE_REASON if side == export_side(checkpoint.recipe) else f"nearest to {SIZE_REASON} that the artefacts take",
             "samples": {name: len(source.split(name)) for name in ("validation", "test")},
             "rows": rows,
-            "take": choose([row for row in rows if row["name"] != REFERENCE], margin)["name"],
-            "rule": rule(margin, " dB" if checkpoint.recipe.task == "restore" else ""),
+            "take": choose([row for row in rows if row["name"] != REFERENCE], score_format.margin)["name"],
+            "rule": rule(score_format.margin, score_format.unit),
             "others": watch.others,
         },
         sessions=opened,
@@ -170,8 +163,8 @@ class _Scored:
     """Evaluations by name. `scores`: the columns of each row. `labels`: of the session that `keep` names, for each test sample."""
 
     scores: dict[str, dict[str, float]]
-    tests: dict[str, Evaluation | RestoredScores]
-    labels: list[Predicted]
+    tests: dict[str, TaskScores]
+    labels: PictureAnswers
     seconds: dict[str, float]
 
 
@@ -179,18 +172,18 @@ def _score(sessions: Mapping[str, Predictor], source: Source, *, tile: int, keep
     """Evaluate sessions on both splits. Compares labels with those of the first session, the reference."""
     validation, test = source.split("validation"), source.split("test")
     scored = _Scored(scores={}, tests={}, labels=[], seconds={})
-    reference_labels: list[Predicted] = []
+    reference_labels: PictureAnswers = []
     for name, session in sessions.items():
         stage(f"evaluate {name}")
         started = perf_counter()
-        scored.tests[name], labels = score_with_labels(session, test, tile)
+        labels: PictureAnswers = []
+        scored.tests[name] = evaluate(session, test, tile=tile, answers=labels)
         reference_labels = reference_labels or labels
         if name == keep:
             scored.labels.extend(labels)
         validated = evaluate(session, validation, tile=tile)
-        scored.scores[name] = {
-            "validation": validated.score, "test": scored.tests[name].score, "same_labels": equal_labels(test, reference_labels, labels),
-        }  # fmt: skip
+        same = equal_labels(test, reference_labels, labels, session.signature.task)
+        scored.scores[name] = {"validation": validated.score, "test": scored.tests[name].score, "same_labels": same}
         scored.seconds[f"evaluate {name}"] = perf_counter() - started
     return scored
 
@@ -203,7 +196,7 @@ def rule(margin: float, unit: str = "") -> str:
     )
 
 
-def choose(rows: Sequence[Mapping[str, Any]], margin: float = SCORE_MARGINS["segment"]) -> Mapping[str, Any]:
+def choose(rows: Sequence[Mapping[str, Any]], margin: float) -> Mapping[str, Any]:
     """Return the row of the artefact to take, by `rule`. The test score does not count."""
     best = max(row["validation"] for row in rows)
     good = [row for row in rows if row["validation"] >= best - margin - ROUNDING]
@@ -219,47 +212,10 @@ def engine_words(entry: RunArtifact, session: Session) -> str:
     return f"{session.engine} {integers}{session.precision.upper()}, {count(session.threads, 'thread')}"
 
 
-def score_with_labels(session: Predictor, samples: Samples, tile: int) -> tuple[Evaluation | RestoredScores, list[Predicted]]:
-    """Return the scores of a session and its labels (pictures, of restore) of each sample.
-
-    Takes one picture at a time: a split may exceed the memory.
-    """
-    if session.signature.task == "restore":
-        pictures: list[Predicted] = []
-        side = allowed_tile(session.signature, tile)
-        rows = []
-        for index in range(len(samples)):
-            sample = samples[index]
-            pictures.append(predict(session, sample.image, tile=side))
-            rows.append(picture_scores(pictures[-1], sample))
-        return mean_scores(rows), pictures
-    predicted: list[Labels] = []
-
-    def collected() -> Iterator[tuple[Sample, Labels]]:
-        for sample, labels in predictions(session, samples, tile=tile):
-            predicted.append(labels)
-            yield sample, labels
-
-    return score(collected(), session), predicted
-
-
-def equal_labels(samples: Samples, one: Sequence[Predicted], other: Sequence[Predicted]) -> float:
-    """Return the share of equal labels, 0 to 1, among those that the truth does not ignore.
-
-    Of restored pictures the share of values that differ by at most `CLOSE`.
-    """
-    equal = total = 0
-    for index, (a, b) in enumerate(zip(one, other, strict=True)):
-        if a.ndim == 3:
-            equal += int((np.abs(a.astype(np.int16) - b.astype(np.int16)) <= CLOSE).sum())
-            total += a.size
-            continue
-        target = samples[index].target
-        for row, truth in [(0, a)] if isinstance(target, int) else bands(target):
-            counted = np.ones(truth.shape, bool) if isinstance(target, int) else np.asarray(truth != IGNORED)
-            equal += int((a[row : row + len(truth)] == b[row : row + len(truth)])[counted].sum())
-            total += int(counted.sum())
-    return equal / max(1, total)
+def equal_labels(samples: Samples, one: PictureAnswers, other: PictureAnswers, task: Task) -> float:
+    """Return the share of equal items of two models' answers, 0 to 1 (`Learning.same`)."""
+    found = [LEARNING[task].same(samples[index], a, b) for index, (a, b) in enumerate(zip(one, other, strict=True))]
+    return sum(equal for equal, _ in found) / max(1, sum(total for _, total in found))
 
 
 def middle_window(image_HWC: NDArray[np.uint8] | Raster, side: int) -> NDArray[np.uint8]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from muntin.artifact import Artifact, Manifest, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.compression import freeze, load_model
-from muntin.data.classes import relabel_artifact
 from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.models.compression_record import Stage
+from muntin.tasks.classes import relabel_artifact
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import tile_of
 from muntin.training.recipe import Recipe, override_recipe
@@ -31,7 +31,7 @@ REVISION = 9
 
 def export_side(recipe: Recipe) -> int:
     """Return the side of the images that an artefact is exported for and a run is measured at, pixels: a tile's, or a classifier's crop."""
-    return recipe.data.crop if recipe.task == "classify" else tile_of(recipe.data.crop)
+    return recipe.data.crop if recipe.answer.one else tile_of(recipe.data.crop)
 
 
 def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint:

@@ -29,17 +29,15 @@ from muntin.deployment.artifact_comparison import (
     ROUNDS,
     Announce,
     ArtifactComparison,
-    Predicted,
     compare_artifacts,
     engine_words,
     equal_labels,
     middle_window,
-    score_with_labels,
 )
 from muntin.deployment.checkpoint_export import export_checkpoint, export_side
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
-from muntin.deployment.pictures import write_class_examples, write_examples, write_picture, write_restored_examples, write_worst
+from muntin.deployment.pictures import write_picture
 from muntin.deployment.run_artifacts import (
     RunArtifact,
     artifact_place,
@@ -53,11 +51,13 @@ from muntin.errors import CheckpointError, VerificationError
 from muntin.models import TorchSession
 from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
+from muntin.tasks.learning import LEARNING
+from muntin.tasks.scores import Judging, PictureAnswers, TaskScores
 from muntin.text import count, plain
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
-from muntin.training.evaluation import Evaluation, tile_of
+from muntin.training.distributed.ranks import ALONE
+from muntin.training.evaluation import evaluate, tile_of
 from muntin.training.recipe import recipe_text
-from muntin.training.restoration.evaluation import RestoredScores
 
 NAMES_SHOWN = 200
 """Pictures of a split that a report names."""
@@ -110,15 +110,14 @@ class _Comparison:
         for name, stage in self.stages.items():
             step, labels = self._stage_step(name, stage, calibration)
             steps.append(step)
-            agreement = equal_labels(self.test, labels, compared.labels)
+            agreement = equal_labels(self.test, labels, compared.labels, self.recipe.task)
         self.seconds |= {f"train {name}": stage.state.seconds for name, stage in self.stages.items()}
         deployed = self._row("deployed", engine_words(subject, session), compared.tests[subject.name], deployed_sizes(artifact))
         steps.append(deployed | {"latency_ms": rows[subject.name]["median_ms"]})
         record = last.state.compression
-        deployed_scores = compared.tests[subject.name]
         return {
             **self._about(artifact),
-            **({"baseline": self._baseline(deployed_scores)} if isinstance(deployed_scores, RestoredScores) else {}),
+            **compared.tests[subject.name].report(self.signature.scale),
             "steps": steps,
             "artifacts": compared.record | {"described": subject.name},
             "latency": self._latency(compared.record, subject.name) | {"others": compared.record["others"]},
@@ -127,7 +126,6 @@ class _Comparison:
             "layers": layer_rows(artifact, session, calibration[:2]),
             "counted": list((artifact.manifest.example or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
-            **self._confusion(compared.tests[subject.name]),
             "search": budget_record(self.checkpoint),
             "splits": {name: _split_record(self.source.split(name)) for name in SPLITS},
             "seconds": self.seconds,
@@ -164,7 +162,7 @@ class _Comparison:
         timed[-1]["name"] = "deployed"
         return {key: record[key] for key in ("height", "width", "rounds")} | {"rows": timed}
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], list[Predicted]]:
+    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], PictureAnswers]:
         model = load_model(stage)
         if name == "low-rank":
             return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
@@ -178,10 +176,11 @@ class _Comparison:
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
         return result
 
-    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], list[Predicted]]:
+    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], PictureAnswers]:
         """Return the row of a step in PyTorch, and its labels of each test sample."""
         session = TorchSession(model, self.signature)
-        result, labels = self._timed(f"evaluate {name}", lambda: score_with_labels(session, self.test, self.tile))
+        labels: PictureAnswers = []
+        result = self._timed(f"evaluate {name}", lambda: evaluate(session, self.test, tile=self.tile, answers=labels))
         return self._row(name, engine, result, self._sizes(model, bytes=bytes)), labels
 
     def _sizes(self, model: nn.Module, *, bytes: int | None) -> dict[str, Any]:
@@ -189,14 +188,9 @@ class _Comparison:
         gmacs = image_macs(model, self.probe) / 1e9
         return {"params": parameter_count(model), "weights": stored_bytes(model), "bytes": bytes, "gmacs": gmacs}
 
-    def _row(self, name: str, engine: str, result: Evaluation | RestoredScores, sizes: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, name: str, engine: str, result: TaskScores, sizes: dict[str, Any]) -> dict[str, Any]:
         self.notes += [f"Step {name}: {note}." for note in result.notes]
         return {"name": name, "miou": result.score, "iou": result.by_class, **sizes, "latency_ms": None, "engine": engine}
-
-    def _baseline(self, result: RestoredScores) -> dict[str, Any]:
-        """Return the scores of the input, and the deployed model's SSIM beside its own."""
-        name = "the input" if self.signature.scale == 1 else f"bicubic enlargement by {self.signature.scale}"
-        return {"name": name, "score": result.input_psnr, "ssim": result.input_ssim, "deployed_ssim": result.ssim}
 
     def _verify(self, artifact: Artifact) -> None:
         result = self._timed("verify", lambda: verify(artifact.path, layers=True))
@@ -228,13 +222,6 @@ class _Comparison:
             "recipe": recipe_text(self.recipe),
         }
 
-    def _confusion(self, result: Evaluation | RestoredScores) -> dict[str, Any]:
-        """The key `confusion` of a report; nothing for restore, which has no classes."""
-        if isinstance(result, RestoredScores):
-            return {}
-        mistakes = [{"truth": truth, "predicted": predicted, "count": number} for truth, predicted, number in result.mistakes]
-        return {"confusion": {"counts": result.confusion or None, "mistakes": mistakes}}
-
     def _weights_note(self) -> tuple[str, ...]:
         """Return a note that says of which validation the weights are."""
         state, point = self.checkpoint.state, self.checkpoint.state.result
@@ -243,19 +230,12 @@ class _Comparison:
         rank = "the best" if state.averaged_at is not None or point["score"] == max(v["score"] for v in state.validation) else "the last"
         return (f"The FP32 weights are those of step {point['step']}, {rank} of {count(len(state.validation), 'validation')}.",)
 
-    def _pictures(self, session: Session, labels: list[Predicted]) -> dict[str, Any]:
+    def _pictures(self, session: Session, labels: PictureAnswers) -> dict[str, Any]:
         self.stage("pictures")
         classes = self.signature.classes
-        if self.recipe.task == "restore":
-            return {"overlay": None, "examples": write_restored_examples(self.directory, self.test, labels, side=PICTURE_SIDE)}
-        if self.recipe.task == "classify":
-            examples = write_class_examples(self.directory, session, self.test, labels, classes, side=PICTURE_SIDE)
-            return {"overlay": None, "examples": examples}
-        pictures: dict[str, Any] = {
-            "overlay": None,
-            "examples": write_examples(self.directory, session, self.test, classes, side=PICTURE_SIDE, tile=self.tile),
-            "worst": write_worst(self.directory, self.test, labels, classes, side=PICTURE_SIDE),
-        }
+        judged = Judging(session=session, samples=self.test, tile=self.tile, answers=labels, ranks=ALONE)
+        examples = LEARNING[self.recipe.task].examples(self.directory, judged, classes, side=PICTURE_SIDE)
+        pictures: dict[str, Any] = {"overlay": None, **examples}
         if isinstance(self.source, EarthSource):
             write_picture(self.directory, session, *self.source.picture(), self.source.borders(), classes, tile=self.tile)
             pictures["overlay"] = "overlay.png"

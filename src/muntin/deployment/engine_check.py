@@ -69,7 +69,7 @@ def _limits(content: dict[str, Any], *, integers: bool) -> tuple[Tolerances, lis
         return limits, []
     return wider, [
         f"one grey level of noise moves an answer by up to {error:.2g} standard deviations"
-        + ("" if content["signature"].task == "restore" else f" and changes {1 - labels:.0%} of the labels")
+        + (f" and changes {1 - labels:.0%} of the labels" if content["signature"].answer.argmax else "")
         + f", as in a network with little training; so engines may differ by {wider['bf16'].max_error:.2g}, less after more training"
     ]
 
@@ -124,7 +124,7 @@ def deviations(session: Session, pairs: Pairs, limits: Tolerances) -> list[str]:
     tolerance = limits[_precision_of(session)]
     lines = []
     for images, scores in pairs:
-        result = replay(session, images, scores, tolerance, classes=session.signature.task != "restore")
+        result = replay(session, images, scores, tolerance, classes=session.signature.answer.argmax)
         if not result.passed:
             agreement = "" if result.label_agreement is None else f", label agreement {result.label_agreement:.4f}"
             size = " x ".join(map(str, images.shape[1:3]))

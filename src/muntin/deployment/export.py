@@ -26,7 +26,6 @@ from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
-from muntin.data.classes import Classes, class_infos, specs_of
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
     FAR_OFF,
@@ -59,6 +58,7 @@ from muntin.models.foreign import Statistic, takes_raw_pixels
 from muntin.progress import OnStage, status
 from muntin.runtime import describe_hardware
 from muntin.runtime.session import check_shape
+from muntin.tasks.classes import Classes, class_infos, specs_of
 from muntin.training.config import QuantizationConfig
 
 COVERAGE, ROUNDING = "integer_coverage", "rounding"
@@ -354,10 +354,10 @@ def infer_signature(model: nn.Module, example: Tensor, classes: Classes | None =
     answer = answer_to(model, example[:1])
     if answer.ndim not in (2, 4):
         raise ExportError(f"the model answers {tuple(answer.shape)}; (B, K) or (B, K, H, W) is expected: wrap it")
-    if isinstance(model, HybridNet) and model.config.task == "restore":
+    if isinstance(model, HybridNet) and not model.config.answer.has_classes:
         if classes is not None:
             raise ExportError("classes: the model restores images and has none: leave them out")
-        return Signature(task="restore", channels=example.shape[1], scale=answer.shape[2] // example.shape[2])
+        return Signature(task=model.config.task, channels=example.shape[1], scale=answer.shape[2] // example.shape[2])
     if answer.shape[1] == 1:
         raise ExportError(
             f"the model answers {tuple(answer.shape)}, and of one class every label is the same: give two, as torch.cat([-x, x], 1) of a "

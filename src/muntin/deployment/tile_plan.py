@@ -26,7 +26,7 @@ CLOSE, CLOSE_INTEGERS = 1e-3, 0.05
 
 def plan_of(content: dict[str, Any]) -> TilePlan | None:
     """Return the plan of an artefact's content; without one, note the reason in its measured figures."""
-    if content["signature"].task == "classify":
+    if content["signature"].answer.one:
         return None
     try:
         return make_plan(content["model"], content["signature"])

@@ -237,6 +237,14 @@ def is_windowed(file: PictureFile) -> TypeGuard[Path]:
     )
 
 
+def raster_at(path: Path) -> bool:
+    """Return `is_raster`, and False for a file that cannot be read: this is reported when it is computed."""
+    try:
+        return is_raster(path)
+    except (DataError, DependencyError):
+        return False
+
+
 def is_raster(file: PictureFile) -> TypeGuard[Path]:
     """Return True for a file whose results are rasters, too: JPEG 2000, and a TIFF that is large, placed on the Earth, or has nodata, more
     than 8 bits or more than four channels. Raises DependencyError for one that cannot be read in another way.

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import ANSWERS, Answer, Task
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 
@@ -64,7 +64,7 @@ class ModelConfig(BaseModel):
             )
         if len(self.dims) != len(self.depths):
             raise ValueError(f"dims names {len(self.dims)} attention stages and depths {len(self.depths)}: give as many of each")
-        if self.scale != 1 and self.task != "restore":
+        if self.scale != 1 and not self.answer.picture:
             raise ValueError(f"scale={self.scale} is for task 'restore'; '{self.task}' answers at the input's size")
         smallest = 2 * self.head_dim if self.attention == "hybrid" else self.head_dim
         for dim in self.dims:
@@ -82,7 +82,12 @@ class ModelConfig(BaseModel):
     @property
     def outputs(self) -> int:
         """Channels of the answer: K scores, or the image's own channels."""
-        return self.channels if self.task == "restore" else self.classes
+        return self.answer.width(self.classes, self.channels)
+
+    @property
+    def answer(self) -> Answer:
+        """Facts of the task."""
+        return ANSWERS[self.task]
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import Task
 from muntin.errors import RecipeError
 from muntin.models.config import PRESETS, ModelConfig
 from muntin.models.foreign import DividedSides, from_factory, from_timm, from_torchvision

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.errors import DependencyError, MuntinError, RecipeError, install
 from muntin.models.eager import check_module
 
@@ -61,7 +61,7 @@ class ForeignModel(RawPixelModel):
         if isinstance(out, tuple):  # GoogLeNet and Inception in training: the answer and auxiliary ones
             out = out[0]
         scores: Tensor = out["out"] if isinstance(out, dict) else out
-        if self.task == "segment" and scores.shape[2:] != image_BCHW.shape[2:]:
+        if ANSWERS[self.task].masks and scores.shape[2:] != image_BCHW.shape[2:]:
             scores = F.interpolate(scores, image_BCHW.shape[2:], mode="bilinear")
         return scores
 
@@ -162,7 +162,7 @@ def timm_model(name: str, **arguments: Any) -> nn.Module:
 
 def from_timm(name: str, *, task: Task, classes: int, channels: int) -> nn.Module:
     """Create a classifier of timm with random weights."""
-    if task != "classify":
+    if not ANSWERS[task].one:
         raise RecipeError(
             f"'timm:{name}' is a classifier, not for task '{task}': use task 'classify', or a hybrid with it as model.encoder"
         )
@@ -177,14 +177,14 @@ def from_torchvision(name: str, *, task: Task, classes: int, channels: int) -> n
         from torchvision import models
     except ImportError as error:
         raise DependencyError(f"'torchvision:{name}' needs the package torchvision: {install('train')}") from error
-    if task == "restore":
-        raise RecipeError(f"'torchvision:{name}' classifies or segments, not for task 'restore': use a hybrid model")
-    known = models.list_models(module=models.segmentation if task == "segment" else models)
+    if not ANSWERS[task].has_classes:
+        raise RecipeError(f"'torchvision:{name}' classifies or segments, not for task '{task}': use a hybrid model")
+    known = models.list_models(module=models if ANSWERS[task].one else models.segmentation)
     if name not in known:
         raise RecipeError(f"torchvision has no model '{name}' for task '{task}'; it has {', '.join(known[:8])}, ...")
     if channels != 3:
         raise RecipeError(f"'torchvision:{name}' takes 3 channels, not {channels}: choose a timm or a hybrid model")
-    extra = {"weights_backbone": None} if task == "segment" else {}
+    extra = {} if ANSWERS[task].one else {"weights_backbone": None}
     model = models.get_model(name, weights=None, num_classes=classes, **extra)
     return ForeignModel(model, mean=IMAGENET_MEAN, std=IMAGENET_STD, task=task)
 

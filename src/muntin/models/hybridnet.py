@@ -125,13 +125,13 @@ class HybridNet(nn.Module):
             AttentionStage(config, c, dim, depth, stride=stride) for c, dim, depth in zip(inputs, config.dims, config.depths, strict=True)
         )
         self.levels = sum(stride >= config.finest for stride in strides)  # maps that the decoder reads, from the coarsest
-        if config.task == "classify":
-            self.head: nn.Module = nn.Linear(config.dims[-1], config.classes)
+        if config.answer.one:
+            self.head: nn.Module = nn.Linear(config.dims[-1], config.outputs)
         else:
             self.decoder = FUSIONS[config.fusion](channels[::-1][: self.levels], config.decoder)
-            gain = GAIN if config.task == "segment" else 1.0
+            gain = 1.0 if config.answer.picture else GAIN
             self.head = PixelHead(config.decoder, config.outputs, config.finest * config.scale, gain)
-        if config.task == "restore":
+        if config.answer.picture:
             self.enlarge = nn.Upsample(scale_factor=config.scale, mode="bilinear") if config.scale > 1 else nn.Identity()
             self.sum = Sum()
             nn.init.zeros_(self.head.conv.weight)  # type: ignore[arg-type, union-attr]  # so that training starts with the image itself
@@ -139,12 +139,12 @@ class HybridNet(nn.Module):
     def forward(self, image_BCHW: Tensor) -> Tensor:
         height, width = image_BCHW.shape[2:]
         maps = self._maps(image_BCHW)
-        if self.config.task == "classify":
+        if self.config.answer.one:
             scores_BK: Tensor = self.head(maps[-1].mean((2, 3)))
             return scores_BK
         scale = self.config.scale
         scores: Tensor = self.head(self.decoder(maps[::-1][: self.levels]))[:, :, : scale * height, : scale * width]
-        if self.config.task == "restore":
+        if self.config.answer.picture:
             scores = self.sum(self.enlarge(image_BCHW), scores * 64)  # the head's unit is the normalised one
         return scores
 
@@ -169,7 +169,7 @@ def _check_encoder(encoder: Encoder, config: ModelConfig) -> None:
             f"encoder '{encoder.name}' has maps at strides {strides}, too few for {len(config.dims)} attention stages: give shorter "
             "options dims and depths"
         )
-    if config.task != "classify" and config.finest not in encoder.strides:
+    if not config.answer.one and config.finest not in encoder.strides:
         ends = [str(stride) for stride in (2, 4, 8) if stride in encoder.strides]
         advice = f"set the option finest to {' or '.join(ends)}" if ends else "take an encoder that has stride 2, 4 or 8"
         raise RecipeError(

@@ -163,7 +163,7 @@ def _validation(report: Report) -> Chart:
             f"best {metric(best.miou)} at step {best.step:,}."
         ),
         curves=[*curves, Curve(points=mean, style="main")],
-        y_range=(0.0, 1.0) if report.task != "restore" else _span([value for _, value in mean]),
+        y_range=(0.0, 1.0) if metric.share else _span([value for _, value in mean]),
         y_label=lambda value: f"{value:g}",
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from muntin.artifact.answers import ANSWERS
 from muntin.reporting import charts, text
 from muntin.reporting.files import REPORT_NAME, json_text, template, write_files
 from muntin.reporting.front.picture import front_picture
@@ -57,7 +58,7 @@ def _context(report: Report, directory: Path) -> dict[str, Any]:
     examples = () if report.pictures is None else report.pictures.examples
     worst = () if report.pictures is None else report.pictures.worst
     overlay = None if report.pictures is None else report.pictures.overlay
-    captions = RESTORED_PARTS if report.task == "restore" else EXAMPLE_PARTS
+    captions = EXAMPLE_PARTS if ANSWERS[report.task].has_classes else RESTORED_PARTS
     histograms = sum(layer.histogram is not None for layer in report.layers)
     return {
         "record": report,
@@ -166,7 +167,7 @@ def _class_scale(report: Report) -> float:
     values = [value for step in report.steps for value in step.iou.values() if value is not None]
     if not values:
         return 0.0
-    return 1.0 if report.task != "restore" else max(values) or 1.0
+    return 1.0 if ANSWERS[report.task].score.share else max(values) or 1.0
 
 
 def _examples(

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.manifest import Task
 from muntin.reporting.front.schema import FrontRecord
 from muntin.reporting.records import Amount, Count, Hardware, IsoTime, PositiveCount, Record, Share, Text, check_unique, parse_record
 from muntin.runtime.profiling.contention import BUSY
@@ -329,7 +329,7 @@ class Report(Record):
                 raise ValueError(f"{where}.iou names the class {unknown[0]!r}; the report's classes are {names}")
             figures = {f"{where}.miou": row.miou} | {f"{where}.iou[{name!r}]": value for name, value in row.iou.items()}
             for place, value in figures.items():
-                if self.task != "restore" and value is not None and not 0 <= value <= 1:
+                if ANSWERS[self.task].score.share and value is not None and not 0 <= value <= 1:
                     raise ValueError(f"{place} is {value}; the metric of a {self.task} report lies in 0 to 1")
         return self
 

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import Task
 from muntin.reporting import text
 from muntin.reporting.records import parse_record
 from muntin.reporting.schema import FORMAT, ArtifactRow, ArtifactsRecord, Report, StepRecord, parse_report

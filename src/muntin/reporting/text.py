@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from math import floor, log10
 
+from muntin.artifact.answers import ANSWERS, ScoreFormat, Task
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.manifest import Task
 from muntin.reporting.records import Hardware
 from muntin.reporting.schema import Report
-from muntin.text import SCORES, ScoreFormat
 
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
@@ -25,13 +24,7 @@ _UNIT = re.compile(r"(?<=\d) (?=[A-Za-z%])")
 
 @dataclass(frozen=True, kw_only=True)
 class Metric(ScoreFormat):
-    """The metric that the field `miou` holds for a task: its name, the name of its per-class part, its unit and its digits.
-
-    `same`: what the share of equal answers of two forms of a model counts.
-    """
-
-    each: str
-    same: str = "labels"
+    """The metric that the field `miou` holds for a task."""
 
     @property
     def unit_after(self) -> str:
@@ -47,11 +40,7 @@ class Metric(ScoreFormat):
         return DASH if value is None else with_minus(super().__call__(value))
 
 
-METRICS: dict[Task, Metric] = {
-    "segment": Metric(**asdict(SCORES["segment"]), each="IoU"),
-    "classify": Metric(**asdict(SCORES["classify"]), each="recall"),
-    "restore": Metric(**asdict(SCORES["restore"]), each="PSNR", same="values (± 1 level)"),
-}
+METRICS: dict[Task, Metric] = {task: Metric(**asdict(answer.score)) for task, answer in ANSWERS.items()}
 
 
 def with_minus(number: str) -> str:

@@ -110,7 +110,7 @@ class Session(AnySession[NDArray[np.uint8], NDArray[np.float32]]):
         return f"<{type(self).__name__}: {task}, {channels} channels, {self.engine} in {self.precision}, {self.threads} threads>"
 
     def __call__(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Scores of a batch of images: uint8 (B, H, W, C) -> float32 (B, K, scale*H, scale*W), or (B, K) for "classify".
+        """Scores of a batch of images: uint8 (B, H, W, C) -> float32 (B, K, scale*H, scale*W), or (B, K) where a picture has one answer.
 
         Raises DataError for another type or shape, ArtifactError when the model does not give what its signature says.
         """
@@ -133,11 +133,11 @@ class Session(AnySession[NDArray[np.uint8], NDArray[np.float32]]):
         return class_names(self.signature)
 
     def labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
-        """The class of the highest score, the first of equal ones: (B, scale*H, scale*W), or (B,) for "classify", in the signature's
+        """The class of the highest score, the first of equal ones: (B, scale*H, scale*W), or (B,), in the signature's
         `label_type`. Of one image (H, W, C): (scale*H, scale*W), or one number.
 
         Equals `argmax` of the scores. An engine that computes labels itself writes one byte for each pixel instead of 4 K, which saves
-        several milliseconds at 512 x 512 with six classes. Raises as a call does, and DataError for "restore", which has no classes.
+        several milliseconds at 512 x 512 with six classes. Raises as a call does, and DataError where no class is the answer.
         """
         if isinstance(images_BHWC, np.ndarray) and images_BHWC.ndim == 3:
             one: Labels = self.labels(images_BHWC[None])[0]
@@ -209,9 +209,9 @@ def class_names(signature: Signature) -> tuple[str, ...]:
 
 
 def check_classes(signature: Signature) -> None:
-    """Raises DataError for a model without classes, which has no labels."""
-    if signature.task == "restore":
-        raise DataError('labels of a model for "restore": it has no classes, ask for its scores')
+    """Raises DataError for a model that answers no classes, which has no labels."""
+    if not signature.answer.argmax:
+        raise DataError(f'labels of a model for "{signature.task}": its answers are no classes, ask for its scores')
 
 
 def check_shape(shape: object) -> Shape:

@@ -23,12 +23,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Sides, Signature
+from muntin.artifact.answers import OutputName
 from muntin.errors import ArtifactError, DataError
 from muntin.images import middle_part, middle_square
 from muntin.images.rasters import Raster
@@ -41,17 +42,9 @@ from muntin.runtime.tensors import TensorSession
 
 TILE = 512
 """Default side of a tile, pixels."""
-Output = Literal["labels", "scores", "image"]
 Progress = Callable[[int, int], None]
 Band = tuple[int, NDArray[Any], NDArray[np.bool_] | None]
 """First row, finished rows of the result, channels last, and a mask of their pixels without data; None where there is no such mask."""
-
-# Outputs of each task; the first is the default.
-_OUTPUTS: dict[str, tuple[Output, ...]] = {
-    "segment": ("labels", "scores"),
-    "classify": ("scores",),
-    "restore": ("image", "scores"),
-}
 
 
 class Predictor(Protocol):
@@ -87,7 +80,7 @@ def predict(
     tile: int | None = None,
     overlap: int | None = None,
     exact: bool = False,
-    output: Output | None = None,
+    output: OutputName | None = None,
     progress: Progress | None = None,
     into: None = None,
 ) -> NDArray[Any]: ...
@@ -101,7 +94,7 @@ def predict(
     tile: int | None = None,
     overlap: int | None = None,
     exact: bool = False,
-    output: Output | None = None,
+    output: OutputName | None = None,
     progress: Progress | None = None,
     into: PictureSink,
 ) -> None: ...
@@ -114,7 +107,7 @@ def predict(
     tile: int | None = None,
     overlap: int | None = None,
     exact: bool = False,
-    output: Output | None = None,
+    output: OutputName | None = None,
     progress: Progress | None = None,
     into: PictureSink | None = None,
 ) -> NDArray[Any] | None:
@@ -128,8 +121,9 @@ def predict(
 
     Returns, by `output` (default: the task's own): "labels" (scale·H, scale·W) in the signature's `label_type`, "scores"
     (K, scale·H, scale·W) float32, blended but otherwise as the model gives them, "image" (scale·H, scale·W, channels) uint8, or the values
-    of a source that was scaled. "classify" returns scores (K,) of the picture's middle square, resized to the signature's `side`, and has
-    no tiles and no sink. Pictures of sizes that the model does not take are resized, tiled or extended as the module says.
+    of a source that was scaled. A model with one answer a picture returns scores (K,) of the picture's middle square, resized to the
+    signature's `side`, and has no tiles and no sink. Pictures of sizes that the model does not take are resized, tiled or extended as the
+    module says.
 
     `exact`: the answer of one untiled call, whatever the picture's size, by the plan of the session's artefact (`runtime.exact_tiles`).
     `tile` is then the side of its tiles, by default 1024, and neighbours share no pixels.
@@ -141,9 +135,9 @@ def predict(
     output = _check_output(signature, output)
     image_HWC = source_of(image_HWC, signature.channels)
     tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=overlap, exact=exact)
-    if signature.task == "classify":
+    if signature.answer.one:
         if into is not None:
-            raise DataError('into a sink from a "classify" model: a picture has one answer, leave `into` out')
+            raise DataError(f'into a sink from a "{signature.task}" model: a picture has one answer, leave `into` out')
         (scores_K,) = _answers(session, iter([_classified_part(image_HWC, signature)[None]]), 1)
         if progress is not None:
             progress(1, 1)
@@ -179,7 +173,7 @@ def _collected(bands: Iterator[Band], height: int) -> NDArray[Any]:
 def label_bands(
     session: Predictor, image_HWC: PictureSource, *, tile: int | None = None
 ) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
-    """The labels of `predict` for "segment" in parts from the top down: (first row, labels). A part has some rows of the whole width."""
+    """The labels of `predict` in parts from the top down: (first row, labels). A part has some rows of the whole width."""
     check_image_session(session)
     tile, overlap = _check_arguments(session, image_HWC, tile=tile, overlap=None, exact=False)
     axes = _axes(session.signature, image_HWC, tile, overlap)
@@ -211,7 +205,7 @@ def tile_side(size: int, tile: int | None, sides: Sides) -> int:
 
 def allowed_tile(signature: Signature, tile: int) -> int | None:
     """The largest tile up to `tile` pixels that a model takes, else the smallest; None for a classifier, and where no square is allowed."""
-    return None if signature.task == "classify" else signature.sizes.square(tile)
+    return None if signature.answer.one else signature.sizes.square(tile)
 
 
 def size_note(size: Sequence[int], signature: Signature, tile: int | None = None) -> str:
@@ -220,7 +214,7 @@ def size_note(size: Sequence[int], signature: Signature, tile: int | None = None
     if signature.side is not None or sizes.every:
         return ""
     taken = f"as the model takes {sizes.text}"
-    if signature.task == "classify":
+    if signature.answer.one:
         rows, columns = sizes.at_least(height, width)
         return "" if sizes.takes(height, width) else f"of {height} x {width} pixels, the middle is resized to {rows} x {columns}, {taken}"
     rows, columns = tile_side(height, tile, sizes.height), tile_side(width, tile, sizes.width)
@@ -243,7 +237,7 @@ def _classified_part(image_HWC: PictureSource, signature: Signature) -> NDArray[
 def _bands(
     session: Predictor,
     image_HWC: PictureSource,
-    output: Output,
+    output: OutputName,
     rows: TileAxis,
     columns: TileAxis,
     progress: Progress | None,
@@ -286,7 +280,7 @@ def _bands(
 
 
 def _exact_bands(
-    session: Predictor, image_HWC: PictureSource, output: Output, tile: int | None, progress: Progress | None, *, masked: bool
+    session: Predictor, image_HWC: PictureSource, output: OutputName, tile: int | None, progress: Progress | None, *, masked: bool
 ) -> Iterator[Band]:
     """The same from exact tiles, a band for each row of them."""
     signature, scale, (height, width) = session.signature, session.signature.scale, image_HWC.shape[:2]
@@ -323,7 +317,7 @@ def _masked_raster(image_HWC: PictureSource) -> Raster | None:
     return raster if raster is not None and raster.masked else None
 
 
-def _emit(output: Output, part: NDArray[Any], scores_Khw: NDArray[np.float32], image_HWC: PictureSource) -> None:
+def _emit(output: OutputName, part: NDArray[Any], scores_Khw: NDArray[np.float32], image_HWC: PictureSource) -> None:
     """Write scores to their part of a band."""
     if output == "labels":
         best_class(scores_Khw, part)
@@ -388,7 +382,7 @@ def _pixels(scores_KHW: NDArray[np.float32], image_HWC: PictureSource) -> NDArra
     return image_HWC.original(scores_HWK) if isinstance(image_HWC, ScaledSource) else np.rint(scores_HWK).clip(0, 255).astype(np.uint8)
 
 
-def _empty(output: Output, signature: Signature, image_HWC: PictureSource, height: int, width: int) -> NDArray[Any]:
+def _empty(output: OutputName, signature: Signature, image_HWC: PictureSource, height: int, width: int) -> NDArray[Any]:
     """Memory of some rows of the result, channels last."""
     if output == "labels":
         return np.empty((height, width), signature.label_type)
@@ -397,8 +391,8 @@ def _empty(output: Output, signature: Signature, image_HWC: PictureSource, heigh
     return np.empty((height, width, signature.outputs), _image_type(image_HWC))
 
 
-def _check_output(signature: Signature, output: Output | None) -> Output:
-    allowed = _OUTPUTS[signature.task]
+def _check_output(signature: Signature, output: OutputName | None) -> OutputName:
+    allowed = signature.answer.outputs
     if output is None:
         return allowed[0]
     if output not in allowed:
@@ -414,8 +408,8 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
         if overlap is not None:
             raise DataError(f"overlap={overlap} without tile: give the tile's side too, or leave overlap out")
         return None, None
-    if session.signature.task == "classify":
-        raise DataError(f'tile={tile} for a "classify" model: a picture has one answer, leave tile out')
+    if session.signature.answer.one:
+        raise DataError(f'tile={tile} for a "{session.signature.task}" model: a picture has one answer, leave tile out')
     if not _is_whole(tile) or tile < 1:
         raise DataError(f"tile={tile!r}: give a whole number of pixels from 1, or None for the whole picture in one call")
     tile, sizes = int(tile), session.signature.sizes  # NumPy's integers may overflow
@@ -431,8 +425,8 @@ def check_tiles(session: Predictor, *, tile: int | None, overlap: int | None, ex
 
 
 def _check_exact(session: Predictor, tile: int | None, overlap: int | None) -> int | None:
-    if session.signature.task == "classify":
-        raise DataError('exact=True for a "classify" model: a picture has one answer, leave it out')
+    if session.signature.answer.one:
+        raise DataError(f'exact=True for a "{session.signature.task}" model: a picture has one answer, leave it out')
     if overlap is not None:
         raise DataError(f"overlap={overlap} with exact=True: exact tiles share no pixels, leave it out")
     if tile is not None and (not _is_whole(tile) or tile < 1):

@@ -78,7 +78,7 @@ def _activations(config: ModelConfig, side: int) -> int:
     with torch.no_grad():
         network(image)
     maps = zip((*config.stem, *config.dims), strides(config), strict=True)
-    waiting = 0 if config.task == "classify" else sum(c * (side // s) ** 2 for c, s in maps if s >= config.finest)
+    waiting = 0 if config.answer.one else sum(c * (side // s) ** 2 for c, s in maps if s >= config.finest)
     return largest + waiting
 
 
@@ -92,4 +92,4 @@ def _stride(name: str, config: ModelConfig, maps: tuple[int, ...]) -> int:
         return maps[len(config.stem) + int(parts[1])]
     if parts[0] == "decoder":
         return decoder_stride(parts[1:], config)
-    return 0 if config.task == "classify" else config.finest
+    return 0 if config.answer.one else config.finest

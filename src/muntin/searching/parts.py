@@ -112,7 +112,7 @@ def parts_of(architecture: Architecture, side: int) -> list[tuple[str, int, Part
     for dim, depth in zip(config.dims, config.depths, strict=True):
         found += _stage(config, channels, dim, depth, sides[before], share, ranks)
         channels, before = dim, 2 * before
-    if config.task != "classify":
+    if not config.answer.one:
         for key, build, probe in _decoder(config, sides):
             add(key, build, **probe)
     return found
@@ -171,7 +171,7 @@ def _decoder(config: ModelConfig, sides: dict[int, int]) -> list[tuple[str, Call
         parts.append(
             (f"end of the decoder, {joined} to {dim} channels, {sides[finest]}x{sides[finest]}", partial(ConvUnit, joined, dim), sizes)
         )
-    gain = GAIN if config.task == "segment" else 1.0
+    gain = GAIN if config.answer.has_classes else 1.0
     factor = finest * config.scale
     key = f"last layer, {dim} channels to {config.outputs} of {factor}x{factor}, {sides[finest]}x{sides[finest]}"
     parts.append((key, lambda: PixelHead(dim, config.outputs, factor, gain), {"channels": dim, "side": sides[finest], "outputs": 0}))

@@ -14,11 +14,11 @@ from typing import Any
 
 from muntin.artifact.atomic_files import write_files
 from muntin.compression.stages import FOLDER, stage_folder
-from muntin.data.folders import FolderPair
 from muntin.models.compression_record import STAGES, Stage
 from muntin.searching.candidates import recipe_of
 from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
+from muntin.tasks.folders import FolderPair
 from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.recipe import Recipe, recipe_text
 

@@ -146,7 +146,7 @@ class _Search:
         recipe = settled(recipe, root)
         self.recipe, self.folder, self.root = recipe, folder, root
         self.settings, self.report, self.call = settings, report, call
-        self.source: Source = open_source(recipe.data, root=root)
+        self.source: Source = open_source(recipe.data, task=recipe.task, root=root)
         if self.source.task != recipe.task:
             raise RecipeError(f"task: the data are for '{self.source.task}' and the recipe says '{recipe.task}'; make them agree")
         self.base = base_config(recipe, self.source)

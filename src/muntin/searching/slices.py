@@ -38,7 +38,7 @@ def shared_layer(name: str, config: ModelConfig) -> str:
             parts[2:2] = [str(config.finest), of]
         parts[1:1] = [config.fusion]
     elif parts[0] == "head":
-        parts[1:1] = [str(maps[-1]), of] if config.task == "classify" else [str(config.finest)]
+        parts[1:1] = [str(maps[-1]), of] if config.answer.one else [str(config.finest)]
     return ".".join(parts)
 
 

@@ -27,7 +27,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.errors import RecipeError
 from muntin.models import ModelConfig
 
@@ -118,7 +118,7 @@ class Space(BaseModel):
             raise UnbuildableError(f"{where}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from error
         resolution, share, bits = chosen.get("resolution", 1.0), chosen.get("rank_share", 1.0), chosen.get("bits")
         assert not isinstance(resolution, str | tuple) and not isinstance(share, str | tuple) and not isinstance(bits, str | tuple)
-        if resolution != 1 and base.task != "classify":
+        if resolution != 1 and not base.answer.one:
             raise UnbuildableError(
                 f"resolution {resolution:g}: pictures of {base.task} keep their size: search `stem` and `finest` instead"
             )
@@ -268,10 +268,10 @@ def default_space(task: Task, head_dim: int = 64, *, gated: bool = False) -> Spa
         "gate": (True,) if gated else (True, False),
         "mlp_ratio": (1.0, 2.0),
     }
-    if task == "classify":
+    if ANSWERS[task].one:
         choices["resolution"] = (0.75, 1.0)
     else:
-        finest = (2, 4) if task == "restore" else (4, 8)
+        finest = (4, 8) if ANSWERS[task].has_classes else (2, 4)
         choices |= {"decoder": (32, 48, 64), "fusion": ("progressive", "one-step", "upernet"), "finest": finest}
     return Space(choices=choices)
 
@@ -335,7 +335,7 @@ def _without_effect(fields: dict[str, Any], base: ModelConfig) -> dict[str, Any]
         "global": ("window", "latent_share"),
         "dense": ("window", "latents", "latent_share"),
     }.get(str(fields["attention"]), ())
-    names = (*unused, *(("decoder", "fusion", "finest") if base.task == "classify" else ()))
+    names = (*unused, *(("decoder", "fusion", "finest") if base.answer.one else ()))
     return {**fields, **{name: getattr(base, name) for name in names}}
 
 

@@ -134,7 +134,7 @@ def largest_configs(space: Space, base: ModelConfig) -> Iterator[ModelConfig]:
     """
     stems, pairs = space.sequences("stem", base), space.sequences("pairs", base)
     dims, depths = space.sequences("dims", base), space.sequences("depths", base)
-    if base.task != "classify":
+    if not base.answer.one:
         dims, depths = dims[-1:], depths[-1:]
     kinds = [space.kinds(field, base) for field in KINDS]
     amounts = {field: max(space.kinds(field, base)) for field in AMOUNTS}

@@ -180,7 +180,7 @@ def source_of(checkpoint: Checkpoint) -> Source:
     """Open the data that a checkpoint was trained on. Raises `DataError` if they are gone or have other classes now."""
     root = Path(checkpoint.state.root)
     try:
-        source = open_source(checkpoint.recipe.data, root=root)
+        source = open_source(checkpoint.recipe.data, task=checkpoint.recipe.task, root=root)
     except DataError as error:
         if root.is_dir():
             raise

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from muntin.data.section import Section
+from muntin.section import Section
 
 Checkpointing = Literal["none", "selective", "full"]
 """From the most memory and the fewest operations to the least memory and the most operations."""

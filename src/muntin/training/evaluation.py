@@ -1,34 +1,19 @@
-"""Score a session on a split: a live model, its quantised form or the deployed artefact.
-
-Axes: H W map, K classes.
-"""
+"""Score a session on a split: a live model, its quantised form or the deployed artefact; and what scores say of a run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from numpy.typing import NDArray
-from torchmetrics.classification import MulticlassConfusionMatrix
 
-from muntin.data.classes import list_some
-from muntin.data.source import Sample
-from muntin.errors import DataError
-from muntin.images import IGNORED
-from muntin.images.rasters import bands
-from muntin.runtime.session import Labels
-from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session, label_bands, predict
+from muntin.runtime.tiles import Predictor, allowed_tile, check_image_session
+from muntin.tasks.learning import LEARNING
+from muntin.tasks.samples import Sample
+from muntin.tasks.scores import Judging, PictureAnswers, TaskScores
+from muntin.text import list_some
 from muntin.training.distributed.ranks import ALONE, Ranks
-from muntin.training.restoration.evaluation import RestoredScores, evaluate_restored
 
-MOST_CONFUSED, MOST_MISTAKES = 64, 20
-"""Classes of a confusion matrix, and rows of the list of mistakes."""
-COUNTED_AT_ONCE = 1 << 21
-"""Pixels whose labels are counted at once, in 8 bytes each and several copies."""
 POOR = 0.1
 """Recall of a class below which a run is said hardly ever to find it."""
 EARLY = 50
@@ -46,91 +31,17 @@ LOSS_POINTS = 5
 """Points of the training curve, of ten steps each, that are averaged for the loss at a step."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Scores of a session. `iou` and `recall` are by class name; None if a class has no pixel in truth and prediction, or in the truth."""
-
-    task: str
-    samples: int
-    counted: int
-    """Number of pixels (or images) that are not ignored."""
-    accuracy: float
-    iou: dict[str, float | None]
-    recall: dict[str, float | None]
-    confusion: tuple[tuple[int, ...], ...] = ()
-    """Pixels or pictures by their true class (rows) and their predicted one, up to `MOST_CONFUSED` classes; empty for more."""
-    mistakes: tuple[tuple[str, str, int], ...] = ()
-    """The most frequent mistakes: true class, predicted class, and their pixels or pictures; at most `MOST_MISTAKES`."""
-
-    @property
-    def by_class(self) -> dict[str, float | None]:
-        """The score of each class: IoU for segment, recall for classify."""
-        return self.iou if self.task == "segment" else self.recall
-
-    @property
-    def miou(self) -> float:
-        """Mean IoU over the classes in truth or prediction."""
-        present = [v for v in self.iou.values() if v is not None]
-        return sum(present) / len(present)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes on classes that the truth lacks: for classify all, for segment those that were predicted."""
-        absent = [name for name, recall in self.recall.items() if recall is None]
-        if self.task == "classify":
-            return (f"no image is of {list_some(absent)}: the accuracy does not cover it",) if absent else ()
-        false = [name for name in absent if self.iou[name] == 0]
-        effect = "and some pixels were predicted as it: its IoU of 0 counts in the mean"
-        return (f"the truth holds no {', '.join(false)}, {effect}",) if false else ()
-
-    @property
-    def score(self) -> float:
-        """Score of the task: mean IoU for segment, accuracy for classify. Higher is better."""
-        return self.miou if self.task == "segment" else self.accuracy
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the accuracy of classify by the number of images (Wilson 1927). None for segment: its pixels are no sample."""
-        if self.task == "segment":
-            return None
-        z, n, p = 1.96, self.counted, self.accuracy
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The scores of a validation."""
-        figures = {"score": self.score, "accuracy": self.accuracy, "by_class": self.by_class}
-        return figures | {"miou": self.miou} if self.task == "segment" else figures
-
-
 def tile_of(crop: int) -> int:
     """Side of the tiles for whole pictures: twice the training crop, for a context like in training."""
     return 2 * crop
 
 
-def predictions(
-    session: Predictor,
-    samples: Sequence[Sample],
-    *,
-    tile: int,
-    progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = ALONE,
-) -> Iterator[tuple[Sample, Labels]]:
-    """Yield each sample with a session's labels: `(H, W)`, or `(1,)` for classify. `tile`: largest side of tiles (`allowed_tile`).
-
-    `ranks`: several processes take turns.
-    """
-    side = allowed_tile(session.signature, tile)
-    for index in range(ranks.index, len(samples), ranks.count):
+def predictions(session: Predictor, samples: Sequence[Sample], *, tile: int) -> Iterator[tuple[Sample, NDArray[Any]]]:
+    """Yield each sample with a session's answer. `tile` as of `evaluate`."""
+    learning, side = LEARNING[session.signature.task], allowed_tile(session.signature, tile)
+    for index in range(len(samples)):
         sample = samples[index]
-        if session.signature.task == "classify":
-            labels = np.array([np.argmax(predict(session, sample.image))], dtype=session.signature.label_type)
-        else:
-            labels = predict(session, sample.image, tile=side)
-        yield sample, labels
-        if progress is not None:
-            progress(index + 1, len(samples))
+        yield sample, learning.answer(session, sample, side)
 
 
 def evaluate(
@@ -138,121 +49,19 @@ def evaluate(
     samples: Sequence[Sample],
     *,
     tile: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     ranks: Ranks = ALONE,
     similarity: bool = True,
-) -> Evaluation | RestoredScores:
-    """Predict every sample; compute the confusion matrix, IoU, recall and accuracy, or for restore PSNR and SSIM.
+    answers: PictureAnswers | None = None,
+) -> TaskScores:
+    """Predict every sample, and compute the scores of the task.
 
-    `tile`, `ranks`: as of `predictions`. `similarity`: compute SSIM, which takes longer than PSNR. Raises `DataError` if nothing counts.
+    `tile`: largest side of tiles (`allowed_tile`). `ranks`: several processes take turns. `similarity`: compute SSIM, too, which takes
+    longer than PSNR. `answers`: a list to which the answer of each sample is added. Raises `DataError` if nothing counts.
     """
     check_image_session(session)
-    if session.signature.task == "restore":
-        return evaluate_restored(session, samples, tile=tile, similarity=similarity, progress=progress, ranks=ranks)
-    if session.signature.task == "classify":
-        return score(predictions(session, samples, tile=tile, progress=progress, ranks=ranks), session, ranks)
-    confusion, side = _Confusion(session), allowed_tile(session.signature, tile)
-    for index in range(ranks.index, len(samples), ranks.count):
-        sample = samples[index]
-        for row, labels in label_bands(session, sample.image, tile=side):  # a raster's labels do not lie in memory as a whole, either
-            confusion.add(sample.labels[row : row + len(labels)], labels)
-        if progress is not None:
-            progress(index + 1, len(samples))
-    return confusion.evaluation(len(range(ranks.index, len(samples), ranks.count)), ranks)
-
-
-def areas(session: Predictor, samples: Sequence[Sample], *, tile: int, block: int | None = None) -> NDArray[np.int64]:
-    """Return pixels of the intersection and union of truth and prediction `(N, K, 2)`, of N blocks of images.
-
-    A class that no truth holds has none: a single pixel predicted as it would otherwise take a share of the mean IoU. `tile`: as of
-    `predictions`. `block`: side of the blocks, pixels; None for whole images. Blocks in which no pixel counts are left out. Raises
-    `DataError` if there are no others.
-    """
-    side, classes = allowed_tile(session.signature, tile), len(session.signature.classes)
-    parts, present_K = [], np.zeros(classes, bool)
-    for sample in samples:
-        height, width = sample.image.shape[:2]
-        across = -(-width // block) if block else 1
-        columns_W = np.arange(width) // (block or width)
-        total = np.zeros((-(-height // (block or height)) * across * classes, 3), np.int64)  # truth, prediction, both
-        for top, labels in label_bands(session, sample.image, tile=side):
-            truth = np.asarray(sample.labels[top : top + len(labels)])
-            rows_H = np.arange(top, top + len(labels)) // (block or height)
-            first_HW = (rows_H[:, None] * across + columns_W) * classes
-            counted_HW = np.ones(truth.shape, bool) if classes > IGNORED else truth != IGNORED
-            first, truth, labels = first_HW[counted_HW], truth[counted_HW], labels[counted_HW]
-            for column, places in enumerate((first + truth, first + labels, (first + truth)[truth == labels])):
-                total[:, column] += np.bincount(places, minlength=len(total))
-        truths, guesses, right = total.reshape(-1, classes, 3).transpose(2, 0, 1)
-        found = np.stack([right, truths + guesses - right], -1)
-        parts.append(found[truths.sum(1) > 0])
-        present_K |= truths.sum(0) > 0
-    if not sum(map(len, parts)):
-        raise DataError(f"nothing to score: all pixels of the {len(samples)} samples are ignored; check the split and `ignore`")
-    found = np.concatenate(parts)
-    found[:, ~present_K] = 0
-    return found
-
-
-def score(pairs: Iterator[tuple[Sample, Labels]], session: Predictor, ranks: Ranks = ALONE) -> Evaluation:
-    """Compute the scores from pairs of a sample and its labels, those of all processes."""
-    confusion, samples = _Confusion(session), 0
-    for sample, labels in pairs:
-        samples += 1
-        if isinstance(sample.target, int):
-            confusion.add(np.array([sample.target]), labels)
-        else:
-            for row, truth in bands(sample.target):
-                confusion.add(truth, labels[row : row + len(truth)])
-    return confusion.evaluation(samples, ranks)
-
-
-class _Confusion:
-    """The sum of confusion matrices."""
-
-    def __init__(self, session: Predictor) -> None:
-        self._task, self._names = session.signature.task, [c.name for c in session.signature.classes]
-        classes = len(self._names)
-        self._matrix = MulticlassConfusionMatrix(
-            classes, ignore_index=None if classes > IGNORED else IGNORED, validate_args=False, sync_on_compute=False
-        )
-        self._total = torch.zeros(classes, classes, dtype=torch.int64)
-
-    def add(self, truth: NDArray[Any], labels: Labels) -> None:
-        """Add pixels or images."""
-        truth, labels = truth.ravel(), labels.ravel()
-        for start in range(0, len(truth), COUNTED_AT_ONCE):
-            part = slice(start, start + COUNTED_AT_ONCE)
-            self._matrix.reset()
-            self._matrix.update(torch.from_numpy(labels[part].astype(np.int64)), torch.from_numpy(truth[part].astype(np.int64)))
-            self._total += self._matrix.compute()
-
-    def evaluation(self, samples: int, ranks: Ranks) -> Evaluation:
-        """The scores over the samples of all processes; `samples`: of this one. Raises `DataError` if nothing counts."""
-        total, samples, names = ranks.sum(self._total), int(ranks.sum(torch.tensor(samples))), self._names
-        counted = int(total.sum())
-        if not counted:
-            raise DataError(f"nothing to score: all pixels of the {samples} samples are ignored; check the split and `ignore`")
-        right, truths, guesses = total.diagonal(), total.sum(1), total.sum(0)
-        union = truths + guesses - right
-        return Evaluation(
-            task=self._task,
-            samples=samples,
-            counted=counted,
-            accuracy=int(right.sum()) / counted,
-            iou={n: int(r) / int(u) if u else None for n, r, u in zip(names, right, union, strict=True)},
-            recall={n: int(r) / int(t) if t else None for n, r, t in zip(names, right, truths, strict=True)},
-            confusion=tuple(tuple(row) for row in total.tolist()) if len(names) <= MOST_CONFUSED else (),
-            mistakes=_most_frequent(total, names),
-        )
-
-
-def _most_frequent(total: torch.Tensor, names: Sequence[str]) -> tuple[tuple[str, str, int], ...]:
-    """The most frequent mistakes in a confusion matrix, with the names of their classes."""
-    wrong = total.clone().fill_diagonal_(0).flatten()
-    counts, places = wrong.topk(min(MOST_MISTAKES, len(wrong)))
-    pairs = zip(places.tolist(), counts.tolist(), strict=True)
-    return tuple((names[place // len(names)], names[place % len(names)], int(number)) for place, number in pairs if number)
+    judged = Judging(session=session, samples=samples, tile=tile, answers=answers, ranks=ranks, progress=progress, similarity=similarity)
+    return LEARNING[session.signature.task].evaluate(judged)
 
 
 def poor_classes(validation: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

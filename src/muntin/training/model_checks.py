@@ -19,6 +19,7 @@ from muntin.models.eager import check_eager, eager_copy, watch_inputs
 from muntin.models.foreign import DividedSides
 from muntin.models.hybridnet import HybridNet
 from muntin.runtime.host.memory import no_memory
+from muntin.tasks.learning import LEARNING
 from muntin.training.config import ActivationBudget
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.gradients import random_kept
@@ -82,7 +83,7 @@ def check_model(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ...]
     if recipe.training.norm_group is not None:
         check_norm_groups(copied, recipe.training.norm_group, shape[1:], name)
     copied.eval()
-    if recipe.task != "classify":
+    if not recipe.answer.one:
         odd = (1, channels, side | 1, (side + side // 2) | 1)
         if reason := _failure(copied, odd):
             raise RecipeError(
@@ -101,7 +102,7 @@ def restore_notes(model: HybridNet) -> tuple[str, ...]:
     of_encoder = {} if config.encoder is None else dict(zip(model.encoder.strides, model.encoder.channels, strict=True))
     first = config.stem[0] if config.encoder is None else of_encoder.get(2, 0)
     least = min(first, config.decoder)
-    if config.task != "restore" or (config.finest == 2 and least >= values):
+    if not config.answer.picture or (config.finest == 2 and least >= values):
         return ()
     enough = max(48, values)
     if config.encoder is None:
@@ -133,7 +134,7 @@ def check_reading(model: nn.Module, recipe: Recipe, classes: tuple[ClassInfo, ..
         used = copy.deepcopy(model).train()
         used(crop.repeat(min(2, recipe.training.batch_size), 1, 1, 1))
         used.eval()
-        if recipe.task != "classify":
+        if not recipe.answer.one:
             used(torch.zeros(1, channels, side | 1, (side + side // 2) | 1))
         state = used.state_dict()
         extra = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
@@ -232,10 +233,7 @@ def random_batch(recipe: Recipe, classes: int, rows: int) -> tuple[Tensor, Tenso
     data = recipe.data
     shape = (rows, data.crop, data.crop, data.channels)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    if recipe.task == "restore":
-        side = data.output_scale * data.crop
-        return images, torch.randint(0, 256, (rows, data.channels, side, side), dtype=torch.uint8)
-    return images, torch.randint(0, classes, shape[:1] if recipe.task == "classify" else shape[:3])
+    return images, LEARNING[recipe.task].random_target(images, classes=classes, scale=data.output_scale)
 
 
 def _check_answer(model: nn.Module, shape: tuple[int, ...], signature: Signature, name: str) -> None:

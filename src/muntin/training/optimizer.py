@@ -19,11 +19,11 @@ import torch
 from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
+from muntin.tasks.base_learning import at_least_float32
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.matrices import MatrixExchange
 from muntin.training.distributed.ranks import is_sharded, local
 from muntin.training.distributed.stored_tensors import OPTIMIZER, StoredTensors
-from muntin.training.loss import at_least_float32
 
 MOMENTUM = 0.95
 LENGTH = 0.2

@@ -15,11 +15,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.data.augmentation import MIXTURES
+from muntin.artifact.answers import ANSWERS, Answer, Task
 from muntin.data.config import DataConfig, with_scale
-from muntin.data.section import Section
-from muntin.data.source import DataTask
 from muntin.errors import RecipeError
+from muntin.section import Section
+from muntin.tasks.answers import ANSWERING
+from muntin.tasks.learning import LEARNING
 from muntin.training.config import (
     BudgetConfig,
     CompressionConfig,
@@ -35,7 +36,7 @@ class Recipe(Section):
     """One run. Relative paths in it start at the recipe's folder, `root`."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run's folder: letters, digits, . _ -")
-    task: DataTask = Field(
+    task: Task = Field(
         default="segment", description="segment: a class for every pixel; classify: one class for a picture; restore: a better picture"
     )
     seed: int = Field(default=0, ge=0, lt=2**31, description="of the weights, the crops and their order")
@@ -50,38 +51,40 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_masks(self) -> Recipe:
-        if self.data.source == "folders" and (self.task == "segment") != (self.data.masks is not None):
-            if self.task == "segment":
-                raise ValueError("task: segment needs data.masks; if each class has a folder of its own, write task: classify")
-            raise ValueError(f"task: {self.task} has no masks: leave out data.masks, or write task: segment")
-        if (self.task == "restore") != self.data.restores:
-            if self.task == "restore":
-                raise ValueError("task: restore needs data.degrade, such as {noise: 25} or {scale: 2}, or data.targets, the clean pictures")
-            raise ValueError(f"task: {self.task} has no data.{'targets' if self.data.degrade is None else 'degrade'}: write task: restore")
-        if self.task != "segment" and self.training.loss in ("dice", "dice-cross-entropy"):
+        learning, folders, answer = LEARNING[self.task], ANSWERING[self.task].folders, self.answer
+        if folders.keys and not self.data.given(folders.keys) and (self.data.source == "folders" or not folders.guessed):
+            raise ValueError(folders.needs)
+        for task, other in ANSWERING.items():
+            if task != self.task and (given := self.data.given(other.folders.keys)):
+                raise ValueError(f"task: {self.task} has no data.{given[0]}: leave it out, or write task: {task}")
+        if not learning.overlaps and self.training.loss in ("dice", "dice-cross-entropy"):
             raise ValueError(f"training.loss {self.training.loss} is for masks, and the task is {self.task}: take cross-entropy or focal")
-        if self.task == "restore" and (self.training.loss != "cross-entropy" or self.training.class_weights is not None):
-            raise ValueError("training.loss and class_weights are for classes; restore has the mean absolute error: leave them out")
+        if not answer.has_classes and (self.training.loss != "cross-entropy" or self.training.class_weights is not None):
+            raise ValueError(f"training.loss and class_weights are for classes, which {self.task} has not: leave them out")
         for name, value in self.data.augmentation.changes(self.data.augment).items():
-            if value and MIXTURES.get(name, self.task) != self.task:
-                raise ValueError(
-                    f"data.augmentation.{name} {value:g} is for task: {MIXTURES[name]}, and the task is {self.task}: remove it"
-                )
-            if value and name == "rotation" and self.task == "restore":
-                raise ValueError(f"data.augmentation.rotation {value:g}: crops of restore are not rotated: remove it")
-        if self.task != "segment" and self.data.rare:
+            task = next((task for task, each in LEARNING.items() if name in each.mixtures), self.task)
+            if value and task != self.task:
+                raise ValueError(f"data.augmentation.{name} {value:g} is for task: {task}, and the task is {self.task}: remove it")
+            if value and name == "rotation" and not learning.rotates:
+                raise ValueError(f"data.augmentation.rotation {value:g}: crops of {self.task} are not rotated: remove it")
+        if not answer.masks and self.data.rare:
             raise ValueError(
                 f"data.rare {self.data.rare:g}: a crop is centred on a pixel of a class by its mask, which {self.task} lacks: remove it"
             )
-        if self.teacher is not None and self.teacher.unlabelled is not None and self.task not in ("segment", "classify"):
+        if self.teacher is not None and self.teacher.unlabelled is not None and not answer.has_classes:
             raise ValueError(
                 f"teacher.unlabelled is for segment and classify: for {self.task} a photograph is its own target: put it in data.images"
             )
         return self
 
+    @property
+    def answer(self) -> Answer:
+        """Facts of the task."""
+        return ANSWERS[self.task]
+
     def signature(self, classes: Iterable[ClassInfo]) -> Signature:
         """Inputs and outputs of a model that is trained by this recipe on data with `classes`."""
-        side = self.data.crop if self.task == "classify" else None
+        side = self.data.crop if self.answer.one else None
         scale = self.data.output_scale
         return Signature(task=self.task, channels=self.data.channels, classes=tuple(classes), side=side, scale=scale)
 

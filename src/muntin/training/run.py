@@ -109,7 +109,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
     if start is None and ranks.first and not restarted():
         forget_use(directory)
     precision = prepare_hardware(recipe.training, begun=None if start is None else start.state.precision, ranks=ranks)
-    source = open_source(recipe.data, root=root)
+    source = open_source(recipe.data, task=recipe.task, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
     if start is not None:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from muntin.artifact.answers import Task
 from muntin.errors import DependencyError, MuntinError, RecipeError
 from muntin.runtime.host.memory import no_memory
 from muntin.training.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ class Trainer:
         model: nn.Module,
         config: TrainingConfig,
         *,
-        task: str,
+        task: Task,
         precision: TrainingPrecision,
         teacher: nn.Module | None = None,
         distillation: float = 1.0,

@@ -11,13 +11,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from muntin.artifact.classes import ClassInfo
-from muntin.data.classes import list_some
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import PRESETS, HybridNet, ModelConfig, create_model
 from muntin.models.create import preset_config
 from muntin.models.encoder import encoder_tensors
 from muntin.models.trusted_code import check_trusted
-from muntin.text import count
+from muntin.text import count, list_some
 from muntin.training.recipe import Recipe
 
 SUFFIX = ".safetensors"

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from muntin.data.source import Sample
-from muntin.images import IGNORED
+from muntin.artifact.answers import Task
 from muntin.runtime.tiles import Predictor
+from muntin.tasks.learning import LEARNING
+from muntin.tasks.samples import Sample
 from muntin.training.evaluation import predictions
 
 RESAMPLES, INTERVAL = 2000, 0.95
@@ -35,7 +36,7 @@ class LabelCounts:
     """Pixels (or pictures) of each class, `(N, K)`: with the right label, in the truth, and with this label. `confusion` `(K, K)`: truth by
     label, over all pictures."""
 
-    task: str
+    task: Task
     hits: NDArray[np.int64]
     truths: NDArray[np.int64]
     guesses: NDArray[np.int64]
@@ -47,11 +48,7 @@ def count_labels(session: Predictor, samples: Sequence[Sample], *, tile: int, cl
     task = session.signature.task
     rows, confusion = [], np.zeros((classes, classes), np.int64)
     for sample, labels in predictions(session, samples, tile=tile):
-        truth = np.asarray(sample.target if isinstance(sample.target, int) else sample.target[:, :]).ravel()
-        guess = labels.ravel()
-        if task == "segment":
-            truth, guess = truth[truth != IGNORED], guess[truth != IGNORED]
-        one = np.bincount(truth.astype(np.int64) * classes + guess, minlength=classes**2).reshape(classes, classes)
+        one = LEARNING[task].confusion(sample, labels, classes)
         confusion += one
         rows.append((one.diagonal(), one.sum(1), one.sum(0)))
     hits, truths, guesses = (np.stack([row[part] for row in rows]) for part in range(3))
@@ -94,19 +91,14 @@ def compare_counts(old: LabelCounts, new: LabelCounts, *, seed: int = 0) -> Diff
 
 
 def _class_scores(counts: LabelCounts, weights_RN: NDArray[np.float64]) -> NDArray[np.float64]:
-    """IoU or recall of each class in each resample, `(R, K)`; NaN without a pixel of it in the truth."""
-    hits, truths, guesses = (weights_RN @ values for values in (counts.hits, counts.truths, counts.guesses))
-    below = truths + guesses - hits if counts.task == "segment" else truths
-    return np.where(truths > 0, hits / np.maximum(below, 1), np.nan)
+    """The score of each class in each resample, `(R, K)`; NaN without a pixel of it in the truth."""
+    return LEARNING[counts.task].class_scores(*(weights_RN @ values for values in (counts.hits, counts.truths, counts.guesses)))
 
 
 def _score(
     counts: LabelCounts, weights_RN: NDArray[np.float64], scores_RK: NDArray[np.float64], present: NDArray[np.intp]
 ) -> NDArray[np.float64]:
-    if counts.task != "segment":
-        return np.asarray((weights_RN @ counts.hits).sum(1) / np.maximum((weights_RN @ counts.truths).sum(1), 1))
-    known = ~np.isnan(scores_RK[:, present])
-    return np.asarray(np.where(known, scores_RK[:, present], 0).sum(1) / np.maximum(known.sum(1), 1))
+    return LEARNING[counts.task].mean_scores(scores_RK[:, present], weights_RN @ counts.hits, weights_RN @ counts.truths)
 
 
 def _estimate(value: float, resamples_R: NDArray[np.float64]) -> Estimate:

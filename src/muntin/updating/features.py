@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from muntin.images import IGNORED
 from muntin.images.opening import UInt8
 from muntin.models.eager import as_input
 from muntin.training.loss import Loss
@@ -128,7 +127,7 @@ class UpdateLoss(Loss):
         added = self.scores * sums_S[-1]
         if self.taps is not None and self.features:
             own, teacher = (taps.take() for taps in self.taps)
-            counted_B = (target != IGNORED).flatten(1).sum(1) if self.task == "segment" else torch.ones(len(target), device=target.device)
+            counted_B = self.learning.counted(target)
             added = added + self.features * (feature_distance(own, teacher) * counted_B).sum().double()
         return torch.cat([sums_S[:-1], added[None]])
 

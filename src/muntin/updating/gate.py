@@ -19,12 +19,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from muntin.artifact import Artifact
-from muntin.data.source import Sample
 from muntin.errors import ArtifactError, DataError
 from muntin.images.writing import write_whole
 from muntin.runtime import SessionOptions, describe_hardware, verify
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.profiling.timing import interleaved_latency
+from muntin.tasks.samples import Sample
 from muntin.training.config import AcceptConfig
 from muntin.updating.comparison import Differences, Estimate, compare_counts, count_labels, relabel_gain
 

@@ -24,14 +24,16 @@ from muntin.compression.stages import stage_steps, trained_steps
 from muntin.compression.structure import structure_fields
 from muntin.data import Crops, calibration_batches, open_source
 from muntin.data.batches import BatchMaker
-from muntin.data.classes import list_some
-from muntin.data.source import Sample, Samples, Source, SplitName
+from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
 from muntin.models import TorchSession
 from muntin.models.compression_record import CompressionRecord
 from muntin.runtime.tiles import predict
+from muntin.tasks.folders import SplitName
+from muntin.tasks.samples import Sample
+from muntin.text import list_some
 from muntin.training.checkpoint import Checkpoint, UpdateRecord, checkpoints_in, newest_sound, read_checkpoint
 from muntin.training.config import TrainingConfig
 from muntin.training.evaluation import tile_of
@@ -119,7 +121,7 @@ def _prepare(plan: UpdatePlan, directory: Path, report: FitReport) -> None:
         def describe(image: UInt8) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
             return mean_features(taps, image)
 
-    if plan.config.background is not None and plan.parent.recipe.task == "segment":
+    if plan.config.background is not None and plan.parent.recipe.answer.masks:
         relabel = hidden_classes(plan)
     write_data(plan, directory, describe=describe, relabel=relabel, report=stage)
 
@@ -152,7 +154,7 @@ class _Learner:
         self.plan, self.directory, self.report = plan, directory.resolve(), report
         self.strategy: Strategy = STRATEGIES[plan.config.strategy]
         self.recipe = update_recipe(plan)
-        self.source = open_source(self.recipe.data, root=self.directory)
+        self.source = open_source(self.recipe.data, task=self.recipe.task, root=self.directory)
         self.notes: list[str] = [*plan.new.notes]
         listing = read_listing(directory)
         if listing is not None and listing.unseen and self.strategy.old != "all":

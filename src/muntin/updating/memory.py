@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.data.items import ItemSamples
-from muntin.data.source import Sample, Samples
+from muntin.data.source import Samples
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
+from muntin.tasks.samples import Sample
 
 CANDIDATES = 4
 """Windows that are looked at, as a multiple of those that are kept."""
@@ -122,7 +123,7 @@ def _balanced_pictures(
 def picture_labels(samples: Samples) -> list[int]:
     """The class number of each picture of a classifier. Decodes nothing that lies in files."""
     if isinstance(samples, ItemSamples):
-        return [item.label for item in samples.items]
+        return [item.target for item in samples.items]
     return [sample.target for sample in samples if isinstance(sample.target, int)]
 
 

@@ -12,15 +12,22 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from muntin.data.classes import RGB, ClassSpec, list_some
-from muntin.data.folders import FolderPair, FolderSource, class_folders
-from muntin.data.items import Failure, Item, ItemSamples
-from muntin.data.source import SPLITS, CheckProgress, DataTask, SplitName
+from muntin.artifact.answers import ANSWERS, Task
+from muntin.data.folders import FolderSource
+from muntin.data.items import ItemSamples
+from muntin.data.source import SPLITS, CheckProgress
 from muntin.data.splits import filling_seed
 from muntin.errors import DataError
 from muntin.images.listing import composed, folder_named, folders_below, paired_folders, paired_splits, pictures
 from muntin.images.opening import PictureFile
-from muntin.text import count
+from muntin.tasks.classes import RGB, ClassSpec
+from muntin.tasks.classify.folders import class_folders
+from muntin.tasks.folders import Failure, FolderPair, PictureListing, SplitName
+from muntin.tasks.reading import ReadingSettings
+from muntin.tasks.samples import Item
+from muntin.text import count, list_some
+
+UNKNOWN_VALUE = "`--class NAME={value}` adds a class of this value; otherwise correct the mask"
 
 
 class NewPicturesError(DataError):
@@ -38,13 +45,11 @@ class NewPictures(FolderSource):
     opened; its kind `NewPicturesError` if too few pictures are new, and, also from `check` and `split`, for damaged ones.
     """
 
-    _unknown_value = "`--class NAME={value}` adds a class of this value; otherwise correct the mask"
-
     def __init__(
         self,
         folder: Path,
         *,
-        task: DataTask,
+        task: Task,
         classes: Sequence[ClassSpec],
         ignore: int | RGB | None,
         channels: int,
@@ -68,8 +73,9 @@ class NewPictures(FolderSource):
             )
         self.digests = {path: digest for path, digest in digests.items() if digest not in known}
         super().__init__(
-            base=pairs["train"], validation=pairs.get("validation", validation), test=pairs.get("test", test), classes=classes,
-            ignore=ignore, channels=channels, skip=skip, root=folder,
+            task, base=pairs["train"], validation=pairs.get("validation", validation), test=pairs.get("test", test),
+            reading=ReadingSettings(channels=channels, classes=classes, ignore=ignore, unknown=UNKNOWN_VALUE),
+            listing=_NewListing(folder, skip),
         )  # fmt: skip
 
     def listing_digest(self) -> str:
@@ -80,7 +86,7 @@ class NewPictures(FolderSource):
         for name in SPLITS:
             for item in self.items(name):
                 assert isinstance(item.image, Path)
-                target = digest_of(item.mask) if isinstance(item.mask, Path) else item.key.partition("/")[0]
+                target = digest_of(item.target) if isinstance(item.target, Path) else item.key.partition("/")[0]
                 split = f"{name}/" if name != "train" and name in self._pairs else ""
                 rows.append([split + item.key, self.digests[item.image], target])
         self._listed = hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
@@ -101,18 +107,14 @@ class NewPictures(FolderSource):
         except DataError as error:  # of all pictures of a split together
             raise NewPicturesError(str(error)) from error
 
-    def _failure_error(self, failures: Mapping[PictureFile, Failure]) -> DataError:
-        files = {path: failure.reason for path, failure in failures.items() if isinstance(path, Path)}
-        return NewPicturesError(str(super()._failure_error(failures)), files)
-
     def _split_items(self, base: FolderPair, others: Mapping[SplitName, FolderPair | float], seed: int) -> dict[SplitName, list[Item]]:
         shares = {name: other for name, other in others.items() if isinstance(other, float)}
         keys = [item.key for item in self._items(base)]
         empty = [other.images for other in others.values() if isinstance(other, FolderPair) and not self._items(other)]
-        self._notes.clear()  # the second listing notes the same
+        self.listing.notes.clear()  # the second listing notes the same
         if empty:
             raise NewPicturesError(f"{empty[0]} holds no new picture: add some, or remove the folder, and pictures of train/ are taken")
-        filling = filling_seed(keys, shares, by_class=self.task == "classify")
+        filling = filling_seed(keys, shares, by_class=ANSWERS[self.task].one)
         if filling is None:
             raise NewPicturesError(
                 f"{self.folder} holds {count(len(keys), 'new picture')}: at least {1 + len(shares)} are needed, and more to judge by: some "
@@ -121,22 +123,32 @@ class NewPictures(FolderSource):
         return super()._split_items(base, others, filling)
 
     def _items(self, pair: FolderPair, split: SplitName = "train") -> list[Item]:
-        return super()._items(pair, "validation" if self.task == "classify" else split)  # of which classes may be absent
-
-    def _note_skipped(self) -> None:
-        if self._skipped:
-            self._notes.append(f"{count(len(self._skipped), 'picture')} of {self.folder} known from an earlier update: left out")
+        return super()._items(pair, "validation" if ANSWERS[self.task].one else split)  # of which classes may be absent
 
 
-def _split_folders(folder: Path, task: DataTask, names: Sequence[str]) -> dict[str, FolderPair]:
+class _NewListing(PictureListing):
+    def __init__(self, folder: Path, skip: Sequence[Path]) -> None:
+        super().__init__(skip=skip, root=folder)
+        self._folder = folder
+
+    def note_skipped(self) -> None:
+        if self.skipped:
+            self.notes.append(f"{count(len(self.skipped), 'picture')} of {self._folder} known from an earlier update: left out")
+
+    def failure_error(self, failures: Mapping[PictureFile, Failure]) -> DataError:
+        files = {path: failure.reason for path, failure in failures.items() if isinstance(path, Path)}
+        return NewPicturesError(str(super().failure_error(failures)), files)
+
+
+def _split_folders(folder: Path, task: Task, names: Sequence[str]) -> dict[str, FolderPair]:
     """The folders by split; "validation" and "test" only if they have their own. Raises `DataError` for a folder of no known layout.
 
     `names`: the classes, which may be called as a split.
     """
     if not folder.is_dir():
-        layout = "a folder for each class" if task == "classify" else "images/ and masks/"
+        layout = "a folder for each class" if ANSWERS[task].one else "images/ and masks/"
         raise DataError(f"--data {folder}: no such folder: name one with {layout}")
-    if task == "segment":
+    if ANSWERS[task].masks:
         if paired := paired_splits(folder):
             return {split: FolderPair(images=images, masks=masks) for split, (images, masks) in paired.items()}
         absent = next((role for role in ("images", "masks") if folder_named(folder, role) is None), None)

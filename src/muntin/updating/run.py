@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from muntin.artifact import Artifact
 from muntin.artifact.file_lock import folder_in_use
-from muntin.data.classes import ClassSpec
 from muntin.data.config import open_source
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported
 from muntin.errors import CheckpointError, DataError, RecipeError
 from muntin.images.writing import write_whole
+from muntin.tasks.classes import ClassSpec
 from muntin.training.checkpoint import Checkpoint, checkpoints_in, find_checkpoint, read_checkpoint, source_of
 from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
@@ -127,10 +127,10 @@ def offer_update(result: UpdateResult, repository: Path, client: ServerClient | 
 
 def refuse_restore(recipe: Recipe) -> None:
     """Raise `RecipeError` for a run of restore, whose pictures have no classes to compare old and new ones by."""
-    if recipe.task == "restore":
+    if not recipe.answer.has_classes:
         raise RecipeError(
-            f"{recipe.name}: updates learn classes from labelled pictures, and task restore has none: put the new pictures beside the old "
-            "ones, and train again with `muntin fit`, beginning with model.weights"
+            f"{recipe.name}: updates learn classes from labelled pictures, and task {recipe.task} has none: put the new pictures beside "
+            "the old ones, and train again with `muntin fit`, beginning with model.weights"
         )
 
 
@@ -255,7 +255,7 @@ def _judged(
         and existing.conditions == plan.config.accept
     ):
         return new, existing, drift_notes
-    test = open_source(checkpoint.recipe.data, root=directory.resolve()).split("test")
+    test = open_source(checkpoint.recipe.data, task=checkpoint.recipe.task, root=directory.resolve()).split("test")
     old_samples, new_samples = (windows_to_judge(of_kind(test, prefix), plan.side) for prefix in (OLD, NEW))
     verdict = judge_artifact(
         new, old, old_samples=old_samples, new_samples=new_samples, accept=plan.config.accept, tile=tile_of(checkpoint.recipe.data.crop),

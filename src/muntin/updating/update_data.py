@@ -27,15 +27,17 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from muntin.artifact.atomic_files import sync_directory
-from muntin.data.classes import RGB, ClassSpec
 from muntin.data.config import DataConfig
-from muntin.data.folders import EMPTY_MARK, FolderPair
 from muntin.data.items import ItemSamples
-from muntin.data.source import SPLITS, Sample, Samples, Source, SplitName
+from muntin.data.source import SPLITS, Samples, Source
 from muntin.errors import DataError
 from muntin.images import IGNORED
 from muntin.images.opening import UInt8
 from muntin.images.writing import encode_png, write_image, write_whole
+from muntin.tasks.classes import RGB, ClassSpec
+from muntin.tasks.classify.folders import EMPTY_MARK
+from muntin.tasks.folders import FolderPair, SplitName
+from muntin.tasks.samples import Sample
 from muntin.training.checkpoint import Checkpoint
 from muntin.training.config import UpdateConfig
 from muntin.training.evaluation import tile_of
@@ -93,14 +95,14 @@ def all_classes(checkpoint: Checkpoint, added: Sequence[ClassSpec]) -> tuple[Cla
         if entry.name in [one.name for one in old]:
             raise DataError(f"--class {entry.name}: the model has this class already: leave the option out")
     specs = (*old, *added)
-    if checkpoint.recipe.task == "classify":
+    if not checkpoint.recipe.answer.masks:
         return specs
     return tuple(spec.model_copy(update={"value": index if spec.value is None else spec.value}) for index, spec in enumerate(specs))
 
 
 def update_data_config(checkpoint: Checkpoint, specs: Sequence[ClassSpec]) -> DataConfig:
     """The `data` section of an update's recipe; its paths start at the run's folder."""
-    masked = checkpoint.recipe.task == "segment"
+    masked = checkpoint.recipe.answer.masks
 
     def pair(split: SplitName) -> FolderPair:
         place = Path(FOLDER) / split
@@ -158,7 +160,7 @@ class UpdatePlan:
     @property
     def side(self) -> int | None:
         """Largest side of the windows of old pictures, pixels; None for classify, whose pictures are kept whole."""
-        return tile_of(self.parent.recipe.data.crop) if self.parent.recipe.task == "segment" else None
+        return tile_of(self.parent.recipe.data.crop) if self.parent.recipe.answer.masks else None
 
     def settings(self) -> str:
         """The settings that the data and the training depend on, as JSON."""
@@ -240,11 +242,11 @@ class _PictureWriter:
     """Writes pictures with their targets as a folder source reads them."""
 
     def __init__(self, folder: Path, plan: UpdatePlan) -> None:
-        self._folder, self._specs, self._task = folder, plan.classes, plan.parent.recipe.task
+        self._folder, self._specs, self._answer = folder, plan.classes, plan.parent.recipe.answer
         self._suffix = ".png" if plan.parent.recipe.data.channels in (1, 3, 4) else ".npy"
         ignore = update_data_config(plan.parent, plan.classes).ignore
         values = [*(spec.value for spec in plan.classes), ignore]
-        if self._task == "segment":
+        if self._answer.masks:
             width = (256, 3) if isinstance(values[0], tuple) else (256,)
             self._table = np.zeros(
                 width, np.uint8 if width == (256, 3) or max(v for v in values if isinstance(v, int)) < 256 else np.uint16
@@ -253,7 +255,7 @@ class _PictureWriter:
                 self._table[index] = value
             self._table[IGNORED] = values[-1]
         for split in SPLITS:
-            names = [entry.name for entry in plan.classes] if self._task == "classify" else ["images", "masks"]
+            names = [entry.name for entry in plan.classes] if self._answer.one else ["images", "masks"]
             for name in names:
                 (folder / split / name).mkdir(parents=True)
 

@@ -25,11 +25,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from muntin.data.classes import ClassSpec
-from muntin.data.source import DataTask
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.errors import DataError
 from muntin.images.listing import composed, image_folder_pair, paired_folders, paired_splits, pictures, pictures_below, subfolders
 from muntin.images.writing import write_whole
+from muntin.tasks.classes import ClassSpec
 from muntin.training.checkpoint import find_checkpoint, read_checkpoint
 from muntin.training.progress.report import FitReport
 from muntin.updating.new_pictures import NewPicturesError, digest_of
@@ -87,10 +87,10 @@ class FolderWatch:
         self.inbox = self.run / INBOX
         recipe = read_checkpoint(run).recipe
         refuse_restore(recipe)
-        self.task: DataTask = recipe.task
+        self.task: Task = recipe.task
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder: name the one in which labelled pictures arrive")
-        if self.task == "segment" and (train := paired_splits(folder)) and train["train"][0].parent != folder:
+        if ANSWERS[self.task].masks and (train := paired_splits(folder)) and train["train"][0].parent != folder:
             raise DataError(f"{folder} holds splits, and a watch makes its own: name {train['train'][0].parent}, or another with images/")
 
     def step(self, *, now: float | None = None, report: FitReport = lambda progress: None) -> WatchedUpdate | None:
@@ -233,9 +233,9 @@ class FolderWatch:
         write_whole(place / DONE, json.dumps(content, indent=1).encode() + b"\n")
 
 
-def _labelled(folder: Path, task: DataTask) -> dict[str, tuple[Path, ...]]:
+def _labelled(folder: Path, task: Task) -> dict[str, tuple[Path, ...]]:
     """The labelled pictures of a folder by name."""
-    if task == "classify":
+    if ANSWERS[task].one:
         folders = subfolders(folder)
         return {path.relative_to(folder).as_posix(): (path,) for place in folders for path in pictures_below(place)}
     pair = image_folder_pair(folder)

@@ -18,7 +18,6 @@ from muntin.data import (
     DataConfig,
     FolderPair,
     FolderSource,
-    ShardSource,
     open_source,
     prefetch,
     write_shards,
@@ -28,6 +27,7 @@ from muntin.data.source import SPLITS
 from muntin.errors import DataError
 from muntin.images import encode_png, write_image
 from muntin.training import load_recipe
+from own_sources import folder_source, shard_source
 
 CLASSES = (ClassSpec(name="sea", value=7), ClassSpec(name="land", value=9))
 
@@ -48,7 +48,7 @@ def folders(tmp_path: Path) -> FolderSource:
         write_image(tmp_path / "images" / f"{number}.a.png", image)
         write_image(tmp_path / "masks" / f"{number}.a.png", mask)
     base = FolderPair(images=tmp_path / "images", masks=tmp_path / "masks")
-    return FolderSource(base=base, validation=0.2, test=0.2, classes=CLASSES, seed=3)
+    return folder_source(base=base, validation=0.2, test=0.2, classes=CLASSES, seed=3)
 
 
 def write_entries(path: Path, entries: dict[str, bytes]) -> Path:
@@ -77,7 +77,7 @@ def test_written_shards_equal_the_folders(tmp_path: Path, folders: FolderSource)
     assert {path.name for shards in paths.values() for path in shards} | {"classes.json"} == {
         path.name for path in (tmp_path / "shards").iterdir()
     }
-    shards = ShardSource(
+    shards = shard_source(
         base=tmp_path / "shards" / "train-*.tar", validation=tmp_path / "shards" / "validation-*.tar", test=paths["test"][0]
     )
     assert shards.check() == ()
@@ -98,7 +98,7 @@ def test_batches_with_any_number_of_workers(tmp_path: Path, folders: FolderSourc
 
     def crops() -> Crops:
         data = {"source": "shards", "images": "train-*.tar", "validation": {"images": "validation-*.tar"}, "test": {"images": "test-*.tar"}}
-        source = open_source(DataConfig.model_validate({**data, "cache_mib": cache_mib}), root=tmp_path / "shards")
+        source = open_source(DataConfig.model_validate({**data, "cache_mib": cache_mib}), task="segment", root=tmp_path / "shards")
         return Crops(source.split("train"), task="segment", crop=24, batch_size=3, seed=5, augmentation=Augmentation(), rare=0.5)
 
     reference = Crops(folders.split("train"), task="segment", crop=24, batch_size=3, seed=5, augmentation=Augmentation(), rare=0.5)
@@ -113,12 +113,12 @@ def test_batches_with_any_number_of_workers(tmp_path: Path, folders: FolderSourc
 
 def test_shares_of_the_entries(tmp_path: Path) -> None:
     classified(tmp_path / "a.tar", ["0", "1", "1"] * 4)
-    source = ShardSource(base=tmp_path, validation=0.3, test=0.3, seed=1)
+    source = shard_source(base=tmp_path, validation=0.3, test=0.3, seed=1)
     assert [entry.name for entry in source.classes] == ["class-0", "class-1"]
     names = [[sample.name for sample in source.split(name)] for name in SPLITS]
     assert sorted(name for split in names for name in split) == [f"{number:03d}" for number in range(12)]
     classified(tmp_path / "b.tar", ["0"] * 3)  # more entries move no others
-    again = ShardSource(base=tmp_path, validation=0.3, test=0.3, seed=1)
+    again = shard_source(base=tmp_path, validation=0.3, test=0.3, seed=1)
     for name, before in zip(SPLITS, names, strict=True):
         assert [sample.name for sample in again.split(name)][: len(before)] == before
 
@@ -139,7 +139,7 @@ def test_classes_of_shards(
     path = classified(tmp_path / "a.tar", labels)
     for name in "bc":
         (tmp_path / f"{name}.tar").write_bytes(path.read_bytes())
-    source = ShardSource(
+    source = shard_source(
         base=path, validation=tmp_path / "b.tar", test=tmp_path / "c.tar", classes=[ClassSpec(name=name) for name in given]
     )
     assert [entry.name for entry in source.classes] == names
@@ -156,7 +156,7 @@ def test_entries_that_cannot_be_used(tmp_path: Path) -> None:
     validation, test = (write_entries(tmp_path / name, {"a.png": picture(), "a.mask.png": mask}) for name in ("b.tar", "c.tar"))
     classes = [ClassSpec(name="sea"), ClassSpec(name="land")]
     options: dict[str, Any] = {"base": shard, "validation": validation, "test": test, "classes": classes}
-    source = ShardSource(**options)
+    source = shard_source(**options)
     with pytest.raises(DataError) as error:
         source.check()
     text = str(error.value)
@@ -164,11 +164,11 @@ def test_entries_that_cannot_be_used(tmp_path: Path) -> None:
     assert "a.tar/d.png (no mask)" in text and "a.tar/c.png" in text
     assert source.notes == ("1 key without a picture, not used: f", "1 file of other kinds, not used: .json")
     skip = [shard / "e.jpg", shard / "d.png", shard / "c.mask.png"]
-    left = ShardSource(**options, skip=skip, root=tmp_path)
+    left = shard_source(**options, skip=skip, root=tmp_path)
     assert left.check() == ("no training picture holds land: a model cannot learn what it does not see",)
     assert [sample.name for sample in left.split("train")] == ["a", "b", "e"]
     assert left.notes[-1] == "left out by data.skip: a.tar/e.jpg, a.tar/d.png, a.tar/c.mask.png"
-    only = ShardSource(**options, skip=skip[:2])
+    only = shard_source(**options, skip=skip[:2])
     with pytest.raises(DataError, match=r"a.tar/c.png is damaged or cut off.*, or name it under data.skip"):
         only.check()
 
@@ -183,10 +183,10 @@ def test_refused_sources_of_shards(tmp_path: Path) -> None:
         ({"base": shard, "classes": [ClassSpec(name="a"), ClassSpec(name="b")]}, "has the class '5', none of a, b: correct 002.cls"),
     ):
         with pytest.raises(DataError, match=says):
-            ShardSource(**{"validation": 0.3, "test": 0.3, "seed": 6, **options}).split("train")
+            shard_source(**{"validation": 0.3, "test": 0.3, "seed": 6, **options}).split("train")
     (tmp_path / "classes.json").write_text('[{"nam": 1}]')
     with pytest.raises(DataError, match=r"classes.json is no list of class names"):
-        ShardSource(base=shard, validation=0.3, test=0.3)
+        shard_source(base=shard, validation=0.3, test=0.3)
 
 
 def test_refused_writing_of_shards(tmp_path: Path, folders: FolderSource) -> None:
@@ -207,7 +207,7 @@ def test_recipe_for_shards(tmp_path: Path, folders: FolderSource, split: bool) -
                 path.rename(path.with_name(f"part{name}{number}.tar"))
     path, survey = write_recipe(tmp_path / "shards")
     recipe = load_recipe(path)
-    source = open_source(recipe.data, root=path.parent)
+    source = open_source(recipe.data, task=recipe.task, root=path.parent)
     assert (recipe.task, recipe.data.source, source.task) == ("segment", "shards", "segment")
     assert [entry.name for entry in source.classes] == ["sea", "land"]
     assert sum(survey.classes.shares) == pytest.approx(2 / 3, abs=0.05)
@@ -227,4 +227,4 @@ def test_recipe_for_classified_shards(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert (recipe.task, str(recipe.data.images), recipe.data.skip) == ("classify", "train-*.tar", (Path("train-1.tar/x.png"),))
     assert survey.classes.shares == (0.4, 0.2, 0.4)
-    assert open_source(recipe.data, root=tmp_path).check() == ()
+    assert open_source(recipe.data, task=recipe.task, root=tmp_path).check() == ()

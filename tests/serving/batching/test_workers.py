@@ -15,7 +15,7 @@ import pytest
 from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.job import Batch, Job, Refusal
 from muntin.serving.batching.latency_model import LatencyModel
-from muntin.serving.batching.workers import HANGING, TRIES, AgainError, Answer, EngineError, Runner
+from muntin.serving.batching.workers import HANGING, TRIES, AgainError, BatchAnswer, EngineError, Runner
 
 LONG = 30.0
 """Seconds after which a test fails."""
@@ -42,7 +42,7 @@ class Answers:
     """Collects answers by job."""
 
     def __init__(self) -> None:
-        self.by_job: dict[Job, list[Answer]] = {}
+        self.by_job: dict[Job, list[BatchAnswer]] = {}
         self._changed = threading.Condition()
         self._count = 0
 
@@ -52,7 +52,7 @@ class Answers:
             if refusal is not None:
                 self._take(job, refusal)
 
-    def _take(self, job: Job, answer: Answer) -> None:
+    def _take(self, job: Job, answer: BatchAnswer) -> None:
         with self._changed:
             self.by_job.setdefault(job, []).append(answer)
             self._count += 1
@@ -62,7 +62,7 @@ class Answers:
         with self._changed:
             assert self._changed.wait_for(lambda: self._count >= count, LONG)
 
-    def of(self, job: Job) -> Answer:
+    def of(self, job: Job) -> BatchAnswer:
         (answer,) = self.by_job[job]
         return answer
 
@@ -201,7 +201,7 @@ def test_callback_that_raises_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
     reported: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", reported.append)
 
-    def raises(answer: Answer) -> None:
+    def raises(answer: BatchAnswer) -> None:
         raise KeyError("callback")
 
     answers = Answers()
@@ -310,7 +310,7 @@ def test_idle_workers_and_errors_hold_no_request(count: int, fails: bool) -> Non
         return [None] * len(held)
 
     gate, answers, payloads = Gate(execute), Answers(), [Payload() for _ in range(count)]
-    gone, results = [weakref.ref(payload) for payload in payloads], list[Answer]()
+    gone, results = [weakref.ref(payload) for payload in payloads], list[BatchAnswer]()
     with running(gate) as runner:
         answers.submit(runner, Job(group="g", payload=None))
         assert gate.entered.acquire(timeout=LONG)

@@ -56,7 +56,7 @@ def test_result_has_the_best_score(whole: tuple[Any, FitResult]) -> None:
     best = best_point(result.validation)
     assert best is not None and best["step"] < 12  # otherwise the plan shows nothing
     assert checkpoint.state.averaged_at == best["step"] and result.result == checkpoint.state.result == best
-    source = open_source(checkpoint.recipe.data, root=tiny.root)
+    source = open_source(checkpoint.recipe.data, task=checkpoint.recipe.task, root=tiny.root)
     session = TorchSession(load_model(checkpoint), checkpoint.signature)
     score = evaluate(session, source.split("validation"), tile=tile_of(checkpoint.recipe.data.crop)).score
     assert score == pytest.approx(best["score"], abs=1e-6)
@@ -64,7 +64,9 @@ def test_result_has_the_best_score(whole: tuple[Any, FitResult]) -> None:
 
 def test_list_of_the_splits(whole: tuple[Any, FitResult]) -> None:
     tiny, result = whole
-    source = open_source(read_checkpoint(result.checkpoint).recipe.data, root=tiny.root)
+    source = open_source(
+        read_checkpoint(result.checkpoint).recipe.data, task=read_checkpoint(result.checkpoint).recipe.task, root=tiny.root
+    )
     rows = [line.split(",") for line in (result.directory / "splits.csv").read_text().splitlines()]
     assert rows[0] == ["split", "picture"]
     assert rows[1:] == [[name, sample.name] for name in SPLITS for sample in source.split(name)]

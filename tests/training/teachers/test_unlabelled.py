@@ -14,9 +14,10 @@ from torch import Tensor
 
 from muntin.data import Crops
 from muntin.data.batches import BatchMaker
-from muntin.data.source import HeldSamples, Sample
+from muntin.data.source import HeldSamples
 from muntin.errors import DataError, RecipeError
 from muntin.images import IGNORED, write_image
+from muntin.tasks.samples import Sample
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
 from muntin.training.loss import Loss

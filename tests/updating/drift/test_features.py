@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from muntin.artifact import ClassInfo, Signature
-from muntin.updating.drift.features import MAX_CLASSES, WINDOW, describe, feature_list, pixel_features, window
+from muntin.tasks.class_shares import MAX_CLASSES
+from muntin.updating.drift.features import WINDOW, describe, feature_list, pixel_features, window
 
 
 def signature(task: str, *, channels: int = 3, classes: int = 3, side: int | None = None) -> Signature:

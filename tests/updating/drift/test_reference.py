@@ -11,7 +11,8 @@ import pytest
 
 from muntin.artifact import open_artifact
 from muntin.errors import ArtifactError, DataError
-from muntin.updating.drift.features import Floats, PictureFeature, feature_list
+from muntin.tasks.base import Floats, PictureFeature
+from muntin.updating.drift.features import feature_list
 from muntin.updating.drift.reference import FILE, DriftReference, FeatureMoments, make_reference, read_reference, write_reference
 
 FEATURES = [PictureFeature(name=f"f{number}", more="more", less="less", unit="grey") for number in range(6)]

@@ -20,7 +20,7 @@ from muntin.progress import progress_lines
 from muntin.text import count
 
 if TYPE_CHECKING:
-    from muntin.data.classes import ClassSpec
+    from muntin.tasks.classes import ClassSpec
     from muntin.training import FitProgress
     from muntin.updating.gate import GateVerdict
     from muntin.updating.run import UpdateResult
@@ -236,7 +236,7 @@ def parse_classes(texts: Sequence[str]) -> tuple[ClassSpec, ...]:
     """Read NAME, NAME=NUMBER or NAME=R,G,B. Raises DataError for another form."""
     from pydantic import ValidationError
 
-    from muntin.data.classes import ClassSpec
+    from muntin.tasks.classes import ClassSpec
 
     specs = []
     for text in texts:

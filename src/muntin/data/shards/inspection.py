@@ -6,19 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from muntin.data.classes import ClassSpec, MaskMapping, distinct_colors
 from muntin.data.inspection import MaskClasses, class_shares, classes_in_masks, mask_facts, pixel_counts, read_some
 from muntin.data.shards.source import ShardContent, class_numbers, classes_of_labels, label_number, read_classes
 from muntin.errors import DataError
 from muntin.images import IGNORED, read_mask
 from muntin.images.opening import PictureFile
+from muntin.tasks.classes import ClassSpec, MaskMapping, distinct_colors
 
 
 def shard_classes(content: ShardContent, place: Path) -> tuple[MaskClasses, int, int, dict[PictureFile, DataError]]:
     """The classes in shards, from `classes.json` if there is one; the number of masks (or classes) counted, of masks left unopened, and
     the masks that cannot be read, with the reason."""
     specs = read_classes(place.parent if "*" in place.name else place)
-    if content.task == "classify":
+    if not content.masks:
         specs = specs or classes_of_labels(content.labels.values())
         numbers = class_numbers(specs)
         labels = Counter(label_number(text, numbers) for text in content.labels.values())

@@ -12,20 +12,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.artifact.classes import ClassInfo
-from muntin.data.classes import RGB, ClassSpec, MaskMapping, class_infos, list_some, specs_of
-from muntin.data.items import Failure, Item, ItemSource
+from muntin.data.items import ItemSource
 from muntin.data.shards.index import shard_entries
-from muntin.data.source import SPLITS, DataTask, SplitName
+from muntin.data.source import SPLITS
 from muntin.data.splits import check_disjoint, empty_split_error, split_of
 from muntin.errors import DataError
-from muntin.images import IGNORED, IMAGE_SUFFIXES
+from muntin.images import IMAGE_SUFFIXES
 from muntin.images.listing import composed, entries
 from muntin.images.packed import PackedFile
-from muntin.text import count, plain
+from muntin.tasks.answers import ANSWERING
+from muntin.tasks.classes import ClassSpec, class_infos, specs_of
+from muntin.tasks.folders import Failure, PictureListing, SplitName
+from muntin.tasks.reading import ReadingSettings
+from muntin.tasks.samples import Item
+from muntin.text import count, list_some, plain
 
 CLASSES_NAME = "classes.json"
 PICTURES = tuple(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES if suffix != ".npy")
@@ -45,7 +50,7 @@ class ShardContent:
     failures: dict[PackedFile, Failure] = field(default_factory=dict)
 
     @property
-    def task(self) -> DataTask:
+    def task(self) -> Task:
         """`segment` if there are masks."""
         return "segment" if self.masks else "classify"
 
@@ -89,9 +94,9 @@ class ShardSource(ItemSource):
     """A `Source` that reads shards. The constructor reads the names of all entries, once: their index is kept in the user's cache.
 
     `base`: the training shards (`shard_files`); `validation` and `test`: shards of their own, or shares (0-1) of the entries in `base`.
-    With masks the task is `segment`, otherwise `classify`. `classes`: by default those of `classes.json` beside the shards of `base`, a
-    list of names or of classes; else, for `classify`, those that the entries `.cls` name. `skip`: entries to leave out, as SHARD.tar/NAME.
-    The other arguments are those of `FolderSource`.
+    With masks the task is `segment`, otherwise `classify`. The classes of `reading` are by default those of `classes.json` beside the
+    shards of `base`, a list of names or of classes; else, for `classify`, those that the entries `.cls` name. Entries to leave out are
+    named as SHARD.tar/NAME. The other arguments are those of `FolderSource`.
 
     Raises DataError: no shards, a damaged shard, a shard in two splits, an empty split. Entries without a mask or class, and damaged ones,
     are named by `check`.
@@ -103,12 +108,9 @@ class ShardSource(ItemSource):
         base: Path,
         validation: Path | float,
         test: Path | float,
-        classes: Sequence[ClassSpec] = (),
-        ignore: int | RGB | None = IGNORED,
-        channels: int = 3,
+        reading: ReadingSettings,
         seed: int = 0,
-        skip: Sequence[Path] = (),
-        root: Path | None = None,
+        listing: PictureListing | None = None,
         cache_bytes: int = 1 << 30,
     ) -> None:
         shards: dict[SplitName, list[Path]] = {"train": shard_files(base)}
@@ -116,52 +118,52 @@ class ShardSource(ItemSource):
         shards |= {name: shard_files(place) for name, place in others.items() if isinstance(place, Path)}
         check_disjoint(shards)
         contents = {name: shard_content(files) for name, files in shards.items()}
-        super().__init__(contents["train"].task, channels=channels, skip=skip, root=root)
-        specs = classes or read_classes(shards["train"][0].parent) or self._derived(base, contents["train"])
+        super().__init__(contents["train"].task, channels=reading.channels, listing=listing or PictureListing())
+        specs = reading.classes or read_classes(shards["train"][0].parent) or self._derived(base, contents["train"])
         self.classes = class_infos(specs, self.task)
         items = {name: self._items(content) for name, content in contents.items()}
         shares = {name: share for name, share in others.items() if not isinstance(share, Path)}
         splits = self._shared_out(items, shares, base, seed)
-        if self.task == "classify":
+        if ANSWERS[self.task].one:
             self._note_absent_classes(splits)
-        self._finish(splits, MaskMapping(specs, ignore) if self.task == "segment" else None, cache_bytes)
+        self._finish(splits, ANSWERING[self.task].folders.reader(replace(reading, classes=specs)), cache_bytes)
 
     def _derived(self, base: Path, content: ShardContent) -> list[ClassSpec]:
-        if self.task == "segment":
+        if ANSWERS[self.task].masks:
             raise DataError(f"{base}: masks need at least two classes: name them under `classes`, or in {CLASSES_NAME} beside the shards")
         return classes_of_labels(content.labels.values())
 
     def _items(self, content: ShardContent) -> list[Item]:
         numbers = class_numbers(self.classes)
-        self._failures.update({file: failure for file, failure in content.failures.items() if not self._is_skipped(file)})
+        self.listing.failures.update({file: failure for file, failure in content.failures.items() if not self.listing.is_skipped(file)})
         items: list[Item] = []
         for key, picture in content.pictures.items():
             mask, text = content.masks.get(key), content.labels.get(key)
-            if self._is_skipped(picture) or (mask is not None and self._is_skipped(mask)):
+            if self.listing.is_skipped(picture) or (mask is not None and self.listing.is_skipped(mask)):
                 continue
-            if self.task == "segment":
+            if ANSWERS[self.task].masks:
                 if mask is None:
-                    self._failures[picture] = Failure(f"{picture} has no mask: add {plain(key[1])}.mask.png, remove it", "no mask")
+                    self.listing.failures[picture] = Failure(f"{picture} has no mask: add {plain(key[1])}.mask.png, remove it", "no mask")
                 else:
-                    items.append(Item(key=key[1], image=picture, mask=mask))
+                    items.append(Item(key=key[1], image=picture, target=mask))
                 continue
             label = None if text is None else label_number(text, numbers)
             if label is None:
                 known = list_some([entry.name for entry in self.classes])
                 holds = "has no class: add" if text is None else f"has the class {plain(text)!r}, none of {known}: correct"
-                self._failures[picture] = Failure(f"{picture} {holds} {plain(key[1])}.cls, remove it", "no class")
+                self.listing.failures[picture] = Failure(f"{picture} {holds} {plain(key[1])}.cls, remove it", "no class")
             else:
-                items.append(Item(key=key[1], image=picture, label=label))
+                items.append(Item(key=key[1], image=picture, target=label))
         self._note_unused(content)
         return items
 
     def _note_unused(self, content: ShardContent) -> None:
         alone = [name for _, name in {**content.masks, **content.labels} if (_, name) not in content.pictures]
         if alone:
-            self._notes.append(f"{count(len(alone), 'key')} without a picture, not used: {plain(list_some(alone, 3))}")
+            self.listing.notes.append(f"{count(len(alone), 'key')} without a picture, not used: {plain(list_some(alone, 3))}")
         if content.others:
             kinds = plain(list_some([f".{kind}" for kind in content.others], 3))
-            self._notes.append(f"{count(sum(content.others.values()), 'file')} of other kinds, not used: {kinds}")
+            self.listing.notes.append(f"{count(sum(content.others.values()), 'file')} of other kinds, not used: {kinds}")
 
     def _shared_out(
         self, items: Mapping[SplitName, list[Item]], shares: Mapping[SplitName, float], base: Path, seed: int
@@ -170,8 +172,8 @@ class ShardSource(ItemSource):
         for item in items["train"]:
             splits[split_of(item.key, seed, shares)].append(item)
         for name, chosen in splits.items():
-            if not chosen and self._failures:
-                raise self._failure_error(self._failures)
+            if not chosen and self.listing.failures:
+                raise self.listing.failure_error(self.listing.failures)
             if not chosen:
                 raise empty_split_error(name, [item.key for item in items["train"]], base, seed, shares)
         return splits

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from muntin.artifact import Sizes
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.errors import ExportError
 
 RequestedSizes = Literal["any", "fixed", "widest"] | Mapping[str, int]
@@ -37,7 +37,7 @@ def requested_sizes(requested: RequestedSizes, example: Size) -> Sizes:
 
 def usual_sizes(task: Task) -> Literal["fixed", "widest"]:
     """Return the sizes of an artefact for which none are given: "fixed" for a classifier, whose pictures are resized, else "widest"."""
-    return "fixed" if task == "classify" else "widest"
+    return "fixed" if ANSWERS[task].one else "widest"
 
 
 def parse_sizes(text: str) -> RequestedSizes:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from muntin.data.classes import list_some
 from muntin.deployment.sizes.requested import Size
 from muntin.deployment.sources.answers import refuse_free_form
 from muntin.deployment.sources.packages import ASSUMED_SIZE
@@ -16,6 +15,7 @@ from muntin.deployment.sources.source_model import DEFAULT_SIZE, ChannelStatisti
 from muntin.deployment.sources.weights import read_tensors
 from muntin.errors import DependencyError, RecipeError
 from muntin.models.foreign import for_channels
+from muntin.text import list_some
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from muntin.artifact import Signature
-from muntin.data.classes import Classes, ClassSpec, class_infos, specs_of
 from muntin.deployment.sizes.requested import Size
 from muntin.deployment.sources.answers import AnswerLayout, read_answer, wrap
 from muntin.deployment.sources.hugging_face import open_hugging_face
@@ -25,6 +24,7 @@ from muntin.deployment.sources.source_model import ChannelStatistics, LoadedWeig
 from muntin.deployment.sources.weights import load_file
 from muntin.errors import DataError, RecipeError
 from muntin.models.foreign import Statistic, checked_statistics
+from muntin.tasks.classes import Classes, ClassSpec, class_infos, specs_of
 
 OPENERS: dict[str, Callable[[str, Request], SourceModel]] = {
     "timm": open_timm,
@@ -144,7 +144,7 @@ def _signature(source: str, opened: SourceModel, answer: AnswerLayout, named: Se
     height, width = opened.size
     try:
         classes = class_infos(named, answer.task)
-        side = height if answer.task == "classify" and height == width else None
+        side = height if answer.size is None and height == width else None
         return Signature(task=answer.task, channels=opened.channels, classes=classes, side=side)
     except ValidationError as error:
         raise RecipeError(f"classes of '{source}': {error.errors(include_url=False)[0]['msg']}") from error

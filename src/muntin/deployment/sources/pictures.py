@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.artifact.manifest import Task
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.deployment.sizes.requested import Size
 from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, middle_part, read_image
@@ -26,7 +26,7 @@ def calibration_pictures(folder: Path, *, channels: int, size: Size, task: Task,
     """Read batches (B, C, H, W) of raw pixels, float 0-255.
 
     Reads the images in `folder` and its subfolders (`images_in`). Of more than `largest_count` it takes as many at equal distances in the
-    order of their names. For "classify" a picture is cut to the middle with the
+    order of their names. For a task with one answer a picture it is cut to the middle with the
     proportions of `size`, and resized, as `muntin predict` does. Otherwise it is cut to the middle of that size, without resizing unless
     it is smaller.
     Raises `DataError` for a folder without pictures, and for one that cannot be read.
@@ -53,7 +53,7 @@ def list_pictures(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
 def _part(image_HWC: UInt8, size: Size, task: Task) -> UInt8:
     height, width = size
     H, W = image_HWC.shape[:2]
-    if task == "classify" or height > H or width > W:
+    if ANSWERS[task].one or height > H or width > W:
         return middle_part(image_HWC, height, width)
     top, left = (H - height) // 2, (W - width) // 2
     return np.ascontiguousarray(image_HWC[top : top + height, left : left + width])

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from muntin.artifact import Artifact, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
-from muntin.data.classes import ClassSpec, read_specs
 from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import Size, parse_sizes
 from muntin.deployment.sources.opening import open_model
 from muntin.deployment.sources.pictures import generated_pictures, list_pictures
 from muntin.errors import ArtifactError, ExportError, RecipeError
+from muntin.tasks.classes import ClassSpec, read_specs
 from muntin.training.config import QuantizationConfig
 from muntin.training.recipe import set_value
 

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from muntin.data.classes import list_some
 from muntin.deployment.sources.source_model import LoadedWeights
 from muntin.errors import RecipeError
+from muntin.text import list_some
 from muntin.training.weights import SUFFIX, load_weights, not_finite, shared_tensors
 
 _ENTRIES = ("state_dict", "model_state_dict", "model")

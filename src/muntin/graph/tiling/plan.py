@@ -26,8 +26,8 @@ _PROBES: tuple[PictureSize, PictureSize] = ((353, 289), (865, 737))
 
 def make_plan(model: onnx.ModelProto, signature: Signature) -> TilePlan:
     """Return the plan of an image model. Raises NoPlanError with the reason where there is none."""
-    if signature.task == "classify":
-        raise NoPlanError("a classifier has one answer for a picture")
+    if signature.answer.one:
+        raise NoPlanError("the model has one answer for a picture")
     sizes = [signature.sizes.at_least(*size) for size in _PROBES]
     if sizes[0] == sizes[1]:
         raise NoPlanError(f"the model takes {signature.sizes.text} only")

@@ -14,13 +14,15 @@ from muntin.errors import ArtifactError, DataError, DependencyError, memory_advi
 from muntin.images import TooManyPixelsError
 from muntin.images.sources import source_size
 from muntin.images.video import is_video
+from muntin.runtime.bulk.pictures import Range, predict_picture
 from muntin.runtime.bulk.smaller_tiles import Tiles, in_smaller_tiles
 from muntin.runtime.bulk.videos import predict_video, video_files
 from muntin.runtime.exact_tiles.run import SIDE
 from muntin.runtime.host.memory import no_memory
-from muntin.runtime.picture_results import Range, Result, classify, predict_map, result_files
 from muntin.runtime.pipeline import StoppedError
 from muntin.runtime.session import Session
+from muntin.tasks.answers import ANSWERING
+from muntin.tasks.base import Result
 
 SourceState = tuple[int, int]
 """Bytes of a file and the time of its last change, nanoseconds."""
@@ -81,24 +83,21 @@ class ItemComputer:
     def _picture(self, source: Path, target: Path | None, advance: Callable[[float], None]) -> Result:
         options, signature = self.options, self.session.signature
         self._check_stop()
-        if signature.task == "classify":
-            return classify(self.session, source, options.max_pixels, options.value_range)
-        assert target is not None
+        given = self.session, source, target or source.with_suffix(""), options.truth, options.max_pixels
 
         def compute(tiles: Tiles) -> Result:
-            return predict_map(
-                self.session, source, target, options.truth, options.max_pixels, self._arguments(tiles, advance), options.value_range,
-                painted=options.painted,
-            )  # fmt: skip
+            return predict_picture(*given, self._arguments(tiles, advance), options.value_range, painted=options.painted)
 
+        if signature.answer.one:
+            return predict_picture(*given, {}, options.value_range)
         longest = options.tiles.tile or 1
-        with suppress(DataError):  # `predict_map` raises it
+        with suppress(DataError):  # `predict_picture` raises it
             longest = max(source_size(source, max_pixels=options.max_pixels))
         result, used = in_smaller_tiles(compute, options.tiles, signature, longest)
         return self._noted(result, source, used)
 
     def _video(self, source: Path, target: Path | None, advance: Callable[[float], None]) -> tuple[Result, str]:
-        if self.session.signature.task == "classify" or target is None:
+        if not ANSWERING[self.session.signature.task].videos or target is None:
             raise DataError(f"{source}: a classifier has no answer for a video: extract the frames that count, and name them")
         if self.options.truth is not None:
             raise DataError(f"{source}: --truth is the mask of a picture, and this is a video: leave it out")
@@ -140,7 +139,7 @@ class ItemComputer:
 
 def item_files(source: Path, target: Path, signature: Signature, *, scaled: bool = False) -> dict[str, Path]:
     """Return the file of each result of a picture or video, by kind. `scaled`: it is read with a range."""
-    return video_files(target, signature) if is_video(source) else result_files(source, target, signature, scaled=scaled)
+    return video_files(target, signature) if is_video(source) else ANSWERING[signature.task].files(source, target, signature, scaled=scaled)
 
 
 def source_state(path: Path) -> SourceState | None:

@@ -21,8 +21,8 @@ from pydantic import BaseModel
 
 from muntin.artifact.atomic_files import write_files
 from muntin.runtime.bulk.items import PredictOptions, SourceState, source_state
-from muntin.runtime.picture_results import Result
 from muntin.runtime.session import Session
+from muntin.tasks.base import Result
 
 JOURNAL = ".muntin-predict.jsonl"
 """Name of the file in the folder of the results."""

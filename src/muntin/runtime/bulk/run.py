@@ -74,7 +74,7 @@ def call_counts(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -
     """Return the number of calls of each size (B, H, W)."""
     calls: Counter[Shape] = Counter()
     for size in sizes:
-        if signature.task == "classify":
+        if signature.answer.one:
             side = signature.side
             calls[1, *(signature.sizes.at_least(size.height, size.width) if side is None else (side, side))] += 1
             continue

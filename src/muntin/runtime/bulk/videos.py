@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Signature
 from muntin.errors import DataError
-from muntin.images import overlay
 from muntin.images.video import VideoFrame, read_frames, video_info, written_video
 from muntin.runtime.bulk.smaller_tiles import Tiles, in_smaller_tiles
-from muntin.runtime.picture_results import Result
 from muntin.runtime.pipeline import ordered, prefetched
 from muntin.runtime.session import Session
 from muntin.runtime.tiles import predict, size_note
+from muntin.tasks.answers import ANSWERING
+from muntin.tasks.base import Result
 
 Answers = dict[str, NDArray[Any]]
 """Arrays to write for a frame, by kind of result."""
@@ -31,8 +31,7 @@ Answers = dict[str, NDArray[Any]]
 
 def video_files(target: Path, signature: Signature) -> dict[str, Path]:
     """Return the file of each result of a video. None has the name of a video that may lie beside them."""
-    kinds = {"image": "restored.mp4"} if signature.task == "restore" else {"mask": "mask.mkv", "overlay": "overlay.mp4"}
-    return {kind: target.with_name(f"{target.name}.{ending}") for kind, ending in kinds.items()}
+    return {kind: target.with_name(f"{target.name}.{ending}") for kind, ending in ANSWERING[signature.task].videos.items()}
 
 
 def predict_video(
@@ -46,7 +45,7 @@ def predict_video(
     arguments: Callable[[Tiles], dict[str, Any]],
     advance: Callable[[float], None],
 ) -> tuple[Result, str, Tiles]:
-    """Segment or restore the frames of a video and write the videos of `video_files`, with the timestamps of the source.
+    """Compute the frames of a video and write the videos of `video_files`, with the timestamps of the source.
 
     `painted`: with an overlay. `arguments`: of `predict` for tiles. `advance` is called with the number of
     frames that are done. Returns the result, the damage that
@@ -76,14 +75,8 @@ def predict_video(
         if used != current[0]:
             with changing:
                 current[0] = min(current[0], used, key=lambda tiles: tiles.tile or 0)
-        if signature.task == "restore":
-            return frame, {"image": answer}, pixels_of_class
-        counts = np.array([(answer == k).sum() for k in range(len(classes))])
-        if not painted:
-            return frame, {"mask": answer}, counts
-        scale = signature.scale
-        shown = frame.pixels if scale == 1 else frame.pixels.repeat(scale, 0).repeat(scale, 1)
-        return frame, {"mask": answer, "overlay": overlay(shown, answer, classes)}, counts
+        counts = np.array([(answer == k).sum() for k in range(len(classes))] or [0])
+        return frame, ANSWERING[signature.task].frame(frame.pixels, answer, signature, painted=painted), counts
 
     count = 0
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -94,14 +87,13 @@ def predict_video(
         for frame, answers, counts in stack.enter_context(closing(ordered(compute, frames, workers=workers, window=workers + 1))):
             for kind, writer in writers.items():
                 writer.write(answers[kind], frame.pts, frame.time_base)
-            if signature.task == "segment":
-                pixels_of_class += counts
+            pixels_of_class += counts
             count += 1
             advance(count)
         if not count:
             raise DataError(damage[0] or f"{source} has no frames: replace it or remove it")
     result: Result = {"source": str(source), **{kind: str(file) for kind, file in files.items()}, "frames": count}
-    if signature.task == "segment":
+    if signature.answer.argmax:
         total = int(pixels_of_class.sum())
         result["shares"] = {entry.name: int(pixels_of_class[k]) / total for k, entry in enumerate(classes)}
     if note := size_note((info.height, info.width), signature, tiles.tile):

@@ -221,7 +221,7 @@ class _Images(_Comparable):
 
     @property
     def kind(self) -> str:
-        classes = "" if self.signature.task == "restore" else f", {count(len(self.signature.classes), 'class')}"
+        classes = f", {count(len(self.signature.classes), 'class')}" if self.signature.answer.has_classes else ""
         return f"{self.signature.task}, {count(self.signature.channels, 'channel')}{classes}"
 
     def sized(self, options: SessionOptions) -> SessionOptions:

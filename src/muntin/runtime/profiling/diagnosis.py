@@ -119,11 +119,11 @@ def _passes(profile: Profile, graph: _Graph) -> Iterator[Finding]:
 def _output(profile: Profile, graph: _Graph) -> Iterator[Finding]:
     kernels = _longest(kernel for kernel in profile.kernels if kernel.name in graph.tail)
     signature = profile.artifact.manifest.signature
-    if not kernels or not isinstance(signature, Signature) or profile.shape is None or signature.task == "classify":
+    if not kernels or not isinstance(signature, Signature) or profile.shape is None or signature.answer.one:
         return
     shape = signature.scores_shape(*profile.shape)
-    pixels = prod(shape) if signature.task == "restore" else prod(shape) // signature.outputs
-    alternative = "an image of bytes" if signature.task == "restore" else "labels of one byte"
+    labels = signature.answer.argmax
+    pixels, alternative = (prod(shape) // signature.outputs, "labels of one byte") if labels else (prod(shape), "an image of bytes")
     named = [f"{kernel.kind} {kernel.name} ({_ms(kernel.ms)} ms)" for kernel in kernels[:NAMED]]
     yield Finding(
         kind="output",

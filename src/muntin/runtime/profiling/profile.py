@@ -103,9 +103,9 @@ def profile(
 ) -> Profile:
     """Measures an artefact on one shape (B, H, W): the whole call and every executed kernel.
 
-    `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side for "classify"). A shape of a size that the model
-    does not take is replaced by the nearest one, with a note. The images are the artefact's
-    first golden ones, mirrored until they fill the shape. `dims`: for named tensors, sizes of some free dimensions; the others are those of
+    `shape` None: the manifest's example, or one image of 512 x 512 (of the recorded side where a picture has one answer). A shape of a
+    size that the model does not take is replaced by the nearest one, with a note. The images are the artefact's first golden ones, mirrored
+    until they fill the shape. `dims`: for named tensors, sizes of some free dimensions; the others are those of
     the manifest's example. The first golden inputs are repeated to these sizes. `ceilings` None: measured now, in some seconds. Opens the
     artefact two or three times (ONNX Runtime) and runs twice `rounds` inferences.
 
@@ -206,12 +206,14 @@ def _check(engine: str, shape: Shape | None, rounds: int) -> None:
 
 
 def default_shape(artifact: Artifact) -> Shape:
-    """(B, H, W) of the manifest's example. Without one: 512 x 512 or the nearest allowed size, or for "classify" the recorded side, else
-    the golden images' size."""
+    """(B, H, W) of the manifest's example.
+
+    Without one: 512 x 512 or the nearest allowed size, or the recorded side where a picture has one answer, else the golden images' size.
+    """
     manifest = artifact.manifest
     if manifest.example is not None:
         return manifest.example
-    if manifest.signature.task != "classify":
+    if not manifest.signature.answer.one:
         return (1, *manifest.signature.sizes.at_least(SIDE, SIDE))
     side = manifest.signature.side
     return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
@@ -224,7 +226,7 @@ def default_size_reason(manifest: AnyManifest) -> str:
     assert isinstance(manifest, Manifest)
     if manifest.example is not None:
         return "the size of the export"
-    if manifest.signature.task != "classify":
+    if not manifest.signature.answer.one:
         return "the default, as the artefact records no size"
     return "the side of its training" if manifest.signature.side is not None else "the size of its golden images"
 

@@ -35,8 +35,8 @@ class GoldenResult:
 
     `max_error`: the largest difference of one score, in standard deviations of the pair's golden scores (in the scores' unit where these
     are constant); `rms_error`: root mean square, in the same unit. `label_agreement`: share of pixels (or images) with the golden label,
-    None for "restore". `tolerance`: None where nothing is recorded for the precision. `rms_allowed`: None where `rms_error` has no limit,
-    as for scores that are no map.
+    None where no class is the answer. `tolerance`: None where nothing is recorded for the precision. `rms_allowed`: None where `rms_error`
+    has no limit, as for scores that are no map.
     """
 
     shape: tuple[int, ...]
@@ -159,7 +159,7 @@ def verify_session(
     else:
         assert isinstance(artifact, Artifact)
         for index, (images, scores) in enumerate(artifact.golden()):
-            golden.append(replay(session, images, scores, tolerance, classes=artifact.manifest.signature.task != "restore"))
+            golden.append(replay(session, images, scores, tolerance, classes=artifact.manifest.signature.answer.argmax))
             problems += [f"golden pair {index} {golden[-1].problem}"] if tolerance and not golden[-1].passed else []
         problems += _batch_problems(session, artifact, tolerance) if tolerance else []
     ran = tuple(session.layers())
@@ -213,7 +213,7 @@ def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenToler
     images_BHWC, _ = min(artifact.golden(), key=lambda pair: pair[0].size)
     pair = np.concatenate([images_BHWC[:1], 255 - images_BHWC[:1] // 2])
     alone = np.concatenate([session(image[None]) for image in pair])
-    result = replay(session, pair, alone, tolerance, classes=artifact.manifest.signature.task != "restore")
+    result = replay(session, pair, alone, tolerance, classes=artifact.manifest.signature.answer.argmax)
     if result.passed:
         return []
     return [

@@ -24,10 +24,10 @@ from muntin.errors import MuntinError, bare
 from muntin.serving.batching.batcher import Batcher, Snapshot
 from muntin.serving.batching.job import Batch, Job, Refusal
 
-Answer = Any
+BatchAnswer = Any
 """A job's answer from `execute`, a `Refusal`, or an `Exception`."""
-Done = Callable[[Answer], None]
-Execute = Callable[[Batch], Sequence[Answer]]
+Done = Callable[[BatchAnswer], None]
+Execute = Callable[[Batch], Sequence[BatchAnswer]]
 """(batch) -> an answer for each job, in their order. An answer may be an Exception, for that job alone."""
 
 LOOK_S = 0.02
@@ -171,7 +171,7 @@ class Runner:
         _deliver(dropped)
         return bool(dropped) if batch is None else self._compute(worker, batch)
 
-    def _next(self, worker: _Worker) -> tuple[Batch | None, list[tuple[Done, Answer]]]:
+    def _next(self, worker: _Worker) -> tuple[Batch | None, list[tuple[Done, BatchAnswer]]]:
         """Return a batch to compute and answers to deliver; neither at the end."""
         with self._changed:
             while True:
@@ -207,7 +207,7 @@ class Runner:
         _deliver(zip(dones, answers, strict=True))
         return True
 
-    def _answers(self, worker: _Worker, batch: Batch) -> tuple[Sequence[Answer], bool]:
+    def _answers(self, worker: _Worker, batch: Batch) -> tuple[Sequence[BatchAnswer], bool]:
         """Return an answer for each job, and whether all of them came from one call of the engine."""
         answers, error = self._call(batch)
         if error is None:
@@ -217,7 +217,7 @@ class Runner:
             return [error] * len(batch.jobs), False
         return [self._alone(worker, batch, job) for job in batch.jobs], False
 
-    def _alone(self, worker: _Worker, batch: Batch, job: Job) -> Answer:
+    def _alone(self, worker: _Worker, batch: Batch, job: Job) -> BatchAnswer:
         for _ in range(TRIES):
             if worker.hangs:  # its jobs were answered
                 return None
@@ -228,7 +228,7 @@ class Runner:
                 break
         return answers[0] if error is None else error
 
-    def _call(self, batch: Batch) -> tuple[Sequence[Answer], Exception | None]:
+    def _call(self, batch: Batch) -> tuple[Sequence[BatchAnswer], Exception | None]:
         try:
             return self._execute(batch), None
         except Exception as error:  # noqa: BLE001 - it is the answer
@@ -257,7 +257,7 @@ class Runner:
                     answers += self._taken(self._batcher.stick())
             _deliver(answers)
 
-    def _replace(self, worker: _Worker, now: float) -> list[tuple[Done, Answer]]:
+    def _replace(self, worker: _Worker, now: float) -> list[tuple[Done, BatchAnswer]]:
         """Return the answers of a batch that hangs, and have another thread take the place of its worker. Requires the lock."""
         batch, worker.batch, worker.hangs = worker.batch, None, True
         assert batch is not None
@@ -271,11 +271,11 @@ class Runner:
         error = EngineError(f"the engine did not come back within {batch.within:.3g} s")
         return [(self._done.pop(job), error) for job in batch.jobs]
 
-    def _taken(self, refused: Iterable[tuple[Job, Refusal]]) -> list[tuple[Done, Answer]]:
+    def _taken(self, refused: Iterable[tuple[Job, Refusal]]) -> list[tuple[Done, BatchAnswer]]:
         return [(self._done.pop(job), refusal) for job, refusal in refused]
 
 
-def _deliver(answers: Iterable[tuple[Done, Answer]]) -> None:
+def _deliver(answers: Iterable[tuple[Done, BatchAnswer]]) -> None:
     for done, answer in answers:
         try:
             done(answer)

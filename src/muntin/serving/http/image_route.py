@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import AnySignature, Signature
 from muntin.errors import DataError, bare
-from muntin.images import TooManyPixelsError, decode_image, encode_png, overlay, pixel_count
+from muntin.images import TooManyPixelsError, decode_image, pixel_count
 from muntin.runtime import predict
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import allowed_tile, extended
@@ -35,6 +35,7 @@ from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError,
 from muntin.serving.threads import Threads
 from muntin.serving.versions.slot import Lease
 from muntin.serving.versions.version import Version
+from muntin.tasks.answers import ANSWERING
 
 T = TypeVar("T")
 
@@ -48,10 +49,6 @@ ATTEMPTS = 3
 """Number of times that a picture is begun: again when a version with other classes steps in for one that fails."""
 LARGEST = 2
 """All pictures that are decoded and not answered have at most as many pixels as this number of the largest allowed ones."""
-CHANNELS = {"segment": (1, 2, 3, 4), "classify": (1, 2, 3, 4), "restore": (1, 3, 4)}
-"""Task -> numbers of channels of the models that picture files can be sent to. The answer of a restoration is a PNG, which has not two."""
-OUTPUTS = {"segment": ("mask", "overlay", "labels", "json"), "classify": ("json",), "restore": ("image",)}
-"""Task -> its values of the query parameter `output`; the first is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +87,14 @@ class ImageRoute:
         self._turn, self._released = asyncio.Lock(), asyncio.Event()
 
     async def answer(self, content: bytes, query: Mapping[str, str]) -> PictureAnswer:
-        """Answer a picture file. `query`: `output`, one of `OUTPUTS` for the task; `version`, one in service, in place of the one that
-        would answer.
+        """Answer a picture file.
+
+        `query`: `output`, one of the task's `Answering.routes`; `version`, one in service, in place of the one that would answer.
 
         mask: a PNG of class numbers with a colour palette; of more than 255 classes, labels. overlay: the classes' colours over the
         picture, as PNG. labels: class numbers as grey values, of 16 bits for more than 255 classes. json: for segment the share of each
         class, for classify every class with its probability. image: a PNG.
-        Raises ProtocolError: 400 for an unreadable picture, an unknown output, or a model of channels that are not in `CHANNELS`; 404 for
+        Raises ProtocolError: 400 for an unreadable picture, an unknown output, or a model of channels that its task does not allow; 404 for
         an unknown version; 413 for too many pixels; 503 as inference does.
         Cancelled, it returns once its thread has ended, and computes no further tile.
         """
@@ -149,7 +147,7 @@ class ImageRoute:
         """Raise ProtocolError for a picture of too many pixels for a model that takes all of it at once."""
         most = self._body_bytes // signature.channels
         resized = signature.side is not None or signature.sizes.fixed
-        if signature.task == "classify" and not resized and count > most:
+        if signature.answer.one and not resized and count > most:
             raise ProtocolError(
                 f"the picture has {count:,} pixels, and this model computes it in one piece: send it smaller, of at most {most:,} "
                 "(--max-body)",
@@ -177,7 +175,7 @@ class ImageRoute:
         raise RefusedRequestError("the versions of the model change faster than the picture is computed: try again")
 
     def _predict_once(self, session: _QueuedSession, image: NDArray[np.uint8]) -> NDArray[Any]:
-        if session.signature.task == "classify":
+        if session.signature.answer.one:
             return predict(session, image)
         sizes, (height, width), scale = session.signature.sizes, image.shape[:2], session.signature.scale
         tile = allowed_tile(session.signature, self._tile)
@@ -185,7 +183,7 @@ class ImageRoute:
         if height > rows or width > columns:
             session.patient = True
             return predict(session, image, tile=tile)
-        if session.signature.task == "segment":
+        if session.signature.answer.argmax:
             labels: Labels = session.labels(extended(image, *sizes.at_least(height, width))[None])[0]
             return labels[: scale * height, : scale * width]
         return predict(session, image)
@@ -195,7 +193,7 @@ def refusal(signature: AnySignature) -> str:
     """Return why picture files cannot be sent to a model, or "": it takes no images, or images that no picture file holds."""
     if not isinstance(signature, Signature):
         return f"the model takes named tensors ({signature.text}), and /predict is for pictures"
-    allowed = CHANNELS[signature.task]
+    allowed = signature.answer.channels
     if signature.channels in allowed:
         return ""
     listed = ", ".join(map(str, allowed[:-1]))
@@ -285,7 +283,7 @@ async def _run(pool: Threads, call: Callable[[], T], cancel: Callable[[], None] 
 
 
 def _check_output(output: str | None, signature: Signature) -> str:
-    allowed = OUTPUTS[signature.task]
+    allowed = ANSWERING[signature.task].routes
     if output is not None and output not in allowed:
         raise ProtocolError(f"output={shown(output)}: this model's task is {signature.task}, for which output may be {', '.join(allowed)}")
     return output or allowed[0]
@@ -294,26 +292,7 @@ def _check_output(output: str | None, signature: Signature) -> str:
 def _encode(image: NDArray[np.uint8], result: NDArray[Any], output: str, session: _QueuedSession) -> PictureAnswer:
     signature = session.signature
     answer = partial(PictureAnswer, version=", ".join(session.versions), waited=session.waited, computed=session.computed)
-    if output == "json":
-        document = _probabilities(result, signature) if signature.task == "classify" else _shares(result, signature)
-        return answer(content=encode_json(document), media_type="application/json")
-    if output == "overlay":
-        scaled = image if image.shape[:2] == result.shape else np.repeat(np.repeat(image, signature.scale, 0), signature.scale, 1)
-        png = encode_png(overlay(scaled, result, signature.classes))
-    elif output == "mask" and result.dtype == np.uint8:
-        png = encode_png(result, [entry.color for entry in signature.classes])
-    else:
-        png = encode_png(result)
-    return answer(content=png, media_type="image/png")
-
-
-def _probabilities(scores: NDArray[Any], signature: Signature) -> dict[str, Any]:
-    weights = np.exp(scores - scores.max())
-    pairs = sorted(zip((weights / weights.sum()).tolist(), signature.classes, strict=True), key=lambda pair: -pair[0])
-    return {"classes": [{"name": entry.name, "probability": share} for share, entry in pairs]}
-
-
-def _shares(labels: NDArray[Any], signature: Signature) -> dict[str, Any]:
-    counts = np.bincount(labels.ravel(), minlength=len(signature.classes)).tolist()
-    shares = [{"name": entry.name, "share": count / labels.size} for entry, count in zip(signature.classes, counts, strict=True)]
-    return {"height": labels.shape[0], "width": labels.shape[1], "classes": shares}
+    content = ANSWERING[signature.task].encode(image, result, output, signature)
+    if isinstance(content, bytes):
+        return answer(content=content, media_type="image/png")
+    return answer(content=encode_json(content), media_type="application/json")

@@ -28,12 +28,13 @@ class ImageRequests:
         """Inputs, outputs, and the maximum number of rows of a request."""
         B, K, C = -1, signature.outputs, signature.channels
         H, W = (-1 if dim == -1 else signature.scale * dim for dim in signature.sizes.dims)
-        scores = (B, K) if signature.task == "classify" else (B, K, H, W)
-        labels = {"segment": (B, H, W), "classify": (B,), "restore": (B, H, W, C)}[signature.task]
-        first, second = output_names(signature)
-        outputs = (
-            TensorSpec(name=first, datatype=signature.label_type.name.upper(), shape=labels),
-            TensorSpec(name=second, datatype="FP32", shape=scores),
+        scores = (B, K) if signature.answer.one else (B, K, H, W)
+        labels = (B, H, W, C) if not signature.answer.argmax else (B,) if signature.answer.one else (B, H, W)
+        outputs = tuple(
+            TensorSpec(name=name, datatype="FP32", shape=scores)
+            if name == "scores"
+            else TensorSpec(name=name, datatype=signature.label_type.name.upper(), shape=labels)
+            for name in output_names(signature)
         )
         return (TensorSpec(name=INPUT, datatype="UINT8", shape=(B, *signature.sizes.dims, C)),), outputs, self._max_rows
 

@@ -40,7 +40,8 @@ class Wanted:
 
 def output_names(signature: Signature) -> tuple[str, ...]:
     """Names of a model's outputs."""
-    return ("image", "scores") if signature.task == "restore" else ("labels", "scores")
+    first = ("labels",) if signature.answer.argmax else ("image",) if signature.answer.picture else ()
+    return (*first, "scores")
 
 
 def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> Wanted:
@@ -61,7 +62,7 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
         if any(output.classification for output in request.outputs):
             listed = _listed(request, signature, shape)
     rows, height, width, _ = shape
-    pixels_each = 1 if signature.task == "classify" else height * width * signature.scale * signature.scale
+    pixels_each = 1 if signature.answer.one else height * width * signature.scale * signature.scale
     numbers = pixels_each * (rows if labels else rows * signature.outputs)
     written = request.outputs or [RequestedOutput(name=name, binary=request.binary_default) for name in names]
     for output in written:
@@ -74,7 +75,7 @@ def read_wanted(request: InferRequest, signature: Signature, shape: tuple[int, .
 
 
 def _listed(request: InferRequest, signature: Signature, shape: tuple[int, ...]) -> int:
-    if signature.task == "classify" and any(output.classification and output.name == "labels" for output in request.outputs):
+    if signature.answer.one and any(output.classification and output.name == "labels" for output in request.outputs):
         raise ProtocolError('classification of "labels": a label is the best class of its row, and has none below it; ask it of scores')
     rows, *row = signature.scores_shape(*shape[:3])
     count = sum(rows * min(output.classification or 0, math.prod(row)) for output in request.outputs)
@@ -107,7 +108,7 @@ def make_outputs(answer: NDArray[Any], wanted: Wanted, signature: Signature) -> 
     outputs = []
     for name in wanted.names:
         if name == "scores":
-            outputs.append(InferOutput(name=name, data=answer, labels=classes if signature.task == "classify" else ()))
+            outputs.append(InferOutput(name=name, data=answer, labels=classes if signature.answer.one else ()))
         elif name == "labels":
             outputs.append(InferOutput(name=name, data=answer.argmax(axis=1).astype(signature.label_type)))
         else:

@@ -155,9 +155,9 @@ def _agreement(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
 def label_agreement(answer: NDArray[Any], shadow: NDArray[Any], signature: Signature, *, labels: bool) -> float | None:
     """Compute the share of pixels (or images) that two answers give the same label. `labels`: they are labels, not scores.
 
-    None for "restore", which has none: its candidates are judged by failures and times alone. The number of classes may differ.
+    None where no class is the answer: such candidates are judged by failures and times alone. The number of classes may differ.
     """
-    if signature.task == "restore":
+    if not signature.answer.argmax:
         return None
     ours, theirs = (answer, shadow) if labels else (answer.argmax(axis=1), shadow.argmax(axis=1))
     return float((ours == theirs).mean())

@@ -113,7 +113,7 @@ def _image_calls(manifest: Manifest, max_batch: int, sizes: list[tuple[int, int]
             rows, columns = allowed.at_least(height, width)
             raise DataError(f"--sizes {height}x{width}: the model takes {allowed.text}: give {rows}x{columns}, or leave it out")
     exported = () if manifest.example is None else (manifest.example[1:],)
-    segments = manifest.signature.task == "segment"
+    segments = manifest.signature.answer.masks
     calls = []
     for height, width in dict.fromkeys((*exported, *sizes)) if max_batch else ():
         calls += [Call((rows, height, width), segments) for rows in batch_sizes(max_batch, height * width)]

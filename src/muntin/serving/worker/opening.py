@@ -91,7 +91,7 @@ def open_version(
         _replay(session, artifact)
     calls = tuple(dict.fromkeys(calls))
     steps: list[Callable[[], object]] = [partial(call.warm_up, session) for call in sorted(calls, key=lambda call: call.order)]
-    if options.dynamic and isinstance(session, Session) and session.signature.task != "restore":
+    if options.dynamic and isinstance(session, Session) and session.signature.answer.argmax:
         assert isinstance(artifact, Artifact)
         steps.append(partial(session.labels, _smallest_pair(artifact)[0]))  # the checks compiled the dynamic model for scores
     first = len({call.size for call in calls}) if hurry else len(steps)
@@ -125,7 +125,7 @@ def _replay(session: AnyOpenSession, artifact: Artifact | TensorArtifact) -> Non
         problem = next((f": {output.problem}" for output in replay_tensors(session, pair, tolerance) if not output.passed), "")
     else:
         assert isinstance(session, Session)
-        result = replay(session, *_smallest_pair(artifact), tolerance, classes=session.signature.task != "restore")
+        result = replay(session, *_smallest_pair(artifact), tolerance, classes=session.signature.answer.argmax)
         allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
         problem = "" if result.passed else f" is {result.max_error:.3g} standard deviations off a golden pair (allowed: {allowed})"
     if problem:

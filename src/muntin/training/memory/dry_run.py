@@ -102,7 +102,7 @@ def dry_run(recipe: Recipe, *, root: Path) -> DryRun:
     """
     trust_model(recipe.model.name)
     recipe = settled(recipe, root)
-    source = open_source(recipe.data, root=root)
+    source = open_source(recipe.data, task=recipe.task, root=root)
     if source.task != recipe.task:
         raise RecipeError(f"task: the data are for '{source.task}' and the recipe says '{recipe.task}'; make them agree")
     config, data, classes = recipe.training, recipe.data, tuple(source.classes)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.progress import only_display, progress_lines, stderr_console
-from muntin.text import SCORES
 from muntin.training.progress.report import FitProgress, FitReport
 
 
 @contextmanager
-def shown_fit(task: str, progress: bool | FitReport) -> Iterator[FitReport]:
+def shown_fit(task: Task, progress: bool | FitReport) -> Iterator[FitReport]:
     """Yield the report of a training: a bar, or lines; `progress` itself if it is a function; silence if it is False."""
     if not isinstance(progress, bool):
         yield progress
@@ -23,7 +23,7 @@ def shown_fit(task: str, progress: bool | FitReport) -> Iterator[FitReport]:
 
 
 @contextmanager
-def training_display(task: str) -> Iterator[Callable[[str, FitProgress], None]]:
+def training_display(task: Task) -> Iterator[Callable[[str, FitProgress], None]]:
     """Yield `report(description, progress)`, which moves a bar on a terminal and sets the line that is printed elsewhere."""
     if not stderr_console().is_terminal:
         with progress_lines("preparing") as show:
@@ -61,7 +61,7 @@ def _label(description: str, progress: FitProgress) -> str:
     return progress.note or f"preparing {description}" if progress.kind == "prepare" else description
 
 
-def _line(description: str, progress: FitProgress, task: str) -> tuple[str, float | None]:
+def _line(description: str, progress: FitProgress, task: Task) -> tuple[str, float | None]:
     """Return a line for a pipe or a file, without the time left, and the seconds left if known."""
     if progress.kind == "prepare":
         return _label(description, progress), None
@@ -74,12 +74,12 @@ def _position(progress: FitProgress) -> str:
     return progress.position if progress.kind in ("step", "validation") else f"{progress.step} of {progress.steps}"
 
 
-def _figures(progress: FitProgress, task: str) -> str:
+def _figures(progress: FitProgress, task: Task) -> str:
     parts = [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
     if (rate := progress.images_per_second) is not None:
         parts.append(f"{rate:.{0 if rate >= 10 else 1}f} images/s")
     if progress.waiting is not None:
         parts.append(f"waiting for input {progress.waiting:.0%}")
     if progress.score is not None:
-        parts.append(f"validation {SCORES[task].name} {SCORES[task](progress.score)}")
+        parts.append(f"validation {ANSWERS[task].score.name} {ANSWERS[task].score(progress.score)}")
     return ", ".join(parts)

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from muntin.artifact import ClassInfo, Signature, open_artifact
 from muntin.artifact.store import MANIFEST
-from muntin.data.classes import list_some
 from muntin.errors import MuntinError, RecipeError
 from muntin.images.listing import composed
 from muntin.models import PRESETS, create_model
 from muntin.runtime import Session, load
-from muntin.text import count
+from muntin.text import count, list_some
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.config import TeacherConfig
 from muntin.training.distributed.stored_tensors import AVERAGE
@@ -113,8 +112,8 @@ def _named(config: TeacherConfig, recipe: Recipe, known: int, classes: int, root
             f"teacher.model {config.model}: {root / config.model} is no folder (relative paths start at the recipe's folder), and it is no "
             "model's name: give a run, a checkpoint or an artefact, or timm:NAME, torchvision:NAME, a preset or package.module:factory"
         )
-    if config.classes is not None and recipe.task == "restore":
-        raise RecipeError(f"teacher.classes {config.classes}: restore has no classes: leave it out")
+    if config.classes is not None and not recipe.answer.has_classes:
+        raise RecipeError(f"teacher.classes {config.classes}: {recipe.task} has no classes: leave it out")
     if known > classes:
         raise RecipeError(f"teacher.classes {known}: the recipe has {classes}: a teacher knows the recipe's classes, or the first of them")
     if config.weights is None and (kind in TRAINED_ELSEWHERE or config.model in PRESETS):
@@ -138,7 +137,8 @@ def _fault(model: nn.Module, recipe: Recipe, known: int) -> str:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"it fails on a crop of data.crop {side} ({reason}): take another crop, or a teacher that takes any size"
     large = recipe.data.output_scale * side
-    expected = (1, known) if recipe.task == "classify" else (1, known or recipe.data.channels, large, large)  # restore has no classes
+    outputs = recipe.answer.width(known, recipe.data.channels)
+    expected = (1, outputs) if recipe.answer.one else (1, outputs, large, large)
     if not isinstance(answer, Tensor) or tuple(answer.shape) != expected:
         received = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         return f"it answers {received} to a crop of {side} x {side}, not {expected}: give one of the recipe's task, classes and channels"

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from muntin.artifact.answers import ANSWERS, Task
 from muntin.data import Crops, calibration_batches
 from muntin.data.batch_feed import ImageBatch
 from muntin.data.batches import BatchMaker
-from muntin.data.items import Item, read_sample
-from muntin.data.source import CheckProgress, Sample, SampleCache, Samples
+from muntin.data.source import CheckProgress, SampleCache, Samples
 from muntin.errors import DataError, RecipeError
-from muntin.images import IGNORED, image_size
+from muntin.images import IGNORED, image_size, read_image
 from muntin.images.listing import images_in
-from muntin.images.rasters import OpenRasters
+from muntin.tasks.samples import Sample
 from muntin.text import count
 from muntin.training.loss import Loss
 from muntin.training.recipe import Recipe
@@ -37,11 +37,11 @@ _SEED = 15485863
 class UnlabelledPictures(Samples):
     """The images in a folder and its subfolders (`images_in`), decoded on access; targets are 0. Raises DataError if there are none."""
 
-    def __init__(self, folder: Path, *, task: str, channels: int, cache_bytes: int) -> None:
+    def __init__(self, folder: Path, *, task: Task, channels: int, cache_bytes: int) -> None:
         self.paths, self.notes = images_in(folder)
         if not self.paths:
             raise DataError(f"teacher.unlabelled {folder} holds no picture: put pictures into it, or leave it out")
-        self._task, self._channels, self._cache, self._files = task, channels, SampleCache(cache_bytes), OpenRasters()
+        self._task, self._channels, self._cache = task, channels, SampleCache(cache_bytes)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,10 +51,8 @@ class UnlabelledPictures(Samples):
         return self._cache.get(index, lambda: self._read(path))
 
     def _read(self, path: Path) -> Sample:
-        sample = read_sample(Item(key=path.stem, image=path, label=0), self._channels, None, self._files)
-        if self._task == "classify":
-            return sample
-        return Sample(name=sample.name, image=sample.image, target=np.zeros(sample.image.shape[:2], np.uint8))
+        image = read_image(path, self._channels)
+        return Sample(name=path.stem, image=image, target=0 if ANSWERS[self._task].one else np.zeros(image.shape[:2], np.uint8))
 
     def sizes(self) -> list[tuple[int, int]]:
         return [image_size(path) for path in self.paths]
@@ -97,23 +95,27 @@ class PartlyLabelled(Loss):
     All terms but the overlaps are means over the pixels or pictures of both kinds.
     """
 
+    @property
+    def _one(self) -> bool:
+        return ANSWERS[self.task].one
+
     def totals(self, target: Tensor, classes: int) -> Tensor:
         labels, known_B = self._labels(target)
         totals = super().totals(labels, classes)
-        bare = (~known_B).sum() if self.task == "classify" else (target == UNLABELLED).sum()
+        bare = (~known_B).sum() if self._one else (target == UNLABELLED).sum()
         return torch.cat([totals[:1] + bare, totals[1:]])
 
     def sums(self, scores: Tensor, target: Tensor, teacher_scores: Tensor | None = None) -> Tensor:
         labels, known_B = self._labels(target)
-        sums_S = super().sums(scores if known_B.all() or self.task != "classify" else scores[known_B], labels)
+        sums_S = super().sums(scores if known_B.all() or not self._one else scores[known_B], labels)
         if teacher_scores is None:
             return sums_S
         return torch.cat([sums_S[:-1], self.in_parts(self.distance, [scores, target, teacher_scores])])
 
     def _labels(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The targets of the label's terms, and which pictures have one: those of classify are left out, of segment ignored."""
+        """The targets of the label's terms, and which pictures have one: pictures without are left out, pixels ignored."""
         known_B = target.reshape(len(target), -1)[:, 0] != UNLABELLED
-        if self.task == "classify":
+        if self._one:
             return target[known_B], known_B
         return target.masked_fill(target == UNLABELLED, IGNORED), known_B
 

@@ -14,7 +14,8 @@ from muntin.errors import DataError
 from muntin.images import IMAGE_SUFFIXES, MAX_PIXELS, open_source
 from muntin.images.listing import images_in
 from muntin.runtime.session import Session
-from muntin.updating.drift.features import WINDOW, Floats, PictureFeature, describe, feature_list
+from muntin.tasks.base import Floats, PictureFeature
+from muntin.updating.drift.features import WINDOW, describe, feature_list
 from muntin.updating.drift.reference import LEAST, LEAST_REFERENCE, DriftReference, FeatureMoments
 
 Corner = tuple[float, float]
@@ -188,7 +189,7 @@ def compared(
 def most_windows(shape: Sequence[int], signature: Signature) -> int:
     """Return how many windows of a picture (H, W, C) may be described: 1 of one that a window holds, and of a classifier's."""
     tiles = math.ceil(shape[0] / WINDOW) * math.ceil(shape[1] / WINDOW)
-    return 1 if tiles == 1 or signature.task == "classify" else OVERLAPPING * tiles
+    return 1 if tiles == 1 or signature.answer.one else OVERLAPPING * tiles
 
 
 def few_pictures_note(pictures: int) -> tuple[str, ...]:

@@ -13,9 +13,6 @@ Axis letters: H, W rows and columns, C channels, K classes, N pictures, F featur
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,39 +20,15 @@ from muntin.artifact import Signature
 from muntin.images import middle_square
 from muntin.images.sources import PictureSource
 from muntin.runtime.tiles import Predictor, allowed_tile, predict
+from muntin.tasks.answers import ANSWERING
+from muntin.tasks.base import Floats, PictureFeature
 
 WINDOW = 256
 """Largest side of the part of a picture that is described, pixels."""
 LEVELS = 4
 """Number of scales at which detail is measured; each is twice as coarse as the one before."""
-MAX_CLASSES = 64
-"""Number of classes whose shares are features; those of further classes are added up in one."""
 _GREY_STEP = 1 / 255
 _COLORS = {1: ("grey",), 2: ("grey", "alpha"), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
-
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureFeature:
-    """One feature. `more`, `less`: words for a rise and a fall of its mean.
-
-    `unit`: "share" from 0 to 1; "grey" levels from 0 to 1, shown from 0 to 255; "power" of grey levels as a logarithm, shown as their root
-    mean square. `least`: smallest standard deviation that counts, times the square root of the number of pictures: without it, the first
-    picture of a rare class would be drift.
-    """
-
-    name: str
-    more: str
-    less: str
-    unit: Literal["share", "grey", "power"]
-    least: float = 0.1
-
-    def text(self, value: float) -> str:
-        """Return a value with its unit."""
-        if self.unit == "share":
-            return f"{100 * value:.2g} %" if value < 0.0995 else f"{100 * value:.0f} %"
-        return f"{255 * (value if self.unit == 'grey' else 10 ** (value / 2)):.3g}"
 
 
 def feature_list(signature: Signature) -> tuple[PictureFeature, ...]:
@@ -69,16 +42,7 @@ def feature_list(signature: Signature) -> tuple[PictureFeature, ...]:
         PictureFeature(name=f"detail at {1 << level} px", more="sharper or noisier", less="more blurred", unit="power")
         for level in range(LEVELS)
     ]
-    if signature.task == "restore":
-        return (*features, PictureFeature(name="correction by the model", more="stronger", less="weaker", unit="power"))
-    names = [f"class {entry.name}" for entry in signature.classes]
-    if len(names) > MAX_CLASSES:
-        names[MAX_CLASSES - 1 :] = [f"{len(names) - MAX_CLASSES + 1} further classes"]
-    least = 2.0 if signature.task == "classify" else 1.0  # a picture has one class, or parts of several
-    features += [PictureFeature(name=name, more="more frequent", less="rarer", unit="share", least=least) for name in names]
-    if signature.task == "segment":
-        features.append(PictureFeature(name="borders between classes", more="more frequent", less="rarer", unit="share"))
-    return tuple(features)
+    return (*features, *ANSWERING[signature.task].feature_list(signature))
 
 
 def describe(session: Predictor, picture: PictureSource, corner: tuple[float, float] = (0.5, 0.5)) -> Floats:
@@ -95,7 +59,7 @@ def window(picture: PictureSource, signature: Signature, corner: tuple[float, fl
     if signature.side is not None:
         return middle_square(picture, signature.side)
     height, width = picture.shape[:2]
-    if signature.task == "classify":
+    if signature.answer.one:
         return np.ascontiguousarray(picture[0:height, 0:width])
     top, left = (round(place * max(0, length - WINDOW)) for place, length in zip(corner, (height, width), strict=True))
     return np.ascontiguousarray(picture[top : top + WINDOW, left : left + WINDOW])
@@ -119,16 +83,7 @@ def answer_features(session: Predictor, pixels_HWC: NDArray[np.uint8]) -> Floats
     """Return the statistics of a model's answer."""
     signature = session.signature
     scores = predict(session, pixels_HWC, tile=allowed_tile(signature, WINDOW), output="scores")
-    if signature.task == "restore":
-        scale = signature.scale
-        before = pixels_HWC.repeat(scale, 0).repeat(scale, 1).transpose(2, 0, 1).astype(np.float32)
-        return np.array([np.log10(float(np.square(scores - before).mean()) / 255**2 + _GREY_STEP**2 / 12)])
-    labels = scores.argmax(0)
-    classes = len(signature.classes)
-    shares = np.bincount(labels.ravel(), minlength=classes) / labels.size
-    if classes > MAX_CLASSES:
-        shares = np.append(shares[: MAX_CLASSES - 1], shares[MAX_CLASSES - 1 :].sum())
-    return np.append(shares, _borders(labels)) if signature.task == "segment" else shares
+    return ANSWERING[signature.task].features(scores, pixels_HWC, signature)
 
 
 def _detail(grey_HW: NDArray[np.float32]) -> float:
@@ -143,9 +98,3 @@ def _halved(grey_HW: NDArray[np.float32]) -> NDArray[np.float32]:
     part = grey_HW[: 2 * height, : 2 * width]
     halved: NDArray[np.float32] = part.reshape(height, part.shape[0] // height, width, part.shape[1] // width).mean((1, 3))
     return halved
-
-
-def _borders(labels_HW: NDArray[np.intp]) -> float:
-    """Return the share of neighbouring pixels of different classes."""
-    changes = [np.diff(labels_HW, axis=axis) != 0 for axis in (0, 1)]
-    return float(np.mean([part.mean() for part in changes if part.size] or [0.0]))

@@ -29,7 +29,8 @@ from muntin.artifact import AnyArtifact, Signature
 from muntin.artifact.manifest import field_error
 from muntin.artifact.store import with_optional_file
 from muntin.errors import ArtifactError, DataError
-from muntin.updating.drift.features import Floats, PictureFeature, feature_list
+from muntin.tasks.base import Floats, PictureFeature
+from muntin.updating.drift.features import feature_list
 
 FILE: Literal["drift.json"] = "drift.json"
 FORMAT: Literal[1] = 1

@@ -12,10 +12,11 @@ from muntin.errors import DataError
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
+from muntin.tasks.base import Floats
 from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, source_of
 from muntin.updating.drift.comparison import Advance, Corner, few_pictures_note, most_windows
-from muntin.updating.drift.features import Floats, describe, feature_list
+from muntin.updating.drift.features import describe, feature_list
 from muntin.updating.drift.reference import FILE, LEAST_REFERENCE, REFERENCE_PICTURES, make_reference, write_reference
 
 
