@@ -122,7 +122,7 @@ class Network:
 
     def image(self) -> Any:
         """One image of the timed size, from the artifact's reference outputs."""
-        return fill(open_artifact(self.floats).golden()[0][0], (1, SIDE, SIDE))
+        return fill(open_artifact(self.floats).golden_images()[0][0], (1, SIDE, SIDE))
 
     def open(self, way: str) -> Any:
         (kind, precision), checkpoint, threads = way.split(), self.checkpoint, self.options.threads

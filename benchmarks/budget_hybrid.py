@@ -30,7 +30,7 @@ from measures import ms_in_turns, noise, score
 from muntin.artifact import open_artifact
 from muntin.budgeting.forms.layer_forms import KEPT, layer_forms, offered_ranks
 from muntin.budgeting.forms.plans import Form, Plan
-from muntin.budgeting.run import compress_run
+from muntin.budgeting.run_budget import compress_run
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.deployment.layer_rows import deployed_sizes
 from muntin.training.checkpoint import read_checkpoint

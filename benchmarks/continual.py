@@ -48,7 +48,7 @@ from muntin.training import ModelChoice, Recipe, TrainingConfig, fit, read_check
 from muntin.training.evaluation import tile_of
 from muntin.updating.comparison import compare_counts, count_labels
 from muntin.updating.learner import learn
-from muntin.updating.run import plan_update
+from muntin.updating.update import plan_update
 from quantizer_peers.data import earth_map
 
 PROTOCOL = 2

@@ -117,7 +117,7 @@ class Queue:
 def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: int) -> Row:
     signature = checkpoint.recipe.signature(source_of(checkpoint).classes)
     simulated, wanted = labels_of(checkpoint, muntin.TorchSession(model, signature))
-    images = fill(open_artifact(path).golden()[0][0], SHAPE)
+    images = fill(open_artifact(path).golden_images()[0][0], SHAPE)
     eager = muntin.TorchSession(load_model(checkpoint) if name != "compressed" else model, signature)
     rows: list[Row] = []
     left_out: dict[str, str] = {}

@@ -27,8 +27,8 @@ from muntin.data.earth import EarthSource
 from muntin.images import MAX_PIXELS, encode_png, overlay, read_image, write_image, write_whole
 from muntin.models import PRESETS
 from muntin.runtime import load, predict
+from muntin.runtime.bulk.files import common_shapes, compute_files, item_sizes
 from muntin.runtime.bulk.items import PredictOptions
-from muntin.runtime.bulk.run import common_shapes, compute_files, item_sizes
 from muntin.runtime.bulk.smaller_tiles import Tiles
 from muntin.runtime.host.hardware import usable_cores
 from muntin.runtime.pipeline import ordered
@@ -69,7 +69,7 @@ def cut_images(folder: Path, count: int, size: str) -> list[Path]:
 
 def measure(artifact: Artifact, paths: list[Path], folder: Path, painted: bool, streams: int, threads: int, rounds: int) -> Row:
     session = load(artifact.path, threads=threads, streams=streams, shapes=(), dynamic=True)
-    side = max((artifact.manifest.example or (1, 512, 512))[1:])
+    side = max((artifact.manifest.shape or (1, 512, 512))[1:])
     options = PredictOptions(tiles=Tiles(tile=allowed_tile(session.signature, side), overlap=None), max_pixels=MAX_PIXELS, painted=painted)
     sizes = item_sizes(paths, max_pixels=MAX_PIXELS, streams=session.streams)
     session.warm_up(common_shapes(sizes.values(), session.signature, options.tiles))

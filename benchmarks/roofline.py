@@ -77,7 +77,7 @@ def measure(preset: str, side: int, folder: Path, threads: int, rounds: int) -> 
     checkpoint = trained(demo_recipe({"training.steps": STEPS, "model.name": preset}), folder / "trained")
     floats, integers = float_artifact(checkpoint, folder / "float"), integer_artifact(checkpoint, folder / "int8")
     gmac = image_macs(load_model(checkpoint).to("meta"), torch.empty(1, 3, side, side, device="meta")) / 1e9
-    images = fill(floats.golden()[0][0], shape)
+    images = fill(floats.golden_images()[0][0], shape)
     with watch_cpu() as watch:
         ceilings: Ceilings = measure_ceilings(threads=threads)
         ways = {name: (floats.path, name) for name in ("f32", "bf16") if name in ceilings.gmacs} | {"i8": (integers.path, "recorded")}

@@ -106,7 +106,7 @@ def session_of(options: ScalingOptions, kind: str) -> Any:
 
 def point(options: ScalingOptions, kind: str, side: int) -> Row:
     session = session_of(options, kind)
-    images = fill(open_artifact(options.artifact("dense bf16")).golden()[0][0], (1, side, side))
+    images = fill(open_artifact(options.artifact("dense bf16")).golden_images()[0][0], (1, side, side))
     compute, times = session if options.answer == "scores" else session.labels, list[float]()
     compute(np.zeros((1, 64, 64, 3), np.uint8))
     with watch_memory() as watch:

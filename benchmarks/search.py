@@ -34,11 +34,11 @@ from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exp
 from muntin.models import PRESETS, ModelConfig
 from muntin.runtime import load
 from muntin.searching import SearchSettings, default_space, search_architectures
+from muntin.searching.architecture_search import MANY_STEPS, TRAINING_SHARE, document
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.finalists import ROUNDS, train_finalist
 from muntin.searching.latency_table import ArchitectureLatency
 from muntin.searching.preparation import base_config
-from muntin.searching.run import MANY_STEPS, TRAINING_SHARE, document
 from muntin.searching.space import Architecture, UnbuildableError
 from muntin.searching.supernet import Supernet
 from muntin.searching.supernet_training import SupernetTraining

@@ -87,7 +87,7 @@ def make_failing(sound: Path, path: Path) -> None:
         ("Add", ["sound", "trap.nothing"], output, {}),
     ]
     graph.node.extend(helper.make_node(kind, inputs, [result], **attributes) for kind, inputs, result, attributes in steps)
-    write_changed(sound, path, model, list(artifact.golden()))
+    write_changed(sound, path, model, list(artifact.golden_images()))
 
 
 def write_changed(sound: Path, path: Path, model: onnx.ModelProto, golden: list[Any]) -> None:
@@ -107,7 +107,7 @@ def make(kind: str, sound: Path, new: Path) -> Path:
         make_failing(sound, new)
     elif kind == "golden":
         artifact = open_artifact(sound)
-        shifted = [(images, np.roll(scores, 1, axis=1)) for images, scores in artifact.golden()]
+        shifted = [(images, np.roll(scores, 1, axis=1)) for images, scores in artifact.golden_images()]
         write_changed(sound, new, onnx.load_model_from_string(artifact.model_bytes()), shifted)
     else:
         shutil.copytree(sound, new)

@@ -30,7 +30,7 @@ from muntin.images import open_sink, open_source
 from muntin.models import PRESETS
 from muntin.runtime import Session
 from muntin.runtime.blending import tile_origins
-from muntin.runtime.exact_tiles.run import exact_tiles
+from muntin.runtime.exact_tiles.tiles import exact_tiles
 from muntin.runtime.host.memory import watch_memory
 from muntin.runtime.profiling.timing import interleaved_latency
 from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from muntin.artifact import ClassInfo, GoldenTolerance, LayerRecord, Signature, write_artifact
 from muntin.artifact.manifest import _content_digest
-from muntin.artifact.store import open_any_artifact
+from muntin.artifact.store import open_artifact
 
 Files = dict[str, bytes]
 CHANGED = ("manifest.json", "model.onnx", "weights.safetensors", "golden.safetensors")
@@ -125,7 +125,7 @@ def read_all(files: Files, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    artifact = open_any_artifact(folder)
+    artifact = open_artifact(folder)
     repr(artifact)
     artifact.golden()
     onnx.load_model_from_string(artifact.model_bytes())

@@ -180,7 +180,7 @@ def _budgeted(folder: Path) -> None:
     from dataclasses import replace
 
     from muntin import Budget
-    from muntin.budgeting.run import FOLDER, compress_run
+    from muntin.budgeting.run_budget import FOLDER, compress_run
     from muntin.training import read_checkpoint
     from muntin.training.recipe import override_recipe
 
@@ -192,7 +192,7 @@ def _budgeted(folder: Path) -> None:
 
 
 def _updated(folder: Path) -> None:
-    from muntin.updating.run import update_run
+    from muntin.updating.update import update_run
     from scenes import write_scenes
 
     run = copy_of(product("trained") / "run", folder)

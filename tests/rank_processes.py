@@ -21,9 +21,9 @@ from muntin.models import create_model
 from muntin.training.checkpoint import checkpoints_in
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, local
+from muntin.training.fitting import fit
 from muntin.training.precision import resolve_precision
 from muntin.training.recipe import load_recipe
-from muntin.training.run import fit
 from muntin.training.trainer import Trainer
 
 BATCH, SIDE, CLASSES = 12, 12, 3

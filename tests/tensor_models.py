@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from muntin.artifact import GoldenTolerance, TensorArtifact, TensorInfo, TensorSignature, write_tensor_artifact
+from muntin.artifact import Artifact, GoldenTolerance, TensorInfo, TensorSignature, write_artifact
 from muntin.graph.float_run import FloatRun
 
 Array = NDArray[Any]
@@ -76,7 +76,7 @@ SIGNATURE = TensorSignature(
 )
 
 
-def write_tensors(path: Path, proto: onnx.ModelProto | None = None, **fields: Any) -> TensorArtifact:
+def write_tensors(path: Path, proto: onnx.ModelProto | None = None, **fields: Any) -> Artifact:
     """An artefact of `two_heads`, or of another model and its fields."""
     proto = proto or two_heads()
     run = FloatRun(proto, exact=True)
@@ -87,4 +87,4 @@ def write_tensors(path: Path, proto: onnx.ModelProto | None = None, **fields: An
         "golden_tolerance": {"openvino": TOLERANCE, "onnxruntime": TOLERANCE},
         "example": {"batch": 1, "tokens": 8},
     }
-    return write_tensor_artifact(path, **{"model": proto, **defaults, **fields})
+    return write_artifact(path, **{"model": proto, **defaults, **fields})

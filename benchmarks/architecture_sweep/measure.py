@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import muntin
 from architecture_sweep import hugging_face
 from documents import Row
-from muntin.artifact import AnyArtifact
+from muntin.artifact import Artifact
 from muntin.errors import DependencyError, MuntinError
 from muntin.runtime.engines.onnx_nodes import is_node_of
 from muntin.runtime.host.hardware import physical_cores
@@ -167,7 +167,7 @@ def _of_tensors(source: str, folder: Path, seconds: dict[str, float]) -> Row:
     return row | _compared(artifact, worst_output) | _verified(artifact) | {"outcome": "exported"}
 
 
-def _compared(artifact: AnyArtifact, compare: Callable[[Any], Row]) -> Row:
+def _compared(artifact: Artifact, compare: Callable[[Any], Row]) -> Row:
     """Figures of an artifact in its recorded precision and, with `_f32`, with float layers in f32."""
     session = muntin.load(artifact.path, cache=False)
     row = compare(session)
@@ -187,7 +187,7 @@ def _by_nncf(model: nn.Module, calibration: Pixels, held_out: Pixels, exact_BK: 
     return compare_scores(exact_BK, answers_of(network, {"images": held_out}))
 
 
-def _facts(artifact: AnyArtifact, model: nn.Module) -> Row:
+def _facts(artifact: Artifact, model: nn.Module) -> Row:
     values = sum(tensor.numel() for tensor in model.state_dict().values() if tensor.is_floating_point())
     manifest = artifact.manifest
     return {
@@ -198,7 +198,7 @@ def _facts(artifact: AnyArtifact, model: nn.Module) -> Row:
     }  # fmt: skip
 
 
-def _verified(artifact: AnyArtifact) -> Row:
+def _verified(artifact: Artifact) -> Row:
     """The result of `muntin.verify`, and the share of multiply-adds that OpenVINO computes on integer kernels."""
     result, inside = muntin.verify(artifact.path), 0
     counted = sorted((record for record in artifact.manifest.layers if record.macs), key=lambda record: -(record.macs or 0))

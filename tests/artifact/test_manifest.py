@@ -58,9 +58,11 @@ def test_changed_byte(position: int, flip: int) -> None:
 
 
 def test_newer_format() -> None:
-    content = json.loads(RENDERED) | {"format": 2}
-    with pytest.raises(ArtifactError, match=r"artefact format 2 is newer than this muntin reads \(1\): upgrade muntin"):
+    content = json.loads(RENDERED) | {"format": 3}
+    with pytest.raises(ArtifactError, match=r"artefact format 3 is newer than this muntin reads \(2\): upgrade muntin"):
         parse_manifest(json.dumps(content).encode(), "manifest.json")
+    with pytest.raises(ArtifactError, match="made by an earlier version: export again"):
+        parse_manifest(json.dumps(content | {"format": 1}).encode(), "manifest.json")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"format": "1"}', b"[" * 100_000])

@@ -82,7 +82,7 @@ def test_sizes_in_a_signature() -> None:
     with pytest.raises(ValidationError, match="side 200: the model takes height and width multiples of 32 from 64 to 200"):
         Signature(**fields, side=200, sizes=STRIDED)  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match=r"example \(1, 48, 64\): the model takes height and width multiples of 32"):
-        Manifest(muntin="1", created="now", signature=Signature(**fields, sizes=STRIDED), example=(1, 48, 64))  # type: ignore[arg-type]
+        Manifest(muntin="1", created="now", signature=Signature(**fields, sizes=STRIDED), example={"batch": 1, "height": 48, "width": 64})  # type: ignore[arg-type]
 
 
 def test_manifest_without_sizes() -> None:

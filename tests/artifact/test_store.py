@@ -83,7 +83,7 @@ def test_same_input_same_bytes(write: Write, tmp_path: Path) -> None:
 
 
 def test_golden_pairs_come_back(write: Write, golden: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:
-    for read, written in zip(write(tmp_path / "a").golden(), golden, strict=True):
+    for read, written in zip(write(tmp_path / "a").golden_images(), golden, strict=True):
         np.testing.assert_array_equal(read[0], written[0])
         np.testing.assert_array_equal(read[1], written[1])
 
@@ -300,13 +300,14 @@ def test_useless_golden_pairs(write: Write, tmp_path: Path) -> None:
     write(tmp_path / "a")
     file = tmp_path / "a" / "golden.safetensors"
     whole = load_file(file)
-    pair = {name: whole[name] for name in ("images_0", "scores_0")}
+    pair = {name: whole[name] for name in ("inputs_0/images", "outputs_0/scores")}
     changes = {
-        "0 tensors": {},
-        "3 tensors": pair | {"images_1": whole["images_1"]},
-        "it has no images_1": pair | {"more": whole["images_1"], "scores_1": whole["scores_1"]},
-        "golden scores 0": pair | {"scores_0": whole["scores_0"][:, :1]},
-        "golden images 0": pair | {"images_0": whole["images_0"][..., :2]},
+        "no golden pairs": {},
+        "outputs nothing": pair | {"inputs_1/images": whole["inputs_1/images"]},
+        "it holds more, which is neither": pair | {"more": whole["inputs_1/images"]},
+        "no input images": pair | {"outputs_1/scores": whole["outputs_1/scores"]},
+        "golden pair 0: .scores. has the shape": pair | {"outputs_0/scores": whole["outputs_0/scores"][:, :1]},
+        "golden pair 0: .images. has the shape": pair | {"inputs_0/images": whole["inputs_0/images"][..., :2]},
     }
     for says, tensors in changes.items():
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, file)

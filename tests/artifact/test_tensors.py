@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from muntin.artifact import TensorArtifact, TensorInfo, TensorSignature, open_any_artifact, open_artifact, write_standalone
+from muntin.artifact import TensorInfo, TensorSignature, open_artifact, write_standalone
 from muntin.errors import ArtifactError
 from muntin.graph.float_run import FloatRun
 from tensor_models import SIGNATURE, text_inputs, two_heads, write_tensors
@@ -20,11 +20,11 @@ from tensor_models import SIGNATURE, text_inputs, two_heads, write_tensors
 
 def test_artifact_is_read_as_written(tmp_path: Path) -> None:
     written = write_tensors(tmp_path / "artifact")
-    read = open_any_artifact(written.path)
-    assert isinstance(read, TensorArtifact)
+    read = open_artifact(written.path)
+    assert read.manifest.named is not None
     assert read.manifest == written.manifest
     assert read.manifest.signature == SIGNATURE
-    assert read.manifest.format == 1
+    assert read.manifest.format == 2
     assert "ids int64 (batch, tokens), mask bool (batch, tokens) -> embedding float32 (batch, 24)" in repr(read)
     (inputs, outputs), _ = read.golden()
     assert list(outputs) == ["embedding", "label"]
@@ -35,8 +35,8 @@ def test_artifact_is_read_as_written(tmp_path: Path) -> None:
 
 def test_refusal_where_images_are_needed(tmp_path: Path) -> None:
     artifact = write_tensors(tmp_path / "artifact")
-    with pytest.raises(ArtifactError, match=r"takes named tensors \(ids int64 .* an image model .* is needed here: call it from Python"):
-        open_artifact(artifact.path)
+    with pytest.raises(ArtifactError, match=r"takes named tensors \(ids int64 .* an image model is needed here: call it from Python"):
+        _ = open_artifact(artifact.path).picture
 
 
 def test_standalone_onnx(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from drawn_digits import Uniform
 from model_helpers import answer, one_line
 from muntin import Budget, load
-from muntin.artifact import open_any_artifact
+from muntin.artifact import open_artifact
 from muntin.budgeting import pipeline
 from muntin.budgeting.forecast import Deadline
 from muntin.budgeting.pipeline import budget_config, compress
@@ -315,7 +315,7 @@ def test_budget_that_16_bits_would_spend(digits: Any, uniform: Any) -> None:
         return -float((answer(model, images) - exact).square().mean().sqrt())
 
     result = run(digits, uniform, None, evaluate=closeness, budget=Budget(max_drop=5e-3, confidence=None), recipe={"trials": 1})
-    reference = open_any_artifact(result.folder / "reference" / "artifact")
+    reference = open_artifact(result.folder / "reference" / "artifact")
     if reference.manifest.precision == "f32":
         pytest.skip("this machine has no products of 16 bits")
     note = next(note for note in result.notes if note.startswith("float layers run in 32 bits: in 16 the FP32 model alone loses"))

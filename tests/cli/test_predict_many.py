@@ -140,13 +140,13 @@ def test_smaller_tiles_where_memory_is_short(call: Call, tmp_path: Path, write_s
 
 LIMITED = """
 import resource
-from muntin.runtime.bulk import run
-compute = run.ItemComputer.__call__
+from muntin.runtime.bulk import files
+compute = files.ItemComputer.__call__
 def limited(*given):
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1750 << 20),) * 2)
     return compute(*given)
-run.ItemComputer.__call__ = limited
+files.ItemComputer.__call__ = limited
 """
 
 

@@ -18,8 +18,8 @@ from muntin.models import trusted_code
 from muntin.runtime.host.helper_process import Outcome
 from muntin.runtime.profiling.cold_start import _measure
 from muntin.training.checkpoint import read_checkpoint
+from muntin.training.fitting import fit
 from muntin.training.recipe import load_recipe
-from muntin.training.run import fit
 from muntin.training.teachers.opening import open_teacher
 
 MODULE = "code_of_a_run"

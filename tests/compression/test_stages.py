@@ -38,9 +38,9 @@ from muntin.models.compression_record import STAGES, Stage
 from muntin.training.checkpoint import Checkpoint, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL, OPTIMIZER
+from muntin.training.fitting import fit
 from muntin.training.loop import LOG_EVERY
 from muntin.training.progress.report import FitProgress
-from muntin.training.run import fit
 from muntin.training.trainer import Trainer
 from muntin.updating.learner import base_steps
 

@@ -184,7 +184,7 @@ def assert_standalone(plain_scores: Callable[..., NDArray[np.float32]]) -> Calla
     def run(artifact: Artifact, file: Path) -> None:
         muntin.write_standalone(artifact, file)
         session = muntin.load(artifact.path, engine="onnxruntime", threads=1)
-        for images, golden in artifact.golden():
+        for images, golden in artifact.golden_images():
             plain = plain_scores(file, images)
             np.testing.assert_array_equal(plain, session(images))
             assert np.abs(plain - golden).max() <= 0.1 * golden.std()

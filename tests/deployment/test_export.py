@@ -45,8 +45,8 @@ def test_flipped_byte(image: Path, tmp_path: Path) -> None:
 
 def test_example_shape(tmp_path: Path) -> None:
     model, example = nn.Conv2d(3, 2, 3, padding=1), torch.randint(0, 256, (2, 3, 20, 24))
-    assert muntin.export(model, example, tmp_path / "a").manifest.example == (1, 20, 24)
-    assert muntin.export(model, example, tmp_path / "b", shape=(4, 16, 8)).manifest.example == (4, 16, 8)
+    assert muntin.export(model, example, tmp_path / "a").manifest.shape == (1, 20, 24)
+    assert muntin.export(model, example, tmp_path / "b", shape=(4, 16, 8)).manifest.shape == (4, 16, 8)
     with pytest.raises(DataError, match=r"shape \(True, 3, 3\)"):
         muntin.export(model, example, tmp_path / "c", shape=(True, 3, 3))
     assert not (tmp_path / "c").exists()

@@ -157,7 +157,7 @@ def test_standalone_of_low_bits(deployed: dict[str, Deployed], name: str, plain_
     artifact = deployed[name].artifact
     file = muntin.write_standalone(artifact, tmp_path / "plain.onnx")
     session = muntin.load(artifact.path, engine="onnxruntime", threads=1)
-    for images, scores in artifact.golden():
+    for images, scores in artifact.golden_images():
         plain = plain_scores(file, images)
         np.testing.assert_array_equal(plain, session(images))
         assert (plain.argmax(1) == scores.argmax(1)).mean() > 0.99

@@ -70,7 +70,7 @@ def test_model_of_one_size(calibrated: bool, pixels: Any, pictures: Any, tmp_pat
     manifest = artifact.manifest
     assert manifest.signature.sizes == Sizes.only(32, 32)
     assert "takes 32 x 32 only: the model fails on pixels of shape (1, 3, 21, 29): " in str(manifest.measured["notes"])
-    assert [images.shape for images, _ in artifact.golden()] == [(1, 32, 32, 3)]
+    assert [images.shape for images, _ in artifact.golden_images()] == [(1, 32, 32, 3)]
     dims = onnx.load_model_from_string(artifact.model_bytes()).graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in dims] == [0, 32, 32, 3]
     assert muntin.verify(artifact.path, layers=calibrated).passed
@@ -103,7 +103,7 @@ def test_multiples(pixels: Any, pictures: Any, tmp_path: Path) -> None:
     sizes = artifact.manifest.signature.sizes
     assert sizes == Sizes.both(multiple=32, min=32)
     assert "takes height and width multiples of 32 only: the model " in str(artifact.manifest.measured["notes"])
-    assert {images.shape[1:3] for images, _ in artifact.golden()} == {(64, 64), (32, 64)}
+    assert {images.shape[1:3] for images, _ in artifact.golden_images()} == {(64, 64), (32, 64)}
     for dynamic in (False, True):
         session = muntin.load(artifact.path, dynamic=dynamic)
         picture = pictures(1, 70, 50, 3)[0]
@@ -151,7 +151,7 @@ def test_condition_that_multiples_meet(build: type[nn.Module], pixels: Any, tmp_
 def test_given_sizes(pixels: Any, tmp_path: Path, tiny: Any, refused: Any) -> None:
     bounded = muntin.export(tiny(), pixels(1, 3, 48, 64), tmp_path / "a", sizes={"multiple": 16, "min": 32, "max": 128}, shape=(2, 40, 500))
     assert bounded.manifest.signature.sizes == Sizes.both(multiple=16, min=32, max=128)
-    assert bounded.manifest.example == (2, 48, 128)
+    assert bounded.manifest.shape == (2, 48, 128)
     assert "compiled for 48 x 128, the nearest size to 40 x 500 that it takes" in str(bounded.manifest.measured["notes"])
     picture = np.random.default_rng(0).integers(0, 256, (20, 300, 3)).astype(np.uint8)  # extended, and in tiles of 128
     assert muntin.predict(muntin.load(bounded.path), picture).shape == (20, 300)

@@ -24,8 +24,8 @@ from muntin.images import read_image
 from muntin.models import create_model
 from muntin.training.checkpoint import Checkpoint, read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.fitting import fit
 from muntin.training.recipe import load_recipe
-from muntin.training.run import fit
 from muntin.training.weights import load_initial_weights
 
 DOCS = Path(__file__).parents[2] / "docs"

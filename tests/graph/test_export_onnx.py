@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import muntin
-from muntin.artifact import TensorArtifact
+from muntin.artifact import Artifact
 from muntin.errors import ExportError
 from muntin.graph.artifacts import export as export_module
 from muntin.graph.artifacts.engine_check import FallbackError
@@ -66,7 +66,7 @@ def encoder() -> tuple[nn.Module, onnx.ModelProto]:
     return net, program.model_proto
 
 
-def verified(artifact: TensorArtifact) -> None:
+def verified(artifact: Artifact) -> None:
     for engine in ("openvino", "onnxruntime"):
         result = muntin.verify(artifact.path, SessionOptions(engine=engine), layers=engine == "openvino")
         assert result.passed, result.problems
@@ -205,7 +205,7 @@ def test_operator_that_openvino_lacks(tmp_path: Path) -> None:
 def test_products_that_fall_back_stay_in_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = export_module.write_checked_tensors
 
-    def fall_back_once(path: Path, content: dict[str, Any], notes: list[str]) -> TensorArtifact:
+    def fall_back_once(path: Path, content: dict[str, Any], notes: list[str]) -> Artifact:
         if all(layer.activation_bits for layer in content["layers"]):
             raise FallbackError({"hidden": "it ran in f32"})
         return write(path, content, notes)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import muntin
-from muntin.artifact import TensorArtifact, TensorInfo, TensorSignature
+from muntin.artifact import Artifact, TensorInfo, TensorSignature
 from muntin.errors import ArtifactError, DataError
 from muntin.graph.float_run import FloatRun
 from muntin.runtime.session import STATIC_SHAPES
@@ -25,7 +25,7 @@ TYPES = {
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> TensorArtifact:
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return write_tensors(tmp_path_factory.mktemp("tensors") / "artifact")
 
 
@@ -43,7 +43,7 @@ def assert_same(answer: dict[str, Array], due: dict[str, Array]) -> None:
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_answers_of_every_size(artifact: TensorArtifact, expected: FloatRun, engine: str, dynamic: bool) -> None:
+def test_answers_of_every_size(artifact: Artifact, expected: FloatRun, engine: str, dynamic: bool) -> None:
     session = muntin.load(artifact.path, engine=engine, precision="f32", dynamic=dynamic)
     for batch, tokens in [(1, 8), (3, 5), (4, 1), (3, 5), (2, 30)]:
         inputs = text_inputs(batch, tokens)
@@ -55,7 +55,7 @@ def test_answers_of_every_size(artifact: TensorArtifact, expected: FloatRun, eng
     assert list(session(inputs, outputs=("label", "embedding", "label"))) == ["label", "embedding"]
 
 
-def test_compiled_forms_of_openvino(artifact: TensorArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiled_forms_of_openvino(artifact: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     example, warm = (("batch", 1), ("tokens", 8)), (("batch", 2), ("tokens", 7))
     session = muntin.load(artifact.path, dims=[{"tokens": 7, "batch": 2}])
@@ -72,7 +72,7 @@ def test_compiled_forms_of_openvino(artifact: TensorArtifact, monkeypatch: pytes
     assert [layer.name for layer in again.layers() if layer.compute] == ["hidden", "embedding"]
 
 
-def test_calls_from_several_threads(artifact: TensorArtifact, expected: FloatRun) -> None:
+def test_calls_from_several_threads(artifact: Artifact, expected: FloatRun) -> None:
     batches = [text_inputs(1 + number % 3, 4 + number % 2, seed=number) for number in range(24)]
     session = muntin.load(artifact.path, precision="f32", threads=2, streams=2)
     with ThreadPoolExecutor(4) as pool:
@@ -126,14 +126,14 @@ def test_element_types(tmp_path: Path, dtype: str, rows: int, others: int, data:
         ({"ids": np.full((2, 5), 1 << 40)}, "holds 1099511627776: OpenVINO computes integers in 32 bits"),
     ],
 )
-def test_inputs_that_are_refused(artifact: TensorArtifact, change: dict[str, Any], words: str) -> None:
+def test_inputs_that_are_refused(artifact: Artifact, change: dict[str, Any], words: str) -> None:
     session = muntin.load(artifact.path)
     inputs = {name: value for name, value in (text_inputs(2, 5) | change).items() if value is not None}
     with pytest.raises(DataError, match=words):
         session(inputs)
 
 
-def test_options_that_are_refused(artifact: TensorArtifact) -> None:
+def test_options_that_are_refused(artifact: Artifact) -> None:
     session = muntin.load(artifact.path, engine="onnxruntime")
     for inputs in (np.zeros((2, 5)), [1]):
         with pytest.raises(DataError, match="give a dictionary of numpy arrays by name: ids int64"):
@@ -168,7 +168,7 @@ def test_only_input_as_an_array(tmp_path: Path) -> None:
     assert np.array_equal(muntin.load(artifact.path)(x)["y"], np.maximum(x, 0))
 
 
-def test_pictures_are_refused(artifact: TensorArtifact) -> None:
+def test_pictures_are_refused(artifact: Artifact) -> None:
     session = muntin.load(artifact.path, engine="onnxruntime")
     picture = np.zeros((8, 8, 3), np.uint8)
     for call in (lambda: muntin.predict(session, picture), lambda: muntin.evaluate(session, [], tile=8)):

@@ -10,8 +10,8 @@ import pytest
 from muntin.data import open_source
 from muntin.errors import DataError, MuntinError, RecipeError
 from muntin.searching import SearchSettings, search_architectures
+from muntin.searching.architecture_search import SearchStage
 from muntin.searching.preparation import check_data, unused_settings
-from muntin.searching.run import SearchStage
 from muntin.searching.space import parse_space
 from muntin.training import load_recipe
 

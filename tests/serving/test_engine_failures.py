@@ -26,11 +26,11 @@ from muntin.serving.batching.job import Job
 from muntin.serving.batching.latency_model import LatencyModel
 from muntin.serving.batching.workers import Runner
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import ImageGroup
+from muntin.serving.inference.groups import image_group
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.launch import RunningEngine
 from muntin.serving.worker.opening import EngineDiedError
 from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
@@ -39,7 +39,7 @@ from serving_parts import random_images, state_of, stop_process
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")
 OPTIONS = SessionOptions(threads=1, dynamic=True)
-EXAMPLE = Call((1, 8, 8))
+EXAMPLE = image_call((1, 8, 8))
 
 
 SMALL = random_images(1, 1, 8, 8, 3)
@@ -76,16 +76,16 @@ def answered(runner: Runner, slot: Slot, images: NDArray[np.uint8] = SMALL) -> t
     """The answer to a request for labels, and how it was computed."""
     done, answers = threading.Event(), []
     lease = slot.lease()
-    work = Work(inputs=images, lease=lease)
+    work = Work(inputs={"images": images}, lease=lease)
 
     def take(answer: Any) -> None:
         answers.append(answer)
         lease.release()
         done.set()
 
-    runner.submit(Job(group=ImageGroup(lease.version, *images.shape[1:3], labels=True), rows=len(images), payload=work), take)
+    runner.submit(Job(group=image_group(lease.version, *images.shape[1:3], labels=True), rows=len(images), payload=work), take)
     assert done.wait(60)
-    return answers[0], work
+    return answers[0]["labels"] if isinstance(answers[0], dict) else answers[0], work
 
 
 def runner_of(slot: Slot) -> Runner:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.versions.version import UnknownVersionError
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from ray_cluster import ON_LINUX, processes, restored_signals
 from serving_protocols import Connection
 
@@ -251,7 +251,7 @@ def test_wrong_options() -> None:
 
 def test_autoscaling_target() -> None:
     """A quarter of the requests that the objective leaves time for, at the size that takes longest."""
-    calls = (Call((1, 8, 8)), Call((4, 8, 8)), Call((1, 16, 16)))
+    calls = (image_call((1, 8, 8)), image_call((4, 8, 8)), image_call((1, 16, 16)))
     opened: Any = SimpleNamespace(session=Slow(), calls=calls)
 
     def target(**options: Any) -> Any:
@@ -267,8 +267,8 @@ def test_autoscaling_target() -> None:
 class Slow:
     """A session that takes 20 ms for 16 x 16 pixels, and no time for fewer."""
 
-    def warm_up(self, shapes: Any, **_: Any) -> None:
-        time.sleep(0.02 * (shapes[0][1] == 16))
+    def warm_up_named(self, dims: Any, outputs: Any, **_: Any) -> None:
+        time.sleep(0.02 * (dict(dims)["height"] == 16))
 
 
 class Dying:

@@ -143,7 +143,7 @@ def test_watch_with_broken_versions(
     with make_server(models, grpc_port=None, watch=True, watch_seconds=0.01, notify=told.append) as server:
         wait_until(lambda: len(looked) > 4, 60)
         assert (server.slot.current.name, server.slot.ready) == ("2", True)
-        assert server.slot.current.compiled_sizes == {(8, 8)}
+        assert server.slot.current.compiled_sizes == {(("height", 8), ("width", 8))}
     # What may still be being copied is told at the second look; each is told once.
     assert [line.split(":")[0] for line in told[:4]] == ["version 3 is not loaded", "models", *(f"version {n} is not loaded" for n in "54")]
     assert not any("not loaded" in line for line in told[4:])
@@ -156,7 +156,7 @@ def test_watch_of_an_empty_directory(make_server: Any, write_version: Any, tmp_p
     with make_server(tmp_path / "models", grpc_port=None, watch=True, watch_seconds=0.05, max_batch=3) as server:
         write_version(tmp_path / "models" / "1", label=1)
         wait_until(lambda: server.slot.current is not None, 120)
-        assert server.slot.current.compiled_sizes == {(8, 8)}
+        assert server.slot.current.compiled_sizes == {(("height", 8), ("width", 8))}
 
 
 def test_replaced_version_without_requests(

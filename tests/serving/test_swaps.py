@@ -20,10 +20,10 @@ from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
-CALL = Call((1, 8, 8), labels=True)
+CALL = image_call((1, 8, 8), labels=True)
 
 
 def label_of(session: Session) -> int:

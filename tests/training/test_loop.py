@@ -30,13 +30,13 @@ from muntin.training import loop, precision
 from muntin.training.checkpoint import STATE, checkpoints_in, read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE, MODEL
 from muntin.training.evaluation import evaluate
+from muntin.training.fitting import FitResult, fit
 from muntin.training.loop import LOG_EVERY, Training
 from muntin.training.precision import resolve_precision
 from muntin.training.progress.interrupt import Interruption
 from muntin.training.progress.metrics_log import MetricsLog
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe
-from muntin.training.run import FitResult, fit
 from muntin.training.trainer import Trainer
 from muntin.training.weights import new_model
 
@@ -292,7 +292,7 @@ def test_recipe_path(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch)
 KILLED_FIT = """
 import os, signal, sys
 from pathlib import Path
-from muntin.training import loop, run
+from muntin.training import fitting, loop
 
 def killed(training):
     write(training)
@@ -302,7 +302,7 @@ def killed(training):
 loop.FIRST_CHECKPOINT_S = 0.0
 write, loop.Training._write = loop.Training._write, killed
 recipe, directory, *plan = sys.argv[1:]
-run.fit(run.load_recipe(recipe, plan), root=Path(recipe).parent, directory=directory)
+fitting.fit(fitting.load_recipe(recipe, plan), root=Path(recipe).parent, directory=directory)
 """
 
 

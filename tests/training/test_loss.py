@@ -18,9 +18,9 @@ from muntin.errors import RecipeError
 from muntin.images import IGNORED
 from muntin.tasks.learning import LEARNING
 from muntin.training.config import LossName
+from muntin.training.fitting import fit
 from muntin.training.loss import Loss, class_weights, loss_of
 from muntin.training.recipe import load_recipe
-from muntin.training.run import fit
 
 LOSSES = get_args(LossName)
 

@@ -18,10 +18,10 @@ from muntin.artifact import ClassInfo
 from muntin.errors import RecipeError
 from muntin.models import HybridNet, ModelConfig, create_model
 from muntin.models.trusted_code import trust_model
+from muntin.training.fitting import fit
 from muntin.training.model_checks import check_maps, check_model, check_reading, measured_precision, restore_notes
 from muntin.training.precision import PAIRS, TrainingPrecision, resolve_precision
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
-from muntin.training.run import fit
 from muntin.training.weights import new_model
 
 TWO = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(9, 9, 9)))

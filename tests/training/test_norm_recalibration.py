@@ -14,12 +14,12 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from muntin.layers.norm import GROUP, MapNorm
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.fitting import fit
 from muntin.training.loop import LOG_EVERY
 from muntin.training.norm_recalibration import renew_statistics
 from muntin.training.precision import resolve_precision
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe
-from muntin.training.run import fit
 
 FP32 = resolve_precision("fp32", "cpu", begun=None)
 

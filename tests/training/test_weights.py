@@ -18,8 +18,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from muntin.errors import CheckpointError, RecipeError
 from muntin.models import create_model
 from muntin.training.checkpoint import read_checkpoint
+from muntin.training.fitting import fit
 from muntin.training.recipe import load_recipe
-from muntin.training.run import fit
 from muntin.training.weights import load_initial_weights, load_weights
 
 NAME = "torchvision:shufflenet_v2_x0_5"

@@ -21,7 +21,7 @@ from muntin.training import Checkpoint, fit, parse_recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate, tile_of
 from muntin.updating.learner import base_steps, hidden_classes, learn
-from muntin.updating.run import plan_update
+from muntin.updating.update import plan_update
 from muntin.updating.update_data import NEW, UpdatePlan, of_kind, read_listing
 from products import product
 

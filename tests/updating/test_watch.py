@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from muntin.errors import DataError
-from muntin.updating import run as updates
+from muntin.updating import update as updates
 from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, _copy, keep_watching
 from products import copy_of
 
@@ -96,7 +96,7 @@ def test_rounds_and_kills(run: Path, tmp_path: Path, write_scenes: Callable[...,
     for path in watch.folder.rglob("*.png"):
         os.utime(path, (0, 0))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("muntin.updating.run.export_checkpoint", killed)
+        patch.setattr("muntin.updating.update.export_checkpoint", killed)
         again.step()
     changed = replace(watch.settings, overrides=(*QUICK, "update.memory=9"))
     keep_watching(FolderWatch(watch.run, watch.folder, changed, None), tell=told.append, rounds=1)

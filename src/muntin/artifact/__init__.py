@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.manifest import (
-    FORMAT,
-    AnyManifest,
-    AnySignature,
-    GoldenTolerance,
-    LayerRecord,
-    Manifest,
-    Signature,
-    TensorManifest,
-    TensorRecord,
-)
+from muntin.artifact.manifest import FORMAT, AnySignature, GoldenTolerance, LayerRecord, Manifest, Signature, TensorRecord
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sizes import Sides, Sizes
 from muntin.artifact.sparse_packing import sparsity_of
 from muntin.artifact.standalone import check_standalone, write_standalone
-from muntin.artifact.store import (
-    AnyArtifact,
-    Artifact,
-    TensorArtifact,
-    check_target,
-    open_any_artifact,
-    open_artifact,
-    write_artifact,
-    write_tensor_artifact,
-)
+from muntin.artifact.store import Artifact, check_target, open_artifact, write_artifact
 from muntin.artifact.tensors import TensorInfo, TensorPair, TensorSignature
 
 __all__ = [
     "FORMAT",
-    "AnyArtifact",
-    "AnyManifest",
     "AnySignature",
     "Artifact",
     "ClassInfo",
@@ -43,20 +22,16 @@ __all__ = [
     "Sides",
     "Signature",
     "Sizes",
-    "TensorArtifact",
     "TensorInfo",
-    "TensorManifest",
     "TensorPair",
     "TensorRecord",
     "TensorSignature",
     "check_standalone",
     "check_target",
-    "open_any_artifact",
     "open_artifact",
     "pack",
     "sparsity_of",
     "unpack",
     "write_artifact",
     "write_standalone",
-    "write_tensor_artifact",
 ]

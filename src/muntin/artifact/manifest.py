@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -28,15 +29,13 @@ from muntin.artifact.answers import ANSWERS, Answer, Task
 from muntin.artifact.classes import ClassInfo
 from muntin.artifact.plan import TilePlan
 from muntin.artifact.sizes import Sizes
-from muntin.artifact.tensors import DimName, DimSize, TensorSignature
+from muntin.artifact.tensors import DimName, DimSize, TensorInfo, TensorSignature
 from muntin.errors import ArtifactError
 
-FORMAT: Literal[1] = 1
-AnyKind = TypeVar("AnyKind", bound="AnyManifest")
+FORMAT: Literal[2] = 2
 
 FloatPrecision = Literal["f32", "bf16", "f16"]
 EngineFamily = Literal["openvino", "onnxruntime"]
-Side = Annotated[int, Field(ge=1)]
 LARGEST_EXAMPLE = 1 << 28
 """Pixels of all images, or values of all inputs, of an example, which is computed when an artefact is opened."""
 LARGEST_MANIFEST = 1 << 22
@@ -90,6 +89,22 @@ class Signature(_Frozen):
     def outputs(self) -> int:
         """K, the number of channels of the scores."""
         return self.answer.width(len(self.classes), self.channels)
+
+    @cached_property
+    def tensors(self) -> TensorSignature:
+        """Inputs and outputs by name: `images`; `scores`, and `labels` where a class is the answer. All sizes are free dimensions."""
+        sides = ("height", "width")
+        answer = () if self.answer.one else sides if self.scale == 1 else tuple(f"{self.scale} x {side}" for side in sides)
+        outputs = [TensorInfo(name="scores", dtype="float32", shape=("batch", self.outputs, *answer))]
+        if self.answer.argmax:
+            outputs.append(TensorInfo(name="labels", dtype=self.label_type.name, shape=("batch", *answer)))  # type: ignore[arg-type]
+        images = TensorInfo(name="images", dtype="uint8", shape=("batch", *sides, self.channels))
+        return TensorSignature(inputs=(images,), outputs=tuple(outputs), batch="batch")
+
+    def output_sizes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shape of each output for images of these sizes."""
+        scores = self.scores_shape(dims["batch"], dims["height"], dims["width"])
+        return {"scores": scores, "labels": (scores[0], *scores[2:])}
 
     @property
     def label_type(self) -> np.dtype[Any]:
@@ -168,27 +183,21 @@ class GoldenTolerance(_Frozen):
     label_agreement: Annotated[float, Field(ge=0, le=1)]
 
 
-def _small(example: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    if example is not None and math.prod(example) > LARGEST_EXAMPLE:
-        raise ValueError(f"{math.prod(example):,} pixels, more than {LARGEST_EXAMPLE:,}")
-    return example
-
-
 AnySignature = Signature | TensorSignature
 """Signature of an image model, or of one with named inputs and outputs."""
 
 
-class AnyManifest(_Frozen):
-    """Content of `manifest.json` of either kind: a `Manifest` of an image model, or a `TensorManifest`.
+class Manifest(_Frozen):
+    """Content of `manifest.json`.
 
-    `precision`: of the float layers in the measured figures. `golden_tolerance`: by engine, then by precision. `example`: what sessions
-    compile for by default. `sha256`: the manifest's own digest.
+    `precision`: of the float layers in the measured figures. `golden_tolerance`: by engine, then by precision. `example`: sizes of the free
+    dimensions that sessions compile for by default; of images `batch`, `height` and `width`. `sha256`: the manifest's own digest.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     muntin: str
     created: str
-    signature: Signature | TensorSignature
+    signature: Annotated[Signature | TensorSignature, Field(discriminator="task")]
     passes: tuple[dict[str, JsonValue], ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     tensors: dict[str, TensorRecord] = {}
@@ -196,9 +205,45 @@ class AnyManifest(_Frozen):
     precision: FloatPrecision = "f32"
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}
-    example: Any = None
+    example: dict[DimName, DimSize] | None = None
     files: dict[AnyFileName, Sha256] = {}
     sha256: str = ""
+
+    @model_validator(mode="after")
+    def _example_is_allowed(self) -> Self:
+        if self.example is None:
+            return self
+        if (problem := self.signature.tensors.dims_problem(self.example)) is not None:
+            raise ValueError(f"example with {problem}")
+        images = isinstance(self.signature, Signature)
+        values, unit = (math.prod(self.example.values()), "pixels") if images else (self.signature.tensors.values(self.example), "values")
+        if values > LARGEST_EXAMPLE:
+            raise ValueError(f"example of {values:,} {unit}, more than {LARGEST_EXAMPLE:,}")
+        if self.shape is not None and not self.picture.sizes.takes(*self.shape[1:]):
+            raise ValueError(f"example {self.shape}: the model takes {self.picture.sizes.text}: give an allowed height and width")
+        return self
+
+    @property
+    def picture(self) -> Signature:
+        """The signature of an image model. Raises ArtifactError for one with named tensors."""
+        if isinstance(self.signature, Signature):
+            return self.signature
+        raise ArtifactError(
+            f"its model takes named tensors ({self.signature.text}), and an image model is needed here: call it from Python "
+            "(`muntin.load`, with a dictionary of arrays), or use `muntin verify`, `bench`, `profile` or `export --standalone`"
+        )
+
+    @property
+    def named(self) -> TensorSignature | None:
+        """The signature of a model with named tensors; None for one of images."""
+        return self.signature if isinstance(self.signature, TensorSignature) else None
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """The (B, H, W) of the example of an image model."""
+        example = self.example
+        images = example is not None and isinstance(self.signature, Signature)
+        return (example["batch"], example["height"], example["width"]) if example is not None and images else None
 
     @property
     def integers(self) -> bool:
@@ -212,35 +257,7 @@ class AnyManifest(_Frozen):
         return tolerance
 
 
-class Manifest(AnyManifest):
-    """Manifest of an image model. `example`: the (B, H, W) that sessions compile for by default."""
-
-    signature: Signature
-    example: Annotated[tuple[Side, Side, Side] | None, AfterValidator(_small)] = None
-
-    @model_validator(mode="after")
-    def _example_is_allowed(self) -> Self:
-        if self.example is not None and not self.signature.sizes.takes(*self.example[1:]):
-            raise ValueError(f"example {self.example}: the model takes {self.signature.sizes.text}: give an allowed height and width")
-        return self
-
-
-class TensorManifest(AnyManifest):
-    """Manifest of a model with named inputs and outputs. `example`: the sizes of free dimensions that sessions compile for by default."""
-
-    signature: TensorSignature
-    example: dict[DimName, DimSize] | None = None
-
-    @model_validator(mode="after")
-    def _example_is_whole(self) -> Self:
-        if self.example is not None and (problem := self.signature.dims_problem(self.example)) is not None:
-            raise ValueError(f"example with {problem}")
-        if self.example is not None and self.signature.values(self.example) > LARGEST_EXAMPLE:
-            raise ValueError(f"example of {self.signature.values(self.example):,} values, more than {LARGEST_EXAMPLE:,}")
-        return self
-
-
-def render_manifest(manifest: AnyKind) -> tuple[AnyKind, bytes]:
+def render_manifest(manifest: Manifest) -> tuple[Manifest, bytes]:
     """Returns the manifest with its digest, and the bytes of its file.
 
     Raises ArtifactError for a figure that JSON cannot hold (NaN, infinity), and for more than `LARGEST_MANIFEST` bytes.
@@ -258,7 +275,7 @@ def render_manifest(manifest: AnyKind) -> tuple[AnyKind, bytes]:
     return manifest.model_copy(update={"sha256": digest}), text
 
 
-def parse_manifest(data: bytes, where: str) -> AnyManifest:
+def parse_manifest(data: bytes, where: str) -> Manifest:
     """Reads the content of `manifest.json`. `where`: its name in errors. Raises ArtifactError if altered, newer, or not a manifest."""
     try:
         content = json.loads(data)
@@ -268,6 +285,8 @@ def parse_manifest(data: bytes, where: str) -> AnyManifest:
         raise ArtifactError(f"{where}: no artefact manifest (no `format` number in it): name a directory that muntin exported")
     if content["format"] > FORMAT:
         raise ArtifactError(f"{where}: artefact format {content['format']} is newer than this muntin reads ({FORMAT}): upgrade muntin")
+    if content["format"] < FORMAT:
+        raise ArtifactError(f"{where}: made by an earlier version: export again")
     recorded = content.pop("sha256", None)
     try:
         digest = _content_digest(content)
@@ -275,10 +294,8 @@ def parse_manifest(data: bytes, where: str) -> AnyManifest:
         raise ArtifactError(f"{where}: altered ({_first_line(error)}): copy or export the artefact again") from error
     if digest != recorded:
         raise ArtifactError(f"{where}: its content is not what its sha256 says, so it was altered: copy or export the artefact again")
-    signature = content.get("signature")
-    named = isinstance(signature, dict) and signature.get("task") == "tensors"
     try:
-        return (TensorManifest if named else Manifest).model_validate_json(json.dumps(content | {"sha256": digest}))
+        return Manifest.model_validate_json(json.dumps(content | {"sha256": digest}))
     except ValidationError as error:
         raise ArtifactError(f"{where}: {field_error(error)}: export the artefact again") from error
 

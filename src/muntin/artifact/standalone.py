@@ -13,13 +13,13 @@ import onnx
 
 from muntin.artifact.atomic_files import write_files
 from muntin.artifact.manifest import Signature
-from muntin.artifact.store import MANIFEST, AnyArtifact, open_any_artifact
+from muntin.artifact.store import MANIFEST, Artifact, open_artifact
 from muntin.errors import ArtifactError
 
 SUFFIX = ".onnx"
 
 
-def write_standalone(artifact: AnyArtifact | Path | str, file: Path | str) -> Path:
+def write_standalone(artifact: Artifact | Path | str, file: Path | str) -> Path:
     """Write the model of an artefact, or of the artefact's folder, to `file` and return its path. An existing ONNX file is replaced.
 
     The graph is the one that the engines run: `images` uint8 (B, H, W, C) in, `scores` float32 out, normalisation inside; or the named
@@ -30,7 +30,7 @@ def write_standalone(artifact: AnyArtifact | Path | str, file: Path | str) -> Pa
     """
     file = Path(file)
     check_standalone(file)
-    artifact = artifact if isinstance(artifact, AnyArtifact) else open_any_artifact(artifact)
+    artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
     signature = artifact.manifest.signature
     model = onnx.load_model_from_string(artifact.model_bytes())
     if isinstance(signature, Signature):
@@ -63,7 +63,7 @@ def _name_axes(graph: onnx.GraphProto, signature: Signature) -> None:
                 axis.dim_param = name
 
 
-def _metadata(artifact: AnyArtifact) -> dict[str, str]:
+def _metadata(artifact: Artifact) -> dict[str, str]:
     """Key and value of each entry of the model's metadata; the values of other types than text are JSON."""
     signature = artifact.manifest.signature
     if not isinstance(signature, Signature):

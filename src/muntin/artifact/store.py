@@ -4,8 +4,8 @@
     DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
     DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged;
                               of weights with many zeros the places and the values of the others (sparse_packing)
-    DIR/golden.safetensors    images_0, scores_0, images_1, ... : inputs, and the model's scores at export;
-                              inputs_0/NAME, outputs_0/NAME, ... : those of a model with named inputs and outputs
+    DIR/golden.safetensors    inputs_0/NAME, outputs_0/NAME, inputs_1/NAME, ... : inputs, and the model's outputs at export; of an image
+                              model `images` and `scores`
     DIR/drift.json            optional: statistics of the training pictures (muntin.updating.drift)
 
 The names are fixed, so a manifest cannot refer to other files. The same model, packing and golden pairs give the same bytes.
@@ -35,8 +35,7 @@ from muntin.artifact.atomic_directory import names_in, refuse_foreign, replace_d
 from muntin.artifact.manifest import (
     LARGEST_MANIFEST,
     AnyFileName,
-    AnyKind,
-    AnyManifest,
+    AnySignature,
     EngineFamily,
     FileName,
     FloatPrecision,
@@ -45,7 +44,6 @@ from muntin.artifact.manifest import (
     Manifest,
     OptionalFileName,
     Signature,
-    TensorManifest,
     field_error,
     parse_manifest,
     render_manifest,
@@ -64,11 +62,11 @@ GoldenPair = tuple[NDArray[np.uint8], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, repr=False)
-class AnyArtifact:
-    """An opened artefact of either kind: directory and manifest. Its files are read on demand, and their digests checked again."""
+class Artifact:
+    """An opened artefact: directory and manifest. Its files are read on demand, and their digests checked again."""
 
     path: Path
-    manifest: AnyManifest
+    manifest: Manifest
 
     def __repr__(self) -> str:
         """Path and form in one line: the manifest alone would be tens of kilobytes."""
@@ -109,76 +107,41 @@ class AnyArtifact:
         """The content of an optional file; None if the artefact has none. Raises ArtifactError if it was altered."""
         return _read_checked(self.path, name, self.manifest) if name in self.manifest.files else None
 
-    def _golden_tensors(self) -> dict[str, NDArray[Any]]:
-        return _read_tensors(self.path, "golden.safetensors", self.manifest)
-
-    def _golden_error(self, text: str) -> ArtifactError:
-        return ArtifactError(f"{self.path / 'golden.safetensors'}: {text}: export the artefact again")
-
-
-@dataclass(frozen=True, repr=False)
-class Artifact(AnyArtifact):
-    """An opened artefact of an image model."""
-
-    manifest: Manifest
-
-    def golden(self) -> tuple[GoldenPair, ...]:
-        """The recorded pairs of images, uint8 (B, H, W, C), and scores, float32. Raises ArtifactError for none, or for other tensors."""
-        tensors = self._golden_tensors()
-        count, odd = divmod(len(tensors), 2)
-        if odd or not count:
-            raise self._golden_error(f"{len(tensors)} tensors, where pairs of images and scores are needed, at least one")
+    @property
+    def picture(self) -> Signature:
+        """The signature of an image model. Raises ArtifactError for one with named tensors."""
         try:
-            pairs = tuple((tensors[f"images_{i}"], tensors[f"scores_{i}"]) for i in range(count))
-            _check_golden(pairs, self.manifest.signature)
-        except KeyError as error:
-            raise self._golden_error(f"it has no {error.args[0]}") from error
+            return self.manifest.picture
         except ArtifactError as error:
-            raise self._golden_error(str(error)) from error
-        return pairs
-
-
-@dataclass(frozen=True, repr=False)
-class TensorArtifact(AnyArtifact):
-    """An opened artefact of a model with named inputs and outputs."""
-
-    manifest: TensorManifest
+            raise ArtifactError(f"{self.path}: {error}") from error
 
     def golden(self) -> tuple[TensorPair, ...]:
-        """The recorded pairs of named inputs and outputs. Raises ArtifactError for none, or for tensors that do not fit the signature."""
+        """The recorded pairs of inputs and outputs by name. Raises ArtifactError for none, or for tensors that do not fit the signature."""
         pairs: dict[str, TensorPair] = {}
-        for key, tensor in self._golden_tensors().items():
+        for key, tensor in _read_tensors(self.path, "golden.safetensors", self.manifest).items():
             (kind, _, number), name = key.partition("/")[0].rpartition("_"), key.partition("/")[2]
             if kind not in ("inputs", "outputs"):
                 raise self._golden_error(f"it holds {key}, which is neither inputs_N/NAME nor outputs_N/NAME")
             pairs.setdefault(number, ({}, {}))[kind == "outputs"][name] = tensor
         try:
-            _check_tensor_pairs(list(pairs.values()), self.manifest.signature)
+            _check_golden(list(pairs.values()), self.manifest.signature)
         except ArtifactError as error:
             raise self._golden_error(str(error)) from error
-        specs = self.manifest.signature.outputs  # the file has its own order
-        return tuple((inputs, {spec.name: outputs[spec.name] for spec in specs}) for _, (inputs, outputs) in sorted(pairs.items()))
+        order = [spec.name for spec in self.manifest.signature.tensors.outputs]  # the file has its own
+        return tuple(
+            (inputs, {name: outputs[name] for name in order if name in outputs})
+            for _, (inputs, outputs) in sorted(pairs.items(), key=lambda item: item[0].zfill(9))
+        )
+
+    def golden_images(self) -> tuple[GoldenPair, ...]:
+        """The recorded pairs of images, uint8 (B, H, W, C), and scores, float32, of an image model. Raises as `golden`."""
+        return tuple((inputs["images"], outputs["scores"]) for inputs, outputs in self.golden())
+
+    def _golden_error(self, text: str) -> ArtifactError:
+        return ArtifactError(f"{self.path / 'golden.safetensors'}: {text}: export the artefact again")
 
 
 def open_artifact(path: str | Path) -> Artifact:
-    """Opens the artefact directory of an image model as `open_any_artifact` does. Raises ArtifactError for one with named tensors."""
-    artifact = open_any_artifact(path)
-    return Artifact(artifact.path, image_manifest(artifact.path, artifact.manifest))
-
-
-def image_manifest(path: Path, manifest: AnyManifest) -> Manifest:
-    """Returns the manifest of an image model. Raises ArtifactError for one of named tensors."""
-    if isinstance(manifest, Manifest):
-        return manifest
-    assert isinstance(manifest, TensorManifest)
-    raise ArtifactError(
-        f"{path}: its model takes named tensors ({manifest.signature.text}), and an image model (segment, classify, restore) is needed "
-        "here: call it from Python (`muntin.load`, with a dictionary of arrays), or use `muntin verify`, `bench`, `profile` or "
-        "`export --standalone`"
-    )
-
-
-def open_any_artifact(path: str | Path) -> Artifact | TensorArtifact:
     """Opens an artefact directory and checks every digest, which reads all of it once.
 
     Raises ArtifactError, naming the file, if one is missing, added or altered, or if the format is newer than this version reads.
@@ -199,10 +162,10 @@ def open_any_artifact(path: str | Path) -> Artifact | TensorArtifact:
         if file.exists() and not file.is_file():  # a pipe or a device: reading it might never end
             raise ArtifactError(f"{file}: no regular file: copy or export the artefact again")
         _check_digest(file, _digest(file), digest)
-    return TensorArtifact(path, manifest) if isinstance(manifest, TensorManifest) else Artifact(path, image_manifest(path, manifest))
+    return Artifact(path, manifest)
 
 
-def read_manifest(path: Path) -> AnyManifest:
+def read_manifest(path: Path) -> Manifest:
     """Reads an artefact's manifest only; `open_artifact` checks the other files.
 
     Raises ArtifactError without a manifest, or for one newer than this version reads.
@@ -233,7 +196,7 @@ def check_target(path: str | Path) -> None:
     refuse_foreign(Path(path), (MANIFEST, *FILES, *OPTIONAL_FILES), marker=MANIFEST)
 
 
-def with_optional_file(artifact: AnyArtifact, name: OptionalFileName, content: bytes) -> None:
+def with_optional_file(artifact: Artifact, name: OptionalFileName, content: bytes) -> None:
     """Writes an optional file into an artefact, in place of an earlier one. Its manifest, and so its digest, change.
 
     The directory is replaced whole or not at all. Takes the artefact's size in memory. Raises ArtifactError.
@@ -242,12 +205,12 @@ def with_optional_file(artifact: AnyArtifact, name: OptionalFileName, content: b
     rewrite_artifact(artifact, {name: content}, files=digests)
 
 
-def with_precision(artifact: AnyArtifact, precision: FloatPrecision) -> None:
+def with_precision(artifact: Artifact, precision: FloatPrecision) -> None:
     """Records the precision in which the float layers of an artefact run. As `with_optional_file`."""
     rewrite_artifact(artifact, {}, precision=precision)
 
 
-def rewrite_artifact(artifact: AnyArtifact, added: Mapping[OptionalFileName, bytes], **changes: Any) -> None:
+def rewrite_artifact(artifact: Artifact, added: Mapping[OptionalFileName, bytes], **changes: Any) -> None:
     """Replaces an artefact by one with more files and other fields of the manifest. As `with_optional_file`."""
     contents = {key: _read_checked(artifact.path, key, artifact.manifest) for key in artifact.manifest.files} | dict(added)
     _, rendered = render_manifest(artifact.manifest.model_copy(update=changes))
@@ -258,10 +221,10 @@ def write_artifact(
     path: str | Path,
     *,
     model: onnx.ModelProto,
-    signature: Signature,
-    golden: Sequence[GoldenPair],
+    signature: AnySignature,
+    golden: Sequence[GoldenPair | TensorPair],
     golden_tolerance: Mapping[EngineFamily, Mapping[FloatPrecision, GoldenTolerance]],
-    example: tuple[int, int, int] | None = None,
+    example: Mapping[str, int] | tuple[int, int, int] | None = None,
     packing: Packing | None = None,
     layers: Iterable[LayerRecord] = (),
     passes: Iterable[Mapping[str, Any]] = (),
@@ -274,16 +237,27 @@ def write_artifact(
 
     Initializers of more than 64 elements, and those named in `packing`, move to `weights.safetensors`: at 2 to 8 bits for an integer (INT8
     and UINT8), in half precision for "f16" (FLOAT), otherwise unchanged. Doc strings, metadata and inferred shapes of intermediates are
-    left out; names stay. `model` is not changed. Takes about twice the model's bytes in memory.
+    left out; names stay. `model` is not changed. Takes about twice the model's bytes in memory. `golden`: inputs and outputs by name, or of
+    an image model images and scores. `example`: sizes of free dimensions, or (B, H, W).
 
     Raises ArtifactError: `path` exists and is no artefact, the disk is full, a value does not fit its bits, or the model expands to more
     than 2 GiB.
     """
     path = Path(path)
+    if isinstance(example, tuple):
+        example = dict(zip(("batch", "height", "width"), example, strict=True))
+    pairs = [_named_pair(pair) for pair in golden]
+    _check_golden(pairs, signature)
+    tensors = {
+        f"{kind}_{index}/{name}": np.require(tensor, requirements="C")
+        for index, pair in enumerate(pairs)
+        for kind, named in zip(("inputs", "outputs"), pair, strict=True)
+        for name, tensor in named.items()
+    }
     fields = {
         "signature": signature,
         "golden_tolerance": {engine: dict(limits) for engine, limits in golden_tolerance.items()},
-        "example": example,
+        "example": None if example is None else dict(example),
         "layers": tuple(layers),
         "passes": tuple(dict(entry) for entry in passes),
         "plan": plan,
@@ -291,10 +265,10 @@ def write_artifact(
         "measured": dict(measured or {}),
         "created": created,
     }
-    return Artifact(path, _write(path, Manifest, model, packing or {}, _golden_tensors(golden, signature), fields))
+    return Artifact(path, _write(path, model, packing or {}, tensors, fields))
 
 
-def copy_artifact(artifact: AnyArtifact, path: str | Path, measured: Mapping[str, JsonValue]) -> AnyArtifact:
+def copy_artifact(artifact: Artifact, path: str | Path, measured: Mapping[str, JsonValue]) -> Artifact:
     """Writes a copy of an artefact with more values under `measured` in its manifest, and so with a digest of its own.
 
     Raises ArtifactError as `write_artifact` does, and for a file of the source that was altered.
@@ -306,49 +280,7 @@ def copy_artifact(artifact: AnyArtifact, path: str | Path, measured: Mapping[str
     return replace(artifact, path=Path(path), manifest=manifest)
 
 
-def write_tensor_artifact(
-    path: str | Path,
-    *,
-    model: onnx.ModelProto,
-    signature: TensorSignature,
-    golden: Sequence[TensorPair],
-    golden_tolerance: Mapping[EngineFamily, Mapping[FloatPrecision, GoldenTolerance]],
-    example: Mapping[str, int] | None = None,
-    packing: Packing | None = None,
-    layers: Iterable[LayerRecord] = (),
-    passes: Iterable[Mapping[str, Any]] = (),
-    precision: FloatPrecision = "f32",
-    measured: Mapping[str, Any] | None = None,
-    created: str | None = None,
-) -> TensorArtifact:
-    """Writes a model with named inputs and outputs as `write_artifact` does one of images.
-
-    Raises ArtifactError, too, for golden tensors that do not fit the signature or hold no finite numbers.
-    """
-    path = Path(path)
-    _check_tensor_pairs(golden, signature)
-    tensors = {
-        f"{kind}_{index}/{name}": np.require(tensor, requirements="C")
-        for index, pair in enumerate(golden)
-        for kind, named in zip(("inputs", "outputs"), pair, strict=True)
-        for name, tensor in named.items()
-    }
-    fields = {
-        "signature": signature,
-        "golden_tolerance": {engine: dict(limits) for engine, limits in golden_tolerance.items()},
-        "example": None if example is None else dict(example),
-        "layers": tuple(layers),
-        "passes": tuple(dict(entry) for entry in passes),
-        "precision": precision,
-        "measured": dict(measured or {}),
-        "created": created,
-    }
-    return TensorArtifact(path, _write(path, TensorManifest, model, packing or {}, tensors, fields))
-
-
-def _write(
-    path: Path, kind: type[AnyKind], model: onnx.ModelProto, packing: Packing, golden: dict[str, NDArray[Any]], fields: dict[str, Any]
-) -> AnyKind:
+def _write(path: Path, model: onnx.ModelProto, packing: Packing, golden: dict[str, NDArray[Any]], fields: dict[str, Any]) -> Manifest:
     """Writes the four files and returns the manifest. `fields`: its values other than of files and weights."""
     structure, tensors, records = split_model(model, packing)
     patterns = sparsity_of(model)
@@ -361,7 +293,7 @@ def _write(
     created = fields["created"] or datetime.now(UTC).isoformat(timespec="seconds")
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     try:
-        manifest = kind(**fields | {"created": created}, muntin=_version(), tensors=records, files=digests)
+        manifest = Manifest(**fields | {"created": created}, muntin=_version(), tensors=records, files=digests)
     except ValidationError as error:
         raise ArtifactError(f"manifest field {field_error(error)}: record plain values") from error
     manifest, rendered = render_manifest(manifest)
@@ -370,37 +302,33 @@ def _write(
     return manifest
 
 
-def _check_tensor_pairs(golden: Sequence[TensorPair], signature: TensorSignature) -> None:
+def _named_pair(pair: GoldenPair | TensorPair) -> TensorPair:
+    inputs, outputs = pair
+    return (inputs, outputs) if isinstance(inputs, dict) else ({"images": inputs}, {"scores": outputs})  # type: ignore[dict-item, return-value]
+
+
+def _check_golden(golden: Sequence[TensorPair], signature: AnySignature) -> None:
     if not golden:
         raise ArtifactError("no golden pairs: at least one pair of inputs and outputs is needed, or nothing can be verified later")
+    tensors, images = signature.tensors, isinstance(signature, Signature)
+    names = {"scores"} if images else {spec.name for spec in tensors.outputs}
     for index, (inputs, outputs) in enumerate(golden):
         dims: dict[str, int] = {}
-        whole = "" if outputs.keys() == {spec.name for spec in signature.outputs} else f"outputs {', '.join(outputs) or 'nothing'}"
-        if problem := signature.inputs_problem(inputs, dims) or whole or signature.outputs_problem(outputs, dims):
+        whole = "" if outputs.keys() == names else f"outputs {', '.join(outputs) or 'nothing'}"
+        if problem := tensors.inputs_problem(inputs, dims) or whole or tensors.outputs_problem(outputs, dims):
             raise ArtifactError(f"golden pair {index}: {problem}")
+        if isinstance(signature, Signature):
+            _check_sizes(index, inputs["images"], outputs["scores"], signature)
         if wrong := [name for name, tensor in outputs.items() if tensor.dtype.kind == "f" and not np.isfinite(tensor).all()]:
             raise ArtifactError(f"golden pair {index}: output {wrong[0]} holds NaN or infinity: give inputs with finite outputs")
 
 
-def _golden_tensors(golden: Sequence[GoldenPair], signature: Signature) -> dict[str, NDArray[Any]]:
-    if not golden:
-        raise ArtifactError("no golden pairs: give at least one (images, scores) pair, or nothing can be verified later")
-    _check_golden(golden, signature)
-    tensors: dict[str, NDArray[Any]] = {}
-    for index, (images, scores) in enumerate(golden):
-        tensors[f"images_{index}"], tensors[f"scores_{index}"] = np.ascontiguousarray(images), np.ascontiguousarray(scores)
-    return tensors
-
-
-def _check_golden(golden: Iterable[GoldenPair], signature: Signature) -> None:
-    for index, (images, scores) in enumerate(golden):
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != signature.channels or 0 in images.shape:
-            raise ArtifactError(f"golden images {index}: {images.dtype} {images.shape}: uint8 (B, H, W, {signature.channels}) is needed")
-        if not signature.sizes.takes(*images.shape[1:3]):
-            raise ArtifactError(f"golden images {index}: {images.shape}, and the model takes {signature.sizes.text}: give allowed sizes")
-        expected = signature.scores_shape(*images.shape[:3])
-        if scores.dtype != np.float32 or scores.shape != expected or not np.isfinite(scores).all():
-            raise ArtifactError(f"golden scores {index}: {scores.dtype} {scores.shape}: finite float32 {expected} is needed")
+def _check_sizes(index: int, images: NDArray[Any], scores: NDArray[Any], signature: Signature) -> None:
+    if not signature.sizes.takes(*images.shape[1:3]):
+        raise ArtifactError(f"golden images {index}: {images.shape}, and the model takes {signature.sizes.text}: give allowed sizes")
+    expected = signature.scores_shape(*images.shape[:3])
+    if scores.shape != expected:
+        raise ArtifactError(f"golden scores {index}: {scores.shape}: {expected} is needed")
 
 
 def _read(file: Path) -> bytes:
@@ -410,7 +338,7 @@ def _read(file: Path) -> bytes:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def _read_checked(path: Path, name: AnyFileName, manifest: AnyManifest) -> bytes:
+def _read_checked(path: Path, name: AnyFileName, manifest: Manifest) -> bytes:
     data = _read(path / name)
     _check_digest(path / name, hashlib.sha256(data).hexdigest(), manifest.files[name])
     return data
@@ -430,7 +358,7 @@ def _check_digest(path: Path, digest: str, recorded: str) -> None:
         raise ArtifactError(f"{path}: its content is not what the manifest's sha256 says: copy or export the artefact again")
 
 
-def _read_tensors(path: Path, name: FileName, manifest: AnyManifest) -> dict[str, NDArray[Any]]:
+def _read_tensors(path: Path, name: FileName, manifest: Manifest) -> dict[str, NDArray[Any]]:
     data = _read_checked(path, name, manifest)
     try:
         tensors: dict[str, NDArray[Any]] = load_tensors(data)

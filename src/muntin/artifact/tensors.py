@@ -83,6 +83,11 @@ class TensorSignature(BaseModel):
         return self
 
     @property
+    def tensors(self) -> TensorSignature:
+        """This signature: image models have one, too."""
+        return self
+
+    @property
     def dims(self) -> tuple[str, ...]:
         """Names of the free dimensions of the inputs, each once."""
         return tuple(dict.fromkeys(dim for spec in self.inputs for dim in spec.shape if isinstance(dim, str)))
@@ -103,6 +108,10 @@ class TensorSignature(BaseModel):
     def input_shapes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Shape of each input for the sizes of all free dimensions."""
         return {spec.name: tuple(dims[dim] if isinstance(dim, str) else dim for dim in spec.shape) for spec in self.inputs}
+
+    def output_sizes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shape of each output for the sizes of all free dimensions; 0 for a size that follows from values."""
+        return {spec.name: tuple(dims.get(dim, 0) if isinstance(dim, str) else dim for dim in spec.shape) for spec in self.outputs}
 
     def zeros(self, dims: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """Inputs of zeros."""

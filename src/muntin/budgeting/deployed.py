@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from muntin.artifact import AnyArtifact, Signature, open_any_artifact
+from muntin.artifact import Artifact, Signature, open_artifact
 from muntin.artifact.store import with_precision
 from muntin.deployment.capture.model_contract import as_bytes
 from muntin.deployment.capture.named_graph import as_arrays
@@ -124,7 +124,7 @@ def deploy(model: nn.Module, interface: Interface, example: ModelInputs, path: P
     few = _first_rows(example, EXAMPLE_ROWS)
     if interface.signature is not None:
         assert isinstance(few, Tensor)
-        artifact: AnyArtifact = export(model, few, path, signature=interface.signature, progress=False)
+        artifact: Artifact = export(model, few, path, signature=interface.signature, progress=False)
     else:
         artifact = export(model, interface.named(few, model), path, axes=interface.axes, progress=False)
     if exact:
@@ -152,7 +152,7 @@ class Deployed(nn.Module):
     @property
     def bytes(self) -> int:
         """Size of the whole artefact."""
-        return open_any_artifact(self.path).bytes
+        return open_artifact(self.path).bytes
 
     def forward(self, *inputs: Tensor, **by_name: Tensor) -> Any:
         interface = self.interface

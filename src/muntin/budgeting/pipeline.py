@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from muntin.artifact import Signature, open_any_artifact
+from muntin.artifact import Signature, open_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
 from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed, plain_int8
@@ -365,7 +365,7 @@ class _BudgetedCompression:
         if best is not None:
             model = load_compressed(best.folder / MODEL, model)
         return CompressionResult(
-            model=model, artifact=open_any_artifact(path), kept=best is not None and best.within, outcome=outcome_of(best), budget=budget,
+            model=model, artifact=open_artifact(path), kept=best is not None and best.within, outcome=outcome_of(best), budget=budget,
             reference=self.reference.value, noise=record["noise"], best=best, trials=tuple(search.trials),
             rows=rows_of(record | {"score": self.reference.value}, self.folder.reference_artifact, search.trials), holdout=figures,
             changes=history(model), notes=tuple(notes), folder=self.folder.folder,

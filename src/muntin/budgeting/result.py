@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from muntin.artifact import AnyArtifact
+from muntin.artifact import Artifact
 from muntin.budgeting.budget import Budget, TrialVerdict
 from muntin.budgeting.forecast import SearchForecast
 from muntin.budgeting.scores import Score, least_certain_drop, samples_to_certify
@@ -66,7 +66,7 @@ class CompressionResult:
     """
 
     model: nn.Module
-    artifact: AnyArtifact
+    artifact: Artifact
     kept: bool
     outcome: SearchOutcome
     budget: Budget

@@ -199,7 +199,7 @@ def compress_within(
     from muntin.budgeting import Budget
     from muntin.budgeting.display import plan_lines, shown_search
     from muntin.budgeting.result import SearchProgress
-    from muntin.budgeting.run import FOLDER, compress_run, forecast_run
+    from muntin.budgeting.run_budget import FOLDER, compress_run, forecast_run
     from muntin.compression.stages import broken_off
     from muntin.errors import RecipeError
     from muntin.reporting.front.page import write_front

@@ -15,7 +15,7 @@ from muntin.cli.start import prepare_torch
 from muntin.errors import RecipeError
 
 if TYPE_CHECKING:
-    from muntin.artifact import AnyArtifact, Artifact, TensorArtifact
+    from muntin.artifact import Artifact
 
 
 def export_command(
@@ -139,7 +139,7 @@ def export_command(
             trained = replace(trained, classes=renamed_by(Path(classes), trained.classes))
         replaced = other_artifact(trained, target, integer=not floating)
         existing = exported(trained, target, integer=not floating, sizes=sizes)
-        reused = existing is not None and existing.manifest.signature.classes == trained.classes
+        reused = existing is not None and existing.picture.classes == trained.classes
         begin = notes_once(() if json else start)
         artifact = export_checkpoint(trained, target, integer=not floating, sizes=sizes, begin=begin)
         stage("the drift reference")
@@ -175,7 +175,7 @@ def relabel_command(
 
     if (path / MANIFEST).is_file():
         artifact = open_artifact(path)
-        old = artifact.manifest.signature.classes
+        old = artifact.picture.classes
         new = renamed_by(classes, old)
         relabel_artifact(artifact, new)
     else:
@@ -241,7 +241,7 @@ def _print_result(
     if json:
         document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
         document |= {
-            "sizes": artifact.manifest.signature.sizes.model_dump(),
+            "sizes": artifact.picture.sizes.model_dump(),
             "precision": artifact.manifest.precision,
             "int8_layers": _integer_layers(artifact),
             "integer_coverage": artifact.manifest.measured.get("integer_coverage"),
@@ -286,7 +286,7 @@ def _export_onnx(
 
 
 def _print_tensors(
-    artifact: TensorArtifact, target: Path, standalone: Path | None, notes: Sequence[object], *, floating: bool, json: bool
+    artifact: Artifact, target: Path, standalone: Path | None, notes: Sequence[object], *, floating: bool, json: bool
 ) -> None:
     """Print what was exported with named inputs and outputs, as lines or as JSON."""
     manifest = artifact.manifest
@@ -303,7 +303,7 @@ def _print_tensors(
         f"{_integer_layers(artifact)} of {len(manifest.layers)} products in INT8{_coverage(artifact)}, others in {manifest.precision}"
     )
     out.print(f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {integers}")
-    for kind, infos in (("input", manifest.signature.inputs), ("output", manifest.signature.outputs)):
+    for kind, infos in (("input", manifest.signature.tensors.inputs), ("output", manifest.signature.tensors.outputs)):
         for info in infos:
             out.print(f"{kind:<9} {info.name}: {info.text}")
     rounding = recorded.get("rounding", {})
@@ -316,7 +316,7 @@ def _print_tensors(
     print_notes([str(note) for note in notes])
 
 
-def _coverage(artifact: Artifact | TensorArtifact) -> str:
+def _coverage(artifact: Artifact) -> str:
     """Say which share of the multiply-adds is in integers, where it is recorded."""
     share = artifact.manifest.measured.get("integer_coverage")
     return f" ({share:.0%} of the multiply-adds)" if isinstance(share, float) and share else ""
@@ -346,14 +346,14 @@ def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str |
     done, others = "exists already" if reused else "wrote    ", artifact.manifest.precision
     integers = f"{_integer_layers(artifact)} layers in INT8{_coverage(artifact)}"
     out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {integers}, others in {others}")
-    out.print(f"sizes     {artifact.manifest.signature.sizes.text}")
+    out.print(f"sizes     {artifact.picture.sizes.text}")
     if replaced is not None:
         out.print(f"replaced  what was there, {replaced}")
     for name, reason in kept.items():
         out.print(f"kept      {name}: {reason or 'not quantised'}")
 
 
-def _integer_layers(artifact: AnyArtifact) -> int:
+def _integer_layers(artifact: Artifact) -> int:
     return sum(layer.activation_bits == 8 for layer in artifact.manifest.layers)
 
 

@@ -91,9 +91,9 @@ def predict_command(
     """
     from muntin.artifact import open_artifact
     from muntin.images import MAX_PIXELS
+    from muntin.runtime.bulk.files import RayTarget, compute_files, usual_streams
     from muntin.runtime.bulk.items import PredictOptions
     from muntin.runtime.bulk.journal import open_journal
-    from muntin.runtime.bulk.run import RayTarget, compute_files, usual_streams
     from muntin.runtime.bulk.smaller_tiles import Tiles
     from muntin.runtime.engines.registry import open_session
     from muntin.runtime.options import SessionOptions
@@ -103,11 +103,12 @@ def predict_command(
     if resume and truth:
         raise DataError("--resume goes with several images, and --truth with one: leave one of them out")
     opening = SessionOptions(engine=engine, precision=precision, threads=threads, streams=streams or 1, shapes=(), dynamic=True)
-    manifest = open_artifact(artifact).manifest
-    signature, folder = manifest.signature, output or RESULTS
+    opened = open_artifact(artifact)
+    manifest = opened.manifest
+    signature, folder = opened.picture, output or RESULTS
     chosen = {"--output": output, "--resume": resume or None, "--truth": truth, "--no-overlay": no_overlay or None}
     _refuse_unused(signature.task, chosen | {"--tile": tile, "--overlap": overlap, "--exact": exact or None})
-    usual = None if exact else allowed_tile(signature, max((manifest.example or (1, TILE, TILE))[1:]))
+    usual = None if exact else allowed_tile(signature, max((manifest.shape or (1, TILE, TILE))[1:]))
     options = PredictOptions(
         tiles=(tiles := Tiles(tile=tile or usual, overlap=overlap, exact=exact)), max_pixels=max_pixels or MAX_PIXELS, truth=truth,
         painted=not no_overlay, value_range=value_range,

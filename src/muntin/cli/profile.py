@@ -130,14 +130,14 @@ def _target(artifact: Path, output: Path | None) -> Path:
 
 def _sizes(artifact: Path, size: str | None, batch: int | None, dims: str | None) -> dict[str, Any]:
     """Return the `shape` of images or the `dims` of named tensors, with the artefact's values for missing options."""
-    from muntin.artifact import TensorArtifact, open_any_artifact
+    from muntin.artifact import open_artifact
     from muntin.runtime.profiling.profile import default_shape
 
     if size is None and batch is None and dims is None:
         return {}
-    opened = open_any_artifact(artifact)
-    if isinstance(opened, TensorArtifact):
-        signature = opened.manifest.signature
+    opened = open_artifact(artifact)
+    if opened.manifest.named is not None:
+        signature = opened.manifest.signature.tensors
         if size is not None:
             raise DataError(f"--size {size}: {artifact} takes named tensors: give --dims ({', '.join(signature.dims) or 'it has none'})")
         if batch is not None and signature.batch is None:

@@ -32,6 +32,7 @@ from muntin.models.compression_record import STAGES, Change, CompressionRecord, 
 from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, read_checkpoint, source_of
 from muntin.training.config import CompressionConfig, QuantizationConfig, StageConfig, TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
+from muntin.training.fitting import held_folder
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights
 from muntin.training.model_checks import check_maps
@@ -40,7 +41,6 @@ from muntin.training.progress.best import out_of_patience
 from muntin.training.progress.interrupt import PREPARATION, Interruption
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe
-from muntin.training.run import held_folder
 from muntin.training.trainer import Trainer
 
 FOLDER = "compressed"

@@ -67,7 +67,7 @@ def export_checkpoint(
     text = sizes or usual_sizes(checkpoint.recipe.task)
     requested = parse_sizes(text)
     if (existing := exported(checkpoint, path, integer=integer, sizes=sizes)) is not None:
-        if existing.manifest.signature.classes == checkpoint.classes:
+        if existing.picture.classes == checkpoint.classes:
             return existing
         return relabel_artifact(existing, checkpoint.classes)
     check_target(path)

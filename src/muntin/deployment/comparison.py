@@ -124,7 +124,7 @@ class _Comparison:
             "agreement": agreement,
             "ranks": rank_rows(model, last.changes, record.widths) if self.stages and record is not None else [],
             "layers": layer_rows(artifact, session, calibration[:2]),
-            "counted": list((artifact.manifest.example or self.probe.shape[1:])[1:]),
+            "counted": list((artifact.manifest.shape or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
             "search": budget_record(self.checkpoint),
             "splits": {name: _split_record(self.source.split(name)) for name in SPLITS},

@@ -17,7 +17,7 @@ from muntin.graph.artifacts.compile_errors import products_in_message
 from muntin.graph.artifacts.engine_check import FLOAT_LIMITS, FallbackError
 from muntin.graph.artifacts.engine_check import INTEGER_LIMITS as LIMITS
 from muntin.runtime import Session, load
-from muntin.runtime.exact_tiles.run import NO_PLAN
+from muntin.runtime.exact_tiles.tiles import NO_PLAN
 from muntin.runtime.options import Precision
 from muntin.runtime.verification.artifact import find_fallbacks, replay
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, TensorArtifact, check_target
+from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, check_target
 from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
@@ -79,7 +79,7 @@ def export(
 def export(
     model: nn.Module, example: NamedTensors, path: Path | str, *, calibration: Iterable[NamedTensors] | None = ..., axes: Axes | None = ...,
     measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ..., progress: bool | OnStage = ...,
-) -> TensorArtifact: ...  # fmt: skip
+) -> Artifact: ...  # fmt: skip
 
 
 def export(
@@ -99,7 +99,7 @@ def export(
     mean: Statistic | None = None,
     std: Statistic | None = None,
     progress: bool | OnStage = True,
-) -> Artifact | TensorArtifact:
+) -> Artifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
     `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut. `calibration`: input batches, with

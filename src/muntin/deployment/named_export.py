@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 from torch import Tensor, nn
 
-from muntin.artifact import GoldenTolerance, TensorArtifact, check_target
+from muntin.artifact import Artifact, GoldenTolerance, check_target
 from muntin.compression import fold, remove_closed_channels
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
@@ -39,7 +39,7 @@ def export_named(
     axes: Axes | None,
     quantization: QuantizationConfig | None,
     measured: Mapping[str, Any] | None,
-) -> TensorArtifact:
+) -> Artifact:
     """Write an artefact with named tensors; see `muntin.export`. `model`: a copy in FP32 on the CPU, which is changed."""
     check_target(path)
     for name, tensor in example.items():

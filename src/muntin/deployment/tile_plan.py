@@ -13,7 +13,7 @@ from muntin.artifact.plan import TilePass, TilePlan
 from muntin.graph.tiling.levels import NoPlanError
 from muntin.graph.tiling.plan import make_plan
 from muntin.runtime.engines.registry import open_session
-from muntin.runtime.exact_tiles.run import NO_PLAN, ExactTiles
+from muntin.runtime.exact_tiles.tiles import NO_PLAN, ExactTiles
 from muntin.runtime.options import SessionOptions
 
 MOST_SIDE = 2048
@@ -43,7 +43,7 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
     `picture_HWC`: a real picture, which is repeated up to the size at which a tile is less than the picture.
     """
     artifact = open_artifact(draft)
-    sizes = artifact.manifest.signature.sizes
+    sizes = artifact.picture.sizes
     tile = max(_tried_tile(walk) for walk in plan.passes)
     side = max(2 * (-(-tile // walk.step) * walk.step) + sum(walk.halo) + walk.step // 2 + 1 for walk in plan.passes)
     height, width = sizes.at_least(side + 4, side)
@@ -55,7 +55,7 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
     try:
         whole = open_session(draft, options)(picture[None])[0]
         tiled = np.empty_like(whole)
-        scale = artifact.manifest.signature.scale
+        scale = artifact.picture.scale
         for (top, left, bottom, right), scores in ExactTiles(artifact, options, tile=tile).blocks(
             lambda top, left, bottom, right: picture[top:bottom, left:right], height, width
         ):

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
-from muntin.runtime.session import Shape, check_shapes
-from muntin.runtime.tensors import Dims, check_dims
+from muntin.runtime.session import Dims, Shape, check_shapes
+from muntin.runtime.tensors import check_dims
 
 EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 Precision = Literal["recorded", "f32", "bf16", "f16"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import AnyArtifact, Signature, Sizes
+from muntin.artifact import Artifact, Signature, Sizes, TensorSignature
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.thread_pool import thread_pool
@@ -29,6 +29,9 @@ Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
 GivenT = TypeVar("GivenT")
 AnswerT = TypeVar("AnswerT")
+Named = dict[str, NDArray[Any]]
+Dims = tuple[tuple[str, int], ...]
+"""Sizes of free dimensions by name, sorted."""
 Labels = NDArray[np.unsignedinteger[Any]]
 """Class numbers, in the signature's `label_type`."""
 
@@ -60,8 +63,13 @@ class AnySession(ABC, Generic[GivenT, AnswerT]):
         self.precision = precision
         self.threads = threads
         self.streams = streams
-        self.opened: tuple[AnyArtifact, SessionOptions] | None = None
+        self.opened: tuple[Artifact, SessionOptions] | None = None
         """The artefact, and how it was opened; None for a session without one."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> TensorSignature:
+        """Inputs and outputs by name."""
 
     @abstractmethod
     def __call__(self, batch: GivenT, /) -> AnswerT:
@@ -85,6 +93,14 @@ class AnySession(ABC, Generic[GivenT, AnswerT]):
 
     def close(self) -> None:
         """Lets go of what lies outside of this process. Nobody may call the session any more."""
+
+    @abstractmethod
+    def infer_named(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
+        """Named outputs for checked, contiguous inputs with these sizes of free dimensions, of the signature's `tensors`."""
+
+    @abstractmethod
+    def warm_up_named(self, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
+        """Warms up a call of `infer_named`."""
 
     @staticmethod
     @abstractmethod
@@ -149,6 +165,19 @@ class Session(AnySession[NDArray[np.uint8], NDArray[np.float32]]):
     def infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
         """Labels of a checked, contiguous batch. The model has classes."""
         return self._infer_labels(images_BHWC)
+
+    @property
+    def tensors(self) -> TensorSignature:
+        return self.signature.tensors
+
+    def infer_named(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
+        """The scores, or the labels, of checked, contiguous `images`, by name."""
+        (name,) = outputs
+        return {name: (self.infer_labels if name == "labels" else self.infer)(inputs["images"])}
+
+    def warm_up_named(self, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
+        sizes = dict(dims)
+        self.warm_up([(sizes["batch"], sizes["height"], sizes["width"])], labels=tuple(outputs) == ("labels",), compute=compute)
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         """Computes once for each shape (B, H, W), in every stream, so that the first real call of a shape is as fast as later ones.

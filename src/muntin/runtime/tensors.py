@@ -12,13 +12,10 @@ from numpy.typing import NDArray
 from muntin.artifact import TensorSignature
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.buffers import Buffers
-from muntin.runtime.session import AnySession
+from muntin.runtime.session import AnySession, Dims, Named
 
-Named = dict[str, NDArray[Any]]
 NamedInputs = Mapping[str, NDArray[Any]] | NDArray[Any]
 """Arrays by the names of inputs, or the array of the only input."""
-Dims = tuple[tuple[str, int], ...]
-"""Sizes of free dimensions by name, sorted."""
 
 
 class TensorSession(AnySession[NamedInputs, Named]):
@@ -40,9 +37,16 @@ class TensorSession(AnySession[NamedInputs, Named]):
         allow and for an unknown output, ArtifactError when the model does not give what its signature says.
         """
         tensors, dims = check_inputs(inputs, self.signature)
-        return self.infer(tensors, dims, check_outputs(outputs, self.signature))
+        return self.infer_named(tensors, dims, check_outputs(outputs, self.signature))
 
-    def infer(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
+    @property
+    def tensors(self) -> TensorSignature:
+        return self.signature
+
+    def warm_up_named(self, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
+        self.warm_up([dims], compute=compute)
+
+    def infer_named(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
         """Named outputs for checked, contiguous inputs with these sizes of free dimensions."""
         answer = self._infer(inputs, dims, outputs)
         if (problem := self.signature.outputs_problem(answer, dict(dims))) is not None:

@@ -36,7 +36,7 @@ from muntin.images.rasters import Raster
 from muntin.images.sinks import PictureSink
 from muntin.images.sources import AnyPicture, PictureSource, ScaledSource, raster_of, source_of
 from muntin.runtime.blending import TileAxis, best_class, blended
-from muntin.runtime.exact_tiles.run import exact_tiles
+from muntin.runtime.exact_tiles.tiles import exact_tiles
 from muntin.runtime.session import check_pixels
 from muntin.runtime.tensors import TensorSession
 

@@ -1,7 +1,7 @@
 """Architecture search: a space, shared weights, latencies of parts, a study, and the best few networks deployed."""
 
+from muntin.searching.architecture_search import ArchitectureSearch, plan_search, search_architectures
 from muntin.searching.plan import SearchPlan
-from muntin.searching.run import ArchitectureSearch, plan_search, search_architectures
 from muntin.searching.settings import SearchSettings
 from muntin.searching.space import Space, default_space, load_space
 

@@ -22,9 +22,9 @@ from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
 from muntin.training.checkpoint import checkpoints_in, read_checkpoint
 from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.fitting import FitResult, ended_early, fit
 from muntin.training.progress.report import FitReport
 from muntin.training.recipe import Recipe
-from muntin.training.run import FitResult, ended_early, fit
 
 ROUNDS = 40
 """Timed calls of each network."""

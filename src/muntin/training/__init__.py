@@ -4,9 +4,9 @@ from muntin.tasks.scores import TaskScores
 from muntin.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from muntin.training.config import ModelChoice, QuantizationConfig, TrainingConfig
 from muntin.training.evaluation import evaluate
+from muntin.training.fitting import FitResult, fit
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe, load_recipe, parse_recipe
-from muntin.training.run import FitResult, fit
 
 __all__ = [
     "Checkpoint",

@@ -141,8 +141,8 @@ def judge_artifact(
 
     `old_samples`, `new_samples`: held-out pictures with the labels of the new artefact's classes. `threads`: of the engine.
     """
-    names = [entry.name for entry in new.manifest.signature.classes]
-    known = len(old.manifest.signature.classes)
+    names = [entry.name for entry in new.picture.classes]
+    known = len(old.picture.classes)
     options = SessionOptions(threads=threads)
     with closing(open_session(old.path, options)) as old_session, closing(open_session(new.path, options)) as new_session:
         stage("judging old data")
@@ -152,8 +152,8 @@ def judge_artifact(
         on_new = compare_counts(old_counts, new_counts)
         gain, renamed = relabel_gain(old_counts, known)
         stage("measuring latency")
-        size = (new.manifest.example or (1, tile, tile))[1:]
-        images_BHWC = np.full((1, *size, new.manifest.signature.channels), 127, np.uint8)
+        size = (new.manifest.shape or (1, tile, tile))[1:]
+        images_BHWC = np.full((1, *size, new.picture.channels), 127, np.uint8)
         latency = interleaved_latency({"old": old_session, "new": new_session}, images_BHWC, rounds=ROUNDS)
     stage("verifying")
     hardware = describe_hardware()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from muntin.artifact import AnyArtifact, Artifact, open_any_artifact
+from muntin.artifact import Artifact, open_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.artifact.store import copy_artifact, read_manifest
 from muntin.errors import ArtifactError, DataError, MuntinError
@@ -48,7 +48,7 @@ def lineage(verdict: GateVerdict) -> dict[str, Any]:
     return {"summary": f"{origin}, {verdict.summary}", **verdict.model_dump(mode="json")}
 
 
-def publish(artifact: Artifact, verdict: GateVerdict, repository: Path) -> tuple[str, AnyArtifact]:
+def publish(artifact: Artifact, verdict: GateVerdict, repository: Path) -> tuple[str, Artifact]:
     """Copy an accepted artefact into `repository` under the next number, with its lineage. Returns the number and the copy.
 
     A copy that is there already is returned. Raises `DataError` for a refused one.
@@ -59,7 +59,7 @@ def publish(artifact: Artifact, verdict: GateVerdict, repository: Path) -> tuple
         numbers = sorted(int(path.name) for path in repository.iterdir() if path.name.isdecimal())
         for number in reversed(numbers):
             if _origin(repository / str(number)) == artifact.digest:  # of a run that was killed before it pushed
-                return str(number), open_any_artifact(repository / str(number))
+                return str(number), open_artifact(repository / str(number))
         number = numbers[-1] + 1 if numbers else 1
         return str(number), copy_artifact(artifact, repository / str(number), {UPDATE: lineage(verdict)})
 

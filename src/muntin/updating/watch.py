@@ -33,7 +33,7 @@ from muntin.tasks.classes import ClassSpec
 from muntin.training.checkpoint import find_checkpoint, read_checkpoint
 from muntin.training.progress.report import FitReport
 from muntin.updating.new_pictures import NewPicturesError, digest_of
-from muntin.updating.run import VERSIONS, UpdateResult, newest_accepted, offer_update, refuse_restore, root_of, run_directory, update_run
+from muntin.updating.update import VERSIONS, UpdateResult, newest_accepted, offer_update, refuse_restore, root_of, run_directory, update_run
 from muntin.updating.versions import ServerClient
 
 INBOX, START, DROPPED, DONE = "inbox", "start.json", "dropped.json", "done.json"

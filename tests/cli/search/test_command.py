@@ -20,7 +20,7 @@ from muntin.cli.search.description import search_record
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import SearchSettings, search_architectures
-from muntin.searching.run import SearchStage
+from muntin.searching.architecture_search import SearchStage
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint
 from muntin.training import load_recipe, read_checkpoint

@@ -66,7 +66,7 @@ def test_update_of_the_first_training(run: Path, write_scenes: Callable[..., Non
     learned: list[Any] = []
     words = ["--data", tmp_path / "new", "--output", tmp_path / "out"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muntin.updating.run.learn", lambda plan, *given, **options: (learned.append(plan.parent.path), 1 / 0))
+        patch.setattr("muntin.updating.update.learn", lambda plan, *given, **options: (learned.append(plan.parent.path), 1 / 0))
         for folder in (run, run / "checkpoints"):
             CliRunner().invoke(app, ["update", *map(str, (folder, *words))])
     assert learned == [run / "updates" / "1" / "checkpoints" / "step-00000015", run / "checkpoints" / "step-00000150"]

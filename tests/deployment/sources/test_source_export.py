@@ -57,7 +57,7 @@ def test_export_and_prediction(tmp_path: Path, pictures: Path) -> None:
 def test_floats_without_pictures(tmp_path: Path, pictures: Path) -> None:
     options = SourceOptions(size="24x32")
     artifact, notes = export_source("small_source:small", tmp_path / "artifact", options, integer=False, sizes=None)
-    assert (artifact.manifest.integers, artifact.manifest.example) == (False, (1, 24, 32))
+    assert (artifact.manifest.integers, artifact.manifest.shape) == (False, (1, 24, 32))
     recorded = open_artifact(tmp_path / "artifact").manifest.measured["source_notes"]
     assert any("generated pictures" in note for note in recorded)
     assert recorded == list(notes[: len(recorded)])

@@ -27,7 +27,7 @@ def rewritten(written: Any, path: Path, **changes: Any) -> Path:
     arguments: dict[str, Any] = {
         "model": onnx.load_model_from_string(written.artifact.model_bytes()),
         "signature": manifest.signature,
-        "golden": list(written.artifact.golden()),
+        "golden": list(written.artifact.golden_images()),
         "golden_tolerance": manifest.golden_tolerance,
         "layers": manifest.layers,
     }
@@ -65,7 +65,7 @@ def test_macs_scaled_by_the_area(convolutions: Any, tmp_path: Path, engine: str)
 
 def test_shape_that_is_not_allowed(convolutions: Any, tmp_path: Path) -> None:
     signature = convolutions.artifact.manifest.signature.model_copy(update={"sizes": Sizes.both(multiple=4)})
-    golden = [(images[:, :4, :4], scores[:, :, :4, :4]) for images, scores in convolutions.artifact.golden()]
+    golden = [(images[:, :4, :4], scores[:, :, :4, :4]) for images, scores in convolutions.artifact.golden_images()]
     path = rewritten(convolutions, tmp_path / "a", signature=signature, golden=golden)
     result = profile(path, SessionOptions(threads=1), shape=(2, 9, 12), rounds=1, ceilings=CEILINGS)
     assert result.shape == (2, 12, 12)
@@ -92,7 +92,7 @@ def test_fill(images_of: Callable[..., Any]) -> None:
 def test_default_shape(convolutions: Any, tmp_path: Path) -> None:
     assert default_shape(convolutions.artifact) == (1, 512, 512)
     assert default_shape(open_artifact(rewritten(convolutions, tmp_path / "example", example=(2, 64, 96)))) == (2, 64, 96)
-    images = convolutions.artifact.golden()[0][0]
+    images = convolutions.artifact.golden_images()[0][0]
     classes = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(1, 1, 1)))
     for side, shape in ((48, (1, 48, 48)), (None, (1, *images.shape[1:3]))):
         signature = Signature(task="classify", channels=3, classes=classes, side=side)

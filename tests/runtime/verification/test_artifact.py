@@ -104,7 +104,7 @@ def test_layer_in_float(write_layers: Callable[..., Any], layer_maker: Callable[
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_other_numbers_are_found(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path, engine: str) -> None:
     good = write_layers(tmp_path / "good", pixel)
-    ((images, scores),) = good.artifact.golden()
+    ((images, scores),) = good.artifact.golden_images()
     for name, changed in [("shifted", scores + np.float32(scores.std() * 0.2)), ("swapped", scores[:, ::-1].copy())]:
         write_layers(tmp_path / name, pixel, golden=[(images, changed)])
         result = verify(tmp_path / name, SessionOptions(engine=engine, precision="f32"), allow_fallbacks=True)
@@ -117,7 +117,7 @@ def test_other_numbers_are_found(write_layers: Callable[..., Any], pixel: list[A
 
 
 def test_small_error_of_a_whole_map(write_layers: Callable[..., Any], pixel: list[Any], tmp_path: Path) -> None:
-    ((images, scores),) = write_layers(tmp_path / "good", pixel).artifact.golden()
+    ((images, scores),) = write_layers(tmp_path / "good", pixel).artifact.golden_images()
     wide = {"openvino": {"f32": GoldenTolerance(max_error=0.5, label_agreement=0)}}
     for share, passed in ((0.1, True), (0.15, False)):
         write_layers(tmp_path / f"{share}", pixel, golden=[(images, scores + np.float32(scores.std() * share))], golden_tolerance=wide)

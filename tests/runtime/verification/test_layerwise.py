@@ -90,7 +90,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, nn.M
 
 
 def golden(artifact: Artifact) -> list[NDArray[np.uint8]]:
-    return [images for images, _ in artifact.golden()]
+    return [images for images, _ in artifact.golden_images()]
 
 
 # ---- sound artefacts ----

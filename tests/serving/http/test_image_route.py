@@ -43,7 +43,7 @@ class BlockedService:
     def lease_to_compute(self, model: str, version: str | None) -> Any:
         return self.slot.lease(version)
 
-    async def compute(self, images: Any, group: Any, lease: Any, **_: Any) -> tuple[Any, Work]:
+    async def compute(self, inputs: Any, group: Any, lease: Any, **_: Any) -> tuple[Any, Work]:
         self.calls += 1
         self.entered.set()
         try:
@@ -51,7 +51,7 @@ class BlockedService:
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
-        return lease.version.session(images), Work(inputs=images, lease=lease, by=lease.version)
+        return group.compute(lease.version.session, inputs), Work(inputs=inputs, lease=lease, by=lease.version)
 
 
 class FallbackService(BlockedService):
@@ -61,13 +61,12 @@ class FallbackService(BlockedService):
         super().__init__(slot)
         self.versions, self.after, self.always = versions, after, always
 
-    async def compute(self, images: Any, group: Any, lease: Any, **_: Any) -> tuple[Any, Work]:
+    async def compute(self, inputs: Any, group: Any, lease: Any, **_: Any) -> tuple[Any, Work]:
         self.calls += 1
         name = lease.version.name
         falls = self.calls > self.after if name == "1" else self.always
         by = self.versions[{"1": "2", "2": "1"}[name]] if falls else lease.version
-        answer = by.session.labels(images) if group.labels else by.session(images)
-        return answer, Work(inputs=images, lease=lease, by=by)
+        return group.compute(by.session, inputs), Work(inputs=inputs, lease=lease, by=by)
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from muntin.runtime.session import Session
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import ImageGroup
+from muntin.serving.inference.groups import image_group
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import EngineDiedError, OutOfMemoryError
 from serving_parts import PixelSession, random_images
@@ -48,8 +48,8 @@ def batch_of(slot: Slot, images: list[NDArray[np.uint8]], *, labels: bool, versi
     jobs = []
     for rows in images:
         lease = slot.lease(version)
-        group = ImageGroup(lease.version, rows.shape[1], rows.shape[2], labels)
-        jobs.append(Job(group=group, rows=len(rows), payload=Work(inputs=rows, lease=lease)))
+        group = image_group(lease.version, rows.shape[1], rows.shape[2], labels=labels)
+        jobs.append(Job(group=group, rows=len(rows), payload=Work(inputs={"images": rows}, lease=lease)))
         jobs[-1].arrived = 0.0
     return Batch(tuple(jobs), jobs[0].group, sum(map(len, images)))
 
@@ -63,7 +63,7 @@ def test_each_job_gets_its_rows(serving: Any, labels: bool) -> None:
     answers = Executor(slot)(batch)
     assert session.calls == [(6, 6, 5, 4)]
     for job, rows, answer in zip(batch.jobs, images, answers, strict=True):
-        np.testing.assert_array_equal(answer, rows.argmax(3) if labels else rows.transpose(0, 3, 1, 2))
+        np.testing.assert_array_equal(answer["labels" if labels else "scores"], rows.argmax(3) if labels else rows.transpose(0, 3, 1, 2))
         assert (job.payload.batch_rows, job.payload.version, job.payload.recovered) == (6, "1", "")
 
 
@@ -87,8 +87,8 @@ def test_batch_is_kept_for_a_shadow_once(serving: Any, monkeypatch: pytest.Monke
     first, second = (job.payload.whole for job in batch.jobs)
     images, answer = first
     assert second is None
-    np.testing.assert_array_equal(answer, images.argmax(3))
-    assert len(images) == 3
+    np.testing.assert_array_equal(answer["labels"], images["images"].argmax(3))
+    assert len(images["images"]) == 3
 
 
 def test_times_of_batches_in_one_call(serving: Any) -> None:
@@ -96,7 +96,7 @@ def test_times_of_batches_in_one_call(serving: Any) -> None:
     executor = Executor(slot)
     executor(batch_of(slot, [random_images(1, 1), random_images(1, 2)], labels=True))
     executor(batch_of(slot, [random_images(3, 1)], labels=True))  # in rows
-    assert slot.current.latencies.calls == (Call((2, 6, 5), True),)
+    assert slot.current.latencies.calls == (image_call((2, 6, 5), labels=True),)
 
 
 def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
@@ -107,9 +107,9 @@ def test_failure_is_computed_by_the_previous_version(serving: Any) -> None:
     new.error = RuntimeError("engine died")
     for batch in (first, second):  # the version is rolled back after the first: the second is not tried there
         answer, work = executor(batch)[0], batch.jobs[0].payload
-        np.testing.assert_array_equal(answer, work.inputs.argmax(3))
+        np.testing.assert_array_equal(answer["labels"], work.inputs["images"].argmax(3))
         assert (work.version, len(new.calls), candidate.state) == ("1", 1, "failed")
-    executor.shadow(candidate, first.group, images, images.argmax(3), beside=candidate)
+    executor.shadow(candidate, first.group, {"images": images}, {"labels": images.argmax(3)}, beside=candidate)
     assert len(new.calls) == 1  # its engine may have been ended, and would be restarted for that
     good.error = RuntimeError("this one too")
     with pytest.raises(RuntimeError, match="this one too"):
@@ -123,8 +123,8 @@ def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
     new.error = OSError(errno.EMFILE, "Too many open files")
     batch, candidate, images = batch_of(slot, [random_images(1, 1)], labels=True), slot.current, random_images(1, 1)
     executor = Executor(slot)
-    executor.shadow(candidate, batch.group, images, images.argmax(3), beside=candidate)
-    np.testing.assert_array_equal(executor(batch)[0], images.argmax(3))
+    executor.shadow(candidate, batch.group, {"images": images}, {"labels": images.argmax(3)}, beside=candidate)
+    np.testing.assert_array_equal(executor(batch)[0]["labels"], images.argmax(3))
     assert (len(new.calls), batch.jobs[0].payload.version, slot.current.name) == (2, "1", "2")
 
 
@@ -143,7 +143,7 @@ def test_recovery_is_reported_for_each_job(serving: Any) -> None:
     batch = batch_of(slot, [easy, np.concatenate([hard, easy])], labels=False)
     answers = Executor(slot)(batch)
     assert [job.payload.recovered for job in batch.jobs] == ["one row at a time", "in tiles of 17 pixels"]
-    assert [float(answer.mean()) for answer in answers] == pytest.approx([7, 131])
+    assert [float(answer["scores"].mean()) for answer in answers] == pytest.approx([7, 131])
 
 
 class Mortal(Liveness, PixelSession):
@@ -177,7 +177,7 @@ def answered(executor: Executor, batch: Batch) -> str:
         with suppress(AgainError):
             (answer,) = executor(batch)
             break
-    np.testing.assert_allclose(answer, batch.jobs[0].payload.inputs.argmax(3))
+    np.testing.assert_allclose(answer["labels"], batch.jobs[0].payload.inputs["images"].argmax(3))
     recovered: str = batch.jobs[0].payload.recovered
     return recovered
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from muntin.errors import MuntinError
-from muntin.runtime.session import ExecutedLayer
-from muntin.runtime.tensors import Dims, Named, TensorSession, check_inputs
+from muntin.runtime.session import Dims, ExecutedLayer, Named
+from muntin.runtime.tensors import TensorSession, check_inputs
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import TensorGroup
+from muntin.serving.inference.groups import Group
 from muntin.serving.inference.recovery import Parts, Recovery
 from muntin.serving.protocol.messages import InferInput, InferRequest
 from muntin.serving.versions.rollout import Rollout
@@ -49,12 +49,10 @@ class Sums(TensorSession):
         return []
 
 
-def group_of(inputs: Named, version: Version | None = None, *outputs: str) -> TensorGroup:
+def group_of(inputs: Named, version: Version | None = None, *outputs: str) -> Group:
     _, dims = check_inputs(inputs, SIGNATURE)
     free = tuple(dim for dim in dims if dim[0] != BATCH)
-    return TensorGroup(
-        version or Version(name="1", path=Path("1")), free, BATCH, 2 * dict(dims)["tokens"], outputs or ("label", "embedding")
-    )
+    return Group(version or Version(name="1", path=Path("1")), free, BATCH, 2 * dict(dims)["tokens"], outputs or ("label", "embedding"))
 
 
 def serving(shelf: Any, monkeypatch: pytest.MonkeyPatch, session: TensorSession, **rollout: Any) -> Slot:

@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 from muntin.artifact import Sizes
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
-from muntin.serving.inference.groups import ImageGroup
+from muntin.serving.inference.groups import Group, image_group
 from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery
 from muntin.serving.versions.version import Version
 from serving_parts import PixelSession, random_images
 
 
-def group_of(images: NDArray[np.uint8], *, labels: bool) -> ImageGroup:
-    return ImageGroup(Version(name="1", path=Path("1")), images.shape[1], images.shape[2], labels)
+def group_of(images: NDArray[np.uint8], *, labels: bool) -> Group:
+    return image_group(Version(name="1", path=Path("1")), images.shape[1], images.shape[2], labels=labels)
 
 
 def compute(recovery: Recovery, session: PixelSession, images: NDArray[np.uint8], *, labels: bool = True) -> Computed:
-    computed = recovery.compute(session, group_of(images, labels=labels), images, parts=Parts.WHOLE)
+    computed = recovery.compute(session, group_of(images, labels=labels), {"images": images}, parts=Parts.WHOLE)
     expected = images.argmax(3) if labels else images.transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(computed.answers, expected, atol=1e-3)
+    np.testing.assert_allclose(computed.answers["labels" if labels else "scores"], expected, atol=1e-3)
     assert len(computed.recovered) == len(images)
     return computed
 
@@ -54,7 +54,7 @@ def test_tiles_of_an_allowed_size(clock: Any) -> None:
 @pytest.mark.parametrize("session", [PixelSession("classify", most=20), PixelSession(most=20, sizes=Sizes.only(6, 5))])
 def test_image_without_tiles(clock: Any, session: PixelSession) -> None:
     with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
-        Recovery(clock).compute(session, group_of(random_images(1, 1), labels=False), random_images(1, 1), parts=Parts.WHOLE)
+        Recovery(clock).compute(session, group_of(random_images(1, 1), labels=False), {"images": random_images(1, 1)}, parts=Parts.WHOLE)
 
 
 def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:

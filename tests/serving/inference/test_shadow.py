@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import ImageGroup
+from muntin.serving.inference.groups import image_group
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.shadow import SHADOWS, Shadows
 from muntin.serving.versions.rollout import Rollout
@@ -19,15 +19,16 @@ from muntin.serving.versions.version import Version
 from serving_parts import on_trial
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
+INPUTS = {"images": IMAGES}
 
 
 def cast(slot: Slot, shadows: Shadows, current: Version, count: int = 1) -> None:
     answer = current.session.labels(IMAGES)
-    group = ImageGroup(current, 8, 8, labels=True)
+    group = image_group(current, 8, 8, labels=True)
     for _ in range(count):
         slot.observe(current, seconds=0.001, rows=1)
         with slot.lease() as lease:
-            work = Work(inputs=IMAGES, lease=lease, by=current, within=0.5, whole=(IMAGES, answer))
+            work = Work(inputs=INPUTS, lease=lease, by=current, within=0.5, whole=(INPUTS, {"labels": answer}))
             shadows.cast(work, group)
             shadows.cast(work, group)  # a batch is cast once
 

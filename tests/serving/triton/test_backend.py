@@ -119,14 +119,14 @@ def test_requests_of_several_groups(write_pixels: Any, tmp_path: Path, monkeypat
 def test_failure_of_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tensors(tmp_path / "named")
     model = opened(tmp_path / "named", tmp_path)
-    infer = type(model._session).infer
+    infer = type(model._session).infer_named
 
     def fails(self: Any, inputs: Any, *rest: Any) -> Any:
         if (inputs["ids"] == 49).any():
             raise RuntimeError("no such row")
         return infer(self, inputs, *rest)
 
-    monkeypatch.setattr(type(model._session), "infer", fails)
+    monkeypatch.setattr(type(model._session), "infer_named", fails)
     good, bad = text_inputs(1, 8), text_inputs(2, 8)
     good["ids"][:], bad["ids"][:] = 1, 49
     first, failed, last = model.execute([Request(inputs, ("embedding",)) for inputs in (good, bad, good)])

@@ -15,7 +15,7 @@ from google.protobuf import text_format
 from pydantic import ValidationError
 from tritonclient.grpc import model_config_pb2
 
-from muntin.artifact import Sides, Sizes, open_any_artifact
+from muntin.artifact import Sides, Sizes, open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.triton.batching import TritonBatching
@@ -54,7 +54,7 @@ def test_configuration_of_images(write_pixels: Any, tmp_path: Path) -> None:
     assert {name: value.string_value for name, value in config.parameters.items()} == {
         "engine": "openvino", "precision": "recorded", "threads": "3", "sizes": "[[16, 8]]", "dims": "[]",
     }  # fmt: skip
-    assert open_any_artifact(model / "1" / "artifact").digest == open_any_artifact(path).digest
+    assert open_artifact(model / "1" / "artifact").digest == open_artifact(path).digest
 
 
 def test_configuration_of_a_classifier(write_pixels: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from muntin.errors import VerificationError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
 from muntin.serving.versions.loader import ArtifactLoader
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import Call, image_call
 from muntin.serving.worker.opening import Opened
 from muntin.serving.worker.remote_session import can_open_remote
 
@@ -27,7 +27,7 @@ def test_opening_verifies_and_reports(write_version: Any, tmp_path: Path) -> Non
     opened = loader.open(write_version(tmp_path / "1", 3), progress=steps.append)
     assert (opened.digest, opened.calls) == (
         open_artifact(tmp_path / "1").digest,
-        (Call((1, 8, 8), labels=True), Call((2, 8, 8), labels=True), Call((1, 8, 8))),
+        (image_call((1, 8, 8), labels=True), image_call((2, 8, 8), labels=True), image_call((1, 8, 8))),
     )
     opened.session.close()
     assert steps == ["opening", "verifying", *(f"compiling, {number} of 4" for number in (1, 2, 3, 4))]
@@ -64,5 +64,7 @@ def test_only_the_manifest_is_read_here(write_version: Any, tmp_path: Path, monk
     path = write_version(tmp_path / "1")
     (path / "weights.safetensors").write_bytes(b"?")
     ArtifactLoader(options=OPTIONS, max_batch=2, sizes=((4, 6), (8, 8))).open(path)
-    calls = [(Call((1, *size), labels=True), Call((2, *size), labels=True), Call((1, *size))) for size in ((8, 8), (4, 6))]
+    calls = [
+        (image_call((1, *size), labels=True), image_call((2, *size), labels=True), image_call((1, *size))) for size in ((8, 8), (4, 6))
+    ]
     assert requested == [(*calls[0], *calls[1])]

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement, tensor_agreement
 from muntin.serving.versions.version import Latencies
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 
-SMALL, LARGE = Call((1, 8, 8)), Call((4, 8, 8))
+SMALL, LARGE = image_call((1, 8, 8)), image_call((4, 8, 8))
 
 
 def times(small: list[float] | None = None, large: list[float] | None = None) -> Latencies:

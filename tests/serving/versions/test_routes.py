@@ -12,10 +12,10 @@ from muntin.errors import DataError
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.routes import HISTORY, Routes
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.opening import NotReadyError
 
-CALL = Call((1, 8, 8), labels=True)
+CALL = image_call((1, 8, 8), labels=True)
 NOW = 1000.0
 ADMIT = Callable[..., Version]
 

@@ -21,13 +21,13 @@ from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import OFTEN
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import NotReadyError
 from serving_parts import on_trial
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
-CALL = Call((1, 8, 8), labels=True)
+CALL = image_call((1, 8, 8), labels=True)
 
 
 class EngineError(Exception):
@@ -134,7 +134,7 @@ def test_failed_loads(make_slot: Any, shelf: Any, signature_of: Any) -> None:
 
 def test_times_of_batches_that_lacked_memory(make_slot: Any) -> None:
     slot = make_slot()
-    version, large = slot.load("1", "1"), Call((8, 64, 64))
+    version, large = slot.load("1", "1"), image_call((8, 64, 64))
     observe(slot, version)
     observe(slot, version, call=None)
     observe(slot, version, call=large)
@@ -145,8 +145,8 @@ def test_times_of_batches_that_lacked_memory(make_slot: Any) -> None:
 def test_advice_on_a_frequent_size(make_slot: Any, lines: list[str]) -> None:
     slot = make_slot()
     version = slot.load("1", "1")
-    version.compiled_sizes = {CALL.shape[1:]}
-    for call in (CALL, Call((1, 30, 40))):
+    version.compiled_sizes = {CALL.size}
+    for call in (CALL, image_call((1, 30, 40))):
         observe(slot, version, OFTEN + 3, call=call)
     assert [line for line in lines if "--sizes" in line] == [
         "model: images of 30x40 pixels come often, and version 1 is not compiled for them: --sizes 30x40"

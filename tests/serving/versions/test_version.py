@@ -9,11 +9,11 @@ import pytest
 
 from muntin.artifact import Sizes
 from muntin.serving.versions.version import CALLS, TIMES, Latencies, Version, contract_difference
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.opening import NotReadyError
 from tensor_models import SIGNATURE
 
-SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
+SCORES, LABELS = image_call((2, 8, 8)), image_call((1, 4, 8), labels=True)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +43,14 @@ def test_contract_of_named_tensors() -> None:
 
 
 def test_latencies() -> None:
-    latencies, first = Latencies(), Call((7, 8, 8))
+    latencies, first = Latencies(), image_call((7, 8, 8))
     latencies.add(first, 1.0)
     for seconds in range(TIMES + 5):
         latencies.add(SCORES, seconds)
     assert latencies.of(SCORES) == tuple(range(5, TIMES + 5))
     assert latencies.calls == (first, SCORES)
     for batch in range(CALLS - 2):
-        latencies.add(Call((batch + 8, 8, 8)), 1.0)
+        latencies.add(image_call((batch + 8, 8, 8)), 1.0)
     latencies.add(SCORES, 1.0)
     latencies.add(LABELS, 1.0)
     assert len(latencies.calls) == CALLS

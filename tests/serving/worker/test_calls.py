@@ -12,13 +12,13 @@ import pytest
 from muntin.artifact import TensorInfo, TensorSignature
 from muntin.artifact.store import read_manifest
 from muntin.errors import DataError
-from muntin.serving.worker.calls import Call, TensorCall, call_from_json, starting_calls
+from muntin.serving.worker.calls import Call, call_from_json, image_call, starting_calls
 from tensor_models import model, write_tensors
 
-LABELS, TEXTS = Call((1, 8, 8), labels=True), TensorCall((("batch", 2), ("tokens", 8)), "batch")
+LABELS, TEXTS = image_call((1, 8, 8), labels=True), Call((("batch", 2), ("tokens", 8)), "batch")
 
 
-@pytest.mark.parametrize("call", [LABELS, Call((2, 4, 6)), TEXTS, TensorCall(())])
+@pytest.mark.parametrize("call", [LABELS, image_call((2, 4, 6)), TEXTS, Call(())])
 def test_calls_as_json(call: Any) -> None:
     again = call_from_json(json.loads(json.dumps(call)))
     assert (again, type(again)) == (call, type(call))
@@ -26,7 +26,7 @@ def test_calls_as_json(call: Any) -> None:
 
 def test_calls_of_named_tensors(tmp_path: Path) -> None:
     manifest = read_manifest(write_tensors(tmp_path / "texts").path)
-    sizes = [dict(call.dims) for call in starting_calls(manifest, 2, dims=[{"tokens": 16}, {"tokens": 8}]) if isinstance(call, TensorCall)]
+    sizes = [dict(call.dims) for call in starting_calls(manifest, 2, dims=[{"tokens": 16}, {"tokens": 8}])]
     assert sizes == [{"batch": rows, "tokens": tokens} for tokens in (8, 16) for rows in (1, 2)]
     assert starting_calls(manifest, 0) == ()
     for dims in ({"batch": 2, "tokens": 8}, {"words": 8}):
@@ -41,7 +41,7 @@ def test_calls_without_free_dimensions(tmp_path: Path) -> None:
     proto = model("(float[3] x) => (float[3] y) { y = Relu(x) }")
     inputs = [{"x": np.float32([1, -2, 3])}]
     written = write_tensors(tmp_path / "one", proto, signature=TensorSignature(inputs=(x,), outputs=(y,)), inputs=inputs, example=None)
-    assert starting_calls(read_manifest(written.path), 8) == (TensorCall(()),)
+    assert starting_calls(read_manifest(written.path), 8) == (Call(()),)
 
 
 def test_advice() -> None:

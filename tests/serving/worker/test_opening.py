@@ -12,10 +12,10 @@ from muntin.artifact import Sizes, open_artifact
 from muntin.artifact.store import read_manifest
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.serving.worker.calls import Call, batch_sizes, starting_calls
+from muntin.serving.worker.calls import batch_sizes, image_call, starting_calls
 from muntin.serving.worker.opening import open_version
 
-SCORES, LABELS = Call((2, 8, 8)), Call((1, 4, 8), labels=True)
+SCORES, LABELS = image_call((2, 8, 8)), image_call((1, 4, 8), labels=True)
 
 
 def compiled(session: Any) -> set[tuple[Any, bool]]:
@@ -62,9 +62,9 @@ def test_wrong_golden_pair(write_version: Any, tmp_path: Path) -> None:
 
 def test_hurry(write_version: Any, tmp_path: Path) -> None:
     """The smallest call for labels is compiled at once, the others later."""
-    calls = [LABELS, Call((2, 4, 8), labels=True), Call((1, 4, 8))]
+    calls = [LABELS, image_call((2, 4, 8), labels=True), image_call((1, 4, 8))]
     opened = open_version(write_version(tmp_path / "1"), SessionOptions(threads=1), calls, hurry=True)
-    variants = [((*call.shape, 3), call.labels) for call in calls]
+    variants = [((*(size for _, size in call.dims), 3), call.outputs == ("labels",)) for call in calls]
     assert compiled(opened.session).intersection(variants) == {variants[0]}
     opened.compile_rest()
     assert compiled(opened.session) >= {*variants}

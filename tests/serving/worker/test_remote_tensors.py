@@ -12,7 +12,7 @@ from muntin.errors import DataError
 from muntin.runtime.engines.registry import load
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import engine_process
-from muntin.serving.worker.calls import TensorCall
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.channel import KEPT_BYTES
 from muntin.serving.worker.remote_session import RemoteTensorSession, can_open_remote, open_remote
 from tensor_models import model, text_inputs, write_tensors
@@ -24,7 +24,7 @@ def test_answers_equal_a_session_in_this_process(tmp_path: Path, monkeypatch: py
     """Before and after the process was ended."""
     monkeypatch.setattr(engine_process, "_RESTART_S", 60.0)
     path = write_tensors(tmp_path / "texts").path
-    example, warm = TensorCall((("batch", 1), ("tokens", 8)), "batch"), TensorCall((("batch", 2), ("tokens", 5)), "batch")
+    example, warm = Call((("batch", 1), ("tokens", 8)), "batch"), Call((("batch", 2), ("tokens", 5)), "batch")
     local = load(path, threads=1, dynamic=True)
     session = open_remote(path, SessionOptions(threads=1, dynamic=True), [example], seconds=60.0).session
     assert isinstance(session, RemoteTensorSession)

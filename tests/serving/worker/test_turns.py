@@ -13,7 +13,7 @@ import pytest
 
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import turns
-from muntin.serving.worker.calls import Call
+from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.remote_session import open_remote
 from muntin.serving.worker.turns import Turns, can_take_turns
 from serving_parts import state_of
@@ -77,7 +77,7 @@ def test_opening_beside_requests(write_version: Any, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(Turns, "pause", counted)
     path, options = write_version(tmp_path / "1", 3), SessionOptions(threads=1)
-    opened = open_remote(path, options, [Call((1, 8, 8), labels=True)], seconds=60.0, busy=lambda: len(pauses) < 20)
+    opened = open_remote(path, options, [image_call((1, 8, 8), labels=True)], seconds=60.0, busy=lambda: len(pauses) < 20)
     assert pauses
     assert state_of(opened.session.process_ids[0]) != "T"
     opened.session.close()

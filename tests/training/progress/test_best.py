@@ -21,10 +21,10 @@ from muntin.models import TorchSession
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE, BEST
 from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.fitting import FitResult, fit
 from muntin.training.progress.best import best_point, out_of_patience
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe
-from muntin.training.run import FitResult, fit
 
 # The rate rises over the whole run, up to one that ruins the weights: the best validation is an early one.
 PLAN = ("training.steps=12", "training.validate_every=2", "training.warmup=0.99", "training.learning_rate=1", "training.average=0.5",

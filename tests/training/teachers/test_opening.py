@@ -19,8 +19,8 @@ from muntin.errors import MuntinError, RecipeError
 from muntin.images import write_image
 from muntin.models import create_model
 from muntin.training.checkpoint import read_checkpoint
+from muntin.training.fitting import fit
 from muntin.training.recipe import Recipe, load_recipe
-from muntin.training.run import fit
 from muntin.training.teachers.opening import SessionTeacher, open_teacher
 from products import product
 

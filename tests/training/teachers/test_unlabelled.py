@@ -20,9 +20,9 @@ from muntin.images import IGNORED, write_image
 from muntin.tasks.samples import Sample
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.fitting import FitResult, fit
 from muntin.training.loss import Loss
 from muntin.training.recipe import load_recipe
-from muntin.training.run import FitResult, fit
 from muntin.training.teachers.unlabelled import UNLABELLED, PartlyLabelled, PartlyLabelledCrops, UnlabelledPictures
 
 BATCH = 6

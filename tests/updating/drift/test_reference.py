@@ -95,7 +95,9 @@ def test_reference_in_an_artifact(write_channels: Callable[..., Path], tmp_path:
     write_reference(artifact, reference)
     again = open_artifact(tmp_path / "a")
     assert read_reference(again, signature) == reference
-    assert again.digest != artifact.digest and again.bytes > size and again.golden()[0][0].shape == artifact.golden()[0][0].shape
+    assert (
+        again.digest != artifact.digest and again.bytes > size and again.golden_images()[0][0].shape == artifact.golden_images()[0][0].shape
+    )
     write_reference(again, reference)
     assert open_artifact(tmp_path / "a").digest == again.digest
 

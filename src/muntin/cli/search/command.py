@@ -23,7 +23,7 @@ from muntin.progress import only_display
 
 if TYPE_CHECKING:
     from muntin.searching import SearchSettings
-    from muntin.searching.run import SearchStage, SearchStageReport
+    from muntin.searching.architecture_search import SearchStage, SearchStageReport
 
 FOLDER = "search"
 """Folder of a search beside the run's name: runs/NAME-search."""
@@ -64,7 +64,7 @@ def search_command(
     from muntin.reporting.front.search_page import write_search
     from muntin.reporting.text import METRICS
     from muntin.searching import SearchPlan, SearchSettings, load_space, plan_search, search_architectures
-    from muntin.searching.run import document
+    from muntin.searching.architecture_search import document
     from muntin.training import load_recipe
 
     if not first_process():

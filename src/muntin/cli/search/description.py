@@ -114,7 +114,7 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
     from muntin.reporting.front.schema import FrontRecord
     from muntin.reporting.front.search_page import SearchRecord
     from muntin.runtime import describe_hardware
-    from muntin.searching.run import document
+    from muntin.searching.architecture_search import document
 
     content = document(result)
     head = {

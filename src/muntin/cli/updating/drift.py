@@ -61,7 +61,7 @@ def drift_command(
     if report is not None and (folder is None or report.suffix.lower() not in (".html", ".htm")):
         raise typer.BadParameter(f"{report}: a file that ends in .html, of a folder that is compared", param_hint="--report")
     opened = open_artifact(artifact)
-    signature = opened.manifest.signature
+    signature = opened.picture
     known = None if reference is not None else read_reference(opened, signature)
     if reference is None and known is None:
         raise ArtifactError(
@@ -83,7 +83,7 @@ def _make_reference(opened: Artifact, session: Session, source: Path, max_pixels
     from muntin.updating.drift.features import feature_list
     from muntin.updating.drift.reference import LEAST_REFERENCE, REFERENCE_PICTURES, make_reference, write_reference
 
-    signature, notes = opened.manifest.signature, tuple[str, ...]()
+    signature, notes = opened.picture, tuple[str, ...]()
     if not source.exists():
         raise DataError(
             f"--reference {source} does not exist: name a run, or a folder of pictures like those that the model was trained on"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from muntin.tasks.classes import ClassSpec
     from muntin.training import FitProgress
     from muntin.updating.gate import GateVerdict
-    from muntin.updating.run import UpdateResult
+    from muntin.updating.update import UpdateResult
     from muntin.updating.versions import ServerClient
 
 _RunArgument = Annotated[Path, typer.Argument(help="A run's folder; its newest accepted update goes on. Or one of its checkpoints.")]
@@ -158,7 +158,7 @@ def update_with_progress(
 ) -> UpdateResult:  # fmt: skip
     """Run `update_run` and show its progress. `notes` are printed when work begins."""
     from muntin.training import read_checkpoint
-    from muntin.updating.run import update_run
+    from muntin.updating.update import update_run
 
     begin = notes_once(notes)
     with training_bar(read_checkpoint(run, trust_code=trust_code).recipe.task) as bar:
@@ -200,7 +200,7 @@ def offer(result: UpdateResult, run: Path, repository: Path | None, client: Serv
     """Publish and push an accepted update if that was requested; return what was done as plain values."""
     if not result.accepted or (repository is None and client is None):
         return {}
-    from muntin.updating.run import VERSIONS, offer_update, root_of, run_directory
+    from muntin.updating.update import VERSIONS, offer_update, root_of, run_directory
 
     with progress_lines("offering the new version"):
         version, record = offer_update(result, repository or root_of(run_directory(run)) / VERSIONS, client)

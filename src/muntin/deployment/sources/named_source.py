@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from muntin.artifact import TensorArtifact, check_target
+from muntin.artifact import Artifact, check_target
 from muntin.deployment.capture.named_graph import Axes, NamedTensors, usual_axes
 from muntin.deployment.export import export
 from muntin.deployment.sources.hugging_face import load_hugging_face
@@ -29,7 +29,7 @@ ROWS = 8
 
 def export_named_source(
     source: str, path: Path | None, options: SourceOptions, *, integer: bool, begin: Callable[[], None] = lambda: None
-) -> tuple[TensorArtifact, tuple[str, ...]]:
+) -> tuple[Artifact, tuple[str, ...]]:
     """Open a model, quantise it unless `integer` is False, and write its artefact of named tensors. Returns it with all notes.
 
     `options.calibration`: a file of inputs by name, which `forward` takes. Of the integer inputs of `hf` models, the second dimension is

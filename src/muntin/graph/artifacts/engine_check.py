@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from muntin.artifact import GoldenTolerance, TensorArtifact, open_any_artifact, write_tensor_artifact
+from muntin.artifact import Artifact, GoldenTolerance, open_artifact, write_artifact
 from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.errors import ArtifactError, ExportError
@@ -43,7 +43,7 @@ class FallbackError(ExportError):
         self.reasons = reasons
 
 
-def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[str]) -> TensorArtifact:
+def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[str]) -> Artifact:
     """Write a draft elsewhere, compare it in the engines, and write the artefact at `path` with the measured precision and tolerances.
 
     OpenVINO must compute what the graph says; where it cannot run the model at all, ONNX Runtime's tolerance alone is recorded, with a
@@ -55,9 +55,9 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
     limits, widened = _widened(content) if integers else (FLOAT_LIMITS, [])
     with scratch_directory() as scratch:
         draft = scratch / "draft"
-        write_tensor_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
-        artifact = open_any_artifact(draft)
-        assert isinstance(artifact, TensorArtifact)
+        write_artifact(draft, **content, golden_tolerance={"openvino": limits}, precision="bf16")
+        artifact = open_artifact(draft)
+        assert artifact.manifest.named is not None
         tolerances: dict[EngineFamily, PrecisionLimits] = {}
         precision: FloatPrecision = "f32"
         engine_notes: list[str] = []
@@ -82,7 +82,7 @@ def write_checked_tensors(path: Path, content: dict[str, Any], notes: Sequence[s
     if not tolerances:
         raise ExportError(f"no engine runs the model: openvino: {refusal}; onnxruntime: {problems[0]}; nothing was written")
     measured = content["measured"] | {"notes": [*notes, *widened, *engine_notes]}
-    return write_tensor_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
+    return write_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
 
 
 def _widened(content: Mapping[str, Any]) -> tuple[PrecisionLimits, list[str]]:
@@ -97,7 +97,7 @@ def _widened(content: Mapping[str, Any]) -> tuple[PrecisionLimits, list[str]]:
     return limits, [f"integers move single values of an output by up to {moved:.2g} standard deviations; so engines may differ by as much"]
 
 
-def _check_openvino(artifact: TensorArtifact, limits: PrecisionLimits, integers: bool) -> tuple[FloatPrecision, list[str]]:
+def _check_openvino(artifact: Artifact, limits: PrecisionLimits, integers: bool) -> tuple[FloatPrecision, list[str]]:
     """Return the precision of the float layers, and notes. Raises ArtifactError where OpenVINO cannot run the model."""
     exact = _opened(artifact, "openvino", "f32")
     ending = "; nothing was written" + ("; products that are named in keep stay in floats" if integers else "")
@@ -119,22 +119,22 @@ def _check_openvino(artifact: TensorArtifact, limits: PrecisionLimits, integers:
     return precision, notes
 
 
-def _free_problems(artifact: TensorArtifact, precision: FloatPrecision, limits: PrecisionLimits) -> list[str]:
+def _free_problems(artifact: Artifact, precision: FloatPrecision, limits: PrecisionLimits) -> list[str]:
     """Return the problems of the model of free sizes, which sessions with `dynamic` use."""
-    if not artifact.manifest.signature.dims:
+    if not artifact.manifest.signature.tensors.dims:
         return []
     lines = _problems(_opened(artifact, "openvino", precision, dynamic=True), artifact, limits[precision])
     return [f"with free sizes {line}" for line in lines]
 
 
-def _opened(artifact: TensorArtifact, engine: str, precision: str, *, dynamic: bool = False) -> TensorSession:
+def _opened(artifact: Artifact, engine: str, precision: str, *, dynamic: bool = False) -> TensorSession:
     options = SessionOptions(engine=engine, precision=precision, dims=(), dynamic=dynamic, cache=False)
     session = open_any_session(artifact, options)
     assert isinstance(session, TensorSession)
     return session
 
 
-def _problems(session: TensorSession, artifact: TensorArtifact, tolerance: GoldenTolerance) -> list[str]:
+def _problems(session: TensorSession, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:
     pairs = artifact.golden()
     results = [result for pair in pairs for result in replay_tensors(session, pair, tolerance)]
     lines = [f"{session.precision} gives another {result.problem}" for result in results if not result.passed]

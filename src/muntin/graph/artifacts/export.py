@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from muntin.artifact import TensorArtifact, TensorPair, check_target
+from muntin.artifact import Artifact, TensorPair, check_target
 from muntin.errors import ExportError
 from muntin.graph.artifacts.engine_check import FallbackError, write_checked_tensors
 from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
@@ -42,7 +42,7 @@ def export_onnx(
     dims: Mapping[str, int] | None = None,
     measured: Mapping[str, Any] | None = None,
     passes: Iterable[Mapping[str, Any]] = (),
-) -> TensorArtifact:
+) -> Artifact:
     """Write a float ONNX model as an artefact: any named inputs and outputs of any shape. An existing artefact is replaced as a whole.
 
     `calibration`: batches of typical inputs (arrays by name, or of the only input), with which it is quantised as by `quantize_onnx`, that
@@ -85,7 +85,7 @@ def export_planned(
     integers: bool,
     dims: Mapping[str, int] | None = None,
     due: TensorPair | None = None,
-) -> TensorArtifact:
+) -> Artifact:
     """Write a float graph, quantised by a plan, as an artefact; see `export_onnx`.
 
     `make_plan`: returns the plan of the graph; gets the inputs for which multiply-adds are counted. `given`: batches of inputs, of which
@@ -123,7 +123,7 @@ def _write(
     content: Mapping[str, Any],
     due: TensorPair | None,
     notes: Sequence[str],
-) -> TensorArtifact:
+) -> Artifact:
     """Write the artefact of a deployed graph. `pairs`: inputs, and the outputs of the float graph. `due`: see `export_planned`."""
     quantised = any(record.bits for record in deployed.products)
     run = FloatRun(deployed.model, exact=True)

@@ -17,7 +17,7 @@ from muntin.images.video import is_video
 from muntin.runtime.bulk.pictures import Range, predict_picture
 from muntin.runtime.bulk.smaller_tiles import Tiles, in_smaller_tiles
 from muntin.runtime.bulk.videos import predict_video, video_files
-from muntin.runtime.exact_tiles.run import SIDE
+from muntin.runtime.exact_tiles.tiles import SIDE
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.pipeline import StoppedError
 from muntin.runtime.session import Session

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError
-from muntin.runtime.exact_tiles.run import SIDE
+from muntin.runtime.exact_tiles.tiles import SIDE
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.tiles import allowed_tile
 

@@ -17,14 +17,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import AnyArtifact, Artifact, TensorArtifact
+from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import compiled_folder, make_room
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
 from muntin.runtime.host.quiet_imports import onnxruntime
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.runtime.session import ExecutedLayer, Session, Shape, check_shapes
-from muntin.runtime.tensors import Dims, Named, TensorSession, check_dims
+from muntin.runtime.session import Dims, ExecutedLayer, Named, Session, Shape, check_shapes
+from muntin.runtime.tensors import TensorSession, check_dims
 
 states = onnxruntime.capi.onnxruntime_pybind11_state
 INTEGER = frozenset(
@@ -61,7 +61,7 @@ CPU = Provider(engine="onnxruntime", name="CPUExecutionProvider")
 class _Opened:
     """Base of sessions in ONNX Runtime. Threads may call one at the same time; `streams` is the number of calls in flight in `map`."""
 
-    def __init__(self, artifact: AnyArtifact, provider: Provider, options: SessionOptions) -> None:
+    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
         self._artifact = artifact
         self._provider = provider
         self._threads = options.thread_count
@@ -107,7 +107,7 @@ class OnnxRuntimeSession(_Opened, Session):
         self._input = self._inputs[0]
         Session.__init__(
             self,
-            signature=artifact.manifest.signature,
+            signature=artifact.picture,
             engine=provider.engine,
             precision=provider.precision,
             threads=self._threads,
@@ -131,9 +131,9 @@ class OnnxRuntimeSession(_Opened, Session):
 class OnnxRuntimeTensorSession(_Opened, TensorSession):
     """A model with named tensors in ONNX Runtime."""
 
-    def __init__(self, artifact: TensorArtifact, provider: Provider, options: SessionOptions) -> None:
+    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
         _Opened.__init__(self, artifact, provider, options)
-        signature = artifact.manifest.signature
+        signature = artifact.manifest.signature.tensors
         TensorSession.__init__(
             self,
             signature=signature,
@@ -164,20 +164,19 @@ class OnnxRuntimeTensorSession(_Opened, TensorSession):
             super().warm_up(checked)
 
 
-def _session(artifact: AnyArtifact, provider: Provider, options: SessionOptions) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
-    if isinstance(artifact, TensorArtifact):
+def _session(artifact: Artifact, provider: Provider, options: SessionOptions) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+    if artifact.manifest.named is not None:
         return OnnxRuntimeTensorSession(artifact, provider, options)
-    assert isinstance(artifact, Artifact)
     return OnnxRuntimeSession(artifact, provider, options)
 
 
-def open_onnxruntime(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+def open_onnxruntime(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
     """Opens an artefact in ONNX Runtime on the CPU, in f32. Raises DependencyError for a 16-bit precision."""
     check_precision(options.precision, ("f32",), "on CPUs")
     return _session(artifact, CPU, options)
 
 
-def open_cuda(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+def open_cuda(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
     """Opens an artefact on a GPU by the CUDA provider: all layers in f32 (no TF32), since it has no integer kernels for quantised ones.
     Raises DependencyError without onnxruntime-gpu or a GPU."""
     provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider", options={"use_tf32": "0"})
@@ -186,7 +185,7 @@ def open_cuda(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) 
     return _session(artifact, provider, options)
 
 
-def open_tensorrt(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
     """Opens an artefact on a GPU by the TensorRT provider: quantised layers in INT8, float ones in f16 ("recorded": if a 16-bit type was)
     or f32. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
     check_precision(options.precision, ("f32", "f16"), "in its TensorRT provider")
@@ -230,7 +229,7 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def open_model(artifact: AnyArtifact, data: bytes, options: Any, provider: Provider = CPU) -> Any:
+def open_model(artifact: Artifact, data: bytes, options: Any, provider: Provider = CPU) -> Any:
     """Opens a model in one provider. Raises ArtifactError."""
     onnxruntime.disable_telemetry_events()
     try:
@@ -249,7 +248,7 @@ def optimized_model(open_: Callable[[Any], Any], options: Any) -> onnx.ModelProt
         return onnx.load(options.optimized_model_filepath)
 
 
-def failure(artifact: AnyArtifact, what: str, error: Exception) -> ArtifactError:
+def failure(artifact: Artifact, what: str, error: Exception) -> ArtifactError:
     """The ArtifactError for an error of ONNX Runtime."""
     return ArtifactError(f"{artifact.path}: ONNX Runtime {onnxruntime.__version__} {what}: {' '.join(str(error).split())}")
 

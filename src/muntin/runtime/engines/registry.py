@@ -7,20 +7,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from muntin.artifact import AnyArtifact, Artifact, TensorArtifact, open_any_artifact, open_artifact
+from muntin.artifact import Artifact, open_artifact
 from muntin.errors import DataError, DependencyError
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Session, Shape, check_shapes
 from muntin.runtime.tensors import TensorSession, check_dims
 
-Engine = Callable[[AnyArtifact, SessionOptions], Session | TensorSession]
+Engine = Callable[[Artifact, SessionOptions], Session | TensorSession]
 """Opens an artefact; `shapes` and `dims` are left to the caller, and options that an engine has no use for are ignored."""
 
 
 def _imported(module: str, function: str) -> Engine:
     """An engine whose library is imported when a session is opened with it: a machine needs only the engine that it serves with."""
 
-    def open_in_engine(artifact: AnyArtifact, options: SessionOptions) -> Session | TensorSession:
+    def open_in_engine(artifact: Artifact, options: SessionOptions) -> Session | TensorSession:
         session: Session | TensorSession = getattr(import_module(f"muntin.runtime.engines.{module}"), function)(artifact, options)
         return session
 
@@ -67,21 +67,23 @@ def load(
         dynamic=dynamic,
         cache=cache,
     )
-    return open_any_session(open_any_artifact(path), options)
+    return open_any_session(open_artifact(path), options)
 
 
 def open_session(path: str | Path, options: SessionOptions) -> Session:
     """Opens the artefact directory of an image model as `load` does. Raises ArtifactError for one with named tensors."""
-    session = open_any_session(open_artifact(path), options)
+    artifact = open_artifact(path)
+    _ = artifact.picture  # raises
+    session = open_any_session(artifact, options)
     assert isinstance(session, Session)
     return session
 
 
-def open_any_session(artifact: Artifact | TensorArtifact, options: SessionOptions) -> Session | TensorSession:
+def open_any_session(artifact: Artifact, options: SessionOptions) -> Session | TensorSession:
     """Opens an artefact as `load` does."""
-    if isinstance(artifact, TensorArtifact):
+    if artifact.manifest.named is not None:
         if options.shapes:
-            dims = ", ".join(artifact.manifest.signature.dims) or "there is none"
+            dims = ", ".join(artifact.manifest.signature.tensors.dims) or "there is none"
             raise DataError(
                 f"shapes={list(options.shapes)}: {artifact.path} takes named tensors: give dims, sizes of its dimensions ({dims})"
             )
@@ -92,12 +94,12 @@ def open_any_session(artifact: Artifact | TensorArtifact, options: SessionOption
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{options.engine}" needs the package {error.name}: pip install {error.name}') from error
     session.opened = artifact, options
-    if isinstance(artifact, TensorArtifact):
+    if artifact.manifest.named is not None:
         assert isinstance(session, TensorSession)
         sizes = artifact.manifest.example
         session.warm_up(options.dims if options.dims is not None else () if sizes is None else (sizes,))
     else:
         assert isinstance(session, Session)
-        example = artifact.manifest.example
+        example = artifact.manifest.shape
         session.warm_up(options.shapes if options.shapes is not None else () if example is None else (example,))
     return session

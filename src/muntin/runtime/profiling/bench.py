@@ -30,8 +30,8 @@ from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Ex
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.profile import enough_memory, fill, repeat
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
-from muntin.runtime.session import Shape, check_shape
-from muntin.runtime.tensors import Named, check_dims
+from muntin.runtime.session import Named, Shape, check_shape
+from muntin.runtime.tensors import check_dims
 from muntin.text import count
 
 ROUNDS = 50

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, Signature, TensorArtifact, TensorSignature, open_any_artifact
+from muntin.artifact import Artifact, Signature, TensorSignature, open_artifact
 from muntin.errors import DataError
 from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.host import quiet_imports
@@ -29,7 +29,7 @@ from muntin.runtime.host.memory import watch_memory
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.profiling.profile import default_shape, default_size_reason, tensor_dims
 from muntin.runtime.profiling.timing import Mapper
-from muntin.runtime.tensors import Named
+from muntin.runtime.session import Named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +104,14 @@ class ArtifactCandidate(Candidate):
 
     def example(self) -> ExampleImages | ExampleTensors:
         artifact = self._artifact()
-        if isinstance(artifact, TensorArtifact):
+        if artifact.manifest.named is not None:
             dims, reason = tensor_dims(artifact, {}, None), default_size_reason(artifact.manifest)
             return ExampleTensors(inputs=artifact.golden()[0][0], dims=dims, reason=reason)
         H, W = default_shape(artifact)[1:]
-        return ExampleImages(images=artifact.golden()[0][0], size=(H, W), reason=default_size_reason(artifact.manifest))
+        return ExampleImages(images=artifact.golden_images()[0][0], size=(H, W), reason=default_size_reason(artifact.manifest))
 
-    def _artifact(self) -> Artifact | TensorArtifact:
-        return open_any_artifact(self.path)
+    def _artifact(self) -> Artifact:
+        return open_artifact(self.path)
 
     def prepare(self) -> None:
         if self.engine == "openvino":

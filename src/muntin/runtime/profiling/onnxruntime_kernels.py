@@ -23,7 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from muntin.artifact import AnyArtifact
+from muntin.artifact import Artifact
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, Weight, compute_nodes
 from muntin.runtime.engines.onnxruntime import (
     FAILURES,
@@ -68,7 +68,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def onnxruntime_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
+def onnxruntime_kernels(artifact: Artifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     """Opens an artefact with tracing on, runs it `rounds` times on these images or named inputs and reads the executed kernels.
 
     Costs opening twice and `rounds` + 2 inferences. Raises ArtifactError for a model that ONNX Runtime cannot open or cannot run on such
@@ -106,7 +106,7 @@ def _named(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _run(artifact: AnyArtifact, session: Any, feed: Mapping[str, NDArray[Any]], rounds: int, shapes: str) -> list[float]:
+def _run(artifact: Artifact, session: Any, feed: Mapping[str, NDArray[Any]], rounds: int, shapes: str) -> list[float]:
     """The time of each measured inference, in ms."""
     whole = []
     try:
@@ -155,7 +155,7 @@ def _kernels(
     traced: Mapping[str, _Traced],
     entries: Mapping[str, Operand],
     nodes: ComputeNodes,
-    artifact: AnyArtifact,
+    artifact: Artifact,
 ) -> Iterator[Kernel]:
     values = dict(entries)
     for initializer in optimized.graph.initializer:

@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import AnyArtifact
+from muntin.artifact import Artifact
 from muntin.errors import ArtifactError
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
 from muntin.runtime.engines.openvino.compiled import MAY_MULTIPLY, MULTIPLY, OPENVINO_PRECISIONS, choose_precision, failure, layer_info
@@ -50,7 +50,7 @@ _CONVOLUTIONS = frozenset({"Convolution", "GroupConvolution"})
 _GRAPH_DECONVOLUTIONS = frozenset({"ConvolutionBackpropData", "GroupConvolutionBackpropData"})
 
 
-def openvino_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
+def openvino_kernels(artifact: Artifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     """Compiles an artefact for these images or named inputs with counters on, runs it `rounds` times and reads the executed kernels.
 
     Costs a compilation and `rounds` + 2 inferences. Raises ArtifactError for a model that OpenVINO cannot read, compile or run.
@@ -64,7 +64,7 @@ def openvino_kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: Sess
             raise
 
 
-def _kernels(artifact: AnyArtifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
+def _kernels(artifact: Artifact, batch: ProfiledInputs, options: SessionOptions, rounds: int) -> Execution:
     core = openvino.Core()
     hint = choose_precision(core, options.precision, artifact.manifest.precision)
     threads = options.thread_count

@@ -19,17 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import (
-    AnyArtifact,
-    AnyManifest,
-    Artifact,
-    Manifest,
-    Signature,
-    TensorArtifact,
-    TensorManifest,
-    TensorSignature,
-    open_any_artifact,
-)
+from muntin.artifact import Artifact, Manifest, Signature, TensorSignature, open_artifact
 from muntin.errors import DataError, DependencyError
 from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.host.hardware import describe_hardware, memory_gib
@@ -37,8 +27,8 @@ from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
 from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
 from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.runtime.session import Shape, check_shape
-from muntin.runtime.tensors import Named, check_inputs
+from muntin.runtime.session import Named, Shape, check_shape
+from muntin.runtime.tensors import check_inputs
 from muntin.text import count
 
 SIDE = 512
@@ -46,7 +36,7 @@ SIDE = 512
 TOLERANCE = 0.1
 """Share of the whole by which the kernels' sum may differ without a note."""
 
-Profiler = Callable[[AnyArtifact, ProfiledInputs, SessionOptions, int], Execution]
+Profiler = Callable[[Artifact, ProfiledInputs, SessionOptions, int], Execution]
 """(artefact, images or named inputs, options, rounds) -> the kernels that were executed."""
 PROFILED = ("openvino", "onnxruntime")
 """Engines with a profiler."""
@@ -61,7 +51,7 @@ class Profile:
     unknown. `notes`: warnings for the reader, a line each.
     """
 
-    artifact: AnyArtifact
+    artifact: Artifact
     bytes: int
     engine: str
     precision: str
@@ -113,23 +103,23 @@ def profile(
     of range, inputs that do not fit into memory.
     """
     _check(options.engine, shape, rounds)
-    artifact = open_any_artifact(path)
+    artifact = open_artifact(path)
     remarks: list[str] = []
-    if isinstance(artifact, TensorArtifact):
+    if artifact.manifest.named is not None:
         sizes = tensor_dims(artifact, dims or {}, shape)
-        batch: ProfiledInputs = repeat(artifact.golden()[0][0], artifact.manifest.signature, sizes)
+        batch: ProfiledInputs = repeat(artifact.golden()[0][0], artifact.manifest.signature.tensors, sizes)
         memory: AbstractContextManager[None] = nullcontext()
     else:
         if dims:
             raise DataError(f"dims of {', '.join(dims)}: {path} takes images: give a shape")
         requested = default_shape(artifact) if shape is None else shape
-        shape = (requested[0], *artifact.manifest.signature.sizes.at_least(*requested[1:]))
-        sizes, memory = None, enough_memory(artifact.manifest.signature, shape)
+        shape = (requested[0], *artifact.picture.sizes.at_least(*requested[1:]))
+        sizes, memory = None, enough_memory(artifact.picture, shape)
         if shape != requested:
             remarks.append(f"measured at {shape[1]} x {shape[2]}, the nearest size to {requested[1]} x {requested[2]} that the model takes")
     with watch_cpu() as watch, memory:
         if shape is not None and isinstance(artifact, Artifact):
-            batch = fill(artifact.golden()[0][0], shape)
+            batch = fill(artifact.golden_images()[0][0], shape)
         sessions = {"whole": open_any_session(artifact, options)}
         whole_ms = interleaved_latency(sessions, batch, rounds=rounds)["whole"].median_ms
         sessions.clear()  # frees its threads and memory before the profile
@@ -161,9 +151,9 @@ def profile(
     )
 
 
-def tensor_dims(artifact: TensorArtifact, dims: Mapping[str, int], shape: Shape | None) -> dict[str, int]:
+def tensor_dims(artifact: Artifact, dims: Mapping[str, int], shape: Shape | None) -> dict[str, int]:
     """Sizes of all free dimensions: those given, then those of the manifest's example or the golden inputs. Raises DataError for others."""
-    signature, example = artifact.manifest.signature, artifact.manifest.example
+    signature, example = artifact.manifest.signature.tensors, artifact.manifest.example
     names = ", ".join(signature.dims) or "it has none"
     if shape is not None:
         raise DataError(f"shape {shape}: {artifact.path} takes named tensors: give dims, sizes of its free dimensions ({names})")
@@ -211,24 +201,23 @@ def default_shape(artifact: Artifact) -> Shape:
     Without one: 512 x 512 or the nearest allowed size, or the recorded side where a picture has one answer, else the golden images' size.
     """
     manifest = artifact.manifest
-    if manifest.example is not None:
-        return manifest.example
-    if not manifest.signature.answer.one:
-        return (1, *manifest.signature.sizes.at_least(SIDE, SIDE))
-    side = manifest.signature.side
-    return (1, side, side) if side is not None else (1, *artifact.golden()[0][0].shape[1:3])
+    if manifest.shape is not None:
+        return manifest.shape
+    if not manifest.picture.answer.one:
+        return (1, *manifest.picture.sizes.at_least(SIDE, SIDE))
+    side = manifest.picture.side
+    return (1, side, side) if side is not None else (1, *artifact.golden_images()[0][0].shape[1:3])
 
 
-def default_size_reason(manifest: AnyManifest) -> str:
+def default_size_reason(manifest: Manifest) -> str:
     """Why `default_shape` or `tensor_dims` has its sizes, in words."""
-    if isinstance(manifest, TensorManifest):
+    if manifest.named is not None:
         return "the sizes of the export" if manifest.example is not None else "the sizes of its golden inputs"
-    assert isinstance(manifest, Manifest)
     if manifest.example is not None:
         return "the size of the export"
-    if not manifest.signature.answer.one:
+    if not manifest.picture.answer.one:
         return "the default, as the artefact records no size"
-    return "the side of its training" if manifest.signature.side is not None else "the size of its golden images"
+    return "the side of its training" if manifest.picture.side is not None else "the size of its golden images"
 
 
 def fill(images_BHWC: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
@@ -249,7 +238,7 @@ def repeat(tensors: Named, signature: TensorSignature, dims: Mapping[str, int]) 
     return repeated
 
 
-def notes(manifest: AnyManifest, execution: Execution, whole_ms: float) -> Iterable[str]:
+def notes(manifest: Manifest, execution: Execution, whole_ms: float) -> Iterable[str]:
     """Warnings about the kernels' times."""
     profiled, total = execution.profiled_ms, sum(kernel.ms for kernel in execution.kernels)
     if abs(total - profiled) > TOLERANCE * profiled:

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import AnyArtifact, Artifact, GoldenTolerance, LayerRecord, TensorArtifact, open_any_artifact, sparsity_of
+from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, open_artifact, sparsity_of
 from muntin.errors import DependencyError
 from muntin.progress import OnStage, status
 from muntin.runtime.engines.onnx_nodes import is_node_of
@@ -122,14 +122,14 @@ def verify(
         allow_fallbacks = options.engine != DEFAULT_ENGINE
     with status("verifying", progress) as stage:
         stage("opening")
-        artifact = open_any_artifact(path)
+        artifact = open_artifact(path)
         session = open_any_session(artifact, replace(options, shapes=(), dims=()))
         return verify_session(session, artifact, evaluate=evaluate, allow_fallbacks=allow_fallbacks, layers=layers, stage=stage)
 
 
 def verify_session(
     session: Session | TensorSession,
-    artifact: AnyArtifact,
+    artifact: Artifact,
     *,
     evaluate: Callable[[Any], float] | None = None,
     allow_fallbacks: bool = False,
@@ -150,16 +150,15 @@ def verify_session(
     golden: list[GoldenResult] = []
     outputs: list[OutputResult] = []
     if isinstance(session, TensorSession):
-        assert isinstance(artifact, TensorArtifact)
+        assert artifact.manifest.named is not None
         for index, named in enumerate(artifact.golden()):
             results = replay_tensors(session, named, tolerance)
             problems += [f"golden pair {index} {result.problem}" for result in results if tolerance and not result.passed]
             outputs += results
         problems += batch_problems(session, artifact.golden(), tolerance) if tolerance else []
     else:
-        assert isinstance(artifact, Artifact)
-        for index, (images, scores) in enumerate(artifact.golden()):
-            golden.append(replay(session, images, scores, tolerance, classes=artifact.manifest.signature.answer.argmax))
+        for index, (images, scores) in enumerate(artifact.golden_images()):
+            golden.append(replay(session, images, scores, tolerance, classes=artifact.picture.answer.argmax))
             problems += [f"golden pair {index} {golden[-1].problem}"] if tolerance and not golden[-1].passed else []
         problems += _batch_problems(session, artifact, tolerance) if tolerance else []
     ran = tuple(session.layers())
@@ -196,7 +195,7 @@ def verify_session(
     )
 
 
-def find_patterns(artifact: AnyArtifact) -> tuple[dict[str, str], list[str]]:
+def find_patterns(artifact: Artifact) -> tuple[dict[str, str], list[str]]:
     """The patterns of zeros of the recorded sparse layers, read from the weights of the whole model, and a line for each that differs."""
     recorded = {layer.name: layer.sparsity for layer in artifact.manifest.layers if layer.sparsity}
     found = sparsity_of(onnx.load_model_from_string(artifact.model_bytes())) if recorded else {}
@@ -210,10 +209,10 @@ def find_patterns(artifact: AnyArtifact) -> tuple[dict[str, str], list[str]]:
 
 def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:
     """Compares the scores of two images in a batch, the smallest golden image and its pale negative, with those of each alone."""
-    images_BHWC, _ = min(artifact.golden(), key=lambda pair: pair[0].size)
+    images_BHWC, _ = min(artifact.golden_images(), key=lambda pair: pair[0].size)
     pair = np.concatenate([images_BHWC[:1], 255 - images_BHWC[:1] // 2])
     alone = np.concatenate([session(image[None]) for image in pair])
-    result = replay(session, pair, alone, tolerance, classes=artifact.manifest.signature.answer.argmax)
+    result = replay(session, pair, alone, tolerance, classes=artifact.picture.answer.argmax)
     if result.passed:
         return []
     return [
@@ -234,8 +233,7 @@ def _layer_problems(checks: Sequence[LayerCheck], unchecked: Sequence[str]) -> I
         yield f"layer {name}, recorded with 8-bit activations, {reason}"
 
 
-def _checked_layers(artifact: AnyArtifact, threads: int) -> tuple[LayerCheck, ...]:
-    assert isinstance(artifact, Artifact | TensorArtifact)
+def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
     try:
         return verify_layers(artifact, [inputs for inputs, _ in artifact.golden()], threads=threads)
     except ModuleNotFoundError as error:

@@ -20,11 +20,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from muntin.artifact import AnyArtifact
+from muntin.artifact import Artifact
 from muntin.runtime.engines.onnx_nodes import COMPUTE
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.host.signal_stack import signal_stack_kept
-from muntin.runtime.tensors import Named
+from muntin.runtime.session import Named
 
 TOLERANCE = 1.0
 """Largest error of a layer, in steps: a value between two levels may be rounded either way, which moves one input by one step."""
@@ -63,7 +63,7 @@ class _QuantisedProduct:
 
 
 def verify_layers(
-    artifact: AnyArtifact, batches: Sequence[NDArray[np.uint8] | Named], *, threads: int | None = None
+    artifact: Artifact, batches: Sequence[NDArray[np.uint8] | Named], *, threads: int | None = None
 ) -> tuple[LayerCheck, ...]:
     """Checks every quantised layer of an artefact on some images (B, H, W, C) or named inputs; empty where nothing is quantised.
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import GoldenTolerance, TensorPair
-from muntin.runtime.tensors import Named, TensorSession
+from muntin.runtime.session import Named
+from muntin.runtime.tensors import TensorSession
 
 RMS_SHARE = 0.25
 """Allowed root mean square error of a map, as a share of the allowed largest error. Sound artefacts reach less than a tenth of it."""

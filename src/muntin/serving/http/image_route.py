@@ -28,7 +28,7 @@ from muntin.images import TooManyPixelsError, decode_image, pixel_count
 from muntin.runtime import predict
 from muntin.runtime.session import Labels
 from muntin.runtime.tiles import allowed_tile, extended
-from muntin.serving.inference.groups import ImageGroup
+from muntin.serving.inference.groups import image_group
 from muntin.serving.inference.service import PRIORITY, Service
 from muntin.serving.protocol.json_codec import encode_json
 from muntin.serving.protocol.messages import ProtocolError, RefusedRequestError, shown
@@ -246,9 +246,9 @@ class _QueuedSession:
     async def _queue(self, images: NDArray[np.uint8], labels: bool) -> NDArray[Any]:
         lease = Lease(self._version, lambda version: None)  # `ImageRoute.answer` holds the real one
         priority = PRIORITY + 1 if self.patient else PRIORITY
-        group = ImageGroup(self._version, images.shape[1], images.shape[2], labels)
-        answer: NDArray[Any]
-        answer, work = await self._service.compute(images, group, lease, priority=priority, patient=self.patient)
+        group = image_group(self._version, images.shape[1], images.shape[2], labels=labels)
+        named, work = await self._service.compute({"images": images}, group, lease, priority=priority, patient=self.patient)
+        answer: NDArray[Any] = named[group.outputs[0]]
         self.waited += max(work.started - work.admitted, 0.0)
         self.computed += work.computed
         if work.by is not None and (signature := _of_images(work.by)).outputs != self.signature.outputs:

@@ -16,10 +16,11 @@ from functools import partial
 from math import inf
 from typing import Any
 
+from muntin.runtime.session import Named
 from muntin.serving.batching.job import Batch
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere
-from muntin.serving.inference.groups import Group, WorkAnswer, WorkInputs, taken_apart
+from muntin.serving.inference.groups import Group, taken_apart
 from muntin.serving.inference.recovery import Parts, Recovery
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
@@ -39,14 +40,14 @@ class Work:
     `died`: an engine died while it computed this, perhaps because of another request.
     """
 
-    inputs: WorkInputs
+    inputs: Named
     lease: Lease
     admitted: float = 0.0
     started: float = 0.0
     computed: float = 0.0
     batch_rows: int = 0
     by: Version | None = None
-    whole: tuple[WorkInputs, WorkAnswer] | None = None
+    whole: tuple[Named, Named] | None = None
     within: float = inf
     parts: Parts = Parts.WHOLE
     recovered: str = ""
@@ -66,8 +67,8 @@ class Executor:
         self._recovery = Recovery(clock)
         self.recoveries = self._recovery.counts
 
-    def __call__(self, batch: Batch) -> Sequence[WorkAnswer]:
-        """Return an answer for each job, a part of one for all: of images labels (rows, sH, sW) or scores (rows, K, ...).
+    def __call__(self, batch: Batch) -> Sequence[Named]:
+        """Return an answer for each job, a part of one for all.
 
         Raises AgainError if each job should be computed once more.
         """
@@ -106,7 +107,7 @@ class Executor:
             work.by, work.recovered, work.within = by, max(recovered, key=len), batch.within
         if self._slot.shadowed and computed.whole:  # all of the batch: times of single rows and of batches differ
             works[0].whole = inputs, computed.answers
-        answers: Sequence[WorkAnswer] = group.apart(computed.answers, batch.jobs)
+        answers: Sequence[Named] = group.apart(computed.answers, batch.jobs)
         return answers
 
     def shadow(self, candidate: Version, group: Group, inputs: Any, answer: Any, *, beside: Version, within: float = inf) -> None:

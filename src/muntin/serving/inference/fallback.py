@@ -10,7 +10,7 @@ from typing import TypeVar
 from muntin.errors import DataError
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Begun, Version
-from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.opening import AnyOpenSession
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ def compute_somewhere(
     work: Callable[[AnyOpenSession], T],
     *,
     rows: int,
-    call: AnyCall | None = None,
+    call: Call | None = None,
     within: float = inf,
     whole: Callable[[T], bool] = lambda answer: True,
 ) -> tuple[T, Version]:

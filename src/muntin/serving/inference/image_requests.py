@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.runtime.session import size_error
-from muntin.serving.inference.groups import ImageGroup
+from muntin.runtime.session import Named, size_error
+from muntin.serving.inference.groups import Group, image_group
 from muntin.serving.inference.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.protocol.messages import InferOutput, InferRequest, ProtocolError, shown
 from muntin.serving.protocol.metadata import TensorSpec
@@ -38,15 +36,16 @@ class ImageRequests:
         )
         return (TensorSpec(name=INPUT, datatype="UINT8", shape=(B, *signature.sizes.dims, C)),), outputs, self._max_rows
 
-    def read(self, request: InferRequest, version: Version, signature: Signature) -> tuple[NDArray[np.uint8], ImageGroup, Wanted]:
+    def read(self, request: InferRequest, version: Version, signature: Signature) -> tuple[Named, Group, Wanted]:
         """Return the images, their group and the requested answer. Raises ProtocolError."""
         images = self._images(request, signature)
         wanted = read_wanted(request, signature, images.shape)
         _, height, width, _ = images.shape
-        return images, ImageGroup(version, height, width, wanted.labels), wanted
+        return {INPUT: images}, image_group(version, height, width, labels=wanted.labels), wanted
 
-    def outputs(self, answer: NDArray[Any], wanted: Wanted, signature: Signature) -> tuple[InferOutput, ...]:
-        return make_outputs(answer, wanted, signature)
+    def outputs(self, answer: Named, wanted: Wanted, signature: Signature) -> tuple[InferOutput, ...]:
+        (computed,) = answer.values()
+        return make_outputs(computed, wanted, signature)
 
     def _images(self, request: InferRequest, signature: Signature) -> NDArray[np.uint8]:
         expected = f"UINT8 (rows, height, width, {signature.channels})"

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from muntin.artifact import AnySignature
 from muntin.errors import DataError
+from muntin.runtime.session import Named
 from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
 from muntin.serving.inference.executor import Executor, Work
-from muntin.serving.inference.groups import Group, ImageGroup, WorkAnswer
+from muntin.serving.inference.groups import Group
 from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.metrics import Metrics
 from muntin.serving.inference.outputs import Wanted
@@ -161,8 +162,8 @@ class Service:
         if not reserved:  # promises do not include the encoding of large answers
             self.runner.delivered(self.clock() - work.started - work.computed)
         self._count(answered, work, requested=requested.name, rows=group.rows(inputs))
-        if self.keep is not None and isinstance(group, ImageGroup):
-            self.keep(inputs)
+        if self.keep is not None and group.images:
+            self.keep(inputs["images"])
         return answered
 
     def _requests(self, signature: AnySignature) -> Any:
@@ -207,7 +208,7 @@ class Service:
         request: InferRequest,
         wanted: Wanted,
         signature: AnySignature,
-        answer: WorkAnswer,
+        answer: Named,
         work: Work,
         arrived: float,
         encode: Callable[[InferResponse], Any] | None,

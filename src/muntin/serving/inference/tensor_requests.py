@@ -10,8 +10,9 @@ from numpy.typing import DTypeLike
 
 from muntin.artifact import TensorInfo, TensorSignature
 from muntin.errors import DataError
-from muntin.runtime.tensors import Named, check_inputs
-from muntin.serving.inference.groups import TensorGroup
+from muntin.runtime.session import Named
+from muntin.runtime.tensors import check_inputs
+from muntin.serving.inference.groups import Group
 from muntin.serving.inference.image_requests import check_rows
 from muntin.serving.inference.outputs import Wanted, check_classes, check_json
 from muntin.serving.protocol.messages import InferOutput, InferRequest, ProtocolError, RequestedOutput, shown
@@ -37,7 +38,7 @@ class TensorRequests:
         inputs, outputs = (tuple(map(_spec, infos)) for infos in (signature.inputs, signature.outputs))
         return inputs, outputs, 0 if signature.batch is None else self._max_rows
 
-    def read(self, request: InferRequest, version: Version, signature: TensorSignature) -> tuple[Named, TensorGroup, Wanted]:
+    def read(self, request: InferRequest, version: Version, signature: TensorSignature) -> tuple[Named, Group, Wanted]:
         """Return the inputs in the model's order, their group and the requested answer. Raises ProtocolError."""
         infos = {info.name: info for info in signature.inputs}
         for tensor in request.inputs:
@@ -60,7 +61,7 @@ class TensorRequests:
         wanted = _wanted(request, [(name, given[name].dtype, _shape(given[name], sizes)) for name in names])
         row_size = sum(tensor.size for tensor in inputs.values()) // rows
         free = tuple(dim for dim in dims if dim[0] != batch)
-        return inputs, TensorGroup(version, free, batch, row_size, names), wanted
+        return inputs, Group(version, free, batch, row_size, names), wanted
 
     def measured(self, request: InferRequest, answer: Named) -> Wanted:
         """Return the requested answer with its sizes. Raises ProtocolError for one that is too large for its form."""

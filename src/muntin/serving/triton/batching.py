@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from muntin.artifact import AnyArtifact, Manifest, TensorManifest
+from muntin.artifact import Artifact, Manifest, Signature
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.runtime.session import Session
-from muntin.runtime.tensors import TensorSession
 from muntin.serving.triton.options import TritonOptions
-from muntin.serving.worker.calls import AnyCall, Call, TensorCall, starting_calls
-from muntin.serving.worker.opening import open_version
+from muntin.serving.worker.calls import LABELS, SCORES, Call, starting_calls
+from muntin.serving.worker.opening import AnyOpenSession, open_version
 
 ROUNDS = 15
 """Timed calls of each size of batch."""
@@ -56,19 +55,18 @@ def batching_for(objective_ms: float, latency_ms: Mapping[int, float]) -> Triton
     )
 
 
-def measured_batching(artifact: AnyArtifact, options: TritonOptions) -> TritonBatching:
+def measured_batching(artifact: Artifact, options: TritonOptions) -> TritonBatching:
     """Measure batches of the exported size on this machine, in sizes of powers of two, and return the batching for the objective.
 
     Without an objective nothing is measured, and requests wait for no others. Segmentations and classifiers are measured for labels. Raises
     DataError for an artefact without an exported size and without `sizes` or `dims`, and for one whose requests are not joined; and the
     errors of `open_version`.
     """
-    assert isinstance(artifact.manifest, Manifest | TensorManifest)
     if options.objective_ms is None:
         return TritonBatching()
-    if isinstance(artifact.manifest, TensorManifest) and artifact.manifest.signature.batch is None:
+    if (artifact.manifest.named is not None) and artifact.manifest.signature.tensors.batch is None:
         raise DataError(f"--objective-ms: {artifact.path} has no rows that could be joined, so nothing is batched: leave it out")
-    calls: dict[int, AnyCall] = {}
+    calls: dict[int, Call] = {}
     for call in _first_size(artifact.manifest, options):  # those for labels come first
         rows = call.order[0]
         if rows.bit_count() == 1:
@@ -81,18 +79,18 @@ def measured_batching(artifact: AnyArtifact, options: TritonOptions) -> TritonBa
     return batching_for(options.objective_ms, latency_ms)
 
 
-def _first_size(manifest: Manifest | TensorManifest, options: TritonOptions) -> list[AnyCall]:
+def _first_size(manifest: Manifest, options: TritonOptions) -> list[Call]:
     calls = starting_calls(manifest, options.max_batch, options.sizes, options.dims)
     if not calls:
         raise DataError("--objective-ms: the artefact names no size to measure: give one by --sizes, or of named tensors by --dims")
     return [call for call in calls if call.size == calls[0].size]
 
 
-def _computation(session: Session | TensorSession, call: AnyCall) -> tuple[Any, Any]:
-    """Return the function that computes a call, and its input."""
-    if isinstance(call, TensorCall):
-        assert isinstance(session, TensorSession)
-        return session, session.signature.zeros(dict(call.dims))
-    assert isinstance(session, Session) and isinstance(call, Call)
-    images_BHWC = np.random.default_rng(0).integers(0, 256, (*call.shape, session.signature.channels), np.uint8)
-    return session.labels if session.signature.answer.argmax else session, images_BHWC
+def _computation(session: AnyOpenSession, call: Call) -> tuple[Any, Any]:
+    """Return the function that computes a call, and its input: zeros, or images of noise."""
+    outputs = call.outputs or tuple(spec.name for spec in session.tensors.outputs)
+    inputs = session.tensors.zeros(dict(call.dims))
+    if isinstance(session.signature, Signature):
+        outputs = LABELS if session.signature.answer.argmax else SCORES
+        inputs = {"images": np.random.default_rng(0).integers(0, 256, inputs["images"].shape, np.uint8)}
+    return partial(session.infer_named, dims=call.dims, outputs=outputs), inputs

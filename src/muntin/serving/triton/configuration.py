@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from muntin.artifact import AnyManifest, AnySignature, Signature
+from muntin.artifact import AnySignature, Manifest, Signature
 from muntin.errors import DataError
 from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.tensor_requests import TensorRequests
@@ -32,7 +32,7 @@ def requests_of(signature: AnySignature, max_batch: int) -> Any:
     return ImageRequests(max_batch, MAX_PIXELS) if isinstance(signature, Signature) else TensorRequests(max_batch)
 
 
-def describe(manifest: AnyManifest, options: TritonOptions) -> ModelDescription:
+def describe(manifest: Manifest, options: TritonOptions) -> ModelDescription:
     """Return the model as clients of its back end see it: an ONNX file of images gives scores only."""
     inputs, outputs, max_batch = requests_of(manifest.signature, options.max_batch).specs(manifest.signature)
     if options.backend != "python" and isinstance(manifest.signature, Signature):
@@ -40,12 +40,12 @@ def describe(manifest: AnyManifest, options: TritonOptions) -> ModelDescription:
     return ModelDescription(name=options.name, versions=(str(options.version),), inputs=inputs, outputs=outputs, max_batch=max_batch)
 
 
-def has_labels_file(manifest: AnyManifest) -> bool:
+def has_labels_file(manifest: Manifest) -> bool:
     """Return True if the model's configuration names a file of class names."""
     return manifest.signature.task == "classify"
 
 
-def configuration_text(manifest: AnyManifest, options: TritonOptions, batching: TritonBatching) -> str:
+def configuration_text(manifest: Manifest, options: TritonOptions, batching: TritonBatching) -> str:
     """Return the content of `config.pbtxt`. Raises DataError for tensors that an engine of Triton cannot have."""
     lines = [f"# Written by muntin {version('muntin')} (`muntin triton`)."]
     if options.backend != "python":
@@ -61,7 +61,7 @@ def configuration_text(manifest: AnyManifest, options: TritonOptions, batching: 
     return "\n".join([*lines, *_ENGINE_LINES[options.backend](options)]) + "\n"
 
 
-def contract_lines(manifest: AnyManifest, options: TritonOptions) -> list[str]:
+def contract_lines(manifest: Manifest, options: TritonOptions) -> list[str]:
     """Return the lines that all versions of a model share: name, back end, largest batch, inputs and outputs."""
     model = describe(manifest, options)
     backend = "onnxruntime" if options.backend == "tensorrt" else options.backend

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from muntin.artifact import AnyArtifact, Signature, open_any_artifact, write_standalone
+from muntin.artifact import Artifact, Signature, open_artifact, write_standalone
 from muntin.artifact.atomic_directory import publish_directory
 from muntin.artifact.atomic_files import sync_directory, write_synced
 from muntin.errors import ArtifactError, DataError
@@ -49,7 +49,7 @@ class TritonExport:
 
 
 def write_repository(
-    artifact: AnyArtifact | Path | str,
+    artifact: Artifact | Path | str,
     repository: Path | str,
     options: TritonOptions,
     *,
@@ -62,7 +62,7 @@ def write_repository(
     each step. Raises ArtifactError and DataError: the artefact is damaged, the version exists, the model has other inputs or outputs,
     the sizes are not the model's, or nothing can be written. Then nothing changes.
     """
-    artifact = artifact if isinstance(artifact, AnyArtifact) else open_any_artifact(artifact)
+    artifact = artifact if isinstance(artifact, Artifact) else open_artifact(artifact)
     starting_calls(artifact.manifest, options.max_batch, options.sizes, options.dims)  # raises for sizes that the model does not take
     model = Path(repository) / options.name
     number = model / str(options.version)
@@ -94,7 +94,7 @@ def write_repository(
     return TritonExport(model=model, version=number, batching=batching)
 
 
-def _check_existing(model: Path, number: Path, artifact: AnyArtifact, options: TritonOptions) -> None:
+def _check_existing(model: Path, number: Path, artifact: Artifact, options: TritonOptions) -> None:
     """Raise DataError unless a version can be added to an existing model."""
     if os.path.lexists(number):
         raise DataError(f"{number} exists and is not replaced: give another --version or --name, or remove it")
@@ -110,7 +110,7 @@ def _check_existing(model: Path, number: Path, artifact: AnyArtifact, options: T
             raise DataError(f"{model / name} names other classes than the artefact: give another --name")
 
 
-def _labels(artifact: AnyArtifact) -> dict[str, str]:
+def _labels(artifact: Artifact) -> dict[str, str]:
     """Return the file of a classifier's names, a line each."""
     signature = artifact.manifest.signature
     if not has_labels_file(artifact.manifest):
@@ -119,7 +119,7 @@ def _labels(artifact: AnyArtifact) -> dict[str, str]:
     return {LABELS: "".join(" ".join(entry.name.split()) + "\n" for entry in signature.classes)}
 
 
-def _write_version(folder: Path, artifact: AnyArtifact, options: TritonOptions) -> None:
+def _write_version(folder: Path, artifact: Artifact, options: TritonOptions) -> None:
     folder.mkdir(exist_ok=True)
     if options.backend != "python":
         write_standalone(artifact, folder / ONNX_FILE)
@@ -131,6 +131,6 @@ def _write_version(folder: Path, artifact: AnyArtifact, options: TritonOptions) 
         with (copy / name).open("rb+") as file:
             os.fsync(file.fileno())
     sync_directory(copy)
-    if open_any_artifact(copy).digest != artifact.digest:
+    if open_artifact(copy).digest != artifact.digest:
         raise ArtifactError(f"{artifact.path}: it was replaced meanwhile: run the command again")
     write_synced(folder / MODEL, MODEL_TEXT.format(version=version("muntin")).encode())

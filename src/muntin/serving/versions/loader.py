@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from muntin.artifact.manifest import AnyManifest
+from muntin.artifact.manifest import Manifest
 from muntin.artifact.store import read_manifest
 from muntin.errors import VerificationError
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
@@ -62,7 +62,7 @@ class ArtifactLoader:
         return replace(opened, lineage=lineage_of(manifest))
 
 
-def lineage_of(manifest: AnyManifest) -> str:
+def lineage_of(manifest: Manifest) -> str:
     """The line on its origin in the manifest of an updated artefact, at most `LINE` characters; "" for others."""
     update = manifest.measured.get(UPDATE)
     summary = update.get("summary") if isinstance(update, dict) else None

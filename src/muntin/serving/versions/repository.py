@@ -17,7 +17,7 @@ from math import inf
 from pathlib import Path
 from threading import Event, Thread
 
-from muntin.artifact import open_any_artifact
+from muntin.artifact import open_artifact
 from muntin.artifact.store import MANIFEST
 from muntin.errors import ArtifactError, MuntinError
 from muntin.serving.versions.slot import Slot
@@ -176,7 +176,7 @@ class Watcher:
             return False
         attempt = self._attempts[name] = _Attempt(files=files)
         try:
-            digest = open_any_artifact(path).digest
+            digest = open_artifact(path).digest
         except (ArtifactError, OSError) as error:  # OSError: it is being removed
             if last is None:
                 attempt.retry_at = -inf  # it may be being copied: report it only if it is the same at the next look

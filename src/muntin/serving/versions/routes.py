@@ -18,7 +18,7 @@ from muntin.artifact import AnySignature
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.versions.rollout import Rollout, Tally, Verdict, judge_version
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version, contract_difference, covers, first_line
-from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.opening import AnyOpenSession, NotReadyError
 from muntin.text import plain
 
@@ -147,7 +147,7 @@ class Routes:
             return self.trial
         return self.probation if version is self.current else None
 
-    def advise(self, version: Version, call: AnyCall) -> None:
+    def advise(self, version: Version, call: Call) -> None:
         """Advise the operator, once, to have a size compiled of which a version remembers `OFTEN` batches."""
         size = call.size
         if version.compiled_sizes and size not in version.compiled_sizes | self._advised and version.latencies.count(call) == OFTEN:

@@ -25,7 +25,7 @@ from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import Routes
 from muntin.serving.versions.version import Begun, RefusedError, Version, first_line
-from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import liveness_of
 from muntin.serving.worker.opening import AnyOpenSession, NotReadyError
 
@@ -141,7 +141,7 @@ class Slot:
         rows: int,
         seconds: float = 0.0,
         error: BaseException | None = None,
-        call: AnyCall | None = None,
+        call: Call | None = None,
         begun: Begun | None = None,
         whole: bool = True,
         beside: Version | None = None,

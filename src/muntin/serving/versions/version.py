@@ -18,7 +18,7 @@ from typing import Literal
 
 from muntin.artifact import AnySignature, Signature, TensorSignature
 from muntin.errors import MuntinError
-from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import IN_THIS_PROCESS, Liveness, liveness_of
 from muntin.serving.worker.opening import AnyOpenSession, NotReadyError, Opened
 
@@ -95,26 +95,26 @@ class Latencies:
     """Seconds of the last `TIMES` batches of each of the last `CALLS` kinds of calls."""
 
     def __init__(self) -> None:
-        self._seconds: OrderedDict[AnyCall, deque[float]] = OrderedDict()
+        self._seconds: OrderedDict[Call, deque[float]] = OrderedDict()
 
-    def add(self, call: AnyCall, seconds: float) -> None:
+    def add(self, call: Call, seconds: float) -> None:
         self._seconds.setdefault(call, deque(maxlen=TIMES)).append(seconds)
         self._seconds.move_to_end(call)
         if len(self._seconds) > CALLS:
             self._seconds.popitem(last=False)
 
-    def forget(self, call: AnyCall) -> None:
+    def forget(self, call: Call) -> None:
         self._seconds.pop(call, None)
 
-    def of(self, call: AnyCall) -> tuple[float, ...]:
+    def of(self, call: Call) -> tuple[float, ...]:
         return tuple(self._seconds.get(call, ()))
 
-    def count(self, call: AnyCall) -> int:
+    def count(self, call: Call) -> int:
         """Number of remembered batches of a kind."""
         return len(self._seconds.get(call, ()))
 
     @property
-    def calls(self) -> tuple[AnyCall, ...]:
+    def calls(self) -> tuple[Call, ...]:
         """The remembered kinds, the most recent last."""
         return tuple(self._seconds)
 

@@ -5,78 +5,61 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from muntin.artifact import AnyManifest, Manifest, TensorManifest
+from muntin.artifact import Manifest
 from muntin.errors import DataError
-from muntin.runtime.session import Shape
-from muntin.runtime.tensors import Dims
+from muntin.runtime.session import AnySession, Dims, Shape
 
+LABELS, SCORES = ("labels",), ("scores",)
+"""Outputs of images."""
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Largest batch, in rows and in pixels (or input values) of all rows, up to which every batch size is compiled for (0.4 s and 17 MiB each
 at 64 x 64)."""
 
 
 class Call(NamedTuple):
-    """Images of a shape (B, H, W), computed to scores or to labels."""
+    """Inputs with these sizes of free dimensions. `batch`: name of the dimension of the rows, or empty.
 
-    shape: Shape
-    labels: bool = False
-
-    @property
-    def size(self) -> Hashable:
-        """Height and width. Versions are compiled by sizes."""
-        return self.shape[1:]
-
-    @property
-    def order(self) -> tuple[int, bool]:
-        """Sort key: small batches first, and labels before scores."""
-        return self.shape[0], not self.labels
-
-    @property
-    def advice(self) -> tuple[str, str]:
-        """Describe the call, and the option of `muntin serve` that has it compiled."""
-        name = f"{self.shape[1]}x{self.shape[2]}"
-        return f"images of {name} pixels", f"--sizes {name}"
-
-    def warm_up(self, session: Any) -> None:
-        """Warm up a `Session`."""
-        session.warm_up([self.shape], labels=self.labels)
-
-
-class TensorCall(NamedTuple):
-    """Named tensors with these sizes of free dimensions. `batch`: name of the dimension of the rows, or empty."""
+    `outputs`: of images, what is computed: scores or labels.
+    """
 
     dims: Dims
     batch: str = ""
+    outputs: tuple[str, ...] = ()
 
     @property
     def size(self) -> Hashable:
-        """Sizes of the dimensions other than the batch."""
+        """Sizes of the dimensions other than the batch. Versions are compiled by sizes."""
         return tuple(dim for dim in self.dims if dim[0] != self.batch)
 
     @property
     def order(self) -> tuple[int, bool]:
-        return dict(self.dims).get(self.batch, 1), False
+        """Sort key: small batches first, and labels before scores."""
+        return dict(self.dims).get(self.batch, 1), self.outputs != LABELS
 
     @property
     def advice(self) -> tuple[str, str]:
-        sizes = ",".join(f"{name}={size}" for name, size in self.dims if name != self.batch)
-        return f"inputs of {sizes}", f"--dims {sizes}"
+        """Describe the call, and the option of `muntin serve` that has it compiled."""
+        if self.outputs:
+            sizes = dict(self.dims)
+            name = f"{sizes['height']}x{sizes['width']}"
+            return f"images of {name} pixels", f"--sizes {name}"
+        text = ",".join(f"{name}={size}" for name, size in self.dims if name != self.batch)
+        return f"inputs of {text}", f"--dims {text}"
 
-    def warm_up(self, session: Any) -> None:
-        """Warm up a `TensorSession`."""
-        session.warm_up([self.dims])
+    def warm_up(self, session: AnySession[Any, Any]) -> None:
+        """Warm up a session."""
+        session.warm_up_named(self.dims, self.outputs)
 
 
-AnyCall = Call | TensorCall
+def image_call(shape: Shape, *, labels: bool = False) -> Call:
+    """Return the call of images (B, H, W)."""
+    return Call(tuple(zip(("batch", "height", "width"), shape, strict=True)), "batch", LABELS if labels else SCORES)
 
 
-def call_from_json(values: list[Any]) -> AnyCall:
+def call_from_json(values: list[Any]) -> Call:
     """Return the call that was written as JSON, which has lists for tuples."""
-    first, second = values
-    if isinstance(second, str):
-        return TensorCall(tuple((name, size) for name, size in first), second)
-    B, H, W = first
-    return Call((B, H, W), second)
+    dims, batch, outputs = values
+    return Call(tuple((name, size) for name, size in dims), batch, tuple(outputs))
 
 
 def batch_sizes(most: int, pixels: int) -> list[int]:
@@ -89,41 +72,40 @@ def batch_sizes(most: int, pixels: int) -> list[int]:
 
 
 def starting_calls(
-    manifest: AnyManifest, max_batch: int, sizes: Iterable[tuple[int, int]] = (), dims: Iterable[Mapping[str, int]] = ()
-) -> tuple[AnyCall, ...]:
+    manifest: Manifest, max_batch: int, sizes: Iterable[tuple[int, int]] = (), dims: Iterable[Mapping[str, int]] = ()
+) -> tuple[Call, ...]:
     """Calls that a version is compiled for: batches of the exported size, and of `sizes` (images: height, width) or `dims` (named tensors).
 
     Of segmentations these are batches for labels, and one image for scores, in whose calls batches for scores are computed. Raises
     DataError for a size that the model does not take.
     """
-    if isinstance(manifest, TensorManifest):
+    if manifest.named is not None:
         if sizes:
-            raise DataError(f"--sizes: the model takes named tensors ({manifest.signature.text}): give --dims, or leave it out")
+            raise DataError(f"--sizes: the model takes named tensors ({manifest.signature.tensors.text}): give --dims, or leave it out")
         return _tensor_calls(manifest, max_batch, list(dims))
-    assert isinstance(manifest, Manifest)
     if dims:
         raise DataError("--dims: the model takes images: give --sizes, or leave it out")
     return _image_calls(manifest, max_batch, list(sizes))
 
 
 def _image_calls(manifest: Manifest, max_batch: int, sizes: list[tuple[int, int]]) -> tuple[Call, ...]:
-    allowed = manifest.signature.sizes
+    allowed = manifest.picture.sizes
     for height, width in sizes:
         if not allowed.takes(height, width):
             rows, columns = allowed.at_least(height, width)
             raise DataError(f"--sizes {height}x{width}: the model takes {allowed.text}: give {rows}x{columns}, or leave it out")
-    exported = () if manifest.example is None else (manifest.example[1:],)
-    segments = manifest.signature.answer.masks
+    exported = () if manifest.shape is None else (manifest.shape[1:],)
+    segments = manifest.picture.answer.masks
     calls = []
     for height, width in dict.fromkeys((*exported, *sizes)) if max_batch else ():
-        calls += [Call((rows, height, width), segments) for rows in batch_sizes(max_batch, height * width)]
+        calls += [image_call((rows, height, width), labels=segments) for rows in batch_sizes(max_batch, height * width)]
         if segments:
-            calls.append(Call((1, height, width), False))
+            calls.append(image_call((1, height, width)))
     return tuple(calls)
 
 
-def _tensor_calls(manifest: TensorManifest, max_batch: int, dims: list[Mapping[str, int]]) -> tuple[TensorCall, ...]:
-    signature, batch = manifest.signature, manifest.signature.batch
+def _tensor_calls(manifest: Manifest, max_batch: int, dims: list[Mapping[str, int]]) -> tuple[Call, ...]:
+    signature, batch = manifest.signature.tensors, manifest.signature.tensors.batch
     rows = {} if batch is None else {batch: 1}
     free = [name for name in signature.dims if name != batch]
     for sizes in dims:
@@ -135,5 +117,5 @@ def _tensor_calls(manifest: TensorManifest, max_batch: int, dims: list[Mapping[s
     for sizes in [*exported, *dims] if max_batch else []:
         most = 1 if batch is None else max_batch
         for count in batch_sizes(most, signature.values({**sizes, **rows})):
-            calls.append(TensorCall(tuple(sorted({**sizes, **dict.fromkeys(rows, count)}.items())), batch or ""))
+            calls.append(Call(tuple(sorted({**sizes, **dict.fromkeys(rows, count)}.items())), batch or ""))
     return tuple(dict.fromkeys(calls))

@@ -1,7 +1,7 @@
 """Messages between the server and the process of an engine (`child`), and the server's end of a channel.
 
     control   a question -> a description of the opened session, or an error; then for each channel its socket and its memory
-    channel   a call, with its images or named arrays in that memory -> done, with the answer in it, or an error
+    channel   a call, with its named arrays in that memory -> done, with the answer in it, or an error
 
 A message is JSON, preceded by its length. A call is a few numbers and "done" is a byte, because JSON takes a tenth of a millisecond.
 The memory is a file without a name, in memory where the system has such files. It is not a file of /dev/shm, of which a container has
@@ -27,22 +27,20 @@ from numpy.typing import NDArray
 
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.helper_process import recorded_error
-from muntin.runtime.tensors import Dims, Named
-from muntin.serving.worker.calls import Call
-from muntin.serving.worker.named_arrays import NamedCalls, aligned, length_of, views, write_arrays
+from muntin.runtime.session import Dims, Named
+from muntin.serving.worker.named_arrays import NamedCalls, length_of, views, write_arrays
 
 KEPT_BYTES = 64 << 20
 """Bytes of memory that a channel keeps between calls. Larger memory is freed after its call."""
 MESSAGE_BYTES = 16 << 20
 """Maximum length of a message, bytes."""
-CALL = struct.Struct("=Biiiiqqq")
-"""Operation, B, H, W, C, bytes of the memory, offset of the answer in it, and bytes of the answer.
+CALL = struct.Struct("=Biqq")
+"""Operation, bytes of the call's numbers, which follow (`named_arrays`), bytes of the memory, and offset of the outputs in it.
 
-Of `WARM_UP`: B, H, W, labels, compute, and two zeros; with B = 0 nothing is done. Of `NAMED` and `WARM_UP_NAMED`: bytes of the call's
-numbers, which follow (`named_arrays`), compute, two zeros, bytes of the memory, offset of the outputs in it, and zero.
+Of `WARM_UP` and `COMPILE` nothing is in the memory: its bytes are 0.
 """
-SCORES, LABELS, WARM_UP, NAMED, WARM_UP_NAMED = range(5)
-"""Operations."""
+COMPUTE, WARM_UP, COMPILE, ASK = range(4)
+"""Operations: compute inputs; warm up; the same without computing; only answer."""
 DONE, FAILED = b"d", b"f"
 """First byte of an answer. After `FAILED` a message with the error follows."""
 _LENGTH = struct.Struct("=I")
@@ -117,38 +115,21 @@ class EngineChannel:
             self._file = _new_file()
             send(control, {}, theirs.fileno(), self._file)
 
-    def warm_up(self, call: Call, *, compute: bool = True) -> None:
-        """Have the engine compile for a call; without images, only wait for its answer.
+    def check(self) -> None:
+        """Wait for an answer. Raises EOFError or ConnectionError if the process has ended, and the error raised there."""
+        self._ask(ASK)
 
-        Raises EOFError or ConnectionError if the process has ended, and the error raised there.
-        """
-        self._ask(WARM_UP, *call.shape, call.labels, compute, 0, 0)
+    def warm_up(self, calls: NamedCalls, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
+        """Have the engine compile for sizes of free dimensions. Raises as `check` does."""
+        self._ask(WARM_UP if compute else COMPILE, calls.call(dims, outputs))
 
-    def warm_up_named(self, calls: NamedCalls, dims: Dims, *, compute: bool = True) -> None:
-        """Have the engine compile for sizes of free dimensions. Raises as `warm_up` does."""
-        numbers = calls.call(dims, ())
-        self._ask(WARM_UP_NAMED, len(numbers), compute, 0, 0, 0, 0, 0, more=numbers)
-
-    def compute(self, operation: int, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
-        """Have images computed, and copy the result into `answer`. Raises as `warm_up` does."""
-        start = aligned(images_BHWC.nbytes)
-        memory = self._memory_of(start + answer.nbytes)
-        memory[: images_BHWC.nbytes] = images_BHWC.reshape(-1)
-        try:
-            self._ask(operation, *images_BHWC.shape, memory.nbytes, start, answer.nbytes)
-            answer[...] = memory[start : start + answer.nbytes].view(answer.dtype).reshape(answer.shape)
-        finally:
-            self._free(memory)
-
-    def compute_named(self, calls: NamedCalls, inputs: Named, dims: Dims, outputs: Sequence[str], buffers: Buffers) -> Named:
-        """Have named arrays computed. The results are copied into memory of `buffers`. Raises as `warm_up` does."""
+    def compute(self, calls: NamedCalls, inputs: Named, dims: Dims, outputs: Sequence[str], buffers: Buffers) -> Named:
+        """Have named arrays computed. The results are copied into memory of `buffers`. Raises as `check` does."""
         numbers, specs, start = calls.call(dims, outputs), calls.specs(outputs), length_of(inputs.values())
         memory = self._memory_of(start + calls.expected_length(dims, specs))
         write_arrays(inputs.values(), memory)
         try:
-            answer = self._ask(
-                NAMED, len(numbers), 0, 0, 0, memory.nbytes, start, 0, more=numbers, answer_length=calls.answer_length(specs)
-            )
+            answer = self._ask(COMPUTE, numbers, memory.nbytes, start, answer_length=calls.answer_length(specs))
             end, shapes = calls.read_answer(answer, specs)
             if end > memory.nbytes:  # the process has made the file longer for outputs whose size was not known
                 self._memory = memory = mapped(self._file, end)
@@ -156,9 +137,9 @@ class EngineChannel:
         finally:
             self._free(memory)
 
-    def _ask(self, operation: int, *numbers: int, more: bytes = b"", answer_length: int = 0) -> bytes:
+    def _ask(self, operation: int, numbers: bytes = b"", size: int = 0, start: int = 0, *, answer_length: int = 0) -> bytes:
         self.asked_at = time.monotonic()
-        self._socket.sendall(CALL.pack(operation, *numbers) + more)
+        self._socket.sendall(CALL.pack(operation, len(numbers), size, start) + numbers)
         state = self._socket.recv(1)
         failure = receive(self._socket) if state == FAILED else None
         if state != DONE and failure is None:

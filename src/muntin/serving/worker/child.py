@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,30 +20,15 @@ from numpy.typing import NDArray
 from muntin.errors import MuntinError
 from muntin.runtime.host.helper_process import error_record, helper_socket
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import Session
-from muntin.runtime.tensors import TensorSession
 from muntin.serving.worker.calls import call_from_json
-from muntin.serving.worker.channel import (
-    CALL,
-    DONE,
-    FAILED,
-    KEPT_BYTES,
-    LABELS,
-    WARM_UP,
-    WARM_UP_NAMED,
-    mapped,
-    receive,
-    receive_exactly,
-    send,
-)  # fmt: skip
+from muntin.serving.worker.channel import ASK, CALL, COMPUTE, DONE, FAILED, KEPT_BYTES, WARM_UP, mapped, receive, receive_exactly, send
 from muntin.serving.worker.named_arrays import NamedCalls, length_of, views, write_arrays
-from muntin.serving.worker.opening import Opened, open_version
+from muntin.serving.worker.opening import AnyOpenSession, Opened, open_version
 from muntin.serving.worker.turns import end_with_parent
 
 OOM_SCORE_OPENING, OOM_SCORE_SERVING = 1000, 300
 """Linux's oom_score_adj (proc(5), of 1,000): if memory runs out, the kernel ends this process and not the server, which starts another
 one; of two engines, the one that is being opened."""
-Compute = Callable[[NDArray[np.uint8]], NDArray[Any]]
 
 
 def main() -> None:
@@ -62,8 +46,7 @@ def main() -> None:
         Thread(target=_compile, args=(opened.compile_rest,), daemon=True).start()
         while (received := receive(control)) is not None:
             number, file = received[1]
-            sock, session = socket.socket(fileno=number), opened.session
-            channel = _NamedChannel(session, sock, file) if isinstance(session, TensorSession) else _ImageChannel(session, sock, file)
+            channel = _HostChannel(opened.session, socket.socket(fileno=number), file)
             Thread(target=channel.serve, daemon=True).start()
         os._exit(0)  # at once, whatever the engine does
 
@@ -111,10 +94,11 @@ def set_oom_score(score: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
 
 
-class _HostChannel(ABC):
+class _HostChannel:
     """This process's end of a channel. It computes one call after the other."""
 
-    def __init__(self, sock: socket.socket, file: int) -> None:
+    def __init__(self, session: AnyOpenSession, sock: socket.socket, file: int) -> None:
+        self._session, self._calls = session, NamedCalls(session.signature)
         self._socket, self._file = sock, file
         self._memory: NDArray[np.uint8] | None = None
 
@@ -135,9 +119,26 @@ class _HostChannel(ABC):
         else:
             self._socket.sendall(DONE + answer)
 
-    @abstractmethod
-    def _call(self, operation: int, *call: int) -> bytes:
+    def _call(self, operation: int, length: int, size: int, start: int) -> bytes:
         """Do what the server asks for, and return what follows `DONE`."""
+        numbers = receive_exactly(self._socket, length)
+        if operation == ASK:
+            return b""
+        dims, specs = self._calls.read_call(numbers)
+        outputs = [spec.name for spec in specs]
+        if operation != COMPUTE:
+            self._session.warm_up_named(dims, outputs, compute=operation == WARM_UP)
+            return b""
+        memory, signature = self._memory_of(size), self._calls.signature
+        shapes = signature.input_shapes(dict(dims))
+        inputs, _ = views(signature.inputs, (shapes[spec.name] for spec in signature.inputs), memory)
+        answer = self._session.infer_named(inputs, dims, outputs)
+        end = start + length_of(answer.values())
+        if end > size:  # outputs whose size the server did not know
+            os.ftruncate(self._file, end)
+            memory = self._memory_of(end)
+        write_arrays(answer.values(), memory, start)
+        return self._calls.answer(end, answer)
 
     def _memory_of(self, size: int) -> NDArray[np.uint8]:
         """Return the memory of a call, which has `size` bytes. Larger memory is not kept: the server frees it."""
@@ -147,53 +148,3 @@ class _HostChannel(ABC):
         if size <= KEPT_BYTES:
             self._memory = memory
         return memory
-
-
-class _ImageChannel(_HostChannel):
-    """The end of a session of images."""
-
-    def __init__(self, session: Session, sock: socket.socket, file: int) -> None:
-        super().__init__(sock, file)
-        self._session = session
-
-    def _call(self, operation: int, *call: int) -> bytes:
-        if operation != WARM_UP:
-            self._compute(self._session.infer_labels if operation == LABELS else self._session.infer, *call)
-            return b""
-        B, H, W, labels, compute, *_ = call
-        if B:
-            self._session.warm_up([(B, H, W)], labels=bool(labels), compute=bool(compute))
-        return b""
-
-    def _compute(self, compute: Compute, B: int, H: int, W: int, C: int, size: int, start: int, length: int) -> None:
-        memory = self._memory_of(size)
-        answer = compute(memory[: B * H * W * C].reshape(B, H, W, C))
-        memory[start : start + length].view(answer.dtype).reshape(answer.shape)[...] = answer
-
-
-class _NamedChannel(_HostChannel):
-    """The end of a session of named tensors."""
-
-    def __init__(self, session: TensorSession, sock: socket.socket, file: int) -> None:
-        super().__init__(sock, file)
-        self._session, self._calls = session, NamedCalls(session.signature)
-
-    def _call(self, operation: int, *call: int) -> bytes:
-        length, compute, _, _, size, start, _ = call
-        numbers = receive_exactly(self._socket, length)
-        if operation == WARM_UP:
-            return b""
-        dims, outputs = self._calls.read_call(numbers)
-        if operation == WARM_UP_NAMED:
-            self._session.warm_up([dims], compute=bool(compute))
-            return b""
-        memory, specs = self._memory_of(size), self._session.signature.inputs
-        shapes = self._session.signature.input_shapes(dict(dims))
-        inputs, _ = views(specs, (shapes[spec.name] for spec in specs), memory)
-        answer = self._session.infer(inputs, dims, [spec.name for spec in outputs])
-        end = start + length_of(answer.values())
-        if end > size:  # outputs whose size the server did not know
-            os.ftruncate(self._file, end)
-            memory = self._memory_of(end)
-        write_arrays(answer.values(), memory, start)
-        return self._calls.answer(end, answer)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from math import inf
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
-from muntin.serving.worker.calls import AnyCall, Call, call_from_json
+from muntin.serving.worker.calls import Call, call_from_json
 from muntin.serving.worker.channel import EngineChannel
 from muntin.serving.worker.launch import RunningEngine
 from muntin.serving.worker.liveness import Liveness
@@ -41,7 +40,7 @@ class EngineProcess(Liveness):
     def __init__(self, running: RunningEngine, start: Callable[..., RunningEngine], path: Path) -> None:
         Liveness.__init__(self)  # not those of the session that it is mixed with
         self._start, self._path, self._digest = start, path, running.description["digest"]
-        self.calls: list[AnyCall] = [call_from_json(call) for call in running.description["calls"]]
+        self.calls: list[Call] = [call_from_json(call) for call in running.description["calls"]]
         self._lock = Lock()  # guards the following
         self._running: RunningEngine | None = running
         """The process that computes; None while it is restarted and after `close`."""
@@ -61,9 +60,9 @@ class EngineProcess(Liveness):
 
     def check_channel(self) -> None:
         """Open a channel, and have the process answer on it: a sandbox may not allow that."""
-        self._on_channel(partial(EngineChannel.warm_up, call=Call((0, 0, 0))))
+        self._on_channel(EngineChannel.check)
 
-    def _compiled_for(self, call: AnyCall) -> None:
+    def _compiled_for(self, call: Call) -> None:
         """Have later processes compiled for a call, too."""
         if call not in self.calls:
             self.calls.append(call)

@@ -20,7 +20,7 @@ from muntin.runtime.host.helper_process import recorded_error, start_socket_help
 from muntin.runtime.host.memory import kills_for_memory, resident_of
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import child
-from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.channel import EngineChannel, receive, send
 from muntin.serving.worker.opening import NotReadyError, TookTooLongError
 from muntin.serving.worker.turns import RUN_S, Turns, can_take_turns
@@ -143,7 +143,7 @@ class RunningEngine:
 def start_engine(
     path: Path,
     options: SessionOptions,
-    calls: Iterable[AnyCall],
+    calls: Iterable[Call],
     *,
     seconds: float,
     busy: Callable[[], bool] | None = None,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import TensorInfo, TensorSignature
-from muntin.runtime.tensors import Dims, Named
+from muntin.artifact import AnySignature, TensorInfo
+from muntin.runtime.session import Dims, Named
 
 ALIGNMENT = 64
 NUMBER = 8
@@ -62,9 +62,9 @@ def views(specs: Iterable[TensorInfo], shapes: Iterable[tuple[int, ...]], memory
 class NamedCalls:
     """Numbers of the calls and answers for a signature."""
 
-    def __init__(self, signature: TensorSignature) -> None:
-        self.signature = signature
-        self._position = {spec.name: index for index, spec in enumerate(signature.outputs)}
+    def __init__(self, signature: AnySignature) -> None:
+        self.signature, self._sized = signature.tensors, signature
+        self._position = {spec.name: index for index, spec in enumerate(self.signature.outputs)}
 
     def call(self, dims: Dims, outputs: Sequence[str]) -> bytes:
         sizes = dict(dims)
@@ -96,8 +96,5 @@ class NamedCalls:
 
     def expected_length(self, dims: Dims, specs: Iterable[TensorInfo]) -> int:
         """Bytes of the outputs whose shapes follow from the inputs' sizes; of the others 0."""
-        sizes, total = dict(dims), 0
-        for spec in specs:
-            shape = [sizes.get(dim, 0) if isinstance(dim, str) else dim for dim in spec.shape]
-            total += aligned(prod(shape) * np.dtype(spec.dtype).itemsize)
-        return total
+        shapes = self._sized.output_sizes(dict(dims))
+        return sum(aligned(prod(shapes[spec.name]) * np.dtype(spec.dtype).itemsize) for spec in specs)

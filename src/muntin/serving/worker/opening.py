@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import AnySignature, Artifact, TensorArtifact, open_any_artifact
+from muntin.artifact import AnySignature, Artifact, open_artifact
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.engines.registry import open_any_session
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
@@ -18,7 +18,7 @@ from muntin.runtime.session import Session
 from muntin.runtime.tensors import TensorSession
 from muntin.runtime.verification.artifact import replay, verify_session
 from muntin.runtime.verification.tensors import replay_tensors
-from muntin.serving.worker.calls import AnyCall
+from muntin.serving.worker.calls import Call
 
 AnyOpenSession = Session | TensorSession
 """A session of an image model, or of one with named tensors."""
@@ -54,7 +54,7 @@ class Opened:
     session: AnyOpenSession
     signature: AnySignature
     digest: str
-    calls: tuple[AnyCall, ...]
+    calls: tuple[Call, ...]
     compile_rest: Callable[[], None] = lambda: None
     lineage: str = ""
 
@@ -62,7 +62,7 @@ class Opened:
 def open_version(
     path: Path,
     options: SessionOptions,
-    calls: Iterable[AnyCall],
+    calls: Iterable[Call],
     *,
     digest: str = "",
     verify: bool = False,
@@ -80,7 +80,7 @@ def open_version(
     or another digest.
     """
     progress("opening")
-    artifact = open_any_artifact(path)
+    artifact = open_artifact(path)
     if digest and artifact.digest != digest:
         raise VerificationError(f"{path}: {REPLACED}")
     session = open_any_session(artifact, replace(options, shapes=(), dims=()))
@@ -92,7 +92,6 @@ def open_version(
     calls = tuple(dict.fromkeys(calls))
     steps: list[Callable[[], object]] = [partial(call.warm_up, session) for call in sorted(calls, key=lambda call: call.order)]
     if options.dynamic and isinstance(session, Session) and session.signature.answer.argmax:
-        assert isinstance(artifact, Artifact)
         steps.append(partial(session.labels, _smallest_pair(artifact)[0]))  # the checks compiled the dynamic model for scores
     first = len({call.size for call in calls}) if hurry else len(steps)
     for number, step in enumerate(steps[:first], 1):
@@ -107,19 +106,19 @@ def open_version(
 
 
 def _smallest_pair(artifact: Artifact) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    return min(artifact.golden(), key=lambda pair: pair[0].size)
+    return min(artifact.golden_images(), key=lambda pair: pair[0].size)
 
 
-def _verify(session: AnyOpenSession, artifact: Artifact | TensorArtifact, *, allow_fallbacks: bool) -> None:
+def _verify(session: AnyOpenSession, artifact: Artifact, *, allow_fallbacks: bool) -> None:
     result = verify_session(session, artifact, allow_fallbacks=allow_fallbacks)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{artifact.path}: {result.problems[0]}{more}")
 
 
-def _replay(session: AnyOpenSession, artifact: Artifact | TensorArtifact) -> None:
+def _replay(session: AnyOpenSession, artifact: Artifact) -> None:
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
-    if isinstance(artifact, TensorArtifact):
+    if artifact.manifest.named is not None:
         assert isinstance(session, TensorSession)
         pair = min(artifact.golden(), key=lambda pair: sum(tensor.size for tensor in pair[0].values()))
         problem = next((f": {output.problem}" for output in replay_tensors(session, pair, tolerance) if not output.passed), "")

@@ -1,6 +1,6 @@
 """Sessions whose engine runs in a process of its own (`engine_process`).
 
-call -> a channel: images or named arrays into its memory -> the process computes -> the answer out of it
+call -> a channel: named arrays into its memory -> the process computes -> the answer out of it
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
-from muntin.artifact import Signature, TensorSignature
+from muntin.artifact import AnySignature, Signature, TensorSignature
 from muntin.errors import MuntinError, VerificationError
+from muntin.runtime.buffers import Buffers
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import ExecutedLayer, Labels, Session, Shape, check_shapes
-from muntin.runtime.tensors import Dims, Named, TensorSession, check_dims
-from muntin.serving.worker.calls import AnyCall, Call, TensorCall
-from muntin.serving.worker.channel import LABELS, SCORES, EngineChannel
+from muntin.runtime.session import Dims, ExecutedLayer, Labels, Named, Session, Shape, check_shapes
+from muntin.runtime.tensors import TensorSession, check_dims
+from muntin.serving.worker.calls import Call, image_call
 from muntin.serving.worker.engine_process import EngineProcess
 from muntin.serving.worker.launch import RunningEngine, start_engine
 from muntin.serving.worker.named_arrays import NamedCalls
@@ -35,7 +35,7 @@ def can_open_remote() -> bool:
 def open_remote(
     path: Path,
     options: SessionOptions,
-    calls: Iterable[AnyCall],
+    calls: Iterable[Call],
     *,
     seconds: float,
     digest: str = "",
@@ -66,56 +66,60 @@ def _description(running: RunningEngine) -> dict[str, Any]:
     return {name: running.description[name] for name in ("engine", "precision", "threads", "streams")}
 
 
-def _no_layers() -> MuntinError:
-    return MuntinError("an engine in another process does not list its layers: use muntin.load")
+class _Remote(EngineProcess):
+    """The calls of a session whose engine runs in a process of its own."""
+
+    def __init__(self, running: RunningEngine, start: Callable[..., RunningEngine], path: Path, signature: AnySignature) -> None:
+        EngineProcess.__init__(self, running, start, path)
+        self._named, self._results = NamedCalls(signature), Buffers()
+
+    def layers(self) -> list[ExecutedLayer]:
+        raise MuntinError("an engine in another process does not list its layers: use muntin.load")
+
+    def _compile(self, dims: Dims, outputs: tuple[str, ...], *, compute: bool) -> None:
+        self._on_channel(lambda channel: channel.warm_up(self._named, dims, outputs, compute=compute))
+        self._compiled_for(Call(dims, self._named.signature.batch or "", outputs))
+
+    def _compute(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
+        answer: Named = self._on_channel(lambda channel: channel.compute(self._named, inputs, dims, outputs, self._results))
+        return answer
 
 
-class RemoteSession(EngineProcess, Session):
+class RemoteSession(_Remote, Session):
     """A session of images whose engine runs in a process of its own."""
 
     def __init__(self, running: RunningEngine, start: Callable[..., RunningEngine], path: Path) -> None:
-        EngineProcess.__init__(self, running, start, path)
-        Session.__init__(self, signature=Signature.model_validate(running.description["signature"]), **_description(running))
+        signature = Signature.model_validate(running.description["signature"])
+        _Remote.__init__(self, running, start, path, signature)
+        Session.__init__(self, signature=signature, **_description(running))
 
     def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
         for shape in check_shapes(shapes, self.signature.sizes):
-            call = Call(shape, labels)
-            self._on_channel(partial(EngineChannel.warm_up, call=call, compute=compute))
-            self._compiled_for(call)
-
-    def layers(self) -> list[ExecutedLayer]:
-        raise _no_layers()
+            call = image_call(shape, labels=labels)
+            self._compile(call.dims, call.outputs, compute=compute)
 
     def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._compute(SCORES, images_BHWC, self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
+        return self._answer(images_BHWC, "scores")
 
     def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
-        B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
-        return self._compute(LABELS, images_BHWC, (B, *sides), self.signature.label_type)
+        return self._answer(images_BHWC, "labels")
 
-    def _compute(self, operation: int, images_BHWC: NDArray[np.uint8], shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        answer = self.outputs.take(shape, dtype)
-        self._on_channel(lambda channel: channel.compute(operation, images_BHWC, answer))
-        return answer
+    def _answer(self, images_BHWC: NDArray[np.uint8], name: str) -> NDArray[Any]:
+        B, H, W, _ = images_BHWC.shape
+        return self._compute({"images": images_BHWC}, image_call((B, H, W)).dims, [name])[name]
 
 
-class RemoteTensorSession(EngineProcess, TensorSession):
+class RemoteTensorSession(_Remote, TensorSession):
     """A session of named tensors whose engine runs in a process of its own."""
 
     def __init__(self, running: RunningEngine, start: Callable[..., RunningEngine], path: Path) -> None:
-        EngineProcess.__init__(self, running, start, path)
         signature = TensorSignature.model_validate(running.description["signature"])
+        _Remote.__init__(self, running, start, path, signature)
         TensorSession.__init__(self, signature=signature, **_description(running))
-        self._named = NamedCalls(signature)
 
     def warm_up(self, dims: Iterable[Mapping[str, int] | Dims], *, compute: bool = True) -> None:
         for sizes in check_dims(dims, self.signature):
-            self._on_channel(partial(EngineChannel.warm_up_named, calls=self._named, dims=sizes, compute=compute))
-            self._compiled_for(TensorCall(sizes, self.signature.batch or ""))
-
-    def layers(self) -> list[ExecutedLayer]:
-        raise _no_layers()
+            self._compile(sizes, (), compute=compute)
 
     def _infer(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
-        answer: Named = self._on_channel(lambda channel: channel.compute_named(self._named, inputs, dims, outputs, self.buffers))
-        return answer
+        return self._compute(inputs, dims, outputs)

@@ -25,7 +25,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from muntin.artifact import AnyArtifact, Signature
+from muntin.artifact import Artifact, Signature
 from muntin.artifact.manifest import field_error
 from muntin.artifact.store import with_optional_file
 from muntin.errors import ArtifactError, DataError
@@ -147,12 +147,12 @@ def make_reference(features_NF: Floats, features: Sequence[PictureFeature], *, s
     )  # fmt: skip
 
 
-def write_reference(artifact: AnyArtifact, reference: DriftReference) -> None:
+def write_reference(artifact: Artifact, reference: DriftReference) -> None:
     """Write a reference into an artefact, in place of an earlier one; the artefact's digest changes. Raises ArtifactError."""
     with_optional_file(artifact, FILE, reference.model_dump_json().encode() + b"\n")
 
 
-def read_reference(artifact: AnyArtifact, signature: Signature) -> DriftReference | None:
+def read_reference(artifact: Artifact, signature: Signature) -> DriftReference | None:
     """Return the reference of an artefact, or None. Raises ArtifactError for one that is damaged or of other features."""
     content = artifact.optional_file(FILE)
     if content is None:

@@ -39,7 +39,7 @@ def with_training_reference(
     if windows < LEAST_REFERENCE:
         least = f"`muntin drift` needs {LEAST_REFERENCE}, or --reference with a folder of as many"
         return artifact, (f"no drift reference: the training images give {count(windows, 'window')}, and {least}",)
-    write_reference(artifact, make_reference(features_NF, feature_list(artifact.manifest.signature)))
+    write_reference(artifact, make_reference(features_NF, feature_list(artifact.picture)))
     return open_artifact(artifact.path), few_pictures_note(pictures)
 
 

@@ -11,7 +11,7 @@ from queue import LifoQueue
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
-from muntin.artifact import AnyArtifact
+from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import CompiledModels
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
@@ -59,7 +59,7 @@ class Compiled:
 class CompiledForms(ABC, Generic[CallForm]):
     """Base of sessions in OpenVINO: a model that is read once, and its compiled forms. `streams` calls compute at a time, others wait."""
 
-    def __init__(self, artifact: AnyArtifact, options: SessionOptions) -> None:
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         self._core = openvino.Core()
         self._precision = choose_precision(self._core, options.precision, artifact.manifest.precision)
         data = artifact.model_bytes()

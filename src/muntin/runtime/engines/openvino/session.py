@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import AnyArtifact, Artifact, TensorArtifact
+from muntin.artifact import Artifact
 from muntin.errors import ArtifactError
 from muntin.runtime.engines.openvino.compiled import Compiled, CompiledForms, failure
 from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
@@ -50,7 +50,7 @@ class OpenVinoSession(CompiledForms[Variant], Session):
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         CompiledForms.__init__(self, artifact, options)
         self._retrying = Lock()  # held by one retry at a time
-        signature = artifact.manifest.signature
+        signature = artifact.picture
         self._input_sides: InputShape = (*signature.sizes.dims, signature.channels)
         """(H, W, C) of the model's input, -1 where it is free."""
         self._warm_sides: set[InputShape] = {self._input_sides} if signature.sizes.fixed else set()
@@ -218,14 +218,13 @@ class OpenVinoSession(CompiledForms[Variant], Session):
             )
 
 
-def open_openvino(artifact: AnyArtifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession | OpenVinoTensorSession:
+def open_openvino(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession | OpenVinoTensorSession:
     """Opens an artefact in OpenVINO on the CPU.
 
     Precision "recorded" is the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Raises DependencyError for
     another precision that the CPU lacks. A session has at most one stream a thread.
     """
     with signal_stack_kept():
-        if isinstance(artifact, TensorArtifact):
+        if artifact.manifest.named is not None:
             return OpenVinoTensorSession(artifact, options)
-        assert isinstance(artifact, Artifact)
         return OpenVinoSession(artifact, options)

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from muntin.artifact import TensorArtifact
+from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.engines.openvino.compiled import Compiled, CompiledForms, failure
 from muntin.runtime.engines.openvino.workarounds import with_biases, with_whole_masks
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import ExecutedLayer
-from muntin.runtime.tensors import Dims, Named, TensorSession, check_dims
+from muntin.runtime.session import Dims, ExecutedLayer, Named
+from muntin.runtime.tensors import TensorSession, check_dims
 
 Sized = Dims | None
 """One compiled form of the model: for these sizes, or for free ones."""
@@ -28,9 +28,9 @@ _INT32 = np.iinfo(np.int32)
 class OpenVinoTensorSession(CompiledForms[Sized], TensorSession):
     """A model with named tensors in OpenVINO's CPU plugin."""
 
-    def __init__(self, artifact: TensorArtifact, options: SessionOptions) -> None:
+    def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         CompiledForms.__init__(self, artifact, options)
-        signature = artifact.manifest.signature
+        signature = artifact.manifest.signature.tensors
         TensorSession.__init__(
             self, signature=signature, engine="openvino", precision=self._precision, threads=self._threads, streams=self._streams
         )

@@ -17,7 +17,7 @@ from torch import nn
 
 from muntin import Budget
 from muntin.budgeting.forms.plans import Form
-from muntin.budgeting.run import RecipeCourse, _splits, compress_run
+from muntin.budgeting.run_budget import RecipeCourse, _splits, compress_run
 from muntin.compression import load_compressed, load_model
 from muntin.data.source import HeldSamples
 from muntin.errors import DataError, MuntinError

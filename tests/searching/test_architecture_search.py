@@ -16,12 +16,21 @@ from muntin.data import open_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.runtime.options import SessionOptions
-from muntin.searching import ArchitectureSearch, SearchSettings, Space, finalists, latency_table, plan_search, run, search_architectures
+from muntin.searching import (
+    ArchitectureSearch,
+    SearchSettings,
+    Space,
+    architecture_search,
+    finalists,
+    latency_table,
+    plan_search,
+    search_architectures,
+)
+from muntin.searching.architecture_search import SearchStage, may_begin
 from muntin.searching.candidates import CandidateScorer
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist
 from muntin.searching.parts import PartProbe
 from muntin.searching.preparation import base_config
-from muntin.searching.run import SearchStage, may_begin
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint, pareto_front
 from muntin.searching.supernet_training import SupernetTraining
@@ -93,8 +102,8 @@ def searched(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **setting
         )  # fmt: skip
 
     monkeypatch.setattr(CandidateScorer, "score", scored)
-    monkeypatch.setattr(run, "train_finalist", train)
-    monkeypatch.setattr(run, "with_latencies", lambda networks, threads: networks)
+    monkeypatch.setattr(architecture_search, "train_finalist", train)
+    monkeypatch.setattr(architecture_search, "with_latencies", lambda networks, threads: networks)
     given = SearchSettings(**{"objective": "memory", "finalists": 2, **settings})
     result = search_architectures(load_recipe(tiny.recipe), SPACE, folder=folder, root=tiny.root, settings=given, clock=clock)
     return result, clock.seconds

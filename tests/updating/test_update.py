@@ -12,7 +12,16 @@ import pytest
 from muntin.errors import DataError, RecipeError
 from muntin.tasks.classes import ClassSpec
 from muntin.training import Checkpoint
-from muntin.updating.run import PushRecord, UpdateResult, newest_accepted, read_push, update_config, update_folders, update_run, write_push
+from muntin.updating.update import (
+    PushRecord,
+    UpdateResult,
+    newest_accepted,
+    read_push,
+    update_config,
+    update_folders,
+    update_run,
+    write_push,
+)
 from muntin.updating.versions import publish
 from products import UPDATE, copy_of, product
 

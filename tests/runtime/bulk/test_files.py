@@ -9,8 +9,8 @@ import pytest
 
 from muntin.artifact import ClassInfo, Sides, Signature, Sizes
 from muntin.images import MAX_PIXELS, write_image
+from muntin.runtime.bulk.files import USUAL_STREAMS, ItemSize, call_counts, common_shapes, usual_streams
 from muntin.runtime.bulk.items import PredictOptions
-from muntin.runtime.bulk.run import USUAL_STREAMS, ItemSize, call_counts, common_shapes, usual_streams
 from muntin.runtime.bulk.smaller_tiles import Tiles
 
 CLASSES = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(1, 1, 1)))

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, TensorArtifact, TensorManifest, TensorSignature
+from muntin.artifact import Artifact, Manifest, TensorSignature
 from muntin.artifact.plan import TilePass, TilePlan
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.engines.registry import open_any_session
@@ -26,8 +26,8 @@ from muntin.runtime.exact_tiles.grid import tiles
 from muntin.runtime.exact_tiles.maps import PixelBox, StoredMap, map_bytes
 from muntin.runtime.exact_tiles.parts import IMAGES, SCORES, GraphParts
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import AnySession
-from muntin.runtime.tensors import Named, TensorSession
+from muntin.runtime.session import AnySession, Named
+from muntin.runtime.tensors import TensorSession
 
 NO_PLAN = "no_exact_tiles"
 """Key of a manifest's measured figures: why an artefact has no plan."""
@@ -38,7 +38,7 @@ WindowReader = Callable[[int, int, int, int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, repr=False)
-class _PartArtifact(TensorArtifact):
+class _PartArtifact(Artifact):
     """A part of a model as an artefact in memory."""
 
     model: bytes = b""
@@ -67,7 +67,7 @@ class ExactTiles:
         self.plan: TilePlan = artifact.manifest.plan
         self.tile, self.scratch = tile, scratch
         self._artifact = artifact
-        self._signature = artifact.manifest.signature
+        self._signature = artifact.picture
         self._options = replace(options, shapes=None, dims=(), dynamic=False, cache=False, streams=1)
         self._parts = GraphParts(onnx.load_from_string(artifact.model_bytes()), self.plan)
         self._tensors = {tensor.name: tensor for tensor in self.plan.maps}
@@ -138,7 +138,7 @@ class ExactTiles:
         }
         signature = TensorSignature.model_validate(infos)
         manifest = self._artifact.manifest
-        part = TensorManifest(
+        part = Manifest(
             muntin=manifest.muntin, created=manifest.created, signature=signature, precision=manifest.precision,
             sha256=sha256(model).hexdigest(),
         )  # fmt: skip
