@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.helper_process import recorded_error
 from muntin.runtime.session import Dims, Named
-from muntin.serving.worker.named_arrays import NamedCalls, length_of, views, write_arrays
+from muntin.serving.worker.named_arrays import NamedCalls, views, write_arrays
 
 KEPT_BYTES = 64 << 20
 """Bytes of memory that a channel keeps between calls. Larger memory is freed after its call."""
 MESSAGE_BYTES = 16 << 20
 """Maximum length of a message, bytes."""
-CALL = struct.Struct("=Biqq")
-"""Operation, bytes of the call's numbers, which follow (`named_arrays`), bytes of the memory, and offset of the outputs in it.
+CALL = struct.Struct("=Biq")
+"""Operation, bytes of the call's numbers, which follow (`named_arrays`), and bytes of the memory.
 
 Of `WARM_UP` and `COMPILE` nothing is in the memory: its bytes are 0.
 """
@@ -56,15 +56,15 @@ def send(sock: socket.socket, message: Mapping[str, Any], *files: int) -> None:
     sock.sendall(rest)
 
 
-def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive a message and the file descriptors sent with it. None if the other end is closed."""
+def receive(sock: socket.socket, begun: bytes = b"") -> tuple[dict[str, Any], list[int]] | None:
+    """Receive a message, of which `begun` has been received, and the file descriptors sent with it. None if the other end is closed."""
     try:
-        head, files, _, _ = socket.recv_fds(sock, _LENGTH.size, 2)
+        head, files = (begun, []) if begun else socket.recv_fds(sock, _LENGTH.size, 2)[:2]
         head += receive_exactly(sock, _LENGTH.size - len(head))
-        (length,) = _LENGTH.unpack(head)
+        (length,), text = _LENGTH.unpack_from(head), head[_LENGTH.size :]
         if length > MESSAGE_BYTES:
             raise ValueError(f"a message of {length} bytes")
-        return json.loads(receive_exactly(sock, length)), files
+        return json.loads(text + receive_exactly(sock, length - len(text))), files
     except (EOFError, ConnectionError):
         return None
 
@@ -121,30 +121,32 @@ class EngineChannel:
 
     def warm_up(self, calls: NamedCalls, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
         """Have the engine compile for sizes of free dimensions. Raises as `check` does."""
-        self._ask(WARM_UP if compute else COMPILE, calls.call(dims, outputs))
+        self._ask(WARM_UP if compute else COMPILE, calls.layout(dims, tuple(outputs)).call)
 
     def compute(self, calls: NamedCalls, inputs: Named, dims: Dims, outputs: Sequence[str], buffers: Buffers) -> Named:
         """Have named arrays computed. The results are copied into memory of `buffers`. Raises as `check` does."""
-        numbers, specs, start = calls.call(dims, outputs), calls.specs(outputs), length_of(inputs.values())
-        memory = self._memory_of(start + calls.expected_length(dims, specs))
-        write_arrays(inputs.values(), memory)
+        layout = calls.layout(dims, tuple(outputs))
+        memory = self._memory_of(layout.end)
+        write_arrays(inputs, layout.inputs, memory)
         try:
-            answer = self._ask(COMPUTE, numbers, memory.nbytes, start, answer_length=calls.answer_length(specs))
-            end, shapes = calls.read_answer(answer, specs)
+            answer = self._ask(COMPUTE, layout.call, memory.nbytes, answer_length=len(layout.answer))
+            places, end = calls.read_answer(layout, answer)
             if end > memory.nbytes:  # the process has made the file longer for outputs whose size was not known
                 self._memory = memory = mapped(self._file, end)
-            return {name: _copied(array, buffers) for name, array in views(specs, shapes, memory, start)[0].items()}
+            return {name: _copied(array, buffers) for name, array in views(places, memory).items()}
         finally:
             self._free(memory)
 
-    def _ask(self, operation: int, numbers: bytes = b"", size: int = 0, start: int = 0, *, answer_length: int = 0) -> bytes:
+    def _ask(self, operation: int, call: bytes = b"", size: int = 0, *, answer_length: int = 0) -> bytes:
         self.asked_at = time.monotonic()
-        self._socket.sendall(CALL.pack(operation, len(numbers), size, start) + numbers)
-        state = self._socket.recv(1)
-        failure = receive(self._socket) if state == FAILED else None
+        self._socket.sendall(CALL.pack(operation, len(call), size) + call)
+        answer = self._socket.recv(1 + answer_length)
+        state, answer = answer[:1], answer[1:]
+        failure = receive(self._socket, answer) if state == FAILED else None
         if state != DONE and failure is None:
             raise EOFError
-        answer = receive_exactly(self._socket, answer_length) if answer_length and failure is None else b""
+        if failure is None:
+            answer += receive_exactly(self._socket, answer_length - len(answer))
         self.asked_at = inf
         if failure is not None:
             raise recorded_error(failure[0])

@@ -22,7 +22,7 @@ from muntin.runtime.host.helper_process import error_record, helper_socket
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker.calls import call_from_json
 from muntin.serving.worker.channel import ASK, CALL, COMPUTE, DONE, FAILED, KEPT_BYTES, WARM_UP, mapped, receive, receive_exactly, send
-from muntin.serving.worker.named_arrays import NamedCalls, length_of, views, write_arrays
+from muntin.serving.worker.named_arrays import NamedCalls, views, write_arrays
 from muntin.serving.worker.opening import AnyOpenSession, Opened, open_version
 from muntin.serving.worker.turns import end_with_parent
 
@@ -103,42 +103,45 @@ class _HostChannel:
         self._memory: NDArray[np.uint8] | None = None
 
     def serve(self) -> None:
+        longest = CALL.size + self._calls.longest_call
         try:
-            while len(head := self._socket.recv(CALL.size, socket.MSG_WAITALL)) == CALL.size:
-                self._answer(*CALL.unpack(head))
+            while head := self._socket.recv(longest):
+                head += receive_exactly(self._socket, CALL.size - len(head))
+                operation, length, size = CALL.unpack_from(head)
+                call = head[CALL.size :]
+                self._answer(operation, call + receive_exactly(self._socket, length - len(call)), size)
+        except EOFError:
+            pass
         finally:
             self._socket.close()
             os.close(self._file)
 
-    def _answer(self, operation: int, *call: int) -> None:
+    def _answer(self, operation: int, call: bytes, size: int) -> None:
         try:
-            answer = self._call(operation, *call)
+            answer = self._compute(call, size) if operation == COMPUTE else self._warm_up(operation, call)
         except Exception as error:  # noqa: BLE001 - the server raises it
             self._socket.sendall(FAILED)
             send(self._socket, error_record(error))
         else:
             self._socket.sendall(DONE + answer)
 
-    def _call(self, operation: int, length: int, size: int, start: int) -> bytes:
-        """Do what the server asks for, and return what follows `DONE`."""
-        numbers = receive_exactly(self._socket, length)
-        if operation == ASK:
-            return b""
-        dims, specs = self._calls.read_call(numbers)
-        outputs = [spec.name for spec in specs]
-        if operation != COMPUTE:
-            self._session.warm_up_named(dims, outputs, compute=operation == WARM_UP)
-            return b""
-        memory, signature = self._memory_of(size), self._calls.signature
-        shapes = signature.input_shapes(dict(dims))
-        inputs, _ = views(signature.inputs, (shapes[spec.name] for spec in signature.inputs), memory)
-        answer = self._session.infer_named(inputs, dims, outputs)
-        end = start + length_of(answer.values())
+    def _warm_up(self, operation: int, call: bytes) -> bytes:
+        if operation != ASK:
+            layout = self._calls.layout_of(call)
+            self._session.warm_up_named(layout.dims, [place.name for place in layout.outputs], compute=operation == WARM_UP)
+        return b""
+
+    def _compute(self, call: bytes, size: int) -> bytes:
+        """Compute with memory of `size` bytes, and return what follows `DONE`."""
+        layout = self._calls.layout_of(call)
+        memory = self._memory_of(size)
+        answer = self._session.infer_named(views(layout.inputs, memory), layout.dims, [place.name for place in layout.outputs])
+        places, end, numbers = self._calls.answered(layout, answer)
         if end > size:  # outputs whose size the server did not know
             os.ftruncate(self._file, end)
             memory = self._memory_of(end)
-        write_arrays(answer.values(), memory, start)
-        return self._calls.answer(end, answer)
+        write_arrays(answer, places, memory)
+        return numbers
 
     def _memory_of(self, size: int) -> NDArray[np.uint8]:
         """Return the memory of a call, which has `size` bytes. Larger memory is not kept: the server frees it."""
