@@ -201,20 +201,8 @@ def _export_source(
     from muntin.artifact import write_standalone
 
     start = prepare_torch()  # before PyTorch is imported
-    from muntin.deployment.sources.named_source import NUMBERS, export_named_source
     from muntin.deployment.sources.source_export import SourceOptions, export_source, replaced_artifact
 
-    calibration = options["calibration"]
-    if calibration is not None and calibration.suffix.lower() in NUMBERS:
-        if sizes is not None:
-            raise RecipeError(f"--sizes: of models for pictures, and {calibration} holds inputs by name: leave it out")
-        with status("exporting"):
-            begin = notes_once(() if json else start)
-            named, notes = export_named_source(source, output, SourceOptions(**options), integer=not floating, begin=begin)
-            if standalone is not None:
-                write_standalone(named, standalone)
-        _print_tensors(named, named.path, standalone, (*start, *notes) if json else notes, floating=floating, json=json)
-        return
     with status("exporting"):
         replaced = None if output is None else replaced_artifact(output)
         begin = notes_once(() if json else start)
@@ -222,7 +210,10 @@ def _export_source(
         if standalone is not None:
             write_standalone(artifact, standalone)
     notes = (*start, *notes) if json else notes
-    _print_result(artifact, artifact.path, standalone, notes, reused=False, replaced=replaced, floating=floating, json=json)
+    if artifact.manifest.named is None:
+        _print_result(artifact, artifact.path, standalone, notes, reused=False, replaced=replaced, floating=floating, json=json)
+    else:
+        _print_tensors(artifact, artifact.path, standalone, notes, floating=floating, json=json)
 
 
 def _print_result(

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -63,23 +63,6 @@ from muntin.training.config import QuantizationConfig
 
 COVERAGE, ROUNDING = "integer_coverage", "rounding"
 """Keys of a manifest's measured figures: the share of the multiply-adds in integers, 0 to 1, and the error of integers by image size."""
-
-
-@overload
-def export(
-    model: nn.Module, example: Tensor, path: Path | str, *, calibration: Iterable[Any] | None = ..., signature: Signature | None = ...,
-    classes: Classes | None = ...,
-    changes: Iterable[Change] = ..., measured: dict[str, Any] | None = ..., shape: tuple[int, int, int] | None = ...,
-    quantization: QuantizationConfig | None = ..., sizes: RequestedSizes | None = ..., mean: Statistic | None = ...,
-    std: Statistic | None = ..., progress: bool | OnStage = ...,
-) -> Artifact: ...  # fmt: skip
-
-
-@overload
-def export(
-    model: nn.Module, example: NamedTensors, path: Path | str, *, calibration: Iterable[NamedTensors] | None = ..., axes: Axes | None = ...,
-    measured: dict[str, Any] | None = ..., quantization: QuantizationConfig | None = ..., progress: bool | OnStage = ...,
-) -> Artifact: ...  # fmt: skip
 
 
 def export(

@@ -11,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from muntin import open_model, verify
-from muntin.deployment.sources.named_source import export_named_source
-from muntin.deployment.sources.source_export import SourceOptions
+from muntin.deployment.sources.source_export import SourceOptions, export_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.runtime.verification.exactness import sums_saturate
 
@@ -84,7 +83,7 @@ def test_token_model(tmp_path: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 90, (12, 9))
     np.savez(tmp_path / "inputs.npz", allow_pickle=False, input_ids=ids, attention_mask=np.ones_like(ids))
     options = SourceOptions(calibration=tmp_path / "inputs.npz")
-    artifact, notes = export_named_source(f"hf:{tmp_path / 'bert'}", tmp_path / "artifact", options, integer=True)
+    artifact, notes = export_source(f"hf:{tmp_path / 'bert'}", tmp_path / "artifact", options, integer=True, sizes=None)
     assert [(info.name, info.shape) for info in artifact.manifest.signature.inputs] == [
         ("input_ids", ("batch", "tokens")), ("attention_mask", ("batch", "tokens")),
     ]  # fmt: skip
@@ -92,7 +91,7 @@ def test_token_model(tmp_path: Path) -> None:
     assert verify(artifact.path).passed
     assert any(note.startswith("model.safetensors: all ") for note in notes)
     with pytest.raises(RecipeError, match=r"--size: of models for pictures, and .*inputs.npz holds inputs by name"):
-        export_named_source("timm:any", tmp_path / "b", SourceOptions(calibration=options.calibration, size="32"), integer=True)
+        export_source("timm:any", tmp_path / "b", SourceOptions(calibration=options.calibration, size="32"), integer=True, sizes=None)
 
 
 def test_folders_that_cannot_be_opened(tmp_path: Path) -> None:
