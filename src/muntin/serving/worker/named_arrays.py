@@ -39,7 +39,7 @@ def aligned(position: int) -> int:
     return -(-position // ALIGNMENT) * ALIGNMENT
 
 
-class Place(NamedTuple):
+class ArrayPlace(NamedTuple):
     """Where an array lies in the memory."""
 
     name: str
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     start: int
 
 
-class Layout(NamedTuple):
+class CallLayout(NamedTuple):
     """The memory of one kind of call: these sizes of the free dimensions, these outputs.
 
     `call`: its numbers. `dims`: sizes by name. `end`: bytes of the memory. `answer`: of outputs whose shapes follow from the inputs' sizes.
@@ -56,28 +56,28 @@ class Layout(NamedTuple):
 
     call: bytes
     dims: Dims
-    inputs: tuple[Place, ...]
-    outputs: tuple[Place, ...]
+    inputs: tuple[ArrayPlace, ...]
+    outputs: tuple[ArrayPlace, ...]
     end: int
     answer: bytes
 
 
-def _places(specs: Iterable[TensorInfo], shapes: Iterable[tuple[int, ...]], start: int) -> tuple[tuple[Place, ...], int]:
+def _places(specs: Iterable[TensorInfo], shapes: Iterable[tuple[int, ...]], start: int) -> tuple[tuple[ArrayPlace, ...], int]:
     """Return the places of arrays of these shapes from `start` on, and the position behind them."""
     places = []
     for spec, shape in zip(specs, shapes, strict=True):
         dtype = np.dtype(spec.dtype)
-        places.append(Place(spec.name, dtype, tuple(shape), start))
+        places.append(ArrayPlace(spec.name, dtype, tuple(shape), start))
         start = aligned(start + prod(shape) * dtype.itemsize)
     return tuple(places), start
 
 
-def views(places: Iterable[Place], memory: NDArray[np.uint8]) -> Named:
+def views(places: Iterable[ArrayPlace], memory: NDArray[np.uint8]) -> Named:
     """Return arrays that share memory."""
     return {place.name: np.ndarray(place.shape, place.dtype, memory, place.start) for place in places}
 
 
-def write_arrays(arrays: Mapping[str, NDArray[Any]], places: Iterable[Place], memory: NDArray[np.uint8]) -> None:
+def write_arrays(arrays: Mapping[str, NDArray[Any]], places: Iterable[ArrayPlace], memory: NDArray[np.uint8]) -> None:
     """Copy arrays to their places."""
     for place in places:
         np.ndarray(place.shape, place.dtype, memory, place.start)[...] = arrays[place.name]
@@ -93,29 +93,29 @@ class NamedCalls:
         """Bytes."""
         self.layout, self.layout_of = lru_cache(KEPT_LAYOUTS)(self._layout), lru_cache(KEPT_LAYOUTS)(self._layout_of)
 
-    def _layout(self, dims: Dims, outputs: tuple[str, ...]) -> Layout:
+    def _layout(self, dims: Dims, outputs: tuple[str, ...]) -> CallLayout:
         """Return the layout of a call."""
         sizes, specs = dict(dims), [self.signature.outputs[self._position[name]] for name in outputs]
         call = _packed((*(sizes[name] for name in self.signature.dims), *(self._position[name] for name in outputs)))
         inputs, start = _places(self.signature.inputs, self.signature.input_shapes(sizes).values(), 0)
         shapes = self._sized.output_sizes(sizes)
         placed, end = _places(specs, (shapes[name] for name in outputs), start)
-        return Layout(call, dims, inputs, placed, end, _answer(end, (place.shape for place in placed)))
+        return CallLayout(call, dims, inputs, placed, end, _answer(end, (place.shape for place in placed)))
 
-    def _layout_of(self, call: bytes) -> Layout:
+    def _layout_of(self, call: bytes) -> CallLayout:
         """Return the layout of a call that the other process has sent."""
         names, numbers = self.signature.dims, _unpacked(call)
         dims = tuple(sorted(zip(names, numbers, strict=False)))
         return self._layout(dims, tuple(self.signature.outputs[index].name for index in numbers[len(names) :]))
 
-    def answered(self, layout: Layout, answer: Mapping[str, NDArray[Any]]) -> tuple[tuple[Place, ...], int, bytes]:
+    def answered(self, layout: CallLayout, answer: Mapping[str, NDArray[Any]]) -> tuple[tuple[ArrayPlace, ...], int, bytes]:
         """Return the places of the outputs, the bytes of the memory, and the answer to send."""
         shapes = [answer[place.name].shape for place in layout.outputs]
         if shapes == [place.shape for place in layout.outputs]:
             return layout.outputs, layout.end, layout.answer
         return self._placed(layout, shapes)
 
-    def read_answer(self, layout: Layout, answer: bytes) -> tuple[tuple[Place, ...], int]:
+    def read_answer(self, layout: CallLayout, answer: bytes) -> tuple[tuple[ArrayPlace, ...], int]:
         """Return the places of the outputs, and the bytes of the memory."""
         if answer == layout.answer:
             return layout.outputs, layout.end
@@ -126,7 +126,7 @@ class NamedCalls:
             first += len(place.shape)
         return self._placed(layout, shapes)[:2]
 
-    def _placed(self, layout: Layout, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[Place, ...], int, bytes]:
+    def _placed(self, layout: CallLayout, shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[ArrayPlace, ...], int, bytes]:
         """Return what `answered` does, of outputs whose shapes have followed from values."""
         specs = [self.signature.outputs[self._position[place.name]] for place in layout.outputs]
         places, end = _places(specs, shapes, layout.outputs[0].start)
