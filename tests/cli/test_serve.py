@@ -24,6 +24,7 @@ from muntin.errors import DataError
 from muntin.serving.config import Bounds, ServeConfig, read_tokens
 from muntin.serving.open_files import raise_descriptors
 from muntin.serving.versions.rollout import Rollout
+from server_process import server_process
 
 
 @pytest.fixture(scope="module")
@@ -61,33 +62,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    command = [
-        sys.executable,
-        "-m",
-        "muntin",
-        "serve",
-        str(path),
-        "--http-port",
-        "0",
-        "--grpc-port",
-        "0",
-        "--threads",
-        "1",
-        "--json",
-        *options,
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            lines = ""
-            assert process.stdout is not None
-            while not lines.endswith("}\n"):
-                line = process.stdout.readline()
-                assert line, process.communicate()[1]
-                lines += line
-            yield process, json.loads(lines)
-        finally:
-            if process.poll() is None:
-                process.kill()
+    with server_process(path, "--grpc-port", "0", *options, stderr=subprocess.PIPE) as started:
+        yield started
 
 
 def ask(address: str, images: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

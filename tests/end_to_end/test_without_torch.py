@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 import muntin
 from muntin.images import write_image
 from products import product
+from server_process import server_process
 
 ROOT = Path(muntin.__file__).parents[2]
 TESTS = Path(__file__).parents[1]
@@ -110,22 +111,14 @@ def test_server_without_torch(python: Path, artifact: Path) -> None:
     assert subprocess.run([str(python), "-c", "import torch"], capture_output=True, check=False).returncode
     images = np.random.default_rng(0).integers(0, 256, (1, 70, 90, 3), dtype=np.uint8)
     due = muntin.load(artifact).labels(images)
-    command = [str(python), "-m", "muntin", "serve", str(artifact), "--http-port", "0", "--no-grpc", "--threads", "1", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            lines = ""
-            while not lines.endswith("}\n"):
-                line = server.stdout.readline()
-                assert line
-                lines += line
-            with tritonclient.http.InferenceServerClient(json.loads(lines)["http"].removeprefix("http://")) as client:
-                (model,) = client.get_model_repository_index()
-                image = tritonclient.http.InferInput("images", images.shape, "UINT8")
-                image.set_data_from_numpy(images)
-                wanted = [tritonclient.http.InferRequestedOutput("labels")]
-                answer = client.infer(model["name"], [image], outputs=wanted).as_numpy("labels")
-            assert np.mean(answer == due) > 0.99
-        finally:
-            server.terminate()
+    with (
+        server_process(artifact, "--no-grpc", python=python) as (server, addresses),
+        tritonclient.http.InferenceServerClient(addresses["http"].removeprefix("http://")) as client,
+    ):
+        (model,) = client.get_model_repository_index()
+        image = tritonclient.http.InferInput("images", images.shape, "UINT8")
+        image.set_data_from_numpy(images)
+        wanted = [tritonclient.http.InferRequestedOutput("labels")]
+        answer = client.infer(model["name"], [image], outputs=wanted).as_numpy("labels")
+        assert np.mean(answer == due) > 0.99
     assert server.returncode == 0

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import http.client
 import io
-import json
 import random
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,6 +22,7 @@ from PIL import Image
 from muntin.images import encode_png
 from muntin.runtime.host.memory import resident_of
 from muntin.serving.protocol.grpc_codec import SERVICE
+from server_process import server_process
 from serving_protocols import Connection, OverGrpc, OverHttp
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -127,36 +125,25 @@ def resident_mib(pid: int) -> float:
 
 def test_a_quarter_of_an_hour_under_load_takes_no_memory(write_pixels: Any, tmp_path: Path) -> None:
     path = write_pixels(tmp_path / "pixels")
-    command = [sys.executable, "-m", "muntin", "serve", str(path), "--http-port", "0", "--grpc-port", "0", "--threads", "1", "--json"]
-    command += ["--objective-ms", str(OBJECTIVE_MS)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            text = ""
-            while not text.endswith("}\n"):
-                line = process.stdout.readline()
-                assert line, "the server ended"
-                text += line
-            asking = Asking(json.loads(text))
-            threads = [threading.Thread(target=asking.run, args=(seed,), daemon=True) for seed in range(len(WAYS))]
-            for thread in threads:
-                thread.start()
-            time.sleep(20)  # every size is compiled for, and what is possible is known
-            before = asking.asked.copy()
-            time.sleep(20)
-            most = {client: (asked - before[client]) / 20 for client, asked in asking.asked.items()}
-            asking.rates = {client: LOAD * rate for client, rate in most.items()}
-            resident, moments, began, before = [], [], time.monotonic(), asking.asked.copy()
-            while time.monotonic() - began < 60 * MINUTES:
-                time.sleep(2)
-                resident.append(resident_mib(process.pid))
-                moments.append((time.monotonic() - began) / 60)
-            given = (asking.asked - before).total() / (time.monotonic() - began)
-            asking.stop.set()
-            for thread in threads:
-                thread.join()
-        finally:
-            process.terminate()
+    with server_process(path, "--grpc-port", "0", "--objective-ms", str(OBJECTIVE_MS)) as (process, addresses):
+        asking = Asking(addresses)
+        threads = [threading.Thread(target=asking.run, args=(seed,), daemon=True) for seed in range(len(WAYS))]
+        for thread in threads:
+            thread.start()
+        time.sleep(20)  # every size is compiled for, and what is possible is known
+        before = asking.asked.copy()
+        time.sleep(20)
+        most = {client: (asked - before[client]) / 20 for client, asked in asking.asked.items()}
+        asking.rates = {client: LOAD * rate for client, rate in most.items()}
+        resident, moments, began, before = [], [], time.monotonic(), asking.asked.copy()
+        while time.monotonic() - began < 60 * MINUTES:
+            time.sleep(2)
+            resident.append(resident_mib(process.pid))
+            moments.append((time.monotonic() - began) / 60)
+        given = (asking.asked - before).total() / (time.monotonic() - began)
+        asking.stop.set()
+        for thread in threads:
+            thread.join()
     assert process.returncode == 0
     assert not +asking.wrong
     assert asking.refused <= REFUSED * asking.asked.total()

@@ -18,6 +18,7 @@ import yaml
 
 import muntin
 from muntin.images import write_image
+from server_process import server_process
 
 SOURCE, PARTS = Path(muntin.__file__).parent, Path(__file__).parent / "count"
 MOST_LINES = 7
@@ -95,18 +96,8 @@ def test_a_fourth_task_from_training_to_serving(source: Path, pictures: Path) ->
     picture = sorted((pictures / "pictures").iterdir())[0]
     (result,) = run("predict", "artifact", picture)["results"]
     assert np.isfinite(result["number"]) and np.isfinite(evaluated["error"])
-    command = [sys.executable, "-m", "muntin", "serve", "artifact", "--http-port", "0", "--no-grpc", "--threads", "1", "--json"]
-    with subprocess.Popen(command, env=environment, cwd=pictures, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout is not None
-            lines = ""
-            while not lines.endswith("}\n"):
-                line = server.stdout.readline()
-                assert line
-                lines += line
-            connection = http.client.HTTPConnection(json.loads(lines)["http"].removeprefix("http://"), timeout=30)
-            connection.request("POST", "/predict", picture.read_bytes())
-            assert json.load(connection.getresponse())["number"] == pytest.approx(result["number"], abs=0.05)
-            connection.close()
-        finally:
-            server.terminate()
+    with server_process(Path("artifact"), "--no-grpc", env=environment, cwd=pictures) as (_, addresses):
+        connection = http.client.HTTPConnection(addresses["http"].removeprefix("http://"), timeout=30)
+        connection.request("POST", "/predict", picture.read_bytes())
+        assert json.load(connection.getresponse())["number"] == pytest.approx(result["number"], abs=0.05)
+        connection.close()

@@ -1,4 +1,4 @@
-"""What is known of each task without its code: the form of a model's answer, its classes, its score, and the pictures that it takes.
+"""Facts of each task: the form of a model's answer, its classes, its score, and the pictures that it takes.
 
 Code that asks for one of these facts reads `Signature.answer`, or `ANSWERS` by a task's name, and compares no names.
 """

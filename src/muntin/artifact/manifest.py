@@ -63,8 +63,8 @@ class Signature(_Frozen):
     classes: Annotated[tuple[ClassInfo, ...], Field(max_length=65535)] = ()
     dtype: Literal["uint8"] = "uint8"
     side: Annotated[int | None, Field(ge=1, le=1 << 14)] = None
-    """Of a task with one answer a picture: pictures are resized to their middle square of this side, in pixels, as in training; None: used
-    as they are."""
+    """Side in pixels of the square that a picture's middle is resized to, as in training, where a picture has one answer. None: pictures
+    are used as they are."""
     sizes: Sizes = Sizes()
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ ALIGNMENT = 64
 NUMBER = 8
 """Bytes of a number in a call and an answer."""
 KEPT_LAYOUTS = 256
-"""Layouts kept of a signature. Without them, finding one takes 0.1 ms of each call."""
+"""Maximum number of layouts that `NamedCalls` keeps, the last used."""
 
 
 def _packed(numbers: Iterable[int]) -> bytes:
