@@ -106,7 +106,6 @@ def measure(way: str, artifact: Path, raster: Path, tile: int, overlap: int, thr
     how: Row = {"threads": threads, "precision": "f32"} if exact else {"threads": threads}
     more: Row = {} if exact else {"streams": 1 if way == "monai" else streams}
     session = muntin.load(artifact, shapes=((1, tile, tile),), **how, **more)
-    assert isinstance(session, Session)
     source = open_source(raster)
     height, width = source.shape[:2]
     if way == "monai":

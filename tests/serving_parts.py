@@ -24,9 +24,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from image_session import ImageSession
 from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.errors import ArtifactError, MuntinError
-from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.assembly import assemble, make_slot
 from muntin.serving.config import ServeConfig
 from muntin.serving.grpc.calls import Calls
@@ -257,7 +257,7 @@ def state_of(process: int) -> str:
 # ---- sessions and versions ----
 
 
-class PixelSession(Session):
+class PixelSession(ImageSession):
     """Scores of a pixel are its four channels, so its label is its brightest one. `most`: rows times pixels that there is memory for."""
 
     def __init__(self, task: Any = "segment", most: int = 10**9, sizes: Sizes = Sizes()) -> None:  # noqa: B008 - immutable
@@ -268,7 +268,7 @@ class PixelSession(Session):
         self.calls: list[tuple[int, ...]] = []
         self.error: Exception | None = None
 
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def scores(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         self.calls.append(images_BHWC.shape)
         if self.error is not None:
             raise self.error
@@ -276,9 +276,6 @@ class PixelSession(Session):
             raise ArtifactError("x: the model failed: Exception from src/inference: std::bad_alloc")  # as engines' errors come
         scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
         return scores.mean((2, 3)) if self.signature.task == "classify" else scores
-
-    def layers(self) -> list[ExecutedLayer]:
-        return []
 
 
 def random_images(rows: int, seed: int, height: int = 6, width: int = 5, channels: int = 4) -> NDArray[np.uint8]:

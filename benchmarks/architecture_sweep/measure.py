@@ -37,8 +37,8 @@ CALIBRATION, HELD_OUT = 24, 32
 BATCH = 8
 AGREES_DB = 10.0
 """Signal over noise of an artifact that agrees."""
-PHASES = {f"muntin.deployment.export.{name}": "check" for name in ("write_checked", "graph_pairs", "check_independence")}
-PHASES |= {f"muntin.graph.artifacts.export.{name}": "check" for name in ("write_checked_tensors", "golden_pairs")}
+PHASES = {f"muntin.deployment.export.{name}": "check" for name in ("write_checked_images", "graph_pairs", "check_independence")}
+PHASES |= {f"muntin.graph.artifacts.export.{name}": "check" for name in ("write_checked", "golden_pairs")}
 PHASES |= {f"muntin.{module}.export.calibrate": "quantise" for module in ("deployment", "graph.artifacts")}
 PHASES |= {"muntin.deployment.export.to_onnx": "capture"}
 """Functions of an export that are timed. The remaining time is the search for sizes, and PyTorch's own calls."""

@@ -39,7 +39,7 @@ from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.models import DividedSides
 from muntin.runtime.host.quiet_imports import import_without_telemetry, openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
-from muntin.runtime.session import check_images
+from muntin.runtime.inputs import check_images
 from muntin.runtime.tiles import Predictor
 from muntin.training import Checkpoint
 from muntin.training.checkpoint import source_of

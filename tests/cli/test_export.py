@@ -237,7 +237,7 @@ def test_onnx_file_of_any_model(call: Call, text_model: tuple[Path, Path], tmp_p
     assert onnx.load(tmp_path / "plain.onnx").graph.output[1].name == "label"
     document = call("verify", folder, "--json").document()
     assert document["passed"]
-    assert [output["name"] for output in document["outputs"]] == ["embedding", "label"] * 2
+    assert [output["name"] for output in document["golden"]] == ["embedding", "label"] * 2
     assert sorted(document["integer_layers"]) == ["embedding", "hidden"]
     assert "golden    label (3,): 100.00% of its values are equal" in call("verify", folder).out
     floats = call("export", file, "--calibration", inputs, "--float", "-o", tmp_path / "floats", "--json").document()

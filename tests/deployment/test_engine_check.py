@@ -17,9 +17,10 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 import muntin
 from muntin.artifact import open_artifact
 from muntin.compression import freeze, load_model, prepare_qat, quantize
-from muntin.deployment import engine_check
-from muntin.deployment.engine_check import LIMITS
 from muntin.errors import ArtifactError, ExportError
+from muntin.graph.artifacts import engine_check
+from muntin.graph.artifacts.engine_check import INTEGER_LIMITS as LIMITS
+from muntin.graph.artifacts.engine_check import EngineCheck
 from muntin.layers import DenseAttention, LocalAttention
 from muntin.models import DividedSides
 from muntin.runtime import describe_hardware
@@ -198,8 +199,8 @@ def test_wrong_dynamic_session(build: type[nn.Module], pixels: Any, tmp_path: Pa
     parts = {"stem": nn.Conv2d(3, 16, 3, 2, 1, bias=False), "norm": nn.GroupNorm(4, 16), "layer": nn.Conv2d(16, 16, 3, 1, 1, bias=False)}
     model = DividedSides(build(run, **parts, head=nn.Conv2d(16, 4, 1)), 2).eval()
     example = pixels(1, 3, 64, 64)
-    monkeypatch.setattr("muntin.runtime.engines.openvino.session.with_biases", lambda model: model)
-    assert "does not compute what the captured graph does: where sizes are free" in refused(model, example, tmp_path, calibration=[example])
+    monkeypatch.setattr("muntin.runtime.engines.openvino.compiled.with_biases", lambda model: model)
+    assert "does not compute what the graph says: with free sizes" in refused(model, example, tmp_path, calibration=[example])
 
 
 def test_circular_padding(pixels: Any, tmp_path: Path, refused: Any) -> None:
@@ -270,14 +271,14 @@ def test_float_fallbacks(pixels: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino in 16 bits"])
 def test_one_wrong_engine(pixels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, tiny: Any) -> None:
-    find = engine_check.deviations
+    find = EngineCheck.problems
     sixteen = muntin.load(muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "before").path).precision
 
-    def off(session: Any, pairs: Any, limits: Any) -> list[str]:
+    def off(check: Any, session: Any, *given: Any, **how: Any) -> list[str]:
         is_off = session.engine.startswith("onnxruntime") if engine == "onnxruntime" else session.precision == "bf16"
-        return ["it is far off"] if is_off else find(session, pairs, limits)
+        return ["it is far off"] if is_off else find(check, session, *given, **how)
 
-    monkeypatch.setattr(engine_check, "deviations", off)
+    monkeypatch.setattr(EngineCheck, "problems", off)
     manifest = muntin.export(tiny(), pixels(1, 3, 32, 32), tmp_path / "artifact").manifest
     notes = manifest.measured["notes"]
     if engine == "onnxruntime":

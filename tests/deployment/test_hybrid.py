@@ -15,8 +15,9 @@ import torch
 
 import muntin
 from muntin import create_model
-from muntin.deployment.engine_check import FLOAT_LIMITS, LIMITS
 from muntin.errors import DataError
+from muntin.graph.artifacts.engine_check import FLOAT_LIMITS
+from muntin.graph.artifacts.engine_check import INTEGER_LIMITS as LIMITS
 from muntin.layers import ChannelGate
 from muntin.runtime.engines.openvino.workarounds import computes_with_sizes
 from muntin.runtime.host.quiet_imports import openvino

@@ -203,14 +203,14 @@ def test_operator_that_openvino_lacks(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("dot_products")
 def test_products_that_fall_back_stay_in_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = export_module.write_checked_tensors
+    write = export_module.write_checked
 
-    def fall_back_once(path: Path, content: dict[str, Any], notes: list[str]) -> Artifact:
+    def fall_back_once(path: Path, content: dict[str, Any], notes: list[str], *rest: Any) -> Artifact:
         if all(layer.activation_bits for layer in content["layers"]):
             raise FallbackError({"hidden": "it ran in f32"})
-        return write(path, content, notes)
+        return write(path, content, notes, *rest)
 
-    monkeypatch.setattr(export_module, "write_checked_tensors", fall_back_once)
+    monkeypatch.setattr(export_module, "write_checked", fall_back_once)
     artifact = muntin.export_onnx(two_heads(), tmp_path / "artifact", calibration=[text_inputs(4, 9, seed) for seed in range(3)])
     assert [(layer.name, layer.activation_bits, layer.weight_bits) for layer in artifact.manifest.layers] == [
         ("hidden", None, 16),

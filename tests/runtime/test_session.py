@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+from image_session import compiled_forms
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime import load
 from muntin.runtime.host.hardware import physical_cores
@@ -171,9 +172,9 @@ def calls_of(session: Session) -> list[tuple[int, ...]]:
     seen: list[tuple[int, ...]] = []
     infer = session._infer
 
-    def noting(images_BHWC: Any) -> Any:
-        seen.append(images_BHWC.shape)
-        return infer(images_BHWC)
+    def noting(inputs: Any, *rest: Any) -> Any:
+        seen.append(inputs["images"].shape)
+        return infer(inputs, *rest)
 
     session._infer = noting  # type: ignore[method-assign]
     return seen
@@ -188,10 +189,10 @@ def test_warm_up_in_every_stream(convolutions: Any) -> None:
 
 def test_load_compiles_the_example(write_layers: Callable[..., Any], convolutions: Any, tmp_path: Path) -> None:
     written = write_layers(tmp_path / "a", convolutions.layers, example=(1, 8, 10))
-    assert list(load(written.path)._compiled) == [((1, 8, 10, 3), False)]  # type: ignore[attr-defined]
-    assert list(load(written.path, shapes=())._compiled) == []  # type: ignore[attr-defined]
+    assert compiled_forms(load(written.path)) == {((1, 8, 10), False)}
+    assert compiled_forms(load(written.path, shapes=())) == set()
     shapes = [(1, np.int64(4 + n), 4) for n in range(7)]
-    assert list(load(written.path, shapes=shapes)._compiled) == [((1, 4 + n, 4, 3), False) for n in range(7)]  # type: ignore[attr-defined]
+    assert compiled_forms(load(written.path, shapes=shapes)) == {((1, 4 + n, 4), False) for n in range(7)}
 
 
 def test_size_that_the_model_refuses(write_layers: Callable[..., Any], layer_maker: Callable[..., Any], tmp_path: Path) -> None:
@@ -235,4 +236,4 @@ def test_label_of_equal_scores(
 def test_warm_up_for_labels(convolutions: Any) -> None:
     session = load(convolutions.path, shapes=())
     session.warm_up([(1, 8, 8)], labels=True)
-    assert list(session._compiled) == [((1, 8, 8, 3), True)]  # type: ignore[attr-defined]
+    assert compiled_forms(session) == {((1, 8, 8), True)}

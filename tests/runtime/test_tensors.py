@@ -15,6 +15,7 @@ import muntin
 from muntin.artifact import Artifact, TensorInfo, TensorSignature
 from muntin.errors import ArtifactError, DataError
 from muntin.graph.float_run import FloatRun
+from muntin.runtime.engines.openvino.compiled import CompiledForm
 from muntin.runtime.session import STATIC_SHAPES
 from tensor_models import SIGNATURE, Array, model, text_inputs, two_heads, write_tensors
 
@@ -59,14 +60,14 @@ def test_compiled_forms_of_openvino(artifact: Artifact, monkeypatch: pytest.Monk
     monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path))
     example, warm = (("batch", 1), ("tokens", 8)), (("batch", 2), ("tokens", 7))
     session = muntin.load(artifact.path, dims=[{"tokens": 7, "batch": 2}])
-    assert list(session._compiled) == [warm]
+    assert [form.dims for form in session._compiled] == [warm]
     for tokens in range(1, STATIC_SHAPES + 3):
         session(text_inputs(1, tokens))
     assert len(session._compiled) == 1 + STATIC_SHAPES
-    assert warm in session._compiled
+    assert CompiledForm(warm) in session._compiled
     free = muntin.load(artifact.path, dynamic=True)
     free(text_inputs(3, 5))
-    assert list(free._compiled) == [example, None]
+    assert [form.dims for form in free._compiled] == [example, None]
     again = muntin.load(artifact.path, dims=[dict(warm)])
     assert again.from_cache
     assert [layer.name for layer in again.layers() if layer.compute] == ["hidden", "embedding"]
@@ -155,7 +156,7 @@ def test_outputs_that_differ_from_the_signature(tmp_path: Path) -> None:
     golden = [(text_inputs(1, 8), run | {"embedding": np.zeros((1, 9), np.float32)})]
     artifact = write_tensors(tmp_path / "artifact", signature=signature, golden=golden, example=None)
     for engine in ("openvino", "onnxruntime"):
-        with pytest.raises(ArtifactError, match=r"'embedding' has the shape \(1, 24\)"):
+        with pytest.raises(ArtifactError, match=r"(has the shape|gives) \(1, 24\)"):
             muntin.load(artifact.path, engine=engine)(text_inputs(1, 8))
 
 

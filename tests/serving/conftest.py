@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import serving_parts
+from image_session import ImageSession
 from muntin.artifact import (
     ClassInfo,
     GoldenTolerance,
@@ -31,7 +32,6 @@ from muntin.artifact import (
     write_artifact,
 )
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import Opened
@@ -109,12 +109,12 @@ def write(
     return path
 
 
-class Constant(Liveness, Session):
+class Constant(Liveness, ImageSession):
     """Answers its label everywhere, without an engine. `alone`: calls are refused, as of an engine that died several times in a row."""
 
     def __init__(self, signature: Signature, label: int) -> None:
         Liveness.__init__(self)
-        Session.__init__(self, signature=signature, engine="none", precision="f32", threads=1)
+        ImageSession.__init__(self, signature=signature, engine="none", precision="f32", threads=1)
         self.label = label
         self.alone = False
 
@@ -122,13 +122,10 @@ class Constant(Liveness, Session):
     def able(self) -> bool:
         return not self.alone
 
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def scores(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         scores = np.zeros(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
         scores[:, self.label] = 1
         return scores
-
-    def layers(self) -> list[ExecutedLayer]:
-        return []
 
 
 @dataclass

@@ -267,7 +267,7 @@ def test_autoscaling_target() -> None:
 class Slow:
     """A session that takes 20 ms for 16 x 16 pixels, and no time for fewer."""
 
-    def warm_up_named(self, dims: Any, outputs: Any, **_: Any) -> None:
+    def prepare(self, dims: Any, outputs: Any, **_: Any) -> None:
         time.sleep(0.02 * (dict(dims)["height"] == 16))
 
 

@@ -69,7 +69,7 @@ def test_swaps_and_roll_back_under_load(in_process: ArtifactLoader, write_versio
     first = slot.load(paths["1"], "1")
     sessions: list[Any] = []
 
-    def die(images_BHWC: Any) -> Any:
+    def die(*_: Any) -> Any:
         raise RuntimeError("Exception from src/inference: the primitive is gone")
 
     with crowd(slot, labels) as answers:
@@ -78,7 +78,7 @@ def test_swaps_and_roll_back_under_load(in_process: ArtifactLoader, write_versio
             sessions.append(weakref.ref(version.session))
             wait_until(lambda version=version: len(version.latencies.of(CALL)) > 10)
         with slot.lease("5") as lease:
-            lease.version.session._infer_labels = die  # type: ignore[method-assign]
+            lease.version.session._infer = die  # type: ignore[method-assign]
             wait_until(lambda: slot.current is first)
         before = sum(answers)
         wait_until(lambda: sum(answers) > before + 20)

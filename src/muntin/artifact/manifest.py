@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -105,6 +106,25 @@ class Signature(_Frozen):
         """Shape of each output for images of these sizes."""
         scores = self.scores_shape(dims["batch"], dims["height"], dims["width"])
         return {"scores": scores, "labels": (scores[0], *scores[2:])}
+
+    def outputs_problem(self, tensors: Mapping[str, NDArray[Any]], dims: Mapping[str, int]) -> str | None:
+        """Return why `tensors` are no outputs for images of these sizes, or None."""
+        sizes = self.output_sizes(dims)
+        for spec in self.tensors.outputs:
+            tensor = tensors.get(spec.name)
+            if tensor is not None and (tensor.dtype != spec.dtype or tensor.shape != sizes[spec.name]):
+                return f"'{spec.name}' is {tensor.dtype} {tensor.shape}: {spec.dtype} {sizes[spec.name]} is needed"
+        return None
+
+    @property
+    def row(self) -> dict[str, int]:
+        """Sizes of one image; -1 for a free one."""
+        return dict(zip(("batch", "height", "width"), (1, *self.sizes.dims), strict=True))
+
+    @property
+    def text(self) -> str:
+        """Task and channels in words."""
+        return f"{self.task}, {self.channels} channels"
 
     @property
     def label_type(self) -> np.dtype[Any]:

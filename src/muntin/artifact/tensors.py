@@ -113,6 +113,11 @@ class TensorSignature(BaseModel):
         """Shape of each output for the sizes of all free dimensions; 0 for a size that follows from values."""
         return {spec.name: tuple(dims.get(dim, 0) if isinstance(dim, str) else dim for dim in spec.shape) for spec in self.outputs}
 
+    @property
+    def row(self) -> dict[str, int]:
+        """Sizes of the free dimensions of one row; -1 for those other than the batch."""
+        return {name: 1 if name == self.batch else -1 for name in self.dims}
+
     def zeros(self, dims: Mapping[str, int]) -> dict[str, NDArray[Any]]:
         """Inputs of zeros."""
         shapes = self.input_shapes(dims)

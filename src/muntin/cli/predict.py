@@ -95,7 +95,7 @@ def predict_command(
     from muntin.runtime.bulk.items import PredictOptions
     from muntin.runtime.bulk.journal import open_journal
     from muntin.runtime.bulk.smaller_tiles import Tiles
-    from muntin.runtime.engines.registry import open_session
+    from muntin.runtime.engines.registry import open_image_session
     from muntin.runtime.options import SessionOptions
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
@@ -115,7 +115,7 @@ def predict_command(
     )  # fmt: skip
     if streams is None:
         opening = replace(opening, streams=usual_streams(images, signature, options, opening.thread_count))
-    session = open_session(artifact, opening)
+    session = open_image_session(artifact, opening)
     targets: dict[Path, Path | None] = dict.fromkeys(images)
     journal = None
     if not signature.answer.one:

@@ -12,6 +12,9 @@ from muntin.errors import VerificationError
 if TYPE_CHECKING:
     from muntin.runtime import VerifyResult
 
+GOLDEN = ("name", "shape", "max_error", "rms_error", "cosine", "equal", "label_agreement", "passed")
+"""Fields of a `GoldenResult` in the JSON document."""
+
 
 def verify_command(
     artifact: ArtifactArgument,
@@ -36,14 +39,7 @@ def verify_command(
     if json:
         document = {
             "artifact": artifact, "passed": result.passed, "engine": result.engine, "precision": result.precision, "files": result.digests,
-            "golden": [
-                {key: getattr(golden, key) for key in ("shape", "max_error", "rms_error", "label_agreement", "passed")}
-                for golden in result.golden
-            ],
-            "outputs": [
-                {key: getattr(output, key) for key in ("name", "shape", "max_error", "rms_error", "cosine", "equal", "passed")}
-                for output in result.outputs
-            ],
+            "golden": [{key: getattr(golden, key) for key in GOLDEN} for golden in result.golden],
             "integer_layers": integers if result.layers else None, "fallbacks": result.fallbacks, "problems": result.problems,
             "layers": [{"name": check.name, "error": check.error, "passed": check.passed} for check in result.checks],
             "sparsity": dict(result.sparsity), "notes": notes,
@@ -58,15 +54,9 @@ def verify_command(
 
 
 def _print(result: VerifyResult, integers: Sequence[str]) -> None:
-    from muntin.reporting.text import percent
-
     out.print(f"files     {len(result.digests)} digests agree")
     for golden in result.golden:
-        agreement = "" if golden.label_agreement is None else f", {percent(golden.label_agreement, 2)} of its labels agree"
-        errors = f"largest error {golden.max_error:.2g} standard deviations, {golden.rms_error:.2g} in the mean"
-        out.print(f"golden    {golden.shape}: {errors}{agreement}")
-    for output in result.outputs:
-        out.print(f"golden    {output.name} {output.shape}: {output.errors}")
+        out.print(f"golden    {golden.name} {golden.shape}: {golden.errors}")
     ran = f"{len(integers)} layers run on INT8 kernels of {result.engine}, the others in {result.precision}"
     out.print(f"integers  {ran if result.layers else f'unknown: {result.engine} does not say what its layers run in'}")
     if result.checks:

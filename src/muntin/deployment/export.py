@@ -28,7 +28,6 @@ from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
 from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
-    FAR_OFF,
     SizeError,
     answer_to,
     as_bytes,
@@ -41,13 +40,13 @@ from muntin.deployment.capture.model_contract import (
 from muntin.deployment.capture.named_graph import Axes, NamedTensors
 from muntin.deployment.capture.onnx_export import to_onnx
 from muntin.deployment.capture.trained_plan import take_plan
-from muntin.deployment.engine_check import write_checked
+from muntin.deployment.engine_check import write_checked_images
 from muntin.deployment.named_export import export_named
 from muntin.deployment.quantization_changes import pass_entry, quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
 from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes, usual_sizes
 from muntin.errors import ExportError, MuntinError
-from muntin.graph.artifacts.engine_check import FallbackError
+from muntin.graph.artifacts.engine_check import FAR_OFF, FallbackError
 from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
 from muntin.graph.insertion import GridPlan
 from muntin.graph.quantize import QuantizationPlan, calibrate, planned
@@ -57,7 +56,7 @@ from muntin.models.eager import check_module, eager_copy
 from muntin.models.foreign import Statistic, takes_raw_pixels
 from muntin.progress import OnStage, status
 from muntin.runtime import describe_hardware
-from muntin.runtime.session import check_shape
+from muntin.runtime.inputs import check_shape
 from muntin.tasks.classes import Classes, class_infos, specs_of
 from muntin.training.config import QuantizationConfig
 
@@ -252,7 +251,7 @@ class _Draft:
             }
             self.stage("comparing the engines")
             try:
-                return write_checked(self.path, content, pairs[len(golden_sides) :], [*notes, *rounding, *lacking])
+                return write_checked_images(self.path, content, pairs[len(golden_sides) :], [*notes, *rounding, *lacking])
             except FallbackError as error:
                 if not set(plan.plan).intersection(error.reasons):
                     raise

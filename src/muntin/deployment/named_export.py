@@ -23,7 +23,7 @@ from muntin.graph import export_onnx
 from muntin.graph.artifacts.export import export_planned
 from muntin.graph.float_run import FloatRun
 from muntin.graph.quantize import planned
-from muntin.runtime.verification.tensors import compare_outputs
+from muntin.runtime.verification.golden import compare_outputs
 from muntin.training.config import QuantizationConfig
 
 SAME = GoldenTolerance(max_error=0.05, label_agreement=0.999)

@@ -12,7 +12,7 @@ from muntin.artifact import open_artifact
 from muntin.artifact.plan import TilePass, TilePlan
 from muntin.graph.tiling.levels import NoPlanError
 from muntin.graph.tiling.plan import make_plan
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_image_session
 from muntin.runtime.exact_tiles.tiles import NO_PLAN, ExactTiles
 from muntin.runtime.options import SessionOptions
 
@@ -53,7 +53,7 @@ def plan_fault(draft: Path, plan: TilePlan, picture_HWC: NDArray[np.uint8]) -> s
     picture = np.tile(picture_HWC, repeats)[:height, :width]
     options = SessionOptions(engine="onnxruntime", precision="f32", threads=None, shapes=())
     try:
-        whole = open_session(draft, options)(picture[None])[0]
+        whole = open_image_session(draft, options)(picture[None])[0]
         tiled = np.empty_like(whole)
         scale = artifact.picture.scale
         for (top, left, bottom, right), scores in ExactTiles(artifact, options, tile=tile).blocks(

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from muntin.errors import DataError
 from muntin.models import TorchSession
-from muntin.runtime.session import Shape
+from muntin.runtime.inputs import Shape
 
 PREFIX = "muntin:"
 """Prefix of the names of layers in a trace, which PyTorch's own operators do not have."""

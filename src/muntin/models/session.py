@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from muntin.artifact import Signature
 from muntin.errors import DependencyError, MuntinError
-from muntin.runtime.session import Labels, check_classes, check_images, class_names
+from muntin.runtime.inputs import check_classes, check_images
+from muntin.runtime.session import Labels, class_names
 
 BUFFERS = 2
 """Batches in flight: one in computation, one in a copy."""

@@ -6,9 +6,9 @@ from muntin.runtime.engines.registry import ENGINES, load
 from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
-from muntin.runtime.tensors import TensorSession
 from muntin.runtime.tiles import predict
-from muntin.runtime.verification.artifact import GoldenResult, VerifyResult, verify
+from muntin.runtime.verification.artifact import VerifyResult, verify
+from muntin.runtime.verification.golden import GoldenResult
 
 __all__ = [
     "ENGINES",
@@ -16,7 +16,6 @@ __all__ = [
     "GoldenResult",
     "Session",
     "SessionOptions",
-    "TensorSession",
     "VerifyResult",
     "describe_hardware",
     "load",

@@ -7,8 +7,7 @@ from typing import Literal, get_args
 
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
-from muntin.runtime.session import Dims, Shape, check_shapes
-from muntin.runtime.tensors import check_dims
+from muntin.runtime.inputs import Dims, Shape, check_dims, check_shapes
 
 EngineName = Literal["openvino", "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt"]
 Precision = Literal["recorded", "f32", "bf16", "f16"]

@@ -37,8 +37,8 @@ from muntin.images.sinks import PictureSink
 from muntin.images.sources import AnyPicture, PictureSource, ScaledSource, raster_of, source_of
 from muntin.runtime.blending import TileAxis, best_class, blended
 from muntin.runtime.exact_tiles.tiles import exact_tiles
-from muntin.runtime.session import check_pixels
-from muntin.runtime.tensors import TensorSession
+from muntin.runtime.inputs import check_pixels
+from muntin.runtime.session import Session
 
 TILE = 512
 """Default side of a tile, pixels."""
@@ -65,7 +65,7 @@ class MappedPredictor(Predictor, Protocol):
 
 def check_image_session(session: object) -> None:
     """Raises DataError for a session of named tensors."""
-    if isinstance(session, TensorSession):
+    if isinstance(session, Session) and not session.images:
         raise DataError(
             f"pictures are computed by a session of images, and this one takes named tensors ({session.signature.text}): call it with a "
             "dictionary of arrays"

@@ -22,7 +22,7 @@ from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DataError
 from muntin.images.writing import write_whole
 from muntin.runtime import SessionOptions, describe_hardware, verify
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_image_session
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.tasks.samples import Sample
 from muntin.training.config import AcceptConfig
@@ -144,7 +144,7 @@ def judge_artifact(
     names = [entry.name for entry in new.picture.classes]
     known = len(old.picture.classes)
     options = SessionOptions(threads=threads)
-    with closing(open_session(old.path, options)) as old_session, closing(open_session(new.path, options)) as new_session:
+    with closing(open_image_session(old.path, options)) as old_session, closing(open_image_session(new.path, options)) as new_session:
         stage("judging old data")
         on_old = compare_counts(*(count_labels(one, old_samples, tile=tile, classes=len(names)) for one in (old_session, new_session)))
         stage("judging new data")

@@ -18,11 +18,11 @@ from muntin.compression.quantization.observer import ActivationGrid
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d
 from muntin.deployment import infer_signature
 from muntin.deployment.capture.model_contract import check_copy, check_independence, pairs_at
-from muntin.deployment.engine_check import FLOAT_LIMITS
 from muntin.errors import ExportError
+from muntin.graph.artifacts.engine_check import FLOAT_LIMITS
 from muntin.models import DividedSides
 from muntin.runtime import load
-from muntin.runtime.verification.artifact import replay
+from muntin.runtime.verification.golden import compare_outputs
 
 ODD_SIZES = ((1, 64, 64), (3, 65, 33), (1, 1, 37), (1, 1, 1))
 
@@ -271,7 +271,8 @@ def test_golden_pairs(height: int, width: int, pixels: Any, tiny: Any) -> None:
         windows = np.lib.stride_tricks.sliding_window_view(example[0].numpy(), (rows, columns), (1, 2))
         assert (windows == images[0].transpose(2, 0, 1)[:, None, None]).all((0, 3, 4)).any()
         session = muntin.TorchSession(model, infer_signature(model, example))
-        assert replay(session, images, scores, FLOAT_LIMITS["f32"], classes=True).max_error < 1e-6  # type: ignore[arg-type]
+        (result,) = compare_outputs({"scores": session(images)}, {"scores": scores}, FLOAT_LIMITS["f32"], session.signature.answer)
+        assert result.max_error is not None and result.max_error < 1e-6 and result.passed
 
 
 def test_golden_images_of_a_plain_picture(pixels: Any, tiny: Any) -> None:

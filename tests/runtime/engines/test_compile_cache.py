@@ -14,6 +14,8 @@ import pytest
 from muntin.runtime import load
 from muntin.runtime.engines import compile_cache as cache
 from muntin.runtime.engines.compile_cache import CompiledModels, cache_folder, compiled_folder, make_room
+from muntin.runtime.engines.openvino.compiled import CompiledForm
+from muntin.runtime.inputs import image_dims
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +33,10 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert cache_folder() == Path.home() / ".cache" / "muntin"
 
 
+def form(images: Any) -> CompiledForm:
+    return CompiledForm(image_dims(images.shape))
+
+
 def test_second_session_reads_the_cache(convolutions: Any, images_of: Callable[..., Any], own_cache: Path) -> None:
     images = images_of(3)
     first = load(convolutions.path, precision="f32")
@@ -39,8 +45,8 @@ def test_second_session_reads_the_cache(convolutions: Any, images_of: Callable[.
     assert blobs
     second = load(convolutions.path, precision="f32")
     np.testing.assert_array_equal(second(images), scores)
-    assert not first._compiled[images.shape, False].kept  # type: ignore[attr-defined]
-    assert second._compiled[images.shape, False].kept  # type: ignore[attr-defined]
+    assert not first._compiled[form(images)].kept  # type: ignore[attr-defined]
+    assert second._compiled[form(images)].kept  # type: ignore[attr-defined]
     computed = [{layer.name: layer.precision for layer in session.layers() if layer.compute} for session in (first, second)]
     assert computed[0] == computed[1]
     assert set(own_cache.rglob("*")) >= set(blobs)
@@ -141,7 +147,7 @@ def test_damaged_files(convolutions: Any, images_of: Callable[..., Any], own_cac
     file.write_bytes(damage(whole))
     session = load(convolutions.path, precision="f32")
     np.testing.assert_array_equal(session(images), scores)
-    assert not session._compiled[images.shape, False].kept  # type: ignore[attr-defined]
+    assert not session._compiled[form(images)].kept  # type: ignore[attr-defined]
     assert len(file.read_bytes()) == len(whole)  # kept anew
 
 
@@ -158,7 +164,7 @@ def test_other_options_are_other_models(convolutions: Any, images_of: Callable[.
     for options in ({"threads": 1}, {"threads": 2}, {"threads": 2, "streams": 2}):
         session = load(convolutions.path, precision="f32", **options)
         session(images_of(3))
-        assert not session._compiled[images_of(3).shape, False].kept  # type: ignore[attr-defined]
+        assert not session._compiled[form(images_of(3))].kept  # type: ignore[attr-defined]
     assert len([file for file in own_cache.rglob("*") if file.is_file()]) == 3
 
 

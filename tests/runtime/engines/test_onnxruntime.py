@@ -74,7 +74,7 @@ def test_failed_call_keeps_the_provider(convolutions: Any) -> None:
 def test_warm_up_without_computing(convolutions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     session, computed = load(convolutions.path, engine="onnxruntime", threads=1, shapes=()), []
     infer = session._infer
-    monkeypatch.setattr(session, "_infer", lambda images: (computed.append(images.shape), infer(images))[1])
+    monkeypatch.setattr(session, "_infer", lambda inputs, *rest: (computed.append(inputs["images"].shape), infer(inputs, *rest))[1])
     session.warm_up([(1, 9, 8), (2, 4, 4)], compute=False)
     assert computed == []
     for shape in ((1, 0, 8), (1, 8)):

@@ -82,9 +82,9 @@ def test_throughput_keeps_every_stream_busy(convolutions: Any, images_of: Callab
     for name, session in sessions.items():
         infer = session._infer
 
-        def counting(images_BHWC: Any, name: str = name, infer: Any = infer) -> Any:
+        def counting(*given: Any, name: str = name, infer: Any = infer) -> Any:
             called[name] += 1
-            return infer(images_BHWC)
+            return infer(*given)
 
         session._infer = counting  # type: ignore[method-assign]
     rates = interleaved_throughput(sessions, images_of(3, batch=2, height=8, width=8), rounds=2)

@@ -72,7 +72,8 @@ def test_single_request_is_not_copied(serving: Any) -> None:
     slot, _ = serving(session)
     images = random_images(2, 1)
     seen = []
-    session._infer_labels = lambda given: seen.append(given) or given.argmax(3).astype(np.uint8)  # type: ignore[method-assign, func-returns-value]
+    scores = session.scores
+    session.scores = lambda given: seen.append(given) or scores(given)  # type: ignore[method-assign, func-returns-value]
     Executor(slot)(batch_of(slot, [images], labels=True))
     assert seen[0] is images
 
@@ -133,10 +134,10 @@ def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
 
 def test_recovery_is_reported_for_each_job(serving: Any) -> None:
     class Moody(PixelSession):
-        def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def scores(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
             if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
                 raise MemoryError
-            return super()._infer(images_BHWC)
+            return super().scores(images_BHWC)
 
     slot, _ = serving(Moody())
     easy, hard = np.full((1, 30, 34, 4), 7, np.uint8), np.full((1, 30, 34, 4), 255, np.uint8)
@@ -154,9 +155,9 @@ class Mortal(Liveness, PixelSession):
         PixelSession.__init__(self, **options)
         self.running = True
 
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def scores(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
-            return super()._infer(images_BHWC)
+            return super().scores(images_BHWC)
         except ArtifactError:
             self.deaths += 1
             raise OutOfMemoryError("its engine has ended") from None

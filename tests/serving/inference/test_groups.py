@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from muntin.errors import MuntinError
-from muntin.runtime.session import Dims, ExecutedLayer, Named
-from muntin.runtime.tensors import TensorSession, check_inputs
+from muntin.runtime.inputs import Dims, Named, check_inputs
+from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import Group
@@ -27,7 +27,7 @@ from tensor_models import SIGNATURE, text_inputs, write_tensors
 BATCH = "batch"
 
 
-class Sums(TensorSession):
+class Sums(Session):
     """An embedding of the sum of a row's ids, which is its label. `most`: rows that there is memory for. `error`: added to the sums."""
 
     def __init__(self, most: int = 100, error: int = 0) -> None:
@@ -55,7 +55,7 @@ def group_of(inputs: Named, version: Version | None = None, *outputs: str) -> Gr
     return Group(version or Version(name="1", path=Path("1")), free, BATCH, 2 * dict(dims)["tokens"], outputs or ("label", "embedding"))
 
 
-def serving(shelf: Any, monkeypatch: pytest.MonkeyPatch, session: TensorSession, **rollout: Any) -> Slot:
+def serving(shelf: Any, monkeypatch: pytest.MonkeyPatch, session: Session, **rollout: Any) -> Slot:
     slot = Slot("m", shelf, rollout=Rollout(**rollout))
     monkeypatch.setattr(slot.load(Path("1"), "1"), "_session", session)
     return slot

@@ -283,9 +283,9 @@ def hang(version: Version) -> threading.Event:
     free = threading.Event()
     computes = version.session._infer
 
-    def infer(images: Any) -> Any:
+    def infer(*given: Any) -> Any:
         assert free.wait(60)
-        return computes(images)
+        return computes(*given)
 
     version.session._infer = infer  # type: ignore[method-assign]
     return free
@@ -346,9 +346,9 @@ def test_picture_in_tiles_beside_requests(shelf: Any) -> None:
             assert current is not None
             computes = current.session._infer
 
-            def infer(images: Any) -> Any:
-                time.sleep(0.15 if images.shape[1] > 8 else 0.002)
-                return computes(images)
+            def infer(inputs: Any, *rest: Any) -> Any:
+                time.sleep(0.15 if inputs["images"].shape[1] > 8 else 0.002)
+                return computes(inputs, *rest)
 
             current.session._infer = infer  # type: ignore[method-assign]
             pictures, over, answered = ImageRoute(service, body_bytes=BODY_BYTES, tile=32), asyncio.Event(), 0

@@ -41,7 +41,7 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
     with on_trial(slot, "2") as outcome, slot.lease("2") as lease:
         hanging = lease.version
         lease.release()
-        hanging.session._infer = lambda images: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
+        hanging.session._infer = lambda *_: free.wait(60)  # type: ignore[method-assign, assignment, return-value]
         cast(slot, shadows, current, SHADOWS + 1)
         assert b"muntin_shadow_skipped_total 1.0" in metrics.render()
     assert "its engine hangs" in str(outcome[0])
@@ -54,7 +54,7 @@ def test_candidate_that_hangs(shelf: Any, wait_until: Any, monkeypatch: pytest.M
         cast(slot, shadows, current)
         wait_until(lambda: not shadows.pending)
         ended: list[bool] = []
-        candidate.session._infer = lambda images: ended.append(free.wait(60))  # type: ignore[method-assign, assignment, return-value, func-returns-value]
+        candidate.session._infer = lambda *_: ended.append(free.wait(60))  # type: ignore[method-assign, assignment, return-value, func-returns-value]
         cast(slot, shadows, current)
         shadows.close()
         assert not ended

@@ -104,10 +104,15 @@ def test_requests_of_several_groups(write_pixels: Any, tmp_path: Path, monkeypat
     model, session = opened(path, tmp_path), load(path, threads=1)
     given = [(images(1), "labels"), (images(2, 6), "labels"), (images(2), "labels"), (images(1), "scores"), (images(1)[:, :0], "labels")]
     calls = []
-    compute = type(model._session).infer_labels
-    monkeypatch.setattr(type(model._session), "infer_labels", lambda self, batch: calls.append(batch.shape) or compute(self, batch))
+    compute = type(model._session).infer
+
+    def noting(session: Any, inputs: Any, dims: Any, outputs: Any) -> Any:
+        calls.append((len(inputs["images"]), *outputs))
+        return compute(session, inputs, dims, outputs)
+
+    monkeypatch.setattr(type(model._session), "infer", noting)
     *responses, refused = model.execute([Request({"images": batch}, (name,)) for batch, name in given])
-    assert calls == [(3, 8, 8, 3), (2, 6, 8, 3)]
+    assert calls == [(3, "labels"), (2, "labels"), (1, "scores")]
     for (batch, name), response in zip(given, responses, strict=False):
         ((answered, array),) = response.arrays.items()
         assert answered == name
@@ -119,14 +124,14 @@ def test_requests_of_several_groups(write_pixels: Any, tmp_path: Path, monkeypat
 def test_failure_of_one_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tensors(tmp_path / "named")
     model = opened(tmp_path / "named", tmp_path)
-    infer = type(model._session).infer_named
+    infer = type(model._session).infer
 
     def fails(self: Any, inputs: Any, *rest: Any) -> Any:
         if (inputs["ids"] == 49).any():
             raise RuntimeError("no such row")
         return infer(self, inputs, *rest)
 
-    monkeypatch.setattr(type(model._session), "infer_named", fails)
+    monkeypatch.setattr(type(model._session), "infer", fails)
     good, bad = text_inputs(1, 8), text_inputs(2, 8)
     good["ids"][:], bad["ids"][:] = 1, 49
     first, failed, last = model.execute([Request(inputs, ("embedding",)) for inputs in (good, bad, good)])

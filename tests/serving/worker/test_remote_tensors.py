@@ -14,7 +14,7 @@ from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import engine_process
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.channel import KEPT_BYTES
-from muntin.serving.worker.remote_session import RemoteTensorSession, can_open_remote, open_remote
+from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
 from tensor_models import model, text_inputs, write_tensors
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
@@ -27,7 +27,7 @@ def test_answers_equal_a_session_in_this_process(tmp_path: Path, monkeypatch: py
     example, warm = Call((("batch", 1), ("tokens", 8)), "batch"), Call((("batch", 2), ("tokens", 5)), "batch")
     local = load(path, threads=1, dynamic=True)
     session = open_remote(path, SessionOptions(threads=1, dynamic=True), [example], seconds=60.0).session
-    assert isinstance(session, RemoteTensorSession)
+    assert isinstance(session, RemoteSession)
     session.warm_up([{"batch": 2, "tokens": 5}])
     assert session.calls == [example, warm]
     for inputs in (text_inputs(2, 5), text_inputs(3, 4)):
@@ -49,7 +49,7 @@ def test_answers_equal_a_session_in_this_process(tmp_path: Path, monkeypatch: py
 def test_every_type_and_sizes_by_values(every_type: Path) -> None:
     """The last output, of as many elements as there are true values, is larger than the memory that the sizes were reckoned with."""
     session = open_remote(every_type, SessionOptions(threads=1, dynamic=True), [], seconds=60.0).session
-    assert isinstance(session, RemoteTensorSession)
+    assert isinstance(session, RemoteSession)
     for count in (5, 22_310):
         inputs = {info.name: (np.arange(count) % 100 + 1).astype(info.dtype) for info in session.signature.inputs}
         answer = session(inputs)
@@ -65,7 +65,7 @@ def test_more_memory_than_is_kept(tmp_path: Path) -> None:
     proto, inputs = model("(float[n] x) => (float[n] y) { y = Relu(x) }"), [{"x": np.float32([1, -2, 3])}]
     path = write_tensors(tmp_path / "x", proto, signature=TensorSignature(inputs=(x,), outputs=(y,)), inputs=inputs, example={"n": 3}).path
     session = open_remote(path, SessionOptions(threads=1, dynamic=True), [], seconds=60.0).session
-    assert isinstance(session, RemoteTensorSession)
+    assert isinstance(session, RemoteSession)
     for count in (5, KEPT_BYTES // 8 + 1000, 7):
         values = np.arange(count, dtype=np.float32)
         np.testing.assert_array_equal(session({"x": values})["y"], values)

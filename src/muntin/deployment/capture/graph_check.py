@@ -12,8 +12,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from muntin.deployment.capture.model_contract import FAR_OFF, Pairs, SizeError, mean_error
+from muntin.deployment.capture.model_contract import Pairs, SizeError, mean_error
 from muntin.errors import ExportError
+from muntin.graph.artifacts.engine_check import FAR_OFF
 from muntin.graph.float_run import FloatRun
 
 Errors = Mapping[tuple[int, int], float]

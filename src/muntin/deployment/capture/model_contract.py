@@ -17,14 +17,12 @@ from muntin.artifact import Signature
 from muntin.artifact.sizes import golden_sizes
 from muntin.compression.quantization.quantized_layers import exact_inputs
 from muntin.errors import ExportError, MuntinError
+from muntin.graph.artifacts.engine_check import FAR_OFF
 from muntin.models.eager import as_input, check_eager, eager_copy
 from muntin.runtime.host.memory import no_memory
 
 Pairs = list[tuple[NDArray[np.uint8], NDArray[np.float32]]]
 """Images (1, H, W, C) and the PyTorch model's scores."""
-FAR_OFF = 0.25
-"""Root mean square error, in standard deviations, above which integers at further sizes come from another branch of the graph. Rounding
-reaches 0.08 in a model with little training."""
 STEADY = 1e-4
 """Root mean square difference, in standard deviations, allowed between two answers to one image."""
 FOLDED = 0.01

@@ -23,7 +23,7 @@ from muntin.artifact import Sizes
 from muntin.deployment.capture.model_contract import SizeError, answer_to, mean_error, reason_of
 from muntin.errors import ExportError
 from muntin.runtime.host.memory import no_memory
-from muntin.runtime.session import Shape
+from muntin.runtime.inputs import Shape
 
 SMALLEST = 65
 """Largest lower bound of a side, pixels: one above the product of a model's strides, so that no map has one pixel."""

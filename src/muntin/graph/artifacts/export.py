@@ -14,7 +14,7 @@ import onnx
 
 from muntin.artifact import Artifact, TensorPair, check_target
 from muntin.errors import ExportError
-from muntin.graph.artifacts.engine_check import FallbackError, write_checked_tensors
+from muntin.graph.artifacts.engine_check import FAR_OFF, FLOAT_LIMITS, EngineCheck, FallbackError, widened_limits, write_checked
 from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
 from muntin.graph.artifacts.signature import declared_inputs, golden_pairs, signature_of
 from muntin.graph.calibration import Inputs
@@ -24,11 +24,7 @@ from muntin.graph.onnx_graph import Array
 from muntin.graph.quantize import MIN_SQNR_DB, QuantizationPlan, calibrate, first_row, planned
 from muntin.graph.records import QuantizedOnnx
 from muntin.runtime import describe_hardware
-from muntin.runtime.verification.tensors import compare_outputs
-
-FAR_OFF = 0.25
-"""Root mean square error of integers, in standard deviations of an output, from which on a note says so; and the limit of
-the difference from a model that was quantised in PyTorch."""
+from muntin.runtime.verification.golden import compare_outputs
 
 
 def export_onnx(
@@ -145,18 +141,16 @@ def _write(
     figures: dict[str, Any] = {"hardware": describe_hardware(), "integer_coverage": deployed.coverage if quantised else 0.0}
     if changes:
         figures["rounding"] = changes
-    return write_checked_tensors(
-        Path(path),
-        {
-            "model": deployed.model,
-            "packing": packing_of(deployed.model),
-            "golden": golden,
-            "layers": layer_records(deployed.products),
-            **content,
-            "measured": {**figures, **content["measured"]},
-        },
-        [*notes, *moved],
-    )
+    content = {
+        "model": deployed.model,
+        "packing": packing_of(deployed.model),
+        "golden": golden,
+        "layers": layer_records(deployed.products),
+        **content,
+        "measured": {**figures, **content["measured"]},
+    }
+    limits, widened = widened_limits(content) if quantised else (FLOAT_LIMITS, [])
+    return write_checked(Path(path), content, [*notes, *moved, *widened], EngineCheck(limits=limits))
 
 
 def _check_integers(run: FloatRun, inputs: Inputs, due: dict[str, Array]) -> None:
@@ -170,7 +164,7 @@ def _check_integers(run: FloatRun, inputs: Inputs, due: dict[str, Array]) -> Non
 
 
 def rounding(golden: Sequence[TensorPair], floats: Sequence[TensorPair]) -> dict[str, dict[str, float | None]]:
-    """Return the largest errors of each output of the deployed graph, compared with the float graph's (`OutputResult`)."""
+    """Return the largest errors of each output of the deployed graph, compared with the float graph's (`GoldenResult`)."""
     changes: dict[str, dict[str, float | None]] = {}
     for (_, deployed), (_, due) in zip(golden, floats, strict=True):
         for result in compare_outputs(deployed, due, None):

@@ -20,7 +20,7 @@ from muntin.artifact.manifest import field_error
 from muntin.artifact.tensors import TensorType
 from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs
-from muntin.runtime.verification.tensors import compare_outputs
+from muntin.runtime.verification.golden import compare_outputs
 
 ModelRun = Callable[[Inputs], dict[str, NDArray[Any]]]
 BATCH = "batch"

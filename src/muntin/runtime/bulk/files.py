@@ -19,9 +19,10 @@ from muntin.runtime.bulk.items import ItemComputer, ItemOutcome, PredictOptions
 from muntin.runtime.bulk.on_ray import RayJob, compute_on_ray
 from muntin.runtime.bulk.smaller_tiles import Tiles
 from muntin.runtime.host.hardware import usable_cores
+from muntin.runtime.inputs import Shape
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.pipeline import ordered
-from muntin.runtime.session import STATIC_SHAPES, Session, Shape
+from muntin.runtime.session import STATIC_SHAPES, Session
 from muntin.runtime.tiles import tile_side
 
 COMPILED = 128

@@ -21,10 +21,10 @@ from typing import Any
 
 from muntin.errors import DataError, DependencyError, MuntinError, install
 from muntin.runtime.bulk.items import ItemComputer, ItemOutcome, PredictOptions
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_image_session
 from muntin.runtime.host.hardware import usable_cores
+from muntin.runtime.inputs import Shape
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import Shape
 
 ATTEMPTS = 3
 """Times that a file is computed whose worker dies, before it counts as failed: it may be what kills them."""
@@ -58,7 +58,7 @@ class RayWorker:
         """Compute one file, as `ItemComputer` does. Raises MuntinError where the artefact cannot be opened."""
         with self._opening:
             if self._compute is None:
-                session = open_session(self._job.artifact, self._job.session)
+                session = open_image_session(self._job.artifact, self._job.session)
                 session.warm_up(self._job.shapes, compute=False)
                 self._compute = ItemComputer(session=session, options=self._job.options)
         return self._compute(source, target)

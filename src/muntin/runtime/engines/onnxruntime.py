@@ -8,23 +8,21 @@ quantised again directly. `layers()` tells which did.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import compiled_folder, make_room
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
 from muntin.runtime.host.quiet_imports import onnxruntime
+from muntin.runtime.inputs import LABELS, SCORES, Dims, Named
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.runtime.session import Dims, ExecutedLayer, Named, Session, Shape, check_shapes
-from muntin.runtime.tensors import TensorSession, check_dims
+from muntin.runtime.session import ExecutedLayer, Session
 
 states = onnxruntime.capi.onnxruntime_pybind11_state
 INTEGER = frozenset(
@@ -58,17 +56,25 @@ TENSORRT = "TensorrtExecutionProvider"
 CPU = Provider(engine="onnxruntime", name="CPUExecutionProvider")
 
 
-class _Opened:
-    """Base of sessions in ONNX Runtime. Threads may call one at the same time; `streams` is the number of calls in flight in `map`."""
+class OnnxRuntimeSession(Session):
+    """A model in ONNX Runtime. Threads may call it at the same time; `streams` is the number of calls in flight in `map`."""
 
     def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
-        self._artifact = artifact
-        self._provider = provider
-        self._threads = options.thread_count
-        self._streams = min(options.streams, self._threads)
+        threads, signature = options.thread_count, artifact.manifest.signature
+        streams = min(options.streams, threads)
+        super().__init__(signature=signature, engine=provider.engine, precision=provider.precision, threads=threads, streams=streams)
+        self._artifact, self._provider = artifact, provider
         # One pool of threads for all calls; each call also computes on the thread that makes it. Together these are `threads`.
-        self._session = self._open(artifact.model_bytes(), session_options(self._threads - self._streams + 1))
-        self._inputs = [item.name for item in self._session.get_inputs()]
+        self._session = self._open(artifact.model_bytes(), session_options(threads - streams + 1))
+        outputs = SCORES if self.images else [spec.name for spec in self.tensors.outputs]
+        for kind, given, names in (
+            ("inputs", self._session.get_inputs(), [spec.name for spec in self.tensors.inputs]),
+            ("outputs", self._session.get_outputs(), outputs),
+        ):
+            if sorted(found := [item.name for item in given]) != sorted(names):
+                raise ArtifactError(
+                    f"{artifact.path}: the model's {kind} are {found}, its signature's {', '.join(names)}: export the artefact again"
+                )
 
     def _open(self, data: bytes, options: Any) -> Any:
         session = open_model(self._artifact, data, options, self._provider)
@@ -81,10 +87,19 @@ class _Opened:
             )
         return session
 
-    @property
-    def _compiles(self) -> bool:
-        """True if the provider compiles for a size; that of CPUs does not."""
-        return self._provider.name != CPU.name
+    def _infer(self, inputs: Named, dims: Dims, outputs: tuple[str, ...]) -> Named:
+        if outputs == LABELS and self.images:
+            return self._labels_of_scores(inputs, dims)
+        try:
+            values = self._session.run(outputs, inputs)
+        except FAILURES as error:
+            shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in inputs.items())
+            raise failure(self._artifact, f"cannot compute {shapes}", error) from error
+        return dict(zip(outputs, values, strict=True))
+
+    def prepare(self, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
+        # the provider of GPUs compiles for a size when it computes it, that of CPUs does not
+        super().prepare(dims, outputs, compute=compute or self._provider.name != CPU.name)
 
     def layers(self) -> list[ExecutedLayer]:
         """Reads the optimised graph, which a second session writes to a temporary file: takes as long as opening. Empty for TensorRT,
@@ -92,100 +107,25 @@ class _Opened:
         if self._provider.name == TENSORRT:
             return []
         data = self._artifact.model_bytes()
-        return _executed(optimized_model(lambda options: self._open(data, options), session_options(self._threads)), compute_nodes(data))
+        return _executed(optimized_model(lambda options: self._open(data, options), session_options(self.threads)), compute_nodes(data))
 
 
-class OnnxRuntimeSession(_Opened, Session):
-    """An image model in ONNX Runtime."""
-
-    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
-        _Opened.__init__(self, artifact, provider, options)
-        if len(self._inputs) != 1:
-            raise ArtifactError(
-                f"{artifact.path}: its model takes {self._inputs} where images alone are allowed: export the artefact again"
-            )
-        self._input = self._inputs[0]
-        Session.__init__(
-            self,
-            signature=artifact.picture,
-            engine=provider.engine,
-            precision=provider.precision,
-            threads=self._threads,
-            streams=self._streams,
-        )
-
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        try:
-            scores: NDArray[np.float32] = self._session.run(None, {self._input: images_BHWC})[0]
-        except FAILURES as error:
-            raise failure(self._artifact, f"cannot compute images of shape {images_BHWC.shape}", error) from error
-        return scores
-
-    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
-        if compute or self._compiles:
-            super().warm_up(shapes, labels=labels)
-        else:
-            check_shapes(shapes, self.signature.sizes)
-
-
-class OnnxRuntimeTensorSession(_Opened, TensorSession):
-    """A model with named tensors in ONNX Runtime."""
-
-    def __init__(self, artifact: Artifact, provider: Provider, options: SessionOptions) -> None:
-        _Opened.__init__(self, artifact, provider, options)
-        signature = artifact.manifest.signature.tensors
-        TensorSession.__init__(
-            self,
-            signature=signature,
-            engine=provider.engine,
-            precision=provider.precision,
-            threads=self._threads,
-            streams=self._streams,
-        )
-        for kind, names, specs in (
-            ("inputs", self._inputs, signature.inputs),
-            ("outputs", [item.name for item in self._session.get_outputs()], signature.outputs),
-        ):
-            if sorted(names) != sorted(spec.name for spec in specs):
-                own = ", ".join(spec.name for spec in specs)
-                raise ArtifactError(f"{artifact.path}: the model's {kind} are {names}, its signature's {own}: export the artefact again")
-
-    def _infer(self, inputs: Named, dims: Dims, outputs: Sequence[str]) -> Named:
-        try:
-            values = self._session.run(list(outputs), inputs)
-        except FAILURES as error:
-            shapes = ", ".join(f"{name} {tensor.shape}" for name, tensor in inputs.items())
-            raise failure(self._artifact, f"cannot compute {shapes}", error) from error
-        return dict(zip(outputs, values, strict=True))
-
-    def warm_up(self, dims: Iterable[Mapping[str, int] | Dims], *, compute: bool = True) -> None:
-        checked = check_dims(dims, self.signature)
-        if compute or self._compiles:
-            super().warm_up(checked)
-
-
-def _session(artifact: Artifact, provider: Provider, options: SessionOptions) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
-    if artifact.manifest.named is not None:
-        return OnnxRuntimeTensorSession(artifact, provider, options)
-    return OnnxRuntimeSession(artifact, provider, options)
-
-
-def open_onnxruntime(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+def open_onnxruntime(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
     """Opens an artefact in ONNX Runtime on the CPU, in f32. Raises DependencyError for a 16-bit precision."""
     check_precision(options.precision, ("f32",), "on CPUs")
-    return _session(artifact, CPU, options)
+    return OnnxRuntimeSession(artifact, CPU, options)
 
 
-def open_cuda(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+def open_cuda(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
     """Opens an artefact on a GPU by the CUDA provider: all layers in f32 (no TF32), since it has no integer kernels for quantised ones.
     Raises DependencyError without onnxruntime-gpu or a GPU."""
     provider = Provider(engine="onnxruntime-cuda", name="CUDAExecutionProvider", options={"use_tf32": "0"})
     check_precision(options.precision, ("f32",), "in its CUDA provider for an FP32 graph")
     _require(provider)
-    return _session(artifact, provider, options)
+    return OnnxRuntimeSession(artifact, provider, options)
 
 
-def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession | OnnxRuntimeTensorSession:
+def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OnnxRuntimeSession:
     """Opens an artefact on a GPU by the TensorRT provider: quantised layers in INT8, float ones in f16 ("recorded": if a 16-bit type was)
     or f32. Raises DependencyError without onnxruntime-gpu, TensorRT or a GPU."""
     check_precision(options.precision, ("f32", "f16"), "in its TensorRT provider")
@@ -199,7 +139,7 @@ def open_tensorrt(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS)
     if folder is not None:
         make_room(folder)
         settings |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder)}
-    return _session(artifact, provider, options)
+    return OnnxRuntimeSession(artifact, provider, options)
 
 
 def check_precision(precision: str, allowed: tuple[str, ...], where: str) -> None:

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from muntin.artifact import Artifact, open_artifact
 from muntin.errors import DataError, DependencyError
+from muntin.runtime.inputs import Shape, check_dims, check_shapes
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
-from muntin.runtime.session import Session, Shape, check_shapes
-from muntin.runtime.tensors import TensorSession, check_dims
+from muntin.runtime.session import Session
 
-Engine = Callable[[Artifact, SessionOptions], Session | TensorSession]
+Engine = Callable[[Artifact, SessionOptions], Session]
 """Opens an artefact; `shapes` and `dims` are left to the caller, and options that an engine has no use for are ignored."""
 
 
 def _imported(module: str, function: str) -> Engine:
     """An engine whose library is imported when a session is opened with it: a machine needs only the engine that it serves with."""
 
-    def open_in_engine(artifact: Artifact, options: SessionOptions) -> Session | TensorSession:
-        session: Session | TensorSession = getattr(import_module(f"muntin.runtime.engines.{module}"), function)(artifact, options)
+    def open_in_engine(artifact: Artifact, options: SessionOptions) -> Session:
+        session: Session = getattr(import_module(f"muntin.runtime.engines.{module}"), function)(artifact, options)
         return session
 
     return open_in_engine
@@ -46,10 +45,10 @@ def load(
     dims: Iterable[Mapping[str, int]] | None = None,
     dynamic: bool = False,
     cache: bool = True,
-) -> Any:
-    """Opens an artefact directory, after checking every digest, as a `Session` of images or a `TensorSession` of named tensors.
+) -> Session:
+    """Opens an artefact directory, after checking every digest.
 
-    The arguments are those of `SessionOptions`. (The artefact decides on the class, so the annotation is `Any`.)
+    The arguments are those of `SessionOptions`.
 
     Beside its weights an OpenVINO session keeps in memory: a compiled model for each of `shapes` or `dims`, for the last 4 other sizes and
     for dynamic sizes, each with the inputs of its last call; and the memory of the last 4 dropped answers, at most 256 MiB.
@@ -67,39 +66,29 @@ def load(
         dynamic=dynamic,
         cache=cache,
     )
-    return open_any_session(open_artifact(path), options)
+    return open_session(open_artifact(path), options)
 
 
-def open_session(path: str | Path, options: SessionOptions) -> Session:
+def open_image_session(path: str | Path, options: SessionOptions) -> Session:
     """Opens the artefact directory of an image model as `load` does. Raises ArtifactError for one with named tensors."""
     artifact = open_artifact(path)
     _ = artifact.picture  # raises
-    session = open_any_session(artifact, options)
-    assert isinstance(session, Session)
-    return session
+    return open_session(artifact, options)
 
 
-def open_any_session(artifact: Artifact, options: SessionOptions) -> Session | TensorSession:
+def open_session(artifact: Artifact, options: SessionOptions) -> Session:
     """Opens an artefact as `load` does."""
-    if artifact.manifest.named is not None:
-        if options.shapes:
-            dims = ", ".join(artifact.manifest.signature.tensors.dims) or "there is none"
-            raise DataError(
-                f"shapes={list(options.shapes)}: {artifact.path} takes named tensors: give dims, sizes of its dimensions ({dims})"
-            )
-    elif options.dims:
+    images = artifact.manifest.named is None
+    if not images and options.shapes:
+        dims = ", ".join(artifact.manifest.signature.tensors.dims) or "there is none"
+        raise DataError(f"shapes={list(options.shapes)}: {artifact.path} takes named tensors: give dims, sizes of its dimensions ({dims})")
+    if images and options.dims:
         raise DataError(f"dims={[dict(sizes) for sizes in options.dims]}: {artifact.path} takes images: give shapes, each (B, H, W)")
     try:
         session = ENGINES[options.engine](artifact, options)
     except ModuleNotFoundError as error:
         raise DependencyError(f'engine="{options.engine}" needs the package {error.name}: pip install {error.name}') from error
     session.opened = artifact, options
-    if artifact.manifest.named is not None:
-        assert isinstance(session, TensorSession)
-        sizes = artifact.manifest.example
-        session.warm_up(options.dims if options.dims is not None else () if sizes is None else (sizes,))
-    else:
-        assert isinstance(session, Session)
-        example = artifact.manifest.shape
-        session.warm_up(options.shapes if options.shapes is not None else () if example is None else (example,))
+    example, sizes = artifact.manifest.example, options.shapes if images else options.dims
+    session.warm_up(sizes if sizes is not None else () if example is None else (example,))
     return session

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from muntin.artifact import Artifact, Manifest, TensorSignature
 from muntin.artifact.plan import TilePass, TilePlan
 from muntin.errors import ArtifactError, DataError
-from muntin.runtime.engines.registry import open_any_session
+from muntin.runtime.engines.registry import open_session
 from muntin.runtime.exact_tiles.grid import tiles
 from muntin.runtime.exact_tiles.maps import PixelBox, StoredMap, map_bytes
 from muntin.runtime.exact_tiles.parts import IMAGES, SCORES, GraphParts
+from muntin.runtime.inputs import Named
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.session import AnySession, Named
-from muntin.runtime.tensors import TensorSession
+from muntin.runtime.session import Session
 
 NO_PLAN = "no_exact_tiles"
 """Key of a manifest's measured figures: why an artefact has no plan."""
@@ -49,7 +49,7 @@ class _PartArtifact(Artifact):
 
 def exact_tiles(session: object, tile: int | None) -> ExactTiles:
     """The exact tiles of an opened session. Raises DataError for one without an artefact, ArtifactError for one without a plan."""
-    opened = session.opened if isinstance(session, AnySession) else None
+    opened = session.opened if isinstance(session, Session) else None
     if opened is None or not isinstance(opened[0], Artifact):
         raise DataError("exact=True needs a session of an artefact, as muntin.load opens it: leave it out for blended tiles")
     return ExactTiles(opened[0], opened[1], tile=tile or SIDE)
@@ -113,7 +113,7 @@ class ExactTiles:
         self, walk: TilePass, read: WindowReader, maps: Mapping[str, StoredMap], values: Named, height: int, width: int
     ) -> Iterator[tuple[PixelBox, PixelBox, Named]]:
         """The answers of a pass: own box, read box, tensors of the read box."""
-        sessions: dict[tuple[int, int], TensorSession] = {}
+        sessions: dict[tuple[int, int], Session] = {}
         constants = {name: values[name] for name in walk.values}
         for own, box in tiles(height, width, self.tile, walk):
             size = (box[2] - box[0], box[3] - box[1])
@@ -122,7 +122,7 @@ class ExactTiles:
             inputs = {name: read(*box)[None] if name == IMAGES else maps[name].read(box) for name in walk.maps}
             yield own, box, sessions[size]({**inputs, **constants})
 
-    def _session(self, walk: TilePass, values: Named, size: tuple[int, int], whole: tuple[int, int]) -> TensorSession:
+    def _session(self, walk: TilePass, values: Named, size: tuple[int, int], whole: tuple[int, int]) -> Session:
         """A pass's part of the graph in the engine, for read boxes of one size."""
         maps = {name: (np.dtype(self._tensors[name].dtype), self._tensors[name].shape(*size)) for name in walk.maps}
         inputs = {**maps, **{name: (value.dtype, value.shape) for name, value in values.items()}}
@@ -142,9 +142,7 @@ class ExactTiles:
             muntin=manifest.muntin, created=manifest.created, signature=signature, precision=manifest.precision,
             sha256=sha256(model).hexdigest(),
         )  # fmt: skip
-        session = open_any_session(_PartArtifact(self._artifact.path, part, model), self._options)
-        assert isinstance(session, TensorSession)
-        return session
+        return open_session(_PartArtifact(self._artifact.path, part, model), self._options)
 
     def _cropped(self, scores_1Khw: NDArray[np.float32], box: PixelBox, own: PixelBox) -> NDArray[np.float32]:
         scale = self._signature.scale

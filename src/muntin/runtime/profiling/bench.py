@@ -25,13 +25,12 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature, TensorSignature
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import describe_hardware
+from muntin.runtime.inputs import Named, Shape, check_dims, check_shape
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, ExampleImages, ExampleTensors, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
 from muntin.runtime.profiling.profile import enough_memory, fill, repeat
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
-from muntin.runtime.session import Named, Shape, check_shape
-from muntin.runtime.tensors import check_dims
 from muntin.text import count
 
 ROUNDS = 50

@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, Signature, TensorSignature, open_artifact
 from muntin.errors import DataError
-from muntin.runtime.engines.registry import open_any_session
+from muntin.runtime.engines.registry import open_session
 from muntin.runtime.host import quiet_imports
 from muntin.runtime.host.helper_process import Outcome, answer_question, ask_helper, recorded_error
 from muntin.runtime.host.memory import watch_memory
+from muntin.runtime.inputs import Named
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.profiling.profile import default_shape, default_size_reason, tensor_dims
 from muntin.runtime.profiling.timing import Mapper
-from muntin.runtime.session import Named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ class ArtifactCandidate(Candidate):
             quiet_imports.onnxruntime.get_available_providers()
 
     def open(self, options: SessionOptions) -> Mapper:
-        return open_any_session(self._artifact(), replace(options, engine=self.engine, precision=self.precision))
+        return open_session(self._artifact(), replace(options, engine=self.engine, precision=self.precision))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, Manifest, Signature, TensorSignature, open_artifact
 from muntin.errors import DataError, DependencyError
-from muntin.runtime.engines.registry import open_any_session
+from muntin.runtime.engines.registry import open_session
 from muntin.runtime.host.hardware import describe_hardware, memory_gib
+from muntin.runtime.inputs import Named, Shape, check_inputs, check_shape
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
 from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
 from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.runtime.session import Named, Shape, check_shape
-from muntin.runtime.tensors import check_inputs
 from muntin.text import count
 
 SIDE = 512
@@ -120,7 +119,7 @@ def profile(
     with watch_cpu() as watch, memory:
         if shape is not None and isinstance(artifact, Artifact):
             batch = fill(artifact.golden_images()[0][0], shape)
-        sessions = {"whole": open_any_session(artifact, options)}
+        sessions = {"whole": open_session(artifact, options)}
         whole_ms = interleaved_latency(sessions, batch, rounds=rounds)["whole"].median_ms
         sessions.clear()  # frees its threads and memory before the profile
         profiler: Profiler = getattr(import_module(f"muntin.runtime.profiling.{options.engine}_kernels"), f"{options.engine}_kernels")

@@ -13,66 +13,25 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, GoldenTolerance, LayerRecord, open_artifact, sparsity_of
+from muntin.artifact import Artifact, LayerRecord, open_artifact, sparsity_of
 from muntin.errors import DependencyError
 from muntin.progress import OnStage, status
 from muntin.runtime.engines.onnx_nodes import is_node_of
-from muntin.runtime.engines.registry import open_any_session
+from muntin.runtime.engines.registry import open_session
 from muntin.runtime.options import DEFAULT_ENGINE, DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.session import ExecutedLayer, Session
-from muntin.runtime.tensors import TensorSession
+from muntin.runtime.verification.golden import GoldenResult, batch_problems, replay
 from muntin.runtime.verification.layerwise import TOLERANCE, LayerCheck, verify_layers
-from muntin.runtime.verification.tensors import RMS_SHARE, OutputResult, batch_problems, replay_tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class GoldenResult:
-    """Result of one golden pair.
-
-    `max_error`: the largest difference of one score, in standard deviations of the pair's golden scores (in the scores' unit where these
-    are constant); `rms_error`: root mean square, in the same unit. `label_agreement`: share of pixels (or images) with the golden label,
-    None where no class is the answer. `tolerance`: None where nothing is recorded for the precision. `rms_allowed`: None where `rms_error`
-    has no limit, as for scores that are no map.
-    """
-
-    shape: tuple[int, ...]
-    max_error: float
-    rms_error: float
-    label_agreement: float | None
-    tolerance: GoldenTolerance | None
-    rms_allowed: float | None
-    passed: bool
-
-    @property
-    def allowed(self) -> str:
-        """All limits, in words."""
-        if self.tolerance is None:
-            return "nothing, as nothing is recorded"
-        bounds = [f"largest error {self.tolerance.max_error:.4g}"]
-        bounds += [] if self.rms_allowed is None else [f"root mean square {self.rms_allowed:.4g}"]
-        bounds += [] if self.label_agreement is None else [f"label agreement {self.tolerance.label_agreement:.4f}"]
-        return ", ".join(bounds)
-
-    @property
-    def problem(self) -> str:
-        """All errors and their limits, in words."""
-        agreement = "" if self.label_agreement is None else f", label agreement {self.label_agreement:.4f}"
-        return (
-            f"{self.shape}: largest error {self.max_error:.4g} standard deviations, root mean square {self.rms_error:.4g}{agreement} "
-            f"(allowed: {self.allowed})"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyResult:
     """Result of a verification. `problems`: a line each; empty if it passed.
 
-    `golden`: of an image model's pairs; `outputs`: of each output of each pair of a model with named tensors. `digests`: the compared
-    files and their sha256 (an altered file raises before anything runs). `layers`: every operation with its precision. `fallbacks`: layers
+    `golden`: of each output of each golden pair. `digests`: the compared files and their sha256 (an altered file raises before anything
+    runs). `layers`: every operation with its precision. `fallbacks`: layers
     that the manifest records with 8-bit activations (or fewer) and that did not run on integer kernels;
     problems unless allowed. `evaluation`: the value of `evaluate`. `checks`: each quantised layer against plain float arithmetic, if
     requested; a recorded layer without a check is a problem. `sparsity`: the pattern of zeros of each layer that records one, as found in
@@ -85,7 +44,6 @@ class VerifyResult:
     threads: int
     digests: dict[str, str] = field(repr=False)
     golden: tuple[GoldenResult, ...]
-    outputs: tuple[OutputResult, ...] = ()
     layers: tuple[ExecutedLayer, ...] = field(repr=False)
     fallbacks: tuple[str, ...]
     evaluation: float | None
@@ -123,12 +81,12 @@ def verify(
     with status("verifying", progress) as stage:
         stage("opening")
         artifact = open_artifact(path)
-        session = open_any_session(artifact, replace(options, shapes=(), dims=()))
+        session = open_session(artifact, replace(options, shapes=(), dims=()))
         return verify_session(session, artifact, evaluate=evaluate, allow_fallbacks=allow_fallbacks, layers=layers, stage=stage)
 
 
 def verify_session(
-    session: Session | TensorSession,
+    session: Session,
     artifact: Artifact,
     *,
     evaluate: Callable[[Any], float] | None = None,
@@ -148,19 +106,11 @@ def verify_session(
             "verify in a recorded precision, or export again"
         )
     golden: list[GoldenResult] = []
-    outputs: list[OutputResult] = []
-    if isinstance(session, TensorSession):
-        assert artifact.manifest.named is not None
-        for index, named in enumerate(artifact.golden()):
-            results = replay_tensors(session, named, tolerance)
-            problems += [f"golden pair {index} {result.problem}" for result in results if tolerance and not result.passed]
-            outputs += results
-        problems += batch_problems(session, artifact.golden(), tolerance) if tolerance else []
-    else:
-        for index, (images, scores) in enumerate(artifact.golden_images()):
-            golden.append(replay(session, images, scores, tolerance, classes=artifact.picture.answer.argmax))
-            problems += [f"golden pair {index} {golden[-1].problem}"] if tolerance and not golden[-1].passed else []
-        problems += _batch_problems(session, artifact, tolerance) if tolerance else []
+    for index, pair in enumerate(artifact.golden()):
+        results = replay(session, pair, tolerance)
+        problems += [f"golden pair {index} {result.problem}" for result in results if tolerance and not result.passed]
+        golden += results
+    problems += batch_problems(session, artifact, tolerance) if tolerance else []
     ran = tuple(session.layers())
     fallbacks, reasons = find_fallbacks(manifest.layers, ran)
     if fallbacks and not ran:
@@ -185,7 +135,6 @@ def verify_session(
         threads=session.threads,
         digests={"manifest.json": manifest.sha256, **{str(name): digest for name, digest in manifest.files.items()}},
         golden=tuple(golden),
-        outputs=tuple(outputs),
         layers=ran,
         fallbacks=fallbacks,
         evaluation=evaluation,
@@ -207,20 +156,6 @@ def find_patterns(artifact: Artifact) -> tuple[dict[str, str], list[str]]:
     return {name: found[name] for name in recorded if name in found}, lines
 
 
-def _batch_problems(session: Session, artifact: Artifact, tolerance: GoldenTolerance) -> list[str]:
-    """Compares the scores of two images in a batch, the smallest golden image and its pale negative, with those of each alone."""
-    images_BHWC, _ = min(artifact.golden_images(), key=lambda pair: pair[0].size)
-    pair = np.concatenate([images_BHWC[:1], 255 - images_BHWC[:1] // 2])
-    alone = np.concatenate([session(image[None]) for image in pair])
-    result = replay(session, pair, alone, tolerance, classes=artifact.picture.answer.argmax)
-    if result.passed:
-        return []
-    return [
-        f"two images in a batch give other scores than each alone, by {result.max_error:.3g} standard deviations (allowed: "
-        f"{result.allowed}): images of one call would depend on each other; export a model that computes each image by itself"
-    ]
-
-
 def _layer_problems(checks: Sequence[LayerCheck], unchecked: Sequence[str]) -> Iterator[str]:
     for check in checks:
         if not check.passed:
@@ -240,52 +175,6 @@ def _checked_layers(artifact: Artifact, threads: int) -> tuple[LayerCheck, ...]:
         raise DependencyError(
             f"layers=True compares OpenVINO with ONNX Runtime, and there is no {error.name}: pip install {error.name}, or leave it out"
         ) from error
-
-
-def replay(
-    session: Session,
-    images_BHWC: NDArray[np.uint8],
-    golden: NDArray[np.float32],
-    tolerance: GoldenTolerance | None,
-    *,
-    classes: bool,
-) -> GoldenResult:
-    """Runs one golden pair. A score that is not finite is an infinite error. `classes`: axis 1 of the scores are classes.
-
-    Where only rounding differs, few scores of a map are near the largest error: so the root mean square has a lower limit (`RMS_SHARE`).
-
-    A classifier's label counts as the golden one if its golden score is within the allowed error of the best: between two nearly equal
-    classes rounding decides. Among the many labels of a segmentation a few near ties do not matter.
-    """
-    scores = session(images_BHWC)
-    spread = float(golden.std(dtype=np.float64))
-    difference = np.abs(scores.astype(np.float64) - golden)
-    finite = bool(np.isfinite(difference).all())
-    max_error, rms_error = (
-        float(error) / (spread or 1.0) if finite else float("inf") for error in (difference.max(), np.sqrt(np.square(difference).mean()))
-    )
-    agreement = _agreement(scores, golden, tolerance.max_error * spread if tolerance else 0.0) if classes else None
-    rms_allowed = RMS_SHARE * tolerance.max_error if tolerance and scores.ndim == 4 else None
-    return GoldenResult(
-        shape=images_BHWC.shape,
-        max_error=max_error,
-        rms_error=rms_error,
-        label_agreement=agreement,
-        tolerance=tolerance,
-        rms_allowed=rms_allowed,
-        passed=tolerance is not None
-        and max_error <= tolerance.max_error
-        and (rms_allowed is None or rms_error <= rms_allowed)
-        and (agreement is None or agreement >= tolerance.label_agreement),
-    )
-
-
-def _agreement(scores: NDArray[np.float32], golden: NDArray[np.float32], near: float) -> float:
-    labels = scores.argmax(axis=1)
-    same = labels == golden.argmax(axis=1)
-    if scores.ndim == 2:
-        same |= golden.max(axis=1) - np.take_along_axis(golden, labels[:, None], axis=1)[:, 0] <= near
-    return float(same.mean())
 
 
 def find_fallbacks(records: Sequence[LayerRecord], layers: Sequence[ExecutedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:

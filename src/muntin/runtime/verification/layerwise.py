@@ -24,7 +24,7 @@ from muntin.artifact import Artifact
 from muntin.runtime.engines.onnx_nodes import COMPUTE
 from muntin.runtime.host.hardware import physical_cores
 from muntin.runtime.host.signal_stack import signal_stack_kept
-from muntin.runtime.session import Named
+from muntin.runtime.inputs import Named
 
 TOLERANCE = 1.0
 """Largest error of a layer, in steps: a value between two levels may be rounded either way, which moves one input by one step."""

@@ -16,7 +16,7 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from muntin.runtime.session import Named
+from muntin.runtime.inputs import Named
 from muntin.serving.batching.job import Batch
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere

@@ -8,10 +8,10 @@ from math import inf
 from typing import TypeVar
 
 from muntin.errors import DataError
+from muntin.runtime.session import Session
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import Begun, Version
 from muntin.serving.worker.calls import Call
-from muntin.serving.worker.opening import AnyOpenSession
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def compute_somewhere(
     slot: Slot,
     version: Version,
-    work: Callable[[AnyOpenSession], T],
+    work: Callable[[Session], T],
     *,
     rows: int,
     call: Call | None = None,

@@ -10,12 +10,13 @@ import numpy as np
 from muntin.artifact import Signature
 from muntin.artifact.answers import OutputName
 from muntin.runtime import predict
-from muntin.runtime.session import AnySession, Dims, Named
+from muntin.runtime.inputs import LABELS, SCORES, Dims, Named
+from muntin.runtime.session import Session
 from muntin.runtime.tiles import TILE, allowed_tile
 from muntin.serving.batching.job import Job
 from muntin.serving.versions.rollout import label_agreement, tensor_agreement
 from muntin.serving.versions.version import Version
-from muntin.serving.worker.calls import LABELS, SCORES, Call
+from muntin.serving.worker.calls import Call
 
 
 class Group(NamedTuple):
@@ -78,9 +79,9 @@ class Group(NamedTuple):
     def call(self, rows: int) -> Call:
         return Call(self._all_dims(rows), self.batch or "", self.outputs if self.images else ())
 
-    def compute(self, session: AnySession[Any, Any], inputs: Named) -> Named:
+    def compute(self, session: Session, inputs: Named) -> Named:
         """Have a session of the group's model, of any version, compute inputs."""
-        return session.infer_named(inputs, self._all_dims(self.rows(inputs)), self.outputs)
+        return session.infer(inputs, self._all_dims(self.rows(inputs)), self.outputs)
 
     def tile(self, signature: Any) -> int | None:
         """Return the side of the tiles in which one image can be computed; None for what has no smaller parts."""

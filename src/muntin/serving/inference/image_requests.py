@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Signature
-from muntin.runtime.session import Named, size_error
+from muntin.runtime.inputs import Named, size_error
 from muntin.serving.inference.groups import Group, image_group
 from muntin.serving.inference.outputs import Wanted, make_outputs, output_names, read_wanted
 from muntin.serving.protocol.messages import InferOutput, InferRequest, ProtocolError, shown

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
+from muntin.runtime.session import Session
 from muntin.serving.inference.groups import Group
-from muntin.serving.worker.opening import AnyOpenSession, EngineDiedError, NotReadyError, OutOfMemoryError
+from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError
 
 SHORT_S = 60.0
 """Seconds in which a call that was too large for the memory is not tried again: each try may cost an engine, and seconds to restart it."""
@@ -54,18 +55,18 @@ class Shortages:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._refused: WeakKeyDictionary[AnyOpenSession, dict[_Kind, tuple[int, float]]] = WeakKeyDictionary()
+        self._refused: WeakKeyDictionary[Session, dict[_Kind, tuple[int, float]]] = WeakKeyDictionary()
 
-    def refused(self, session: AnyOpenSession, kind: _Kind, size: int) -> None:
+    def refused(self, session: Session, kind: _Kind, size: int) -> None:
         """Remember that there was no memory for a call."""
         if size < self._known(session, kind):
             self._refused.setdefault(session, {})[kind] = size, self._clock()
 
-    def too_many(self, session: AnyOpenSession, kind: _Kind, size: int) -> bool:
+    def too_many(self, session: Session, kind: _Kind, size: int) -> bool:
         """Return whether a call of this size should not be tried now."""
         return size >= self._known(session, kind)
 
-    def _known(self, session: AnyOpenSession, kind: _Kind) -> float:
+    def _known(self, session: Session, kind: _Kind) -> float:
         least, at = self._refused.get(session, {}).get(kind, (inf, 0.0))
         return least if self._clock() - at < SHORT_S else inf
 

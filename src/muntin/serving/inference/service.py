@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from muntin.artifact import AnySignature
 from muntin.errors import DataError
-from muntin.runtime.session import Named
+from muntin.runtime.inputs import Named
 from muntin.serving.batching.job import Job, Refusal
 from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder

@@ -10,8 +10,7 @@ from numpy.typing import DTypeLike
 
 from muntin.artifact import TensorInfo, TensorSignature
 from muntin.errors import DataError
-from muntin.runtime.session import Named
-from muntin.runtime.tensors import check_inputs
+from muntin.runtime.inputs import Named, check_inputs
 from muntin.serving.inference.groups import Group
 from muntin.serving.inference.image_requests import check_rows
 from muntin.serving.inference.outputs import Wanted, check_classes, check_json

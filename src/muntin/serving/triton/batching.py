@@ -20,10 +20,12 @@ import numpy as np
 from muntin.artifact import Artifact, Manifest, Signature
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import physical_cores
+from muntin.runtime.inputs import LABELS, SCORES
 from muntin.runtime.profiling.timing import interleaved_latency
+from muntin.runtime.session import Session
 from muntin.serving.triton.options import TritonOptions
-from muntin.serving.worker.calls import LABELS, SCORES, Call, starting_calls
-from muntin.serving.worker.opening import AnyOpenSession, open_version
+from muntin.serving.worker.calls import Call, starting_calls
+from muntin.serving.worker.opening import open_version
 
 ROUNDS = 15
 """Timed calls of each size of batch."""
@@ -86,11 +88,11 @@ def _first_size(manifest: Manifest, options: TritonOptions) -> list[Call]:
     return [call for call in calls if call.size == calls[0].size]
 
 
-def _computation(session: AnyOpenSession, call: Call) -> tuple[Any, Any]:
+def _computation(session: Session, call: Call) -> tuple[Any, Any]:
     """Return the function that computes a call, and its input: zeros, or images of noise."""
     outputs = call.outputs or tuple(spec.name for spec in session.tensors.outputs)
     inputs = session.tensors.zeros(dict(call.dims))
     if isinstance(session.signature, Signature):
         outputs = LABELS if session.signature.answer.argmax else SCORES
         inputs = {"images": np.random.default_rng(0).integers(0, 256, inputs["images"].shape, np.uint8)}
-    return partial(session.infer_named, dims=call.dims, outputs=outputs), inputs
+    return partial(session.infer, dims=call.dims, outputs=outputs), inputs

@@ -15,11 +15,12 @@ from collections import Counter
 from collections.abc import Hashable
 
 from muntin.artifact import AnySignature
+from muntin.runtime.session import Session
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.versions.rollout import Rollout, Tally, Verdict, judge_version
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version, contract_difference, covers, first_line
 from muntin.serving.worker.calls import Call
-from muntin.serving.worker.opening import AnyOpenSession, NotReadyError
+from muntin.serving.worker.opening import NotReadyError
 from muntin.text import plain
 
 HISTORY = 8
@@ -47,8 +48,8 @@ class Routes:
         self.probation: Tally | None = None
         """Counts of the current version, judged beside the previous one, while there is one."""
         self.lines: list[str] = []
-        self.closing: list[AnyOpenSession] = []
-        self.stuck: list[tuple[AnyOpenSession, float]] = []
+        self.closing: list[Session] = []
+        self.stuck: list[tuple[Session, float]] = []
         self._advised: set[Hashable] = set()
 
     # ---- looking up ----

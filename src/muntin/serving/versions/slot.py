@@ -20,6 +20,7 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 
 from muntin.errors import DataError, MuntinError, VerificationError
+from muntin.runtime.session import Session
 from muntin.serving.protocol.metadata import IndexEntry
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
@@ -27,12 +28,12 @@ from muntin.serving.versions.routes import Routes
 from muntin.serving.versions.version import Begun, RefusedError, Version, first_line
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import liveness_of
-from muntin.serving.worker.opening import AnyOpenSession, NotReadyError
+from muntin.serving.worker.opening import NotReadyError
 
 _POLL_S = 0.05
 
 
-def _close(sessions: list[AnyOpenSession]) -> None:
+def _close(sessions: list[Session]) -> None:
     for session in sessions:
         session.close()
 

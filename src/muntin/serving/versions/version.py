@@ -18,9 +18,10 @@ from typing import Literal
 
 from muntin.artifact import AnySignature, Signature, TensorSignature
 from muntin.errors import MuntinError
+from muntin.runtime.session import Session
 from muntin.serving.worker.calls import Call
 from muntin.serving.worker.liveness import IN_THIS_PROCESS, Liveness, liveness_of
-from muntin.serving.worker.opening import AnyOpenSession, NotReadyError, Opened
+from muntin.serving.worker.opening import NotReadyError, Opened
 
 State = Literal["loading", "ready", "draining", "unloaded", "failed"]
 CALLS = 16
@@ -152,10 +153,10 @@ class Version:
     _deaths: int = 0
     _reported_deaths: int = 0
     _signature: AnySignature | None = field(default=None, repr=False)
-    _session: AnyOpenSession | None = field(default=None, repr=False)
+    _session: Session | None = field(default=None, repr=False)
 
     @property
-    def session(self) -> AnyOpenSession:
+    def session(self) -> Session:
         """The open session. Raises NotReadyError if it is closed."""
         if self._session is None:
             raise NotReadyError(f"version {self.name} is {self.state}: take a lease on one that is ready")
@@ -204,7 +205,7 @@ class Version:
         self._reported_deaths = engine.deaths
         return engine.last_death
 
-    def close(self) -> AnyOpenSession | None:
+    def close(self) -> Session | None:
         """Give up the session and return it, for the caller to close."""
         self._deaths = self.deaths
         session, self._session = self._session, None

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from muntin.artifact import Manifest
 from muntin.errors import DataError
-from muntin.runtime.session import AnySession, Dims, Shape
+from muntin.runtime.inputs import LABELS, SCORES, Dims, Shape, image_dims
+from muntin.runtime.session import Session
 
-LABELS, SCORES = ("labels",), ("scores",)
-"""Outputs of images."""
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
 """Largest batch, in rows and in pixels (or input values) of all rows, up to which every batch size is compiled for (0.4 s and 17 MiB each
 at 64 x 64)."""
@@ -46,14 +45,14 @@ class Call(NamedTuple):
         text = ",".join(f"{name}={size}" for name, size in self.dims if name != self.batch)
         return f"inputs of {text}", f"--dims {text}"
 
-    def warm_up(self, session: AnySession[Any, Any]) -> None:
+    def warm_up(self, session: Session) -> None:
         """Warm up a session."""
-        session.warm_up_named(self.dims, self.outputs)
+        session.prepare(self.dims, self.outputs)
 
 
 def image_call(shape: Shape, *, labels: bool = False) -> Call:
     """Return the call of images (B, H, W)."""
-    return Call(tuple(zip(("batch", "height", "width"), shape, strict=True)), "batch", LABELS if labels else SCORES)
+    return Call(image_dims(shape), "batch", LABELS if labels else SCORES)
 
 
 def call_from_json(values: list[Any]) -> Call:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.helper_process import recorded_error
-from muntin.runtime.session import Dims, Named
+from muntin.runtime.inputs import Dims, Named
 from muntin.serving.worker.named_arrays import NamedCalls, views, write_arrays
 
 KEPT_BYTES = 64 << 20

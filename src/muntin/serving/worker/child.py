@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from muntin.errors import MuntinError
 from muntin.runtime.host.helper_process import error_record, helper_socket
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.session import Session
 from muntin.serving.worker.calls import call_from_json
 from muntin.serving.worker.channel import ASK, CALL, COMPUTE, DONE, FAILED, KEPT_BYTES, WARM_UP, mapped, receive, receive_exactly, send
 from muntin.serving.worker.named_arrays import NamedCalls, views, write_arrays
-from muntin.serving.worker.opening import AnyOpenSession, Opened, open_version
+from muntin.serving.worker.opening import Opened, open_version
 from muntin.serving.worker.turns import end_with_parent
 
 OOM_SCORE_OPENING, OOM_SCORE_SERVING = 1000, 300
@@ -97,7 +98,7 @@ def set_oom_score(score: int) -> None:
 class _HostChannel:
     """This process's end of a channel. It computes one call after the other."""
 
-    def __init__(self, session: AnyOpenSession, sock: socket.socket, file: int) -> None:
+    def __init__(self, session: Session, sock: socket.socket, file: int) -> None:
         self._session, self._calls = session, NamedCalls(session.signature)
         self._socket, self._file = sock, file
         self._memory: NDArray[np.uint8] | None = None
@@ -128,14 +129,14 @@ class _HostChannel:
     def _warm_up(self, operation: int, call: bytes) -> bytes:
         if operation != ASK:
             layout = self._calls.layout_of(call)
-            self._session.warm_up_named(layout.dims, [place.name for place in layout.outputs], compute=operation == WARM_UP)
+            self._session.prepare(layout.dims, [place.name for place in layout.outputs], compute=operation == WARM_UP)
         return b""
 
     def _compute(self, call: bytes, size: int) -> bytes:
         """Compute with memory of `size` bytes, and return what follows `DONE`."""
         layout = self._calls.layout_of(call)
         memory = self._memory_of(size)
-        answer = self._session.infer_named(views(layout.inputs, memory), layout.dims, [place.name for place in layout.outputs])
+        answer = self._session.infer(views(layout.inputs, memory), layout.dims, [place.name for place in layout.outputs])
         places, end, numbers = self._calls.answered(layout, answer)
         if end > size:  # outputs whose size the server did not know
             os.ftruncate(self._file, end)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from muntin.runtime.session import AnySession
+from muntin.runtime.session import Session
 
 
 class Liveness:
@@ -40,5 +38,5 @@ IN_THIS_PROCESS = Liveness()
 """The liveness of every engine that runs in this process."""
 
 
-def liveness_of(session: AnySession[Any, Any]) -> Liveness:
+def liveness_of(session: Session) -> Liveness:
     return session if isinstance(session, Liveness) else IN_THIS_PROCESS

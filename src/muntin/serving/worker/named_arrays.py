@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import AnySignature, TensorInfo
-from muntin.runtime.session import Dims, Named
+from muntin.runtime.inputs import Dims, Named
 
 ALIGNMENT = 64
 NUMBER = 8

@@ -7,21 +7,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from muntin.artifact import AnySignature, Artifact, open_artifact
+from muntin.artifact import AnySignature, Artifact, TensorPair, open_artifact
 from muntin.errors import MuntinError, VerificationError
-from muntin.runtime.engines.registry import open_any_session
+from muntin.runtime.engines.registry import open_session
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
 from muntin.runtime.session import Session
-from muntin.runtime.tensors import TensorSession
-from muntin.runtime.verification.artifact import replay, verify_session
-from muntin.runtime.verification.tensors import replay_tensors
+from muntin.runtime.verification.artifact import verify_session
+from muntin.runtime.verification.golden import replay
 from muntin.serving.worker.calls import Call
-
-AnyOpenSession = Session | TensorSession
-"""A session of an image model, or of one with named tensors."""
 
 
 class NotReadyError(MuntinError):
@@ -51,7 +44,7 @@ class Opened:
     `lineage`: what `muntin update` wrote into the manifest about its origin and the gate's decision, in a line.
     """
 
-    session: AnyOpenSession
+    session: Session
     signature: AnySignature
     digest: str
     calls: tuple[Call, ...]
@@ -83,7 +76,7 @@ def open_version(
     artifact = open_artifact(path)
     if digest and artifact.digest != digest:
         raise VerificationError(f"{path}: {REPLACED}")
-    session = open_any_session(artifact, replace(options, shapes=(), dims=()))
+    session = open_session(artifact, replace(options, shapes=(), dims=()))
     progress("verifying")
     if verify:
         _verify(session, artifact, allow_fallbacks=options.engine != DEFAULT_ENGINE)
@@ -91,8 +84,8 @@ def open_version(
         _replay(session, artifact)
     calls = tuple(dict.fromkeys(calls))
     steps: list[Callable[[], object]] = [partial(call.warm_up, session) for call in sorted(calls, key=lambda call: call.order)]
-    if options.dynamic and isinstance(session, Session) and session.signature.answer.argmax:
-        steps.append(partial(session.labels, _smallest_pair(artifact)[0]))  # the checks compiled the dynamic model for scores
+    if options.dynamic and session.images and session.signature.answer.argmax:
+        steps.append(partial(session.labels, _smallest_pair(artifact)[0]["images"]))  # the checks compiled the dynamic model for scores
     first = len({call.size for call in calls}) if hurry else len(steps)
     for number, step in enumerate(steps[:first], 1):
         progress(f"compiling, {number} of {first}")
@@ -105,27 +98,21 @@ def open_version(
     return Opened(session=session, signature=session.signature, digest=artifact.digest, calls=calls, compile_rest=compile_rest)
 
 
-def _smallest_pair(artifact: Artifact) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    return min(artifact.golden_images(), key=lambda pair: pair[0].size)
+def _smallest_pair(artifact: Artifact) -> TensorPair:
+    return min(artifact.golden(), key=lambda pair: sum(tensor.size for tensor in pair[0].values()))
 
 
-def _verify(session: AnyOpenSession, artifact: Artifact, *, allow_fallbacks: bool) -> None:
+def _verify(session: Session, artifact: Artifact, *, allow_fallbacks: bool) -> None:
     result = verify_session(session, artifact, allow_fallbacks=allow_fallbacks)
     if not result.passed:
         more = f" (and {len(result.problems) - 1} more)" if len(result.problems) > 1 else ""
         raise VerificationError(f"{artifact.path}: {result.problems[0]}{more}")
 
 
-def _replay(session: AnyOpenSession, artifact: Artifact) -> None:
+def _replay(session: Session, artifact: Artifact) -> None:
     tolerance = artifact.manifest.tolerance(session.engine, session.precision)
-    if artifact.manifest.named is not None:
-        assert isinstance(session, TensorSession)
-        pair = min(artifact.golden(), key=lambda pair: sum(tensor.size for tensor in pair[0].values()))
-        problem = next((f": {output.problem}" for output in replay_tensors(session, pair, tolerance) if not output.passed), "")
-    else:
-        assert isinstance(session, Session)
-        result = replay(session, *_smallest_pair(artifact), tolerance, classes=session.signature.answer.argmax)
-        allowed = "nothing is recorded" if tolerance is None else f"{tolerance.max_error:g}"
-        problem = "" if result.passed else f" is {result.max_error:.3g} standard deviations off a golden pair (allowed: {allowed})"
-    if problem:
-        raise VerificationError(f"{artifact.path}: {session.engine} in {session.precision}{problem}: export the artefact again")
+    for result in replay(session, _smallest_pair(artifact), tolerance):
+        if not result.passed:
+            raise VerificationError(
+                f"{artifact.path}: {session.engine} in {session.precision} differs from its reference: {result.problem}: export it again"
+            )

@@ -85,7 +85,6 @@ def _artifact(path: Path, recipe: Recipe) -> tuple[Signature, nn.Module]:
     if not isinstance(signature, Signature):
         raise RecipeError(f"teacher.model {path}: an artefact of named tensors, not of pictures: give a model of task {recipe.task}")
     session = load(path, threads=recipe.training.threads, shapes=())
-    assert isinstance(session, Session)
     return signature, SessionTeacher(session)
 
 

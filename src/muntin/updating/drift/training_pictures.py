@@ -9,7 +9,7 @@ import numpy as np
 
 from muntin.artifact import Artifact, Signature, open_artifact
 from muntin.errors import DataError
-from muntin.runtime.engines.registry import open_session
+from muntin.runtime.engines.registry import open_image_session
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
 from muntin.tasks.base import Floats
@@ -30,7 +30,7 @@ def with_training_reference(
     """
     if artifact.optional_file(FILE) is not None:
         return artifact, ()
-    with closing(open_session(artifact.path, SessionOptions(threads=threads))) as session:
+    with closing(open_image_session(artifact.path, SessionOptions(threads=threads))) as session:
         try:
             features_NF, pictures = describe_training(session, checkpoint, progress=progress)
         except DataError as error:  # the images are gone, and an artifact that is there already is exported again

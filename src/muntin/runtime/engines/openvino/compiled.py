@@ -1,24 +1,26 @@
-"""The compiled forms of a model in OpenVINO's CPU plugin: chosen by a key, the last few kept, others in the user's cache."""
+"""The compiled forms of a model in OpenVINO's CPU plugin: the last few are kept, others lie in the user's cache."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from queue import LifoQueue
 from threading import Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple
 
-from muntin.artifact import Artifact
+from muntin.artifact import Artifact, Signature
 from muntin.errors import ArtifactError, DependencyError
 from muntin.runtime.engines.compile_cache import CompiledModels
 from muntin.runtime.engines.onnx_nodes import ComputeNodes, compute_nodes
-from muntin.runtime.engines.openvino.workarounds import computes_with_sizes
+from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
+from muntin.runtime.engines.openvino.workarounds import computes_with_sizes, with_biases, with_whole_masks
 from muntin.runtime.host.hardware import disabled_features
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
+from muntin.runtime.inputs import SCORES, Dims
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import STATIC_SHAPES, ExecutedLayer
 
@@ -34,19 +36,22 @@ _PLAIN_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _LEFT_OUT = frozenset({"Const", "Input", "Output"})
 _RUNTIME_INFO = frozenset({"layerType", "originalLayersNames", "runtimePrecision", "primitiveType", "outputLayouts"})
 
-CallForm = TypeVar("CallForm")
-"""Key of a compiled form."""
+
+class CompiledForm(NamedTuple):
+    """A form of the model: for these sizes of the free dimensions (None: free ones, one row), ending in scores or in labels."""
+
+    dims: Dims | None
+    labels: bool = False
+
+
+FREE = CompiledForm(None)
 
 
 class Compiled:
-    """A compiled model and its free inference requests, one for each stream.
+    """A compiled model and its free inference requests, one for each stream. `kept`: True for a model from the cache."""
 
-    `shape`: of the images, None for a model of free sizes, and for one of named tensors. `kept`: True for a model from the cache.
-    """
-
-    def __init__(self, model: Any, shape: tuple[int, ...] | None, streams: int, *, kept: bool) -> None:
-        self.model, self.shape = model, shape
-        self.kept = kept
+    def __init__(self, model: Any, streams: int, *, kept: bool) -> None:
+        self.model, self.kept = model, kept
         self.free: LifoQueue[Any] = LifoQueue()  # the last request used has its memory in the CPU's caches
         for _ in range(streams):
             self.free.put(model.create_infer_request())
@@ -56,8 +61,8 @@ class Compiled:
             self.__dict__.clear()
 
 
-class CompiledForms(ABC, Generic[CallForm]):
-    """Base of sessions in OpenVINO: a model that is read once, and its compiled forms. `streams` calls compute at a time, others wait."""
+class CompiledForms:
+    """Base of the session: a model that is read once, and its compiled forms. `streams` calls compute at a time, others wait."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         self._core = openvino.Core()
@@ -77,32 +82,61 @@ class CompiledForms(ABC, Generic[CallForm]):
         except RuntimeError as error:
             raise failure(artifact.path, "cannot read its model", error) from error
         self._path = artifact.path
+        signature = artifact.manifest.signature
+        self._described: Any = signature
+        images = isinstance(signature, Signature)
+        outputs = SCORES if images else [spec.name for spec in signature.tensors.outputs]
+        self._ports = self._positions(self._model.inputs, [spec.name for spec in signature.tensors.inputs], "inputs")
+        self._answers = self._positions(self._model.outputs, outputs, "outputs")
+        if images:
+            self._answers["labels"] = 0  # of the form that ends in labels
         self._nodes: ComputeNodes = compute_nodes(data)
         self._dynamic = options.dynamic
         self._lock = Lock()  # guards _compiled and _warmed_up
         self._compiling = Lock()  # held for a whole compilation, so that calls that need none go on
-        self._compiled: OrderedDict[CallForm, Compiled] = OrderedDict()
-        self._warmed_up: set[CallForm] = set()
+        self._compiled: OrderedDict[CompiledForm, Compiled] = OrderedDict()
+        self._warmed_up: set[CompiledForm] = set()
 
-    @abstractmethod
-    def _prepared(self, form: CallForm) -> Any:
+    def _positions(self, ports: Sequence[Any], names: Sequence[str], kind: str) -> dict[str, int]:
+        """Position of each input or output of the signature in the model. An input that nothing reads has none."""
+        positions = {name: index for name in names for index, port in enumerate(ports) if name in port.get_names()}
+        if len(positions) < len(ports if kind == "inputs" else names):
+            given = ", ".join("/".join(sorted(port.get_names())) for port in ports)
+            raise ArtifactError(
+                f"{self._path}: the model's {kind} are {given}, its signature's {', '.join(names)}: export the artefact again"
+            )
+        return positions
+
+    def _prepared(self, form: CompiledForm) -> Any:
         """A copy of the model to compile for a form."""
+        model = self._model.clone()
+        if form.labels:
+            self._check_classes()
+            model = ending_in_labels(model, self._described.label_type)
+        elif isinstance(self._described, Signature):
+            model = ending_in_scores(model)
+        shapes = self._described.tensors.input_shapes(self._described.row if form.dims is None else dict(form.dims))
+        model.reshape({model.inputs[index]: list(shapes[name]) for name, index in self._ports.items()})
+        if form.dims is None:
+            model = with_biases(model)
+        return model if self._precision == "f32" else with_whole_masks(model)
 
-    @abstractmethod
-    def _key(self, form: CallForm) -> str:
+    def _check_classes(self) -> None:
+        """Raises ArtifactError unless the model gives the signature's number of classes, which labels would not show."""
+        shape, classes = self._model.output(0).partial_shape, self._described.outputs
+        if shape.rank.is_dynamic or shape.rank.get_length() < 2 or shape[1].is_dynamic or shape[1].get_length() != classes:
+            raise ArtifactError(
+                f"{self._path}: the model gives {shape} where its signature says {classes} classes: export the artefact again"
+            )
+
+    def _key(self, form: CompiledForm) -> str:
         """The form's name in the cache, which has whatever changes what is compiled."""
+        ending = "labels before pixels, classes last" if form.labels else "pixels in one pass"
+        masks = "" if self._precision == "f32" else " whole masks"
+        return f"{'one row, free biases' if form.dims is None else form.dims} {ending}{masks}"
 
-    @abstractmethod
-    def _words(self, form: CallForm) -> str:
-        """Describe what a form is compiled for."""
-
-    @abstractmethod
-    def _is_free(self, form: CallForm) -> bool:
-        """Returns True for a form of free sizes."""
-
-    def _shape(self, form: CallForm) -> tuple[int, ...] | None:
-        """Shape of the images that a form computes; None for free sizes, and for named tensors."""
-        return None
+    def _words(self, form: CompiledForm) -> str:
+        return "free sizes" if form.dims is None else ", ".join(f"{name} {size}" for name, size in form.dims) or "its only sizes"
 
     @property
     def from_cache(self) -> bool:
@@ -110,13 +144,13 @@ class CompiledForms(ABC, Generic[CallForm]):
         with self._lock:
             return bool(self._compiled) and all(compiled.kept for compiled in self._compiled.values())
 
-    def _executed(self, default: CallForm) -> list[ExecutedLayer]:
+    def _executed(self, default: CompiledForm) -> list[ExecutedLayer]:
         """The operations as compiled for the last call; before any call, for `default`."""
         with self._lock:
             last = next(reversed(self._compiled), default)
         return executed_layers(self._compiled_for(last).model.get_runtime_model(), self._nodes)
 
-    def _compiled_for(self, form: CallForm) -> Compiled:
+    def _compiled_for(self, form: CompiledForm) -> Compiled:
         """The model of a form, compiled now if it is not there."""
         compiled = self._find_compiled(form)
         if compiled is not None:
@@ -128,36 +162,36 @@ class CompiledForms(ABC, Generic[CallForm]):
                 self._keep(form, compiled)
         return compiled
 
-    def _find_compiled(self, form: CallForm) -> Compiled | None:
+    def _find_compiled(self, form: CompiledForm) -> Compiled | None:
         with self._lock:
             if form in self._compiled:
                 self._compiled.move_to_end(form)
             return self._compiled.get(form)
 
-    def _keep(self, form: CallForm, compiled: Compiled) -> None:
+    def _keep(self, form: CompiledForm, compiled: Compiled) -> None:
         """Keeps a model. Of the static sizes that were not warmed up, the least recently used ones are dropped."""
         with self._lock:
             self._compiled[form] = compiled
-            evictable = [other for other in self._compiled if not self._is_free(other) and other not in self._warmed_up]
+            evictable = [other for other in self._compiled if other.dims is not None and other not in self._warmed_up]
             dropped = [self._compiled.pop(other) for other in evictable[:-STATIC_SHAPES]]
         del dropped  # outside of the lock: deleting a model takes time
 
-    def _compile(self, form: CallForm) -> Compiled:
+    def _compile(self, form: CompiledForm) -> Compiled:
         options = self._options_for(form)
         try:
             with signal_stack_kept():
                 cached = self._from_cache(form)
                 if cached is not None:
-                    return Compiled(cached, self._shape(form), self._streams, kept=True)
+                    return Compiled(cached, self._streams, kept=True)
                 compiled = self._core.compile_model(self._prepared(form), "CPU", options)
                 if self._cache is not None:
                     with suppress(RuntimeError, MemoryError):  # exporting takes the model's memory once more
                         self._cache.write(self._cache_key(form), compiled.export_model().getvalue())
-                return Compiled(compiled, self._shape(form), self._streams, kept=False)
+                return Compiled(compiled, self._streams, kept=False)
         except RuntimeError as error:
             raise failure(self._path, f"cannot compile it for {self._words(form)}", error) from error
 
-    def _from_cache(self, form: CallForm) -> Any:
+    def _from_cache(self, form: CompiledForm) -> Any:
         """The model that an earlier process compiled for this form with these options, or None."""
         data = None if self._cache is None else self._cache.read(self._cache_key(form))
         if data is None:
@@ -167,12 +201,12 @@ class CompiledForms(ABC, Generic[CallForm]):
         except RuntimeError:
             return None
 
-    def _cache_key(self, form: CallForm) -> str:
+    def _cache_key(self, form: CompiledForm) -> str:
         return f"{self._key(form)} {sorted(self._options_for(form).items())}"
 
-    def _options_for(self, form: CallForm) -> dict[str, Any]:
+    def _options_for(self, form: CompiledForm) -> dict[str, Any]:
         """Options of a compilation: in float32 for free sizes where floats are computed from them."""
-        rounds_sizes = self._is_free(form) and self._precision != "f32" and self._computes_with_sizes
+        rounds_sizes = form.dims is None and self._precision != "f32" and self._computes_with_sizes
         return {**self._options, "INFERENCE_PRECISION_HINT": "f32"} if rounds_sizes else self._options
 
     @cached_property

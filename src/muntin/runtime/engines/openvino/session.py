@@ -1,13 +1,14 @@
 """The OpenVINO engine: integer kernels for QDQ layers, BF16 or FP16 for the others where the CPU has it.
 
-The graph has dynamic sizes, but a kernel compiled for one size is faster. So each size is compiled when it is first called, in a few tenths
-of a second, and the last few are kept. With `dynamic` only the sizes that `warm_up` names are compiled; one model for one image of any size
-computes all others, image by image. (In 16 bits that model runs in float32 where it computes floats from its image's sides.) An artefact of
-one size needs no such model: its images are computed by models of that size, in the batches that `warm_up` names. Compiled models are also
-kept in the user's cache (`engines.compile_cache`).
+The graph has free dimensions, but a kernel compiled for one size is faster. So each size is compiled when it is first called, in a few
+tenths of a second, and the last few are kept. With `dynamic` only the sizes that `warm_up` names are compiled; one model of free sizes
+computes all others, row by row where rows are independent: with a free batch size, too, OpenVINO 2026.4 computes some networks wrongly
+(docs/log.md). (In 16 bits that model runs in float32 where it computes floats from sizes.) An artefact of one size needs no such model: its
+rows are computed by models of that size, in the batches that `warm_up` names. Compiled models are also kept in the user's cache
+(`engines.compile_cache`).
 
-With one stream all threads work on one image: the lowest latency. With several, each works on an image of its own with its share of the
-threads: more images a second, each with a higher latency.
+With one stream all threads work on one call: the lowest latency. With several, each works on a call of its own with its share of the
+threads: more rows a second, each with a higher latency.
 
 A QDQ graph runs on integers (OpenVINO 2026.4) with: weights in symmetric int8 (uint8 with a zero point runs in float), a Linear's input of
 rank 2 or 3 (at rank 4 its bias, activation and requantisation become a pass of their own), and no quantiser of scale 1 and zero point 0 on
@@ -16,7 +17,7 @@ the uint8 image (it is removed as a no-op, and its layer runs in float).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
@@ -24,143 +25,165 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import Artifact
-from muntin.errors import ArtifactError
-from muntin.runtime.engines.openvino.compiled import Compiled, CompiledForms, failure
-from muntin.runtime.engines.openvino.output_fusion import ending_in_labels, ending_in_scores
-from muntin.runtime.engines.openvino.tensor_session import OpenVinoTensorSession
-from muntin.runtime.engines.openvino.workarounds import with_biases, with_whole_masks
+from muntin.errors import ArtifactError, DataError
+from muntin.runtime.engines.openvino.compiled import FREE, Compiled, CompiledForm, CompiledForms, failure
 from muntin.runtime.host.quiet_imports import openvino
 from muntin.runtime.host.signal_stack import signal_stack_kept
+from muntin.runtime.inputs import LABELS, Dims, Named
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
-from muntin.runtime.session import ExecutedLayer, Labels, Session, Shape, check_shapes
+from muntin.runtime.session import ExecutedLayer, Session
 
 # With free sizes OpenVINO 2026.4 may return without an answer and without an error where it cannot allocate what a size needs. The memory
 # would then hold another answer. So both ends of an answer are marked with values that no model gives: the highest value of a label's type
-# is no class, and this NaN comes from no computation.
+# is no class, and this NaN comes from no computation. Other types have no such value: their call gets a request that has no earlier answer.
 _NO_SCORE = 0x7FC0BEEF
-
-InputShape = tuple[int, ...]
-Variant = tuple[InputShape | None, bool]
-"""One compiled form of the model: its input shape (None: dynamic sizes), and True if it ends in labels instead of scores."""
+_INT32 = np.iinfo(np.int32)
 
 
-class OpenVinoSession(CompiledForms[Variant], Session):
-    """An image model in OpenVINO's CPU plugin."""
+class OpenVinoSession(CompiledForms, Session):
+    """A model in OpenVINO's CPU plugin."""
 
     def __init__(self, artifact: Artifact, options: SessionOptions) -> None:
         CompiledForms.__init__(self, artifact, options)
-        self._retrying = Lock()  # held by one retry at a time
-        signature = artifact.picture
-        self._input_sides: InputShape = (*signature.sizes.dims, signature.channels)
-        """(H, W, C) of the model's input, -1 where it is free."""
-        self._warm_sides: set[InputShape] = {self._input_sides} if signature.sizes.fixed else set()
-        """(H, W, C) of the images in `_warmed_up`, or of an artefact of one size."""
+        signature = artifact.manifest.signature
         Session.__init__(
             self, signature=signature, engine="openvino", precision=self._precision, threads=self._threads, streams=self._streams
         )
+        self._wide = [spec.name for spec in self.tensors.inputs if spec.dtype in ("int64", "uint64") and spec.name in self._ports]
+        self._retrying = Lock()  # held by one retry at a time
+        only = -1 not in signature.row.values()
+        self._warm_sizes: set[Dims] = {self._size(tuple(sorted(signature.row.items())))} if only else set()
+        """Sizes, without the batch, of the forms in `_warmed_up`, or of an artefact of one size."""
 
-    def _infer(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-        scores = self.outputs.take(self.signature.scores_shape(*images_BHWC.shape[:3]), np.float32)
-        self._run(images_BHWC, scores, labels=False)
-        return scores
+    def _infer(self, inputs: Named, dims: Dims, outputs: tuple[str, ...]) -> Named:
+        self._check_integers(inputs)
+        form = self._form(dims, outputs)
+        names = outputs if self.images else tuple(self._answers)
+        answer, parts = self._memory(dims, names), []
+        for used, rows in self._parts(form):
+            given = {name: tensor if rows is None else tensor[rows] for name, tensor in inputs.items()}
+            target = None if answer is None else {name: tensor if rows is None else tensor[rows] for name, tensor in answer.items()}
+            parts.append(self._run(used, given, names, target))
+        if answer is None:
+            answer = parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in names}
+        return {name: answer[name] for name in outputs}
 
-    def _infer_labels(self, images_BHWC: NDArray[np.uint8]) -> Labels:
-        B, _, *sides = self.signature.scores_shape(*images_BHWC.shape[:3])
-        labels = self.outputs.take((B, *sides), self.signature.label_type)
-        self._run(images_BHWC, labels, labels=True)
-        return labels
+    def _check_integers(self, inputs: Named) -> None:
+        for name in self._wide:
+            low, high = inputs[name].min(), inputs[name].max()
+            if low < _INT32.min or high > _INT32.max:
+                raise DataError(
+                    f"input '{name}' holds {low if low < _INT32.min else high}: OpenVINO computes integers in 32 bits: give numbers from "
+                    f'{_INT32.min} to {_INT32.max}, or use engine="onnxruntime"'
+                )
 
-    def _run(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
-        first = 0
-        for rows in self._batches(images_BHWC.shape, labels=labels):
-            part = slice(first, first + rows)
-            self._run_batch(images_BHWC[part], answer[part], labels=labels)
-            first += rows
+    def _form(self, dims: Dims, outputs: Sequence[str]) -> CompiledForm:
+        return CompiledForm(dims, labels=self.images and tuple(outputs) == LABELS)
 
-    def _batches(self, shape: InputShape, *, labels: bool) -> list[int]:
-        """Rows of the calls that compute a batch of this shape.
+    def _size(self, dims: Dims) -> Dims:
+        return tuple(dim for dim in dims if dim[0] != self.tensors.batch)
 
-        With `dynamic`, images of a size that was warmed up are computed by models of that size only, in any batch and for any output: the
-        model of dynamic sizes rounds differently.
+    def _memory(self, dims: Dims, names: Sequence[str]) -> Named | None:
+        """Memory for all outputs of a call: a request keeps writing where its last call did. None where a size follows from values."""
+        shapes = self.signature.output_sizes(dict(dims))
+        if any(0 in shapes[name] for name in names):
+            return None
+        return {spec.name: self.buffers.take(shapes[spec.name], spec.dtype) for spec in self.tensors.outputs if spec.name in names}
+
+    def _parts(self, form: CompiledForm) -> list[tuple[CompiledForm, slice | None]]:
+        """The forms that compute a call, each with its rows; None: all of them.
+
+        With `dynamic`, a size that was warmed up is computed by models of that size only, in any batch and for any output: the model of
+        free sizes rounds differently.
         """
-        rows, sides = shape[0], shape[1:]
-        if not self._dynamic or sides not in self._warm_sides or (shape, labels) in self._compiled:
-            return [rows]
+        assert form.dims is not None
+        size, sizes, batch = self._size(form.dims), dict(form.dims), self.tensors.batch
         with self._lock:
-            compiled = {other[0] for other, ending in self._compiled if other is not None and other[1:] == sides and ending == labels}
-        batches = []
-        while rows:
-            batches.append(max((number for number in compiled if number <= rows), default=1))
-            rows -= batches[-1]
-        return batches
+            if not self._dynamic or form in self._compiled:
+                return [(form, None)]
+            compiled = [dims for dims, labels in self._compiled if dims is not None and labels == form.labels]
+        if batch is None:
+            return [(form if size in self._warm_sizes else FREE, None)]
+        if size not in self._warm_sizes:
+            return [(CompiledForm(None, form.labels), slice(row, row + 1)) for row in range(sizes[batch])]
+        batches = [dict(dims)[batch] for dims in compiled if self._size(dims) == size]
+        parts: list[tuple[CompiledForm, slice | None]] = []
+        first = 0
+        while first < sizes[batch]:
+            rows = max((rows for rows in batches if rows <= sizes[batch] - first), default=1)
+            parts.append((CompiledForm(tuple(sorted((*size, (batch, rows)))), form.labels), slice(first, first + rows)))
+            first += rows
+        return parts
 
-    def _run_batch(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
-        shape = images_BHWC.shape
-        compile_new = not self._dynamic or shape[1:] in self._warm_sides
-        variant: Variant = (shape, labels)
-        compiled = None if compile_new else self._find_compiled(variant)
-        if compiled is None:
-            compiled = self._compiled_for(variant if compile_new else (None, labels))
+    def _run(self, form: CompiledForm, inputs: Named, names: Sequence[str], target: Named | None) -> Named:
+        compiled = self._compiled_for(form)
         request = compiled.free.get()
         try:
-            self._compute(compiled, request, images_BHWC, answer)
+            return self._compute(form, compiled, request, inputs, names, target)
         except (RuntimeError, MemoryError) as error:
-            # With dynamic sizes a call that computes at the same time may have caused this failure.
+            # With free sizes a call that computes at the same time may have caused this failure.
             others = compiled.free.qsize() < self.streams - 1
-            if compiled.shape is not None or (self._drop(compiled) and not others):
-                raise failure(self._path, f"cannot compute images of shape {images_BHWC.shape}", error) from error
-        else:
-            return
+            if form.dims is not None or (self._drop(form, compiled) and not others):
+                raise self._failure(inputs, error) from error
         finally:
             compiled.free.put(request)
-        self._retry(images_BHWC, answer, labels=labels)
+        return self._retry(form, inputs, names, target)
 
-    def _retry(self, images_BHWC: NDArray[np.uint8], answer: NDArray[Any], *, labels: bool) -> None:
-        """Computes once more, on a new model of dynamic sizes that no other call uses."""
-        variant: Variant = (None, labels)
+    def _retry(self, form: CompiledForm, inputs: Named, names: Sequence[str], target: Named | None) -> Named:
+        """Computes once more, on a new model of free sizes that no other call uses."""
         with self._retrying:
-            compiled = self._compile(variant)
+            compiled = self._compile(form)
             request = compiled.free.get()
             try:
-                self._compute(compiled, request, images_BHWC, answer)
+                answer = self._compute(form, compiled, request, inputs, names, target)
             except (RuntimeError, MemoryError) as error:
-                raise failure(self._path, f"cannot compute images of shape {images_BHWC.shape}", error) from error
+                raise self._failure(inputs, error) from error
             compiled.free.put(request)
-            if self._find_compiled(variant) is None:
-                self._keep(variant, compiled)
+            if self._find_compiled(form) is None:
+                self._keep(form, compiled)
+        return answer
 
-    def _compute(self, compiled: Compiled, request: Any, images_BHWC: NDArray[np.uint8], answer: NDArray[Any]) -> None:
-        """Nothing is copied: the engine reads the images and writes the answer where they lie."""
-        dynamic = compiled.shape is None
-        step = 1 if dynamic else len(images_BHWC)
-        for first in range(0, len(images_BHWC), step):
-            part = answer[first : first + step]
-            self._write_to(request, part)
-            scores = part.dtype == np.float32
-            flat, mark = (part.reshape(-1).view(np.uint32), _NO_SCORE) if scores else (part.reshape(-1), np.iinfo(part.dtype).max)
-            if dynamic:
-                flat[0] = flat[-1] = mark
-            request.infer([images_BHWC[first : first + step]], share_inputs=True, share_outputs=True)
-            if dynamic and (shape := tuple(request.get_output_tensor(0).shape)) != part.shape:
-                raise self._wrong_output(shape, part)  # of a smaller output, the rest of the answer was not written
-            if dynamic and mark in (flat[0], flat[-1]):
+    def _failure(self, inputs: Named, error: RuntimeError | MemoryError) -> ArtifactError:
+        return failure(self._path, f"cannot compute {', '.join(f'{name} {tensor.shape}' for name, tensor in inputs.items())}", error)
+
+    def _compute(
+        self, form: CompiledForm, compiled: Compiled, request: Any, inputs: Named, names: Sequence[str], target: Named | None
+    ) -> Named:
+        """Nothing is copied where `target` is given: the engine reads the inputs, and writes the outputs, where they lie."""
+        marks = {name: marked(tensor, labels=form.labels) for name, tensor in (target or {}).items()} if form.dims is None else {}
+        if form.dims is None and (target is None or None in marks.values()):
+            request = compiled.model.create_infer_request()
+        for name, tensor in (target or {}).items():
+            self._write_to(request, self._answers[name], tensor)
+        request.infer({index: inputs[name] for name, index in self._ports.items()}, share_inputs=True, share_outputs=True)
+        if target is None:
+            return {name: self._copied(request.get_output_tensor(self._answers[name]).data) for name in names}
+        for name, mark in marks.items():
+            if (shape := tuple(request.get_output_tensor(self._answers[name]).shape)) != target[name].shape:
+                raise self._wrong_output(shape, target[name])  # of a smaller output, the rest of the answer was not written
+            if mark is not None and mark[1] in (mark[0][0], mark[0][-1]):
                 raise MemoryError("it returned without an answer, as it does where it cannot allocate what a size needs: out of memory")
+        return target
 
-    def _drop(self, compiled: Compiled) -> bool:
-        """Drops a model of dynamic sizes that failed to compute. Returns False if another call has dropped it.
+    def _copied(self, result: NDArray[Any]) -> NDArray[Any]:
+        copy = self.buffers.take(result.shape, result.dtype) if result.size else np.empty(result.shape, result.dtype)
+        np.copyto(copy, result)
+        return copy
+
+    def _drop(self, form: CompiledForm, compiled: Compiled) -> bool:
+        """Drops a model of free sizes that failed to compute. Returns False if another call has dropped it.
 
         After a failure OpenVINO 2026.4 also refuses the size before it until another size comes.
         """
         with self._lock:
-            variant = next((variant for variant, other in self._compiled.items() if other is compiled), None)
-            dropped = None if variant is None else self._compiled.pop(variant)
+            dropped = self._compiled.pop(form) if self._compiled.get(form) is compiled else None
         return dropped is not None
 
-    def _write_to(self, request: Any, answer: NDArray[Any]) -> None:
+    def _write_to(self, request: Any, index: int, answer: NDArray[Any]) -> None:
         try:
-            request.set_output_tensor(openvino.Tensor(answer, shared_memory=True))
+            request.set_output_tensor(index, openvino.Tensor(answer, shared_memory=True))
         except RuntimeError as error:
-            raise self._wrong_output(tuple(request.get_output_tensor(0).shape), answer) from error
+            raise self._wrong_output(tuple(request.get_output_tensor(index).shape), answer) from error
 
     def _wrong_output(self, shape: tuple[int, ...], answer: NDArray[Any]) -> ArtifactError:
         return ArtifactError(
@@ -168,63 +191,36 @@ class OpenVinoSession(CompiledForms[Variant], Session):
         )
 
     def layers(self) -> list[ExecutedLayer]:
-        """As compiled for the size of the last call; before any call, for dynamic sizes, or for one image of the only size."""
-        return self._executed(((1, *self._input_sides) if self.signature.sizes.fixed else None, False))
+        """As compiled for the sizes of the last call; before any call, for free sizes, or for one row of the only size."""
+        row = self.signature.row
+        return self._executed(FREE if -1 in row.values() else CompiledForm(tuple(sorted(row.items()))))
 
-    def warm_up(self, shapes: Iterable[Shape], *, labels: bool = False, compute: bool = True) -> None:
-        shapes = check_shapes(shapes, self.signature.sizes)
-        for shape in shapes:
-            variant = ((*shape, self.signature.channels), labels)
-            with self._lock:
-                self._warmed_up.add(variant)
-                self._warm_sides.add((*shape[1:], self.signature.channels))
-            self._compiled_for(variant)
-        if compute:
-            super().warm_up(shapes, labels=labels)
-
-    def _prepared(self, form: Variant) -> Any:
-        shape, labels = form
-        if labels:
-            self._check_classes()
-        model = ending_in_labels(self._model.clone(), self.signature.label_type) if labels else ending_in_scores(self._model.clone())
-        # One image: with a free batch size, too, OpenVINO 2026.4 computes some networks wrongly (docs/log.md).
-        model.reshape([1, *self._input_sides] if shape is None else list(shape))
-        if shape is None:
-            model = with_biases(model)
-        return model if self.precision == "f32" else with_whole_masks(model)
-
-    def _key(self, form: Variant) -> str:
-        shape, labels = form
-        ending = "labels before pixels, classes last" if labels else "pixels in one pass"
-        masks = "" if self.precision == "f32" else " whole masks"
-        biases = " biases" if shape is None else ""
-        return f"{shape or 'one image'} {ending}{masks}{biases}"
-
-    def _words(self, form: Variant) -> str:
-        return "dynamic sizes" if form[0] is None else f"images of shape {form[0]}"
-
-    def _is_free(self, form: Variant) -> bool:
-        return form[0] is None
-
-    def _shape(self, form: Variant) -> InputShape | None:
-        return form[0]
-
-    def _check_classes(self) -> None:
-        """Raises ArtifactError unless the model gives the signature's number of classes, which labels would not show."""
-        shape, classes = self._model.output(0).partial_shape, self.signature.outputs
-        if shape.rank.is_dynamic or shape.rank.get_length() < 2 or shape[1].is_dynamic or shape[1].get_length() != classes:
-            raise ArtifactError(
-                f"{self._path}: the model gives {shape} where its signature says {classes} classes: export the artefact again"
-            )
+    def prepare(self, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
+        form = self._form(dims, outputs)
+        with self._lock:
+            self._warmed_up.add(form)
+            self._warm_sizes.add(self._size(dims))
+        self._compiled_for(form)
+        super().prepare(dims, outputs, compute=compute)
 
 
-def open_openvino(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession | OpenVinoTensorSession:
+def marked(answer: NDArray[Any], *, labels: bool) -> tuple[NDArray[Any], int] | None:
+    """Mark both ends of memory for an answer. Returns its values, flat, and the mark; None for a type without a mark."""
+    if labels:
+        flat, mark = answer.reshape(-1), int(np.iinfo(answer.dtype).max)
+    elif answer.dtype == np.float32:
+        flat, mark = answer.reshape(-1).view(np.uint32), _NO_SCORE
+    else:
+        return None
+    flat[0] = flat[-1] = mark
+    return flat, mark
+
+
+def open_openvino(artifact: Artifact, options: SessionOptions = DEFAULT_OPTIONS) -> OpenVinoSession:
     """Opens an artefact in OpenVINO on the CPU.
 
     Precision "recorded" is the manifest's, or f32 on a CPU without it (the session's `.precision` says which). Raises DependencyError for
     another precision that the CPU lacks. A session has at most one stream a thread.
     """
     with signal_stack_kept():
-        if artifact.manifest.named is not None:
-            return OpenVinoTensorSession(artifact, options)
         return OpenVinoSession(artifact, options)
