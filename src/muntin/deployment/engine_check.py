@@ -1,4 +1,4 @@
-"""What the engines have to reproduce of an image model: exact scores at several sizes, and exact tiles."""
+"""Check of an image model in the engines: scores at several sizes, and exact tiles."""
 
 from __future__ import annotations
 

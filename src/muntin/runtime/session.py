@@ -125,8 +125,9 @@ class Session(ABC):
         """
         if labels:
             check_classes(self.signature)
+        outputs = LABELS if labels else SCORES if self.images else ()
         for dims in check_dims(sizes, self.signature):
-            self.prepare(dims, LABELS if labels else (), compute=compute)
+            self.prepare(dims, outputs, compute=compute)
 
     def prepare(self, dims: Dims, outputs: Sequence[str], *, compute: bool = True) -> None:
         """Warms up calls with these sizes of free dimensions. `outputs`: as of `infer`; empty: those of a call without `outputs`."""

@@ -135,6 +135,8 @@ def test_answers_equal_a_session_in_this_process(session: RemoteSession, path: P
         np.testing.assert_array_equal(scores, expected_scores)
         np.testing.assert_array_equal(labels, expected_labels)
     session.warm_up([(2, 9, 9)], labels=True)
+    session.warm_up([(2, 9, 9)])
+    assert session.calls[-2:] == [image_call((2, 9, 9), labels=True), image_call((2, 9, 9))]
 
 
 @pytest.mark.skipif(not LINUX, reason="memory is read in Linux's form")

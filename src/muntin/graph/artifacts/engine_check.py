@@ -56,7 +56,7 @@ class FallbackError(ExportError):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCheck:
-    """What an engine has to reproduce, and how closely.
+    """Requirements on the engines: pairs of inputs and outputs, and how closely they are reproduced.
 
     `further`: pairs beside the golden ones, of other sizes: there integers may round otherwise, so only an error above `FAR_OFF` counts,
     except in f32 where no product is quantised. `batches`: rows of a batch are compared with each alone. `needs_openvino`: False if ONNX
