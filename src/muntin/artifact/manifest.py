@@ -94,18 +94,26 @@ class Signature(_Frozen):
     @cached_property
     def tensors(self) -> TensorSignature:
         """Inputs and outputs by name: `images`; `scores`, and `labels` where a class is the answer. All sizes are free dimensions."""
+        images = TensorInfo(name="images", dtype="uint8", shape=("batch", "height", "width", self.channels))
+        outputs = tuple(info for info in reversed(self.served) if info.name != "image")
+        return TensorSignature(inputs=(images,), outputs=outputs, batch="batch")
+
+    @cached_property
+    def served(self) -> tuple[TensorInfo, ...]:
+        """Outputs as clients of a server see them: those of a call, and the `image` of a model that restores it; `scores` last."""
         sides = ("height", "width")
         answer = () if self.answer.one else sides if self.scale == 1 else tuple(f"{self.scale} x {side}" for side in sides)
         outputs = [TensorInfo(name="scores", dtype="float32", shape=("batch", self.outputs, *answer))]
         if self.answer.argmax:
-            outputs.append(TensorInfo(name="labels", dtype=self.label_type.name, shape=("batch", *answer)))  # type: ignore[arg-type]
-        images = TensorInfo(name="images", dtype="uint8", shape=("batch", *sides, self.channels))
-        return TensorSignature(inputs=(images,), outputs=tuple(outputs), batch="batch")
+            outputs.insert(0, TensorInfo(name="labels", dtype=self.label_type.name, shape=("batch", *answer)))  # type: ignore[arg-type]
+        elif self.answer.picture:
+            outputs.insert(0, TensorInfo(name="image", dtype="uint8", shape=("batch", *answer, self.channels)))
+        return tuple(outputs)
 
     def output_sizes(self, dims: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Shape of each output for images of these sizes."""
         scores = self.scores_shape(dims["batch"], dims["height"], dims["width"])
-        return {"scores": scores, "labels": (scores[0], *scores[2:])}
+        return {"scores": scores, "labels": (scores[0], *scores[2:]), "image": (scores[0], *scores[2:], self.channels)}
 
     def outputs_problem(self, tensors: Mapping[str, NDArray[Any]], dims: Mapping[str, int]) -> str | None:
         """Return why `tensors` are no outputs for images of these sizes, or None."""

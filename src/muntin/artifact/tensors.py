@@ -88,6 +88,11 @@ class TensorSignature(BaseModel):
         return self
 
     @property
+    def served(self) -> tuple[TensorInfo, ...]:
+        """Outputs as clients of a server see them."""
+        return self.outputs
+
+    @property
     def dims(self) -> tuple[str, ...]:
         """Names of the free dimensions of the inputs, each once."""
         return tuple(dict.fromkeys(dim for spec in self.inputs for dim in spec.shape if isinstance(dim, str)))

@@ -34,9 +34,13 @@ def image_dims(shape: Sequence[int]) -> Dims:
 def check_inputs(inputs: object, signature: AnySignature) -> tuple[Named, Dims]:
     """Returns contiguous arrays in the model's order, and the sizes of the free dimensions. Raises DataError for others."""
     if isinstance(signature, Signature):
-        images = inputs["images"] if isinstance(inputs, Mapping) and inputs.keys() == {"images"} else inputs
-        check_images(images, signature)
-        images_BHWC = np.ascontiguousarray(images)
+        if isinstance(inputs, Mapping):
+            if inputs.keys() != {"images"}:
+                names = ", ".join(map(repr, list(inputs)[:4])) or "none"
+                raise DataError(f"inputs {names}: the model has one, 'images', {signature.dtype} (B, H, W, {signature.channels})")
+            inputs = inputs["images"]
+        check_images(inputs, signature)
+        images_BHWC = np.ascontiguousarray(inputs)
         return {"images": images_BHWC}, image_dims(images_BHWC.shape)
     if isinstance(inputs, np.ndarray) and len(signature.inputs) == 1:
         inputs = {signature.inputs[0].name: inputs}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from muntin.serving.inference.outputs import CLASSES
+from muntin.serving.inference.requests import CLASSES
 from muntin.serving.protocol.messages import GRPC_CODES, InferOutput
 from muntin.serving.protocol.selection import best_classes
 from muntin.serving.triton.options import TritonOptions
@@ -72,17 +72,17 @@ CASES = {
     "unknown version": Case("means", ONE, (), {"version": "7"}, 404, "no version '7': there is 1"),
     "no number of a version": Case("means", ONE, (), {"version": "x"}, 404, "no version"),
     "unknown model": Case("nothing", ONE, (), {}, 404, "'nothing': this server has means"),
-    "unknown input": Case("means", {"pictures": ONE["images"]}, (), {}, 400, "inputs 'pictures': the model has one, \"images\""),
+    "unknown input": Case("means", {"pictures": ONE["images"]}, (), {}, 400, "inputs 'pictures': the model has one, 'images'"),
     "one input too many": Case("means", ONE | {"more": ONE["images"]}, (), {}, 400, "inputs 'images', 'more'"),
     "missing input": Case("named", {"ids": TEXT["ids"]}, (), {}, 400, "no input mask: give ids int64 (batch, tokens), mask bool"),
     "input that is none": Case("named", TEXT | {"more": np.zeros((2, 5), np.float32)}, (), {}, 400, "more, which is no input"),
     "unknown output": Case("means", ONE, ["depth"], {}, 400, "output 'depth': the model gives labels and scores"),
     "unknown named output": Case("named", TEXT, ["logits"], {}, 400, "output 'logits': the model gives embedding and label"),
-    "wrong type": Case("means", {"images": ONE["images"].astype(np.float32)}, (), {}, 400, "is FP32 (1, 8, 8, 3): give UINT8"),
+    "wrong type": Case("means", {"images": ONE["images"].astype(np.float32)}, (), {}, 400, "is FP32: the model takes UINT8 (batch, height"),
     "wrong named type": Case("named", TEXT | {"ids": TEXT["ids"].astype(np.int32)}, (), {}, 400, '"ids" is INT32: the model takes INT64'),
-    "wrong rank": Case("means", {"images": ONE["images"][0]}, (), {}, 400, "UINT8 (8, 8, 3)"),
+    "wrong rank": Case("means", {"images": ONE["images"][0]}, (), {}, 400, "images of shape (8, 8, 3): give uint8 (B, H, W, 3)"),
     "wrong named rank": Case("named", TEXT | {"ids": TEXT["ids"][:, 0]}, (), {}, 400, "has the shape (2,)"),
-    "wrong channels": Case("means", images(1, channels=4), (), {}, 400, "UINT8 (1, 8, 8, 4): give UINT8 (rows, height, width, 3)"),
+    "wrong channels": Case("means", images(1, channels=4), (), {}, 400, "images of shape (1, 8, 8, 4): give uint8 (B, H, W, 3)"),
     "other number of rows": Case("named", TEXT | {"mask": TEXT["mask"][:1]}, (), {}, 400, "in another tensor of the call"),
     "other number of tokens": Case("named", TEXT | {"mask": TEXT["mask"][:, :4].copy()}, (), {}, 400, "tokens is "),
     "integers beyond 32 bits": Case("named", TEXT | {"ids": np.full((2, 5), 1 << 40)}, (), {}, 400, "in 32 bits", triton=500),

@@ -20,10 +20,11 @@ from muntin.serving.batching.workers import Runner
 from muntin.serving.config import Bounds
 from muntin.serving.grpc import servicer as grpc_servicer
 from muntin.serving.inference.executor import Executor
-from muntin.serving.inference.outputs import read_wanted
+from muntin.serving.inference.requests import Requests
 from muntin.serving.protocol import open_inference_pb2 as messages
 from muntin.serving.protocol.grpc_codec import decode_infer, encode_infer
 from muntin.serving.protocol.messages import InferOutput, InferResponse, Limits, ProtocolError
+from muntin.serving.versions.version import Version
 from serving_protocols import label_request, labels_of
 
 Code = grpc.StatusCode
@@ -288,6 +289,7 @@ def test_request_without_outputs_is_binary() -> None:
     signature = Signature(task="segment", channels=3, classes=tuple(ClassInfo(name=name, color=(0, 0, 0)) for name in "abc"))
     request = label_request()
     del request.outputs[:]
-    wanted = read_wanted(decode_infer(request, Limits()), signature, (1, 8, 8, 3))
+    requests, decoded = Requests(1, 1 << 20), decode_infer(request, Limits())
+    _, _, wanted = requests.read(decoded, Version(name="1", path=Path("m")), signature)
     assert (wanted.names, wanted.binary) == (("labels", "scores"), True)
-    assert read_wanted(decode_infer(request, Limits()), signature, (8, 4096, 4096, 3)).binary  # far more than JSON carries
+    assert requests.measured(decoded, {"labels": np.broadcast_to(np.uint8(0), (8, 4096, 4096))}).binary  # far more than JSON carries

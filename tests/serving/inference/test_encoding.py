@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from muntin.serving.inference.encoding import HELD_BYTES, INLINE_BYTES, INLINE_CLASSES, INLINE_NUMBERS, JSON_EXPANSION, AnswerEncoder
-from muntin.serving.inference.outputs import Wanted
+from muntin.serving.inference.requests import Wanted
 from muntin.serving.protocol.messages import RefusedRequestError
 
 
-def answer_of(nbytes: int, *, labels: bool = False, listed: int = 0, binary: bool = True) -> Wanted:
-    return Wanted(names=("labels",) if labels else ("scores",), labels=labels, nbytes=nbytes, listed=listed, binary=binary)
+def answer_of(nbytes: int, *, listed: int = 0, binary: bool = True) -> Wanted:
+    return Wanted(names=("scores",), nbytes=nbytes, listed=listed, binary=binary)
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,8 @@ def answer_of(nbytes: int, *, labels: bool = False, listed: int = 0, binary: boo
         (answer_of(4 * INLINE_NUMBERS), 0),
         (answer_of(INLINE_BYTES + 4), INLINE_BYTES + 4),  # sent as it was computed: its client may not read it
         (answer_of(4 * INLINE_NUMBERS + 4, binary=False), JSON_EXPANSION * (4 * INLINE_NUMBERS + 4)),
-        (answer_of(INLINE_NUMBERS, labels=True, binary=False), 0),
-        (answer_of(INLINE_NUMBERS + 1, labels=True, binary=False), JSON_EXPANSION * (INLINE_NUMBERS + 1)),
-        (answer_of(INLINE_BYTES, labels=True), 0),
+        (answer_of(4 * INLINE_NUMBERS, binary=False), 0),
+        (answer_of(INLINE_BYTES), 0),
         (answer_of(100, listed=INLINE_CLASSES + 1, binary=False), JSON_EXPANSION * 100),
     ],
 )

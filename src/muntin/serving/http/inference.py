@@ -14,7 +14,7 @@ from typing import NamedTuple
 from muntin.artifact import Signature
 from muntin.serving.http.bodies import Scope
 from muntin.serving.http.exchange import Exchange
-from muntin.serving.inference.image_requests import INPUT
+from muntin.serving.inference.requests import INPUT
 from muntin.serving.inference.service import Answered, Service
 from muntin.serving.protocol.json_codec import (
     HEADER_LENGTH,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from muntin.serving.inference.outputs import Wanted
+from muntin.serving.inference.requests import Wanted
 from muntin.serving.protocol.messages import RefusedRequestError
 
 INLINE_NUMBERS = 1 << 16
@@ -25,7 +25,7 @@ HELD_BYTES = 1 << 30
 """Bound of the large answers between admission and the end of encoding; after that the sender counts what its client has not taken
 (`MemoryBudget`). A request whose answer would exceed it is refused, unless there is no other."""
 JSON_EXPANSION = 4
-"""Bytes of JSON for each computed byte, at most or nearly: "255," for one byte of labels, "-12.345678, " for four of scores."""
+"""Bytes of JSON for each byte of `Wanted.nbytes`, at most or nearly: "-12.345678, " for four of scores."""
 THREADS = 2
 
 Encoded = TypeVar("Encoded")
@@ -77,4 +77,4 @@ class AnswerEncoder:
 def _is_small(wanted: Wanted) -> bool:
     if wanted.binary:
         return wanted.nbytes <= INLINE_BYTES
-    return wanted.listed <= INLINE_CLASSES and wanted.nbytes <= (INLINE_NUMBERS if wanted.labels else 4 * INLINE_NUMBERS)
+    return wanted.listed <= INLINE_CLASSES and wanted.nbytes <= 4 * INLINE_NUMBERS

@@ -29,12 +29,10 @@ from muntin.serving.batching.workers import AgainError, Runner
 from muntin.serving.inference.encoding import AnswerEncoder
 from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import Group
-from muntin.serving.inference.image_requests import ImageRequests
 from muntin.serving.inference.metrics import Metrics
-from muntin.serving.inference.outputs import Wanted
+from muntin.serving.inference.requests import Requests, Wanted
 from muntin.serving.inference.shadow import Shadows
 from muntin.serving.inference.statistics import Accounts
-from muntin.serving.inference.tensor_requests import TensorRequests
 from muntin.serving.protocol.messages import InferRequest, InferResponse, ProtocolError, RefusedRequestError, shown
 from muntin.serving.protocol.metadata import ModelDescription, Statistics
 from muntin.serving.versions.slot import Lease, Slot
@@ -79,7 +77,7 @@ class Service:
     ) -> None:
         self.slot, self.runner, self.executor, self.metrics = slot, runner, executor, metrics
         self.objective, self.max_rows, self.max_pixels = objective, max_rows, max_pixels
-        self._images, self._tensors = ImageRequests(max_rows, max_pixels), TensorRequests(max_rows)
+        self._requests = Requests(max_rows, max_pixels)
         self.draining, self.keep = False, keep
         self.clock = clock
         self.shadows = Shadows(slot, executor, metrics)
@@ -101,7 +99,7 @@ class Service:
         with self.lease(model or self.name, version, canary=False) as lease:
             signature, name = lease.version.signature, lease.version.name
         ready = tuple(entry.version for entry in self.slot.index() if entry.state == "READY")
-        inputs, outputs, max_batch = self._requests(signature).specs(signature)
+        inputs, outputs, max_batch = self._requests.specs(signature)
         return ModelDescription(
             name=self.name,
             versions=(version,) if version else ready or (name,),
@@ -153,7 +151,7 @@ class Service:
             if not wanted.known:
                 self.encoder.release(reserved)
                 reserved = 0
-                reserved = self._reserve(self._tensors.measured(request, answer))
+                reserved = self._reserve(self._requests.measured(request, answer))
             respond = partial(self._respond, request, wanted, signature, answer, work, arrived, encode)
             answered = await self.encoder.encode(respond, reserved)
         except BaseException:
@@ -166,15 +164,10 @@ class Service:
             self.keep(inputs["images"])
         return answered
 
-    def _requests(self, signature: AnySignature) -> Any:
-        """Return the reader of requests to a model of this signature."""
-        return self._tensors if signature.task == "tensors" else self._images  # isinstance of a pydantic model takes a microsecond
-
     def _read(self, request: InferRequest, lease: Lease) -> tuple[Any, Group, Wanted, int]:
         """Return inputs, their group, the outputs to make, and the bytes reserved for a large answer. Releases the lease if it raises."""
-        signature = lease.version.signature
         try:
-            inputs, group, wanted = self._requests(signature).read(request, lease.version, signature)
+            inputs, group, wanted = self._requests.read(request, lease.version, lease.version.signature)
             return inputs, group, wanted, self._reserve(wanted)
         except BaseException:
             lease.release()
@@ -218,7 +211,7 @@ class Service:
             model=self.name,
             version=work.version,
             id=request.id,
-            outputs=self._requests(signature).outputs(answer, wanted, signature),
+            outputs=self._requests.outputs(answer, wanted, signature),
             parameters={"recovered": work.recovered} if work.recovered else {},
         )
         encoded = None if encode is None else encode(response)

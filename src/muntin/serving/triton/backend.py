@@ -4,7 +4,7 @@
                  |                                  |
                  +-- refused: an error response     +-- failed: each request of the group alone
 
-Reading and answering are those of muntin's own server (`inference.image_requests`, `inference.tensor_requests`). Tensors go in and
+Reading and answering are those of muntin's own server (`inference.requests`). Tensors go in and
 out by DLPack: a back end that was built for numpy 1 reads and makes wrong arrays of numpy 2 by its own functions, silently.
 """
 
@@ -23,8 +23,9 @@ from muntin.artifact.store import read_manifest
 from muntin.errors import MuntinError
 from muntin.runtime.host.hardware import physical_cores
 from muntin.serving.batching.job import Job
+from muntin.serving.inference.requests import Requests
 from muntin.serving.protocol.messages import InferInput, InferRequest, ProtocolError, RequestedOutput
-from muntin.serving.triton.configuration import requests_of
+from muntin.serving.triton.configuration import MAX_PIXELS
 from muntin.serving.triton.options import TritonOptions
 from muntin.serving.versions.version import Version, first_line
 from muntin.serving.worker.calls import starting_calls
@@ -63,7 +64,7 @@ class TritonModel:
         opened = open_version(path, options.session(physical_cores()), calls)
         self._session, self._signature = opened.session, opened.signature
         self._version = Version(name=arguments["model_version"], path=path)
-        self._requests = requests_of(opened.signature, options.max_batch)
+        self._requests = Requests(options.max_batch, MAX_PIXELS)
         self._inputs, self._outputs, _ = self._requests.specs(opened.signature)
         self._batched = bool(config["max_batch_size"])
 

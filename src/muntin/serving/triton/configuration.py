@@ -11,10 +11,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from muntin.artifact import AnySignature, Manifest, Signature
+from muntin.artifact import Manifest, Signature
 from muntin.errors import DataError
-from muntin.serving.inference.image_requests import ImageRequests
-from muntin.serving.inference.tensor_requests import TensorRequests
+from muntin.serving.inference.requests import Requests
 from muntin.serving.protocol.metadata import ModelDescription, configuration_document
 from muntin.serving.triton.batching import TritonBatching
 from muntin.serving.triton.options import TritonOptions
@@ -27,14 +26,9 @@ MAX_PIXELS = 1 << 26
 UNTESTED = "This back end was not run against a real Triton: its configuration was checked for its form only."
 
 
-def requests_of(signature: AnySignature, max_batch: int) -> Any:
-    """Return the reader of requests to a model of this signature."""
-    return ImageRequests(max_batch, MAX_PIXELS) if isinstance(signature, Signature) else TensorRequests(max_batch)
-
-
 def describe(manifest: Manifest, options: TritonOptions) -> ModelDescription:
     """Return the model as clients of its back end see it: an ONNX file of images gives scores only."""
-    inputs, outputs, max_batch = requests_of(manifest.signature, options.max_batch).specs(manifest.signature)
+    inputs, outputs, max_batch = Requests(options.max_batch, MAX_PIXELS).specs(manifest.signature)
     if options.backend != "python" and isinstance(manifest.signature, Signature):
         outputs = tuple(spec for spec in outputs if spec.name == "scores")
     return ModelDescription(name=options.name, versions=(str(options.version),), inputs=inputs, outputs=outputs, max_batch=max_batch)
