@@ -29,9 +29,9 @@ from muntin.models import PRESETS
 from muntin.runtime import load, predict
 from muntin.runtime.bulk.files import common_shapes, compute_files, item_sizes
 from muntin.runtime.bulk.items import PredictOptions
-from muntin.runtime.bulk.smaller_tiles import Tiles
 from muntin.runtime.host.hardware import usable_cores
 from muntin.runtime.pipeline import ordered
+from muntin.runtime.short_memory import Parts
 from muntin.runtime.tiles import allowed_tile
 from resumed import demo_recipe, integer_artifact, network_of, trained
 
@@ -70,7 +70,7 @@ def cut_images(folder: Path, count: int, size: str) -> list[Path]:
 def measure(artifact: Artifact, paths: list[Path], folder: Path, painted: bool, streams: int, threads: int, rounds: int) -> Row:
     session = load(artifact.path, threads=threads, streams=streams, shapes=(), dynamic=True)
     side = max((artifact.manifest.shape or (1, 512, 512))[1:])
-    options = PredictOptions(tiles=Tiles(tile=allowed_tile(session.signature, side), overlap=None), max_pixels=MAX_PIXELS, painted=painted)
+    options = PredictOptions(tiles=Parts(tile=allowed_tile(session.signature, side), overlap=None), max_pixels=MAX_PIXELS, painted=painted)
     sizes = item_sizes(paths, max_pixels=MAX_PIXELS, streams=session.streams)
     session.warm_up(common_shapes(sizes.values(), session.signature, options.tiles))
     classes, tile, cores = session.signature.classes, options.tiles.tile, usable_cores()

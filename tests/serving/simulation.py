@@ -11,20 +11,28 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import accumulate, chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from muntin.serving.batching.batcher import Batcher
 from muntin.serving.batching.job import Batch, Job, Refusal
 from muntin.serving.batching.latency_model import GROUPS, LatencyModel
 from muntin.serving.batching.queues import REMEMBERED_GROUPS
-from muntin.serving.inference.groups import taken_apart
 
 ARRIVAL, DONE, WAKE, GIVE_UP = range(4)
 QUEUE_BYTES = 1 << 30
+
+
+def taken_apart(answers: Sequence[Any], jobs: Iterable[Job]) -> list[Any]:
+    """Return each job's part of answers of single rows."""
+    parts, first = [], 0
+    for job in jobs:
+        parts.append(answers[first : first + job.rows])
+        first += job.rows
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ def predict_command(
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact", help="Tiles that give the answer of one call on the whole image, by the artefact's plan; see docs/tiles.md."
+            "--exact", help="Parts that give the answer of one call on the whole image, by the artefact's plan; see docs/tiles.md."
         ),
     ] = False,
     max_pixels: Annotated[
@@ -94,9 +94,9 @@ def predict_command(
     from muntin.runtime.bulk.files import RayTarget, compute_files, usual_streams
     from muntin.runtime.bulk.items import PredictOptions
     from muntin.runtime.bulk.journal import open_journal
-    from muntin.runtime.bulk.smaller_tiles import Tiles
     from muntin.runtime.engines.registry import open_image_session
     from muntin.runtime.options import SessionOptions
+    from muntin.runtime.short_memory import Parts
     from muntin.runtime.tiles import TILE, allowed_tile, check_tiles
 
     (images, notes), address = _images(image, truth, output or RESULTS), _ray_address(on)
@@ -110,7 +110,7 @@ def predict_command(
     _refuse_unused(signature.task, chosen | {"--tile": tile, "--overlap": overlap, "--exact": exact or None})
     usual = None if exact else allowed_tile(signature, max((manifest.shape or (1, TILE, TILE))[1:]))
     options = PredictOptions(
-        tiles=(tiles := Tiles(tile=tile or usual, overlap=overlap, exact=exact)), max_pixels=max_pixels or MAX_PIXELS, truth=truth,
+        tiles=(tiles := Parts(tile=tile or usual, overlap=overlap, exact=exact)), max_pixels=max_pixels or MAX_PIXELS, truth=truth,
         painted=not no_overlay, value_range=value_range,
     )  # fmt: skip
     if streams is None:

@@ -11,12 +11,12 @@ from muntin.artifact import ClassInfo, Sides, Signature, Sizes
 from muntin.images import MAX_PIXELS, write_image
 from muntin.runtime.bulk.files import USUAL_STREAMS, ItemSize, call_counts, common_shapes, usual_streams
 from muntin.runtime.bulk.items import PredictOptions
-from muntin.runtime.bulk.smaller_tiles import Tiles
+from muntin.runtime.short_memory import Parts
 
 CLASSES = (ClassInfo(name="a", color=(0, 0, 0)), ClassInfo(name="b", color=(1, 1, 1)))
 SIDES = Sides(multiple=8)
 SEGMENT = Signature(task="segment", channels=3, classes=CLASSES, sizes=Sizes(height=SIDES, width=SIDES))
-TILES = Tiles(tile=64, overlap=0, exact=False)
+TILES = Parts(tile=64, overlap=0, exact=False)
 
 
 def test_calls_of_pictures_and_videos() -> None:
@@ -42,7 +42,7 @@ def test_usual_streams(tmp_path: Path, sides: list[tuple[int, int]], threads: in
     paths = [tmp_path / f"{number}.png" for number in range(len(sides))]
     for path, side in zip(paths, sides, strict=True):
         write_image(path, np.zeros((*side, 3), np.uint8))
-    options = PredictOptions(tiles=Tiles(tile=64, overlap=None if exact else 0, exact=exact), max_pixels=MAX_PIXELS)
+    options = PredictOptions(tiles=Parts(tile=64, overlap=None if exact else 0, exact=exact), max_pixels=MAX_PIXELS)
     assert usual_streams(paths, SEGMENT, options, threads) == expected
     (tmp_path / "damaged.png").write_bytes(b"")
     assert usual_streams([tmp_path / "damaged.png"], SEGMENT, options, threads) == 1

@@ -16,8 +16,8 @@ from muntin.errors import ArtifactError, DataError
 from muntin.images import write_image
 from muntin.runtime.bulk.items import PredictOptions
 from muntin.runtime.bulk.on_ray import ATTEMPTS, RayJob, compute_on_ray
-from muntin.runtime.bulk.smaller_tiles import Tiles
 from muntin.runtime.options import SessionOptions
+from muntin.runtime.short_memory import Parts
 from ray_cluster import ON_LINUX, processes
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -34,7 +34,7 @@ def workers() -> Iterator[int]:
 
 @pytest.fixture
 def job(convolutions: Any) -> RayJob:
-    options = PredictOptions(tiles=Tiles(tile=64, overlap=None), max_pixels=1 << 28)
+    options = PredictOptions(tiles=Parts(tile=64, overlap=None), max_pixels=1 << 28)
     return RayJob(artifact=convolutions.path, session=SessionOptions(threads=1, shapes=(), dynamic=True), shapes=(), options=options)
 
 

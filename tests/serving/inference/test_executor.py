@@ -133,17 +133,11 @@ def test_error_of_this_process_counts_against_no_version(serving: Any) -> None:
 
 
 def test_recovery_is_reported_for_each_job(serving: Any) -> None:
-    class Moody(PixelSession):
-        def scores(self, images_BHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
-            if len(images_BHWC) > 1 or (images_BHWC.max() == 255 and images_BHWC.shape[1] > 20):
-                raise MemoryError
-            return super().scores(images_BHWC)
-
-    slot, _ = serving(Moody())
-    easy, hard = np.full((1, 30, 34, 4), 7, np.uint8), np.full((1, 30, 34, 4), 255, np.uint8)
-    batch = batch_of(slot, [easy, np.concatenate([hard, easy])], labels=False)
+    slot, _ = serving(PixelSession(most=6000))
+    first, others = np.full((1, 130, 96, 4), 7, np.uint8), np.full((2, 130, 96, 4), 131, np.uint8)
+    batch = batch_of(slot, [first, others], labels=False)
     answers = Executor(slot)(batch)
-    assert [job.payload.recovered for job in batch.jobs] == ["one row at a time", "in tiles of 17 pixels"]
+    assert [job.payload.recovered for job in batch.jobs] == ["in tiles of 65 pixels"] * 2
     assert [float(answer["scores"].mean()) for answer in answers] == pytest.approx([7, 131])
 
 
@@ -194,10 +188,10 @@ def test_rows_after_a_death(serving: Any) -> None:
 
 
 def test_tiles_after_a_second_death(serving: Any) -> None:
-    session = Mortal(most=300)
+    session = Mortal(most=6000)
     slot, _ = serving(session)
-    assert answered(Executor(slot), batch_of(slot, [random_images(2, 1, 30, 34)], labels=True)) == "in tiles of 17 pixels"
-    assert session.sizes[:2] == [(2, 30), (1, 30)]
+    assert answered(Executor(slot), batch_of(slot, [random_images(2, 1, 96, 130)], labels=True)) == "in tiles of 65 pixels"
+    assert session.sizes[:2] == [(2, 96), (1, 96)]
     assert session.deaths == 2
 
 
@@ -217,7 +211,7 @@ def test_death_in_tiles_is_an_error(serving: Any) -> None:
     session = Mortal(most=70)
     slot, _ = serving(session)
     with pytest.raises(OutOfMemoryError):
-        answered(Executor(slot), batch_of(slot, [random_images(1, 1, 30, 34)], labels=True))
+        answered(Executor(slot), batch_of(slot, [random_images(1, 1, 120, 128)], labels=True))
     assert session.deaths == 2
 
 

@@ -17,7 +17,7 @@ from muntin.runtime.session import ExecutedLayer, Session
 from muntin.serving.batching.job import Batch, Job
 from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import Group
-from muntin.serving.inference.recovery import Parts, Recovery
+from muntin.serving.inference.recovery import Recovery
 from muntin.serving.protocol.messages import InferInput, InferRequest
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
@@ -81,7 +81,7 @@ def test_each_job_gets_its_rows(shelf: Any, monkeypatch: pytest.MonkeyPatch, mos
 def test_no_memory_for_a_row(clock: Any) -> None:
     inputs = text_inputs(1, 4)
     with pytest.raises(MuntinError, match="no memory for one row of tokens 4: send smaller ones"):
-        Recovery(clock).compute(Sums(0), group_of(inputs), inputs, parts=Parts.WHOLE)
+        Recovery(clock).compute(Sums(0), group_of(inputs), inputs)
 
 
 @pytest.mark.parametrize(("error", "passed"), [(0, True), (1, False)])

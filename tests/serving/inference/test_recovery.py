@@ -13,7 +13,7 @@ from muntin.artifact import Sizes
 from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
 from muntin.serving.inference.groups import Group, image_group
-from muntin.serving.inference.recovery import SHORT_S, Computed, Parts, Recovery
+from muntin.serving.inference.recovery import SHORT_S, Computed, Recovery
 from muntin.serving.versions.version import Version
 from serving_parts import PixelSession, random_images
 
@@ -23,10 +23,9 @@ def group_of(images: NDArray[np.uint8], *, labels: bool) -> Group:
 
 
 def compute(recovery: Recovery, session: PixelSession, images: NDArray[np.uint8], *, labels: bool = True) -> Computed:
-    computed = recovery.compute(session, group_of(images, labels=labels), {"images": images}, parts=Parts.WHOLE)
+    computed = recovery.compute(session, group_of(images, labels=labels), {"images": images})
     expected = images.argmax(3) if labels else images.transpose(0, 3, 1, 2)
     np.testing.assert_allclose(computed.answers["labels" if labels else "scores"], expected, atol=1e-3)
-    assert len(computed.recovered) == len(images)
     return computed
 
 
@@ -34,27 +33,27 @@ def test_rows_without_memory_for_a_batch(clock: Any) -> None:
     session, recovery = PixelSession(most=30), Recovery(clock)
     computed = compute(recovery, session, random_images(3, 1))
     assert session.calls == [(3, 6, 5, 4)] + [(1, 6, 5, 4)] * 3
-    assert (set(computed.recovered), computed.whole) == ({"one row at a time"}, False)
+    assert computed.recovered == "one row at a time"
     assert (recovery.counts.rows, recovery.counts.tiles) == (1, 0)
 
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_tiles_without_memory_for_an_image(clock: Any, labels: bool) -> None:
-    session, recovery = PixelSession(most=400), Recovery(clock)
-    computed = compute(recovery, session, random_images(3, 1, 30, 34), labels=labels)
-    assert set(computed.recovered) == {"in tiles of 17 pixels"}
+    session, recovery = PixelSession(most=5000), Recovery(clock)
+    computed = compute(recovery, session, random_images(3, 1, 200, 260), labels=labels)
+    assert computed.recovered == "in tiles of 65 pixels"  # 130 are too many
     assert (recovery.counts.rows, recovery.counts.tiles) == (1, 3)
 
 
 def test_tiles_of_an_allowed_size(clock: Any) -> None:
-    computed = compute(Recovery(clock), PixelSession(most=400, sizes=Sizes.both(multiple=4)), random_images(1, 1, 32, 36))
-    assert computed.recovered == ["in tiles of 16 pixels"]
+    computed = compute(Recovery(clock), PixelSession(most=6000, sizes=Sizes.both(multiple=8)), random_images(1, 1, 128, 152))
+    assert computed.recovered == "in tiles of 72 pixels"
 
 
 @pytest.mark.parametrize("session", [PixelSession("classify", most=20), PixelSession(most=20, sizes=Sizes.only(6, 5))])
 def test_image_without_tiles(clock: Any, session: PixelSession) -> None:
     with pytest.raises(MuntinError, match="no memory for one image of 5x6"):
-        Recovery(clock).compute(session, group_of(random_images(1, 1), labels=False), {"images": random_images(1, 1)}, parts=Parts.WHOLE)
+        Recovery(clock).compute(session, group_of(random_images(1, 1), labels=False), {"images": random_images(1, 1)})
 
 
 def test_large_calls_are_not_tried_for_a_while(clock: Any) -> None:
@@ -83,7 +82,7 @@ def test_engine_that_cannot_start_is_no_shortage(clock: Any) -> None:
     with pytest.raises(VerificationError):
         compute(recovery, session, random_images(4, 1))
     session.error = None
-    assert compute(recovery, session, random_images(4, 1)).whole
+    assert not compute(recovery, session, random_images(4, 1)).recovered
 
 
 @pytest.mark.parametrize(

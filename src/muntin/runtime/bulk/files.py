@@ -17,12 +17,12 @@ from muntin.images.video import is_video, video_info
 from muntin.runtime.blending import tile_origins
 from muntin.runtime.bulk.items import ItemComputer, ItemOutcome, PredictOptions
 from muntin.runtime.bulk.on_ray import RayJob, compute_on_ray
-from muntin.runtime.bulk.smaller_tiles import Tiles
 from muntin.runtime.host.hardware import usable_cores
 from muntin.runtime.inputs import Shape
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.pipeline import ordered
 from muntin.runtime.session import STATIC_SHAPES, Session
+from muntin.runtime.short_memory import Parts
 from muntin.runtime.tiles import tile_side
 
 COMPILED = 128
@@ -71,7 +71,7 @@ def usual_streams(sources: Collection[Path], signature: Signature, options: Pred
     return max(1, most)
 
 
-def call_counts(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -> Counter[Shape]:
+def call_counts(sizes: Iterable[ItemSize], signature: Signature, tiles: Parts) -> Counter[Shape]:
     """Return the number of calls of each size (B, H, W)."""
     calls: Counter[Shape] = Counter()
     for size in sizes:
@@ -89,7 +89,7 @@ def call_counts(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -
     return calls
 
 
-def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Tiles) -> tuple[Shape, ...]:
+def common_shapes(sizes: Iterable[ItemSize], signature: Signature, tiles: Parts) -> tuple[Shape, ...]:
     """Return the (B, H, W) of calls worth a compilation: of `COMPILED` calls or more, or where all calls have one size. Exact tiles are
     compiled in parts, and not here."""
     if tiles.exact:

@@ -15,12 +15,12 @@ from muntin.images import TooManyPixelsError
 from muntin.images.sources import source_size
 from muntin.images.video import is_video
 from muntin.runtime.bulk.pictures import Range, predict_picture
-from muntin.runtime.bulk.smaller_tiles import Tiles, in_smaller_tiles
 from muntin.runtime.bulk.videos import predict_video, video_files
 from muntin.runtime.exact_tiles.tiles import SIDE
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.pipeline import StoppedError
 from muntin.runtime.session import Session
+from muntin.runtime.short_memory import Parts, compute_in_parts
 from muntin.tasks.answers import ANSWERING
 from muntin.tasks.base import Result
 
@@ -33,7 +33,7 @@ class PredictOptions:
     """Options that all pictures of a run share. `truth`: the mask of its only picture. `painted`: masks have overlays. `value_range`: the
     values that are read as 0 and 255."""
 
-    tiles: Tiles
+    tiles: Parts
     max_pixels: int
     truth: Path | None = None
     painted: bool = True
@@ -85,7 +85,7 @@ class ItemComputer:
         self._check_stop()
         given = self.session, source, target or source.with_suffix(""), options.truth, options.max_pixels
 
-        def compute(tiles: Tiles) -> Result:
+        def compute(tiles: Parts) -> Result:
             return predict_picture(*given, self._arguments(tiles, advance), options.value_range, painted=options.painted)
 
         if signature.answer.one:
@@ -93,7 +93,7 @@ class ItemComputer:
         longest = options.tiles.tile or 1
         with suppress(DataError):  # `predict_picture` raises it
             longest = max(source_size(source, max_pixels=options.max_pixels))
-        result, used = in_smaller_tiles(compute, options.tiles, signature, longest)
+        result, used = compute_in_parts(compute, options.tiles, lambda tiles: tiles.smaller(signature, longest))
         return self._noted(result, source, used)
 
     def _video(self, source: Path, target: Path | None, advance: Callable[[float], None]) -> tuple[Result, str]:
@@ -113,7 +113,7 @@ class ItemComputer:
         )
         return self._noted(result, source, used), error
 
-    def _noted(self, result: Result, source: Path, used: Tiles) -> Result:
+    def _noted(self, result: Result, source: Path, used: Parts) -> Result:
         first = self.options.tiles.tile
         if used.tile == first:
             return result
@@ -123,7 +123,7 @@ class ItemComputer:
         )
         return result | {"notes": [*result.get("notes", ()), note]}
 
-    def _arguments(self, tiles: Tiles, advance: Callable[[float], None] = lambda done: None) -> dict[str, Any]:
+    def _arguments(self, tiles: Parts, advance: Callable[[float], None] = lambda done: None) -> dict[str, Any]:
         """The arguments of `predict` for these tiles."""
 
         def tile_done(done: int, total: int) -> None:

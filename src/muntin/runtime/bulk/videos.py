@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from muntin.artifact import Signature
 from muntin.errors import DataError
 from muntin.images.video import VideoFrame, read_frames, video_info, written_video
-from muntin.runtime.bulk.smaller_tiles import Tiles, in_smaller_tiles
 from muntin.runtime.pipeline import ordered, prefetched
 from muntin.runtime.session import Session
+from muntin.runtime.short_memory import Parts, compute_in_parts
 from muntin.runtime.tiles import predict, size_note
 from muntin.tasks.answers import ANSWERING
 from muntin.tasks.base import Result
@@ -39,12 +39,12 @@ def predict_video(
     source: Path,
     target: Path,
     *,
-    tiles: Tiles,
+    tiles: Parts,
     max_pixels: int,
     painted: bool,
-    arguments: Callable[[Tiles], dict[str, Any]],
+    arguments: Callable[[Parts], dict[str, Any]],
     advance: Callable[[float], None],
-) -> tuple[Result, str, Tiles]:
+) -> tuple[Result, str, Parts]:
     """Compute the frames of a video and write the videos of `video_files`, with the timestamps of the source.
 
     `painted`: with an overlay. `arguments`: of `predict` for tiles. `advance` is called with the number of
@@ -67,11 +67,11 @@ def predict_video(
                 damage[0] = str(error)
 
     def compute(frame: VideoFrame) -> tuple[VideoFrame, Answers, NDArray[Any]]:
-        def answer_in(tiles: Tiles) -> NDArray[Any]:
+        def answer_in(tiles: Parts) -> NDArray[Any]:
             answer: NDArray[Any] = predict(session, frame.pixels, **arguments(tiles))
             return answer
 
-        answer, used = in_smaller_tiles(answer_in, current[0], signature, max(info.height, info.width))
+        answer, used = compute_in_parts(answer_in, current[0], lambda tiles: tiles.smaller(signature, max(info.height, info.width)))
         if used != current[0]:
             with changing:
                 current[0] = min(current[0], used, key=lambda tiles: tiles.tile or 0)

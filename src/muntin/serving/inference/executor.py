@@ -17,11 +17,12 @@ from math import inf
 from typing import Any
 
 from muntin.runtime.inputs import Named
+from muntin.runtime.session import Session
 from muntin.serving.batching.job import Batch
 from muntin.serving.batching.workers import AgainError
 from muntin.serving.inference.fallback import compute_somewhere
-from muntin.serving.inference.groups import Group, taken_apart
-from muntin.serving.inference.recovery import Parts, Recovery
+from muntin.serving.inference.groups import Group
+from muntin.serving.inference.recovery import Computed, Recovery
 from muntin.serving.versions.slot import Lease, Slot
 from muntin.serving.versions.version import Version
 from muntin.serving.worker.opening import EngineDiedError, OutOfMemoryError
@@ -35,9 +36,9 @@ class Work:
     """A request's inputs, the lease on its version, and how it was computed. Times are seconds of the clock.
 
     `admitted`: when it joined the queue. `started`: when its batch began; `computed`: seconds that took. `by`: the version that computed
-    it. `recovered`: how it was computed for lack of memory, or empty. `parts`: in which it is to be computed. `whole`: inputs and answers
-    of its batch, for a candidate; one request of a batch has it. `within`: seconds after which its batch counts as one that hangs.
-    `died`: an engine died while it computed this, perhaps because of another request.
+    it. `recovered`: how it was computed for lack of memory, or empty. `whole`: inputs and answers of its batch, for a candidate; one
+    request of a batch has it. `within`: seconds after which its batch counts as one that hangs. `died`: an engine died while it computed
+    this, perhaps because of another request; `short`: for lack of memory.
     """
 
     inputs: Named
@@ -49,9 +50,9 @@ class Work:
     by: Version | None = None
     whole: tuple[Named, Named] | None = None
     within: float = inf
-    parts: Parts = Parts.WHOLE
     recovered: str = ""
     died: bool = False
+    short: bool = False
 
     @property
     def version(self) -> str:
@@ -74,26 +75,31 @@ class Executor:
         """
         works: list[Work] = [job.payload for job in batch.jobs]
         group: Any = batch.group
-        version, started, parts = group.version, self._clock(), max(work.parts for work in works)
-        if parts and version.state != "failed" and not version.liveness.revive(REVIVE_S):
+        version, started = group.version, self._clock()
+        if any(work.short for work in works) and version.state != "failed" and not version.liveness.revive(REVIVE_S):
             raise AgainError(f"version {version.name}: its engine was ended for want of memory, and is being begun again")
         inputs = works[0].inputs if len(works) == 1 else group.joined([work.inputs for work in works])
+        tried: list[Session] = []
+
+        def compute(session: Session) -> Computed:
+            tried.append(session)
+            return self._recovery.compute(session, group, inputs)
+
         try:
             computed, by = compute_somewhere(
                 self._slot,
                 version,
-                lambda session: self._recovery.compute(session, group, inputs, parts=parts),
+                compute,
                 rows=batch.rows,
                 call=group.call(batch.rows),
                 within=batch.within,
-                whole=lambda computed: computed.whole,
+                whole=lambda computed: not computed.recovered,
             )
         except OutOfMemoryError as error:
-            one_row = batch.rows == 1
-            if parts == Parts.TILES or (one_row and group.tile(version.signature) is None):
+            if self._recovery.exhausted(tried[0], group, batch.rows):
                 raise
             for work in works:
-                work.parts = Parts.TILES if one_row or parts == Parts.ROWS else Parts.ROWS
+                work.short = True
             raise AgainError(str(error)) from error
         except EngineDiedError as error:
             if all(work.died for work in works) or self._clock() - started >= batch.within:  # it was ended because this batch hung
@@ -102,10 +108,10 @@ class Executor:
                 work.died = True
             raise AgainError(str(error)) from error
         seconds = self._clock() - started
-        for work, recovered in zip(works, taken_apart(computed.recovered, batch.jobs), strict=True):
+        for work in works:
             work.started, work.computed, work.batch_rows = started, seconds, batch.rows
-            work.by, work.recovered, work.within = by, max(recovered, key=len), batch.within
-        if self._slot.shadowed and computed.whole:  # all of the batch: times of single rows and of batches differ
+            work.by, work.recovered, work.within = by, computed.recovered, batch.within
+        if self._slot.shadowed and not computed.recovered:  # all of the batch: times of single rows and of batches differ
             works[0].whole = inputs, computed.answers
         answers: Sequence[Named] = group.apart(computed.answers, batch.jobs)
         return answers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from muntin.artifact.answers import OutputName
 from muntin.runtime import predict
 from muntin.runtime.inputs import LABELS, SCORES, Dims, Named
 from muntin.runtime.session import Session
-from muntin.runtime.tiles import TILE, allowed_tile
+from muntin.runtime.short_memory import Parts
 from muntin.serving.batching.job import Job
 from muntin.serving.versions.rollout import label_agreement, tensor_agreement
 from muntin.serving.versions.version import Version
@@ -38,11 +38,6 @@ class Group(NamedTuple):
     def alone(self) -> bool:
         """True if requests are not joined."""
         return self.batch is None
-
-    @property
-    def kind(self) -> Hashable:
-        """Calls of one kind need memory by their size alone."""
-        return self.outputs
 
     @property
     def row_text(self) -> str:
@@ -83,18 +78,20 @@ class Group(NamedTuple):
         """Have a session of the group's model, of any version, compute inputs."""
         return session.infer(inputs, self._all_dims(self.rows(inputs)), self.outputs)
 
-    def tile(self, signature: Any) -> int | None:
-        """Return the side of the tiles in which one image can be computed; None for what has no smaller parts."""
-        if not self.images:
-            return None
-        sizes = dict(self.dims)
-        longest = max(sizes["height"], sizes["width"])
-        tile = allowed_tile(signature, min(TILE, (longest + 1) // 2))
-        return tile if tile is not None and tile < longest else None
+    def smaller(self, signature: Any, parts: Parts) -> Parts | None:
+        """Return smaller parts of such inputs for a model of the group's kind, or None where there are none."""
+        return parts.smaller(signature, max(size for _, size in self.dims)) if self.images else parts.smaller(None, 0)
 
-    def compute_tiles(self, session: Any, inputs: Named, tile: int) -> Named:
-        output: OutputName = "labels" if self.outputs == LABELS else "scores"
-        return {output: predict(session, inputs["images"][0], tile=tile, output=output)[None]}
+    def compute_parts(self, session: Session, inputs: Named, parts: Parts) -> Named:
+        """As `compute`, in calls of `parts`."""
+        rows = self.rows(inputs)
+        if parts.tile is not None:
+            output: OutputName = "labels" if self.outputs == LABELS else "scores"
+            return {output: np.stack([predict(session, image, tile=parts.tile, output=output) for image in inputs["images"]])}
+        if rows <= parts.rows:
+            return self.compute(session, inputs)
+        firsts = range(0, rows, parts.rows)
+        return self.joined([self.compute(session, self.part(inputs, first, first + parts.rows)) for first in firsts])
 
     def agreement(self, answer: Named, shadow: Named) -> float | None:
         """Return the agreement of two answers, from 0 to 1; None where it cannot be said."""
@@ -111,12 +108,3 @@ class Group(NamedTuple):
 def image_group(version: Version, height: int, width: int, *, labels: bool) -> Group:
     """Return the group of images of one size. `labels`: labels are requested, and no scores."""
     return Group(version, (("height", height), ("width", width)), "batch", height * width, LABELS if labels else SCORES, images=True)
-
-
-def taken_apart(answer: Any, jobs: Iterable[Job]) -> list[Any]:
-    """Return each job's part of a list or an array that has an entry for each row of all jobs, in order."""
-    parts, first = [], 0
-    for job in jobs:
-        parts.append(answer[first : first + job.rows])
-        first += job.rows
-    return parts

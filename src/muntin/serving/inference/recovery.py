@@ -1,45 +1,33 @@
-"""Compute a batch although memory is short: one row at a time, then images in tiles. What was done is returned and counted."""
+"""Compute a batch although memory is short, and remember for a while which calls were too large. What was done is returned and counted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from enum import IntEnum
+from functools import partial
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from muntin.errors import MuntinError, VerificationError
+from muntin.errors import ArtifactError, MuntinError
 from muntin.runtime.host.memory import no_memory
+from muntin.runtime.inputs import Named
 from muntin.runtime.session import Session
+from muntin.runtime.short_memory import Parts, compute_in_parts
 from muntin.serving.inference.groups import Group
-from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError
+from muntin.serving.worker.opening import OutOfMemoryError
 
 SHORT_S = 60.0
 """Seconds in which a call that was too large for the memory is not tried again: each try may cost an engine, and seconds to restart it."""
-_NOT_THE_CALLS = (EngineDiedError, NotReadyError, VerificationError)
-"""Errors that say nothing of the call, whatever their text: there may have been no memory to start an engine."""
-_Kind = tuple[Hashable, bool]
-"""Kind of a group's calls; one row or several."""
-
-
-class Parts(IntEnum):
-    """The parts in which a request is computed; smaller ones after each death of an engine for lack of memory."""
-
-    WHOLE = 0
-    ROWS = 1
-    TILES = 2
+_Kind = tuple[Hashable, int, bool]
+"""Kind of a group's calls; one row or several; whole or in tiles."""
 
 
 class Computed(NamedTuple):
-    """Answers, and for each row how it was computed for lack of memory; empty: `whole`, in one call."""
+    """Answers, and how they were computed for lack of memory; empty: in one call."""
 
-    answers: Any
-    recovered: list[str]
-
-    @property
-    def whole(self) -> bool:
-        return not any(self.recovered)
+    answers: Named
+    recovered: str
 
 
 @dataclass(kw_only=True)
@@ -57,52 +45,63 @@ class Shortages:
         self._clock = clock
         self._refused: WeakKeyDictionary[Session, dict[_Kind, tuple[int, float]]] = WeakKeyDictionary()
 
-    def refused(self, session: Session, kind: _Kind, size: int) -> None:
-        """Remember that there was no memory for a call."""
-        if size < self._known(session, kind):
+    def refused(self, session: Session, group: Group, parts: Parts) -> None:
+        """Remember that there was no memory for calls of a group's inputs in `parts`."""
+        kind, size = _call(group, parts)
+        if not self.too_large(session, group, parts):
             self._refused.setdefault(session, {})[kind] = size, self._clock()
 
-    def too_many(self, session: Session, kind: _Kind, size: int) -> bool:
-        """Return whether a call of this size should not be tried now."""
-        return size >= self._known(session, kind)
-
-    def _known(self, session: Session, kind: _Kind) -> float:
+    def too_large(self, session: Session, group: Group, parts: Parts) -> bool:
+        """Return whether such calls should not be tried now."""
+        kind, size = _call(group, parts)
         least, at = self._refused.get(session, {}).get(kind, (inf, 0.0))
-        return least if self._clock() - at < SHORT_S else inf
+        return size >= least and self._clock() - at < SHORT_S
+
+
+def _call(group: Group, parts: Parts) -> tuple[_Kind, int]:
+    """Return the kind and the size of a call, in pixels or values."""
+    size = parts.rows * group.row_size if parts.tile is None else parts.tile * parts.tile
+    return (group.outputs, min(parts.rows, 2), parts.tile is not None), size
 
 
 class Recovery:
-    """Computes a batch in one call if there is memory for it, else in rows and tiles."""
+    """Computes batches in one call each if there is memory for it, else in smaller parts."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.counts = Recoveries()
         self._shortages = Shortages(clock)
 
-    def compute(self, session: Any, group: Group, inputs: Any, *, parts: Parts) -> Computed:
-        """Compute inputs with a session, in `parts` or smaller ones.
+    def compute(self, session: Session, group: Group, inputs: Named) -> Computed:
+        """Compute inputs with a session. Raises OutOfMemoryError if the engine dies for lack of memory, MuntinError if nothing fits."""
+        whole = Parts(rows=group.rows(inputs))
 
-        Raises OutOfMemoryError if the engine dies for lack of memory, MuntinError if a row that has no tiles does not fit.
-        """
-        B = group.rows(inputs)
-        kind, size = (group.kind, B == 1), B * group.row_size
-        tile = group.tile(session.signature)
-        divisible = B > 1 or tile is not None
-        divided = parts >= (Parts.TILES if B == 1 else Parts.ROWS) or self._shortages.too_many(session, kind, size)
-        if not (divisible and divided):
+        def compute(parts: Parts) -> Named:
             try:
-                return Computed(group.compute(session, inputs), [""] * B)
-            except OutOfMemoryError:
-                self._shortages.refused(session, kind, size)
+                return group.compute_parts(session, inputs, parts)
+            except (OutOfMemoryError, MemoryError, ArtifactError) as error:
+                if isinstance(error, OutOfMemoryError) or no_memory(error):
+                    self._shortages.refused(session, group, parts)
                 raise
-            except Exception as error:
-                if isinstance(error, _NOT_THE_CALLS) or not no_memory(error):
-                    raise
-                self._shortages.refused(session, kind, size)
-        if B > 1:
-            self.counts.rows += 1
-            rows = [self.compute(session, group, group.part(inputs, n, n + 1), parts=parts) for n in range(B)]
-            return Computed(group.joined([row.answers for row in rows]), [row.recovered[0] or "one row at a time" for row in rows])
-        if tile is None:
-            raise MuntinError(f"no memory for {group.row_text}: send smaller ones, or try again later")
-        self.counts.tiles += 1
-        return Computed(group.compute_tiles(session, inputs, tile), [f"in tiles of {tile} pixels"])
+
+        try:
+            answers, parts = compute_in_parts(compute, self._first(session, group, whole.rows), partial(group.smaller, session.signature))
+        except (MemoryError, ArtifactError) as error:
+            if not no_memory(error):
+                raise
+            raise MuntinError(f"no memory for {group.row_text}: send smaller ones, or try again later") from error
+        self.counts.rows += whole.rows > 1 and parts != whole
+        self.counts.tiles += 0 if parts.tile is None else whole.rows
+        return Computed(
+            answers, "" if parts == whole else "one row at a time" if parts.tile is None else f"in tiles of {parts.tile} pixels"
+        )
+
+    def exhausted(self, session: Session, group: Group, rows: int) -> bool:
+        """Return whether even the smallest parts of a batch found no memory lately."""
+        return self._shortages.too_large(session, group, self._first(session, group, rows))
+
+    def _first(self, session: Session, group: Group, rows: int) -> Parts:
+        """Return the largest parts that may fit, or the smallest ones."""
+        parts = Parts(rows=rows)
+        while self._shortages.too_large(session, group, parts) and (less := group.smaller(session.signature, parts)) is not None:
+            parts = less
+        return parts
