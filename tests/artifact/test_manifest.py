@@ -58,8 +58,8 @@ def test_changed_byte(position: int, flip: int) -> None:
 
 
 def test_newer_format() -> None:
-    content = json.loads(RENDERED) | {"format": 3}
-    with pytest.raises(ArtifactError, match=r"artefact format 3 is newer than this muntin reads \(2\): upgrade muntin"):
+    content = json.loads(RENDERED) | {"format": 4}
+    with pytest.raises(ArtifactError, match=r"artefact format 4 is newer than this muntin reads \(3\): upgrade muntin"):
         parse_manifest(json.dumps(content).encode(), "manifest.json")
     with pytest.raises(ArtifactError, match="made by an earlier version: export again"):
         parse_manifest(json.dumps(content | {"format": 1}).encode(), "manifest.json")

@@ -24,7 +24,7 @@ def test_artifact_is_read_as_written(tmp_path: Path) -> None:
     assert read.manifest.named is not None
     assert read.manifest == written.manifest
     assert read.manifest.signature == SIGNATURE
-    assert read.manifest.format == 2
+    assert read.manifest.format == 3
     assert "ids int64 (batch, tokens), mask bool (batch, tokens) -> embedding float32 (batch, 24)" in repr(read)
     (inputs, outputs), _ = read.golden()
     assert list(outputs) == ["embedding", "label"]

@@ -44,7 +44,7 @@ def test_export_reuses_an_artefact_of_the_same_weights(call: Call, exported: Any
     text = call("export", exported.run)
     assert (text.code, text.err) == (0, "")
     assert text.out.startswith(f"exists already {exported.artifact}: ")
-    assert f"{document['int8_layers']} layers in INT8" in text.out
+    assert f"{document['int8_layers']} of 3 layers in INT8" in text.out
 
 
 def test_export_again_after_a_new_revision(call: Call, exported: Any, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_onnx_file_of_any_model(call: Call, text_model: tuple[Path, Path], tmp_p
     folder = tmp_path / "text-artifact"
     assert (text.code, text.err) == (0, "")
     assert text.out.startswith(f"wrote     {folder}: 0.0")
-    assert "2 of 2 products in INT8" in text.out
+    assert "2 of 2 layers in INT8" in text.out
     for line in ("input     ids: int64 (batch, tokens)\n", "output    label: int64 (batch)\n", "integers  embedding: 0.0"):
         assert line in text.out
     assert onnx.load(tmp_path / "plain.onnx").graph.output[1].name == "label"

@@ -198,7 +198,7 @@ def assert_exact_tiles() -> Callable[[Artifact, int, int, int], None]:
     """`assert_exact_tiles(artifact, height, width, tile)`: tiles give the answer of one call."""
 
     def run(artifact: Artifact, height: int, width: int, tile: int) -> None:
-        assert artifact.manifest.plan is not None, artifact.manifest.measured
+        assert artifact.manifest.tile_plan is not None, artifact.manifest.measured
         session = muntin.load(artifact.path, precision="f32", shapes=(), engine="onnxruntime", cache=False)
         picture = make_pictures(1, height, width, 3, seed=0)[0]
         whole, tiled = (muntin.predict(session, picture, output="scores", **how) for how in ({}, {"exact": True, "tile": tile}))

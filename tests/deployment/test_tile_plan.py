@@ -61,11 +61,11 @@ def test_answer_of_one_call(exported: Any, height: int, width: int, tile: int, a
 
 @pytest.mark.parametrize("exported", ["convolutions"], indirect=True)
 def test_export_finds_missing_surroundings(exported: Any, pictures: Any, tmp_path: Path) -> None:
-    path, plan, picture = tmp_path / "artifact", exported.artifact.manifest.plan, pictures(1, 96, 96, 3)[0]
+    path, plan, picture = tmp_path / "artifact", exported.artifact.manifest.tile_plan, pictures(1, 96, 96, 3)[0]
     shutil.copytree(exported.artifact.path, path)
     assert plan is not None and plan_fault(path, plan, picture) is None
     passes = tuple(walk.model_copy(update={"halo": (walk.step, walk.step)}) for walk in plan.passes)
-    narrow = exported.artifact.manifest.model_copy(update={"plan": plan.model_copy(update={"passes": passes})})
+    narrow = exported.artifact.manifest.model_copy(update={"tile_plan": plan.model_copy(update={"passes": passes})})
     (path / MANIFEST).write_bytes(render_manifest(narrow)[1])
     assert "tiles differ from one call" in str(plan_fault(path, plan, picture))
 
@@ -103,7 +103,7 @@ def test_group_norm_has_no_plan(export_model: Any) -> None:
 
 
 def assert_no_plan(exported: Any, reason: str) -> None:
-    assert exported.artifact.manifest.plan is None
+    assert exported.artifact.manifest.tile_plan is None
     session = muntin.load(exported.artifact.path, shapes=(), cache=False)
     with pytest.raises(ArtifactError, match=reason):
         muntin.predict(session, np.zeros((64, 64, 3), np.uint8), exact=True)

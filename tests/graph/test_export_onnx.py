@@ -22,6 +22,7 @@ from muntin.graph.artifacts import export as export_module
 from muntin.graph.artifacts.engine_check import FallbackError
 from muntin.graph.float_run import FloatRun
 from muntin.runtime import SessionOptions
+from muntin.training.config import QuantizationConfig
 from tensor_models import Array, model, normal, text_inputs, two_heads
 
 
@@ -258,3 +259,14 @@ def test_signatures_of_random_shapes(tmp_path: Path, rank: int, rows: int, sides
     assert np.array_equal(answer["y"], 3 * inputs["x"])
     assert answer["size"].tolist() == shape
     assert np.array_equal(FloatRun(proto)(inputs)["y"], answer["y"])
+
+
+def test_export_takes_onnx_files(tmp_path: Path, encoder: tuple[nn.Module, onnx.ModelProto]) -> None:
+    onnx.save(encoder[1], tmp_path / "encoder.onnx")
+    batches = [sentences(4, 12, seed) for seed in range(2)]
+    same = muntin.export_onnx(tmp_path / "encoder.onnx", tmp_path / "same", calibration=batches)
+    artifact = muntin.export(str(tmp_path / "encoder.onnx"), path=tmp_path / "artifact", calibration=batches)
+    assert artifact.model_bytes() == same.model_bytes()
+    quantization = QuantizationConfig(keep=[same.manifest.layers[0].name])
+    kept = muntin.export(encoder[1], path=tmp_path / "kept", calibration=batches, quantization=quantization)
+    assert kept.manifest.layers[0].note == "named in keep"

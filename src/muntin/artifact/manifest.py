@@ -28,12 +28,12 @@ from pydantic import (
 
 from muntin.artifact.answers import ANSWERS, Answer, Task
 from muntin.artifact.classes import ClassInfo
-from muntin.artifact.plan import TilePlan
 from muntin.artifact.sizes import Sizes
 from muntin.artifact.tensors import DimName, DimSize, TensorInfo, TensorSignature
+from muntin.artifact.tile_plan import TilePlan
 from muntin.errors import ArtifactError
 
-FORMAT: Literal[2] = 2
+FORMAT: Literal[3] = 3
 
 FloatPrecision = Literal["f32", "bf16", "f16"]
 EngineFamily = Literal["openvino", "onnxruntime"]
@@ -222,14 +222,14 @@ class Manifest(_Frozen):
     dimensions that sessions compile for by default; of images `batch`, `height` and `width`. `sha256`: the manifest's own digest.
     """
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     muntin: str
     created: str
     signature: Annotated[Signature | TensorSignature, Field(discriminator="task")]
     passes: tuple[dict[str, JsonValue], ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     tensors: dict[str, TensorRecord] = {}
-    plan: TilePlan | None = None
+    tile_plan: TilePlan | None = None
     precision: FloatPrecision = "f32"
     measured: dict[str, JsonValue] = {}
     golden_tolerance: dict[EngineFamily, dict[FloatPrecision, GoldenTolerance]] = {}

@@ -49,9 +49,9 @@ from muntin.artifact.manifest import (
     render_manifest,
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
-from muntin.artifact.plan import TilePlan
 from muntin.artifact.sparse_packing import sparsity_of
 from muntin.artifact.tensors import TensorPair, TensorSignature
+from muntin.artifact.tile_plan import TilePlan
 from muntin.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -228,7 +228,7 @@ def write_artifact(
     packing: Packing | None = None,
     layers: Iterable[LayerRecord] = (),
     passes: Iterable[Mapping[str, Any]] = (),
-    plan: TilePlan | None = None,
+    tile_plan: TilePlan | None = None,
     precision: FloatPrecision = "f32",
     measured: Mapping[str, Any] | None = None,
     created: str | None = None,
@@ -260,7 +260,7 @@ def write_artifact(
         "example": None if example is None else dict(example),
         "layers": tuple(layers),
         "passes": tuple(dict(entry) for entry in passes),
-        "plan": plan,
+        "tile_plan": tile_plan,
         "precision": precision,
         "measured": dict(measured or {}),
         "created": created,

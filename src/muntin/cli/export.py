@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,10 +210,7 @@ def _export_source(
         if standalone is not None:
             write_standalone(artifact, standalone)
     notes = (*start, *notes) if json else notes
-    if artifact.manifest.named is None:
-        _print_result(artifact, artifact.path, standalone, notes, reused=False, replaced=replaced, floating=floating, json=json)
-    else:
-        _print_tensors(artifact, artifact.path, standalone, notes, floating=floating, json=json)
+    _print_result(artifact, artifact.path, standalone, notes, replaced=replaced, floating=floating, json=json)
 
 
 def _print_result(
@@ -222,25 +219,39 @@ def _print_result(
     standalone: Path | None,
     notes: Sequence[object],
     *,
-    reused: bool,
-    replaced: str | None,
     floating: bool,
     json: bool,
+    reused: bool = False,
+    replaced: str | None = None,
 ) -> None:
-    """Print what was exported, as lines or as JSON."""
-    kept = {layer.name: layer.note for layer in artifact.manifest.layers if layer.activation_bits is None}
+    """Print what was exported, what it replaced, and the layers that were not quantised with the reason; as lines or as JSON."""
+    manifest, images = artifact.manifest, artifact.manifest.named is None
+    kept = {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
+    if floating and not images:
+        kept = {}
+    rounding: Any = {} if images else manifest.measured.get("rounding", {})
     if json:
         document = {"artifact": target, "bytes": artifact.bytes, "replaced": replaced, "written": not reused, "standalone": standalone}
-        document |= {
-            "sizes": artifact.picture.sizes.model_dump(),
-            "precision": artifact.manifest.precision,
-            "int8_layers": _integer_layers(artifact),
-            "integer_coverage": artifact.manifest.measured.get("integer_coverage"),
-            "kept": kept,
-        }
-        print_json(document | {"notes": notes})
+        kind = {"sizes": artifact.picture.sizes.model_dump()} if images else {"signature": manifest.signature.model_dump()}
+        document |= kind | {"precision": manifest.precision, "int8_layers": _integer_layers(artifact), "rounding": rounding}
+        print_json(document | {"integer_coverage": manifest.measured.get("integer_coverage"), "kept": kept, "notes": notes})
         return
-    _describe(artifact, target, reused=reused, replaced=replaced, kept={} if floating else kept)
+    share = manifest.measured.get("integer_coverage")
+    coverage = f" ({share:.0%} of the multiply-adds)" if isinstance(share, float) and share else ""
+    layers = f"{_integer_layers(artifact)} of {len(manifest.layers)} layers in INT8{coverage}, others in {manifest.precision}"
+    out.print(f"{'exists already' if reused else 'wrote    '} {target}: {artifact.bytes / 1e6:.2f} MB, {layers}")
+    if images:
+        out.print(f"sizes     {artifact.picture.sizes.text}")
+    else:
+        for kind_, infos in (("input", manifest.signature.tensors.inputs), ("output", manifest.signature.tensors.outputs)):
+            for info in infos:
+                out.print(f"{kind_:<9} {info.name}: {info.text}")
+    for name, change in rounding.items():
+        out.print(f"integers  {name}: {_moved(change)}")
+    if replaced is not None:
+        out.print(f"replaced  what was there, {replaced}")
+    for name, reason in () if floating else kept.items():
+        out.print(f"kept      {name}: {reason or 'not quantised'}")
     if standalone is not None:
         out.print(_written(standalone))
     print_notes(notes)
@@ -273,44 +284,7 @@ def _export_onnx(
         if standalone is not None:
             write_standalone(artifact, standalone)
     notes = artifact.manifest.measured["notes"]
-    _print_tensors(artifact, target, standalone, notes if isinstance(notes, list) else [], floating=floating, json=json)
-
-
-def _print_tensors(
-    artifact: Artifact, target: Path, standalone: Path | None, notes: Sequence[object], *, floating: bool, json: bool
-) -> None:
-    """Print what was exported with named inputs and outputs, as lines or as JSON."""
-    manifest = artifact.manifest
-    recorded = manifest.measured
-    kept = {} if floating else {layer.name: layer.note for layer in manifest.layers if layer.activation_bits is None}
-    if json:
-        print_json({
-            "artifact": target, "bytes": artifact.bytes, "standalone": standalone, "signature": manifest.signature.model_dump(),
-            "precision": manifest.precision, "int8_layers": _integer_layers(artifact), "kept": kept,
-            "integer_coverage": recorded["integer_coverage"], "rounding": recorded.get("rounding", {}), "notes": notes,
-        })  # fmt: skip
-        return
-    integers = (
-        f"{_integer_layers(artifact)} of {len(manifest.layers)} products in INT8{_coverage(artifact)}, others in {manifest.precision}"
-    )
-    out.print(f"wrote     {target}: {artifact.bytes / 1e6:.2f} MB, {integers}")
-    for kind, infos in (("input", manifest.signature.tensors.inputs), ("output", manifest.signature.tensors.outputs)):
-        for info in infos:
-            out.print(f"{kind:<9} {info.name}: {info.text}")
-    rounding = recorded.get("rounding", {})
-    for name, change in rounding.items() if isinstance(rounding, dict) else ():
-        out.print(f"integers  {name}: {_moved(change)}")
-    for name, reason in kept.items():
-        out.print(f"kept      {name}: {reason}")
-    if standalone is not None:
-        out.print(_written(standalone))
-    print_notes([str(note) for note in notes])
-
-
-def _coverage(artifact: Artifact) -> str:
-    """Say which share of the multiply-adds is in integers, where it is recorded."""
-    share = artifact.manifest.measured.get("integer_coverage")
-    return f" ({share:.0%} of the multiply-adds)" if isinstance(share, float) and share else ""
+    _print_result(artifact, target, standalone, notes if isinstance(notes, list) else [], floating=floating, json=json)
 
 
 def _moved(change: Any) -> str:
@@ -330,18 +304,6 @@ def _write_standalone(artifact: Path, file: Path, *, json: bool) -> None:
         print_json({"artifact": artifact, "standalone": written})
     else:
         out.print(_written(written))
-
-
-def _describe(artifact: Artifact, target: Path, *, reused: bool, replaced: str | None, kept: Mapping[str, str]) -> None:
-    """Print what was exported, what it replaced, and the layers that were not quantised with the reason."""
-    done, others = "exists already" if reused else "wrote    ", artifact.manifest.precision
-    integers = f"{_integer_layers(artifact)} layers in INT8{_coverage(artifact)}"
-    out.print(f"{done} {target}: {artifact.bytes / 1e6:.2f} MB, {integers}, others in {others}")
-    out.print(f"sizes     {artifact.picture.sizes.text}")
-    if replaced is not None:
-        out.print(f"replaced  what was there, {replaced}")
-    for name, reason in kept.items():
-        out.print(f"kept      {name}: {reason or 'not quantised'}")
 
 
 def _integer_layers(artifact: Artifact) -> int:

@@ -54,7 +54,7 @@ def predict_command(
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact", help="Parts that give the answer of one call on the whole image, by the artefact's plan; see docs/tiles.md."
+            "--exact", help="Tiles that give the answer of one call on the whole image, by the artefact's plan; see docs/tiles.md."
         ),
     ] = False,
     max_pixels: Annotated[

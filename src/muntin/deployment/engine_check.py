@@ -29,11 +29,11 @@ def write_checked_images(path: Path, content: dict[str, Any], others: Pairs, not
     `others`: pairs of further sizes. Raises `SizeError` where fewer sizes may help.
     """
     limits, note = _limits(content)
-    content["plan"] = plan_of(content)
+    content["tile_plan"] = plan_of(content)
 
     def try_plan(draft: Path) -> None:
-        if content["plan"] is not None and (fault := plan_fault(draft, content["plan"], content["golden"][0][0][0])) is not None:
-            content["plan"] = None
+        if content["tile_plan"] is not None and (fault := plan_fault(draft, content["tile_plan"], content["golden"][0][0][0])) is not None:
+            content["tile_plan"] = None
             content["measured"][NO_PLAN] = fault
 
     further = [({"images": images}, {"scores": scores}) for images, scores in others]

@@ -1,17 +1,14 @@
-"""Export of a PyTorch model to an artefact: capture the float graph, quantise it, compare it in the real runtimes, write.
+"""Export of a model to an artefact: a module, an ONNX file, or a model of another package by name.
 
-    model -> fold -> to_onnx -> float graph -> calibrated or trained plan -> integer graph -> artefact
-       compared:   PyTorch and float graph      float and integer graph      integer graph and OpenVINO (f32, 16-bit), ONNX Runtime
-
-The golden scores are those of the integer graph in exact arithmetic, which a later replay compares with an engine's kernels.
-
-Axes: B images, H W map, C channels.
+name -> opened model -+
+module ---------------+-> captured graph (image_export, named_export) -+
+ONNX file -------------------------------------------------------------+-> integers, checked in the engines, written (graph.artifacts)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,56 +17,45 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, ClassInfo, Signature, Sizes, check_target
-from muntin.compression import Change, QuantizedConv2d, QuantizedLinear, fold, remove_closed_channels
+from muntin.artifact import Artifact, ClassInfo, Signature, check_target
+from muntin.compression import Change, QuantizedConv2d, QuantizedLinear
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
-from muntin.deployment.capture.graph_check import Errors, check_capture, check_rounding, errors_by_size, graph_pairs
 from muntin.deployment.capture.model_contract import (
     SizeError,
     answer_to,
-    as_bytes,
     check_copy,
     check_example,
-    check_folded,
-    check_independence,
-    image_of,
 )
 from muntin.deployment.capture.named_graph import Axes, NamedTensors
-from muntin.deployment.capture.onnx_export import to_onnx
-from muntin.deployment.capture.trained_plan import take_plan
-from muntin.deployment.engine_check import write_checked_images
+from muntin.deployment.image_export import ImageDraft
 from muntin.deployment.named_export import export_named
-from muntin.deployment.quantization_changes import pass_entry, quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
 from muntin.deployment.sizes.requested import RequestedSizes, check_allowed, requested_sizes, usual_sizes
+from muntin.deployment.sources.named_source import named_axes, open_named
+from muntin.deployment.sources.opening import OpenedModel, open_model
 from muntin.errors import ExportError, MuntinError
-from muntin.graph.artifacts.engine_check import FAR_OFF, FallbackError
-from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
-from muntin.graph.insertion import GridPlan
-from muntin.graph.quantize import QuantizationPlan, calibrate, planned
-from muntin.graph.records import QuantizedOnnx
+from muntin.graph import export_onnx
 from muntin.models import HybridNet
 from muntin.models.eager import check_module, eager_copy
 from muntin.models.foreign import Statistic, takes_raw_pixels
 from muntin.progress import OnStage, status
-from muntin.runtime import describe_hardware
 from muntin.runtime.inputs import check_shape
 from muntin.tasks.classes import Classes, class_infos, specs_of
 from muntin.training.config import QuantizationConfig
 
-COVERAGE, ROUNDING = "integer_coverage", "rounding"
-"""Keys of a manifest's measured figures: the share of the multiply-adds in integers, 0 to 1, and the error of integers by image size."""
+SOURCE = "source"
+"""Key of the source among the measured figures of a manifest."""
 
 
 def export(
-    model: nn.Module,
-    example: Tensor | NamedTensors,
-    path: Path | str,
+    model: nn.Module | OpenedModel | onnx.ModelProto | Path | str,
+    example: Tensor | NamedTensors | None = None,
+    path: Path | str | None = None,
     *,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Path | None = None,
     signature: Signature | None = None,
     classes: Classes | None = None,
     changes: Iterable[Change] = (),
@@ -84,9 +70,12 @@ def export(
 ) -> Artifact:
     """Write `model` as an artefact directory that runs without PyTorch. An existing artefact is replaced as a whole.
 
-    `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut. `calibration`: input batches, with
-    which a copy of the model is quantised: a list of them, or a DataLoader, also of (x, y), as in `muntin.quantize`. Without them
-    muntin's own norms and gates are folded. Channels with closed gates are removed
+    `model`: a module; what `open_model` opens, or its name ("timm:resnet18", "hf:FOLDER", "package.module:function"), whose `calibration`
+    may be a folder of pictures; or a float ONNX file, which goes to `export_onnx`: `example` and `calibration` are arrays then, and
+    `quantization` gives `keep` and `min_sqnr_db`.
+    `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut; by default the first batch of
+    `calibration`. `calibration`: input batches, with which a copy of the model is quantised: a list of them, or a DataLoader, also of
+    (x, y), as in `muntin.quantize`. Without them muntin's own norms and gates are folded. Channels with closed gates are removed
     first. `classes`: their names, `["cat", "dog"]`, or with colours `{"cat": (200, 80, 0), "dog": (0, 80, 200)}`; numbered by default.
     `signature`: task and classes in one; by default inferred from the shape of the answer. `changes`: those of earlier passes, for the
     manifest. `measured`: plain figures for the manifest. `shape`: the (B, H, W) that `load` compiles for, by
@@ -105,6 +94,32 @@ def export(
     the name of each stage instead.
     Raises `ExportError` when the model cannot be exported or the runtime does not compute what PyTorch does; nothing is written then.
     """
+    if path is None:
+        raise ExportError("path is missing: name the folder of the artefact")
+    if isinstance(model, onnx.ModelProto | Path) or (isinstance(model, str) and model.endswith(".onnx")):
+        of_modules = {"signature": signature, "classes": classes, "shape": shape, "sizes": sizes, "axes": axes, "mean": mean, "std": std}
+        if given := [name for name, value in (of_modules | {"changes": tuple(changes) or None}).items() if value is not None]:
+            raise ExportError(f"{', '.join(given)}: of PyTorch models, and this is an ONNX file: leave out")
+        options = {} if quantization is None else {"keep": quantization.keep, "min_sqnr_db": quantization.min_sqnr_db}
+        return export_onnx(model, path, example=example, calibration=calibration, measured=measured, **options)  # type: ignore[arg-type]
+    if isinstance(model, str):
+        if isinstance(example, Mapping):
+            axes, (model, _) = axes or named_axes(model, example), open_named(model, None)
+        else:
+            model, classes, mean, std = open_model(model, classes=classes, mean=mean, std=std), None, None, None
+    if isinstance(model, OpenedModel):
+        if given := [name for name, value in {"signature": signature, "classes": classes, "mean": mean, "std": std}.items() if value]:
+            raise ExportError(f"{', '.join(given)}: the opened model has its own: give them to open_model")
+        if isinstance(calibration, Path | str):
+            calibration = model.pictures(calibration, (quantization or QuantizationConfig()).calibration_images)
+        measured = {SOURCE: model.source, "source_notes": list(model.notes)} | (measured or {})
+        signature, model = model.signature, model.model
+    if isinstance(calibration, Path | str):
+        raise ExportError(f"calibration '{calibration}': a folder is for a model of open_model; give batches of raw pixels")
+    if example is None:
+        if not isinstance(calibration, Sequence) or not calibration or not isinstance(calibration[0], Tensor | Mapping):
+            raise ExportError("example is missing: give raw pixels (B, C, H, W) of real images, or a dictionary of tensors")
+        example = calibration[0]
     if isinstance(example, Mapping):
         of_images = {"signature": signature, "classes": classes, "shape": shape, "sizes": sizes, "mean": mean, "std": std}
         if given := [name for name, value in (of_images | {"changes": tuple(changes) or None}).items() if value is not None]:
@@ -137,7 +152,7 @@ def export(
             model = nn.Sequential(model).eval()  # layers are identified by their names, and the model itself has none
         signature = signature or infer_signature(model, example, classes)
         check_example(model, example[:1], signature)
-        draft = _Draft(
+        draft = ImageDraft(
             model=model,
             example=example,
             path=Path(path),
@@ -164,135 +179,6 @@ def export(
                 raise
             advice = "leave out sizes, and fewer are tried; muntin.models.DividedSides pads and cuts to multiples of a number"
             raise ExportError(f"{error}; {advice}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Captured:
-    """A float graph and the folded model that it was made of. `trained`: grids of a model that is quantised in PyTorch."""
-
-    sizes: Sizes
-    model: nn.Module
-    proto: onnx.ModelProto
-    trained: GridPlan
-    changes: tuple[Change, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Draft:
-    """Inputs of an export, and its attempts. `model`: a copy, which no attempt changes. `opened_for`: the (B, H, W) `load` compiles for."""
-
-    model: nn.Module
-    example: Tensor
-    path: Path
-    signature: Signature
-    calibration: list[Tensor] | None
-    quantization: QuantizationConfig | None
-    changes: tuple[Change, ...]
-    measured: dict[str, Any]
-    opened_for: tuple[int, int, int]
-    probe: Probe
-    stage: OnStage
-    captures: list[_Captured] = field(default_factory=list)
-
-    def write_widest(self) -> Artifact:
-        """Write the artefact for the widest sizes for which that succeeds. Raises the error of the last attempt."""
-        self.stage("trying sizes")
-        sizes, reason = self.probe.widest()
-        while True:
-            try:
-                return self.write(sizes, [f"takes {sizes.text} only: {reason}"] if reason else [])
-            except SizeError as error:
-                if sizes.fixed:
-                    raise
-                reason = str(error).replace("; nothing was written", "")
-            sizes = self.probe.narrower(sizes)  # outside of the handler, in which the error holds the failed attempt's memory
-
-    def write(self, sizes: Sizes, notes: list[str]) -> Artifact:
-        """Write the artefact for some sizes. Raises `SizeError` where fewer sizes may help."""
-        signature = self._signature(sizes)
-        B, *size = self.opened_for
-        opened_for = (B, *sizes.at_least(*size))
-        if opened_for != self.opened_for:
-            notes = [*notes, f"compiled for {opened_for[1]} x {opened_for[2]}, the nearest size to {size[0]} x {size[1]} that it takes"]
-        golden_sides, other_sides = self.probe.sizes_to_compare(sizes)
-        due = self.probe.pairs(dict.fromkeys((*golden_sides, *other_sides)))
-        check_independence(self.model, due)
-        self.stage(f"capturing the graph for {sizes.text}")
-        captured = self._capture(sizes, signature)
-        model, trained, changes = captured.model, captured.trained, captured.changes
-        if not trained:
-            errors = errors_by_size(graph_pairs(captured.proto, [images for images, _ in due], exact=False), due)
-            if len(changes) > len(self.changes):
-                check_folded(model, due, errors)
-            check_capture(errors)
-        self.probe.forget()
-        self.stage("choosing scales" if self.calibration is not None else "planning")
-        plan = self._plan(captured.proto, trained, changes, opened_for)
-        kinds = {name: type(layer).__name__ for name, layer in model.named_modules() if not list(layer.children())}
-        while True:
-            self.stage("computing reference outputs")
-            result = plan.quantized()
-            pairs = graph_pairs(result.model, [images for images, _ in due], exact=True)
-            errors = errors_by_size(pairs, due)
-            if trained:
-                check_capture(errors, FAR_OFF)
-            rounding = check_rounding(errors) if self.calibration is not None else []
-            lacking = result.notes if trained or self.calibration is not None else ()
-            done = [*changes, *(quantization_changes(result.products) if self.calibration is not None else ())]
-            content: dict[str, Any] = {
-                "model": result.model,
-                "signature": signature,
-                "packing": packing_of(result.model),
-                "golden": pairs[: len(golden_sides)],
-                "layers": layer_records(result.products, kinds),
-                "passes": [pass_entry(change) for change in done],
-                "measured": {"hardware": describe_hardware(), **self.measured, **self._figures(result, errors)},
-                "example": opened_for,
-            }
-            self.stage("comparing the engines")
-            try:
-                return write_checked_images(self.path, content, pairs[len(golden_sides) :], [*notes, *rounding, *lacking])
-            except FallbackError as error:
-                if not set(plan.plan).intersection(error.reasons):
-                    raise
-                plan = plan.without(error.reasons)
-
-    def _figures(self, result: QuantizedOnnx, errors: Errors) -> dict[str, Any]:
-        """Return the share of multiply-adds in integers, and by how many standard deviations rounding moves the answer, by size."""
-        if not any(record.bits for record in result.products):
-            return {}
-        rounding = {f"{H}x{W}": round(error, 4) for (H, W), error in errors.items()} if self.calibration is not None else {}
-        return {COVERAGE: round(result.coverage, 4), **({ROUNDING: rounding} if rounding else {})}
-
-    def _capture(self, sizes: Sizes, signature: Signature) -> _Captured:
-        """Return the graph for sizes. One of an earlier attempt serves if it holds for these, too: a capture takes most of the time."""
-        for captured in self.captures:
-            if captured.sizes.dims == sizes.dims and captured.sizes.cover(sizes):
-                return captured
-        model = eager_copy(self.model)
-        changes = (*self.changes, *remove_closed_channels(model), *fold(model))
-        trained = take_plan(model)
-        proto = to_onnx(model, self.example, signature)
-        self.captures.append(_Captured(sizes=sizes, model=model, proto=proto, trained=trained, changes=changes))
-        return self.captures[-1]
-
-    def _plan(
-        self, proto: onnx.ModelProto, trained: GridPlan, changes: Iterable[Change], opened_for: tuple[int, int, int]
-    ) -> QuantizationPlan:
-        """Return how the products of the graph are quantised."""
-        example = {"images": image_of(self.example, opened_for[1:])}
-        if self.calibration is None:
-            return planned(proto, trained, reasons_of(changes), example=example, half=bool(trained))
-        config = self.quantization or QuantizationConfig()
-        batches = [{"images": as_bytes(batch)} for batch in self.calibration]
-        return calibrate(proto, batches, min_sqnr_db=config.min_sqnr_db, keep=config.keep, example=example, half=True)
-
-    def _signature(self, sizes: Sizes) -> Signature:
-        """Return the signature with the sizes. Raises `ExportError` where the signature's `side` is not one of them."""
-        try:
-            return Signature.model_validate(self.signature.model_dump() | {"sizes": sizes})
-        except ValidationError as error:
-            raise SizeError(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")) from error
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -16,13 +16,13 @@ from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.holding import check_held
 from muntin.deployment.capture.named_graph import Axes, NamedModel, NamedTensors, answer, as_arrays, check_call, to_named_onnx, usual_axes
-from muntin.deployment.capture.trained_plan import take_plan
+from muntin.deployment.capture.trained_grids import take_grids
 from muntin.deployment.quantization_changes import pass_entry, reasons_of
 from muntin.errors import ExportError
 from muntin.graph import export_onnx
-from muntin.graph.artifacts.export import export_planned
+from muntin.graph.artifacts.export import write_graph
 from muntin.graph.float_run import FloatRun
-from muntin.graph.quantize import planned
+from muntin.graph.quantize import with_grids
 from muntin.runtime.verification.golden import compare_outputs
 from muntin.training.config import QuantizationConfig
 
@@ -55,7 +55,7 @@ def export_named(
     example = {name: tensor.cpu() for name, tensor in example.items()}
     arrays = as_arrays(example)
     deployed = answer(wrapped, example)
-    trained = take_plan(model)
+    trained = take_grids(model)
     if trained and (calibration is not None or quantization is not None):
         raise ExportError("the model is quantised in PyTorch already: leave calibration and quantization out, or give the float model")
     proto = onnx.shape_inference.infer_shapes(to_named_onnx(model, example, axes))
@@ -68,10 +68,10 @@ def export_named(
     passes = [pass_entry(change) for change in changes]
     if trained:
         reasons = reasons_of(changes)
-        return export_planned(
+        return write_graph(
             proto,
             path,
-            lambda rows: planned(proto, trained, reasons, example=rows, half=True),
+            lambda rows: with_grids(proto, trained, reasons, example=rows, half=True),
             [arrays],
             {"measured": measured or {}, "passes": passes},
             integers=True,

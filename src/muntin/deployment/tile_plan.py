@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from muntin.artifact import open_artifact
-from muntin.artifact.plan import TilePass, TilePlan
+from muntin.artifact.tile_plan import TilePass, TilePlan
 from muntin.graph.tiling.levels import NoPlanError
 from muntin.graph.tiling.plan import make_plan
 from muntin.runtime.engines.registry import open_image_session

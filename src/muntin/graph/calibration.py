@@ -16,7 +16,7 @@ from onnx import helper
 from muntin.errors import ExportError
 from muntin.graph.float_run import FloatRun
 from muntin.graph.grids import RangeObserver
-from muntin.graph.insertion import GridPlan, insert
+from muntin.graph.insertion import Grids, insert
 from muntin.graph.onnx_graph import Array, Graph
 from muntin.graph.products import GraphProduct
 
@@ -84,31 +84,31 @@ def _groups(names: Iterable[str], shapes: Shapes) -> list[list[str]]:
     return groups
 
 
-def measure(graph: Graph, products: Sequence[GraphProduct], plan: GridPlan, batch: Inputs) -> dict[str, float]:
-    """Return the signal over noise, in dB, of each planned product's output when it alone is quantised.
+def measure(graph: Graph, products: Sequence[GraphProduct], by_product: Grids, batch: Inputs) -> dict[str, float]:
+    """Return the signal over noise, in dB, of each quantised product's output when it alone is quantised.
 
     Each product gets a twin in the same graph that reads the same float inputs in integers; only two sums of squares leave the graph.
     """
     twins = Graph(graph.proto())
     floats = {id(node) for node in twins.nodes}
-    planned = [product for product in products if product.name in plan]
-    for product in planned:
+    quantized = [product for product in products if product.name in by_product]
+    for product in quantized:
         node = copy.deepcopy(product.node)
         node.output[0], node.name = f"{product.node.output[0]}~twin", f"{product.name}~twin"
         twins.nodes.append(node)
     twins.reindex()
-    renamed = {f"{name}~twin": grids for name, grids in plan.items()}
+    renamed = {f"{name}~twin": grids for name, grids in by_product.items()}
     insert(twins, renamed, untouched=floats)
-    for product in planned:
+    for product in quantized:
         output = product.node.output[0]
         twins.nodes.append(helper.make_node("Sub", [output, f"{output}~twin"], [f"{output}~noise"]))
         twins.nodes += [
             helper.make_node("ReduceSumSquare", [f"{output}{end}"], [f"{output}{end}~power"], keepdims=0) for end in ("", "~noise")
         ]
-    names = [f"{product.node.output[0]}{end}~power" for product in planned for end in ("", "~noise")]
+    names = [f"{product.node.output[0]}{end}~power" for product in quantized for end in ("", "~noise")]
     values = FloatRun(twins.proto(names), exact=True)(batch, names)
     return {
-        product.name: _decibel(*(float(values[f"{product.node.output[0]}{end}~power"]) for end in ("", "~noise"))) for product in planned
+        product.name: _decibel(*(float(values[f"{product.node.output[0]}{end}~power"]) for end in ("", "~noise"))) for product in quantized
     }
 
 

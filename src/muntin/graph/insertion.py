@@ -1,4 +1,4 @@
-"""Inserts QuantizeLinear and DequantizeLinear around the products of a plan: calibrated after training, or trained.
+"""Inserts QuantizeLinear and DequantizeLinear around the products that have grids: calibrated after training, or trained.
 
 A tensor that several products read on one grid is rounded once. A weight becomes integers with a scale for each output channel.
 softmax(s)·v becomes (exp(s - max)·v) / sum: a normalised share over N entries shrinks as 1/N and vanishes in 8 bits. Over more than
@@ -42,16 +42,16 @@ class ProductGrids:
         return replace(self, weight_bits=7, scale=scale)
 
 
-GridPlan = Mapping[str, ProductGrids]
+Grids = Mapping[str, ProductGrids]
 """Grids by the name of a product."""
 
 
-def insert(graph: Graph, plan: GridPlan, *, untouched: Collection[int] = ()) -> None:
-    """Quantise the products of a plan in place. `untouched`: ids of nodes that are read but not rewritten."""
+def insert(graph: Graph, by_product: Grids, *, untouched: Collection[int] = ()) -> None:
+    """Quantise the products that have grids in place. `untouched`: ids of nodes that are read but not rewritten."""
     rounded: dict[tuple[str, ByteGrid], str] = {}
-    entries = _softmax_entries(graph) if any(grids.spread_softmax for grids in plan.values()) else {}
+    entries = _softmax_entries(graph) if any(grids.spread_softmax for grids in by_product.values()) else {}
     for product in find_products(graph):
-        grids = plan.get(product.name)
+        grids = by_product.get(product.name)
         if grids is None or id(product.node) in untouched:
             continue
         if grids.spread_softmax and product.softmax is not None:

@@ -15,7 +15,7 @@ import onnx.version_converter
 from muntin.errors import ExportError
 from muntin.graph.calibration import Inputs, measure, observe, output_shapes
 from muntin.graph.grids import RangeObserver
-from muntin.graph.insertion import GridPlan, ProductGrids, insert
+from muntin.graph.insertion import Grids, ProductGrids, insert
 from muntin.graph.onnx_graph import Graph
 from muntin.graph.passes.concats import clip_before_signed_quantizers
 from muntin.graph.passes.pixel_grid import align_with_pixels
@@ -37,24 +37,24 @@ NOT_PREPARED = "it is not quantised in the model that was exported"
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizationPlan:
-    """A simplified float graph, and how its products are quantised. Made by `calibrate` or `planned`.
+class GraphQuantization:
+    """A simplified float graph, and how its products are quantised. Made by `calibrate` or `with_grids`.
 
     `reasons`: why a product stays in floats, by its name. `sqnr`: signal over noise in dB where it was measured. `example`: inputs for
     which multiply-adds are counted. `half`: True to round weights that stay in floats to FP16.
     """
 
     graph: Graph
-    plan: GridPlan
+    grids: Grids
     reasons: Mapping[str, str]
     sqnr: Mapping[str, float]
     example: Inputs
     half: bool
 
-    def without(self, reasons: Mapping[str, str]) -> QuantizationPlan:
-        """Return the plan with further products in floats, by name, with the reasons."""
-        plan = {name: grids for name, grids in self.plan.items() if name not in reasons}
-        return replace(self, plan=plan, reasons={**self.reasons, **reasons})
+    def without(self, reasons: Mapping[str, str]) -> GraphQuantization:
+        """Return it with further products in floats, by name, with the reasons."""
+        grids = {name: value for name, value in self.grids.items() if name not in reasons}
+        return replace(self, grids=grids, reasons={**self.reasons, **reasons})
 
     def quantized(self) -> QuantizedOnnx:
         """Return the model with the quantisers, and a record of each product."""
@@ -64,13 +64,13 @@ class QuantizationPlan:
         shapes = output_shapes(graph, ends, self.example)
         if self.half:
             quantize_tables(graph)
-            round_to_half(graph, spared=[product.weight for product in products if product.name in self.plan and product.weight])
-        records = product_records(graph, products, self.plan, self.reasons, shapes, self.sqnr)
-        insert(graph, self.plan)
+            round_to_half(graph, spared=[product.weight for product in products if product.name in self.grids and product.weight])
+        records = product_records(graph, products, self.grids, self.reasons, shapes, self.sqnr)
+        insert(graph, self.grids)
         clip_before_signed_quantizers(graph)
         graph.drop_unread()
         opaque = tuple(sorted({node.op_type for node in graph.nodes if node.op_type in OPAQUE}))
-        reduced = f"{SATURATES}: weights have 7 bits, products of two activations stay in floats" if self.plan and sums_saturate() else ""
+        reduced = f"{SATURATES}: weights have 7 bits, products of two activations stay in floats" if self.grids and sums_saturate() else ""
         return QuantizedOnnx(model=graph.proto(), products=records, opaque=opaque, reduced=reduced)
 
 
@@ -82,8 +82,8 @@ def calibrate(
     keep: Collection[str] = (),
     example: Inputs | None = None,
     half: bool = False,
-) -> QuantizationPlan:
-    """Return the plan of a float model in static W8A8.
+) -> GraphQuantization:
+    """Return a float model, quantised to static W8A8.
 
     `calibration`: batches of named inputs. `keep`: names of products, or of modules around them. `example`: by default one row of the last
     batch. Raises ExportError as `quantize_onnx` does.
@@ -98,34 +98,34 @@ def calibrate(
     reasons |= {product.name: reason for product in products if (reason := no_integer_form(graph, product) or _saturation(product))}
     free = [product for product in products if product.name not in reasons]
     observers = observe(graph, [name for product in free for name in product.activations.values()], calibration)
-    plan = align_with_pixels(graph, _calibrated(free, observers), free, first_row(calibration[0]))
-    sqnr = measure(graph, free, plan, calibration[0])
+    grids = align_with_pixels(graph, _calibrated(free, observers), free, first_row(calibration[0]))
+    sqnr = measure(graph, free, grids, calibration[0])
     noisy = {
         name: f"integers leave {value:.1f} dB of signal over noise in its output, less than {min_sqnr_db:g}"
         for name, value in sqnr.items()
         if value < min_sqnr_db
     }
-    whole = QuantizationPlan(
-        graph=graph, plan=plan, reasons=reasons, sqnr=sqnr, example=example or first_row(calibration[-1]), half=half
+    whole = GraphQuantization(
+        graph=graph, grids=grids, reasons=reasons, sqnr=sqnr, example=example or first_row(calibration[-1]), half=half
     )  # fmt: skip
     return whole.without(noisy)
 
 
-def planned(model: onnx.ModelProto, plan: GridPlan, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> QuantizationPlan:
-    """Return the plan of a float model whose scales were trained; without a plan, of one in floats.
+def with_grids(model: onnx.ModelProto, trained: Grids, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> GraphQuantization:
+    """Return a float model with `trained` scales; without any, in floats.
 
     A product that a layer with a weight computes once more ("layer/2") has the layer's grids.
     """
     graph = simplified(model)
     products = find_products(graph)
     layers = {product.name: product.name.rpartition("/")[0] for product in products if product.weight is not None}
-    grids = {product.name: plan.get(product.name) or plan.get(layers.get(product.name, "")) for product in products}
+    grids = {product.name: trained.get(product.name) or trained.get(layers.get(product.name, "")) for product in products}
     used = {name: value for name, value in grids.items() if value is not None}
     others = {product.name: NOT_PREPARED for product in products if used and product.name not in used}
     if used and sums_saturate():
         others |= {product.name: reason for product in products if product.name in used and (reason := _saturation(product))}
         used = {name: value.in_seven_bits() for name, value in used.items() if name not in others}
-    return QuantizationPlan(graph=graph, plan=used, reasons={**others, **reasons}, sqnr={}, example=example, half=half)
+    return GraphQuantization(graph=graph, grids=used, reasons={**others, **reasons}, sqnr={}, example=example, half=half)
 
 
 def is_kept(name: str, keep: Collection[str]) -> bool:
@@ -164,7 +164,7 @@ def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(f"the model is of opset {opset}, and onnx cannot convert it to {OPSET}: {cause}: export it anew") from error
 
 
-def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> GridPlan:
+def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> Grids:
     return {
         product.name: ProductGrids(
             activations={index: observers[name].grid() for index, name in product.activations.items()},

@@ -12,7 +12,7 @@ import onnx
 from muntin.artifact.atomic_files import write_files
 from muntin.errors import ExportError
 from muntin.graph.calibration import Shapes
-from muntin.graph.insertion import GridPlan
+from muntin.graph.insertion import Grids
 from muntin.graph.onnx_graph import Graph
 from muntin.graph.passes.storage import is_half
 from muntin.graph.products import GraphProduct
@@ -89,7 +89,7 @@ class QuantizedOnnx:
 def product_records(
     graph: Graph,
     products: Sequence[GraphProduct],
-    plan: GridPlan,
+    grids_by_product: Grids,
     reasons: Mapping[str, str],
     shapes: Shapes,
     sqnr: Mapping[str, float],
@@ -98,7 +98,7 @@ def product_records(
     counted: set[str] = set()
     records = []
     for product in products:
-        grids = plan.get(product.name)
+        grids = grids_by_product.get(product.name)
         values = [graph.constants[name] for name in product.parameters(graph) if name not in counted]
         counted.update(product.parameters(graph))
         weight = graph.constants.get(product.weight or "")

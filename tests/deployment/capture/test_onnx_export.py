@@ -20,10 +20,10 @@ from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.compression import quantize
 from muntin.deployment.capture.model_contract import answer_to
 from muntin.deployment.capture.onnx_export import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
-from muntin.deployment.capture.trained_plan import take_plan
+from muntin.deployment.capture.trained_grids import take_grids
 from muntin.deployment.export import export
 from muntin.errors import ExportError
-from muntin.graph.quantize import planned
+from muntin.graph.quantize import with_grids
 from muntin.runtime import load
 
 
@@ -93,10 +93,10 @@ def test_nodes_of_quantised_layers(build: type[nn.Module], pixels: Callable[...,
     model = build(run, conv=nn.Conv2d(3, 8, 3, groups=1), linear=nn.Linear(8, 4))
     quantize(model, [pixels(1, 3, 32, 32)])
     model.run = lambda m, x: F.pad(run(m, x), (1, 1, 1, 1))  # type: ignore[assignment]  # back to the size of the input
-    plan = take_plan(model)
+    grids = take_grids(model)
     captured = to_onnx(model, pixels(1, 3, 32, 32), signature(4))
     example = {"images": np.zeros((1, 32, 32, 3), np.uint8)}
-    proto = planned(captured, plan, {}, example=example, half=True).quantized().model
+    proto = with_grids(captured, grids, {}, example=example, half=True).quantized().model
     made = {output: node for node in proto.graph.node for output in node.output}
     weights = {item.name: item for item in proto.graph.initializer}
     for name, (_, shape) in {"conv": (0, (8, 3, 3, 3)), "linear": (1, (8, 4))}.items():

@@ -54,6 +54,33 @@ def test_export_and_prediction(tmp_path: Path, pictures: Path) -> None:
     assert muntin.verify(tmp_path / "artifact").passed
 
 
+def test_export_of_a_name(tmp_path: Path, pictures: Path) -> None:
+    artifact = muntin.export("small_source:small", path=tmp_path / "artifact", calibration=pictures, classes=["cat", "dog", "horse"])
+    assert (artifact.manifest.measured["source"], artifact.manifest.integers) == ("small_source:small", True)
+    assert [entry.name for entry in artifact.picture.classes] == ["cat", "dog", "horse"]
+    assert muntin.verify(artifact.path).passed
+    opened = muntin.open_model("small_source:small", size=32)
+    floats = muntin.export(opened, opened.pictures(pictures)[0], tmp_path / "floats")
+    assert (floats.manifest.integers, floats.manifest.shape) == (False, (1, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("small_source:small", {}, "example is missing"),
+        ("small_source:small", {"calibration": "none"}, "calibration none: does not exist"),
+        (torch.nn.Identity(), {"calibration": "photos"}, "calibration 'photos': a folder is for a model of open_model"),
+        ("small.onnx", {"classes": ["a", "b"]}, "classes: of PyTorch models, and this is an ONNX file"),
+        ("small.onnx", {"example": np.zeros(1)}, "small.onnx cannot be read"),
+        ("nothing", {}, "'nothing' is no source of a model"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_model(tmp_path: Path, pictures: Path, model: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MuntinError, match=re.escape(message)):
+        muntin.export(model, path=tmp_path / "artifact", **options)
+    assert not (tmp_path / "artifact").exists()
+
+
 def test_floats_without_pictures(tmp_path: Path, pictures: Path) -> None:
     options = SourceOptions(size="24x32")
     artifact, notes = export_source("small_source:small", tmp_path / "artifact", options, integer=False, sizes=None)

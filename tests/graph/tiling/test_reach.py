@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from muntin.artifact.plan import MapTensor
+from muntin.artifact.tile_plan import MapTensor
 from muntin.graph.tiling.reach import EndlessReachError, halo
 
 

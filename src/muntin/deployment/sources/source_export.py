@@ -14,10 +14,10 @@ from torch import nn
 
 from muntin.artifact import Artifact, check_target, open_artifact
 from muntin.artifact.store import MANIFEST
-from muntin.deployment.export import export
+from muntin.deployment.export import SOURCE, export
 from muntin.deployment.sizes.requested import Size, parse_sizes
 from muntin.deployment.sources.named_source import named_axes, open_named
-from muntin.deployment.sources.opening import open_model
+from muntin.deployment.sources.opening import OpenedModel, open_model
 from muntin.deployment.sources.pictures import generated_pictures, list_pictures
 from muntin.errors import ArtifactError, ExportError, RecipeError
 from muntin.graph.calibration_file import in_batches, read_arrays
@@ -29,8 +29,6 @@ NUMBERS = (".npz", ".npy")
 """Endings of the files of named inputs."""
 ROWS = 8
 """Rows of a calibration batch of named inputs."""
-SOURCE = "source"
-"""Key of the source among the measured figures of a manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +87,7 @@ def _refuse_of_pictures(options: SourceOptions, sizes: str | None) -> None:
         raise RecipeError(f"{', '.join(wrong)}: of models for pictures, and {options.calibration} holds inputs by name: leave it out")
 
 
-_OpenedSource = tuple[nn.Module, list[Any], tuple[str, ...], dict[str, Any]]
+_OpenedSource = tuple[nn.Module | OpenedModel, list[Any], tuple[str, ...], dict[str, Any]]
 """A model, its calibration batches, notes, and further arguments of `export`."""
 
 
@@ -105,7 +103,7 @@ def _of_pictures(source: str, options: SourceOptions, quantization: Quantization
     else:
         batches = opened.pictures(options.calibration, (quantization or QuantizationConfig()).calibration_images)
         notes += (f"pictures of {options.calibration}: {sum(map(len, batches))} used", *left_out)
-    return opened.model, batches, notes, {"signature": opened.signature}
+    return opened, batches, notes, {}
 
 
 def _named(source: str, options: SourceOptions) -> _OpenedSource:

@@ -18,6 +18,8 @@ from muntin.artifact.atomic_directory import scratch_directory
 from muntin.artifact.manifest import EngineFamily, FloatPrecision
 from muntin.errors import ArtifactError, ExportError
 from muntin.graph.artifacts.compile_errors import products_in_message
+from muntin.graph.quantize import GraphQuantization
+from muntin.graph.records import QuantizedOnnx
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.inputs import check_inputs
 from muntin.runtime.options import SessionOptions
@@ -101,6 +103,17 @@ def write_checked(
     measured = content["measured"] | {"notes": [*notes, *engine_notes]}
     tolerances = dict.fromkeys(engines, check.limits)
     return write_artifact(path, **content | {"measured": measured}, golden_tolerance=tolerances, precision=precision)
+
+
+def write_with_fallbacks(quantization: GraphQuantization, write: Callable[[QuantizedOnnx], Artifact]) -> Artifact:
+    """Return what `write` makes of a quantised graph. Where that raises FallbackError, its products stay in floats in a further attempt."""
+    while True:
+        try:
+            return write(quantization.quantized())
+        except FallbackError as error:
+            if not set(quantization.grids).intersection(error.reasons):
+                raise
+            quantization = quantization.without(error.reasons)
 
 
 def _compare_engines(

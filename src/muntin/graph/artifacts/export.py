@@ -14,14 +14,14 @@ import onnx
 
 from muntin.artifact import Artifact, TensorPair, check_target
 from muntin.errors import ExportError
-from muntin.graph.artifacts.engine_check import FAR_OFF, FLOAT_LIMITS, EngineCheck, FallbackError, widened_limits, write_checked
+from muntin.graph.artifacts.engine_check import FAR_OFF, FLOAT_LIMITS, EngineCheck, widened_limits, write_checked, write_with_fallbacks
 from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
 from muntin.graph.artifacts.signature import declared_inputs, golden_pairs, signature_of
 from muntin.graph.calibration import Inputs
 from muntin.graph.float_run import FloatRun
 from muntin.graph.onnx_file import NamedArrays, named_inputs, read_float_model
 from muntin.graph.onnx_graph import Array
-from muntin.graph.quantize import MIN_SQNR_DB, QuantizationPlan, calibrate, first_row, planned
+from muntin.graph.quantize import MIN_SQNR_DB, GraphQuantization, calibrate, first_row, with_grids
 from muntin.graph.records import QuantizedOnnx
 from muntin.runtime import describe_hardware
 from muntin.runtime.verification.golden import compare_outputs
@@ -62,19 +62,19 @@ def export_onnx(
     if not given:
         raise ExportError("no inputs: give calibration (batches of typical inputs), or example (one batch) to stay in floats")
 
-    def plan(rows: Inputs) -> QuantizationPlan:
+    def quantize(rows: Inputs) -> GraphQuantization:
         if calibration is None:
-            return planned(proto, {}, {}, example=rows, half=False)
+            return with_grids(proto, {}, {}, example=rows, half=False)
         return calibrate(proto, batches, min_sqnr_db=min_sqnr_db, keep=keep, example=rows, half=True)
 
     content = {"measured": measured or {}, "passes": passes}
-    return export_planned(proto, path, plan, given, content, dims=dims, integers=calibration is not None)
+    return write_graph(proto, path, quantize, given, content, dims=dims, integers=calibration is not None)
 
 
-def export_planned(
+def write_graph(
     proto: onnx.ModelProto,
     path: Path | str,
-    make_plan: Callable[[Inputs], QuantizationPlan],
+    quantize: Callable[[Inputs], GraphQuantization],
     given: Sequence[Inputs],
     content: Mapping[str, Any],
     *,
@@ -82,9 +82,9 @@ def export_planned(
     dims: Mapping[str, int] | None = None,
     due: TensorPair | None = None,
 ) -> Artifact:
-    """Write a float graph, quantised by a plan, as an artefact; see `export_onnx`.
+    """Write a float graph, quantised, as an artefact; see `export_onnx`.
 
-    `make_plan`: returns the plan of the graph; gets the inputs for which multiply-adds are counted. `given`: batches of inputs, of which
+    `quantize`: returns the quantised graph; gets the inputs for which multiply-adds are counted. `given`: batches of inputs, of which
     the golden pairs are made. `content`: `measured` and `passes` for the manifest. `integers`: True if products are to be quantised. `due`:
     inputs and the outputs that the quantised graph is to give for them.
     """
@@ -96,16 +96,11 @@ def export_planned(
     if dims is not None and (problem := signature.dims_problem(dims)) is not None:
         raise ExportError(f"dims with {problem}")
     content = {**content, "signature": signature, "example": dict(sizes if dims is None else dims)}
-    plan = make_plan(first_row(given[-1]))
-    while True:
-        deployed = plan.quantized()
-        lacking = deployed.notes if integers else ()
-        try:
-            return _write(path, deployed, pairs, content, due, [*notes, *lacking])
-        except FallbackError as error:
-            if not set(plan.plan).intersection(error.reasons):
-                raise
-            plan = plan.without(error.reasons)
+
+    def write(deployed: QuantizedOnnx) -> Artifact:
+        return _write(path, deployed, pairs, content, due, [*notes, *(deployed.notes if integers else ())])
+
+    return write_with_fallbacks(quantize(first_row(given[-1])), write)
 
 
 def _free(inputs: Sequence[Any], batch: Inputs) -> dict[str, int]:
@@ -120,7 +115,7 @@ def _write(
     due: TensorPair | None,
     notes: Sequence[str],
 ) -> Artifact:
-    """Write the artefact of a deployed graph. `pairs`: inputs, and the outputs of the float graph. `due`: see `export_planned`."""
+    """Write the artefact of a deployed graph. `pairs`: inputs, and the outputs of the float graph. `due`: see `write_graph`."""
     quantised = any(record.bits for record in deployed.products)
     run = FloatRun(deployed.model, exact=True)
     if due is not None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from muntin.graph.float_run import FloatRun
 from muntin.graph.grids import ByteGrid
-from muntin.graph.insertion import GridPlan, ProductGrids
+from muntin.graph.insertion import Grids, ProductGrids
 from muntin.graph.onnx_graph import Array, Graph
 from muntin.graph.products import GraphProduct
 
@@ -24,20 +24,20 @@ _LINEAR = ("Cast", "Transpose", "Mul", "Div", "Add", "Sub", "Identity", "Reshape
 
 
 def align_with_pixels(
-    graph: Graph, plan: GridPlan, products: Sequence[GraphProduct], images: Mapping[str, Array]
+    graph: Graph, by_product: Grids, products: Sequence[GraphProduct], images: Mapping[str, Array]
 ) -> dict[str, ProductGrids]:
-    """Return the plan of these products with aligned scales. `images`: one row of each input; only uint8 images have pixels."""
+    """Return the grids of these products with aligned scales. `images`: one row of each input; only uint8 images have pixels."""
     if any(image.dtype != np.uint8 for image in images.values()):
-        return dict(plan)
+        return dict(by_product)
     operands = {product.name: product.activations for product in products}
     linear = _linear_tensors(graph)
-    used = sorted({name for product in plan for name in operands[product].values() if name in linear})
+    used = sorted({name for product in by_product for name in operands[product].values() if name in linear})
     if not used:
-        return dict(plan)
+        return dict(by_product)
     run = FloatRun(graph.proto(used))
     black, one, white = (run({name: np.full_like(x, value) for name, x in images.items()}, used) for value in (0, 1, 255))
-    aligned = dict(plan)
-    for name, grids in plan.items():
+    aligned = dict(by_product)
+    for name, grids in by_product.items():
         activations = dict(grids.activations)
         for index, tensor in operands[name].items():
             if tensor in used and index in activations:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from muntin.artifact.plan import MapLayout, MapTensor, TokenCount
+from muntin.artifact.tile_plan import MapLayout, MapTensor, TokenCount
 
 PictureSize = tuple[int, int]
 AxisLengths = tuple[int, ...]

@@ -10,7 +10,7 @@ import onnx
 from onnx import helper
 
 from muntin.artifact.manifest import Signature
-from muntin.artifact.plan import MapTensor, TilePass, TilePlan, TokenCount, WholeValue
+from muntin.artifact.tile_plan import MapTensor, TilePass, TilePlan, TokenCount, WholeValue
 from muntin.errors import ExportError
 from muntin.graph.calibration import output_shapes
 from muntin.graph.onnx_graph import Graph

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from muntin.artifact.plan import MapTensor
+from muntin.artifact.tile_plan import MapTensor
 from muntin.errors import ExportError
 from muntin.graph.calibration import output_shapes
 from muntin.graph.float_run import FloatRun

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from muntin.artifact.plan import TilePass
+from muntin.artifact.tile_plan import TilePass
 from muntin.runtime.exact_tiles.maps import PixelBox
 
 PixelSpan = tuple[int, int]

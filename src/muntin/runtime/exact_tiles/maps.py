@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact.plan import MapTensor
+from muntin.artifact.tile_plan import MapTensor
 
 PixelBox = tuple[int, int, int, int]
 """(top, left, bottom, right) in pixels of the picture."""

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from muntin.artifact.plan import TilePlan
+from muntin.artifact.tile_plan import TilePlan
 from muntin.errors import ArtifactError
 
 IMAGES, SCORES = "images", "scores"

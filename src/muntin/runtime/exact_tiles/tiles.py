@@ -19,7 +19,7 @@ import onnx
 from numpy.typing import NDArray
 
 from muntin.artifact import Artifact, Manifest, TensorSignature
-from muntin.artifact.plan import TilePass, TilePlan
+from muntin.artifact.tile_plan import TilePass, TilePlan
 from muntin.errors import ArtifactError, DataError
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.exact_tiles.grid import tiles
@@ -62,9 +62,9 @@ class ExactTiles:
     """
 
     def __init__(self, artifact: Artifact, options: SessionOptions, *, tile: int = SIDE, scratch: Path | None = None) -> None:
-        if artifact.manifest.plan is None:
+        if artifact.manifest.tile_plan is None:
             raise ArtifactError(f"{artifact.path} has no plan for exact tiles: {no_plan_reason(artifact)}")
-        self.plan: TilePlan = artifact.manifest.plan
+        self.plan: TilePlan = artifact.manifest.tile_plan
         self.tile, self.scratch = tile, scratch
         self._artifact = artifact
         self._signature = artifact.picture

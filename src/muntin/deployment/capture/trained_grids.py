@@ -1,4 +1,4 @@
-"""The plan of a model that is quantised in PyTorch, and its float form, which is captured.
+"""The grids of a model that is quantised in PyTorch, and its float form, which is captured.
 
 A quantised layer becomes its plain kind with the weight q · scale. Rounding that by the same scale gives q again, so no number changes.
 """
@@ -12,28 +12,28 @@ from muntin.compression import QuantizedConv2d, QuantizedLinear, QuantizedProduc
 from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.rewrite import named, replace
 from muntin.graph.grids import SHARES, ByteGrid
-from muntin.graph.insertion import GridPlan, ProductGrids
+from muntin.graph.insertion import Grids, ProductGrids
 from muntin.layers import Product, SoftmaxProduct
 
 Quantized = QuantizedConv2d | QuantizedLinear | QuantizedProduct | QuantizedSoftmaxProduct
 
 
-def take_plan(model: nn.Module) -> GridPlan:
+def take_grids(model: nn.Module) -> Grids:
     """Replace the quantised layers and products of a model, in place, by float ones; return their grids by name."""
-    plan: dict[str, ProductGrids] = {}
+    grids: dict[str, ProductGrids] = {}
     quantized: list[tuple[str, Quantized]] = list(named(model, QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct))
     for name, layer in quantized:
         if isinstance(layer, QuantizedProduct):
-            plan[name] = ProductGrids(activations={0: _grid_of(layer.left), 1: _grid_of(layer.right)})
+            grids[name] = ProductGrids(activations={0: _grid_of(layer.left), 1: _grid_of(layer.right)})
             replace(model, name, Product())
         elif isinstance(layer, QuantizedSoftmaxProduct):
-            plan[name] = ProductGrids(activations={0: SHARES, 1: _grid_of(layer.values)}, spread_softmax=True)
+            grids[name] = ProductGrids(activations={0: SHARES, 1: _grid_of(layer.values)}, spread_softmax=True)
             replace(model, name, SoftmaxProduct())
         else:
-            plan[name] = ProductGrids(activations={0: _grid_of(layer.input)}, weight_bits=layer.bits, scale=layer.weight_scale.numpy())
+            grids[name] = ProductGrids(activations={0: _grid_of(layer.input)}, weight_bits=layer.bits, scale=layer.weight_scale.numpy())
             replace(model, name, _plain(layer))
     model.eval()
-    return plan
+    return grids
 
 
 def _grid_of(grid: InputGrid) -> ByteGrid:
