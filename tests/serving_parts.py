@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from image_session import ImageSession
 from muntin.artifact import ClassInfo, Signature, Sizes
 from muntin.errors import ArtifactError, MuntinError
+from muntin.runtime.inputs import LABELS, SCORES, Shape, image_dims
 from muntin.serving.assembly import assemble, make_slot
 from muntin.serving.config import ServeConfig
 from muntin.serving.grpc.calls import Calls
@@ -39,6 +40,7 @@ from muntin.serving.telemetry.tracing import Tracing
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.repository import Repository
 from muntin.serving.versions.slot import Slot
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.opening import Opened
 
 Fetched = tuple[int, dict[str, str], bytes]
@@ -276,6 +278,11 @@ class PixelSession(ImageSession):
             raise ArtifactError("x: the model failed: Exception from src/inference: std::bad_alloc")  # as engines' errors come
         scores = images_BHWC.transpose(0, 3, 1, 2).astype(np.float32)
         return scores.mean((2, 3)) if self.signature.task == "classify" else scores
+
+
+def image_call(shape: Shape, *, labels: bool = False) -> Call:
+    """Return the call of images (B, H, W)."""
+    return Call(image_dims(shape), "batch", LABELS if labels else SCORES)
 
 
 def random_images(rows: int, seed: int, height: int = 6, width: int = 5, channels: int = 4) -> NDArray[np.uint8]:

@@ -30,11 +30,10 @@ from muntin.serving.inference.groups import image_group
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.launch import RunningEngine
 from muntin.serving.worker.opening import EngineDiedError
 from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
-from serving_parts import random_images, state_of, stop_process
+from serving_parts import image_call, random_images, state_of, stop_process
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")

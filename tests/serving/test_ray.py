@@ -26,8 +26,8 @@ from pydantic import ValidationError
 
 from muntin.errors import ArtifactError, DataError
 from muntin.serving.versions.version import UnknownVersionError
-from muntin.serving.worker.calls import image_call
 from ray_cluster import ON_LINUX, processes, restored_signals
+from serving_parts import image_call
 from serving_protocols import Connection
 
 pytest.importorskip("ray.serve", reason="the extra `ray` is not installed", exc_type=ImportError)

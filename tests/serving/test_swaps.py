@@ -20,7 +20,7 @@ from muntin.serving.inference.fallback import compute_somewhere
 from muntin.serving.versions.loader import ArtifactLoader
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.calls import image_call
+from serving_parts import image_call
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = image_call((1, 8, 8), labels=True)

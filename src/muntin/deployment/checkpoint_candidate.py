@@ -12,8 +12,9 @@ from muntin.compression import load_model
 from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
 from muntin.models import TorchSession
 from muntin.models.trusted_code import trust_model, trusted_models
+from muntin.runtime.inputs import image_dims
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.cold_start import Candidate, ExampleImages
+from muntin.runtime.profiling.cold_start import Candidate, ExampleInputs
 from muntin.runtime.profiling.timing import Mapper
 from muntin.training import Checkpoint, read_checkpoint
 from muntin.training.checkpoint import source_of
@@ -46,12 +47,12 @@ class CheckpointCandidate(Candidate):
     def signature(self) -> Signature:
         return read_checkpoint(self.path).signature
 
-    def example(self) -> ExampleImages:
+    def example(self) -> ExampleInputs:
         """Images of the training split; raises `DataError` where the data are gone."""
         checkpoint = read_checkpoint(self.path)
         side = export_side(checkpoint.recipe)
         image_HWC = source_of(checkpoint).split("train")[0].corner
-        return ExampleImages(images=image_HWC[None], size=(side, side), reason=SIZE_REASON)
+        return ExampleInputs(inputs={"images": image_HWC[None]}, dims=dict(image_dims((1, side, side))), reason=SIZE_REASON)
 
     def prepare(self) -> None:
         # The first convolution loads PyTorch's kernel libraries and sets up a GPU.

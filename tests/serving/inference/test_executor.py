@@ -21,10 +21,9 @@ from muntin.serving.inference.executor import Executor, Work
 from muntin.serving.inference.groups import image_group
 from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.slot import Slot
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import EngineDiedError, OutOfMemoryError
-from serving_parts import PixelSession, random_images
+from serving_parts import PixelSession, image_call, random_images
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from muntin.errors import VerificationError
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.session import Session
 from muntin.serving.versions.loader import ArtifactLoader
-from muntin.serving.worker.calls import Call, image_call
+from muntin.serving.worker.calls import Call
 from muntin.serving.worker.opening import Opened
 from muntin.serving.worker.remote_session import can_open_remote
+from serving_parts import image_call
 
 OPTIONS = SessionOptions(threads=1, dynamic=True)
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from muntin.serving.versions.rollout import ENOUGH, FEW, Rollout, Tally, compare_latencies, judge, label_agreement, tensor_agreement
 from muntin.serving.versions.version import Latencies
-from muntin.serving.worker.calls import image_call
+from serving_parts import image_call
 
 SMALL, LARGE = image_call((1, 8, 8)), image_call((4, 8, 8))
 

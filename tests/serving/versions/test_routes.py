@@ -12,8 +12,8 @@ from muntin.errors import DataError
 from muntin.serving.versions.rollout import ENOUGH, Rollout
 from muntin.serving.versions.routes import HISTORY, Routes
 from muntin.serving.versions.version import Begun, RefusedError, UnknownVersionError, Version
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.opening import NotReadyError
+from serving_parts import image_call
 
 CALL = image_call((1, 8, 8), labels=True)
 NOW = 1000.0

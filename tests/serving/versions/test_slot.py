@@ -21,10 +21,9 @@ from muntin.serving.versions.rollout import Rollout
 from muntin.serving.versions.routes import OFTEN
 from muntin.serving.versions.slot import Slot
 from muntin.serving.versions.version import RefusedError, UnknownVersionError, Version
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.liveness import Liveness
 from muntin.serving.worker.opening import NotReadyError
-from serving_parts import on_trial
+from serving_parts import image_call, on_trial
 
 IMAGES = np.zeros((1, 8, 8, 3), np.uint8)
 CALL = image_call((1, 8, 8), labels=True)

@@ -9,8 +9,8 @@ import pytest
 
 from muntin.artifact import Sizes
 from muntin.serving.versions.version import CALLS, TIMES, Latencies, Version, contract_difference
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.opening import NotReadyError
+from serving_parts import image_call
 from tensor_models import SIGNATURE
 
 SCORES, LABELS = image_call((2, 8, 8)), image_call((1, 4, 8), labels=True)

@@ -12,7 +12,8 @@ import pytest
 from muntin.artifact import TensorInfo, TensorSignature
 from muntin.artifact.store import read_manifest
 from muntin.errors import DataError
-from muntin.serving.worker.calls import Call, call_from_json, image_call, starting_calls
+from muntin.serving.worker.calls import Call, call_from_json, starting_calls
+from serving_parts import image_call
 from tensor_models import model, write_tensors
 
 LABELS, TEXTS = image_call((1, 8, 8), labels=True), Call((("batch", 2), ("tokens", 8)), "batch")

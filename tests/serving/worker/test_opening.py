@@ -13,8 +13,9 @@ from muntin.artifact import Sizes, open_artifact
 from muntin.artifact.store import read_manifest
 from muntin.errors import ArtifactError, DataError, VerificationError
 from muntin.runtime.options import SessionOptions
-from muntin.serving.worker.calls import batch_sizes, image_call, starting_calls
+from muntin.serving.worker.calls import batch_sizes, starting_calls
 from muntin.serving.worker.opening import open_version
+from serving_parts import image_call
 
 SCORES, LABELS = image_call((2, 8, 8)), image_call((1, 4, 8), labels=True)
 

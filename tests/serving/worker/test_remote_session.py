@@ -26,13 +26,12 @@ from muntin.errors import ArtifactError, VerificationError
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import engine_process
 from muntin.serving.worker import launch as engine_start
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.channel import KEPT_BYTES
 from muntin.serving.worker.engine_process import DEATHS
 from muntin.serving.worker.launch import RunningEngine
 from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError, TookTooLongError, open_version
 from muntin.serving.worker.remote_session import RemoteSession, can_open_remote, open_remote
-from serving_parts import random_images, state_of, stop_process
+from serving_parts import image_call, random_images, state_of, stop_process
 
 pytestmark = pytest.mark.skipif(not can_open_remote(), reason="files cannot be passed to another process here")
 LINUX = sys.platform.startswith("linux")

@@ -13,10 +13,9 @@ import pytest
 
 from muntin.runtime.options import SessionOptions
 from muntin.serving.worker import turns
-from muntin.serving.worker.calls import image_call
 from muntin.serving.worker.remote_session import open_remote
 from muntin.serving.worker.turns import Turns, can_take_turns
-from serving_parts import state_of
+from serving_parts import image_call, state_of
 
 pytestmark = pytest.mark.skipif(not can_take_turns(), reason="no process is stopped for others here")
 

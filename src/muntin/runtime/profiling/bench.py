@@ -11,25 +11,21 @@ Quote medians and the ratios between rows of the same run: a machine's absolute 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from muntin.artifact import Signature, TensorSignature
+from muntin.artifact import AnySignature, Signature, TensorSignature
 from muntin.errors import DataError
 from muntin.runtime.host.hardware import describe_hardware
 from muntin.runtime.inputs import Named, Shape, check_dims, check_shape
 from muntin.runtime.options import SessionOptions
-from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, ExampleImages, ExampleTensors, Loading, measure_loading
+from muntin.runtime.profiling.cold_start import ArtifactCandidate, Candidate, Loading, measure_loading
 from muntin.runtime.profiling.contention import notes_on, watch_cpu
-from muntin.runtime.profiling.profile import enough_memory, fill, repeat
+from muntin.runtime.profiling.profile import enough_memory, sized_inputs
 from muntin.runtime.profiling.timing import Latency, Mapper, interleaved_latency, interleaved_throughput
 from muntin.text import count
 
@@ -167,111 +163,66 @@ def _settings(combinations: Sequence[SessionOptions]) -> list[SessionOptions]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Comparable(ABC):
-    """Candidates that compute the same from the same inputs. `owner`: whose example is taken. `reason`: why it has its size."""
+class _Comparable:
+    """Candidates that compute the same from the same inputs.
 
+    `owner`: whose `example` is taken. `reason`: why it has its sizes. `dims`: sizes of all free dimensions, with one of the `batches`.
+    """
+
+    signature: AnySignature
+    example: Named
+    dims: Mapping[str, int]
     reason: str
     batches: tuple[int, ...]
     owner: str
     candidates: Mapping[str, Candidate]
 
     @property
-    @abstractmethod
     def kind(self) -> str:
-        """Task, channels and classes in words."""
+        """Task, channels and classes, or tensors, in words."""
+        signature = self.signature
+        if not isinstance(signature, Signature):
+            return signature.text
+        classes = f", {count(len(signature.classes), 'class')}" if signature.answer.has_classes else ""
+        return f"{signature.task}, {count(signature.channels, 'channel')}{classes}"
 
     @property
     def differs_in(self) -> str:
         """Where candidates may differ from others."""
-        return "task, channels or classes"
+        return "task, channels or classes" if isinstance(self.signature, Signature) else "task or tensors"
 
-    @abstractmethod
     def sized(self, options: SessionOptions) -> SessionOptions:
         """Options that compile for every batch."""
+        every = [self._dims(batch) for batch in self.batches]
+        if isinstance(self.signature, Signature):
+            return replace(options, shapes=tuple((dims["batch"], dims["height"], dims["width"]) for dims in every))
+        return replace(options, dims=check_dims(every, self.signature))
 
-    @abstractmethod
     def inputs(self, rows: int) -> Any:
-        """A batch of so many rows."""
+        """A batch of so many rows: images, or arrays by name."""
+        inputs = sized_inputs(self.example, self.signature, self._dims(rows))
+        return inputs["images"] if isinstance(self.signature, Signature) else inputs
 
-    @abstractmethod
     def size(self, rows: int) -> dict[str, Any]:
         """`shape`, `dims` and `rows` of a `BenchRow`."""
-
-    @abstractmethod
-    def memory(self) -> AbstractContextManager[None]:
-        """Raises DataError in place of lacking memory."""
+        if isinstance(self.signature, Signature):
+            return {"shape": (rows, self.dims["height"], self.dims["width"]), "rows": rows}
+        return {"shape": None, "rows": rows, "dims": {name: size for name, size in self.dims.items() if name != self.signature.batch}}
 
     def load(self, options: SessionOptions) -> dict[str, Loading]:
-        with self.memory():
+        with self._memory():
             return {name: measure_loading(candidate, self.sized(options)) for name, candidate in self.candidates.items()}
 
     def measure(self, loaded: Mapping[str, Loading], options: SessionOptions, rounds: int) -> list[BenchRow]:
-        with self.memory():
+        with self._memory():
             return _measure(self, loaded, self.sized(options), rounds)
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Images(_Comparable):
-    """One task, channels, scale and classes."""
-
-    signature: Signature
-    sides: tuple[int, int]
-    images: NDArray[np.uint8]
-
-    @property
-    def kind(self) -> str:
-        classes = f", {count(len(self.signature.classes), 'class')}" if self.signature.answer.has_classes else ""
-        return f"{self.signature.task}, {count(self.signature.channels, 'channel')}{classes}"
-
-    def sized(self, options: SessionOptions) -> SessionOptions:
-        return replace(options, shapes=tuple((batch, *self.sides) for batch in self.batches))
-
-    def inputs(self, rows: int) -> NDArray[np.uint8]:
-        return fill(self.images, (rows, *self.sides))
-
-    def size(self, rows: int) -> dict[str, Any]:
-        return {"shape": (rows, *self.sides), "rows": rows}
-
-    def memory(self) -> AbstractContextManager[None]:
-        return enough_memory(self.signature, (max(self.batches), *self.sides))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tensors(_Comparable):
-    """One signature of named tensors."""
-
-    signature: TensorSignature
-    dims: Mapping[str, int]
-    tensors: Named
-
-    @property
-    def kind(self) -> str:
-        return self.signature.text
-
-    @property
-    def differs_in(self) -> str:
-        return "task or tensors"
+    def _memory(self) -> AbstractContextManager[None]:
+        return enough_memory(self.signature, self._dims(max(self.batches)))
 
     def _dims(self, rows: int) -> dict[str, int]:
-        return {**self.dims, **({} if self.signature.batch is None else {self.signature.batch: rows})}
-
-    def sized(self, options: SessionOptions) -> SessionOptions:
-        return replace(options, dims=check_dims([self._dims(batch) for batch in self.batches], self.signature))
-
-    def inputs(self, rows: int) -> Named:
-        return repeat(self.tensors, self.signature, self._dims(rows))
-
-    def size(self, rows: int) -> dict[str, Any]:
-        return {"shape": None, "rows": rows, "dims": {name: size for name, size in self.dims.items() if name != self.signature.batch}}
-
-    @contextmanager
-    def memory(self) -> Iterator[None]:
-        try:
-            yield
-        except MemoryError as error:
-            raise DataError(
-                f"{self.owner}: not enough memory for {max(self.batches)} rows: give a smaller batch or smaller dims"
-            ) from error
+        batch = self.signature.tensors.batch
+        return {**self.dims, **({} if batch is None else {batch: rows})}
 
 
 def _groups(
@@ -291,7 +242,7 @@ def _groups(
 
 def _group(
     candidates: Mapping[str, Candidate],
-    signatures: Mapping[str, Signature | TensorSignature],
+    signatures: Mapping[str, AnySignature],
     batches: tuple[int, ...],
     size: tuple[int, int] | None,
     dims: Mapping[str, int],
@@ -299,18 +250,19 @@ def _group(
     # An artefact holds its inputs; a run needs its data, which may be gone.
     owner = next((name for name, candidate in candidates.items() if isinstance(candidate, ArtifactCandidate)), next(iter(candidates)))
     example, signature = candidates[owner].example(), signatures[owner]
-    common: dict[str, Any] = {"batches": batches, "owner": owner, "candidates": candidates}
-    if isinstance(signature, TensorSignature):
-        assert isinstance(example, ExampleTensors)
+    reason = example.reason if size is None and not dims else "as given"
+    if not isinstance(signature, Signature):
         _check_tensors(owner, signature, batches, size, dims)
-        reason = "as given" if dims else example.reason
-        return _Tensors(signature=signature, dims={**example.dims, **dims}, tensors=example.inputs, reason=reason, **common)
-    assert isinstance(example, ExampleImages)
-    if dims:
+    elif dims:
         raise DataError(f"dims of {', '.join(dims)}: {owner} takes images: give size")
-    measured = example.size if size is None else signature.sizes.at_least(*size)
-    reason = example.reason if size is None else "as given" if measured == size else f"nearest to {size[0]}x{size[1]} that it takes"
-    return _Images(signature=signature, sides=measured, images=example.images, reason=reason, **common)
+    elif size is not None:
+        measured = signature.sizes.at_least(*size)
+        dims = {"height": measured[0], "width": measured[1]}
+        reason = "as given" if measured == size else f"nearest to {size[0]}x{size[1]} that it takes"
+    return _Comparable(
+        signature=signature, example=example.inputs, dims={**example.dims, **dims}, reason=reason, batches=batches, owner=owner,
+        candidates=candidates,
+    )  # fmt: skip
 
 
 def _check_tensors(

@@ -17,10 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from muntin.artifact import Artifact, Signature, TensorSignature, open_artifact
+from muntin.artifact import AnySignature, Artifact, open_artifact
 from muntin.errors import DataError
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.host import quiet_imports
@@ -28,22 +25,13 @@ from muntin.runtime.host.helper_process import Outcome, answer_question, ask_hel
 from muntin.runtime.host.memory import watch_memory
 from muntin.runtime.inputs import Named
 from muntin.runtime.options import DEFAULT_ENGINE, SessionOptions
-from muntin.runtime.profiling.profile import default_shape, default_size_reason, tensor_dims
+from muntin.runtime.profiling.profile import default_dims, default_size_reason
 from muntin.runtime.profiling.timing import Mapper
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExampleImages:
-    """Images to measure with, uint8 (B, H, W, C). `size`: height and width to measure at, chosen for the `reason`."""
-
-    images: NDArray[np.uint8]
-    size: tuple[int, int]
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExampleTensors:
-    """Named inputs to measure with. `dims`: the sizes of free dimensions to measure at, chosen for the `reason`."""
+class ExampleInputs:
+    """Named inputs to measure with; of an image model `images`. `dims`: the sizes of free dimensions to measure at, for the `reason`."""
 
     inputs: Named
     dims: Mapping[str, int]
@@ -68,11 +56,11 @@ class Candidate(ABC):
 
     @property
     @abstractmethod
-    def signature(self) -> Signature | TensorSignature:
+    def signature(self) -> AnySignature:
         """Task, channels and classes; or named inputs and outputs."""
 
     @abstractmethod
-    def example(self) -> ExampleImages | ExampleTensors:
+    def example(self) -> ExampleInputs:
         """Inputs of its own, and the size that it is measured at by default."""
 
     @abstractmethod
@@ -99,16 +87,13 @@ class ArtifactCandidate(Candidate):
         return self._artifact().manifest.integers
 
     @property
-    def signature(self) -> Signature | TensorSignature:
+    def signature(self) -> AnySignature:
         return self._artifact().manifest.signature
 
-    def example(self) -> ExampleImages | ExampleTensors:
+    def example(self) -> ExampleInputs:
         artifact = self._artifact()
-        if artifact.manifest.named is not None:
-            dims, reason = tensor_dims(artifact, {}, None), default_size_reason(artifact.manifest)
-            return ExampleTensors(inputs=artifact.golden()[0][0], dims=dims, reason=reason)
-        H, W = default_shape(artifact)[1:]
-        return ExampleImages(images=artifact.golden_images()[0][0], size=(H, W), reason=default_size_reason(artifact.manifest))
+        reason = default_size_reason(artifact.manifest)
+        return ExampleInputs(inputs=artifact.golden()[0][0], dims=default_dims(artifact), reason=reason)
 
     def _artifact(self) -> Artifact:
         return open_artifact(self.path)

@@ -8,7 +8,7 @@ kernel      time, multiply-adds and bytes; by the ceilings the latter two give i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import import_module
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from muntin.artifact import Artifact, Manifest, Signature, TensorSignature, open_artifact
+from muntin.artifact import AnySignature, Artifact, Manifest, Signature, open_artifact
 from muntin.errors import DataError, DependencyError
 from muntin.runtime.engines.registry import open_session
 from muntin.runtime.host.hardware import describe_hardware, memory_gib
-from muntin.runtime.inputs import Named, Shape, check_inputs, check_shape
+from muntin.runtime.inputs import Named, Shape, check_inputs, check_shape, image_dims
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
 from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
@@ -104,21 +104,20 @@ def profile(
     _check(options.engine, shape, rounds)
     artifact = open_artifact(path)
     remarks: list[str] = []
-    if artifact.manifest.named is not None:
-        sizes = tensor_dims(artifact, dims or {}, shape)
-        batch: ProfiledInputs = repeat(artifact.golden()[0][0], artifact.manifest.signature.tensors, sizes)
-        memory: AbstractContextManager[None] = nullcontext()
-    else:
+    signature, images = artifact.manifest.signature, artifact.manifest.named is None
+    if images:
         if dims:
             raise DataError(f"dims of {', '.join(dims)}: {path} takes images: give a shape")
         requested = default_shape(artifact) if shape is None else shape
         shape = (requested[0], *artifact.picture.sizes.at_least(*requested[1:]))
-        sizes, memory = None, enough_memory(artifact.picture, shape)
+        sizes = dict(image_dims(shape))
         if shape != requested:
             remarks.append(f"measured at {shape[1]} x {shape[2]}, the nearest size to {requested[1]} x {requested[2]} that the model takes")
-    with watch_cpu() as watch, memory:
-        if shape is not None and isinstance(artifact, Artifact):
-            batch = fill(artifact.golden_images()[0][0], shape)
+    else:
+        sizes = _tensor_dims(artifact, dims or {}, shape)
+    with watch_cpu() as watch, enough_memory(signature, sizes):
+        inputs = sized_inputs(artifact.golden()[0][0], signature, sizes)
+        batch: ProfiledInputs = inputs["images"] if images else inputs
         sessions = {"whole": open_session(artifact, options)}
         whole_ms = interleaved_latency(sessions, batch, rounds=rounds)["whole"].median_ms
         sessions.clear()  # frees its threads and memory before the profile
@@ -136,7 +135,7 @@ def profile(
         precision=execution.precision,
         threads=execution.threads,
         shape=shape,
-        dims=sizes,
+        dims=None if images else sizes,
         rounds=rounds,
         whole_ms=whole_ms,
         profiled_ms=execution.profiled_ms,
@@ -150,24 +149,30 @@ def profile(
     )
 
 
-def tensor_dims(artifact: Artifact, dims: Mapping[str, int], shape: Shape | None) -> dict[str, int]:
-    """Sizes of all free dimensions: those given, then those of the manifest's example or the golden inputs. Raises DataError for others."""
-    signature, example = artifact.manifest.signature.tensors, artifact.manifest.example
+def _tensor_dims(artifact: Artifact, dims: Mapping[str, int], shape: Shape | None) -> dict[str, int]:
+    """Sizes of all free dimensions: those given, then `default_dims`. Raises DataError for others."""
+    signature = artifact.manifest.signature.tensors
     names = ", ".join(signature.dims) or "it has none"
     if shape is not None:
         raise DataError(f"shape {shape}: {artifact.path} takes named tensors: give dims, sizes of its free dimensions ({names})")
-    own = dict(check_inputs(artifact.golden()[0][0], signature)[1]) if example is None else example
+    own = default_dims(artifact)
     if (problem := signature.dims_problem({**own, **dims})) is not None:
         raise DataError(f"dims with {problem}")
     return {**own, **dims}
 
 
 @contextmanager
-def enough_memory(signature: Signature, shape: Shape) -> Iterator[None]:
-    """Raises DataError for images that do not fit into this machine's memory together with their scores, and where memory runs out."""
-    needed = (1 + 4) * prod(shape) * signature.channels + 4 * prod(signature.scores_shape(*shape))
-    B, H, W = shape
-    description = f"{B} images of {H} x {W} pixels, in bytes and in float32, and their scores alone take {needed / 1e9:.3g} GB"
+def enough_memory(signature: AnySignature, dims: Mapping[str, int]) -> Iterator[None]:
+    """Raises DataError for inputs that do not fit into this machine's memory together with their outputs, and where memory runs out."""
+    if isinstance(signature, Signature):
+        B, H, W = (dims[name] for name in ("batch", "height", "width"))
+        needed = (1 + 4) * B * H * W * signature.channels + 4 * prod(signature.scores_shape(B, H, W))
+        description = f"{B} images of {H} x {W} pixels, in bytes and in float32, and their scores alone take {needed / 1e9:.3g} GB"
+    else:
+        sizes = (*signature.input_shapes(dims).values(), *signature.output_sizes(dims).values())
+        needed = sum(map(prod, sizes))
+        text = ", ".join(f"{name} {size}" for name, size in dims.items())
+        description = f"inputs of {text or 'the only size'} and their outputs alone have {needed:,} values"
     memory = memory_gib()
     if memory is not None and needed > memory * 2**30:
         raise DataError(f"{description}, and this machine has {memory * 2**30 / 1e9:.3g} GB: give a smaller size or batch")
@@ -208,8 +213,15 @@ def default_shape(artifact: Artifact) -> Shape:
     return (1, side, side) if side is not None else (1, *artifact.golden_images()[0][0].shape[1:3])
 
 
+def default_dims(artifact: Artifact) -> dict[str, int]:
+    """Sizes of all free dimensions: those of the manifest's example, else of `default_shape`, or of the first golden inputs."""
+    if artifact.manifest.named is None:
+        return dict(image_dims(default_shape(artifact)))
+    return artifact.manifest.example or dict(check_inputs(artifact.golden()[0][0], artifact.manifest.signature)[1])
+
+
 def default_size_reason(manifest: Manifest) -> str:
-    """Why `default_shape` or `tensor_dims` has its sizes, in words."""
+    """Why `default_dims` has its sizes, in words."""
     if manifest.named is not None:
         return "the sizes of the export" if manifest.example is not None else "the sizes of its golden inputs"
     if manifest.example is not None:
@@ -219,6 +231,17 @@ def default_size_reason(manifest: Manifest) -> str:
     return "the side of its training" if manifest.picture.side is not None else "the size of its golden images"
 
 
+def sized_inputs(inputs: Named, signature: AnySignature, dims: Mapping[str, int]) -> Named:
+    """Inputs of other sizes of the free dimensions: images mirrored or cut (`fill`), others repeated from the start or cut."""
+    if isinstance(signature, Signature):
+        return {"images": fill(inputs["images"], (dims["batch"], dims["height"], dims["width"]))}
+    repeated = dict(inputs)
+    for name, shape in signature.input_shapes(dims).items():
+        for axis, size in enumerate(shape):
+            repeated[name] = np.take(repeated[name], np.arange(size) % inputs[name].shape[axis], axis=axis)
+    return repeated
+
+
 def fill(images_BHWC: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     """Images of another shape (B, H, W): repeated to the batch, mirrored or cut to the size."""
     B, H, W = shape
@@ -226,15 +249,6 @@ def fill(images_BHWC: NDArray[np.uint8], shape: Shape) -> NDArray[np.uint8]:
     chosen = images_BHWC[np.arange(B) % len(images_BHWC)]
     mirrored = np.pad(chosen, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="symmetric")
     return np.ascontiguousarray(mirrored[:, :H, :W])
-
-
-def repeat(tensors: Named, signature: TensorSignature, dims: Mapping[str, int]) -> Named:
-    """Named inputs of other sizes of the free dimensions: cut, or repeated from the start."""
-    repeated = dict(tensors)
-    for name, shape in signature.input_shapes(dims).items():
-        for axis, size in enumerate(shape):
-            repeated[name] = np.take(repeated[name], np.arange(size) % tensors[name].shape[axis], axis=axis)
-    return repeated
 
 
 def notes(manifest: Manifest, execution: Execution, whole_ms: float) -> Iterable[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from muntin.artifact import Manifest
+from muntin.artifact import Manifest, Signature
 from muntin.errors import DataError
-from muntin.runtime.inputs import LABELS, SCORES, Dims, Shape, image_dims
+from muntin.runtime.inputs import LABELS, SCORES, Dims
 from muntin.runtime.session import Session
 
 DENSE_ROWS, DENSE_PIXELS = 16, 1 << 20
@@ -50,11 +50,6 @@ class Call(NamedTuple):
         session.prepare(self.dims, self.outputs)
 
 
-def image_call(shape: Shape, *, labels: bool = False) -> Call:
-    """Return the call of images (B, H, W)."""
-    return Call(image_dims(shape), "batch", LABELS if labels else SCORES)
-
-
 def call_from_json(values: list[Any]) -> Call:
     """Return the call that was written as JSON, which has lists for tuples."""
     dims, batch, outputs = values
@@ -78,43 +73,38 @@ def starting_calls(
     Of segmentations these are batches for labels, and one image for scores, in whose calls batches for scores are computed. Raises
     DataError for a size that the model does not take.
     """
-    if manifest.named is not None:
-        if sizes:
-            raise DataError(f"--sizes: the model takes named tensors ({manifest.signature.tensors.text}): give --dims, or leave it out")
-        return _tensor_calls(manifest, max_batch, list(dims))
-    if dims:
-        raise DataError("--dims: the model takes images: give --sizes, or leave it out")
-    return _image_calls(manifest, max_batch, list(sizes))
-
-
-def _image_calls(manifest: Manifest, max_batch: int, sizes: list[tuple[int, int]]) -> tuple[Call, ...]:
-    allowed = manifest.picture.sizes
-    for height, width in sizes:
-        if not allowed.takes(height, width):
-            rows, columns = allowed.at_least(height, width)
-            raise DataError(f"--sizes {height}x{width}: the model takes {allowed.text}: give {rows}x{columns}, or leave it out")
-    exported = () if manifest.shape is None else (manifest.shape[1:],)
-    segments = manifest.picture.answer.masks
+    signature, tensors = manifest.signature, manifest.signature.tensors
+    given = [dict(named) for named in dims]
+    if isinstance(signature, Signature):
+        if given:
+            raise DataError("--dims: the model takes images: give --sizes, or leave it out")
+        for height, width in sizes:
+            if not signature.sizes.takes(height, width):
+                rows, columns = signature.sizes.at_least(height, width)
+                raise DataError(f"--sizes {height}x{width}: the model takes {signature.sizes.text}: give {rows}x{columns}, or leave it out")
+            given.append({"height": height, "width": width})
+    elif sizes:
+        raise DataError(f"--sizes: the model takes named tensors ({tensors.text}): give --dims, or leave it out")
+    batch = tensors.batch
+    free = [name for name in tensors.dims if name != batch]
+    for named in given:
+        if named.keys() != set(free):
+            text = ",".join(f"{name}={size}" for name, size in named.items())
+            raise DataError(f"--dims {text}: give a size of each free dimension ({', '.join(free) or 'there is none'}), or leave it out")
+    exported = [manifest.example] if manifest.example is not None else [] if tensors.dims else [{}]
+    segments = isinstance(signature, Signature) and signature.answer.masks
+    outputs = () if not isinstance(signature, Signature) else LABELS if segments else SCORES
     calls = []
-    for height, width in dict.fromkeys((*exported, *sizes)) if max_batch else ():
-        calls += [image_call((rows, height, width), labels=segments) for rows in batch_sizes(max_batch, height * width)]
+    for named in [*exported, *given] if max_batch else []:
+        one = {**named, **({} if batch is None else {batch: 1})}
+        values = one["height"] * one["width"] if isinstance(signature, Signature) else tensors.values(one)
+        for count in batch_sizes(1 if batch is None else max_batch, values):
+            calls.append(_call(one, batch, count, outputs))
         if segments:
-            calls.append(image_call((1, height, width)))
-    return tuple(calls)
-
-
-def _tensor_calls(manifest: Manifest, max_batch: int, dims: list[Mapping[str, int]]) -> tuple[Call, ...]:
-    signature, batch = manifest.signature.tensors, manifest.signature.tensors.batch
-    rows = {} if batch is None else {batch: 1}
-    free = [name for name in signature.dims if name != batch]
-    for sizes in dims:
-        if sizes.keys() != set(free):
-            given = ",".join(f"{name}={size}" for name, size in sizes.items())
-            raise DataError(f"--dims {given}: give a size of each free dimension ({', '.join(free) or 'there is none'}), or leave it out")
-    exported = [manifest.example] if manifest.example is not None else [] if signature.dims else [{}]
-    calls = []
-    for sizes in [*exported, *dims] if max_batch else []:
-        most = 1 if batch is None else max_batch
-        for count in batch_sizes(most, signature.values({**sizes, **rows})):
-            calls.append(Call(tuple(sorted({**sizes, **dict.fromkeys(rows, count)}.items())), batch or ""))
+            calls.append(_call(one, batch, 1, SCORES))
     return tuple(dict.fromkeys(calls))
+
+
+def _call(sizes: Mapping[str, int], batch: str | None, rows: int, outputs: tuple[str, ...]) -> Call:
+    named = sizes if batch is None else {**sizes, batch: rows}
+    return Call(tuple(sorted(named.items())), batch or "", outputs)
