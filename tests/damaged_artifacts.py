@@ -34,7 +34,7 @@ ODD: tuple[Any, ...] = (
 
 @functools.cache
 def seed() -> Files:
-    """The files of a small artefact with weights of each kind: packed, sparse by groups and blocks, half precision, plain."""
+    """The files of a small artefact with weights of each kind: packed, of layers with patterns of zeros, half precision, plain."""
     rng = np.random.default_rng(7)
     groups = rng.integers(1, 8, (64, 64)).astype(np.int8)
     np.put_along_axis(groups.reshape(-1, 4), rng.permuted(np.tile(np.arange(4), (1024, 1)), axis=1)[:, 2:], 0, 1)

@@ -6,7 +6,7 @@ from muntin.artifact.classes import ClassInfo
 from muntin.artifact.manifest import FORMAT, AnySignature, GoldenTolerance, LayerRecord, Manifest, Signature, TensorRecord
 from muntin.artifact.packing import pack, unpack
 from muntin.artifact.sizes import Sides, Sizes
-from muntin.artifact.sparse_packing import sparsity_of
+from muntin.artifact.sparsity import sparsity_of
 from muntin.artifact.standalone import check_standalone, write_standalone
 from muntin.artifact.store import Artifact, check_target, open_artifact, write_artifact
 from muntin.artifact.tensors import TensorInfo, TensorPair, TensorSignature

@@ -20,9 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -146,18 +144,7 @@ class Signature(_Frozen):
         return (batch, self.outputs, self.scale * height, self.scale * width)
 
 
-class _Sparse(_Frozen):
-    """Base of records with a `sparsity`, which JSON leaves out where there is none."""
-
-    @model_serializer(mode="wrap")
-    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if not content.get("sparsity"):
-            content.pop("sparsity", None)  # absent already where fields are chosen
-        return content
-
-
-class LayerRecord(_Sparse):
+class LayerRecord(_Frozen):
     """One layer as it was compressed.
 
     `name`: also of the layer's compute node in `model.onnx` (or its prefix before a "/"), by which verification finds it in the engine.
@@ -180,24 +167,12 @@ class LayerRecord(_Sparse):
         return self.activation_bits is not None and self.activation_bits <= 8
 
 
-class SparseStorage(_Frozen):
-    """Form of a weight of which zeros are not stored: see `sparse_packing`.
-
-    `axis`: along which groups lie; of blocks 0. `values`: how many are stored.
-    """
-
-    pattern: Annotated[str, Field(pattern=r"^([1-9]\d?:[1-9]\d?|block:[1-9]\d{0,3}x[1-9]\d{0,3})$")]
-    axis: Annotated[int, Field(ge=0, le=8)]
-    values: Annotated[int, Field(ge=0)]
-
-
-class TensorRecord(_Sparse):
-    """Storage of one weight: bits per value, restored shape, integers or floats, and the places of those that are stored (None: all)."""
+class TensorRecord(_Frozen):
+    """Storage of one weight: bits per value, restored shape, integers or floats."""
 
     bits: Annotated[int, Field(ge=1, le=64)]
     shape: tuple[Annotated[int, Field(ge=0)], ...]
     packing: Literal["int", "f16", "f32", "f64"]
-    sparsity: SparseStorage | None = None
 
 
 class GoldenTolerance(_Frozen):

@@ -17,8 +17,7 @@ from onnx import numpy_helper
 
 from muntin.artifact.manifest import TensorRecord
 from muntin.artifact.onnx_checks import check_data, check_operators, messages
-from muntin.artifact.packing import pack, packed_size, unpack
-from muntin.artifact.sparse_packing import LARGEST_RATIO, index_bytes, put_values, smallest_form, take_values
+from muntin.artifact.packing import pack, unpack
 from muntin.errors import ArtifactError
 
 MOVED_FROM = 64  # initializers of more elements are moved out of the graph
@@ -82,39 +81,27 @@ def _store(initializer: onnx.TensorProto, how: int | Literal["f16"] | None) -> t
         raise ArtifactError(f"initializer {name} is {dtype}: an artefact holds {', '.join((*_FLOATS, *_INTEGERS))}")
     if how is None:
         packing: Literal["int", "f16", "f32", "f64"] = _FLOATS[dtype] if dtype in _FLOATS else "int"  # noqa: SIM401 - keeps the literal type
-        return _smallest(values, TensorRecord(bits=values.dtype.itemsize * 8, shape=shape, packing=packing))
+        return _stored(values, TensorRecord(bits=values.dtype.itemsize * 8, shape=shape, packing=packing))
     if how == "f16":
         if dtype != "float32":
             raise ArtifactError(f'initializer {name} is {dtype} and packed as "f16": only float32 can be')
         if values.size and not float(np.abs(values).max()) <= float(np.finfo(np.float16).max):
             raise ArtifactError(f'initializer {name} has values beyond half precision (65504): leave it out of the "f16" packing')
-        return _smallest(values.astype(np.float16), TensorRecord(bits=16, shape=shape, packing="f16"))
+        return _stored(values.astype(np.float16), TensorRecord(bits=16, shape=shape, packing="f16"))
     if dtype not in ("int8", "uint8"):
         raise ArtifactError(f"initializer {name} is {dtype} and packed in {how} bits: only int8 and uint8 can be")
     try:
-        return _smallest(values, TensorRecord(bits=how, shape=shape, packing="int"))
+        return _stored(values, TensorRecord(bits=how, shape=shape, packing="int"))
     except ArtifactError as error:
         raise ArtifactError(f"initializer {name}: {error}") from error
 
 
-def _smallest(values: NDArray[Any], record: TensorRecord) -> tuple[NDArray[Any], TensorRecord]:
-    """Values as stored, dense or, if that takes fewer bytes, sparse."""
-    form = smallest_form(values, record.bits) if record.packing != "int" or record.bits <= 8 else None
-    if form is None:
-        return _at_width(values, record), record
-    index, stored = take_values(values, form)
-    return np.concatenate([index, _bytes_of(_at_width(stored, record))]), record.model_copy(update={"sparsity": form})
-
-
-def _at_width(values: NDArray[Any], record: TensorRecord) -> NDArray[Any]:
+def _stored(values: NDArray[Any], record: TensorRecord) -> tuple[NDArray[Any], TensorRecord]:
+    """Values at their bit width, and their record."""
     if record.packing != "int" or values.dtype.itemsize > 1 or values.dtype.kind not in "iu":
-        return values
+        return values, record
     packed = pack(values, record.bits, signed=values.dtype.kind == "i")  # checks the range at 8 bits, too
-    return values if record.bits == 8 else packed
-
-
-def _bytes_of(values: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.frombuffer(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes(), np.uint8)
+    return (values if record.bits == 8 else packed), record
 
 
 def _expand(initializer: onnx.TensorProto, stored: NDArray[Any], record: TensorRecord) -> bytes:
@@ -134,26 +121,9 @@ def _expand(initializer: onnx.TensorProto, stored: NDArray[Any], record: TensorR
 
 def _dense(stored: NDArray[Any], record: TensorRecord, dtype: np.dtype[Any]) -> NDArray[Any]:
     """All values of a weight, in its shape. `dtype`: of the graph."""
-    form, shape = record.sparsity, record.shape
-    values: NDArray[Any] = stored
-    if form is not None:
-        if stored.dtype != np.uint8 or stored.ndim != 1 or packed_size(math.prod(shape), record.bits) > LARGEST_RATIO * stored.size:
-            raise ArtifactError(
-                f"{stored.shape} {stored.dtype} for a sparse weight of {shape}: a flat array of bytes is needed, at most {LARGEST_RATIO} "
-                "times smaller than the dense weight"
-            )
-        index, values = np.split(stored, [index_bytes(form, shape)])
-        shape = (form.values,)
-        if record.bits >= 8:
-            kept = np.dtype(np.float16) if record.packing == "f16" else dtype
-            if len(values) != form.values * kept.itemsize:
-                raise ArtifactError(f"{len(values)} bytes for {form.values} values of {kept.itemsize * 8} bits")
-            values = np.frombuffer(values.tobytes(), kept.newbyteorder("<")).astype(kept)
     if record.packing == "int" and record.bits < 8:
-        values = unpack(values, record.bits, shape, signed=dtype == np.int8)
-    elif record.packing == "f16" and dtype == np.float32:
-        values = values.astype(np.float32)
-    return values if form is None else put_values(index, values, form, record.shape)
+        return unpack(stored, record.bits, record.shape, signed=dtype == np.int8)
+    return stored.astype(np.float32) if record.packing == "f16" and dtype == np.float32 else stored
 
 
 def _numpy_type(initializer: onnx.TensorProto) -> np.dtype[Any]:

@@ -2,8 +2,7 @@
 
     DIR/manifest.json         description (muntin.artifact.manifest)
     DIR/model.onnx            the graph; initializers that were moved out keep name, type and shape here
-    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged;
-                              of weights with many zeros the places and the values of the others (sparse_packing)
+    DIR/weights.safetensors   each weight once: integers of 2 to 7 bits packed, "f16" floats in half precision, others unchanged
     DIR/golden.safetensors    inputs_0/NAME, outputs_0/NAME, inputs_1/NAME, ... : inputs, and the model's outputs at export; of an image
                               model `images` and `scores`
     DIR/drift.json            optional: statistics of the training pictures (muntin.updating.drift)
@@ -49,7 +48,7 @@ from muntin.artifact.manifest import (
     render_manifest,
 )
 from muntin.artifact.onnx_weights import Packing, join_model, split_model
-from muntin.artifact.sparse_packing import sparsity_of
+from muntin.artifact.sparsity import sparsity_of
 from muntin.artifact.tensors import TensorPair, TensorSignature
 from muntin.artifact.tile_plan import TilePlan
 from muntin.errors import ArtifactError

@@ -13,8 +13,7 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from muntin.artifact import Artifact, TensorRecord
-from muntin.artifact.sparse_packing import stored_size
+from muntin.artifact import Artifact
 from muntin.compression import Change
 from muntin.compression.channels.slimming import apply_widths
 from muntin.compression.low_rank.factored_layers import factored_parameters, full_ranks
@@ -61,17 +60,10 @@ def deployed_sizes(artifact: Artifact) -> dict[str, Any]:
     bits = {name: packed[name].bits if name in packed else 8 * value.itemsize for name, value in numbers.items()}
     return {
         "params": sum(layer.parameters for layer in layers),
-        "weights": sum(_stored_bytes(packed.get(name), value.size, bits[name]) for name, value in numbers.items()),
+        "weights": sum((value.size * bits[name] + 7) // 8 for name, value in numbers.items()),
         "bytes": artifact.bytes,
         "gmacs": sum(layer.macs or 0 for layer in layers) / 1e9,
     }
-
-
-def _stored_bytes(record: TensorRecord | None, count: int, bits: int) -> int:
-    """Return the bytes of a weight as it is stored, with the places of a sparse one."""
-    if record is None or record.sparsity is None:
-        return (count * bits + 7) // 8
-    return stored_size(record.sparsity, record.shape, record.bits)
 
 
 def _clipping(observer: RangeObserver, grid: ByteGrid) -> tuple[float | None, dict[str, Any] | None]:

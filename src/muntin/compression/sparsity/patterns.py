@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from muntin.artifact.sparse_packing import BLOCKS, GROUPS, SMALLEST_BLOCK
+from muntin.artifact.sparsity import BLOCKS, GROUPS, SMALLEST_BLOCK
 from muntin.errors import MuntinError
 
 _FORMS = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block:(?P<rows>\d+)x(?P<columns>\d+)(:(?P<share>0?\.\d+))?", re.ASCII)
