@@ -46,7 +46,6 @@ SAFE_WITH = {
 EXPOSED = ("artifact", "images", "runtime", "serving")
 EXCEPTIONS = {
     ("runtime/engines/registry.py", "importlib.import_module"): "an engine of ours, by a name in the source",
-    ("runtime/profiling/profile.py", "importlib.import_module"): "the profiler of an engine, whose name SessionOptions has checked",
     ("runtime/profiling/cold_start.py", "importlib.import_module"): "a class of ours, named by the caller to its child process",
     ("runtime/host/quiet_imports.py", "importlib.import_module"): "the engines' libraries, by names that are written in the source",
 }

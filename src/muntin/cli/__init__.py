@@ -23,7 +23,7 @@ from muntin.cli.search import search_command
 from muntin.cli.serve import serve_command, triton_command
 from muntin.cli.train import evaluate_command, fit_command
 from muntin.cli.updating.drift import drift_command
-from muntin.cli.updating.update import update_command, watch_command
+from muntin.cli.updating.update import update_command
 from muntin.cli.verify import verify_command
 from muntin.errors import MuntinError, install, memory_advice
 
@@ -93,7 +93,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "triton": triton_command,
     "drift": drift_command,
     "update": update_command,
-    "watch": watch_command,
     "report": report_command,
     "models": models_command,
 }

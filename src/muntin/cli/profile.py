@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +34,6 @@ def profile_command(
     dims: Annotated[
         str | None, typer.Option(help="Sizes of free dimensions of named tensors, tokens=128,NAME=NUMBER; those of the export by default.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="openvino or onnxruntime.")] = "openvino",
     precision: PrecisionOption = "recorded",
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Timed calls.")] = 30,
@@ -49,10 +47,8 @@ def profile_command(
     start = prepare_torch()  # before PyTorch is imported
     from muntin.artifact.store import MANIFEST
     from muntin.reporting import write_profile
-    from muntin.reporting.files import write_files
     from muntin.reporting.profile_page import HTML_NAME, JSON_NAME, PICTURE_NAME
     from muntin.runtime.options import SessionOptions
-    from muntin.runtime.profiling.chrome_trace import chrome_trace
     from muntin.runtime.profiling.profile import default_size_reason, profile
     from muntin.runtime.profiling.profile_document import profile_dict
 
@@ -60,25 +56,24 @@ def profile_command(
     refuse_unwritable(target)
     say_notes(() if json else start)
     if artifact.is_dir() and not (artifact / MANIFEST).exists():
-        if engine != "openvino" or precision != "recorded":
-            raise DataError(f"{artifact} is no artefact but a run, whose live model has no --engine and no --precision: leave them out")
+        if precision != "recorded":
+            raise DataError(f"{artifact} is no artefact but a run, whose live model has no --precision: leave it out")
         if dims is not None:
             raise DataError(f"--dims {dims}: {artifact} is a run, whose model takes images: give --size")
         _profile_run(artifact, target, size=size, batch=batch, threads=threads, rounds=rounds, trust_code=trust_code, json=json)
         return
     sized = _sizes(artifact, size, batch, dims)
     with status("profiling"):
-        measured = profile(artifact, SessionOptions(engine=engine, precision=precision, threads=threads), **sized, rounds=rounds)
+        measured = profile(artifact, SessionOptions(precision=precision, threads=threads), **sized, rounds=rounds)
     document = profile_dict(measured)
     page = write_profile(target, document)
-    write_files(target, {TRACE: dumps(chrome_trace(measured), ensure_ascii=False, allow_nan=False) + "\n"}, what="trace")
     if json:
-        print_json(document | {"files": sorted(str(target / name) for name in (JSON_NAME, HTML_NAME, PICTURE_NAME, TRACE))})
+        print_json(document | {"files": sorted(str(target / name) for name in (JSON_NAME, HTML_NAME, PICTURE_NAME))})
         return
     manifest = measured.artifact.manifest
     reason = default_size_reason(manifest) if size is None and dims is None else None
     _print(document, measured.size, integers=manifest.integers, size_reason=reason, option="--size" if measured.dims is None else "--dims")
-    out.print(f"wrote     {page}, and {TRACE} for chrome://tracing or ui.perfetto.dev")
+    out.print(f"wrote     {page}")
 
 
 def _profile_run(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,8 @@ from muntin.errors import ArtifactError
 from muntin.runtime.buffers import Buffers
 from muntin.runtime.host.thread_pool import thread_pool
 from muntin.runtime.inputs import LABELS, SCORES, Dims, Named, Shape, check_classes, check_dims, check_inputs, check_outputs
+from muntin.runtime.options import SessionOptions
 from muntin.runtime.pipeline import ordered
-
-if TYPE_CHECKING:
-    from muntin.runtime.options import SessionOptions
 
 STATIC_SHAPES = 4
 """Input sizes, beside those given to `warm_up`, that an engine keeps compiled."""

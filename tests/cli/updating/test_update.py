@@ -1,4 +1,4 @@
-"""`muntin update` and `muntin watch`: options, output, exit codes."""
+"""`muntin update`: options, output, exit codes."""
 
 from __future__ import annotations
 
@@ -77,9 +77,14 @@ def test_watch_ends_after_its_rounds(run: Path, write_scenes: Callable[..., None
     write_scenes(folder, "later", 6, 1300)
     for path in folder.rglob("*.png"):
         os.utime(path, (0, 0))
-    done = invoke("watch", folder, run, "--every", 6, "--rounds", 1, *THREAD, *LOOSE, *LABELS, "--set", "update.share=0.02")
+    done = invoke("update", run, "--data", folder, "--every", 6, "--rounds", 1, *THREAD, *LOOSE, *LABELS, "--set", "update.share=0.02")
     assert done.exit_code == 0 and done.stdout.startswith("update 1: accepted"), done.output
     assert "6 of 6 new pictures" in done.stderr
+
+
+def test_options_of_a_watch(run: Path, tmp_path: Path) -> None:
+    assert "it counts the updates of a watch" in str(invoke("update", run, "--data", tmp_path, "--rounds", 2).exception)
+    assert "leave out --output or --every" in str(invoke("update", run, "--data", tmp_path, "--every", 3, "-o", tmp_path / "out").exception)
 
 
 def test_server_that_is_not_there(updated: Path, run: Path) -> None:

@@ -172,15 +172,6 @@ def test_largest_saving(small: Profile) -> None:
     assert finding.saves_ms == 2.5
 
 
-def test_reasons_with_channels_last(convolutions: Any) -> None:
-    """ONNX Runtime runs the quantised convolution on (B, H, W, C): 5 rows are no channels."""
-    result = profile(convolutions.path, SessionOptions(engine="onnxruntime", threads=1), shape=(1, 5, 40), rounds=2, ceilings=CEILINGS)
-    (stem,) = (kernel for kernel in result.kernels if kernel.name == "stem")
-    assert stem.kind == "QLinearConv"
-    (finding,) = of_kind(replace(result, profiled_ms=10.0, kernels=(replace(stem, ms=10.0),)), "ceiling")
-    assert "few channels: 3 in, 32 out" in finding.words
-
-
 def test_time_between_kernels(small: Profile) -> None:
     overhead = replace(small, profiled_ms=10.0, between_ms=4.0, others=0.0)
     (finding,) = of_kind(overhead, "between")

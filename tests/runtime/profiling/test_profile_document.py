@@ -23,11 +23,9 @@ from tensor_models import write_tensors
 CEILINGS = Ceilings(gmacs={"f32": 100.0, "i8": 400.0}, copy_gb_s=10.0, threads=1, others=0.0)
 
 
-@pytest.fixture(scope="module", params=["openvino", "onnxruntime"])
-def result(convolutions: Any, request: pytest.FixtureRequest) -> Profile:
-    return profile(
-        convolutions.path, SessionOptions(engine=request.param, precision="f32", threads=1), shape=(1, 24, 40), rounds=2, ceilings=CEILINGS
-    )
+@pytest.fixture(scope="module")
+def result(convolutions: Any) -> Profile:
+    return profile(convolutions.path, SessionOptions(precision="f32", threads=1), shape=(1, 24, 40), rounds=2, ceilings=CEILINGS)
 
 
 def test_document_fits_the_schema(result: Profile) -> None:
@@ -87,10 +85,9 @@ def test_kernel_without_ceiling(result: Profile) -> None:
     parse_profile(document)
 
 
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_document_of_named_tensors(tmp_path: Path, engine: str) -> None:
+def test_document_of_named_tensors(tmp_path: Path) -> None:
     artifact = write_tensors(tmp_path / "text")
-    options = SessionOptions(engine=engine, precision="f32", threads=1)
+    options = SessionOptions(precision="f32", threads=1)
     result = profile(artifact.path, options, dims={"batch": 4}, rounds=2, ceilings=CEILINGS)
     assert (result.shape, result.dims, result.size) == (None, {"batch": 4, "tokens": 8}, "batch 4, tokens 8")
     document = profile_dict(result)

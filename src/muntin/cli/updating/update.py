@@ -1,4 +1,4 @@
-"""`muntin update` and `muntin watch`."""
+"""`muntin update`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from muntin.updating.gate import GateVerdict
     from muntin.updating.update import UpdateResult
     from muntin.updating.versions import ServerClient
+    from muntin.updating.watch import WatchSettings
 
 _RunArgument = Annotated[Path, typer.Argument(help="A run's folder; its newest accepted update goes on. Or one of its checkpoints.")]
 _ClassOption = Annotated[
@@ -58,6 +59,10 @@ def update_command(
     push: _PushOption = None,
     repository: _RepositoryOption = None,
     token_file: _TokenOption = None,
+    every: Annotated[
+        int | None, typer.Option(min=3, help="Watch the folder: update whenever so many new labelled pictures have come, until Ctrl-C.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="With --every: end after this many updates; by default never.")] = None,
     threads: ThreadsOption = None,
     trust_code: TrustOption = False,
     json: JsonOption = False,
@@ -65,16 +70,26 @@ def update_command(
     """Learn from new pictures without forgetting, export, and judge the artefact beside the one that it is to replace.
 
     Exit code 1 if the gate refuses it, or the server that it is pushed to. An update that was interrupted goes on when the command is
-    repeated.
+    repeated, and so does a watch (--every) that was killed.
     """
+    if every is None and rounds is not None:
+        raise RecipeError(f"--rounds {rounds}: it counts the updates of a watch: give --every NUMBER, or leave it out")
+    if every is not None and output is not None:
+        raise RecipeError(f"--output {output}: updates of a watch are in RUN/updates: leave out --output or --every")
     refuse_without_gradients(run)
     refuse_several_processes()
     client = server_client(push, token_file)
     notes = prepare_torch()  # before PyTorch is imported
+    added, overrides = parse_classes(class_ or ()), all_overrides(set_ or (), accept or ())
+    if every is not None:
+        from muntin.updating.watch import WatchSettings
+
+        settings = WatchSettings(every=every, added=added, overrides=tuple(overrides), repository=repository, threads=threads)
+        _watch(data, run, settings, client, rounds=rounds, notes=notes, trust_code=trust_code, json=json)
+        return
     result = update_with_progress(
-        run, data, output, added=parse_classes(class_ or ()), overrides=all_overrides(set_ or (), accept or ()), threads=threads,
-        notes=() if json else notes, trust_code=trust_code,
-    )  # fmt: skip
+        run, data, output, added=added, overrides=overrides, threads=threads, notes=() if json else notes, trust_code=trust_code
+    )
     offered = offer(result, run, repository, client)
     if json:
         print_json(update_document(result) | offered | {"notes": [*notes, *result.notes]})
@@ -86,39 +101,22 @@ def update_command(
         raise typer.Exit(1)
 
 
-def watch_command(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder in which labelled pictures arrive: images/ and masks/, or a folder for each class.")
-    ],
-    run: _RunArgument,
-    every: Annotated[int, typer.Option(min=3, help="New pictures that begin an update.")] = 64,
-    class_: _ClassOption = None,
-    set_: _SetOption = None,
-    accept: _AcceptOption = None,
-    push: _PushOption = None,
-    repository: _RepositoryOption = None,
-    token_file: _TokenOption = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="End after this many updates; by default never.")] = None,
-    threads: ThreadsOption = None,
-    trust_code: TrustOption = False,
-    json: JsonOption = False,
+def _watch(
+    folder: Path,
+    run: Path,
+    settings: WatchSettings,
+    client: ServerClient | None,
+    *,
+    rounds: int | None,
+    notes: Sequence[str],
+    trust_code: bool,
+    json: bool,
 ) -> None:
-    """Update a run whenever enough labelled pictures have come: learn, judge, publish, push.
-
-    A killed watch goes on where it was when it is started again. Ctrl-C ends it with a checkpoint.
-    """
-    refuse_without_gradients(run)
-    refuse_several_processes()
-    client = server_client(push, token_file)
-    notes = prepare_torch()  # before PyTorch is imported
+    """Update a run whenever enough labelled pictures have come: learn, judge, publish, push. Ctrl-C ends it with a checkpoint."""
     from muntin.artifact.file_lock import folder_in_use
     from muntin.training import read_checkpoint
-    from muntin.updating.watch import FolderWatch, WatchedUpdate, WatchSettings, keep_watching
+    from muntin.updating.watch import FolderWatch, WatchedUpdate, keep_watching
 
-    settings = WatchSettings(
-        every=every, added=parse_classes(class_ or ()), overrides=tuple(all_overrides(set_ or (), accept or ())), repository=repository,
-        threads=threads,
-    )  # fmt: skip
     read_checkpoint(run, check=False, trust_code=trust_code)
     watch = FolderWatch(run, folder, settings, client)
     interrupted, documents = False, list[dict[str, object]]()
@@ -138,12 +136,12 @@ def watch_command(
             out.print(f"update {update.number}: {line}{place}{f'; server: {update.server}' if update.server else ''}")
             print_notes([*([] if update.result is None else update.result.advice), *(f"left out: {reason}" for reason in update.dropped)])
 
-    with folder_in_use(watch.inbox, "muntin watch") as taken_over:
+    with folder_in_use(watch.inbox, "muntin update --every") as taken_over:
         for note in (*notes, *taken_over):
             say(f"note      {note}")
         if links := watch.links():
             say(f"note      {count(links, 'labelled picture')} in {folder} left out: a watch follows no links; copy the files")
-        say(f"muntin: {watch.waiting()} of {every} new pictures are in {folder}; Ctrl-C ends the watch")
+        say(f"muntin: {watch.waiting()} of {settings.every} new pictures are in {folder}; Ctrl-C ends the watch")
         keep_watching(watch, tell=tell, rounds=rounds)
     if json:
         print_json({"updates": documents})

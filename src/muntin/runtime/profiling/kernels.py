@@ -100,7 +100,7 @@ class Kernel:
     `name`: unique; the compute node of `model.onnx` if there is one, otherwise the engine's name. `kind`: the engine's name of the
     operation, `implementation` of its code. `precision`: "i8" (of either sign), "f32", "bf16" or "f16". `compute`: True if `name` is a
     compute node. `layer`: the manifest's layer. `ms`: median time in one inference. `macs`: multiply-adds of the whole batch. `group`: its
-    kind in words. `start_ms`: start within one inference, None where the engine gives no time stamps.
+    kind in words.
     """
 
     name: str
@@ -114,7 +114,6 @@ class Kernel:
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     group: str
-    start_ms: float | None = None
 
     @property
     def bytes(self) -> int:

@@ -7,11 +7,10 @@ kernel      time, multiply-adds and bytes; by the ceilings the latter two give i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from muntin.runtime.inputs import Named, Shape, check_inputs, check_shape, image
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
 from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
+from muntin.runtime.profiling.openvino_kernels import openvino_kernels
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.text import count
 
@@ -34,11 +34,6 @@ SIDE = 512
 """Side of the image, in pixels, for an artefact without an example."""
 TOLERANCE = 0.1
 """Share of the whole by which the kernels' sum may differ without a note."""
-
-Profiler = Callable[[Artifact, ProfiledInputs, SessionOptions, int], Execution]
-"""(artefact, images or named inputs, options, rounds) -> the kernels that were executed."""
-PROFILED = ("openvino", "onnxruntime")
-"""Engines with a profiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +91,7 @@ def profile(
     size that the model does not take is replaced by the nearest one, with a note. The images are the artefact's first golden ones, mirrored
     until they fill the shape. `dims`: for named tensors, sizes of some free dimensions; the others are those of
     the manifest's example. The first golden inputs are repeated to these sizes. `ceilings` None: measured now, in some seconds. Opens the
-    artefact two or three times (ONNX Runtime) and runs twice `rounds` inferences.
+    artefact twice and runs twice `rounds` inferences.
 
     Raises the errors of `load` and of its session, and DataError for an engine that cannot be profiled, a shape or a number of rounds out
     of range, inputs that do not fit into memory.
@@ -121,8 +116,7 @@ def profile(
         sessions = {"whole": open_session(artifact, options)}
         whole_ms = interleaved_latency(sessions, batch, rounds=rounds)["whole"].median_ms
         sessions.clear()  # frees its threads and memory before the profile
-        profiler: Profiler = getattr(import_module(f"muntin.runtime.profiling.{options.engine}_kernels"), f"{options.engine}_kernels")
-        execution = profiler(artifact, batch, options, rounds)
+        execution = openvino_kernels(artifact, batch, options, rounds)
     remarks = [*notes_on(watch.others, threads=execution.threads), *notes(artifact.manifest, execution, whole_ms), *remarks]
     if ceilings is None:
         ceilings = _measured_ceilings(execution.threads)
@@ -191,8 +185,8 @@ def _measured_ceilings(threads: int) -> Ceilings:
 
 
 def _check(engine: str, shape: Shape | None, rounds: int) -> None:
-    if engine not in PROFILED:
-        raise DataError(f'engine="{engine}": a profile is made in one of {", ".join(PROFILED)}')
+    if engine != "openvino":
+        raise DataError(f'engine="{engine}": a profile is made in openvino, whose counters it reads: leave it out')
     if shape is not None:
         check_shape(shape)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 1000:
