@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from muntin.artifact import open_artifact
+from muntin.artifact import FORMAT, open_artifact
 
 Call = Callable[..., Any]
 Write = Callable[..., Path]
@@ -74,14 +74,14 @@ def test_verify_with_a_flipped_byte(call: Call, exported: Any, copied: Path, tmp
 
 def test_artefact_of_a_newer_format(call: Call, exported: Any, copied: Path, tmp_path: Path) -> None:
     manifest = copied / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 3, "unheard": "of"}))
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": FORMAT + 1, "unheard": "of"}))
     commands = [
         ("verify", copied),
         ("predict", copied, exported.image, "-o", tmp_path / "out"),
         ("evaluate", exported.run, "--artifact", copied),
     ]
     for words in commands:
-        assert "artefact format 3 is newer than this muntin reads (2): upgrade muntin" in call(*words).mistake()
+        assert f"artefact format {FORMAT + 1} is newer than this muntin reads ({FORMAT}): upgrade muntin" in call(*words).mistake()
 
 
 @pytest.mark.parametrize("name", FILES)
