@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,27 +14,23 @@ from muntin.artifact import open_artifact
 from muntin.data import open_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
-from muntin.runtime.options import SessionOptions
 from muntin.searching import (
     ArchitectureSearch,
     SearchSettings,
     Space,
     architecture_search,
     finalists,
-    latency_table,
     plan_search,
     search_architectures,
 )
 from muntin.searching.architecture_search import SearchStage, may_begin
-from muntin.searching.candidates import CandidateScorer
+from muntin.searching.cost import parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist
-from muntin.searching.parts import PartProbe
 from muntin.searching.preparation import base_config
 from muntin.searching.space import Architecture, parse_space
 from muntin.searching.study import StudyPoint, pareto_front
-from muntin.searching.supernet_training import SupernetTraining
+from muntin.searching.trials import CandidateTrials, StoppedTrialError
 from muntin.training import Recipe, load_recipe
-from muntin.training.checkpoint import checkpoints_in
 from muntin.training.progress.report import FitProgress
 
 SPACE = parse_space({"dims.0": [32, 48], "depths.0": [1, 2], "latents": [2, 4], "decoder": [8, 16]})
@@ -72,7 +67,7 @@ def search(tiny: Any, folder: Path, *, until: tuple[str, int], space: Space = SP
 
 def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
     whole = search(tiny, tmp_path / "whole", until=("train", 0))
-    search(tiny, tmp_path / "parts", until=("supernet", 2))
+    search(tiny, tmp_path / "parts", until=("study", 1))
     search(tiny, tmp_path / "parts", until=("study", 3))
     resumed = search(tiny, tmp_path / "parts", until=("train", 0))
     assert resumed == whole and whole
@@ -87,12 +82,12 @@ def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
 
 
 def searched(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[ArchitectureSearch, float]:
-    """A search whose networks are not trained, and its seconds by a clock that adds 10 for each candidate and 20 for each network."""
-    clock, score = Clock(), CandidateScorer.score
+    """A search without trainings, and its seconds by a clock that adds 10 for each candidate and 20 for each network."""
+    clock = Clock()
 
-    def scored(self: CandidateScorer, one: Architecture) -> float:
+    def scored(self: CandidateTrials, one: Architecture, cost: float, earlier: Any) -> tuple[float, ...]:
         clock.seconds += 10
-        return score(self, one)
+        return 0.0, parameters_of(one.config) / 1e9
 
     def train(recipe: Recipe, architecture: Architecture, **rest: Any) -> Finalist:
         clock.seconds += 20
@@ -101,7 +96,7 @@ def searched(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **setting
             name=rest["name"], architecture=architecture, point=rest["point"], float_score=0.5, score=0.5, bytes=1, **place
         )  # fmt: skip
 
-    monkeypatch.setattr(CandidateScorer, "score", scored)
+    monkeypatch.setattr(CandidateTrials, "score", scored)
     monkeypatch.setattr(architecture_search, "train_finalist", train)
     monkeypatch.setattr(architecture_search, "with_latencies", lambda networks, threads: networks)
     given = SearchSettings(**{"objective": "memory", "finalists": 2, **settings})
@@ -111,7 +106,6 @@ def searched(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **setting
 
 def test_minutes_of_each_call(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The study ends at 0.6 of the minutes, networks begin while one more fits, and the next call has all its minutes again."""
-    monkeypatch.setattr(SupernetTraining, "finished", property(lambda self: self.step >= 2))
     first, seconds = searched(tiny, tmp_path, monkeypatch, candidates=16, minutes=1.0)
     assert seconds == 50 and len(first.points) == 3 and len(first.networks) == 1
     assert first.finished and first.out_of_time and any("not trained alone" in note for note in first.notes)
@@ -119,30 +113,36 @@ def test_minutes_of_each_call(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
     second, seconds = searched(tiny, tmp_path, monkeypatch, candidates=16, minutes=2.0)
     assert seconds <= 120 and len(second.points) > 3 and len(second.networks) > 1
     own = second.networks[0]
-    assert own.recipe.training.minutes == pytest.approx(0.4 * 0.75 / len(second.networks))  # sized by the first call
+    assert own.recipe.training.minutes == pytest.approx(0.4 * 0.75 / (min(2, len(second.front)) + 1))  # sized by the first call
     short, seconds = searched(tiny, tmp_path / "short", monkeypatch, candidates=16, minutes=0.1)
     assert seconds == 10 and len(short.points) == 1 and short.out_of_time and not short.finished and not short.networks
 
 
 def test_plan(tiny: Any, tmp_path: Path) -> None:
-    """It measures a step and writes nothing; with the first candidates it has their time."""
+    """It writes nothing; with minutes lengths follow from these, without it measures steps; with candidates it has their time."""
     given: dict[str, Any] = {"folder": tmp_path / "search", "root": tiny.root}
     recipe, settings = load_recipe(tiny.recipe), SearchSettings(candidates=8, minutes=100.0)
     before = sorted(tmp_path.rglob("*"))
     plan = plan_search(recipe, SPACE, settings=settings, **given)
+    measured = plan_search(recipe, SPACE, settings=SearchSettings(candidates=8), **given)
     assert sorted(tmp_path.rglob("*")) == before
-    assert (
-        plan.step_s > 0
-        and plan.supernet_s == pytest.approx(2400, abs=plan.step_s)
-        and plan.rough
-        and 0 < plan.missing <= plan.parts
-        and not plan.too_short
-    )
+    assert plan.network_s == pytest.approx(6000 * 0.4 * 0.75 / 4) and plan.rough and not plan.too_short
+    assert plan.first_s > plan.candidate_s > plan.network_s / 9 and measured.network_s > 0
     assert plan_search(recipe, SPACE, settings=SearchSettings(minutes=0.1), **given).too_short
     search(tiny, tmp_path / "search", until=("study", 3))
     later = plan_search(recipe, SPACE, settings=SearchSettings(objective="memory", candidates=8, finalists=1), **given)
-    assert (later.scored, later.supernet_s, later.parts, later.rough) == (3, 0.0, 0, False)
+    assert (later.scored, later.rough) == (3, False) and later.candidate_s > 0
     assert later.total_s == pytest.approx(later.study_s + 2 * (later.network_s + later.export_s))
+
+
+def test_stopped_training_of_a_candidate(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*given: Any) -> tuple[float, ...]:
+        raise StoppedTrialError("interrupted")
+
+    monkeypatch.setattr(CandidateTrials, "score", stop)
+    given = SearchSettings(objective="memory", candidates=2, finalists=1)
+    result = search_architectures(load_recipe(tiny.recipe), SPACE, folder=tmp_path / "search", root=tiny.root, settings=given)
+    assert not result.finished and not result.out_of_time and result.points == ()
 
 
 def test_minutes_without_time_to_begin(tiny: Any, tmp_path: Path) -> None:
@@ -152,33 +152,6 @@ def test_minutes_without_time_to_begin(tiny: Any, tmp_path: Path) -> None:
             load_recipe(tiny.recipe), SPACE, folder=tmp_path / "search", root=tiny.root, settings=given, clock=count(0, 60).__next__
         )
     assert not (tmp_path / "search").exists()
-
-
-def test_search_ended_between_two_latencies(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next call goes on with the shared weights and with the rows of the graph that was measured."""
-    monkeypatch.setenv("MUNTIN_CACHE", str(tmp_path / "cache"))
-    graphs: list[Any] = []
-
-    def measured(probes: Sequence[PartProbe], options: SessionOptions) -> dict[str, float]:
-        graphs.append(probes)
-        if len(graphs) == 2:
-            raise Stopped
-        return {key: 0.5 for probe in probes for key in probe.keys}
-
-    monkeypatch.setattr(latency_table, "measured", measured)
-    folder, space = tmp_path / "search", parse_space({"depths.0": [1, 2]})
-    given: dict[str, Any] = {"space": space, "objective": "latency", "candidates": 4}
-    search(tiny, folder, until=("never", 0), **given)
-    assert checkpoints_in(folder / "supernet" / "checkpoints")[-1].name == f"step-{6:08d}"
-    (rows,) = (tmp_path / "cache").rglob("*.json")
-    kept = json.loads(rows.read_text())["ms"]
-    settings = SearchSettings(candidates=4, finalists=1)
-    plan = plan_search(load_recipe(tiny.recipe), space, folder=folder, root=tiny.root, settings=settings)
-    assert plan.parts - plan.missing == len(kept) > 0 and plan.supernet_s == 0
-    front = search(tiny, folder, until=("train", 0), **given)
-    assert front and all(point.cost > 0 for point in front)
-    after = json.loads(rows.read_text())["ms"]
-    assert {key: after[key] for key in kept} == kept and len(after) > len(kept)
 
 
 def test_later_networks_fit_in_the_time_left() -> None:
@@ -219,7 +192,7 @@ def test_finalist_with_ranks_and_bits(tiny: Any, tmp_path: Path, monkeypatch: py
 
 
 def point(number: int, score: float, cost: float = 1.0) -> StudyPoint:
-    return StudyPoint(number=number, chosen={}, architecture=Architecture(config=ModelConfig()), score=score, cost=cost)
+    return StudyPoint(number=number, chosen={}, architecture=Architecture(config=ModelConfig()), scores=(score,), cost=cost)
 
 
 def test_spread_of_a_front() -> None:

@@ -11,13 +11,12 @@ from model_helpers import count
 from muntin.deployment import image_macs
 from muntin.models import HybridNet, ModelConfig
 from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
-from muntin.searching.latency_table import drawn
 from muntin.searching.space import Architecture, Space
-from small_space import base_of
+from small_space import base_of, drawn
 
 
 def test_counts_of_networks(space: Space, base: ModelConfig) -> None:
-    for one in drawn(space, base, 4, 0):
+    for one in drawn(space, base, 4):
         network = HybridNet(one.config)
         assert parameters_of(one.config) == count(network)
         convolutions = ModelConfig.model_validate({**one.config.model_dump(), "attention": "local", "window": 1})

@@ -11,7 +11,7 @@ from muntin.data import open_source
 from muntin.errors import DataError, MuntinError, RecipeError
 from muntin.searching import SearchSettings, search_architectures
 from muntin.searching.architecture_search import SearchStage
-from muntin.searching.preparation import check_data, unused_settings
+from muntin.searching.preparation import check_data
 from muntin.searching.space import parse_space
 from muntin.training import load_recipe
 
@@ -58,12 +58,3 @@ def test_notes_on_the_data(tiny: Any) -> None:
     notes = check_data(recipe, source, tiny.root, lambda done, total: None)
     assert any("notes.txt" in note for note in notes)
     assert any("4 of 4 training pictures have a side shorter than data.crop 64" in note for note in notes)
-
-
-def test_unused_settings(tiny: Any) -> None:
-    changes = ["training.micro_batch=1", "training.operator_memory=1MiB", "training.patience=2", "teacher.model=run"]
-    names = "training.micro_batch, training.operator_memory, training.patience, teacher"
-    assert unused_settings(load_recipe(tiny.recipe, changes)) == [
-        f"{names}: not used for the shared weights, but for the networks trained alone"
-    ]
-    assert unused_settings(load_recipe(tiny.recipe)) == unused_settings(load_recipe(tiny.recipe, ["training.spike=null"])) == []

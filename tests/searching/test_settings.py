@@ -46,13 +46,13 @@ def test_other_settings(changes: list[str], space: Any, settings: Any, message: 
 
 def test_settings_that_may_change(tiny: Any, tmp_path: Path) -> None:
     first = SearchFile(tmp_path, load_recipe(tiny.recipe), SPACE, SETTINGS)
-    first.seconds, first.step_seconds, first.scored, first.study_seconds = 3.0, 0.5, 4, 2.0
+    first.seconds, first.reference_ms, first.scored, first.study_seconds = 3.0, 0.5, 4, 2.0
     assert not (tmp_path / FILE).exists()
     first.save()
     free = load_recipe(tiny.recipe, ["data.workers=3", "data.cache_mib=9"])
     for changes in ({"candidates": 90, "minutes": 2.0}, {"candidates": 91, "minutes": 20.0}):
         more = SearchFile(tmp_path, free, SPACE, replace(SETTINGS, **changes))
-        assert (more.seconds, more.step_seconds, more.scored, more.study_seconds) == (3.0, 0.5, 4, 2.0)
+        assert (more.seconds, more.reference_ms, more.scored, more.study_seconds) == (3.0, 0.5, 4, 2.0)
         assert more.first == SETTINGS and not more.notes
         more.save()
 

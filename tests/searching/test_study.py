@@ -18,11 +18,11 @@ class Killed(BaseException):
     """The end of a process."""
 
 
-def judge(one: Architecture) -> tuple[float, float]:
-    return 1 - 1 / parameters_of(one.config), layer_macs(one.config)
+def judge(one: Architecture) -> tuple[list[float], float]:
+    return [1 - 1 / parameters_of(one.config)], layer_macs(one.config)
 
 
-def kill(one: Architecture) -> tuple[float, float]:
+def kill(one: Architecture) -> tuple[list[float], float]:
     raise Killed
 
 
@@ -31,10 +31,10 @@ def proposals(study: ArchitectureStudy) -> list[Any]:
 
 
 def test_killed_and_resumed_study(space: Space, base: ModelConfig, tmp_path: Path) -> None:
-    whole = ArchitectureStudy(space, base, tmp_path / "whole", candidates=30)
+    whole = ArchitectureStudy(space, base, tmp_path / "whole")
     for _ in range(30):
         whole.step(judge)
-    first = ArchitectureStudy(space, base, tmp_path / "parts", candidates=30)
+    first = ArchitectureStudy(space, base, tmp_path / "parts")
     while len(first.proposals) < 12:
         first.step(judge)
     with pytest.raises(Killed):
@@ -43,7 +43,7 @@ def test_killed_and_resumed_study(space: Space, base: ModelConfig, tmp_path: Pat
     with (tmp_path / "parts" / JOURNAL).open("ab") as file:
         file.write(b'{"half a line')
     (tmp_path / "parts" / f"{JOURNAL}.lock").symlink_to("a process")
-    second = ArchitectureStudy(space, base, tmp_path / "parts", candidates=30)
+    second = ArchitectureStudy(space, base, tmp_path / "parts")
     while len(second.proposals) < 30:
         second.step(judge)
     assert proposals(second) == proposals(whole)
@@ -53,9 +53,9 @@ def test_killed_and_resumed_study(space: Space, base: ModelConfig, tmp_path: Pat
 
 def test_front_and_importances(base: ModelConfig, tmp_path: Path) -> None:
     space = parse_space({"depths.0": [1, 2, 3, 4], "latents": [2, 4], "decoder": [8, 16]})
-    study, judged = ArchitectureStudy(space, base, tmp_path, candidates=40), list[str]()
+    study, judged = ArchitectureStudy(space, base, tmp_path), list[str]()
 
-    def count(one: Architecture) -> tuple[float, float]:
+    def count(one: Architecture) -> tuple[list[float], float]:
         judged.append(one.key)
         return judge(one)
 
@@ -72,8 +72,25 @@ def test_front_and_importances(base: ModelConfig, tmp_path: Path) -> None:
         assert sum(importances["score"].values()) == pytest.approx(1)
 
 
+def test_first_proposals_and_the_last_rung(base: ModelConfig, tmp_path: Path) -> None:
+    space = parse_space({"depths.0": [1, 2, 3], "latents": [2, 4]})
+    other = ModelConfig.model_validate({**base.model_dump(), "depths": (3, 1)})
+    outside = ModelConfig.model_validate({**base.model_dump(), "depths": (4, 1)})
+    study = ArchitectureStudy(space, base, tmp_path, begin=[base, outside, other, base], rungs=2)
+    with pytest.raises(Killed):
+        study.step(kill)
+    study = ArchitectureStudy(space, base, tmp_path, begin=[base, outside, other, base], rungs=2)
+    first = study.step(judge)
+    assert first is not None and first.architecture.config == base and study.front == []  # not of the last rung
+    second = study.step(lambda one: ([0.4, 0.5], 1.0))
+    assert second is not None and second.architecture.config == other and study.front == [second]
+    for _ in range(8):
+        study.step(judge)
+    assert {point.architecture.config.depths[0] for point in study.points} <= {1, 2, 3}
+
+
 def test_random_sampler_differs_by_seed(space: Space, base: ModelConfig, tmp_path: Path) -> None:
-    studies = [ArchitectureStudy(space, base, tmp_path / str(n), candidates=4, seed=n, sampler="random") for n in range(2)]
+    studies = [ArchitectureStudy(space, base, tmp_path / str(n), seed=n, sampler="random") for n in range(2)]
     for study in studies:
         for _ in range(4):
             study.step(judge)
@@ -83,4 +100,4 @@ def test_random_sampler_differs_by_seed(space: Space, base: ModelConfig, tmp_pat
 def test_journal_of_something_else(space: Space, base: ModelConfig, tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text("no journal\n")
     with pytest.raises(DataError, match="not the journal of a study"):
-        ArchitectureStudy(space, base, tmp_path, candidates=4)
+        ArchitectureStudy(space, base, tmp_path)

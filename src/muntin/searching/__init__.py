@@ -1,4 +1,4 @@
-"""Architecture search: a space, shared weights, latencies of parts, a study, and the best few networks deployed."""
+"""Architecture search: a space, short trainings of what a study proposes, and the best few networks deployed."""
 
 from muntin.searching.architecture_search import ArchitectureSearch, plan_search, search_architectures
 from muntin.searching.plan import SearchPlan

@@ -1,13 +1,13 @@
 """A whole search: a recipe and a space in, a front and a few trained and deployed networks out.
 
-    supernet/            checkpoints of the shared weights
     study.log            proposals, scores and costs
+    trials/              short trainings of the candidate that is tried, and the recipe's own network for its latency
     networks/NNN.yaml    recipes of the points of the front
     networks/NNN/        runs of `muntin fit` of the best few, each with its artefact; networks/recipe: of the recipe's own model
     search.json          the settings, the progress and, at the end, the results
 
 A search that was interrupted, killed or ended by its minutes goes on when it is started again. Scores are of the validation split alone.
-With minutes, no step of work begins after their end. A step is one of training, a candidate, or a network's training and export.
+With minutes, no step of work begins after their end. A step is a candidate, or a network's training and export.
 """
 
 from __future__ import annotations
@@ -17,47 +17,40 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from muntin.artifact.file_lock import folder_in_use
 from muntin.data import Source, open_source
-from muntin.deployment.checkpoint_export import export_side
 from muntin.errors import RecipeError
-from muntin.models import ModelConfig
-from muntin.searching.candidates import CandidateScorer
-from muntin.searching.cost import artifact_bytes, layer_macs, memory_bytes, parameters_of
+from muntin.models import PRESETS, ModelConfig
+from muntin.models.create import preset_config
+from muntin.searching.cost import layer_macs, parameters_of
 from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
-from muntin.searching.latency_table import ArchitectureLatency, PredictionError, drawn
 from muntin.searching.plan import SearchPlan, candidate_seconds
 from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
-from muntin.searching.preparation import base_config, check_data, check_gates, check_model, unused_settings
+from muntin.searching.preparation import base_config, check_data, check_gates, check_model
 from muntin.searching.settings import CallMinutes, SearchFile, SearchSettings
 from muntin.searching.space import Architecture, Space, default_space
 from muntin.searching.study import ArchitectureStudy, StudyPoint
-from muntin.searching.supernet import largest_configs
-from muntin.searching.supernet_training import ROUND, SAMPLED, SupernetTraining
-from muntin.training.checkpoint import checkpoints_in, newest_sound
-from muntin.training.precision import prepare_hardware
-from muntin.training.progress.interrupt import Interruption
+from muntin.searching.trials import RUNGS, CandidateTrials, Judged, StoppedTrialError
+from muntin.training.fitting import fit
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import Recipe, settled
 
-SUPERNET_SHARE, STUDY_SHARE = 0.4, 0.2
-"""Shares of the minutes for the supernet and for the study with its latencies; the rest is for the networks that are trained alone."""
+STUDY_SHARE = 0.6
+"""Share of the minutes for the candidates; the rest is for the networks that are trained alone."""
 TRAINING_SHARE = 0.75
 """Share of a network's minutes that its training may take; the rest is for its export."""
 MANY_STEPS = 10_000_000
 """Steps of a training that its minutes end."""
-SUPERNET = "supernet"
-"""Folder of the shared weights in that of a search."""
+TIMED_STEPS = 3
+"""Steps that are trained to time one, for the plan of a search without minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchStage:
-    """Progress of a search. `stage`: "data", "plan", "supernet", "study" or "train"; `done` of `total`; `text`: a figure or name.
+    """Progress of a search. `stage`: "data", "plan", "study" or "train"; `done` of `total`; `text`: a figure or name.
 
     `left`: seconds left of the stage, by the speed so far. `front`: the best points so far.
     """
@@ -78,8 +71,8 @@ class ArchitectureSearch:
     """The result. `finished`: False if no network was trained alone, after an interruption or because the minutes ended.
 
     `out_of_time`: the minutes ended before all networks were trained. `networks`: trained and deployed, the recipe's own model first.
-    `correlation`: Spearman's, of the scores with shared weights and of the networks trained alone; None for fewer than three. `seconds`:
-    of all calls.
+    `correlation`: Spearman's, of the scores of the last short training and of the networks trained alone; None for fewer than three.
+    `seconds`: of all calls.
     """
 
     folder: Path
@@ -91,7 +84,6 @@ class ArchitectureSearch:
     points: tuple[StudyPoint, ...] = ()
     networks: tuple[Finalist, ...] = ()
     importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    latency_error: PredictionError | None = None
     correlation: float | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -131,7 +123,7 @@ def plan_search(
     recipe: Recipe, space: Space | None = None, *, folder: Path | str, root: Path | str = ".", settings: SearchSettings | None = None,
     report: SearchStageReport = lambda stage: None,
 ) -> SearchPlan:  # fmt: skip
-    """Plan of the next call of `search_architectures` with these arguments. Takes two training steps to time them; writes nothing."""
+    """Plan of the next call of `search_architectures` with these arguments. Without minutes it trains three steps; writes nothing."""
     settings = settings or SearchSettings()
     call = CallMinutes(settings.minutes, time.perf_counter)
     return _Search(recipe, space, Path(folder), Path(root).resolve(), settings, report, call).plan()
@@ -154,10 +146,7 @@ class _Search:
         self.space.check(self.base)
         check_gates(recipe, self.space, self.base)
         self.file = SearchFile(folder, recipe, self.space, settings)
-        self.latency: ArchitectureLatency | None = None
-        if settings.objective == "latency":
-            self.latency = ArchitectureLatency(export_side(recipe), threads=recipe.training.threads)
-        self.notes = [*self.file.notes, *unused_settings(recipe)]
+        self.notes = [*self.file.notes]
         self.out_of_time = False
         self._seconds_before = self.file.seconds
 
@@ -177,52 +166,25 @@ class _Search:
         self.file.save(**results)
 
     def plan(self) -> SearchPlan:
-        """The plan of this call. Takes two steps of training, in a folder that is removed, if the shared weights have steps left."""
+        """The plan of this call. Without minutes it takes some steps of training, in a folder that is removed."""
         self.report(SearchStage(stage="plan", done=0, total=1))
-        file, settings, training = self.file, self.settings, self._limited(SUPERNET_SHARE).training
-        step_s = file.step_seconds or self._step_seconds()
-        written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
-        done = int(written[-1].name.removeprefix("step-")) if written else 0
-        limit = math.inf if training.minutes is None else 60 * training.minutes
-        steps = training.steps if training.minutes is None else min(training.steps, max(1, round(limit / step_s)))
-        count = settings.candidates - file.scored
-        parts = missing = missing_of_first = 0
-        if self.latency is not None:
-            random_ones = drawn(self.space, self.base, settings.candidates, self.recipe.seed)
-            parts, missing = self.latency.missing(random_ones)
-            _, missing_of_first = self.latency.missing(random_ones[:1])
-        seconds = partial(candidate_seconds, scored=file.scored, study_s=file.study_seconds)
-        candidate_s, rough = seconds(missing=missing, candidates=settings.candidates)
-        first_s, _ = seconds(missing=missing_of_first, candidates=1)
-        share = SUPERNET_SHARE + STUDY_SHARE if file.step_seconds else STUDY_SHARE
-        study_s = min(count * candidate_s, math.inf if settings.minutes is None else max(60 * settings.minutes * share, first_s))
+        file, settings, training = self.file, self.settings, self._alone.training
+        network_s = training.steps * self._step_seconds() if training.minutes is None else 60 * training.minutes
+        candidate_s, first_s, rough = candidate_seconds(
+            network_s, scored=file.scored, study_s=file.study_seconds, deployed=settings.objective == "latency"
+        )
+        limit = math.inf if settings.minutes is None else max(60 * settings.minutes * STUDY_SHARE, first_s)
+        study_s = min((settings.candidates - file.scored) * candidate_s, limit)
         return SearchPlan(
-            settings=settings, steps=steps, steps_done=min(done, steps), step_s=step_s,
-            supernet_s=0.0 if file.step_seconds else min(limit, max(0, steps - done) * step_s), parts=parts, missing=missing,
-            scored=file.scored, candidate_s=candidate_s, first_s=first_s, rough=rough, study_s=max(0.0, study_s),
-            networks=self._network_count, network_s=self._network_seconds(step_s),
+            settings=settings, scored=file.scored, candidate_s=candidate_s, first_s=first_s, rough=rough, study_s=max(0.0, study_s),
+            networks=self._network_count, network_s=network_s,
         )  # fmt: skip
 
     def _step_seconds(self) -> float:
-        """Seconds of a training step of the shared weights, the second of two: the first one is slower."""
-        recipe = self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update={"minutes": None, "steps": 2})})
+        """Seconds of a training step of the recipe's own network."""
+        recipe = self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update={"steps": TIMED_STEPS})})
         with tempfile.TemporaryDirectory() as folder:
-            training = SupernetTraining(
-                self.space, self.base, recipe, self.source, folder=Path(folder), root=self.root,
-                precision=prepare_hardware(recipe.training, begun=None),
-            )  # fmt: skip
-            training.run()
-        first, second = (row["seconds"] for row in training.curve)
-        return second - first
-
-    def _network_seconds(self, step_s: float) -> float:
-        """Expected seconds of the training of one network alone: its minutes, or its steps with the multiply-adds of the recipe's model."""
-        training = self._limited(self._network_share(self._network_count)).training
-        if training.minutes is not None and training.steps == MANY_STEPS:
-            return 60 * training.minutes
-        macs = [layer_macs(one.config, one.resolution) for one in drawn(self.space, self.base, ROUND, 0)]
-        of_step = max(map(layer_macs, largest_configs(self.space, self.base))) + SAMPLED * fmean(macs)
-        return min(60 * (training.minutes or math.inf), training.steps * step_s * layer_macs(self.base) / of_step)
+            return fit(recipe, directory=Path(folder) / "run", root=self.root, progress=False).seconds / TIMED_STEPS
 
     @property
     def _network_count(self) -> int:
@@ -230,7 +192,12 @@ class _Search:
 
     @staticmethod
     def _network_share(count: int) -> float:
-        return (1 - SUPERNET_SHARE - STUDY_SHARE) * TRAINING_SHARE / count
+        return (1 - STUDY_SHARE) * TRAINING_SHARE / count
+
+    @property
+    def _alone(self) -> Recipe:
+        """The recipe with the length of the training of a network alone."""
+        return self._limited(self._network_share(self._network_count))
 
     def _limited(self, share: float) -> Recipe:
         """The recipe with a share of the minutes that the search began with, which then end a training; without minutes as it is."""
@@ -241,69 +208,61 @@ class _Search:
         return self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
 
     def run(self) -> ArchitectureSearch:
-        written = checkpoints_in(self.folder / SUPERNET / "checkpoints")
-        begun = newest_sound(written[0].parent, note=self.notes.append).state.precision if written else None
-        precision = prepare_hardware(self.recipe.training, begun=begun)
-        training = SupernetTraining(
-            self.space, self.base, self._limited(SUPERNET_SHARE), self.source, folder=self.folder / SUPERNET, root=self.root,
-            precision=precision,
+        study = ArchitectureStudy(
+            self.space, self.base, self.folder, begin=self._begin(), rungs=len(RUNGS), seed=self.recipe.seed,
+            sampler=self.settings.sampler,
         )  # fmt: skip
-        with Interruption() as interruption:
-            interruption.work = "this step"
-            begun_at, done_before = self.call.used, training.step
+        try:
+            self._study(study)
+        except StoppedTrialError:
+            return self._unfinished(study, out_of_time=False)
+        return self._finish(study) if study.front else self._unfinished(study, out_of_time=True)
 
-            def show(done: FitProgress) -> None:
-                left = (self.call.used - begun_at) / (done.step - done_before) * (done.steps - done.step)
-                text = f"{done.position}, loss {done.loss:.3f}"
-                self.report(SearchStage(stage="supernet", done=done.step, total=done.steps, text=text, left=left))
+    def _begin(self) -> list[ModelConfig]:
+        """Networks that are tried first: the recipe's own, and the presets."""
+        own: dict[str, Any] = {
+            "task": self.base.task,
+            "classes": self.base.classes,
+            "channels": self.base.channels,
+            "scale": self.base.scale,
+        }
+        return [self.base, *(preset_config(name, **own, options={}, encoder=None) for name in PRESETS)]
 
-            trained = training.run(stopped=lambda: interruption.requested or self.call.left() <= 0, report=show)
-            self.notes += trained.notes
-            if not trained.finished:
-                return self._unfinished(interruption)
-            self.file.step_seconds = trained.seconds / max(1, trained.step)
-            self._save()
-            scorer = CandidateScorer(trained.supernet, self.recipe, self.source, training.precision)
-            study = ArchitectureStudy(
-                self.space, self.base, self.folder, candidates=self.file.first.candidates, seed=self.recipe.seed,
-                sampler=self.settings.sampler,
-            )  # fmt: skip
-            interruption.work = "this candidate"
-            self._study(study, scorer, stopped=lambda: interruption.requested)
-            if interruption.requested or not study.points:
-                return self._unfinished(interruption, study)
-        return self._finish(study)
-
-    def _unfinished(self, interruption: Interruption, study: ArchitectureStudy | None = None) -> ArchitectureSearch:
-        self.out_of_time = not interruption.requested
+    def _unfinished(self, study: ArchitectureStudy, *, out_of_time: bool) -> ArchitectureSearch:
+        self.out_of_time = out_of_time
         self._save()
         return self._result(study, finished=False)
 
-    def _study(self, study: ArchitectureStudy, scorer: CandidateScorer, *, stopped: Callable[[], bool]) -> None:
-        """Score candidates until there are enough, until no other one fits in their minutes and there is one, or until `stopped`."""
+    def _study(self, study: ArchitectureStudy) -> None:
+        """Try candidates until there are enough, or until no other one fits in their minutes and there is one of the last rung."""
         file, total, scored_before = self.file, self.settings.candidates, len(study.proposals)
+        trials = CandidateTrials(
+            self._alone, self.base, self.source, folder=self.folder, root=self.root, objective=self.settings.objective,
+            reference_ms=file.reference_ms,
+        )  # fmt: skip
         file.scored = scored_before
         study_before, started = file.study_seconds, self.call.used
         self.report(SearchStage(stage="study", done=scored_before, total=total, front=study.front))
-        while (done := len(study.proposals)) < total and not stopped() and self.call.left() > 0:
+
+        def judge(one: Architecture) -> tuple[Sequence[float], float]:
+            cost = trials.cost(one)
+            return trials.score(one, cost, _by_rung(study.points)), cost
+
+        while (done := len(study.proposals)) < total and self.call.left() > 0:
             expected = file.study_seconds / done if done else 0.0
-            if study.points and self.call.left(SUPERNET_SHARE + STUDY_SHARE) < expected:
+            if study.front and self.call.left(STUDY_SHARE) < expected:
                 break
-            study.step(lambda one: (scorer.score(one), self._cost(one)))
+            study.step(judge)
             file.scored, file.study_seconds = len(study.proposals), study_before + self.call.used - started
+            file.reference_ms = trials.reference_ms
             self._save()
             left = (self.call.used - started) / (file.scored - scored_before) * (total - file.scored)
-            left = min(left, self.call.left(SUPERNET_SHARE + STUDY_SHARE))
+            left = min(left, self.call.left(STUDY_SHARE))
             self.report(SearchStage(stage="study", done=file.scored, total=total, left=max(0.0, left), front=study.front))
-        if (missing := total - len(study.proposals)) > 0 and not stopped():
-            self.notes.append(f"the minutes of the study ended with {missing} of {total} candidates not scored: the same command goes on")
-        elif not study.points and not stopped():
+        if (missing := total - len(study.proposals)) > 0:
+            self.notes.append(f"the minutes of the study ended with {missing} of {total} candidates not tried: the same command goes on")
+        elif not study.points:
             raise RecipeError(f"space: none of {total} proposals makes a network: remove choices that exclude each other")
-
-    def _cost(self, architecture: Architecture) -> float:
-        if self.latency is not None:
-            return self.latency.predict(architecture)
-        return artifact_bytes(architecture) if self.settings.objective == "size" else memory_bytes(architecture, export_side(self.recipe))
 
     def _finish(self, study: ArchitectureStudy) -> ArchitectureSearch:
         """Train, deploy and measure the best few and the recipe's own model, which comes last: without time it is left out."""
@@ -356,15 +315,18 @@ class _Search:
     def _result(
         self, study: ArchitectureStudy | None = None, networks: tuple[Finalist, ...] = (), *, finished: bool
     ) -> ArchitectureSearch:  # fmt: skip
-        pairs = [(network.point.cost, network.ms) for network in networks if network.point is not None]
         return ArchitectureSearch(
             folder=self.folder, settings=self.settings, finished=finished, out_of_time=self.out_of_time, base=self.base,
             front=() if study is None else tuple(study.front),
             points=() if study is None else tuple(study.points), networks=networks,
             importances={} if study is None else study.importances(),
-            latency_error=PredictionError(rows=tuple(pairs)) if pairs and self.latency is not None else None,
             correlation=rank_correlation(networks), seconds=self.file.seconds, notes=tuple(self.notes),
         )  # fmt: skip
+
+
+def _by_rung(points: Sequence[StudyPoint]) -> list[list[Judged]]:
+    """For each rung score and cost of the points that came to it."""
+    return [[(point.scores[rung], point.cost) for point in points if len(point.scores) > rung] for rung in range(len(RUNGS))]
 
 
 def may_begin(left: float, *, first: bool, longest: float, training: float) -> bool:
@@ -382,7 +344,6 @@ def document(result: ArchitectureSearch) -> dict[str, Any]:
         "seconds": result.seconds, "out_of_time": result.out_of_time, "scored": len(result.points),
         "front": [_point_row(result, point) for point in result.front],
         "networks": [network.row() for network in result.networks], "correlation": result.correlation,
-        "latency_error": None if result.latency_error is None else result.latency_error.row(),
         "importances": {name: dict(values) for name, values in result.importances.items()}, "notes": list(result.notes),
     }  # fmt: skip
 

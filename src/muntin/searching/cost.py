@@ -5,6 +5,7 @@ Axes: B images, C channels, H W map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from muntin.models import HybridNet, ModelConfig
-from muntin.searching.slices import decoder_stride, strides
 from muntin.searching.space import Architecture
 
 DEPLOYED_BITS = 8
@@ -82,6 +82,25 @@ def _activations(config: ModelConfig, side: int) -> int:
     return largest + waiting
 
 
+def strides(config: ModelConfig) -> tuple[int, ...]:
+    """Strides of the maps, from 2 to the coarsest: of the convolutional stages, then of the attention stages."""
+    return tuple(2 << index for index in range(len(config.stem) + len(config.dims)))
+
+
+def _decoder_stride(parts: Sequence[str], config: ModelConfig) -> int:
+    """The stride of the map that a layer of the decoder is applied to; 0 for the context, which is applied to a mean.
+
+    `parts`: of the layer's name inside the decoder.
+    """
+    coarse_first = strides(config)[::-1]
+    if parts[0] == "context":
+        return 0
+    if parts[0] == "fuse":
+        return config.finest
+    finer = config.fusion == "progressive" and parts[0] == "smooth"  # the coarsest map is not smoothed
+    return coarse_first[int(parts[1]) + finer]
+
+
 def _stride(name: str, config: ModelConfig, maps: tuple[int, ...]) -> int:
     parts = name.split(".")
     if parts[0] == "stem":
@@ -91,5 +110,5 @@ def _stride(name: str, config: ModelConfig, maps: tuple[int, ...]) -> int:
     if parts[0] == "stages":
         return maps[len(config.stem) + int(parts[1])]
     if parts[0] == "decoder":
-        return decoder_stride(parts[1:], config)
+        return _decoder_stride(parts[1:], config)
     return 0 if config.answer.one else config.finest

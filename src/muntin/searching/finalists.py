@@ -57,12 +57,10 @@ class Finalist:
     def row(self) -> dict[str, Any]:
         """The figures as plain values."""
         own = {name: getattr(self, name) for name in ("name", "float_score", "score", "bytes", "ms")}
-        shared = {"shared_score": None, "predicted": None} if self.point is None else {
-            "shared_score": self.point.score, "predicted": self.point.cost,
-        }  # fmt: skip
+        short = {"short_score": None if self.point is None else self.point.score}
         config = self.architecture.config
         counts = {"parameters": parameters_of(config), "macs": layer_macs(config, self.architecture.resolution)}
-        return {**own, **shared, **counts, "run": str(self.run), "artifact": str(self.artifact)}
+        return {**own, **short, **counts, "run": str(self.run), "artifact": str(self.artifact)}
 
 
 def spread(front: Sequence[StudyPoint], count: int) -> list[StudyPoint]:
@@ -136,7 +134,7 @@ def with_latencies(networks: Sequence[Finalist], *, threads: int | None = None) 
 
 
 def rank_correlation(networks: Sequence[Finalist]) -> float | None:
-    """Spearman's rank correlation of the scores with shared weights and of the networks trained alone, both in floats."""
+    """Spearman's rank correlation of the scores of short trainings and of the networks trained alone, both in floats."""
     pairs = [(network.point.score, network.float_score) for network in networks if network.point is not None]
     if len(pairs) < FEWEST_RANKED or len({a for a, _ in pairs}) == 1 or len({b for _, b in pairs}) == 1:
         return None

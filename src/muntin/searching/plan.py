@@ -1,6 +1,6 @@
 """The plan of a search: what a call will do, and the seconds that it expects, from measured figures where there are some.
 
-A training step is measured. Latencies and candidates are not, before a search has scored some: their figures are rough until then.
+With minutes the lengths of trainings follow from them; without, a step is measured. Candidates are rough until some are tried.
 """
 
 from __future__ import annotations
@@ -10,36 +10,31 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from muntin.searching.settings import SearchSettings
+from muntin.searching.trials import KEPT, RUNGS
 
-ROUGH_PART_S, ROUGH_SCORE_S, ROUGH_EXPORT_S = 5.0, 5.0, 30.0
-"""Seconds of the latency of a part, of a candidate's score and of a network's export, before any is measured."""
+ROUGH_EXPORT_S = 30.0
+"""Seconds of a network's export and score, before any is measured."""
+MEAN_SHARE = sum(1 / divisor / KEPT**rung for rung, divisor in enumerate(RUNGS))
+"""Mean share of a candidate's trainings in one of a network alone, if a third goes on after each rung."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchPlan:
     """What a call of a search will do, in seconds.
 
-    `steps`: of the shared weights, with those done. `step_s`: of one of them, measured. `supernet_s`, `study_s`, `network_s`: expected
-    for the shared weights, for the candidates, and for the training of one network alone. `parts`, `missing`: latencies that `candidates`
-    random networks need, and how many of these the cache lacks; 0 for other objectives. `candidate_s`: of one candidate with its
-    latencies, the mean; `first_s`: of the first one, whose parts are all new; `rough`: True until some are measured. `networks`: number
-    of those trained alone. `export_s`: of the export and the score of one of them, rough.
+    `network_s`: of the training of one network alone. `candidate_s`: of one candidate, the mean; `first_s`: of the first one, which comes
+    to the last rung; `rough`: True until some are tried. `scored`: candidates so far. `study_s`: of all that the call tries. `networks`:
+    number of those trained alone. `export_s`: of the export and the score of one of them, rough.
     """
 
     settings: SearchSettings
-    steps: int
-    steps_done: int
-    step_s: float
-    supernet_s: float
-    parts: int
-    missing: int
     scored: int
+    network_s: float
     candidate_s: float
     first_s: float
     rough: bool
     study_s: float
     networks: int
-    network_s: float
     export_s: float = ROUGH_EXPORT_S
 
     @property
@@ -51,12 +46,12 @@ class SearchPlan:
     @property
     def work_s(self) -> float:
         """Seconds of all work, at the sizes that the minutes give it."""
-        return self.supernet_s + self.study_s + self.networks * (self.network_s + self.export_s)
+        return self.study_s + self.networks * (self.network_s + self.export_s)
 
     @property
     def least_s(self) -> float:
-        """Seconds until one network is trained and exported: the shared weights, a candidate if none is scored yet, and this network."""
-        return self.supernet_s + (0 if self.scored else self.first_s) + self.network_s + self.export_s
+        """Seconds until one network is trained and exported: a candidate if none is tried yet, and this network."""
+        return (0 if self.scored else self.first_s) + self.network_s + self.export_s
 
     @property
     def too_short(self) -> bool:
@@ -69,8 +64,8 @@ class SearchPlan:
         return {**asdict(self), **totals}
 
 
-def candidate_seconds(*, scored: int, study_s: float, missing: int, candidates: int) -> tuple[float, bool]:
-    """Seconds of one candidate, and whether they are rough: measured once some are scored. `missing`: parts that all candidates need."""
-    if scored:
-        return study_s / scored, False
-    return ROUGH_SCORE_S + ROUGH_PART_S * missing / candidates, True
+def candidate_seconds(network_s: float, *, scored: int, study_s: float, deployed: bool) -> tuple[float, float, bool]:
+    """Seconds of a candidate, the mean and those of the first one, and whether they are rough. `deployed`: candidates are exported."""
+    export = ROUGH_EXPORT_S / 2 if deployed else 0.0
+    first = network_s * sum(1 / divisor for divisor in RUNGS) + 2 * export
+    return (study_s / scored, first, False) if scored else (network_s * MEAN_SHARE + export, first, True)

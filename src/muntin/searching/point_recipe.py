@@ -15,7 +15,6 @@ from typing import Any
 from muntin.artifact.atomic_files import write_files
 from muntin.compression.stages import FOLDER, stage_folder
 from muntin.models.compression_record import STAGES, Stage
-from muntin.searching.candidates import recipe_of
 from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
 from muntin.tasks.folders import FolderPair
@@ -35,6 +34,14 @@ def network_recipe(recipe: Recipe, architecture: Architecture, options: dict[str
     """The recipe with the name, the crop and the model of an architecture. `options`: fields that the architecture changes."""
     model = recipe.model.model_copy(update={"options": {**recipe.model.options, **options}})
     return recipe_of(recipe.model_copy(update={"model": model, "name": name}), architecture)
+
+
+def recipe_of(recipe: Recipe, architecture: Architecture) -> Recipe:
+    """A recipe with the crop of an architecture's resolution."""
+    if architecture.resolution == 1:
+        return recipe
+    crop = max(8, round(architecture.resolution * recipe.data.crop))
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"crop": crop})})
 
 
 def write_recipes(folder: Path, recipes: Iterable[tuple[Recipe, Architecture]], *, root: Path) -> None:

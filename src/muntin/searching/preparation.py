@@ -1,4 +1,4 @@
-"""Checks before a search begins: what would fail hours later is refused, and what the shared weights do not use is noted."""
+"""Checks before a search begins: what would fail hours later is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from muntin.data.source import CheckProgress
 from muntin.errors import RecipeError
 from muntin.models import PRESETS, ModelConfig
 from muntin.searching.space import Space
-from muntin.training.config import TrainingConfig
 from muntin.training.recipe import Recipe
 from muntin.training.teachers.opening import open_teacher
 from muntin.training.teachers.unlabelled import check_unlabelled
@@ -57,12 +56,3 @@ def check_data(recipe: Recipe, source: Source, root: Path, progress: CheckProgre
     open_teacher(recipe, tuple(source.classes), root)
     checked = [*source.check(progress), *check_unlabelled(recipe, root, progress)]
     return [*source.notes, *checked, *small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)]
-
-
-def unused_settings(recipe: Recipe) -> list[str]:
-    """Notes on settings of a recipe that the training of a supernet does not use."""
-    training, usual = recipe.training, TrainingConfig()
-    names = ("micro_batch", "checkpointing", "operator_memory", "compile", "memory", "gate_budget", "sharding", "patience")
-    given = [f"training.{name}" for name in names if getattr(training, name) not in (None, getattr(usual, name))]
-    given += [] if recipe.teacher is None else ["teacher"]
-    return [f"{', '.join(given)}: not used for the shared weights, but for the networks trained alone"] if given else []

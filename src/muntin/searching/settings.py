@@ -19,9 +19,9 @@ from muntin.training.recipe import Recipe
 
 SearchObjective = Literal["latency", "size", "memory"]
 FILE = "search.json"
-FORMAT = 2
-CANDIDATES, FINALISTS = 200, 3
-"""Defaults: architectures that are scored, and those that are trained alone."""
+FORMAT = 3
+CANDIDATES, FINALISTS = 40, 3
+"""Defaults: networks that are tried, and those that are trained alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class SearchSettings:
     """Settings of a search besides recipe and space. `objective`: what is made least.
 
     `minutes`: of one call, latencies included; it is exceeded by one step of work at most (one candidate, or one network's training and
-    export). `candidates`: architectures that are scored. `finalists`: those that are trained alone. `own`: train the recipe's own model,
+    export). `candidates`: networks that are tried. `finalists`: those that are trained alone. `own`: train the recipe's own model,
     too, for comparison.
     """
 
@@ -37,14 +37,14 @@ class SearchSettings:
     minutes: float | None = None
     candidates: int = CANDIDATES
     finalists: int = FINALISTS
-    sampler: Sampler = "nsga2"
+    sampler: Sampler = "tpe"
     own: bool = True
 
     def __post_init__(self) -> None:
         if self.objective not in ("latency", "size", "memory"):
             raise RecipeError(f"objective '{self.objective}': give latency, size or memory")
-        if self.sampler not in ("nsga2", "random"):
-            raise RecipeError(f"sampler '{self.sampler}': give nsga2 or random")
+        if self.sampler not in ("tpe", "random"):
+            raise RecipeError(f"sampler '{self.sampler}': give tpe or random")
         if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise RecipeError(f"minutes {self.minutes:g}: give a number above 0, or leave it out for no limit")
         for name in ("candidates", "finalists"):
@@ -71,8 +71,8 @@ class CallMinutes:
 class SearchFile:
     """`search.json` of a search in `folder`. If the search has begun, the stored settings are compared with the given ones.
 
-    `seconds`: of the search so far. `step_seconds`: of a step of the shared weights, 0 until these are trained. `scored`, `study_seconds`:
-    candidates so far, and their time. `first`: the settings that the search began with. They size its generations and its trainings, so
+    `seconds`: of the search so far. `reference_ms`: latency of the recipe's own network, 0 until it is measured. `scored`, `study_seconds`:
+    candidates so far, and their time. `first`: the settings that the search began with. They size its trainings, so
     another call may have more candidates and other minutes. Raises `RecipeError` for other settings, and `MuntinError` for a file that
     holds none.
     """
@@ -86,7 +86,7 @@ class SearchFile:
         }  # fmt: skip
         self.content: dict[str, Any] = json.loads(json.dumps(content))
         self.notes: list[str] = []
-        self.seconds, self.step_seconds, self.scored, self.study_seconds = 0.0, 0.0, 0, 0.0
+        self.seconds, self.reference_ms, self.scored, self.study_seconds = 0.0, 0.0, 0, 0.0
         if (folder / FILE).is_file():
             self._continue(folder / FILE)
         self.first = SearchSettings(**self.content["first"])
@@ -94,7 +94,7 @@ class SearchFile:
     def _continue(self, file: Path) -> None:
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))
-            self.seconds, self.step_seconds = float(earlier["seconds"]), float(earlier["step_seconds"])
+            self.seconds, self.reference_ms = float(earlier["seconds"]), float(earlier["reference_ms"])
             self.scored, self.study_seconds = int(earlier["scored"]), float(earlier["study_seconds"])
             before, minutes = int(earlier["settings"]["candidates"]), earlier["settings"]["minutes"]
             self.content["first"], measured = earlier["first"], earlier["latencies"]
@@ -116,7 +116,7 @@ class SearchFile:
 
     def save(self, **results: Any) -> None:
         """Write the file. `results`: further values in it."""
-        progress = {name: getattr(self, name) for name in ("seconds", "step_seconds", "scored", "study_seconds")}
+        progress = {name: getattr(self, name) for name in ("seconds", "reference_ms", "scored", "study_seconds")}
         text = json.dumps({**self.content, **progress, **results}, indent=1, default=str)
         write_files(self.folder, {FILE: text.encode()})
 

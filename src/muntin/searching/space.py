@@ -36,7 +36,7 @@ FIELDS = (
     "stem", "pairs", "dims", "depths", "attention", "block", "window", "latents", "latent_share", "mlp_ratio", "gate", "decoder", "fusion",
     "finest",
 )  # fmt: skip
-"""Fields of ModelConfig that may be searched. `head_dim` is the unit in which heads are shared, and the others are the task's."""
+"""Fields of ModelConfig that may be searched. `head_dim` is the unit of widths, and the others are the task's."""
 SEQUENCES = ("stem", "pairs", "dims", "depths")
 RANGES: dict[str, tuple[float, float]] = {"stages": (1, 8), "resolution": (0.25, 1), "rank_share": (0.1, 1), "bits": (2, 8)}
 """Choices beside the fields of ModelConfig, with their least and greatest value."""
@@ -130,6 +130,23 @@ class Space(BaseModel):
         """Draw a value of each choice, uniformly."""
         return {name: generator.choice(values) for name, values in self.choices.items()}
 
+    def chosen_for(self, config: ModelConfig) -> dict[str, Value] | None:
+        """The choices that make a network, as far as the space has its values; None if it lacks one of them."""
+        chosen: dict[str, Value] = {}
+        for name, values in self.choices.items():
+            field, dot, position = name.partition(".")
+            if dot:
+                entries = getattr(config, field)
+                wanted: Any = entries[int(position)] if int(position) < len(entries) else values[0]
+            else:
+                usual = {"stages": len(config.dims), "resolution": 1.0, "rank_share": 1.0, "bits": 8}
+                wanted = usual[name] if name in usual else getattr(config, name)
+            found = [value for value in values if value == wanted]
+            if not found:
+                return None
+            chosen[name] = found[0]
+        return chosen
+
     def check(self, base: ModelConfig) -> None:
         """Raise `RecipeError`, which names the choice, for a value with which no architecture can be built.
 
@@ -188,33 +205,9 @@ class Space(BaseModel):
             self._reason(chosen, base) or self._reason({**{name: values[0] for name, values in self.choices.items()}, **chosen}, base)
         )
 
-    # bounds of the fields, from which the shared weights are made
-
     def kinds(self, field: str, base: ModelConfig) -> tuple[Any, ...]:
         """The values of a field that is no sequence."""
         return self.choices.get(field, (getattr(base, field),))
-
-    def sequences(self, field: str, base: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """For each length that a sequence may have, the greatest value of each entry."""
-        whole: Iterable[Any] = self.choices.get(field, (getattr(base, field),))
-        entries: list[set[int]] = []
-        lengths = set()
-        for values in whole:
-            entries += [set() for _ in range(len(values) - len(entries))]
-            lengths.add(len(values))
-            for position, value in enumerate(values):
-                entries[position].add(value)
-        named = sorted(name for name in self.choices if name.startswith(f"{field}."))
-        for name in named:
-            position = int(name.partition(".")[2])
-            entries += [set() for _ in range(position + 1 - len(entries))]
-            entries[position] = {value for value in self.choices[name] if isinstance(value, int)}
-        if named:
-            least = int(named[-1].partition(".")[2]) + 1
-            lengths = {max(length, least) for length in lengths}
-        if field in ("dims", "depths") and "stages" in self.choices:
-            lengths = {stages for stages in self.choices["stages"] if isinstance(stages, int) and stages <= max(lengths)}
-        return tuple(tuple(max(entry) for entry in entries[:length]) for length in sorted(lengths))
 
 
 def load_space(path: Path | str) -> Space:

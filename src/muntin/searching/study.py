@@ -1,10 +1,11 @@
 """The study: architectures that Optuna proposes, their scores and costs, in a journal on the disk.
 
+    the presets that the space has -> history
     history -> sampler, seeded by the number of proposals -> choices -> score, cost -> history
 
 A new sampler is seeded for each proposal, so a proposal depends on the history and the seed alone, and a study that was killed and resumed
 is the same as an uninterrupted one. An architecture that was scored before has its old score.
-Source: NSGA-II (Deb et al., 2002), by optuna.samplers.NSGAIISampler.
+Source: the tree-structured Parzen estimator for several objectives (Ozaki et al., 2022), by optuna.samplers.TPESampler.
 """
 
 from __future__ import annotations
@@ -27,32 +28,45 @@ from muntin.searching.space import Architecture, Space, UnbuildableError, Value
 
 JOURNAL = "study.log"
 NAME = "search"
-Sampler = Literal["nsga2", "random"]
-LARGEST_POPULATION, SMALLEST_POPULATION, GENERATIONS = 50, 8, 8
-"""Bounds of a generation's size, and the generations that a study has at least where its size allows it."""
-_REFUSED, _KEY = "unbuildable", "key"
-"""User attributes of a trial: why its choices make no network; its architecture."""
+Sampler = Literal["tpe", "random"]
+RANDOM_ONES = 10
+"""Proposals before the sampler learns from their scores."""
+FEWEST_RANKED = 16
+"""Points below which choices have no worth."""
+_REFUSED, _KEY, _SCORES = "unbuildable", "key", "scores"
+"""User attributes of a trial: why its choices make no network; its architecture; its scores by rung."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyPoint:
-    """A scored architecture. `number`: of the proposal. `score`: higher is better. `cost`: of the objective, lower is better."""
+    """A scored architecture.
+
+    `number`: of the proposal. `scores`: of the rungs that it came to, higher is better. `cost`: of the objective, lower is better.
+    """
 
     number: int
     chosen: Mapping[str, Value]
     architecture: Architecture
-    score: float
+    scores: tuple[float, ...]
     cost: float
+
+    @property
+    def score(self) -> float:
+        """The score of the last rung."""
+        return self.scores[-1]
 
 
 class ArchitectureStudy:
-    """The proposals of one search in `folder`. `candidates`: how many there will be, by which generations are sized."""
+    """The proposals of one search in `folder`. `begin`: networks that are proposed first, as far as the space has them. `rungs`: how many
+    there are; points of the last one are compared."""
 
     def __init__(
-        self, space: Space, base: ModelConfig, folder: Path, *, candidates: int, seed: int = 0, sampler: Sampler = "nsga2"
-    ) -> None:
-        self.space, self.base, self.seed, self.sampler = space, base, seed, sampler
-        self.population = max(SMALLEST_POPULATION, min(LARGEST_POPULATION, candidates // GENERATIONS))
+        self, space: Space, base: ModelConfig, folder: Path, *, begin: Sequence[ModelConfig] = (), rungs: int = 1, seed: int = 0,
+        sampler: Sampler = "tpe",
+    ) -> None:  # fmt: skip
+        self.space, self.base, self.seed, self.sampler, self.rungs = space, base, seed, sampler, rungs
+        known = [chosen for config in begin if (chosen := space.chosen_for(config)) is not None]
+        self.begin = list({json.dumps(chosen, sort_keys=True): chosen for chosen in known}.values())
         self._labels = {name: {_label(value): value for value in values} for name, values in space.choices.items()}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,29 +99,32 @@ class ArchitectureStudy:
 
     @property
     def front(self) -> list[StudyPoint]:
-        """The points that no other one beats in score and cost, by cost."""
-        return pareto_front(self.points)
+        """The points of the last rung that no other one beats in score and cost, by cost."""
+        return pareto_front([point for point in self.points if len(point.scores) == self.rungs])
 
-    def step(self, judge: Callable[[Architecture], tuple[float, float]]) -> StudyPoint | None:
-        """Propose one architecture and judge it by (score, cost); None if the choices make no network."""
+    def step(self, judge: Callable[[Architecture], tuple[Sequence[float], float]]) -> StudyPoint | None:
+        """Propose one architecture and judge it by (scores, cost); None if the choices make no network."""
         proposals = self.proposals
         seed = zlib.crc32(f"{self.seed}:{len(proposals)}".encode())
         self.study.sampler = (
             optuna.samplers.RandomSampler(seed=seed) if self.sampler == "random"
-            else optuna.samplers.NSGAIISampler(seed=seed, population_size=self.population)
+            else optuna.samplers.TPESampler(seed=seed, n_startup_trials=RANDOM_ONES)
         )  # fmt: skip
+        if len(proposals) < len(self.begin):
+            self.study.enqueue_trial({name: _label(value) for name, value in self.begin[len(proposals)].items()})
         trial = self.study.ask()
         chosen = {name: labels[trial.suggest_categorical(name, list(labels))] for name, labels in self._labels.items()}
         try:
             architecture = self.space.architecture(chosen, self.base)
-            known = next((one.values for one in proposals if one.user_attrs.get(_KEY) == architecture.key), None)
-            score, cost = judge(architecture) if known is None else known
+            known = next((one for one in proposals if one.user_attrs.get(_KEY) == architecture.key), None)
+            scores, cost = judge(architecture) if known is None else (known.user_attrs[_SCORES], known.values[1])
         except UnbuildableError as error:
             trial.set_user_attr(_REFUSED, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             return None
         trial.set_user_attr(_KEY, architecture.key)
-        self.study.tell(trial, [score, cost])
+        trial.set_user_attr(_SCORES, list(scores))
+        self.study.tell(trial, [scores[-1], cost])
         return self._point(self.study.trials[trial.number])
 
     def importances(self) -> dict[str, dict[str, float]]:
@@ -115,7 +132,7 @@ class ArchitectureStudy:
 
         Source: PED-ANOVA (Watanabe et al., 2304.10255).
         """
-        if len(self.points) < 2 * SMALLEST_POPULATION:
+        if len(self.points) < FEWEST_RANKED:
             return {}
         found = {}
         for index, name in enumerate(("score", "cost")):
@@ -132,8 +149,8 @@ class ArchitectureStudy:
     def _point(self, trial: FrozenTrial) -> StudyPoint:
         chosen = {name: self._labels[name][label] for name, label in trial.params.items()}
         architecture = self.space.architecture(chosen, self.base)
-        score, cost = trial.values
-        return StudyPoint(number=trial.number, chosen=chosen, architecture=architecture, score=score, cost=cost)
+        scores = tuple(trial.user_attrs[_SCORES])
+        return StudyPoint(number=trial.number, chosen=chosen, architecture=architecture, scores=scores, cost=trial.values[1])
 
 
 def pareto_front(points: Sequence[StudyPoint]) -> list[StudyPoint]:

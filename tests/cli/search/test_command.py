@@ -83,10 +83,10 @@ def test_dry_run(tiny: Any, tmp_path: Path) -> None:
     result = search(tiny, tmp_path / "search", "--dry-run", "--minutes", "0.2")
     assert result.exit_code == 0 and not (tmp_path / "search").exists()
     text = " ".join(result.stdout.split())
-    for words in ("plan shared weights: ", "(measured)", "rough until some", "--minutes covers", "too short: ", "--objective size"):
+    for words in ("plan candidates: ", "trained for a ninth", "rough until some", "--minutes covers", "too short: "):
         assert words in text
     plan = json.loads(search(tiny, tmp_path / "search", "--dry-run", "--json", objective="size").stdout)
-    assert plan["steps"] == 6 and plan["parts"] == 0 and plan["total_s"] == plan["work_s"] > 0 and not plan["too_short"]
+    assert plan["scored"] == 0 and plan["total_s"] == plan["work_s"] > 0 and not plan["too_short"]
 
 
 def test_command_that_goes_on() -> None:
@@ -103,11 +103,11 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     file = StringIO()
     monkeypatch.setattr(command, "err", Console(file=file, force_terminal=True, width=120, markup=False))
     one = Architecture(config=ModelConfig())
-    point = StudyPoint(number=6, chosen={"depths.0": 2, "stem": (8, 16)}, architecture=one, score=0.5, cost=2.25)
+    point = StudyPoint(number=6, chosen={"depths.0": 2, "stem": (8, 16)}, architecture=one, scores=(0.5,), cost=2.25)
     with command._shown(lambda: None, "latency") as show:
-        show(SearchStage(stage="supernet", done=3, total=9, text="step 3 of 9, loss 1.2", left=150.0))
+        show(SearchStage(stage="study", done=0, total=9, left=150.0))
         show(SearchStage(stage="study", done=1, total=9, front=[point]))
-    assert "shared weights: step 3 of 9, loss 1.2, about 2.5 min left" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
+    assert "candidates: 0 of 9, about 2.5 min left" in file.getvalue() and "candidates: 1 of 9" in file.getvalue()
     assert "007" in file.getvalue() and "2.25 ms" in file.getvalue() and "stem [8, 16]" in file.getvalue()
 
 
@@ -122,7 +122,7 @@ def test_front_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refused(tiny: Any, tmp_path: Path, words: list[str], message: str) -> None:
     error = search(tiny, tmp_path / "search", *words).exception
     assert isinstance(error, MuntinError) and message in str(error)
-    assert not (tmp_path / "search" / "supernet").exists()
+    assert not (tmp_path / "search" / "trials").exists()
 
 
 def test_space_that_makes_no_network(tiny: Any, tmp_path: Path) -> None:

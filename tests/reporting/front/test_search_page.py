@@ -18,8 +18,8 @@ def record(**changes: Any) -> SearchRecord:
         for number, name, score, ms in ((0, "recipe", 0.7, 3.0), (4, "004", 0.71, 2.5))
     ]  # fmt: skip
     networks = [
-        {"name": point["name"], "score": point["score"], "float_score": 0.7, "shared_score": 0.6 if point["number"] else None,
-         "predicted": 2.4 if point["number"] else None, "bytes": point["bytes"], "ms": point["ms"], "parameters": 300_000,
+        {"name": point["name"], "score": point["score"], "float_score": 0.7, "short_score": 0.6 if point["number"] else None,
+         "bytes": point["bytes"], "ms": point["ms"], "parameters": 300_000,
          "artifact": point["artifact"]}
         for point in points
     ]  # fmt: skip
@@ -31,12 +31,11 @@ def record(**changes: Any) -> SearchRecord:
 
 def test_page(tmp_path: Path) -> None:
     importances = {"score": {"depths.0": 0.75, "dims.0": 0.25}, "cost": {"dims.0": 1.0}}
-    latency = {"networks": 6, "median": 0.04, "largest": 0.125, "within_tenth": 0.5}
-    page = write_search(tmp_path, record(importances=importances, latency=latency, correlation=0.8))
+    page = write_search(tmp_path, record(importances=importances, correlation=0.8))
     text = page.read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["front.svg", "search.html"]
     assert "a &lt;search&gt;" in text and "network 004 scores best" in text and "muntin fit r.yaml" in text and "a note" in text
-    assert "0.80, of 1 networks" in text and "75.0" in text and "12.5" in text and "<script" not in text
+    assert "0.80, of 1 networks" in text and "75.0" in text and "<script" not in text
     assert "mIoU upwards; dashed: the recipe<" in text
 
 

@@ -29,8 +29,7 @@ FOLDER = "search"
 """Folder of a search beside the run's name: runs/NAME-search."""
 STAGES = {
     "data": "checking data: {done} of {total}",
-    "plan": "two steps of training, for the plan",
-    "supernet": "shared weights: {text}",
+    "plan": "the plan",
     "study": "candidates: {done} of {total}",
     "train": "trained alone: {done} of {total}, now {text}",
 }
@@ -44,19 +43,17 @@ def search_command(
         float | None,
         typer.Option(help="Minutes of this call, latencies included, above 0; unset: each training has the recipe's steps."),
     ] = None,
-    candidates: Annotated[
-        int, typer.Option(min=1, help="Architectures to score with the shared weights; a search goes on with more.")
-    ] = 200,
+    candidates: Annotated[int, typer.Option(min=1, help="Networks to try by short trainings; a search goes on with more.")] = 40,
     finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the search; runs/NAME-search by default.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with a measured training step, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Search a network for a recipe's data and this machine, and train and deploy the best few.
 
-    Weights are shared by all networks of the space and trained once; networks are chosen by their validation score with these and by their
-    predicted latency, size or memory. A search that was interrupted, or that its minutes ended, goes on with the same command.
+    Networks are tried by short trainings of the very recipe, of which the best third goes on, and by the latency of the deployed network,
+    its size or its memory; the presets come first. A search that was interrupted, or that its minutes ended, goes on with the same command.
     """
     refuse_without_gradients(recipe)
     notes = prepare_torch()  # before PyTorch is imported
@@ -146,7 +143,7 @@ def _words(progress: SearchStage) -> str:
 
 
 def _front_table(progress: SearchStage, objective: str) -> Table:
-    table = Table("network", "score, shared", f"{objective}, predicted", "choices")
+    table = Table("network", "score, short training", objective, "choices")
     for point in progress.front:
         table.add_row(f"{point.number + 1:03d}", f"{point.score:.4f}", amount(point.cost, objective), choices(point.chosen))
     return table

@@ -36,66 +36,55 @@ def duration(seconds: float) -> str:
 
 def plan_lines(plan: SearchPlan) -> list[str]:
     """The plan of a search in wrapped lines, each part of the work on lines of its own."""
-    settings, rough = plan.settings, ", rough until some are measured" if plan.rough else ", as measured so far"
-    lines = [f"shared weights: {plan.steps - plan.steps_done} steps of {duration(plan.step_s)} (measured), {duration(plan.supernet_s)}"]
-    if not plan.supernet_s:
-        lines = ["shared weights: trained already"]
+    settings, rough = plan.settings, ", rough until some are tried" if plan.rough else ", as measured so far"
     within = round(plan.study_s / plan.candidate_s)
     count = settings.candidates - plan.scored
     number = f"{count} candidates" if within >= count else f"about {max(1, within)} of {count} candidates"
-    scored = f" ({plan.scored} are scored already)" if plan.scored else ""
-    lines.append(f"study: {number}{scored}, each about {duration(plan.candidate_s)}{rough}, {duration(plan.study_s)}")
-    if settings.objective == "latency":
-        known = plan.parts - plan.missing
-        lines.append(
-            f"latencies, a part of the study: {settings.candidates} random candidates have {plan.parts} different parts, {known} of them "
-            "in the cache; each is measured when a candidate needs it"
-        )
+    scored = f" ({plan.scored} are tried already)" if plan.scored else ""
+    deployed = "exported and timed, then " if settings.objective == "latency" else ""
+    lines = [
+        f"candidates: {number}{scored}, each {deployed}trained for a ninth of a training, the best third for a third; about "
+        f"{duration(plan.candidate_s)} each{rough}, {duration(plan.study_s)}"
+    ]
     of_each = f"{duration(plan.network_s)} of training each, then about {duration(plan.export_s)} of export and scoring (rough)"
     own = " and the recipe's own model" if settings.own else ""
     lines.append(f"alone: up to {settings.finalists} networks of the front{own}, {of_each}")
-    lines.append("at the end: each is scored in INT8 on the validation split, all are timed in turns and compared with predictions")
+    lines.append("at the end: each is scored in INT8 on the validation split, and all are timed in turns")
     if settings.minutes is None:
         lines.append(f"total: about {duration(plan.total_s)}; without --minutes every training has the recipe's steps")
     else:
         lines.append(
-            f"total: about {duration(plan.total_s)}; --minutes covers all of this, and work that has begun then is finished: one step of "
-            "training, one candidate, or one network"
+            f"total: about {duration(plan.total_s)}; --minutes covers all of this, and work that has begun then is finished: one "
+            "candidate, or one network"
         )
     if plan.too_short:
         lines.append(
             f"too short: the first network is expected after {duration(plan.least_s)}; what is done by then is kept, and the same command "
-            "goes on" + ("; --objective size or memory needs no latencies" if settings.objective == "latency" else "")
+            "goes on"
         )
     words = [f"{'' if index else 'plan':<{INDENT}}{line}" for index, line in enumerate(lines)]
     return [part for line in words for part in wrap(line, LINE, subsequent_indent=" " * (INDENT + 2), break_on_hyphens=False)]
 
 
 def describe_architectures(result: ArchitectureSearch, metric: str) -> None:
-    """Print the front, the trained networks, and how far scores and latencies can be trusted."""
+    """Print the front, the trained networks, and how far the scores of short trainings can be trusted."""
     objective = result.settings.objective
-    table = Table("network", f"{metric}, shared", f"{objective}, predicted", "choices")
+    table = Table("network", f"{metric}, short", objective, "choices")
     for point in result.front:
         table.add_row(f"{point.number + 1:03d}", f"{point.score:.4f}", amount(point.cost, objective), choices(point.chosen))
     if result.front:
         print_table(table)
-    trained = Table("network", f"{metric}, deployed", f"{metric}, floats", f"{metric}, shared", "MB", "ms", "ms, predicted")
+    trained = Table("network", f"{metric}, deployed", f"{metric}, floats", f"{metric}, short", "MB", "ms")
     for network in result.networks:
-        found, latency = network.point, objective == "latency"
+        found = network.point
         trained.add_row(
             network.name, f"{network.score:.4f}", f"{network.float_score:.4f}", "" if found is None else f"{found.score:.4f}",
-            f"{network.bytes / 1e6:.3f}", f"{network.ms:.2f}", f"{found.cost:.2f}" if found is not None and latency else "",
+            f"{network.bytes / 1e6:.3f}", f"{network.ms:.2f}",
         )  # fmt: skip
     if result.networks:
         print_table(trained)
-    if (error := result.latency_error) is not None:
-        figures = error.row()
-        out.print(
-            f"latency   predicted within 10 % for {figures['within_tenth']:.0%} of {figures['networks']} networks (median error "
-            f"{figures['median']:.1%}, largest {figures['largest']:.1%})"
-        )
     if result.correlation is not None:
-        out.print(f"ranks     correlation of the shared and the stand-alone score: {result.correlation:.2f} (Spearman)")
+        out.print(f"ranks     correlation of the scores of short trainings and of whole ones: {result.correlation:.2f} (Spearman)")
     for kind, shares in result.importances.items():
         print_wrapped(f"{'worth' if kind == 'score' else '':<10}{kind}: " + ", ".join(f"{n} {v:.0%}" for n, v in list(shares.items())[:8]))
     for network in result.networks:
@@ -134,7 +123,7 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
     dashed = "the recipe's own model" if reference.point is None else f"network {reference.name}"
     legend = f"dashed: {dashed}; blue reaches its score, red does not"
     picture = FrontRecord.model_validate({**head, "max_drop": 0.0, "chosen": None, "points": points, "legend": legend})
-    names = ("name", "score", "float_score", "shared_score", "predicted", "bytes", "ms", "parameters")
+    names = ("name", "score", "float_score", "short_score", "bytes", "ms", "parameters")
     networks = [
         {**{name: row[name] for name in names}, "artifact": place} for row, place in zip(content["networks"], places, strict=True)
     ]  # fmt: skip
@@ -145,11 +134,9 @@ def search_record(result: ArchitectureSearch, *, title: str, metric: str) -> Sea
         }
         for row in content["front"]
     ]  # fmt: skip
-    error = content["latency_error"]
-    latency = None if error is None else {name: error[name] for name in ("networks", "median", "largest", "within_tenth")}
     return SearchRecord.model_validate(
         {
             **head, "scored": content["scored"], "front": front, "networks": networks, "picture": picture,
-            "importances": content["importances"], "correlation": content["correlation"], "latency": latency, "notes": result.notes,
+            "importances": content["importances"], "correlation": content["correlation"], "notes": result.notes,
         }
     )  # fmt: skip

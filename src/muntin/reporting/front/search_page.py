@@ -1,4 +1,4 @@
-"""The page of an architecture search: what was trained and deployed, the front, what the choices are worth, and how far to trust it."""
+"""The page of an architecture search: what was trained and deployed, the front, and what the choices are worth."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from muntin.reporting import text
 from muntin.reporting.files import template, write_files
 from muntin.reporting.front.picture import front_picture, front_svg
 from muntin.reporting.front.schema import FrontRecord
-from muntin.reporting.records import Amount, Count, Hardware, IsoTime, Record, Share, Text
+from muntin.reporting.records import Amount, Count, Hardware, IsoTime, Record, Text
 
 PAGE_NAME, PICTURE_NAME, RESULTS_NAME = "search.html", "front.svg", "search.json"
 UNITS = {"latency": "ms", "size": "bytes", "memory": "bytes"}
 
 
 class SearchedPoint(Record):
-    """A point of the front. `score`: with shared weights; `cost`: predicted, of the objective. `options`: fields that it changes."""
+    """A point of the front. `score`: of its last short training; `cost`: of the objective. `options`: fields that it changes."""
 
     number: Count
     score: float
@@ -28,26 +28,16 @@ class SearchedPoint(Record):
 
 
 class SearchedNetwork(Record):
-    """A network that was trained alone. `shared_score`, `predicted`: as in the search; None for the recipe's own model."""
+    """A network that was trained alone. `short_score`: of its last short training; None for the recipe's own model."""
 
     name: Text
     score: float
     float_score: float
-    shared_score: float | None
-    predicted: float | None
+    short_score: float | None
     bytes: Count
     ms: Amount
     parameters: Count
     artifact: Text
-
-
-class LatencyErrors(Record):
-    """Errors of the predicted latencies of the trained networks, shares of the measured ones."""
-
-    networks: Count
-    median: Amount
-    largest: Amount
-    within_tenth: Share
 
 
 class SearchRecord(Record):
@@ -64,7 +54,6 @@ class SearchRecord(Record):
     picture: FrontRecord
     importances: Mapping[str, Mapping[str, float]] = {}
     correlation: float | None = None
-    latency: LatencyErrors | None = None
     notes: tuple[str, ...] = ()
     hardware: Hardware
 
