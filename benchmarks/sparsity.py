@@ -129,7 +129,7 @@ def faster(document: Document) -> dict[str, float]:
 
 def newest(document: Document) -> str:
     found = {name: forms["2:4 w4a8"] for name, forms in by_form(document).items() if "2:4 w4a8" in forms}
-    told = [f"{name} {row['smaller']:.1f} times fewer bytes at an agreement of {row['agreement']:.3f}" for name, row in found.items()]
+    told = [f"{name} agreement {row['agreement']:.3f}" for name, row in found.items()]
     return f"2:4 on 4 bits: {', '.join(told)}"
 
 

@@ -120,7 +120,7 @@ def test_predict_in_tiles_like_the_library(call: Call, exported: Any, tmp_path: 
 
 def test_predict_tile_of_the_score(call: Call, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: list[int | None] = []
-    monkeypatch.setattr(items, "compute_in_parts", lambda compute, tiled, smaller: (tiles.append(tiled.tile), (compute(tiled), tiled))[1])
+    monkeypatch.setattr(items, "compute_in_parts", lambda compute, tiled, *_: (tiles.append(tiled.tile), (compute(tiled), tiled))[1])
     assert call("predict", exported.artifact, exported.image, "-o", tmp_path / "out").code == 0
     assert tiles == [tile_of(read_checkpoint(exported.run).recipe.data.crop)]
 

@@ -7,7 +7,7 @@ ONNX file -------------------------------------------------------------+-> integ
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -73,8 +73,8 @@ def export(
     `model`: a module; what `open_model` opens, or its name ("timm:resnet18", "hf:FOLDER", "package.module:function"), whose `calibration`
     may be a folder of pictures; or a float ONNX file, which goes to `export_onnx`: `example` and `calibration` are arrays then, and
     `quantization` gives `keep` and `min_sqnr_db`.
-    `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut; by default the first batch of
-    `calibration`. `calibration`: input batches, with which a copy of the model is quantised: a list of them, or a DataLoader, also of
+    `example`: raw pixels `(B, C, H, W)`, 0-255, of real images, from which the golden pairs are cut; by default the first batch of a
+    list of `calibration`. `calibration`: input batches, with which a copy of the model is quantised: a list, or a DataLoader, also of
     (x, y), as in `muntin.quantize`. Without them muntin's own norms and gates are folded. Channels with closed gates are removed
     first. `classes`: their names, `["cat", "dog"]`, or with colours `{"cat": (200, 80, 0), "dog": (0, 80, 200)}`; numbered by default.
     `signature`: task and classes in one; by default inferred from the shape of the answer. `changes`: those of earlier passes, for the
@@ -96,19 +96,27 @@ def export(
     """
     if path is None:
         raise ExportError("path is missing: name the folder of the artefact")
+    check_target(path)
     if isinstance(model, onnx.ModelProto | Path) or (isinstance(model, str) and model.endswith(".onnx")):
         of_modules = {"signature": signature, "classes": classes, "shape": shape, "sizes": sizes, "axes": axes, "mean": mean, "std": std}
         if given := [name for name, value in (of_modules | {"changes": tuple(changes) or None}).items() if value is not None]:
             raise ExportError(f"{', '.join(given)}: of PyTorch models, and this is an ONNX file: leave out")
+        if isinstance(calibration, Path | str):
+            raise ExportError(f"calibration '{calibration}': an ONNX file takes batches, dictionaries of arrays by the names of its inputs")
         options = {} if quantization is None else {"keep": quantization.keep, "min_sqnr_db": quantization.min_sqnr_db}
         return export_onnx(model, path, example=example, calibration=calibration, measured=measured, **options)  # type: ignore[arg-type]
+    if example is None and isinstance(calibration, list | tuple) and calibration and isinstance(calibration[0], Tensor | Mapping):
+        example = calibration[0]
     if isinstance(model, str):
         if isinstance(example, Mapping):
-            axes, (model, _) = axes or named_axes(model, example), open_named(model, None)
+            source, axes = model, axes or named_axes(model, example)
+            model, notes = open_named(source, None)
+            measured = {SOURCE: source, "source_notes": list(notes)} | (measured or {})
         else:
             model, classes, mean, std = open_model(model, classes=classes, mean=mean, std=std), None, None, None
     if isinstance(model, OpenedModel):
-        if given := [name for name, value in {"signature": signature, "classes": classes, "mean": mean, "std": std}.items() if value]:
+        of_opened = {"signature": signature, "classes": classes, "mean": mean, "std": std}
+        if given := [name for name, value in of_opened.items() if value is not None]:
             raise ExportError(f"{', '.join(given)}: the opened model has its own: give them to open_model")
         if isinstance(calibration, Path | str):
             calibration = model.pictures(calibration, (quantization or QuantizationConfig()).calibration_images)
@@ -116,10 +124,10 @@ def export(
         signature, model = model.signature, model.model
     if isinstance(calibration, Path | str):
         raise ExportError(f"calibration '{calibration}': a folder is for a model of open_model; give batches of raw pixels")
-    if example is None:
-        if not isinstance(calibration, Sequence) or not calibration or not isinstance(calibration[0], Tensor | Mapping):
-            raise ExportError("example is missing: give raw pixels (B, C, H, W) of real images, or a dictionary of tensors")
+    if example is None and isinstance(calibration, list) and calibration:  # pictures of an opened model
         example = calibration[0]
+    if example is None:
+        raise ExportError("example is missing: give raw pixels (B, C, H, W) of real images, or a dictionary of tensors")
     if isinstance(example, Mapping):
         of_images = {"signature": signature, "classes": classes, "shape": shape, "sizes": sizes, "mean": mean, "std": std}
         if given := [name for name, value in (of_images | {"changes": tuple(changes) or None}).items() if value is not None]:
@@ -132,7 +140,6 @@ def export(
         raise ExportError("axes are of named tensors, and the example is of images: give sizes, or the example as a dictionary")
     if signature is not None and classes is not None:
         raise ExportError("signature and classes: the signature has classes already: give one of them")
-    check_target(path)
     check_pixels(example, "example")
     if quantization is not None and calibration is None:
         raise ExportError("quantization says how to quantise, and without calibration nothing is: give input batches, or leave it out")

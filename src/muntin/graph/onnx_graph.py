@@ -64,13 +64,6 @@ class Graph:
         self.constants[unique] = np.asarray(value)
         return unique
 
-    def replace_input(self, old: str, new: str) -> None:
-        """Let every reader of a tensor read another one."""
-        for node in self.readers.get(old, []):
-            for index, name in enumerate(node.input):
-                if name == old:
-                    node.input[index] = new
-
     def drop_unread(self) -> None:
         """Remove the nodes whose outputs nothing reads."""
         while unread := [node for node in self.nodes if not any(name in self.readers or name in self.outputs for name in node.output)]:

@@ -18,8 +18,6 @@ from muntin.errors import DataError
 Shape = tuple[int, int, int]
 """(B, H, W) of a batch of images."""
 Named = dict[str, NDArray[Any]]
-GivenInputs = NDArray[Any] | Mapping[str, NDArray[Any]]
-"""Arrays by the names of inputs, or the array of the only input: of an image model, images (B, H, W, C)."""
 Dims = tuple[tuple[str, int], ...]
 """Sizes of free dimensions by name, sorted. Of images `batch`, `height` and `width`."""
 SCORES, LABELS = ("scores",), ("labels",)

@@ -6,9 +6,10 @@ a batch -> one row at a time -> tiles of half the longer side, at most TILE -> o
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from threading import Lock
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from muntin.artifact import Signature
 from muntin.errors import ArtifactError
@@ -19,8 +20,8 @@ from muntin.runtime.tiles import TILE, allowed_tile
 ComputedT = TypeVar("ComputedT")
 SMALLEST = 64
 """Side of the smallest tile that is tried, pixels: below it most of a tile is overlap or the engine's own memory."""
-_retrying = Lock()
-"""Held by one retry at a time: calls that run out of memory together may fit one after the other."""
+RETRYING = Lock()
+"""For `compute_in_parts` in one process: calls that run out of memory together may fit one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,19 @@ class Parts:
 
 
 def compute_in_parts(
-    compute: Callable[[Parts], ComputedT], parts: Parts, smaller: Callable[[Parts], Parts | None]
+    compute: Callable[[Parts], ComputedT],
+    parts: Parts,
+    smaller: Callable[[Parts], Parts | None],
+    lock: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - it holds nothing
 ) -> tuple[ComputedT, Parts]:
-    """Returns `compute(parts)` and the parts. After an error for lack of memory, computes again in `smaller` ones, one call at a time.
+    """Returns `compute(parts)` and the parts. After an error for lack of memory, computes again in `smaller` ones, holding `lock`.
 
     The smallest parts' error is raised.
     """
     value, less = _attempt(compute, parts, smaller)
     if less is None:
         return value[0], parts
-    with _retrying:
+    with lock:
         while less is not None:
             parts = less
             value, less = _attempt(compute, parts, smaller)

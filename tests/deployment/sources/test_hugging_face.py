@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import muntin
 from muntin import open_model, verify
 from muntin.deployment.sources.source_export import SourceOptions, export_source
 from muntin.errors import MuntinError, RecipeError
@@ -90,6 +91,13 @@ def test_token_model(tmp_path: Path) -> None:
     assert artifact.manifest.measured["integer_coverage"] == 1.0 or sums_saturate()
     assert verify(artifact.path).passed
     assert any(note.startswith("model.safetensors: all ") for note in notes)
+    row = {
+        name: torch.from_numpy(np.ones((2, 9), np.int64) if name == "attention_mask" else ids[:2])
+        for name in ("input_ids", "attention_mask")
+    }
+    named = muntin.export(f"hf:{tmp_path / 'bert'}", path=tmp_path / "named", calibration=[row])
+    assert named.manifest.signature.inputs == artifact.manifest.signature.inputs
+    assert named.manifest.measured["source"] == f"hf:{tmp_path / 'bert'}" and named.manifest.measured["source_notes"]
     with pytest.raises(RecipeError, match=r"--size: of models for pictures, and .*inputs.npz holds inputs by name"):
         export_source("timm:any", tmp_path / "b", SourceOptions(calibration=options.calibration, size="32"), integer=True, sizes=None)
 

@@ -186,10 +186,10 @@ def test_rows_after_a_death(serving: Any) -> None:
     assert session.sizes == [(1, 6)] * 4
 
 
-def test_tiles_after_a_second_death(serving: Any) -> None:
+def test_smallest_tiles_after_a_second_death(serving: Any) -> None:
     session = Mortal(most=6000)
     slot, _ = serving(session)
-    assert answered(Executor(slot), batch_of(slot, [random_images(2, 1, 96, 130)], labels=True)) == "in tiles of 65 pixels"
+    assert answered(Executor(slot), batch_of(slot, [random_images(2, 1, 96, 130)], labels=True)) == "in tiles of 64 pixels"
     assert session.sizes[:2] == [(2, 96), (1, 96)]
     assert session.deaths == 2
 
@@ -206,12 +206,13 @@ def test_jobs_of_a_batch_after_a_death(serving: Any) -> None:
     assert session.sizes == [(4, 6)] + [(1, 6)] * 4
 
 
-def test_death_in_tiles_is_an_error(serving: Any) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_third_death_is_an_error(serving: Any, rows: int) -> None:
     session = Mortal(most=70)
     slot, _ = serving(session)
     with pytest.raises(OutOfMemoryError):
-        answered(Executor(slot), batch_of(slot, [random_images(1, 1, 120, 128)], labels=True))
-    assert session.deaths == 2
+        answered(Executor(slot), batch_of(slot, [random_images(rows, 1, 520, 528)], labels=True))
+    assert session.deaths == 3
 
 
 def test_restart_is_awaited(serving: Any) -> None:

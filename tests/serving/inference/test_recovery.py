@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import ENOMEM
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,27 @@ def test_tiles_without_memory_for_an_image(clock: Any, labels: bool) -> None:
     computed = compute(recovery, session, random_images(3, 1, 200, 260), labels=labels)
     assert computed.recovered == "in tiles of 65 pixels"  # 130 are too many
     assert (recovery.counts.rows, recovery.counts.tiles) == (1, 3)
+
+
+def test_large_image_shuts_out_no_tiles_of_others(clock: Any) -> None:
+    session, recovery = PixelSession(most=1000), Recovery(clock)
+    with pytest.raises(MuntinError, match="no memory"):
+        compute(recovery, session, random_images(1, 1, 400, 400))
+    session.most = 5000
+    assert compute(recovery, session, random_images(1, 1, 200, 260)).recovered == "in tiles of 65 pixels"
+
+
+@pytest.mark.parametrize("error", [OSError(ENOMEM, "Cannot allocate memory"), RuntimeError("can't allocate a thread's stack")])
+def test_errors_of_processes_and_threads(clock: Any, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    session, scores = PixelSession(), PixelSession.scores
+
+    def refused(self: PixelSession, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if len(images) > 1:
+            raise error
+        return scores(self, images)
+
+    monkeypatch.setattr(PixelSession, "scores", refused)
+    assert compute(Recovery(clock), session, random_images(3, 1)).recovered == "one row at a time"
 
 
 def test_tiles_of_an_allowed_size(clock: Any) -> None:

@@ -20,7 +20,7 @@ from muntin.runtime.exact_tiles.tiles import SIDE
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.pipeline import StoppedError
 from muntin.runtime.session import Session
-from muntin.runtime.short_memory import Parts, compute_in_parts
+from muntin.runtime.short_memory import RETRYING, Parts, compute_in_parts
 from muntin.tasks.answers import ANSWERING
 from muntin.tasks.base import Result
 
@@ -93,7 +93,7 @@ class ItemComputer:
         longest = options.tiles.tile or 1
         with suppress(DataError):  # `predict_picture` raises it
             longest = max(source_size(source, max_pixels=options.max_pixels))
-        result, used = compute_in_parts(compute, options.tiles, lambda tiles: tiles.smaller(signature, longest))
+        result, used = compute_in_parts(compute, options.tiles, lambda tiles: tiles.smaller(signature, longest), RETRYING)
         return self._noted(result, source, used)
 
     def _video(self, source: Path, target: Path | None, advance: Callable[[float], None]) -> tuple[Result, str]:

@@ -20,7 +20,7 @@ from muntin.errors import DataError
 from muntin.images.video import VideoFrame, read_frames, video_info, written_video
 from muntin.runtime.pipeline import ordered, prefetched
 from muntin.runtime.session import Session
-from muntin.runtime.short_memory import Parts, compute_in_parts
+from muntin.runtime.short_memory import RETRYING, Parts, compute_in_parts
 from muntin.runtime.tiles import predict, size_note
 from muntin.tasks.answers import ANSWERING
 from muntin.tasks.base import Result
@@ -71,7 +71,9 @@ def predict_video(
             answer: NDArray[Any] = predict(session, frame.pixels, **arguments(tiles))
             return answer
 
-        answer, used = compute_in_parts(answer_in, current[0], lambda tiles: tiles.smaller(signature, max(info.height, info.width)))
+        answer, used = compute_in_parts(
+            answer_in, current[0], lambda tiles: tiles.smaller(signature, max(info.height, info.width)), RETRYING
+        )
         if used != current[0]:
             with changing:
                 current[0] = min(current[0], used, key=lambda tiles: tiles.tile or 0)

@@ -26,7 +26,6 @@ from muntin.runtime.inputs import Named, Shape, check_inputs, check_shape, image
 from muntin.runtime.options import DEFAULT_OPTIONS, SessionOptions
 from muntin.runtime.profiling.contention import BUSY, notes_on, watch_cpu
 from muntin.runtime.profiling.kernels import Ceilings, Execution, Kernel, ProfiledInputs
-from muntin.runtime.profiling.openvino_kernels import openvino_kernels
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.text import count
 
@@ -97,6 +96,8 @@ def profile(
     of range, inputs that do not fit into memory.
     """
     _check(options.engine, shape, rounds)
+    from muntin.runtime.profiling.openvino_kernels import openvino_kernels  # of an engine that may not be installed
+
     artifact = open_artifact(path)
     remarks: list[str] = []
     signature, images = artifact.manifest.signature, artifact.manifest.named is None

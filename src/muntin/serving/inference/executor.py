@@ -3,8 +3,8 @@
     batch of jobs -> joined inputs (the request's own bytes if it is alone) -> session -> each job's rows of the answer
 
 If the engine finds no memory, the batch is computed in parts (`recovery`). If a version fails, another one computes the batch (`fallback`).
-If the engine's process dies, each request is computed once more, and if the kernel ended it for lack of memory, in smaller parts after
-each death.
+If the engine's process dies, each request is computed once more; if the kernel ended it for lack of memory, in smaller parts, and after
+another death in the smallest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Work:
     `admitted`: when it joined the queue. `started`: when its batch began; `computed`: seconds that took. `by`: the version that computed
     it. `recovered`: how it was computed for lack of memory, or empty. `whole`: inputs and answers of its batch, for a candidate; one
     request of a batch has it. `within`: seconds after which its batch counts as one that hangs. `died`: an engine died while it computed
-    this, perhaps because of another request; `short`: for lack of memory.
+    this, perhaps because of another request; `deaths`: how many died for lack of memory.
     """
 
     inputs: Named
@@ -52,7 +52,7 @@ class Work:
     within: float = inf
     recovered: str = ""
     died: bool = False
-    short: bool = False
+    deaths: int = 0
 
     @property
     def version(self) -> str:
@@ -76,14 +76,15 @@ class Executor:
         works: list[Work] = [job.payload for job in batch.jobs]
         group: Any = batch.group
         version, started = group.version, self._clock()
-        if any(work.short for work in works) and version.state != "failed" and not version.liveness.revive(REVIVE_S):
+        deaths = max(work.deaths for work in works)
+        if deaths and version.state != "failed" and not version.liveness.revive(REVIVE_S):
             raise AgainError(f"version {version.name}: its engine was ended for want of memory, and is being begun again")
         inputs = works[0].inputs if len(works) == 1 else group.joined([work.inputs for work in works])
         tried: list[Session] = []
 
         def compute(session: Session) -> Computed:
             tried.append(session)
-            return self._recovery.compute(session, group, inputs)
+            return self._recovery.compute(session, group, inputs, deaths=deaths)
 
         try:
             computed, by = compute_somewhere(
@@ -99,7 +100,7 @@ class Executor:
             if self._recovery.exhausted(tried[0], group, batch.rows):
                 raise
             for work in works:
-                work.short = True
+                work.deaths = deaths + 1
             raise AgainError(str(error)) from error
         except EngineDiedError as error:
             if all(work.died for work in works) or self._clock() - started >= batch.within:  # it was ended because this batch hung

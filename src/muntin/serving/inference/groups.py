@@ -87,7 +87,8 @@ class Group(NamedTuple):
         rows = self.rows(inputs)
         if parts.tile is not None:
             output: OutputName = "labels" if self.outputs == LABELS else "scores"
-            return {output: np.stack([predict(session, image, tile=parts.tile, output=output) for image in inputs["images"]])}
+            answers = [predict(session, image, tile=parts.tile, output=output) for image in inputs["images"]]
+            return {output: answers[0][None] if rows == 1 else np.stack(answers)}  # a copy of one may be what does not fit
         if rows <= parts.rows:
             return self.compute(session, inputs)
         firsts = range(0, rows, parts.rows)

@@ -9,18 +9,18 @@ from math import inf
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from muntin.errors import ArtifactError, MuntinError
+from muntin.errors import MuntinError, VerificationError
 from muntin.runtime.host.memory import no_memory
 from muntin.runtime.inputs import Named
 from muntin.runtime.session import Session
 from muntin.runtime.short_memory import Parts, compute_in_parts
 from muntin.serving.inference.groups import Group
-from muntin.serving.worker.opening import OutOfMemoryError
+from muntin.serving.worker.opening import EngineDiedError, NotReadyError, OutOfMemoryError
 
 SHORT_S = 60.0
 """Seconds in which a call that was too large for the memory is not tried again: each try may cost an engine, and seconds to restart it."""
-_Kind = tuple[Hashable, int, bool]
-"""Kind of a group's calls; one row or several; whole or in tiles."""
+_Kind = tuple[Hashable, ...]
+"""Outputs; one row or several; None, or of tiles the picture's size, whose answer is held beside them."""
 
 
 class Computed(NamedTuple):
@@ -61,7 +61,7 @@ class Shortages:
 def _call(group: Group, parts: Parts) -> tuple[_Kind, int]:
     """Return the kind and the size of a call, in pixels or values."""
     size = parts.rows * group.row_size if parts.tile is None else parts.tile * parts.tile
-    return (group.outputs, min(parts.rows, 2), parts.tile is not None), size
+    return (group.outputs, min(parts.rows, 2), None if parts.tile is None else group.dims), size
 
 
 class Recovery:
@@ -71,23 +71,31 @@ class Recovery:
         self.counts = Recoveries()
         self._shortages = Shortages(clock)
 
-    def compute(self, session: Session, group: Group, inputs: Named) -> Computed:
-        """Compute inputs with a session. Raises OutOfMemoryError if the engine dies for lack of memory, MuntinError if nothing fits."""
+    def compute(self, session: Session, group: Group, inputs: Named, *, deaths: int = 0) -> Computed:
+        """Compute inputs with a session. `deaths`: of engines that computed them, for lack of memory.
+
+        Raises OutOfMemoryError if the engine dies for lack of memory, MuntinError if nothing fits.
+        """
         whole = Parts(rows=group.rows(inputs))
 
         def compute(parts: Parts) -> Named:
             try:
                 return group.compute_parts(session, inputs, parts)
-            except (OutOfMemoryError, MemoryError, ArtifactError) as error:
-                if isinstance(error, OutOfMemoryError) or no_memory(error):
-                    self._shortages.refused(session, group, parts)
+            except OutOfMemoryError:
+                self._shortages.refused(session, group, parts)
                 raise
+            except (EngineDiedError, NotReadyError, VerificationError):  # their messages quote an engine that could not be begun
+                raise
+            except Exception as error:
+                if not no_memory(error):
+                    raise
+                self._shortages.refused(session, group, parts)
+                raise MemoryError(str(error)) from error  # an OSError where the engine is a process
 
         try:
-            answers, parts = compute_in_parts(compute, self._first(session, group, whole.rows), partial(group.smaller, session.signature))
-        except (MemoryError, ArtifactError) as error:
-            if not no_memory(error):
-                raise
+            first = self._first(session, group, whole.rows, deaths)
+            answers, parts = compute_in_parts(compute, first, partial(group.smaller, session.signature))
+        except MemoryError as error:
             raise MuntinError(f"no memory for {group.row_text}: send smaller ones, or try again later") from error
         self.counts.rows += whole.rows > 1 and parts != whole
         self.counts.tiles += 0 if parts.tile is None else whole.rows
@@ -97,11 +105,13 @@ class Recovery:
 
     def exhausted(self, session: Session, group: Group, rows: int) -> bool:
         """Return whether even the smallest parts of a batch found no memory lately."""
-        return self._shortages.too_large(session, group, self._first(session, group, rows))
+        return self._shortages.too_large(session, group, self._first(session, group, rows, deaths=2))
 
-    def _first(self, session: Session, group: Group, rows: int) -> Parts:
-        """Return the largest parts that may fit, or the smallest ones."""
+    def _first(self, session: Session, group: Group, rows: int, deaths: int) -> Parts:
+        """Return the largest parts that may fit; single rows at most after an engine's death, the smallest parts after two."""
         parts = Parts(rows=rows)
-        while self._shortages.too_large(session, group, parts) and (less := group.smaller(session.signature, parts)) is not None:
+        while (deaths > 1 or (deaths == 1 and parts.rows > 1) or self._shortages.too_large(session, group, parts)) and (
+            less := group.smaller(session.signature, parts)
+        ) is not None:
             parts = less
         return parts

@@ -86,6 +86,7 @@ class Requests:
                 status=413,
             )
         given = {info.name: info.dtype for info in signature.served}
+        held = given | {"image": "float32"}  # a restored picture is written from scores
         names = tuple(output.name for output in request.outputs) or tuple(given)
         for name in names:
             if name not in given:
@@ -93,7 +94,7 @@ class Requests:
         shapes = signature.output_sizes(sizes)
         if images and any(output.classification and len(shapes[output.name]) == 1 for output in request.outputs):
             raise ProtocolError('classification of "labels": a label is the best class of its row, and has none below it; ask it of scores')
-        wanted = _wanted(request, [(name, given[name], shapes[name]) for name in names])
+        wanted = _wanted(request, [(name, held[name] if images else given[name], shapes[name]) for name in names])
         outputs = names if not images else LABELS if names == LABELS else SCORES
         free = tuple(dim for dim in dims if dim[0] != batch)
         return inputs, Group(version, free, batch, row_size, outputs, images), wanted

@@ -59,6 +59,8 @@ _SEQUENCE = ("sequence_id", "sequence_start", "sequence_end")
 _SHARED_MEMORY = ("shared_memory_region", "shared_memory_offset", "shared_memory_byte_size")
 _RANGES = {"name_length": (32, 1 << 20), "rank": (1, 32), "elements": (1, 1 << 48)}
 """Field of `Limits` -> its range: the protocol's own names fit, and numpy can hold any shape that does."""
+_LONGEST = 1000
+"""Characters of an error: a client's names may be in it."""
 _SHOWN = 48
 """Maximum number of characters of a client's text in an error."""
 
@@ -68,7 +70,7 @@ class ProtocolError(MuntinError):
 
     def __init__(self, message: str, *, status: int = 400) -> None:
         assert status in GRPC_CODES
-        super().__init__(plain(message))
+        super().__init__(plain(message)[:_LONGEST])
         self.status = status
 
     @property
