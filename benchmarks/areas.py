@@ -3,7 +3,7 @@
     python benchmarks/areas.py [--model hybrid-xs] [--crop 160] [--seeds 0 1 2] [--steps 700] [--precision bf16] [--threads N]
 
 A hybrid trained by the demonstration's recipe on crops of --crop pixels is exported in floats and in integers: `INT8` and `W4A8` after
-training, `stages` through low rank, W4A8 and mixed precision. Each scores the test split (strips of 645 x 2700 pixels) in OpenVINO with
+training, `compressed` by `muntin compress`. Each scores the test split (strips of 645 x 2700 pixels) in OpenVINO with
 float layers in f32, in tiles and whole. Time on two cores: eight minutes a seed. TaskScores do not suffer from other work.
 """
 
@@ -21,13 +21,14 @@ from ablation import error, shown
 from documents import Column, Document, Goal, Row, Table, columns, mean, seeds_of, spread
 from harness import Benchmark, Options, Run, main, option, seeds_option
 from muntin.artifact import Artifact
+from muntin.budgeting.run_budget import compress_run
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.tasks.scores import PictureAnswers
-from muntin.training import Recipe, read_checkpoint
+from muntin.training import Recipe
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate
 from muntin.training.precision import cpu_computes_bf16
-from resumed import PERCENTILE, compressed, demo_recipe, float_artifact, integer_artifact, network_of, trained
+from resumed import PERCENTILE, demo_recipe, float_artifact, integer_artifact, network_of, trained
 
 FLOATS = "floats"
 TIMES = (1, 2, 4)
@@ -48,12 +49,11 @@ def recipe_of(seed: int, given: Any) -> Recipe:
 
 def measure(recipe: Recipe, folder: Path) -> Row:
     checkpoint = trained(recipe, folder)
-    staged = read_checkpoint(compressed(checkpoint, folder / "compressed", recipe.compression).checkpoint)
     artifacts: dict[str, Artifact] = {
         FLOATS: float_artifact(checkpoint, folder / "floats"),
         "INT8": export_checkpoint(checkpoint, folder / "int8"),
         "W4A8": integer_artifact(checkpoint, folder / "w4a8"),
-        "stages": export_checkpoint(staged, folder / "stages"),
+        "compressed": compress_run(checkpoint).artifact,
     }
     split = source_of(checkpoint).split("test")
     sizes = [sample.image.shape[:2] for sample in split]
@@ -76,7 +76,7 @@ class AreasOptions(Options):
     model: str = option("hybrid-xs", "preset")
     crop: int = option(160, "side of training crops and calibration images, pixels", least=32)
     seeds: tuple[int, ...] = seeds_option(0, 1, 2)
-    steps: int = option(700, "of FP32 training; the stages take half as many more", least=1)
+    steps: int = option(700, "of FP32 training; each candidate of compression takes half as many", least=1)
     precision: str = option("bf16" if cpu_computes_bf16() else "fp32", "of training", choices=("fp32", "bf16"))
     threads: int = option(2, "of training and of the deployed models", least=1)
 

@@ -1,13 +1,13 @@
-"""Compress hybrid-m on `earth` within an accuracy budget: muntin's search, each pass alone, the three stages, and a small network.
+"""Compress hybrid-m on `earth` within an accuracy budget: muntin's search, each pass alone, three stages, and a small network.
 
     python benchmarks/budget_hybrid.py [--budgets 0.005 0.01 0.02] [--seeds 3] [--fit 660] [--trials 8] [--steps 480]
                                        [--only muntin channels ...] [--set training.batch_size=8 ...]
 
 The recipe is that of the demonstration with hybrid-m and `--fit` steps. Every contender has `--steps` training steps, shared evenly among
 its candidates, chooses by the mean IoU of its artifacts on the validation part, and is judged on the test part. `muntin` is `muntin
-compress --max-drop`; `bits`, `ranks` and `channels` the same search among uniform bits, the same share of each rank, or widths alone; `one
-stage` muntin's plan in one training; the stages are the recipe's, with ranks by its criterion or by the cumulative energy; `scratch` is a
-HybridNet whose INT8 artifact has the bytes of muntin's, trained for the seconds of FP32 and muntin's search together. The last four know no
+compress --max-drop`; `bits`, `ranks` and `channels` the same search among uniform bits, the same share of each rank, or widths alone;
+`three stages` muntin's plan in as many steps as its candidate had: the ranks, then 4 bits at most, then the plan's bits; `scratch` is a
+HybridNet whose INT8 artifact has the bytes of muntin's, trained for the seconds of FP32 and muntin's search together. The last two know no
 budget. Run it alone: hours on two cores.
 """
 
@@ -25,7 +25,7 @@ from torch import nn
 
 import muntin
 from documents import Document, Goal, Row, Table, columns, grouped, mean, seeds_of, spread
-from harness import Benchmark, Options, Run, file_name, main, option
+from harness import Benchmark, Options, Run, main, option
 from measures import ms_in_turns, noise, score
 from muntin.artifact import open_artifact
 from muntin.budgeting.forms.layer_forms import KEPT, layer_forms, offered_ranks
@@ -33,18 +33,14 @@ from muntin.budgeting.forms.plans import Form, Plan
 from muntin.budgeting.run_budget import compress_run
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.deployment.layer_rows import deployed_sizes
-from muntin.training.checkpoint import read_checkpoint
 from muntin.training.recipe import Recipe, override_recipe
 from muntin.training.weights import new_model
-from resumed import compressed, demo_recipe, trained
+from resumed import demo_recipe, planned, trained
 from segmentation_peers.deployment import bytes_of
 
 MODEL = "hybrid-m"
-SEARCHED = ("muntin", "one stage", "scratch", "bits", "ranks", "channels")
-"""Contenders for each budget, in the order in which they are measured."""
-STAGES = {"stages": "activation", "cumulative stages": "cumulative"}
-"""Contenders that know no budget, and the criterion of their ranks."""
-CONTENDERS = (*SEARCHED, *STAGES)
+CONTENDERS = ("muntin", "three stages", "scratch", "bits", "ranks", "channels")
+"""For each budget, in the order in which they are measured."""
 SIDE = 512
 """Of the image whose latency is measured, pixels."""
 SMALL: tuple[Row, ...] = tuple(
@@ -67,16 +63,20 @@ class BudgetHybridOptions(Options):
     rounds: int = option(40, "timed calls", least=1)
 
     def __post_init__(self) -> None:
-        if "muntin" not in self.only and (following := [name for name in ("one stage", "scratch") if name in self.only]):
+        if "muntin" not in self.only and (following := [name for name in ("three stages", "scratch") if name in self.only]):
             raise ValueError(f"--only {following[0]!r} needs muntin's plan: add muntin")
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Plans from one list, the mildest first, with a limit of sensitivity for each."""
+    """Plans from one list, the mildest first, with a limit of sensitivity for each. `in_8_bits`: the place of plain INT8."""
 
     width: float
     plans: Sequence[Plan]
+    in_8_bits: int
+
+    def int8(self) -> Plan:
+        return self.plans[self.in_8_bits]
 
     def propose(self, limit: float) -> Plan | None:
         fitting = [plan for plan in self.plans if plan.harm <= limit]
@@ -94,7 +94,7 @@ def uniform(kind: str, width: float, model: nn.Module, batches: Any, *_: Any) ->
             forms = {name: _form(layer.layer, layer.forms, share, bit) for name, layer in layers.items()}
             cost = sum(layers[name].forms[form].bytes for name, form in forms.items())
             plans.append(Plan(width=width, forms=forms, harm=10.0 ** (len(plans) - 6), cost=cost))
-    return Uniform(width, plans)
+    return Uniform(width, plans, bits.index(8))
 
 
 def _form(layer: Any, forms: Any, share: float | None, bits: int) -> Form:
@@ -119,24 +119,11 @@ class Bench:
         """muntin's search, or a pass alone."""
         widths = [1, 0.8, 0.6, 0.5, 0.4, 0.3] if name == "channels" else [1] if name in ("bits", "ranks") else [1, 0.8, 0.6]
         trials = self.options.trials
-        changes = [f"budget.trials={trials}", f"budget.steps={self.options.steps // trials}", f"budget.widths={widths}"]
-        return self._compressed(name, max_drop, changes, {} if name == "muntin" else {"plans": partial(uniform, name)})
-
-    def one_stage(self, max_drop: float, ours: Row) -> Row:
-        """The plan that muntin's search chose, trained in one go."""
-        forms = {name: Form(*form) for name, form in ours["forms"].items()}
-        plan = Plan(width=ours["width"], forms=forms, harm=1.0, cost=1.0)
-
-        def plans(width: float, *_: Any) -> Uniform:
-            return Uniform(width, [plan] if width == plan.width else [replace(plan, width=width, harm=1e9)])
-
-        changes = ["budget.trials=1", f"budget.steps={self.options.steps}", "budget.widths=[1]"]
-        return self._compressed("one stage", max_drop, changes, {"plans": plans})
-
-    def _compressed(self, name: str, max_drop: float, changes: list[str], options: Row) -> Row:
+        changes = [f"compression.trials={trials}", f"compression.steps={self.options.steps // trials}", f"compression.widths={widths}"]
         checkpoint = replace(self.fp32, state=self.fp32.state.model_copy(update={"recipe": override_recipe(self.recipe, changes)}))
-        started, folder = time.perf_counter(), self.folder / file_name(f"{name}-{max_drop:g}")
-        result = compress_run(checkpoint, muntin.Budget(max_drop=max_drop, confidence=None), folder, **options)
+        started, plans = time.perf_counter(), None if name == "muntin" else partial(uniform, name)
+        budget = muntin.Budget(max_drop=max_drop, confidence=None)
+        result = compress_run(checkpoint, budget, self.folder / f"{name}-{max_drop:g}", plans=plans)
         best, held = result.best, result.holdout
         assert best is not None and held is not None
         return {
@@ -145,18 +132,12 @@ class Bench:
             "minutes": (time.perf_counter() - started) / 60,
         }  # fmt: skip
 
-    def stages(self, criterion: str) -> Row:
-        share = self.options.steps / self.options.fit
-        changes = [f"compression.{stage}.share={part * share:g}" for stage, part in (("recover", 0.4), ("quantize", 0.1), ("mix", 0.5))]
-        if criterion == "cumulative":  # the article's: by the energy of each weight, without a budget of multiply-adds
-            changes.append("compression.low_rank={criterion: cumulative, threshold: 0.95}")
-        started, folder = time.perf_counter(), self.folder / f"stages-{criterion}"
-        last = read_checkpoint(compressed(self.fp32, folder, override_recipe(self.recipe, changes).compression).checkpoint)
-        artifact, record = export_checkpoint(last, folder.with_name(f"{folder.name}-artifact")), last.state.compression
-        return {
-            **self._judged(artifact.path), "outcome": "no budget", "record": None if record is None else record.model_dump(mode="json"),
-            "minutes": (time.perf_counter() - started) / 60,
-        }  # fmt: skip
+    def three_stages(self, max_drop: float, ours: Row) -> Row:
+        """The plan that muntin's search chose, trained in three stages."""
+        plan, started = Plan(width=ours["width"], forms={name: Form(*form) for name, form in ours["forms"].items()}), time.perf_counter()
+        config = self.recipe.compression.model_copy(update={"course": "stages", "steps": self.options.steps // self.options.trials})
+        _, artifact = planned(self.fp32, plan, config, self.folder / f"three-stages-{max_drop:g}")
+        return {**self._judged(artifact.path), "outcome": "no budget", "minutes": (time.perf_counter() - started) / 60}
 
     def scratch(self, max_drop: float, ours: Row, minutes: float) -> Row:
         """A small network whose bytes are those of muntin's artifact, trained for these minutes."""
@@ -187,16 +168,12 @@ def rows(run: Run) -> Iterator[Row]:
         bench = Bench(recipe, seed, run)
 
         kept = partial(run.row, recipe=recipe.model_dump(mode="json"))
-        shared = {"fp32": kept(f"{seed}/fp32", bench.reference)}
-        shared |= {
-            name: kept(f"{seed}/{name}", partial(bench.stages, criterion)) for name, criterion in STAGES.items() if name in given.only
-        }
         for budget in given.budgets:
-            made = dict(shared)
-            for name in (name for name in SEARCHED if name in given.only):
+            made = {"fp32": kept(f"{seed}/fp32", bench.reference)}
+            for name in (name for name in CONTENDERS if name in given.only):
                 make = partial(bench.search, name, budget)
-                if name == "one stage":
-                    make = partial(bench.one_stage, budget, made["muntin"])
+                if name == "three stages":
+                    make = partial(bench.three_stages, budget, made["muntin"])
                 elif name == "scratch":
                     make = partial(bench.scratch, budget, made["muntin"], made["fp32"]["minutes"] + made["muntin"]["minutes"])
                 made[name] = kept(f"{seed}/{name}-{budget:g}", make)
@@ -266,7 +243,7 @@ Smaller: FP32's weights over the artifact. Beside muntin: bytes over those of mu
     goals=(
         Goal(name="share of the parameters saved", values=figure("saved", "muntin"), at_least=0.8, form="{:.0%}"),
         Goal(name="times fewer bytes", values=figure("smaller", "muntin"), at_least=20.0, form="{:.1f}"),
-        Goal(name="bytes over muntin's", values=figure("beside", "bits", "ranks", "channels", *STAGES), at_least=1.0, form="{:.1f}"),
+        Goal(name="bytes over muntin's", values=figure("beside", "bits", "ranks", "channels"), at_least=1.0, form="{:.1f}"),
         Goal(name="points of test mIoU ahead of scratch", values=ahead_of_scratch, at_least=0.0, form="{:.1f}"),
     ),
     unrecorded="""`--budgets 0.005 --seeds 1 --trials 4 --steps 240`, EPYC, 1 December 2026: FP32 13.5 million parameters, 54.1 MB of

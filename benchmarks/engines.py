@@ -2,9 +2,9 @@
 
     python benchmarks/engines.py [--run runs/demo] [--rounds 60]
 
-From the run of `muntin demo` (made if missing, six to twelve minutes) three artifacts: FP32 layers, plain INT8, compressed. All is at
-512 x 512, in turns. `bare`: the engine called directly with the same graph and options; `queue`: OpenVINO's AsyncInferQueue with as many
-requests as streams. Time on two cores: about four minutes, beyond the demonstration. Run it alone.
+From the run of `muntin demo` (made if missing, six to twelve minutes) three artifacts: FP32 layers, plain INT8, and the one that its
+search chose. All is at 512 x 512, in turns. `bare`: the engine called directly with the same graph and options; `queue`: OpenVINO's
+AsyncInferQueue with as many requests as streams. Time on two cores: about four minutes, beyond the demonstration. Run it alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 import muntin
 from documents import Column, Document, Goal, Row, Table, columns
 from harness import Benchmark, Options, Run, main, option
 from muntin.artifact import open_artifact
-from muntin.compression import freeze, load_model
+from muntin.budgeting.run_budget import compress_run
+from muntin.budgeting.trials import MODEL
+from muntin.compression import load_compressed, load_model
 from muntin.deployment.checkpoint_export import REVISION, export_checkpoint
 from muntin.errors import DependencyError
 from muntin.images import IGNORED
@@ -36,8 +39,7 @@ from muntin.runtime.profiling.timing import interleaved_latency, interleaved_thr
 from muntin.runtime.session import Labels
 from muntin.tasks.scores import PictureAnswers
 from muntin.training import Checkpoint, read_checkpoint
-from muntin.training.checkpoint import calibration_of, source_of
-from muntin.training.distributed.stored_tensors import AVERAGE
+from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate, tile_of
 
 SIDE = 512
@@ -53,16 +55,18 @@ def demonstration(run: Path) -> None:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
 
 
-def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, Any]]:
+def artifacts(run: Path, output: Path) -> dict[str, tuple[Checkpoint, Path, nn.Module]]:
     """Name -> checkpoint, artifact, the PyTorch model that it should agree with."""
-    plain, compressed = read_checkpoint(run), read_checkpoint(run / "compressed" / "3-mixed")
-    trained = load_model(compressed)
-    freeze(trained, calibration_of(plain, source_of(plain)))
-    return {
-        "fp32": (plain, export_checkpoint(plain, output / "fp32", integer=False).path, load_model(plain)),
-        "int8": (plain, export_checkpoint(plain, output / "int8").path, load_model(plain)),
-        "compressed": (compressed, export_checkpoint(compressed, output / "compressed").path, trained),
-    }
+    checkpoint = read_checkpoint(run)
+    found = {name: export_checkpoint(checkpoint, output / name, integer=name == "int8") for name in ("fp32", "int8")}
+    found["compressed"] = compress_run(checkpoint, progress=False).artifact  # its trials are measured already
+    return {name: (checkpoint, artifact.path, simulated(checkpoint, artifact.path)) for name, artifact in found.items()}
+
+
+def simulated(checkpoint: Checkpoint, artifact: Path) -> nn.Module:
+    """The model of a search's artifact in PyTorch; FP32's for other artifacts."""
+    model, place = load_model(checkpoint), artifact.parent / MODEL
+    return load_compressed(place, model) if place.is_dir() else model
 
 
 def labels_of(checkpoint: Checkpoint, session: Any) -> tuple[float, list[Labels]]:
@@ -114,11 +118,11 @@ class Queue:
         return ()
 
 
-def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: int) -> Row:
+def measure(checkpoint: Checkpoint, path: Path, model: nn.Module, rounds: int) -> Row:
     signature = checkpoint.recipe.signature(source_of(checkpoint).classes)
-    simulated, wanted = labels_of(checkpoint, muntin.TorchSession(model, signature))
+    eager = muntin.TorchSession(model, signature)
+    expected, wanted = labels_of(checkpoint, eager)
     images = fill(open_artifact(path).golden_images()[0][0], SHAPE)
-    eager = muntin.TorchSession(load_model(checkpoint) if name != "compressed" else model, signature)
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     sessions: list[Any] = []
@@ -147,7 +151,7 @@ def measure(name: str, checkpoint: Checkpoint, path: Path, model: Any, rounds: i
             queued = {"queue_images_per_s": Queue(path, row["precision"], many.streams), "map_images_per_s": many}
             row |= interleaved_throughput(queued, images, rounds=5)
     eager_ms = median(row["eager_ms"] for row in rows)
-    rows.insert(0, {"engine": "pytorch eager", "precision": "f32", "score": simulated, "agree": 1.0, "median_ms": eager_ms})
+    rows.insert(0, {"engine": "pytorch eager", "precision": "f32", "score": expected, "agree": 1.0, "median_ms": eager_ms})
     return {"rows": rows, "left_out": left_out}
 
 
@@ -161,8 +165,8 @@ def rows(run: Run) -> Iterator[Row]:
     for name, (checkpoint, path, model) in artifacts(run.options.run, run.folder).items():
         # What machines are not told apart by: an engine that comes, or goes, makes another row.
         engines = {"onnxruntime": run.hardware.get("onnxruntime"), "providers": onnxruntime.get_available_providers()}
-        settings = {"weights": checkpoint.state.sha256[AVERAGE], "revision": REVISION, "side": SIDE, **engines}
-        row = run.row(name, measure, name, checkpoint, path, model, run.options.rounds, **settings)
+        settings = {"weights": open_artifact(path).manifest.files["weights.safetensors"], "revision": REVISION, "side": SIDE, **engines}
+        row = run.row(name, measure, checkpoint, path, model, run.options.rounds, **settings)
         yield from ({"artifact": name, **each, "created": row["created"]} for each in row["rows"])
         yield from ({"artifact": name, "engine": way, "cannot": reason} for way, reason in row["left_out"].items())
 

@@ -23,15 +23,15 @@ import muntin
 from documents import Document, Row, Table, columns, grouped, seeds_of
 from harness import Benchmark, Options, Run, main, option, seeds_option
 from measures import ms_in_turns, score
+from muntin.budgeting.candidate import CourseStage
 from muntin.compression import load_model
 from muntin.compression.low_rank.factored_layers import full_ranks
 from muntin.compression.low_rank.factorization import factorize, low_rank
 from muntin.deployment.counting import parameter_count
-from muntin.training import Checkpoint, read_checkpoint
+from muntin.training import Checkpoint
 from muntin.training.checkpoint import calibration_of, source_of
-from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.distributed.stored_tensors import AVERAGE
-from resumed import compressed, demo_recipe, trained
+from resumed import demo_recipe, train_stage, trained
 
 ROUNDS = 40
 CRITERIA = ("cumulative", "energy", "activation")
@@ -46,17 +46,16 @@ LAYERS: dict[str, tuple[nn.Linear | nn.Conv2d, tuple[int, int], tuple[int, ...]]
 """Layer, (channels, side) of its input, ranks."""
 
 
-def measure(checkpoint: Checkpoint, seed: int, stages: CompressionConfig, folder: Path) -> Row:
-    config = stages.low_rank
-    assert config is not None
-    model = load_model(checkpoint)
+def measure(checkpoint: Checkpoint, criterion: Any, share: float, folder: Path) -> Row:
+    model, config = load_model(checkpoint), checkpoint.recipe.compression
     before = parameter_count(model)
-    low_rank(model, calibration_of(checkpoint, source_of(checkpoint)), **config.model_dump())
-    at_once = score(checkpoint, model)
-    run = compressed(checkpoint, folder, stages, until="low-rank")
-    after = score(checkpoint, load_model(read_checkpoint(run.stages[0].checkpoint)))
-    kind = {"part": "score", "seed": seed, "criterion": config.criterion, "share": config.parameters}
-    return kind | {"parameters": parameter_count(model) / before, "at_once": at_once, "trained": after}
+    low_rank(model, calibration_of(checkpoint, source_of(checkpoint)), criterion=criterion, parameters=share)
+    kept, at_once = parameter_count(model) / before, score(checkpoint, model)
+    steps = round(config.recover.share * checkpoint.trained_steps)
+    stage = CourseStage(name="low-rank", steps=steps, learning_rate=config.recover.learning_rate)
+    train_stage(checkpoint, config.model_copy(update={"steps": steps}), folder, stage, model)
+    kind = {"part": "score", "seed": checkpoint.recipe.seed, "criterion": criterion, "share": share}
+    return kind | {"parameters": kept, "at_once": at_once, "trained": score(checkpoint, model)}
 
 
 def layer_rows(folder: Path) -> Iterator[Row]:
@@ -88,11 +87,9 @@ def rows(run: Run) -> Iterator[Row]:
         yield {"part": "score", "seed": seed, "criterion": "none", "share": 1.0, "parameters": 1.0, "at_once": floats}
         for share in run.options.shares:
             for criterion in CRITERIA:
-                low_ranks: Any = LowRankConfig(criterion=criterion, parameters=share)  # type: ignore[arg-type]
-                stages = checkpoint.recipe.compression.model_copy(update={"low_rank": low_ranks})
-                settings = {"weights": checkpoint.state.sha256[AVERAGE], "compression": stages.model_dump(mode="json")}
-                name = f"{criterion}-{share}"
-                yield run.row(f"seed-{seed}/{name}", partial(measure, checkpoint, seed, stages, folder / name), **settings)
+                compression, name = checkpoint.recipe.compression.model_dump(mode="json"), f"{criterion}-{share}"
+                settings = {"weights": checkpoint.state.sha256[AVERAGE], "compression": compression}
+                yield run.row(f"seed-{seed}/{name}", partial(measure, checkpoint, criterion, share, folder / name), **settings)
     yield from layer_rows(run.folder)
 
 

@@ -45,10 +45,11 @@ SOURCES = tuple(name for name in get_args(SourceName) if name.startswith("earth"
 RATES = (2e-3, 4e-3, 8e-3)
 FURTHER = 2
 """Rates that may be tried beyond an end of these."""
-PROTOCOL = 6
+PROTOCOL = 7
 """Version of the rows. 2: the schedule keeps the minutes, and rates are chosen on strips of the training split. 3: training by Muon. 4:
 crops are also flipped upside down. 5: a search continues beyond an end of its rates, and variants are also judged on land. 6: rates are
-chosen with the whole budget on a region that is left out, instead of a quarter of it on strips beside the training data."""
+chosen with the whole budget on a region that is left out, instead of a quarter of it on strips beside the training data. 7: hybrids are
+compressed by the search of `muntin compress`, whose candidates all count."""
 SMALLEST = 128
 """Smallest side of crops and images, pixels: PAN takes no smaller ones."""
 PACKAGES = {"segmentation-models-pytorch": "segmentation_models_pytorch", "timm": "timm", "nncf": "nncf"}
@@ -140,7 +141,7 @@ class Comparison:
         place = self.folder / name
 
         def make() -> Row:
-            recipe = recipe_for(entry, self.setting, self.budget, seed=0, learning_rate=rate, stages=False)
+            recipe = recipe_for(entry, self.setting, self.budget, seed=0, learning_rate=rate, compressed=False)
             row = {"model": entry.model, "learning_rate": rate}
             shutil.rmtree(place, ignore_errors=True)  # of a search that was interrupted
             try:
@@ -163,7 +164,7 @@ class Comparison:
         def make() -> Row:
             try:
                 rate = best_rate(self.searched(entry))["learning_rate"]
-                recipe = recipe_for(entry, self.setting, self.budget, seed=seed, learning_rate=rate, stages=entry.way == "stages")
+                recipe = recipe_for(entry, self.setting, self.budget, seed=seed, learning_rate=rate, compressed=entry.way == "compressed")
                 checkpoint, compressed, figures = train_whole(entry, recipe, place / "run", self.setting.root)
                 forms = deploy(entry, checkpoint, compressed, place)
                 return {

@@ -18,7 +18,7 @@ from muntin.runtime.profiling.ceilings import measure_ceilings
 from muntin.runtime.profiling.profile import profile
 from muntin.runtime.profiling.profile_document import profile_dict
 
-TITLES = {"fp32": "FP32 layers, before", "int8": "plain INT8", "compressed": "low rank, W4A8, mixed, after"}
+TITLES = {"fp32": "FP32 layers, before", "int8": "plain INT8", "compressed": "compressed, after"}
 
 
 class ProfilesOptions(Options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 import muntin
 from documents import Row
 from muntin.artifact import Artifact, open_artifact
+from muntin.budgeting.candidate import CourseStage, apply_plan, course_stages, narrowed
+from muntin.budgeting.forms.plans import Plan
+from muntin.budgeting.run_budget import RecipeCourse
 from muntin.compression import Change, fold, freeze, load_model, prepare_qat, remove_closed_channels
-from muntin.compression.stages import CompressionRun, compress_checkpoint
 from muntin.deployment.checkpoint_export import REVISION
 from muntin.errors import ArtifactError
 from muntin.models import PRESETS, ModelConfig
-from muntin.models.compression_record import Stage
 from muntin.training import Checkpoint, Recipe, load_recipe, read_checkpoint
 from muntin.training.checkpoint import calibration_of, checkpoints_in, recipe_changes, source_of
 from muntin.training.config import CompressionConfig
@@ -61,12 +63,20 @@ def _of_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     return checkpoint
 
 
-def compressed(checkpoint: Checkpoint, folder: Path, config: CompressionConfig, until: Stage = "mixed") -> CompressionRun:
-    """The recipe's stages on a checkpoint, gone on with where they stand. Ctrl-C ends the program: what is there is not their result."""
-    run = compress_checkpoint(checkpoint, folder, config=config, until=until, resume=True)
-    if run.stop_requested:
-        raise SystemExit(f"interrupted while it compressed in {folder}: the same command goes on from there")
-    return run
+def train_stage(checkpoint: Checkpoint, config: CompressionConfig, folder: Path, stage: CourseStage, model: nn.Module) -> None:
+    """Train a candidate in place for one stage as `muntin compress` does, from where the folder stands. `config`: with steps."""
+    course = RecipeCourse(checkpoint, source_of(checkpoint), config)
+    place = folder / "1" / stage.name  # in the folder of a trial's number, which notes name
+    course.train(stage, model, load_model(checkpoint), seed=checkpoint.recipe.seed, folder=place, report=lambda step, loss: None)
+
+
+def planned(checkpoint: Checkpoint, plan: Plan, config: CompressionConfig, folder: Path) -> tuple[nn.Module, Artifact]:
+    """Apply a plan to the checkpoint's model by the course in `config`. Return the model in integers, and its artifact."""
+    calibration = calibration_of(checkpoint, source_of(checkpoint))
+    base = narrowed(load_model(checkpoint), plan.width, calibration)
+    stages = course_stages(config, config.steps or 0, config.learning_rate or config.mix.learning_rate)
+    model = apply_plan(base, plan, calibration, stages=stages, train=partial(train_stage, checkpoint, config, folder))
+    return model, muntin.export(model, calibration[0], folder / "artifact", signature=checkpoint.signature)
 
 
 def float_artifact(checkpoint: Checkpoint, path: Path) -> Artifact:

@@ -142,12 +142,12 @@ def w4a8() -> Iterator[str]:
 
 
 def stages() -> Iterator[str]:
-    """Draw the three stages of `muntin compress`, and export after them."""
+    """Draw the three stages of `muntin compress --course stages`, and export after them."""
     boxes = (
         ("trained", "FP32", GREY),
         ("1 low rank", "narrow products", "#bfe3dd"),
         ("2 W4A8", "learns to round", "#f0d9a8"),
-        ("3 mixed", "key layers: 8, 16 bits", "#f3c3b6"),
+        ("3 mixed", "each layer its bits", "#f3c3b6"),
         ("deployed", "integers, verified", "#d5e8d4"),
     )
     width, gap, top = 148, 28, 50

@@ -14,8 +14,7 @@ A session or module fixture takes a product; a test that changes it copies it:
 | product | its folder |
 | --- | --- |
 | `trained` | `data` with `recipe.yaml`, `run` (150 steps) with its INT8 `artifact`, and the `float` artifact |
-| `staged` | `run` of `trained` and its three stages (2, 3, 2 steps), none exported |
-| `budgeted` | `run` of `trained` and its `budget` of two trials (2 steps each) |
+| `compressed` | `run` of `trained` and its `compressed` of two trials (2 steps each) |
 | `updated` | `run` of `trained` with an accepted update, and the `new` images of it |
 | `image` | INT8 `artifact` of `make_image_model`, for all sizes |
 | `tensors` | INT8 `artifact` of `make_encoder`, with named tensors |
@@ -53,16 +52,8 @@ INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 UNUSED_S = 24 * 3600.0
 """Seconds after which a folder of products is removed by a run that makes another one."""
 MODEL = "product_model:make"
-STAGES = (
-    "compression.low_rank={parameters: 0.8, multiple: 2}",
-    "compression.average_bits=6",
-    "compression.recover.share=0.015",
-    "compression.quantize.share=0.02",
-    "compression.mix.share=0.015",
-)
-"""Settings of `staged`: 2, 3 and 2 of 150 steps."""
-BUDGET = ("budget.trials=2", "budget.steps=2")
-"""Settings of `budgeted`, as the options `--trials 2 --steps 2`; its budget is `--max-drop 1 --confidence 0.5`."""
+SEARCH = ("compression.trials=2", "compression.steps=2", "compression.max_drop=1", "compression.confidence=0.5")
+"""Settings of `compressed`, as the options `--trials 2 --steps 2 --max-drop 1 --confidence 0.5`."""
 UPDATE = ("update.share=0.1", "update.accept.max_slowdown=50")
 """Settings of `updated`; other programs may run meanwhile."""
 
@@ -84,7 +75,7 @@ def product(name: str) -> Path:
             draft.write_text(json.dumps(_files(folder)))
             draft.replace(listing)
     os.utime(_home())
-    if name in ("trained", "staged", "budgeted", "updated"):
+    if name in ("trained", "compressed", "updated"):
         from muntin.models.trusted_code import trust_model
 
         trust_model(MODEL)  # as after a fit of this process
@@ -166,29 +157,17 @@ def _trained(folder: Path) -> None:
     export_checkpoint(checkpoint, folder / "float", integer=False)
 
 
-def _staged(folder: Path) -> None:
-    from muntin.compression.stages import compress_checkpoint
-    from muntin.training import read_checkpoint
-    from muntin.training.recipe import override_recipe
-
-    run = copy_of(product("trained") / "run", folder)
-    checkpoint = read_checkpoint(run)
-    compress_checkpoint(checkpoint, run / "compressed", config=override_recipe(checkpoint.recipe, STAGES).compression)
-
-
-def _budgeted(folder: Path) -> None:
+def _compressed(folder: Path) -> None:
     from dataclasses import replace
 
-    from muntin import Budget
-    from muntin.budgeting.run_budget import FOLDER, compress_run
+    from muntin.budgeting.run_budget import compress_run
     from muntin.training import read_checkpoint
     from muntin.training.recipe import override_recipe
 
     run = copy_of(product("trained") / "run", folder)
     checkpoint = read_checkpoint(run)
-    recipe = override_recipe(checkpoint.recipe, BUDGET)
-    checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
-    compress_run(checkpoint, Budget(max_drop=1, confidence=0.5), run / FOLDER, progress=False)
+    recipe = override_recipe(checkpoint.recipe, SEARCH)
+    compress_run(replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe})), progress=False)
 
 
 def _updated(folder: Path) -> None:
@@ -217,8 +196,7 @@ def _tensors(folder: Path) -> None:
 
 MAKERS: dict[str, Callable[[Path], None]] = {
     "trained": _trained,
-    "staged": _staged,
-    "budgeted": _budgeted,
+    "compressed": _compressed,
     "updated": _updated,
     "image": _image,
     "tensors": _tensors,

@@ -116,7 +116,7 @@ def is_safe(name: str, call: ast.Call) -> bool:
         ("prune", ("model", "calibration", "ratio", "parameters", "macs", "only", "keep")),
         ("quantize", ("model", "calibration", "only", "keep")),
         ("prepare_qat", ("model", "calibration", "bits", "only", "keep")),
-        ("sparsify", ("model", "calibration", "pattern", "share", "scores", "only", "keep")),
+        ("sparsify", ("model", "calibration", "pattern", "scores", "only", "keep")),
         ("freeze", ("model", "calibration")),
         ("distil", ("student", "teacher", "inputs", "steps", "minutes", "loss", "seed")),
         ("save", ("model", "path")),

@@ -18,7 +18,6 @@ from muntin.tasks.folders import FolderPair
 from muntin.training.config import (
     AcceptConfig,
     CompressionConfig,
-    LowRankConfig,
     ModelChoice,
     QuantizationConfig,
     StageConfig,
@@ -30,7 +29,7 @@ from muntin.training.recipe import Recipe
 DOCS = Path(__file__).parents[1] / "docs"
 PARTS: tuple[type[BaseModel], ...] = (
     *(Recipe, DataConfig, Augmentation, ClassSpec, FolderPair, ModelChoice, TrainingConfig, QuantizationConfig, CompressionConfig),
-    *(LowRankConfig, StageConfig, UpdateConfig, AcceptConfig),
+    *(StageConfig, UpdateConfig, AcceptConfig),
 )
 
 

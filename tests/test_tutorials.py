@@ -36,7 +36,7 @@ PAGES = 5
 """Pages, of which one is run by `make test`, each day another one, and all by `make soak`."""
 pytestmark = pytest.mark.timeout(1800)  # a page of many commands beside other work
 MODEL = "--set model.name=product_model:make_wide --set model.options={}"
-RANKS = "--set compression.low_rank.parameters=0.8"  # such a network has few to give
+TRIAL = "--trials 1 --max-drop 1"  # such a network has little to give
 STOP = "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"
 COMMANDS = re.compile(r"(muntin [^|&;<>$`*~\\\n]+\n)+")
 """Commands that need no shell."""
@@ -121,7 +121,7 @@ def run_block(language: str, code: str, folder: Path, environment: dict[str, str
 def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which own-data.md has run, and in which two other pages go on; with three convolutions, which export in seconds."""
     folder = tmp_path_factory.mktemp("own-data")
-    small = {"--set data.crop=96": f"--set data.crop=96 {MODEL}", "compress runs/photos\n": f"compress runs/photos {RANKS}\n"}
+    small = {"--set data.crop=96": f"--set data.crop=96 {MODEL}", "--trials 1": TRIAL}
     run("own-data.md", folder, small)
     return folder
 
@@ -129,11 +129,12 @@ def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @in_turn(0)
 def test_own_data(own_data: Path) -> None:
     assert {path.name for path in (own_data / "predictions").iterdir()} == {"40_0.mask.png", "40_0.overlay.jpg"}
-    classes = json.loads((own_data / "runs/photos/small/manifest.json").read_text())["signature"]["classes"]
+    small = own_data / "runs/photos/compressed/trials/001/artifact"
+    classes = json.loads((small / "manifest.json").read_text())["signature"]["classes"]
     assert [entry["name"] for entry in classes] == ["ocean", "moist land", "steppe", "desert", "tundra", "ice"]
     floats = next((own_data / "runs/photos/checkpoints").glob("*/average.safetensors")).stat().st_size
     assert (own_data / "runs/photos/artifact/weights.safetensors").stat().st_size < floats / 3.5  # INT8
-    assert (own_data / "runs/photos/small/weights.safetensors").stat().st_size < floats / 4
+    assert (small / "weights.safetensors").stat().st_size < floats / 4
 
 
 @in_turn(1)

@@ -4,7 +4,7 @@
     nncf            float: OpenVINO's own conversion; int8 and the like: NNCF post-training quantisation of it, by each of the entry's
                     schemes
     post-training   float: the artifact of `muntin export`; int8: the same after muntin's post-training quantisation
-    stages          float: the artifact of the FP32 model before the stages; w4a8: of the last stage, W4A8 in mixed precision
+    compressed      float: the artifact of the FP32 model; compressed: the one that `muntin compress` chose
 
 Each form runs with its float layers in f32 and, where the CPU has it, in bf16: a variant, for example "int8 bf16". For all alike, pixels
 go in unchanged (uint8, B H W C), scores come out in float32, and normalisation is part of the graph.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Mapping
@@ -128,13 +129,13 @@ def precisions() -> tuple[str, ...]:
     return ("f32", "bf16") if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else ("f32",)
 
 
-def deploy(entry: Entry, checkpoint: Checkpoint, compressed: Checkpoint | None, folder: Path) -> dict[str, Path]:
+def deploy(entry: Entry, checkpoint: Checkpoint, compressed: Path | None, folder: Path) -> dict[str, Path]:
     """Write every form of a trained model below `folder`, also those that exist, and return their paths."""
     if entry.way == "nncf":
         return _deploy_peer(entry, checkpoint, folder)
     forms = {"float": export_checkpoint(checkpoint, folder / "float", integer=False).path}
     if compressed is not None:
-        return forms | {"w4a8": export_checkpoint(compressed, folder / "w4a8").path}
+        return forms | {"compressed": shutil.copytree(compressed, folder / "compressed", dirs_exist_ok=True)}
     return forms | {"int8": export_checkpoint(checkpoint, folder / "int8").path}
 
 
@@ -170,7 +171,9 @@ def _deploy_peer(entry: Entry, checkpoint: Checkpoint, folder: Path) -> dict[str
     source, recipe = source_of(checkpoint), checkpoint.recipe
     model = load_model(checkpoint)
     assert isinstance(model, DividedSides)
-    crops = calibration_batches(source.split("train"), crop=recipe.data.crop, count=CALIBRATION, batch_size=1, seed=recipe.seed)
+    crops = calibration_batches(
+        source.split("train"), task=recipe.task, crop=recipe.data.crop, count=CALIBRATION, batch_size=1, seed=recipe.seed
+    )
     images = [np.ascontiguousarray(crop_BCHW.permute(0, 2, 3, 1).numpy()) for crop_BCHW in crops]
     signature = recipe.signature(source.classes)
     paths = {"float": _write(_converted(model.model, signature.channels), folder / "float", signature)}

@@ -13,7 +13,7 @@ from muntin.models.foreign import IMAGENET_MEAN, IMAGENET_STD, DividedSides, For
 
 STRIDE = 32
 """Pixels: the peers' encoders take sides that are multiples of it."""
-Way = Literal["stages", "post-training", "nncf"]
+Way = Literal["compressed", "post-training", "nncf"]
 Scheme = Literal["int8", "int8-attention", "int8-tensor", "int8-attention-tensor"]
 """NNCF's default; its scheme for transformers; each with one scale for a whole activation, where NNCF would give channels their own."""
 SIZES = ("xxs", "xs", "s", "m")
@@ -85,7 +85,7 @@ def yolo26n_sem(*, task: str, classes: int, channels: int) -> nn.Module:
 
 
 _ENTRIES = [
-    *(Entry(name=f"hybrid-{size}", model=f"hybrid-{size}", way="stages") for size in SIZES),
+    *(Entry(name=f"hybrid-{size}", model=f"hybrid-{size}", way="compressed") for size in SIZES),
     *(Entry(name=f"hybrid-{size}-ptq", model=f"hybrid-{size}", way="post-training") for size in SIZES),
     *(
         Entry(name=factory.replace("_", "-"), model=f"{__name__}:{factory}", way="nncf", schemes=schemes)

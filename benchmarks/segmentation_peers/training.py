@@ -1,8 +1,8 @@
 """The training of every compared model by muntin's own loop: its budget, its recipe, and the data on which choices are made.
 
-A budget of minutes is wall-clock time of training (`training.minutes`): the learning rate falls with the time that is left. A hybrid's
-stages of compression count too. For no model the rest counts: validation after each training, choosing ranks, calibration, measuring
-of bits, NNCF and export. The part of the rest that belongs to training is a row's `other_minutes` (None if it was interrupted).
+A budget of minutes is wall-clock time of training (`training.minutes`): the learning rate falls with the time that is left. All candidates
+of a hybrid's compression count too. For no model the rest counts: validation after each training, tables of ranks and bits, calibration,
+NNCF, export and scores. The part of the rest that belongs to training is a row's `other_minutes` (None if it was interrupted).
 
 The validation split of `earth` is a strip of ocean with hardly any desert, and strips beside the training data favour rates that are too
 low for unseen regions (docs/log.md). A rate is chosen on a whole region of the training split, which is left out of training for that
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from documents import Row
-from muntin.compression.stages import FOLDER
+from muntin.budgeting.run_budget import compress_run
 from muntin.data import DataConfig, EarthSource, FolderPair, Sample, Samples, Source, open_source
 from muntin.data.earth import GAP_DEGREES
 from muntin.data.source import CheckProgress, HeldSamples
@@ -41,12 +41,14 @@ from muntin.training.progress.interrupt import Interruption
 from muntin.training.recipe import Recipe, override_recipe
 from muntin.training.trainer import Trainer
 from muntin.training.weights import build_model
-from resumed import compressed, demo_recipe
+from resumed import demo_recipe
 from resumed import trained as train
 from segmentation_peers.models import Entry
 
 ENDLESS = 10**7
 """Steps that no budget of minutes reaches."""
+CANDIDATES = 3
+"""Candidates of a hybrid's compression."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,21 +102,21 @@ class Budget:
         return f"minutes-{self.minutes:g}" if self.samples is None else f"samples-{self.samples}"
 
 
-def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, learning_rate: float, stages: bool) -> Recipe:
+def recipe_for(entry: Entry, setting: Setting, budget: Budget, *, seed: int, learning_rate: float, compressed: bool) -> Recipe:
     """The setting's recipe with another model and length.
 
-    `stages`: the share that the stages train for is left to them. A checkpoint is written at the end, or when the run is interrupted, so
-    that a larger model loses no minutes to writing.
+    `compressed`: the share that candidates of compression train for is left to them. A checkpoint is written at the end, or when the run is
+    interrupted, so that a larger model loses no minutes to writing.
     """
     changes = {
         "name": entry.name, "seed": seed, "model": f"{{name: '{entry.model}'}}", "training.learning_rate": learning_rate,
         "training.precision": precision_for(entry, setting), "training.threads": setting.threads,
         "training.validate_every": ENDLESS, "training.checkpoint_every": ENDLESS,
+        "compression.trials": CANDIDATES, "compression.widths": [1], "compression.course": "direct",
     }  # fmt: skip
     recipe = override_recipe(setting.recipe, [f"{key}={value}" for key, value in changes.items()])
     config = recipe.compression
-    recover = 0.0 if config.low_rank is None else config.recover.share  # without low rank there is nothing to recover from
-    share = 1 + (recover + config.quantize.share + config.mix.share if stages else 0)
+    share = 1 + (CANDIDATES * (config.recover.share + config.quantize.share + config.mix.share) if compressed else 0)
     if budget.samples is not None:
         steps, minutes = int(budget.samples / recipe.training.batch_size / share), None
         if steps < 1:
@@ -134,21 +136,21 @@ def precision_for(entry: Entry, setting: Setting) -> str:
     return check_maps(model, resolve_precision("bf16", "cpu"), crop=crop, channels=channels, requested="auto").name
 
 
-def train_whole(entry: Entry, recipe: Recipe, folder: Path, root: Path) -> tuple[Checkpoint, Checkpoint | None, Row]:
-    """The FP32 model, the stages' model if the entry goes through them, and what both used of the budget."""
+def train_whole(entry: Entry, recipe: Recipe, folder: Path, root: Path) -> tuple[Checkpoint, Path | None, Row]:
+    """The FP32 model, the chosen artifact if the entry is compressed, and what all candidates used of the budget."""
     begun, started = folder.exists(), time.perf_counter()
     checkpoint = train(recipe, folder, root)
-    trained = [checkpoint]
-    if entry.way == "stages":
-        trained += [read_checkpoint(stage.checkpoint) for stage in compressed(checkpoint, folder / FOLDER, recipe.compression).stages]
+    found = compress_run(checkpoint) if entry.way == "compressed" else None
+    trials = () if found is None else found.trials
+    trained = [checkpoint, *(read_checkpoint(trial.folder) for trial in trials if trial.number and not trial.failed)]
     seconds = sum(each.state.training[-1]["seconds"] for each in trained)
     steps = [each.state.step for each in trained]
     figures = {
-        "steps": steps[0], "stage_steps": steps[1:], "samples": recipe.training.batch_size * sum(steps), "minutes": seconds / 60,
+        "steps": steps[0], "candidate_steps": steps[1:], "samples": recipe.training.batch_size * sum(steps), "minutes": seconds / 60,
         "other_minutes": None if begun else (time.perf_counter() - started - seconds) / 60,
         "images_per_s": checkpoint.state.training[-1]["images_per_s"],
     }  # fmt: skip
-    return checkpoint, trained[-1] if len(trained) > 1 else None, figures
+    return checkpoint, None if found is None else found.artifact.path, figures
 
 
 # Data on which choices are made

@@ -48,9 +48,7 @@ def test_patterns_that_do_not_count() -> None:
     few_bits = rng.integers(-1, 2, (64, 64)).astype(np.int8)  # a third of zeros
     small = sparse((16, 8), 2, 4, 1)
     mild = sparse((64, 64), 3, 4, 1)
-    for values in (few_bits, small, mild, np.zeros((64, 64), np.int8)):
+    blocks = np.kron(rng.random((8, 8)) < 0.5, np.ones((4, 8))).astype(np.int8)
+    for values in (few_bits, small, mild, blocks, np.zeros((64, 64), np.int8)):
         assert not sparsity_of(graph_of(values, "Conv")) and not sparsity_of(graph_of(values.T.copy(), "MatMul"))
-    blocks = np.kron(rng.random((8, 8)) < 0.5, np.ones((4, 8))).astype(np.int8)  # outputs, inputs
-    assert sparsity_of(graph_of(blocks[..., None, None], "Conv")) == {"layer": "block:4x8"}
-    assert sparsity_of(graph_of(blocks.T.copy(), "MatMul")) == {"layer": "block:4x8"}
     assert not sparsity_of(graph_of(sparse((32, 32, 3, 3), 2, 4, 1), "Conv", group=2))

@@ -292,7 +292,7 @@ def test_peers_train_by_the_recipe(peers: ModuleType, tmp_path: Path) -> None:
     setting = peers.Setting(source=source, recipe=recipe, root=tmp_path, precision="fp32", threads=1)
     assert str(tmp_path) not in json.dumps(setting.identity)
     entry, budget = peers.ENTRIES["hybrid-xxs"], peers.Budget(samples=100)
-    made = peers.recipe_for(entry, setting, budget, seed=3, learning_rate=0.01, stages=False)
+    made = peers.recipe_for(entry, setting, budget, seed=3, learning_rate=0.01, compressed=False)
     assert (made.model.name, made.model.options, made.seed, made.data.crop) == ("hybrid-xxs", {}, 3, 192)
     assert (made.training.batch_size, made.training.weight_decay, made.training.learning_rate, made.training.steps) == (4, 0.5, 0.01, 25)
 

@@ -21,12 +21,12 @@ from muntin import Budget, load
 from muntin.artifact import open_artifact
 from muntin.budgeting import pipeline
 from muntin.budgeting.forecast import Deadline
-from muntin.budgeting.pipeline import budget_config, compress
+from muntin.budgeting.pipeline import compress, search_config
 from muntin.budgeting.result import CompressionResult, SearchProgress
 from muntin.compression import Change, load_compressed
 from muntin.errors import MuntinError
 from muntin.models.eager import eager_copy
-from muntin.training.config import BudgetConfig
+from muntin.training.config import CompressionConfig
 
 BUDGET = Budget(max_drop=0.02, confidence=None)
 
@@ -282,17 +282,17 @@ def test_margin_for_unseen_data(digits: Any, uniform: Any, sampled: CompressionR
 
 
 def test_settings_of_a_recipe(tmp_path: Path) -> None:
-    (tmp_path / "search.yaml").write_text("budget: {trials: 5, widths: [1, 0.5]}\n")
-    assert budget_config(tmp_path / "search.yaml") == BudgetConfig(trials=5, widths=(1, 0.5))
-    assert budget_config(None) == BudgetConfig() and budget_config({"minutes": 3}).minutes == 3
+    (tmp_path / "search.yaml").write_text("compression: {trials: 5, widths: [1, 0.5]}\n")
+    assert search_config(tmp_path / "search.yaml") == CompressionConfig(trials=5, widths=(1, 0.5))
+    assert search_config(None) == CompressionConfig() and search_config({"minutes": 3}).minutes == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"budget": 0.01}, "give muntin.Budget"),
-        ({"recipe": {"trials": -1}}, "budget.trials: Input should be greater than or equal to 0"),
-        ({"recipe": {"minutes": float("nan")}}, "budget.minutes"),
+        ({"recipe": {"trials": -1}}, "compression.trials: Input should be greater than or equal to 0"),
+        ({"recipe": {"minutes": float("nan")}}, "compression.minutes"),
         ({"recipe": {"widths": [0.5]}}, "the first of them 1"),
         ({"recipe": {"steps": 5}}, "finetune has no data"),
         ({"finetune": (x for x in ())}, "finetune has no length: give steps"),

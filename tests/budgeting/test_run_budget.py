@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -16,15 +15,18 @@ import torch
 from torch import nn
 
 from muntin import Budget
+from muntin.budgeting.candidate import CourseStage
 from muntin.budgeting.forms.plans import Form
 from muntin.budgeting.run_budget import RecipeCourse, _splits, compress_run
-from muntin.compression import load_compressed, load_model
+from muntin.budgeting.trials import recorded_steps
+from muntin.compression import freeze, load_compressed, load_model
 from muntin.data.source import HeldSamples
 from muntin.errors import DataError, MuntinError
 from muntin.models.eager import eager_copy
 from muntin.tasks.samples import Sample
 from muntin.training import Checkpoint, fit, read_checkpoint
-from muntin.training.checkpoint import source_of
+from muntin.training.checkpoint import calibration_of, source_of
+from muntin.training.config import CompressionConfig
 from muntin.training.recipe import override_recipe
 
 MODEL = """
@@ -52,26 +54,51 @@ def trained(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., 
 
 
 def test_compressed_run(trained: Checkpoint, tmp_path: Path) -> None:
-    recipe = override_recipe(trained.recipe, ["budget.steps=2", "budget.trials=1"])
+    recipe = override_recipe(trained.recipe, ["compression.steps=2", "compression.trials=1"])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
-    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "compressed")
     assert result.kept and len(result.trials) == 2 and result.holdout is not None
     assert 0 <= result.holdout.reference <= 1 and result.holdout.samples is not None and result.holdout.interval is not None
     assert result.artifact.manifest.signature.classes == trained.signature.classes  # type: ignore[union-attr]
 
 
-def test_kept_layers_and_values_of_the_stages(trained: Checkpoint, tmp_path: Path) -> None:
-    search = ["budget.steps=0", "budget.trials=1", "budget.widths=[1]"]
-    changes = ["quantization.keep=['0']", "compression.low_rank=null", "compression.weight_bits=3"]
+def test_three_stages(trained: Checkpoint, tmp_path: Path) -> None:
+    shares = [f"compression.{stage}.share={share}" for stage, share in (("recover", 0.2), ("quantize", 0.1), ("mix", 0.2))]
+    recipe = override_recipe(trained.recipe, ["compression.course=stages", "compression.steps=5", "compression.trials=1", *shares])
+    checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
+    seen = list[int]()
+    result = compress_run(
+        checkpoint, Budget(max_drop=1), tmp_path / "c", progress=lambda state: seen.append(state.step * (state.stage == "train"))
+    )
+    plan = result.trials[1].plan
+    ranks = any(form.rank is not None for form in plan.forms.values())
+    assert sorted({step for step in seen if step}) == [1, 2, 3, 4, 5] if ranks else [3, 4, 5]
+    changes = [(change.pass_, change.done) for change in result.changes if change.pass_ in ("qat", "mix")]
+    assert {done for pass_, done in changes if pass_ == "qat"} <= {"W4A8", "W3A8"} and any(pass_ == "mix" for pass_, _ in changes)
+    kept = read_checkpoint(result.trials[1].folder)
+    record = kept.state.compression
+    assert record is not None and (record.origin, record.steps) == (trained.state.weights, trained.state.step) and kept.quantized
+    trial = load_model(kept)
+    freeze(trial, calibration_of(trained, source_of(trained)))
+    images = torch.randint(0, 256, (2, 3, 32, 32)).float()
+    assert torch.equal(trial(images), load_compressed(result.trials[1].folder / "model", load_model(trained))(images))
+    other = override_recipe(recipe, ["compression.course=direct"])
+    with pytest.raises(MuntinError, match="other settings"):
+        compress_run(replace(trained, state=trained.state.model_copy(update={"recipe": other})), Budget(max_drop=1), tmp_path / "c")
+
+
+def test_kept_layers_and_unused_values(trained: Checkpoint, tmp_path: Path) -> None:
+    search = ["compression.steps=0", "compression.trials=1", "compression.widths=[1]"]
+    changes = ["quantization.keep=['0']", "compression.dense=['*']", "quantization.min_sqnr_db=9"]
     recipe = override_recipe(trained.recipe, [*search, *changes])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
-    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "compressed")
     forms = result.trials[1].plan.forms
     assert forms["0"] == Form(None, 16) and forms["2"].rank is None and forms["2"].bits < 16
     for trial in result.trials:
         kept = load_compressed(trial.folder / "model", load_model(checkpoint))
         assert type(kept.get_submodule("0")) is nn.Conv2d and type(kept.get_submodule("2")) is not nn.Conv2d
-    assert "not used with a budget, which chooses ranks and bits itself: compression.weight_bits" in result.notes
+    assert any(note.startswith("quantization.min_sqnr_db is for ") for note in result.notes)
     unknown = override_recipe(recipe, ["compression.keep=['head']"])
     with pytest.raises(MuntinError, match="keep names no layer: head"):
         compress_run(replace(trained, state=trained.state.model_copy(update={"recipe": unknown})), Budget(max_drop=1), tmp_path / "other")
@@ -79,23 +106,23 @@ def test_kept_layers_and_values_of_the_stages(trained: Checkpoint, tmp_path: Pat
 
 def test_steps_of_a_run_that_ended_early(trained: Checkpoint, tmp_path: Path) -> None:
     shares = [f"compression.{stage}.share={share}" for stage, share in (("recover", 0.2), ("quantize", 0.1), ("mix", 0.2))]
-    recipe = override_recipe(trained.recipe, ["training.steps=10000000", "budget.minutes=0", *shares])
+    recipe = override_recipe(trained.recipe, ["training.steps=10000000", "compression.minutes=0", *shares])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
-    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "budget")
-    assert json.loads((result.folder / "settings.json").read_text())["steps"] == round(0.5 * trained.state.step) > 0
+    result = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "compressed")
+    assert recorded_steps(result.folder) == round(0.5 * trained.state.step) > 0
 
 
 def interrupted_twice(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The result of a search that a Ctrl-C ends in the training of the first candidate, and a kill after it, before its artefact."""
     course, train = [], RecipeCourse.train
 
-    def signalled(self: RecipeCourse, model: nn.Module, teacher: nn.Module, *, report: Any, **places: Any) -> float:
+    def signalled(self: RecipeCourse, stage: CourseStage, model: nn.Module, teacher: nn.Module, *, report: Any, **places: Any) -> float:
         def tell(step: int, loss: float) -> None:
             report(step, loss)
             if step == 2 and not course:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        earlier = train(self, model, teacher, report=tell, **places)
+        earlier = train(self, stage, model, teacher, report=tell, **places)
         course.append(earlier)
         if len(course) == 1:
             raise SystemExit
@@ -105,7 +132,7 @@ def interrupted_twice(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.
         patch.setattr(RecipeCourse, "train", signalled)
         with pytest.raises(KeyboardInterrupt):
             compress_run(checkpoint, Budget(max_drop=1), folder)
-        (written,) = (folder / "training" / "001" / "checkpoints").iterdir()
+        (written,) = (folder / "training" / "001" / "mixed" / "checkpoints").iterdir()
         assert written.name == "step-00000002"
         with pytest.raises(SystemExit):
             compress_run(checkpoint, Budget(max_drop=1), folder)
@@ -115,7 +142,7 @@ def interrupted_twice(checkpoint: Checkpoint, folder: Path, monkeypatch: pytest.
 
 
 def test_interrupted_candidate_goes_on(trained: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = override_recipe(trained.recipe, ["budget.steps=5", "budget.trials=1"])
+    recipe = override_recipe(trained.recipe, ["compression.steps=5", "compression.trials=1"])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
     whole = compress_run(checkpoint, Budget(max_drop=1), tmp_path / "whole")
     result = interrupted_twice(checkpoint, tmp_path / "parts", monkeypatch)
@@ -129,7 +156,7 @@ def test_candidate_is_trained_by_the_recipe(trained: Checkpoint, tmp_path: Path)
     """Lack of memory at the second step shrinks the micro-batches of this candidate and of those after it."""
     recipe = override_recipe(trained.recipe, ["training.optimizer=lion", "training.micro_batch=null"])
     checkpoint = replace(trained, state=trained.state.model_copy(update={"recipe": recipe}))
-    course = RecipeCourse(checkpoint, source_of(checkpoint), steps=3, learning_rate=1e-3)
+    course = RecipeCourse(checkpoint, source_of(checkpoint), CompressionConfig(steps=3, learning_rate=1e-3))
     model, teacher = load_model(checkpoint), load_model(checkpoint)
     before = eager_copy(model).state_dict()
     calls = []
@@ -144,7 +171,7 @@ def test_candidate_is_trained_by_the_recipe(trained: Checkpoint, tmp_path: Path)
             return result
 
     model.__class__ = Short
-    course.train(model, teacher, seed=0, folder=tmp_path / "001", report=lambda *_: None)
+    course.train(course.stages[-1], model, teacher, seed=0, folder=tmp_path / "001" / "mixed", report=lambda *_: None)
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items()) and not model.training
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert any(note.startswith("trial 1: out of memory at step 2") for note in course.notes)

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from muntin.artifact import open_artifact
-from muntin.artifact.manifest import render_manifest
 from muntin.deployment.run_artifacts import missing_forms, run_artifacts
 from muntin.training import read_checkpoint
 
@@ -36,8 +34,7 @@ def test_compare_two_artefacts(call: Call, exported: Any, run: Path) -> None:
     assert first["same_labels"] == 1 and first["test"] == pytest.approx(call("evaluate", run, "--json").document()["score"])
     assert document["artifacts"]["take"] in ("int8", "float")
     assert (document["artifacts"]["height"], document["artifacts"]["samples"]) == (64, {"validation": 2, "test": 2})
-    command = f"muntin compress {run} && muntin export {run / 'compressed' / '3-mixed'}"
-    assert document["missing"] == [{"name": "low-rank, w4a8, mixed", "command": command}]
+    assert document["missing"] == [{"name": "compressed", "command": f"muntin compress {run}"}]
 
 
 def test_compare_output(call: Call, run: Path, tmp_path: Path, write_small: Callable[..., Path]) -> None:
@@ -50,7 +47,7 @@ def test_compare_output(call: Call, run: Path, tmp_path: Path, write_small: Call
     assert all(line == line.rstrip() and line for line in lines)
     take = next(number for number, line in enumerate(lines) if line.startswith("take "))
     assert lines[take + 1].startswith(" " * 10) and len(lines[take + 1]) <= 100
-    assert "missing   low-rank, w4a8, mixed: `muntin compress" in answer.out
+    assert "missing   compressed: `muntin compress" in answer.out
     assert "size      latency at 64x64: the size of the export; pictures: validation 2, test 2\n" in answer.out
     assert f"note      left out, of other weights than the run's newest: {run / 'other'}; export again" in answer.out
     shutil.rmtree(run / "artifact")
@@ -59,17 +56,11 @@ def test_compare_output(call: Call, run: Path, tmp_path: Path, write_small: Call
 
 
 def test_compare_of_older_artefacts(call: Call, run: Path) -> None:
-    """All artefacts of other weights are named, with what renews them: for those of a stage, `compress` first."""
-    stage = Path(shutil.copytree(run / "checkpoints", run / "compressed" / "1-low-rank" / "checkpoints")).parent
+    """All artefacts of other weights are named, with what renews them."""
     shutil.copytree(run / "artifact", run / "backup")
-    shutil.copytree(run / "artifact", stage / "artifact")
-    manifest = open_artifact(run / "artifact").manifest.model_copy(update={"passes": ({"pass": "low_rank"},)})
-    (stage / "artifact" / "manifest.json").write_bytes(render_manifest(manifest)[1])
     shutil.rmtree(run / "checkpoints" / "step-00000150")  # the newest weights are others now
     text = call("compare", run).mistake()
     assert f"left out, of other weights than the run's newest: {run / 'artifact'}, {run / 'backup'}; export again, or" in text
-    assert f"left out, compressed from other weights than the run's newest: {stage / 'artifact'}; to renew them, remove " in text
-    assert f"remove {run / 'compressed'}, then `muntin compress {run}`, and export the stages again" in text
     assert text.endswith(f"`muntin export {run}` writes one")  # it replaces the older artefact
 
 
@@ -80,11 +71,11 @@ def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     artifacts, notes = run_artifacts(checkpoint)
     assert ([entry.name for entry in artifacts], notes) == (["int8 in artifact", "int8 in kept"], [])
     assert len(run_artifacts(checkpoint, run)[0]) == 2  # the run's folder given again
-    (run / "budget").mkdir()
-    record = run / "budget" / "front.json"
+    (run / "compressed").mkdir()
+    record = run / "compressed" / "front.json"
     front = {"chosen": 1, "weights": checkpoint.state.weights, "points": [{"number": 1, "artifact": "../kept", "kept": True}]}
     record.write_text(json.dumps(front))
-    assert [entry.name for entry in run_artifacts(checkpoint)[0]] == ["int8 in artifact", "int8 in kept", "in budget"]
+    assert [entry.name for entry in run_artifacts(checkpoint)[0]] == ["int8 in artifact", "int8 in kept", "compressed"]
     missed = [{"number": 1, "artifact": "../kept", "kept": False}]
     for other, words in (
         ({"weights": "0"}, "of other weights than the run's newest"), ({"weights": ""}, "did not record its weights"),
@@ -92,7 +83,7 @@ def test_artefacts_of_a_run(call: Call, run: Path) -> None:
     ):  # fmt: skip
         record.write_text(json.dumps(front | other))
         assert words in run_artifacts(checkpoint)[1][0]
-    shutil.rmtree(run / "budget")
+    shutil.rmtree(run / "compressed")
     (run / "kept" / "weights.safetensors").write_bytes(b"")
     artifacts, notes = run_artifacts(checkpoint)
     assert [entry.name for entry in artifacts] == ["int8"] and notes[0].startswith(f"left out: {run / 'kept' / 'weights.safetensors'}: ")

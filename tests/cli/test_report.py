@@ -21,8 +21,10 @@ Call = Callable[..., Any]
 def test_report_in_another_folder(call: Call, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(run / "artifact", out / "artifact")
-    (run / "budget").mkdir()
-    (run / "budget" / "front.json").write_text(json.dumps({"weights": read_checkpoint(run).state.weights, "chosen": None, "points": "?"}))
+    (run / "compressed").mkdir()
+    (run / "compressed" / "front.json").write_text(
+        json.dumps({"weights": read_checkpoint(run).state.weights, "chosen": None, "points": "?"})
+    )
     document = call("report", run / "checkpoints" / "step-00000150", "-o", out, "--json").document()
     assert document["search"] is None and "front.json is damaged: the front does not fit: muntin is missing" in " ".join(document["notes"])
     assert sorted(path.name for path in out.iterdir() if "artifact" in path.name) == ["artifact"]  # of the same weights: taken as it is

@@ -52,7 +52,7 @@ def test_fit_output(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.M
     assert "score " in answer.out and "weights   of step 2, the best of 1 validation" in answer.out
     assert "wrote     runs/tiny/checkpoints/step-00000002" in answer.out
     assert re.search(r"samples   \d+ train, \d+ validation, \d+ test\n", answer.out)
-    assert answer.out.endswith("next      `muntin export runs/tiny`, or smaller: `muntin compress runs/tiny --max-drop 0.01`\n")
+    assert answer.out.endswith("next      `muntin export runs/tiny`, or smaller: `muntin compress runs/tiny`\n")
 
 
 def test_fit_of_a_folder(call: Call, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,8 +68,8 @@ def new_process(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["export"], ["evaluate"], ["bench"], ["compare"], ["report"], ["compress"], ["compress", "--max-drop", "0.05"],
-        ["compress", "--max-drop", "0.05", "--dry-run"], ["profile"], ["update", "--data", "train"],
+        ["export"], ["evaluate"], ["bench"], ["compare"], ["report"], ["compress"],
+        ["compress", "--dry-run"], ["profile"], ["update", "--data", "train"],
     ],
     ids=" ".join,
 )  # fmt: skip

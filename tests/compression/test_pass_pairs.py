@@ -20,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 import muntin
 from model_helpers import answer, pixels
 from muntin.compression import Change
-from muntin.compression.sparsity.holding import check_held, sparse_layers
+from muntin.compression.sparsity.pattern import check_held, sparse_layers
 from muntin.errors import MuntinError
 
 PAGE = Path(__file__).parents[2] / "docs" / "passes.md"

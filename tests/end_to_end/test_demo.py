@@ -23,7 +23,9 @@ CHANGES = (
     "model.name=product_model:make_coarse",  # PyTorch takes ten times as long to trace a hybrid
     "model.options={}",
     "quantization.calibration_images=4",
-    "compression.low_rank={parameters: 0.8, multiple: 4}",
+    "compression.trials=1",
+    "compression.max_drop=1",
+    "compression.steps=4",
 )
 
 
@@ -40,10 +42,11 @@ def test_demo_and_its_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = CliRunner().invoke(app, words, catch_exceptions=False)
     assert (first.exit_code, first.stderr) == (0, "")
     document = json.loads(first.stdout)
-    assert [step["name"] for step in document["steps"]] == ["fp32", "low-rank", "w4a8", "mixed", "deployed"]
+    assert [step["name"] for step in document["steps"]][::2] in (["fp32"], ["fp32", "deployed"])
+    assert document["search"]["points"]
     assert {entry["name"] for entry in document["classes"]} == {"ocean", "moist land", "steppe", "desert", "tundra", "ice"}
     directory = tmp_path / "demo"
-    for name in ("report.html", "report.json", "artifact/manifest.json", "mask.png", "difference.png"):
+    for name in ("report.html", "report.json", "compressed/front.html", "mask.png", "difference.png"):
         assert (directory / name).is_file()
     check_overlay(directory)
 

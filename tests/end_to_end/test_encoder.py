@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import save_file
 
 import muntin
+from muntin.budgeting.run_budget import compress_run
 from muntin.compression import load_model
-from muntin.compression.stages import compress_checkpoint
 from muntin.data import open_source
 from muntin.deployment.checkpoint_export import export_checkpoint
 from muntin.images import read_image
@@ -38,7 +38,7 @@ OPTIONS = {"dims": [32], "depths": [1], "head_dim": 16, "window": 4, "latents": 
 def tiny(tmp_path_factory: pytest.TempPathFactory, write_tiny: Callable[..., Any]) -> Any:
     root = tmp_path_factory.mktemp("encoder")
     data = root / "data"
-    made = write_tiny(data, compression={"average_bits": 6, "low_rank": {"parameters": 0.8, "multiple": 4}})
+    made = write_tiny(data, compression={"steps": 4, "trials": 1, "widths": [1], "max_drop": 1})
     torch.manual_seed(3)
     save_file(timm.create_model(NETWORK).state_dict(), data / "network.safetensors")
     model = {"name": "hybrid-xxs", "encoder": f"timm:{NETWORK}", "options": OPTIONS, "weights": "network.safetensors"}
@@ -78,22 +78,11 @@ def test_int8(tiny: Any, trained: Checkpoint) -> None:
     assert muntin.verify(artifact.path).passed
 
 
-@pytest.fixture(scope="module")
-def compressed(tiny: Any, trained: Checkpoint) -> Checkpoint:
-    run = compress_checkpoint(trained, tiny.root / "compressed")
-    assert [stage.stage for stage in run.stages] == ["low-rank", "w4a8", "mixed"]
-    return read_checkpoint(run.checkpoint)
-
-
-def test_stages(compressed: Checkpoint) -> None:
-    assert any(name.startswith("encoder.features.") for name in compressed.state.compression.qat or {})  # type: ignore[union-attr]
-    assert any(change.layer.startswith("encoder.features.") and change.done == "W4A8" for change in compressed.changes)
-
-
-@pytest.mark.soak
-def test_artifact_of_the_stages(tiny: Any, compressed: Checkpoint) -> None:
-    artifact = export_checkpoint(compressed, tiny.root / "compressed-artifact", sizes="fixed")
-    assert agreement(artifact.path, load_model(compressed), tiny.root) > 0.9
+def test_compressed(tiny: Any, trained: Checkpoint) -> None:
+    result = compress_run(trained, folder=tiny.root / "compressed", progress=False)
+    kept = read_checkpoint(result.trials[1].folder)
+    assert any(name.startswith("encoder.features.") for name in kept.state.compression.qat or {})  # type: ignore[union-attr]
+    assert agreement(result.trials[1].artifact, load_model(kept), tiny.root) > 0.9
 
 
 def test_weights_of_imagenet(tmp_path: Path) -> None:

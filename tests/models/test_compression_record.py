@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from muntin.models.compression_record import Change, CompressionRecord, OperationRecord, Sensitivity
+from muntin.models.compression_record import Change, CompressionRecord, OperationRecord
 
 RECORD = CompressionRecord(
-    stage="w4a8",
     origin="0" * 64,
+    steps=9,
     widths={"stage4.0": 16},
     ranks={"head": (8,), "stem": (4, 12)},
     qat={"stem": OperationRecord(bits=4, unsigned=(False,)), "scores": OperationRecord(bits=0, unsigned=(False, True))},
@@ -20,17 +20,13 @@ RECORD = CompressionRecord(
         Change(layer="head", pass_="low_rank", done="rank 8 of 16", ranks=(8,)),
         Change(layer="x", pass_="qat", done="kept", reason="y"),
     ),
-    notes=("a note",),
-    sensitivity={"stem": Sensitivity(bits=4, weights=9, gains={8: 0.5, 32: -0.25})},
 )
 
 
 def test_json_round_trip() -> None:
     content = json.loads(json.dumps(RECORD.model_dump(mode="json"), allow_nan=False))
     assert content["qat"] == {"stem": [4, 0], "scores": [0, 0, 1]} and content["ranks"] == {"head": [8], "stem": [4, 12]}
-    assert content["sensitivity"]["stem"]["gains"] == {"8": 0.5, "32": -0.25}
     assert CompressionRecord.model_validate(content) == RECORD
-    assert RECORD.quantized and not RECORD.model_copy(update={"stage": "low-rank"}).quantized
 
 
 def test_zero_points() -> None:
@@ -43,14 +39,14 @@ def test_zero_points() -> None:
 
 
 def test_record_of_an_earlier_version() -> None:
-    record = CompressionRecord.model_validate({"stage": "low-rank", "origin": "1", "ranks": {"head": [8]}, "qat": None, "changes": []})
-    assert (record.widths, record.notes, record.sensitivity, record.qat) == ({}, (), {}, None)
+    record = CompressionRecord.model_validate({"steps": 1, "origin": "1", "ranks": {"head": [8]}, "qat": None, "changes": []})
+    assert (record.widths, record.qat) == ({}, None)
 
 
 @pytest.mark.parametrize(
     ("part", "place"),
     [
-        ({"stage": "w8a8"}, "stage"),
+        ({"steps": 0}, "steps"),
         ({"widths": {"stage4.0": 0}}, "widths.stage4.0"),
         ({"ranks": {"head": []}}, "ranks.head"),
         ({"ranks": {"head": [8, -1]}}, "ranks.head.1"),
@@ -58,7 +54,6 @@ def test_record_of_an_earlier_version() -> None:
         ({"qat": {"stem": [16, 0]}}, "qat.stem.bits"),
         ({"qat": {"stem": []}}, "qat.stem"),
         ({"changes": [{"layer": "head"}]}, "changes.0.pass_"),
-        ({"sensitivity": {"stem": {"bits": 4}}}, "sensitivity.stem.weights"),
         ({"rank": {}}, "rank"),
     ],
 )

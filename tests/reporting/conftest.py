@@ -224,7 +224,6 @@ def sample_report(*, examples: int = 3) -> Row:
             ],
             "take": "mixed",
             "rule": "the fastest whose validation score is at most 0.01 below the best artefact's",
-            "described": "mixed",
         },
         "latency": {
             "height": 512,

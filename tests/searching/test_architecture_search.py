@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from muntin.artifact import open_artifact
-from muntin.data import open_source
 from muntin.errors import MuntinError, RecipeError
 from muntin.models import ModelConfig
 from muntin.searching import (
@@ -19,15 +17,14 @@ from muntin.searching import (
     SearchSettings,
     Space,
     architecture_search,
-    finalists,
     plan_search,
     search_architectures,
 )
 from muntin.searching.architecture_search import SearchStage, may_begin
 from muntin.searching.cost import parameters_of
-from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist
-from muntin.searching.preparation import base_config
-from muntin.searching.space import Architecture, parse_space
+from muntin.searching.finalists import Finalist, rank_correlation, spread, unbeaten
+from muntin.searching.plan import candidate_seconds
+from muntin.searching.space import Architecture, UnbuildableError, parse_space
 from muntin.searching.study import StudyPoint, pareto_front
 from muntin.searching.trials import CandidateTrials, StoppedTrialError
 from muntin.training import Recipe, load_recipe
@@ -50,12 +47,16 @@ class Clock:
         return self.seconds
 
 
-def search(tiny: Any, folder: Path, *, until: tuple[str, int], space: Space = SPACE, **settings: Any) -> list[StudyPoint]:
-    """Search until a stage has done so much; returns the front as it was last shown."""
+def search(
+    tiny: Any, folder: Path, *, until: tuple[str, int], space: Space = SPACE, shown: list[SearchStage] | None = None, **settings: Any
+) -> list[StudyPoint]:  # fmt: skip
+    """Search until a stage has done so much; returns the front as it was last shown. `shown`: gets all stages."""
     front: list[StudyPoint] = []
 
     def report(stage: SearchStage) -> None:
         front[:] = stage.front
+        if shown is not None:
+            shown.append(stage)
         if (stage.stage, stage.done) == until:
             raise Stopped
 
@@ -66,7 +67,9 @@ def search(tiny: Any, folder: Path, *, until: tuple[str, int], space: Space = SP
 
 
 def test_killed_and_resumed_search(tiny: Any, tmp_path: Path) -> None:
-    whole = search(tiny, tmp_path / "whole", until=("train", 0))
+    shown: list[SearchStage] = []
+    whole = search(tiny, tmp_path / "whole", until=("train", 0), shown=shown)
+    assert {", step 1 of 1", ", step 2 of 2"} <= {stage.text for stage in shown if stage.stage == "study"}  # of both rungs
     search(tiny, tmp_path / "parts", until=("study", 1))
     search(tiny, tmp_path / "parts", until=("study", 3))
     resumed = search(tiny, tmp_path / "parts", until=("train", 0))
@@ -85,7 +88,7 @@ def searched(tiny: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **setting
     """A search without trainings, and its seconds by a clock that adds 10 for each candidate and 20 for each network."""
     clock = Clock()
 
-    def scored(self: CandidateTrials, one: Architecture, cost: float, earlier: Any) -> tuple[float, ...]:
+    def scored(self: CandidateTrials, one: Architecture, *given: Any) -> tuple[float, ...]:
         clock.seconds += 10
         return 0.0, parameters_of(one.config) / 1e9
 
@@ -118,6 +121,11 @@ def test_minutes_of_each_call(tiny: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert seconds == 10 and len(short.points) == 1 and short.out_of_time and not short.finished and not short.networks
 
 
+def test_note_on_a_search_that_finds_the_own_model(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, _ = searched(tiny, tmp_path, monkeypatch, candidates=1, minutes=9.0)
+    assert "no network of the search is better than the recipe's own model at its cost: take the recipe's own model" in result.notes
+
+
 def test_plan(tiny: Any, tmp_path: Path) -> None:
     """It writes nothing; with minutes lengths follow from these, without it measures steps; with candidates it has their time."""
     given: dict[str, Any] = {"folder": tmp_path / "search", "root": tiny.root}
@@ -133,16 +141,45 @@ def test_plan(tiny: Any, tmp_path: Path) -> None:
     later = plan_search(recipe, SPACE, settings=SearchSettings(objective="memory", candidates=8, finalists=1), **given)
     assert (later.scored, later.rough) == (3, False) and later.candidate_s > 0
     assert later.total_s == pytest.approx(later.study_s + 2 * (later.network_s + later.export_s))
+    assert candidate_seconds(9.0, scored=1, study_s=0.0, deployed=False)[0] > 0  # a search that was killed before it noted the time
 
 
-def test_stopped_training_of_a_candidate(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timed_step(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the time between two steps, without the validation; Ctrl-C ends the search."""
+    clock, stopped = Clock(), False
+
+    def trained(*given: Any, progress: Any, **options: Any) -> Any:
+        for clock.seconds in (100.0, 101.0, 103.0):
+            progress(FitProgress(kind="step", step=1, steps=3))
+        return SimpleNamespace(seconds=900.0, interrupted=False, stop_requested=stopped)
+
+    monkeypatch.setattr(architecture_search, "fit", trained)
+    monkeypatch.setattr(architecture_search.time, "perf_counter", clock)
+    recipe = load_recipe(tiny.recipe)
+    assert plan_search(recipe, SPACE, folder=tmp_path, root=tiny.root).network_s == 2 * recipe.training.steps
+    stopped = True
+    with pytest.raises(KeyboardInterrupt):
+        plan_search(recipe, SPACE, folder=tmp_path, root=tiny.root)
+
+
+@pytest.mark.parametrize("error", [StoppedTrialError("interrupted"), KeyboardInterrupt()])
+def test_stopped_training_of_a_candidate(error: BaseException, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*given: Any) -> tuple[float, ...]:
-        raise StoppedTrialError("interrupted")
+        raise error
 
     monkeypatch.setattr(CandidateTrials, "score", stop)
     given = SearchSettings(objective="memory", candidates=2, finalists=1)
     result = search_architectures(load_recipe(tiny.recipe), SPACE, folder=tmp_path / "search", root=tiny.root, settings=given)
     assert not result.finished and not result.out_of_time and result.points == ()
+
+
+def test_candidates_that_all_fail(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any) -> tuple[float, ...]:
+        raise UnbuildableError("training: diverged")
+
+    monkeypatch.setattr(CandidateTrials, "score", refuse)
+    with pytest.raises(RecipeError, match="none of 2 proposals makes a network; the last one: training: diverged"):
+        search(tiny, tmp_path, until=("train", 0), candidates=2)
 
 
 def test_minutes_without_time_to_begin(tiny: Any, tmp_path: Path) -> None:
@@ -167,30 +204,6 @@ def test_restore_by_size(write_tiny: Any, tmp_path: Path) -> None:
     assert front and all(one.architecture.config.task == "restore" and one.score > 0 for one in front)
 
 
-def test_finalist_with_ranks_and_bits(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are trained by stages of compression; an interruption before the last one goes on."""
-    monkeypatch.setattr(
-        finalists, "export_checkpoint", partial(finalists.export_checkpoint, sizes="fixed")
-    )  # free ones take five times as long
-    shares = ["compression.recover.share=0.5", "compression.quantize.share=0.5"]
-    recipe = load_recipe(tiny.recipe, [*shares, "model.options.dims=[32]", "model.options.depths=[1]"])
-    source = open_source(recipe.data, task=recipe.task, root=tiny.root)
-    one = Architecture(config=base_config(recipe, source), rank_share=0.95, bits=4)
-    arguments: dict[str, Any] = {"name": "001", "folder": tmp_path / "001", "root": tiny.root, "source": source}
-
-    def stop(progress: FitProgress) -> None:
-        if (tmp_path / "001" / "compressed" / "1-low-rank").exists():
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        train_finalist(recipe, one, report=stop, **arguments)
-    finalist = train_finalist(recipe, one, **arguments)
-    assert finalist is not None and 0 <= finalist.score <= 1
-    assert [stage.name for stage in sorted((tmp_path / "001" / "compressed").iterdir())] == ["1-low-rank", "2-w4a8"]
-    artifact = open_artifact(finalist.artifact)
-    assert 4 in {record.bits for record in artifact.manifest.tensors.values()}
-
-
 def point(number: int, score: float, cost: float = 1.0) -> StudyPoint:
     return StudyPoint(number=number, chosen={}, architecture=Architecture(config=ModelConfig()), scores=(score,), cost=cost)
 
@@ -202,15 +215,31 @@ def test_spread_of_a_front() -> None:
     assert spread(front[:2], 3) == front[:2]
 
 
-def test_rank_correlation(tiny: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(tiny.recipe)
+def finalist(tiny: Any, found: StudyPoint | None, score: float, **values: Any) -> Finalist:
+    fields: dict[str, Any] = {"architecture": Architecture(config=ModelConfig()), "bytes": 1, "ms": 1.0, **values}
+    return Finalist(
+        name="a", point=found, run=Path(), artifact=Path(), recipe=load_recipe(tiny.recipe), float_score=score, score=score, **fields
+    )  # fmt: skip
 
+
+@pytest.mark.parametrize(
+    ("score", "ms", "noted"),
+    [(0.705, 1.0, True), (0.711, 1.1, False), (0.75, 1.3, True), (0.695, 0.8, False), (0.68, 0.5, True), (0.75, 0.5, False)],
+)
+def test_note_on_networks_that_beat_no_preset(score: float, ms: float, noted: bool, tiny: Any) -> None:
+    own = finalist(tiny, None, 0.7)
+    other = finalist(tiny, point(1, 0.5), score, ms=ms, architecture=Architecture(config=ModelConfig(latents=8)))
+    known = {own.architecture.key: "the preset hybrid-s"}
+    notes = unbeaten([own, other], known, objective="latency")
+    words = "no network of the search is better than the preset hybrid-s at its cost: take the preset hybrid-s"
+    assert notes == ((words,) if noted else ())
+    assert bool(unbeaten([own, other], known, objective="size")) == (score < 0.71)  # as many bytes
+    assert not unbeaten([other], known, objective="latency")
+
+
+def test_rank_correlation(tiny: Any) -> None:
     def network(shared: float | None, alone: float) -> Finalist:
-        found = None if shared is None else point(0, shared)
-        return Finalist(
-            name="a", architecture=Architecture(config=ModelConfig()), point=found, run=tmp_path, artifact=tmp_path, recipe=recipe,
-            float_score=alone, score=alone, bytes=1,
-        )  # fmt: skip
+        return finalist(tiny, None if shared is None else point(0, shared), alone)
 
     pairs = [(None, 0.0), (0.1, 0.5), (0.2, 0.6), (0.3, 0.55)]
     assert rank_correlation([network(*pair) for pair in pairs]) == pytest.approx(0.5)

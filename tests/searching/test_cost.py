@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -27,7 +25,6 @@ def test_counts_of_networks(space: Space, base: ModelConfig) -> None:
 def test_bytes() -> None:
     one = Architecture(config=base_of("segment"))
     assert artifact_bytes(one) == parameters_of(one.config)
-    assert artifact_bytes(replace(one, bits=4, rank_share=0.5)) == parameters_of(one.config) / 4
     assert layer_macs(one.config, 0.5) == layer_macs(one.config) / 4
 
 
@@ -37,9 +34,3 @@ def test_memory_grows_with_the_picture(task: str) -> None:
     small, large = memory_bytes(one, 64), memory_bytes(one, 128)
     weights = parameters_of(one.config)
     assert large - weights == pytest.approx(4 * (small - weights), rel=0.05)
-
-
-def test_memory_of_ranks_and_bits() -> None:
-    one = Architecture(config=base_of("segment"))
-    small = replace(one, bits=4, rank_share=0.5)
-    assert memory_bytes(one, 64) - memory_bytes(small, 64) == parameters_of(one.config) / 2

@@ -16,7 +16,7 @@ ONE = Architecture(config=ModelConfig())
 
 
 def written(recipe: Recipe, one: Architecture, folder: Path, root: Path) -> Recipe:
-    write_recipes(folder, [(network_recipe(recipe, one, {"depths": [2, 1]}, "005"), one)], root=root)
+    write_recipes(folder, [network_recipe(recipe, one, {"depths": [2, 1]}, "005")], root=root)
     return load_recipe(folder / "005.yaml")
 
 
@@ -47,19 +47,6 @@ def test_crop_of_a_resolution(tiny: Any, tmp_path: Path) -> None:
     assert found.data.crop == 16
 
 
-def test_ranks_and_bits(tiny: Any, tmp_path: Path) -> None:
-    recipe = load_recipe(tiny.recipe, ["compression.low_rank={criterion: energy, threshold: 0.9}"])
-    low = written(recipe, replace(ONE, rank_share=0.6), tmp_path, tiny.root).compression
-    assert low.low_rank is not None and low.low_rank.parameters == 0.6 and low.low_rank.threshold is None
-    eight = written(recipe, replace(ONE, bits=8), tmp_path, tiny.root).compression
-    assert (eight.low_rank, eight.weight_bits, eight.average_bits) == (None, 8, 8)
-
-
 def test_commands() -> None:
-    folder = Path("my runs")
     fit = "muntin fit 'my runs/005.yaml' -o 'my runs/005'"
-    export = "muntin export 'my runs/005/compressed"
-    assert commands(folder, "005", ONE) == f"{fit} && muntin export 'my runs/005'"
-    low, both = replace(ONE, rank_share=0.6), replace(ONE, rank_share=0.6, bits=4)
-    assert commands(folder, "005", low) == f"{fit} && muntin compress 'my runs/005' --until low-rank && {export}/1-low-rank'"
-    assert commands(folder, "005", both) == f"{fit} && muntin compress 'my runs/005' --until w4a8 && {export}/2-w4a8'"
+    assert commands(Path("my runs"), "005") == f"{fit} && muntin export 'my runs/005'"

@@ -57,6 +57,12 @@ def test_settings_that_may_change(tiny: Any, tmp_path: Path) -> None:
         more.save()
 
 
+def test_file_of_another_format(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text('{"format": 2, "settings": {}}')
+    with pytest.raises(RecipeError, match=r"a search of format 2, by another version of muntin; this one goes on with format \d"):
+        SearchFile(tmp_path, load_recipe(tiny.recipe), SPACE, SETTINGS)
+
+
 def test_latencies_of_other_conditions(tiny: Any, tmp_path: Path) -> None:
     SearchFile(tmp_path, load_recipe(tiny.recipe), SPACE, SETTINGS).save()
     (tmp_path / FILE).write_text((tmp_path / FILE).read_text().replace('"cpu": "', '"cpu": "Another '))

@@ -10,7 +10,7 @@ import pytest
 
 from model_helpers import one_line
 from muntin.errors import RecipeError
-from muntin.models import ModelConfig
+from muntin.models import PRESETS, ModelConfig
 from muntin.searching.space import Space, UnbuildableError, default_space, load_space, parse_space
 from small_space import base_of
 
@@ -26,8 +26,8 @@ from small_space import base_of
         ({"classes": [3]}, "unknown choice 'classes'"),
         ({"latents": 8}, r"latents is 8: give a list of values, \[8\]"),
         ({"latents": [8, 8]}, "latents names a value twice"),
-        ({"bits": [4, 16]}, "bits 16: give whole numbers from 2 to 8"),
-        ({"rank_share": [0.05]}, "rank_share 0.05: give numbers from 0.1 to 1"),
+        ({"stages": [1, 16]}, "stages 16: give whole numbers from 1 to 8"),
+        ({"resolution": [0.05]}, "resolution 0.05: give numbers from 0.25 to 1"),
         ({"stem": [{"a": 1}]}, "stem: .* is neither a number nor a name"),
         (["latents"], "holds list, not choices"),
         ({"depths.0": [2.0]}, r"depths\.0 2\.0: give whole numbers"),
@@ -87,12 +87,12 @@ def test_check_of_a_large_space(space: Space, base: ModelConfig) -> None:
 
 
 def test_architecture(base: ModelConfig) -> None:
-    space = parse_space({"dims": [[32]], "depths.0": [3], "dims.1": [64], "stages": [1, 2], "latents": [2, 4], "bits": [4]})
-    one = space.architecture({"dims": (32,), "dims.1": 64, "depths.0": 3, "stages": 2, "latents": 2, "bits": 4}, base)
-    assert one.config.dims == (32, 64) and one.config.depths == (3, 1) and one.bits == 4
+    space = parse_space({"dims": [[32]], "depths.0": [3], "dims.1": [64], "stages": [1, 2], "latents": [2, 4]})
+    one = space.architecture({"dims": (32,), "dims.1": 64, "depths.0": 3, "stages": 2, "latents": 2}, base)
+    assert one.config.dims == (32, 64) and one.config.depths == (3, 1)
     assert one.options(base) == {"dims": [32, 64], "depths": [3, 1], "latents": 2}
     one = space.architecture({"dims": (32,), "dims.1": 64, "depths.0": 3, "stages": 1}, base)
-    assert one.config.dims == (32,) and one.config.depths == (3,) and one.bits is None
+    assert one.config.dims == (32,) and one.config.depths == (3,)
 
 
 def test_choices_without_effect_make_one_architecture(base: ModelConfig) -> None:
@@ -112,6 +112,17 @@ def test_default_spaces(task: Any) -> None:
     drawn = [space.architecture(space.sample(generator), base).config for _ in range(50)]
     assert {config.gate for config in drawn} == {True, False} and {config.window for config in drawn} == {4, 8}
     assert default_space(task, gated=True).choices["gate"] == (True,)
+
+
+@pytest.mark.parametrize("task", ["segment", "classify", "restore"])
+def test_choices_of_a_network(task: Any, base: ModelConfig) -> None:
+    """The default space has the small presets; choices that do not make the network are none."""
+    for name in ("hybrid-xxs", "hybrid-xs", "hybrid-s"):
+        preset = ModelConfig.model_validate({"task": task, **PRESETS[name]})
+        assert default_space(task).chosen_for(preset, preset) is not None
+    space = parse_space({"latents": [2, 4]})
+    assert space.chosen_for(base, base) == {"latents": 4}
+    assert space.chosen_for(base.model_copy(update={"latents": 2, "decoder": 8}), base) is None
 
 
 def test_sampled_values_are_those_of_the_choices(space: Space, base: ModelConfig) -> None:

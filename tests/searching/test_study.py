@@ -10,7 +10,7 @@ import pytest
 from muntin.errors import DataError
 from muntin.models import ModelConfig
 from muntin.searching.cost import layer_macs, parameters_of
-from muntin.searching.space import Architecture, Space, parse_space
+from muntin.searching.space import Architecture, Space, UnbuildableError, parse_space
 from muntin.searching.study import JOURNAL, ArchitectureStudy
 
 
@@ -72,6 +72,30 @@ def test_front_and_importances(base: ModelConfig, tmp_path: Path) -> None:
         assert sum(importances["score"].values()) == pytest.approx(1)
 
 
+def test_importances_of_the_first_rung(base: ModelConfig, tmp_path: Path) -> None:
+    space = parse_space({"depths.0": [1, 2, 3, 4], "latents": [2, 4], "decoder": [8, 16, 24]})
+    found = []
+    for later in ([], [0.5]):
+        study = ArchitectureStudy(space, base, tmp_path / str(len(later)), sampler="random")
+        for _ in range(40):
+            study.step(lambda one, later=later: ([judge(one)[0][0], *later], judge(one)[1]))  # type: ignore[misc]
+        found.append(study.importances())
+    assert found[0] == found[1] != {}
+
+
+def test_refused_architecture_that_comes_again(base: ModelConfig, tmp_path: Path) -> None:
+    judged = []
+
+    def refuse(one: Architecture) -> tuple[list[float], float]:
+        judged.append(one.key)
+        raise UnbuildableError("training: diverged")
+
+    study = ArchitectureStudy(parse_space({"latents": [2, 4]}), base, tmp_path)
+    for _ in range(5):
+        assert study.step(refuse) is None
+    assert len(judged) == len(set(judged)) <= 2 and len(study.proposals) == 5 and study.refusal == "training: diverged"
+
+
 def test_first_proposals_and_the_last_rung(base: ModelConfig, tmp_path: Path) -> None:
     space = parse_space({"depths.0": [1, 2, 3], "latents": [2, 4]})
     other = ModelConfig.model_validate({**base.model_dump(), "depths": (3, 1)})
@@ -79,6 +103,7 @@ def test_first_proposals_and_the_last_rung(base: ModelConfig, tmp_path: Path) ->
     study = ArchitectureStudy(space, base, tmp_path, begin=[base, outside, other, base], rungs=2)
     with pytest.raises(Killed):
         study.step(kill)
+    study.study.enqueue_trial({"depths.0": "3", "latents": "2"})  # killed before it was asked
     study = ArchitectureStudy(space, base, tmp_path, begin=[base, outside, other, base], rungs=2)
     first = study.step(judge)
     assert first is not None and first.architecture.config == base and study.front == []  # not of the last rung

@@ -405,7 +405,7 @@ def test_advice_after_divergence(tmp_path: Path, write_foreign: Callable[[str], 
         report=lambda progress: None,
         compression=CompressionRecord(stage="low-rank", origin="", ranks={}, changes=()),
     )
-    with pytest.raises(MuntinError, match=r"lower this stage's learning_rate in compression \(now 0\.002\) and compress anew") as error:
+    with pytest.raises(MuntinError, match=r"lower learning_rate in compression \(now 0\.002\) and compress anew") as error:
         stage.run(Interruption())
     one_line(error)
 

@@ -51,7 +51,7 @@ def compressed(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
 
     model, calibration = load_model(checkpoint), calibration_of(checkpoint, source_of(checkpoint))
     changes = [*low_rank(model, calibration, parameters=0.7, multiple=4), *prepare_qat(model, calibration, bits=4)]
-    record = CompressionRecord(stage="w4a8", origin="0", **structure_fields(model) | {"changes": tuple(changes)})
+    record = CompressionRecord(steps=1, origin="0", **structure_fields(model) | {"changes": tuple(changes)})
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "average.safetensors")
     tensors = type(checkpoint.tensors)(folder)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from muntin.compression import load_model
-from muntin.compression.stages import broken_off
 from muntin.errors import CheckpointError
 from muntin.images import write_image
 from muntin.models import TorchSession
@@ -20,6 +19,7 @@ from muntin.tasks.classes import ClassSpec
 from muntin.training import Checkpoint, fit, parse_recipe, read_checkpoint
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.fitting import broken_off
 from muntin.updating.learner import base_steps, hidden_classes, learn
 from muntin.updating.update import plan_update
 from muntin.updating.update_data import NEW, UpdatePlan, of_kind, read_listing
@@ -115,17 +115,17 @@ def test_hidden_classes(parent: Checkpoint, write_new: Callable[..., Path]) -> N
 
 
 @pytest.fixture(scope="module")
-def mixed() -> Checkpoint:
-    """The last stage of a compression."""
-    return read_checkpoint(product("staged") / "run" / "compressed" / "3-mixed")
+def small() -> Checkpoint:
+    """A candidate of a compression."""
+    return read_checkpoint(product("compressed") / "run" / "compressed" / "trials" / "001")
 
 
-def test_compressed_model_keeps_ranks_and_bits(mixed: Checkpoint, tmp_path: Path, write_new: Callable[..., Path]) -> None:
-    record = mixed.state.compression
-    learned = learn(plan_of(mixed, write_new(relabel={2: 7}), TREE, share=0.05, choice="herding"), tmp_path / "update")
+def test_compressed_model_keeps_ranks_and_bits(small: Checkpoint, tmp_path: Path, write_new: Callable[..., Path]) -> None:
+    record = small.state.compression
+    learned = learn(plan_of(small, write_new(relabel={2: 7}), TREE, share=0.05, choice="herding"), tmp_path / "update")
     after = learned.checkpoint.state.compression
     assert record is not None and after is not None and learned.finished
-    assert after.ranks == record.ranks and after.qat == record.qat and after.stage == "mixed"
+    assert after.ranks == record.ranks and after.qat == record.qat and base_steps(small) == base_steps(learned.checkpoint) == 150
     assert broken_off(learned.checkpoint) == ()
     assert load_model(learned.checkpoint)(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 32, 32)
 

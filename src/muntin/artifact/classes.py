@@ -15,8 +15,8 @@ from muntin.errors import CheckpointError, DataError
 Channel8 = Annotated[int, Field(ge=0, le=255)]
 RENAMED = "renamed-classes.json"
 """File in a run's folder with the present names of its classes."""
-_DEPTH = 6
-"""Folders above a checkpoint in which its run is looked for: RUN/updates/1/compressed/1-low-rank/checkpoints is the deepest."""
+_DEPTH = 7
+"""Folders above a checkpoint in which its run is looked for: RUN/updates/1/compressed/trials/003/checkpoints is the deepest."""
 
 
 class ClassInfo(BaseModel):

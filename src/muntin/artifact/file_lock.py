@@ -24,7 +24,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FOLDER_LOCK = ".lock"
-"""Name of the lock in the folder of a run or of the stages of a compression."""
+"""Name of the lock in the folder of a run or of a compression."""
 _REFUSED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of file systems without locks."""
 

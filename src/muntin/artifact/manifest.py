@@ -149,7 +149,7 @@ class LayerRecord(_Frozen):
 
     `name`: also of the layer's compute node in `model.onnx` (or its prefix before a "/"), by which verification finds it in the engine.
     `activation_bits` None: float inputs. `macs`: of one image of the manifest's `example` size. `sparsity`: the pattern of the zeros of its
-    weight along the inputs, "2:4" or "block:4x4"; empty: none.
+    weight along the inputs, "2:4"; empty: none.
     """
 
     name: Annotated[str, Field(min_length=1)]

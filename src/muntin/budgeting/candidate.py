@@ -1,17 +1,18 @@
-"""A plan applied to a copy of a model: channels, ranks and bits, then one course of training if there is data.
+"""A plan applied to a copy of a model: channels, ranks and bits, then a course of training if there is data.
 
-    copy -> factor (ranks) -> quantize (bits; reconstruction)                                            without data for training
-                           -> prepare_qat (bits) -> reconstruct -> distil or train by a loss -> freeze   with it
+    copy -> factor (ranks) -> quantize (bits; reconstruction)                                   without data for training
+                           -> prepare_qat (bits) -> reconstruct -> train -> freeze              direct
+         -> factor -> train -> prepare_qat (4 bits) -> reconstruct -> train -> bits -> train -> freeze    in three stages
 
-Bits are chosen before training, and the learning rate falls once.
+The plan decides ranks and bits before any training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -28,13 +29,18 @@ from muntin.compression.history import remember
 from muntin.compression.low_rank.factorization import factor
 from muntin.compression.quantization.embeddings import quantize_tables, tables
 from muntin.compression.quantization.post_training import quantize
-from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
+from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat, set_bits
 from muntin.compression.quantization.reconstruction import reconstruct
+from muntin.compression.quantization.widths import requested_widths
 from muntin.compression.rewrite import EVERY, is_kept, keepable, named
 from muntin.errors import MuntinError
 from muntin.layers import ChannelGate, Product, SoftmaxProduct
+from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, batch_rows, call, eager_copy, first_row
+from muntin.training.config import CompressionConfig
 
+NARROW_BITS = 4
+"""Largest bits of a weight in the second stage of a course of three."""
 ROUNDING_ROWS = 16
 """Rows of maps with which weights are rounded before training."""
 TargetLoss = Callable[[Any, Any], Tensor]
@@ -43,57 +49,88 @@ StepReport = Callable[[int, float], None]
 """Called with the number and the loss of each step."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CourseStage:
+    """A stage of a course. `name`: "low-rank", "w4a8" or "mixed"; the rate falls to `final_learning_rate` in `steps`."""
+
+    name: Literal["low-rank", "w4a8", "mixed"]
+    steps: int
+    learning_rate: float
+    final_learning_rate: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """The stage in words, which settings are compared by."""
+        return f"{self.name}: {self.steps} steps from {self.learning_rate:g} to {self.final_learning_rate:g}"
+
+
+def course_stages(config: CompressionConfig, steps: int, learning_rate: float) -> tuple[CourseStage, ...]:
+    """The stages of a course of `steps`: one, or three by the shares in `config`. `learning_rate`: of the last stage.
+
+    The rate falls once over both stages with integers: the second ends at the rate at which the last one begins.
+    """
+    last = CourseStage(name="mixed", steps=steps, learning_rate=learning_rate)
+    if config.course == "direct" or not steps:
+        return (last,) if steps else ()
+    shares = {"low-rank": config.recover.share, "w4a8": config.quantize.share, "mixed": config.mix.share}
+    whole = sum(shares.values()) or 1.0
+    low_rank, narrow = (round(steps * shares[name] / whole) for name in ("low-rank", "w4a8"))
+    final = min(config.quantize.learning_rate, learning_rate)
+    stages = (
+        CourseStage(name="low-rank", steps=low_rank, learning_rate=config.recover.learning_rate),
+        CourseStage(name="w4a8", steps=narrow, learning_rate=config.quantize.learning_rate, final_learning_rate=final),
+        replace(last, steps=max(1, steps - low_rank - narrow)),
+    )
+    return tuple(stage for stage in stages if stage.steps)
+
+
 class Course(Protocol):
     """The training that every candidate gets."""
 
     @property
-    def steps(self) -> int:
-        """Training steps."""
+    def stages(self) -> Sequence[CourseStage]:
+        """Its stages, the last one with the bits of the plan."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
         """Plain values on which the result depends."""
 
-    def train(self, model: nn.Module, teacher: nn.Module, *, seed: int, folder: Path, report: StepReport) -> float:
-        """Train a candidate in place, in quantisation-aware training, and leave it in `eval` mode on its device.
+    def train(self, stage: CourseStage, model: nn.Module, teacher: nn.Module, *, seed: int, folder: Path, report: StepReport) -> float:
+        """Train a candidate in place, and leave it in `eval` mode on its device.
 
-        `teacher`: the FP32 model, which stays as it is. `folder`: for what an interrupted training goes on from; it is removed when the
-        candidate has been measured. Returns the seconds that were trained before this call.
+        `teacher`: the FP32 model, which stays as it is. `folder`: for what an interrupted training goes on from; of the last stage's
+        checkpoints the newest is kept with the candidate, the others are removed. Returns the seconds that were trained before this call.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateTraining:
-    """A `Course` of `steps` on `data`: batches of inputs, or of (inputs, targets) if there is a `loss`.
+    """A `Course` on `data`: batches of inputs, or of (inputs, targets) if there is a `loss`.
 
-    Without a loss the candidate learns the FP32 model's answers. The learning rate rises to `learning_rate`, then falls to 0. An
-    interrupted training begins anew.
+    Without a loss the candidate learns the FP32 model's answers. The learning rate of a stage rises, then falls to 0. An interrupted
+    training begins anew.
     """
 
     data: Iterable[Any]
-    steps: int
+    stages: Sequence[CourseStage]
     loss: TargetLoss | None = None
-    learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         if iter(self.data) is self.data:
             raise MuntinError("finetune is an iterator, which ends after one pass: give a list of batches or a DataLoader")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise MuntinError(f"steps={self.steps!r}: give a whole number from 1")
-        if not 0 < self.learning_rate <= 1:
-            raise MuntinError(f"learning_rate={self.learning_rate!r}: give a number above 0, at most 1")
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"loss": self.loss is not None, "learning_rate": self.learning_rate}
+        return {"loss": self.loss is not None}
 
     def train(
-        self, model: nn.Module, teacher: nn.Module, *, seed: int = 0, folder: Path | None = None, report: StepReport = lambda *_: None
-    ) -> float:
+        self, stage: CourseStage, model: nn.Module, teacher: nn.Module, *, seed: int = 0, folder: Path | None = None,
+        report: StepReport = lambda *_: None,
+    ) -> float:  # fmt: skip
         if not any(parameter.requires_grad for parameter in model.parameters()):  # a model that was made ready for inference
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-        course: dict[str, Any] = {"steps": self.steps, "learning_rate": self.learning_rate, "seed": seed, "report": report}
+        course: dict[str, Any] = {"steps": stage.steps, "learning_rate": stage.learning_rate, "seed": seed, "report": report}
         if (loss := self.loss) is None:
             distil(model, teacher, self.data, **course)
         else:
@@ -130,30 +167,40 @@ def apply_plan(
     calibration: Sequence[ModelInputs],
     *,
     keep: Sequence[str] = (),
-    train: Callable[[nn.Module], Any] | None = None,
+    stages: Sequence[CourseStage] = (),
+    train: Callable[[CourseStage, nn.Module], Any] = lambda stage, model: None,
 ) -> nn.Module:
     """The model that a plan describes: a copy of `base`, which `narrowed` has given the plan's width, in integers.
 
     `keep`: names or patterns of attention's products that stay in floats; of layers and embeddings the plan decides. `train`: trains
-    the model in place, in quantisation-aware training. Its changes are in its history (`compression.history`). The same arguments give the
-    same model on one machine. Raises `MuntinError` for a plan of another model.
+    the model in place in each of `stages`; without any it is rounded by `quantize`. Its changes are in its history
+    (`compression.history`). The same arguments give the same model on one machine. Raises `MuntinError` for a plan of another model.
     """
+    by_name = {stage.name: stage for stage in stages}
     model = eager_copy(base).eval()
     ranks = {name: _ranks(model, name, form.rank) for name, form in plan.forms.items() if form.rank is not None}
     if ranks:
         factor(model, calibration, ranks)
+        if "low-rank" in by_name:
+            train(by_name["low-rank"], model)
     integers = {name: form.bits for name, form in plan.forms.items() if form.bits < KEPT}
     embeddings = {name: bits for name, bits in integers.items() if name in tables(model)}
     bits = {name: width for name, width in integers.items() if name not in embeddings}
     kept = [name for name, form in plan.forms.items() if form.bits >= KEPT and name not in tables(model)]
     kept += _naming(keep, dict(named(model, Product, SoftmaxProduct)))
-    if train is None:
+    if not stages:
         quantize(model, calibration, bits=bits, keep=kept, min_sqnr_db=0.0, embedding_bits=embeddings or None)
         return model
-    prepare_qat(model, calibration, bits=bits, keep=kept)
+    narrow = by_name.get("w4a8")
+    prepare_qat(model, calibration, bits={name: min(NARROW_BITS, width) for name, width in bits.items()} if narrow else bits, keep=kept)
     layers: dict[str, QATLinear | QATConv2d] = dict(named(model, QATLinear, QATConv2d))
     remember(model, reconstruct(model, layers, _few(base, calibration)))
-    train(model)
+    if narrow is not None:
+        train(narrow, model)
+        width_of = requested_widths(bits, layers)
+        set_bits(model, {name: width_of(name) for name in layers})
+        remember(model, [Change(layer=name, pass_="mix", done=f"W{width_of(name)}A8") for name in layers])
+    train(stages[-1], model)
     freeze(model, calibration)
     if embeddings:
         remember(model, quantize_tables(model, calibration[0], embeddings, min_sqnr_db=0.0, only=EVERY, keep=()))

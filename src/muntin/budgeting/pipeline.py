@@ -19,7 +19,7 @@ from torch import nn
 from muntin.artifact import Signature, open_artifact
 from muntin.artifact.file_lock import folder_in_use
 from muntin.budgeting.budget import Budget, Objective
-from muntin.budgeting.candidate import CandidateTraining, Course, TargetLoss, apply_plan, narrowed, plain_int8
+from muntin.budgeting.candidate import CandidateTraining, Course, CourseStage, TargetLoss, apply_plan, course_stages, narrowed, plain_int8
 from muntin.budgeting.deployed import Deployed, Interface, deploy, interface_of
 from muntin.budgeting.display import shown_search
 from muntin.budgeting.forecast import QAT_STEPS, Deadline, OutOfTime, SearchForecast, forecast
@@ -39,7 +39,7 @@ from muntin.budgeting.result import (
 from muntin.budgeting.scores import Evaluate, Score, drop_bound, drop_interval, least_certain_drop, score_of
 from muntin.budgeting.search import Base, Search
 from muntin.budgeting.tables import TablePlans, TableProgress, model_digest
-from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest, measured_trials, terms_of
+from muntin.budgeting.trials import ARTIFACT, MODEL, Trial, TrialFolder, batches_digest, keep_newest, measured_trials, terms_of
 from muntin.compression import load_compressed, save
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
@@ -49,7 +49,7 @@ from muntin.deployment.export import check_pixels
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, check_eager, eager_copy
 from muntin.models.foreign import Statistic, takes_raw_pixels
-from muntin.training.config import BudgetConfig
+from muntin.training.config import CompressionConfig
 from muntin.training.recipe import load_recipe, parse_recipe
 
 LEARNING_RATE = 1e-3
@@ -69,7 +69,7 @@ def compress(
     finetune: Iterable[Any] | None = None,
     loss: TargetLoss | None = None,
     holdout: Evaluate | None = None,
-    recipe: BudgetConfig | Mapping[str, Any] | Path | str | None = None,
+    recipe: CompressionConfig | Mapping[str, Any] | Path | str | None = None,
     folder: Path | str | None = None,
     signature: Signature | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -92,10 +92,10 @@ def compress(
     and once with the chosen one.
 
     `finetune`: batches of inputs, on which each candidate learns the FP32 model's outputs, or of (inputs, targets) with
-    `loss(output, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, `BudgetConfig`, its values by name
-    (`{"trials": 5}`), or the path of a recipe, of which its section `budget` counts. `minutes` limits this call: no trial begins that is
-    expected to end later, and tables and training end between two steps. It is exceeded by at most one export, one call of `evaluate`, or
-    the preparation of tables or of a candidate.
+    `loss(output, targets)`. Without it nothing is trained. `recipe`: limits and settings of the search, by name (`{"trials": 5}`), or the
+    path of a recipe, of which its section `compression` counts, without its budget, `keep` and `dense`. `minutes` limits this call: no
+    trial begins that is expected to end later, and tables and training end between two steps. It is exceeded by at most one export, one
+    call of `evaluate`, or the preparation of tables or of a candidate.
     `step_seconds`: time of a step of training, if known, by which the first trial is judged.
 
     Trial 0 is plain INT8 without training. A trial that cannot be made, exported or scored is a row with its reason. `folder`: of all
@@ -126,13 +126,13 @@ def compress(
     check_kept(keep, {**keepable(model), **tables(model)})
     check_kept(dense, dict(named(model, nn.Linear, nn.Conv2d)), argument="dense")
     plans = plans or partial(TablePlans, keep=keep, dense=dense)
-    config = budget_config(recipe)
+    config = search_config(recipe)
     course = course or _training(finetune, loss, config)
     teacher = eager_copy(model).eval()
     agreed = {
         **(settings or {}),
         "model": model_digest(teacher), "calibration": batches_digest(batches), "objective": budget.objective,
-        "steps": None if course is None else course.steps, "loss": False, "learning_rate": None,
+        "steps": steps_of(course), "course": [] if course is None else [stage.text for stage in course.stages],
         **({} if course is None else course.settings), "widths": list(config.widths), "seed": seed,
         **{name: list(entries) for name, entries in (("keep", keep), ("dense", dense)) if entries},
         **(latency_settings(None) if budget.objective == "latency" else {}),  # milliseconds of two machines do not compare
@@ -154,25 +154,25 @@ def compress(
 
 
 def search_forecast(
-    model: nn.Module, batches: list[ModelInputs], course: Course | None, config: BudgetConfig, folder: Path, *, step_seconds: float
+    model: nn.Module, batches: list[ModelInputs], course: Course | None, config: CompressionConfig, folder: Path, *, step_seconds: float
 ) -> SearchForecast:
     """Return what a search is going to do (`forecast`), with the trials that its folder holds."""
     return forecast(
-        model, batches, steps=0 if course is None else course.steps, step_s=step_seconds, trials=config.trials,
+        model, batches, steps=steps_of(course), step_s=step_seconds, trials=config.trials,
         measured=measured_trials(folder), minutes=config.minutes,
     )  # fmt: skip
 
 
-def budget_config(recipe: BudgetConfig | Mapping[str, Any] | Path | str | None) -> BudgetConfig:
+def search_config(recipe: CompressionConfig | Mapping[str, Any] | Path | str | None) -> CompressionConfig:
     """Settings of a search from what `compress` takes as `recipe`. Raises `RecipeError`."""
-    if isinstance(recipe, BudgetConfig):
+    if isinstance(recipe, CompressionConfig):
         return recipe
     if isinstance(recipe, Path | str):
-        return load_recipe(recipe).budget
-    return parse_recipe({"budget": dict(recipe or {})}, where="recipe").budget
+        return load_recipe(recipe).compression
+    return parse_recipe({"compression": dict(recipe or {})}, where="recipe").compression
 
 
-def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, config: BudgetConfig) -> CandidateTraining | None:
+def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, config: CompressionConfig) -> CandidateTraining | None:
     if finetune is None:
         if loss is not None or config.steps:
             raise MuntinError(f"{'loss' if loss is not None else 'steps'} is for training, and finetune has no data: give batches")
@@ -183,7 +183,12 @@ def _training(finetune: Iterable[Any] | None, loss: TargetLoss | None, config: B
             raise MuntinError("finetune has no length: give steps in the recipe, the number of batches to train a candidate on")
         steps = len(finetune)
     rate = LEARNING_RATE if config.learning_rate is None else config.learning_rate
-    return CandidateTraining(data=finetune, steps=steps, loss=loss, learning_rate=rate) if steps else None
+    return CandidateTraining(data=finetune, stages=course_stages(config, steps, rate), loss=loss) if steps else None
+
+
+def steps_of(course: Course | None) -> int:
+    """Training steps of a candidate."""
+    return 0 if course is None else sum(stage.steps for stage in course.stages)
 
 
 class _BudgetedCompression:
@@ -207,7 +212,7 @@ class _BudgetedCompression:
         self.teacher, self.batches, self.interface, self.folder, self.budget = teacher, batches, interface, folder, budget
         self.deadline, self.evaluate, self.course, self.make_base, self.seed = deadline, evaluate, course, open_base, seed
         self.keep, self.progress, self.narrowed = keep, progress, dict[float, nn.Module]()
-        self.training_seconds = 0.0 if course is None else QAT_STEPS * course.steps * step_seconds
+        self.training_seconds = QAT_STEPS * steps_of(course) * step_seconds
         """Estimated time of the training of the first trial."""
         self.base_seconds = 0.0
         """The longest recorded time of the tables of a width."""
@@ -215,7 +220,7 @@ class _BudgetedCompression:
         """True if float layers run in 32 bits, because 16 alone would spend more than half of the budget."""
         self.trials: tuple[Trial, ...] = ()
 
-    def run(self, config: BudgetConfig, *, holdout: Evaluate | None) -> CompressionResult:
+    def run(self, config: CompressionConfig, *, holdout: Evaluate | None) -> CompressionResult:
         self.progress(SearchProgress(stage="reference"))
         record, self.reference = self.folder.reference(self._reference)
         self.deadline.reserve = 0.0 if holdout is None else 2 * record["evaluate_seconds"]
@@ -240,7 +245,7 @@ class _BudgetedCompression:
                 search.stopped = True
         return self._result(search, record, holdout, notes, config)
 
-    def _may_go_on(self, done: Sequence[Trial], opening: bool, config: BudgetConfig) -> bool:
+    def _may_go_on(self, done: Sequence[Trial], opening: bool, config: CompressionConfig) -> bool:
         trained = [trial for trial in done if trial.number]
         if len(trained) >= config.trials or (len(trained) >= FAILURES and all(trial.failed for trial in trained[-FAILURES:])):
             return False
@@ -315,21 +320,23 @@ class _BudgetedCompression:
         return trial
 
     def _measure(self, number: int, plan: Plan, part: Path) -> tuple[dict[str, Any], Score]:
-        started, course, earlier = time.perf_counter(), self.course, 0.0
+        started, course, earlier, done = time.perf_counter(), self.course, 0.0, 0
+        steps, folder = steps_of(course), self.folder.training(number)
 
         def report(step: int, loss: float) -> None:
             self.deadline.check()
-            steps = 0 if course is None else course.steps
-            self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=step, steps=steps, loss=loss))
+            self.progress(SearchProgress(stage="train", trials=self.trials, number=number, step=done + step, steps=steps, loss=loss))
 
-        def train(model: nn.Module) -> None:
-            nonlocal earlier
+        def train(stage: CourseStage, model: nn.Module) -> None:
+            nonlocal earlier, done
             assert course is not None
-            earlier = course.train(model, self.teacher, seed=self.seed, folder=self.folder.training(number), report=report)
+            earlier += course.train(stage, model, self.teacher, seed=self.seed, folder=folder / stage.name, report=report)
+            done += stage.steps
 
         base = self._narrowed(plan.width)
         if number:
-            model = apply_plan(base, plan, self.batches, keep=self.keep, train=None if course is None else train)
+            model = apply_plan(base, plan, self.batches, keep=self.keep, stages=() if course is None else course.stages, train=train)
+            keep_newest(folder / "mixed", part)
         else:
             model = plain_int8(base, self.batches, keep=self.keep)
         self.deadline.check()
@@ -348,7 +355,7 @@ class _BudgetedCompression:
         return Deployed(path, self.interface, precision=precision)
 
     def _result(
-        self, search: Search, record: dict[str, Any], holdout: Evaluate | None, notes: list[str], config: BudgetConfig
+        self, search: Search, record: dict[str, Any], holdout: Evaluate | None, notes: list[str], config: CompressionConfig
     ) -> CompressionResult:
         best, budget = search.best, self.budget
         int8 = next((trial for trial in search.trials if trial.number == 0), None)
@@ -371,7 +378,7 @@ class _BudgetedCompression:
             changes=history(model), notes=tuple(notes), folder=self.folder.folder,
         )  # fmt: skip
 
-    def _limits(self, search: Search, config: BudgetConfig) -> list[str]:
+    def _limits(self, search: Search, config: CompressionConfig) -> list[str]:
         """Return notes on what a limit of trials or minutes left out."""
         if config.minutes == 0:
             return [] if search.trials else ["nothing was tried: minutes is 0"]

@@ -17,7 +17,7 @@ from torch import nn
 
 from muntin.artifact.answers import Task
 from muntin.budgeting.budget import Budget
-from muntin.budgeting.candidate import StepReport
+from muntin.budgeting.candidate import CourseStage, StepReport, course_stages
 from muntin.budgeting.display import shown_search
 from muntin.budgeting.forecast import QAT_STEPS, OutOfTime, SearchForecast
 from muntin.budgeting.pipeline import OpenBase, compress, search_forecast
@@ -25,15 +25,15 @@ from muntin.budgeting.result import CompressionResult, SearchProgress, SearchRep
 from muntin.budgeting.trials import REFERENCE, SAMPLES, recorded_steps
 from muntin.compression.calibration import calibration_list
 from muntin.compression.loading import load_model
-from muntin.compression.rewrite import EVERY
-from muntin.compression.stages import trained_steps
+from muntin.compression.structure import structure_fields
 from muntin.data.source import Samples, Source
 from muntin.errors import CheckpointError, DataError
+from muntin.models.compression_record import CompressionRecord
 from muntin.models.eager import eager_copy
 from muntin.tasks.learning import LEARNING
 from muntin.text import count, list_some
 from muntin.training.checkpoint import Checkpoint, calibration_of, checkpoints_in, newest_sound, source_of
-from muntin.training.config import BudgetConfig, CompressionConfig, QuantizationConfig
+from muntin.training.config import CompressionConfig, QuantizationConfig, TrainingConfig
 from muntin.training.evaluation import tile_of
 from muntin.training.loop import Training
 from muntin.training.loss import class_weights
@@ -47,7 +47,7 @@ from muntin.training.recovery.out_of_memory import MemoryUse
 from muntin.training.trainer import Trainer
 from muntin.training.weights import load_weights
 
-FOLDER = "budget"
+FOLDER = "compressed"
 """Folder of the trials in a run's folder."""
 TRAINING_SHARE, TRIALS = 0.4, 3
 """Largest share of a time limit for the training of so many trials, the fewest that a search should try."""
@@ -57,36 +57,42 @@ SEED = 104729
 
 def compress_run(
     checkpoint: Checkpoint,
-    budget: Budget,
-    folder: Path,
+    budget: Budget | None = None,
+    folder: Path | None = None,
     *,
     progress: bool | SearchReport = True,
     plans: OpenBase | None = None,
 ) -> CompressionResult:
-    """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `budget`.
+    """Find the smallest or fastest form of a run's model within a budget (`muntin.compress`), by the recipe's section `compression`.
 
-    `plans`: as of `compress`. Candidates are trained as by a stage of the recipe (`RecipeCourse`), without steps in the section `budget`
-    for as many as the three stages together, or fewer with a time limit (`_config`). Ctrl-C ends after the step in progress. Raises
-    `CheckpointError` for a model that is compressed already, `DataError` for too few validation pictures.
+    `budget`: by default the recipe's (`budget_of`). `folder`: by default `compressed` in the run's. `plans`: as of `compress`. Candidates
+    are trained by the recipe (`RecipeCourse`), without steps in that section by the shares of its stages, or fewer with a time limit
+    (`_config`). Ctrl-C ends after the step in progress. Raises `CheckpointError` for a model that is compressed already, `DataError` for
+    too few validation pictures.
     """
-    config, source = _config(checkpoint, folder), source_of(checkpoint)
-    recipe = checkpoint.recipe
-    stages, steps, rate = recipe.compression, config.steps or 0, config.learning_rate or 0.0
+    budget, folder = budget or budget_of(checkpoint.recipe), folder or checkpoint.path.parent.parent / FOLDER
+    config, source, recipe = _config(checkpoint, folder), source_of(checkpoint), checkpoint.recipe
     model = load_model(checkpoint)
     judged, held_out = _splits(source)
-    course = RecipeCourse(checkpoint, source, steps=steps, learning_rate=rate) if steps else None
+    course = RecipeCourse(checkpoint, source, config) if config.steps else None
     tile = tile_of(recipe.data.crop)
-    ranks = stages.low_rank
     with shown_search(budget.objective, progress or (lambda state: None)) as report:
         result = compress(
             model, calibration=calibration_of(checkpoint, source), evaluate=_metric(judged, tile, recipe.task), budget=budget,
             holdout=_metric(held_out, tile, recipe.task), folder=folder, signature=checkpoint.signature, recipe=config,
-            settings={"recipe": recipe.model_dump(mode="json", exclude={"budget", "update"})}, seed=recipe.seed,
+            settings={"recipe": recipe.model_dump(mode="json", exclude={"compression", "update"})}, seed=recipe.seed,
             progress=_with_samples(report, judged, held_out), step_seconds=_step_seconds(checkpoint),
-            keep=(*stages.keep, *recipe.quantization.keep), dense=EVERY if ranks is None else ranks.keep, plans=plans, course=course,
+            keep=(*config.keep, *recipe.quantization.keep), dense=config.dense, plans=plans, course=course,
         )  # fmt: skip
     absent = _absent_classes(folder, [one.name for one in checkpoint.signature.classes]) if recipe.answer.masks else ()
     return replace(result, notes=(*result.notes, *absent, *(() if course is None else course.notes), *_unused(recipe)))
+
+
+def budget_of(recipe: Recipe) -> Budget:
+    """The budget of a recipe's section `compression`; without `max_drop` the task's margin of scores that do not count."""
+    config = recipe.compression
+    drop = recipe.answer.score.margin if config.max_drop is None else config.max_drop
+    return Budget(max_drop=drop, objective=config.objective, confidence=config.confidence)
 
 
 def _absent_classes(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
@@ -96,24 +102,22 @@ def _absent_classes(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
     return (f"the images that judge candidates hold no {list_some(absent)}: the mIoU here leaves that out",) if absent else ()
 
 
-def _config(checkpoint: Checkpoint, folder: Path) -> BudgetConfig:
-    """Return the recipe's section `budget` with steps and learning rate filled in. Raises `CheckpointError` for a compressed model.
+def _config(checkpoint: Checkpoint, folder: Path) -> CompressionConfig:
+    """Return the recipe's section `compression` with steps and learning rate filled in. Raises `CheckpointError` for a compressed model.
 
-    Unset steps are those of the search in the folder, or of the three stages. With a time limit there are fewer, down to a quarter, so that
-    the training of three trials takes at most `TRAINING_SHARE` of it.
+    Unset steps are those of the search in the folder, or the shares of the stages. With a time limit there are fewer, down to a quarter, so
+    that the training of three trials takes at most `TRAINING_SHARE` of it.
     """
     if checkpoint.state.compression is not None:
         raise CheckpointError(f"{checkpoint.path} is compressed already: give the checkpoint of `muntin fit` that it was made from")
-    stages, config = checkpoint.recipe.compression, checkpoint.recipe.budget
-    steps = config.steps
+    config = checkpoint.recipe.compression
+    steps = recorded_steps(folder) if config.steps is None else config.steps
     if steps is None:
-        steps = recorded_steps(folder)
-    if steps is None:
-        steps = max(1, round((stages.recover.share + stages.quantize.share + stages.mix.share) * trained_steps(checkpoint)))
+        steps = max(1, round((config.recover.share + config.quantize.share + config.mix.share) * checkpoint.trained_steps))
         if config.minutes:
             fitting = TRAINING_SHARE * 60 * config.minutes / TRIALS / (QAT_STEPS * max(_step_seconds(checkpoint), 1e-9))
             steps = max(1, steps // 4, min(steps, int(fitting)))
-    rate = stages.mix.learning_rate if config.learning_rate is None else config.learning_rate
+    rate = config.mix.learning_rate if config.learning_rate is None else config.learning_rate
     return config.model_copy(update={"steps": steps, "learning_rate": rate})
 
 
@@ -124,7 +128,7 @@ def _step_seconds(checkpoint: Checkpoint) -> float:
 def forecast_run(checkpoint: Checkpoint, folder: Path) -> SearchForecast:
     """Return what `compress_run` is going to do. Writes nothing."""
     config, source = _config(checkpoint, folder), source_of(checkpoint)
-    course = RecipeCourse(checkpoint, source, steps=config.steps, learning_rate=config.learning_rate or 0.0) if config.steps else None
+    course = RecipeCourse(checkpoint, source, config) if config.steps else None
     batches = calibration_list(calibration_of(checkpoint, source))
     found = search_forecast(load_model(checkpoint), batches, course, config, folder, step_seconds=_step_seconds(checkpoint))
     return replace(found, samples=_samples_text(*_splits(source)))
@@ -146,20 +150,10 @@ def _samples_text(judged: Samples, held_out: Samples) -> str:
 
 
 def _unused(recipe: Recipe) -> tuple[str, ...]:
-    """A note on values of the recipe that only the stages, or export, use."""
-    stages, plain = recipe.compression, CompressionConfig()
-    sections = [
-        ("compression", stages, plain, ("weight_bits", "average_bits", "average")),
-        ("compression.low_rank", stages.low_rank, plain.low_rank, ("criterion", "parameters", "macs", "threshold", "multiple")),
-        ("quantization", recipe.quantization, QuantizationConfig(), ("min_sqnr_db",)),
-    ]  # fmt: skip
-    names = [
-        f"{section}.{key}"
-        for section, own, default, keys in sections
-        for key in keys
-        if own is not None and getattr(own, key) != getattr(default, key)
-    ]
-    notes = [f"not used with a budget, which chooses ranks and bits itself: {', '.join(names)}"] if names else []
+    """Notes on values of the recipe that candidates do not use."""
+    notes = []
+    if recipe.quantization.min_sqnr_db != QuantizationConfig().min_sqnr_db:
+        notes.append("quantization.min_sqnr_db is for `muntin export` and plain INT8: the search chooses the bits of candidates itself")
     if recipe.training.compile:
         notes.append("training.compile is for fit: candidates are trained without it")
     return tuple(notes)
@@ -193,23 +187,21 @@ class _CandidateRun(Training):
 
 
 class RecipeCourse:
-    """A `Course` by a run's recipe, as that of a stage: its optimiser, precision, use of memory, recovery, averages, unlabelled pictures.
+    """A `Course` by a run's recipe: its optimiser, precision, use of memory, recovery, averages, unlabelled pictures.
 
-    The learning rate falls once. Candidates see other crops than `fit` drew, each the same ones. An interrupted training goes on from its
-    newest checkpoint.
+    `config`: with steps and learning rate. Candidates see other crops than `fit` drew, each the same ones. An interrupted training goes on
+    from its newest checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, source: Source, *, steps: int, learning_rate: float) -> None:
+    def __init__(self, checkpoint: Checkpoint, source: Source, config: CompressionConfig) -> None:
+        self.checkpoint, self.source, self.compression = checkpoint, source, config
+        self.stages = course_stages(config, config.steps or 0, config.learning_rate or config.mix.learning_rate)
         recipe = checkpoint.recipe
-        self.checkpoint, self.source, self.steps = checkpoint, source, steps
-        alone: dict[str, Any] = {"minutes": None, "patience": None, "compile": False, "sharding": "none"}
-        alone |= {"gate_budget": 1.0, "validate_every": steps}  # closed channels are cut before
-        rates = {"learning_rate": learning_rate, "final_learning_rate": 0.0, "average": recipe.compression.average}
-        self.config = recipe.training.model_copy(update={"steps": steps, **alone, **rates})
-        precision = prepare_hardware(self.config, begun=checkpoint.state.precision)
+        precision = prepare_hardware(self._config(self.stages[-1]), begun=checkpoint.state.precision)
         crop, channels = recipe.data.crop, recipe.data.channels
-        model = load_model(checkpoint)
-        self.precision = check_maps(model, precision, crop=crop, channels=channels, requested=self.config.precision)
+        self.precision = check_maps(
+            load_model(checkpoint), precision, crop=crop, channels=channels, requested=recipe.training.precision
+        )  # fmt: skip
         self.class_weights = class_weights(recipe.training, source)
         self.shrunk: MemoryUse | None = None
         """How an earlier candidate had to use memory, if it was less than the recipe allows."""
@@ -217,14 +209,23 @@ class RecipeCourse:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"loss": True, "learning_rate": self.config.learning_rate, "training": "by the recipe"}
+        config = self.compression
+        return {"training": "by the recipe", "distillation": config.distillation, "average": config.average}
 
-    def train(self, model: nn.Module, teacher: nn.Module, *, seed: int, folder: Path, report: StepReport) -> float:
+    def _config(self, stage: CourseStage) -> TrainingConfig:
+        alone: dict[str, Any] = {"minutes": None, "patience": None, "compile": False, "sharding": "none"}
+        alone |= {"gate_budget": 1.0, "validate_every": stage.steps}  # closed channels are cut before
+        rates = {"learning_rate": stage.learning_rate, "final_learning_rate": stage.final_learning_rate}
+        return self.checkpoint.recipe.training.model_copy(
+            update={"steps": stage.steps, "average": self.compression.average, **alone, **rates}
+        )  # fmt: skip
+
+    def train(self, stage: CourseStage, model: nn.Module, teacher: nn.Module, *, seed: int, folder: Path, report: StepReport) -> float:
         recipe, written = self.checkpoint.recipe, folder / "checkpoints"
         start = newest_sound(written, note=self.notes.append) if checkpoints_in(written) else None
         trainer = Trainer(
-            eager_copy(model), self.config, task=recipe.task, precision=self.precision, teacher=eager_copy(teacher),
-            distillation=recipe.compression.distillation, class_weights=self.class_weights, seed=seed,
+            eager_copy(model), self._config(stage), task=recipe.task, precision=self.precision, teacher=eager_copy(teacher),
+            distillation=self.compression.distillation, class_weights=self.class_weights, seed=seed,
         )  # fmt: skip
         trainer.remember(self.shrunk)
 
@@ -238,10 +239,11 @@ class RecipeCourse:
                 except OutOfTime:  # training ends after this step, with a checkpoint
                     late = interruption.requested = True
 
-        root = Path(self.checkpoint.state.root)
+        state = self.checkpoint.state
         training = _CandidateRun(
-            trainer, recipe, self.source, directory=folder, root=root, start=start, report=tell, seed=recipe.seed + SEED
-        )
+            trainer, recipe, self.source, directory=folder, root=Path(state.root), start=start, report=tell, seed=recipe.seed + SEED,
+            compression=CompressionRecord(origin=state.weights, steps=self.checkpoint.trained_steps, **structure_fields(model)),
+        )  # fmt: skip
         with interruption:
             training.run(interruption)
         if late:
@@ -249,7 +251,7 @@ class RecipeCourse:
         if interruption.requested:
             raise KeyboardInterrupt
         self.shrunk = trainer.shrunk or self.shrunk
-        self.notes += (f"trial {int(folder.name)}: {note}" for note in training.notes)
+        self.notes += (f"trial {int(folder.parent.name)}: {note}" for note in training.notes)
         load_weights(model, trainer.average.tensors(), folder)
         model.eval()
         return 0.0 if start is None else start.state.seconds

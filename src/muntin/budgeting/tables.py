@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from muntin.artifact.atomic_files import write_files
-from muntin.budgeting.assignment import Option, assign
 from muntin.budgeting.budget import Objective
 from muntin.budgeting.forms.harm import BLIND, measure_harm
 from muntin.budgeting.forms.latency import latency_settings, measured_latencies
 from muntin.budgeting.forms.layer_forms import KEPT, FormCost, FormLayers, embedding_forms, layer_forms
 from muntin.budgeting.forms.plans import Form, Plan
+from muntin.compression.allocation import Option, allocate
 from muntin.compression.calibration import calibration_list
 from muntin.compression.rewrite import is_kept
 from muntin.errors import DataError, MuntinError
@@ -83,7 +83,7 @@ class Tables:
             layers = self.layers.values()
             most_ms = sum(max(row.cost(objective) for row in rows) for rows in layers)
             each = BYTES_SHARE * most_ms / max(1, sum(max(row.bytes for row in rows) for rows in layers))
-        return {name: [Option(row.harm, row.cost(objective) + each * row.bytes) for row in rows] for name, rows in self.layers.items()}
+        return {name: [Option(row.cost(objective) + each * row.bytes, (row.harm,)) for row in rows] for name, rows in self.layers.items()}
 
     def without(self, keep: Sequence[str], dense: Sequence[str]) -> Self:
         """The table with one form, unfactored and in 16 bits, of the layers named in `keep`, and without ranks of those in `dense`."""
@@ -228,10 +228,10 @@ def _measure(layers: FormLayers, tables: Tables, folder: Path, report: TableProg
 
 
 def assign_forms(tables: Tables, limit_of_harm: float, objective: Objective) -> Plan:
-    """The forms of least total cost, as in `Tables.options`, whose total harm is within the limit. Raises the errors of `assign`."""
-    found = assign(tables.options(objective), limit_of_harm)
+    """The forms of least total cost, as in `Tables.options`, whose total harm is within the limit. Raises the errors of `allocate`."""
+    found = allocate(tables.options(objective), [limit_of_harm])
     forms = {name: tables.layers[name][index].form for name, index in found.picked.items()}
-    return Plan(forms=forms, harm=found.harm, cost=found.cost, gap=found.gap)
+    return Plan(forms=forms, harm=found.used[0], cost=found.cost, gap=found.gap)
 
 
 def uniform_plan(tables: Tables, bits: int, objective: Objective) -> Plan:

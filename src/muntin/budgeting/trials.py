@@ -6,6 +6,7 @@ FOLDER/reference/                artifact and score of the FP32 model
 FOLDER/trials/000/               plain INT8, without training
 FOLDER/trials/001/artifact/      artifact, ready to run
 FOLDER/trials/001/model/         the same model for PyTorch (`muntin.load_compressed`)
+FOLDER/trials/001/checkpoints/   a run's: the model in training, from which `muntin update` goes on
 FOLDER/trials/001/trial.json     forms, predictions and measurements, or why there are none
 FOLDER/trials/001/samples.npy    what `evaluate` returned for each sample
 FOLDER/training/002/             checkpoints of a trial's training; removed when the trial is measured
@@ -36,11 +37,12 @@ from muntin.budgeting.forms.plans import Form, Plan
 from muntin.budgeting.scores import Score
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, tensors_of
+from muntin.training.checkpoint import checkpoints_in
 
 SETTINGS, REFERENCE, TRIALS, TRIAL, HOLDOUT = "settings.json", "reference", "trials", "trial.json", "holdout.json"
 BASES, BASE, STATE = "tables", "base.json", "state.json"
-ARTIFACT, MODEL, TRAINING, SAMPLES = "artifact", "model", "training", "samples.npy"
-FORMAT = 2
+ARTIFACT, MODEL, TRAINING, CHECKPOINTS, SAMPLES = "artifact", "model", "training", "checkpoints", "samples.npy"
+FORMAT = 3
 """Version of a search's folder."""
 Judge = Callable[[Score], dict[str, Any]]
 """Returns the fields `drop`, `bound`, `verdict` and `accepted` of a trial with a score."""
@@ -224,6 +226,12 @@ def recorded_steps(folder: Path) -> int | None:
     return steps if isinstance(steps, int) else None
 
 
+def keep_newest(training: Path, trial: Path) -> None:
+    """Copy the newest checkpoint of a training into the folder of its trial, if there is one."""
+    for newest in checkpoints_in(training / CHECKPOINTS)[-1:]:
+        shutil.copytree(newest, trial / CHECKPOINTS / newest.name)
+
+
 def terms_of(budget: Budget) -> dict[str, Any]:
     """Return the values of a budget by which trials are judged."""
     return {"max_drop": budget.max_drop, "confidence": budget.confidence}
@@ -296,4 +304,4 @@ def _write(folder: Path, name: str, record: Mapping[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    return f"{value!r}"[:40]
+    return f"{value!r}"[:120]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,137 +13,97 @@ from rich.table import Column, Table
 
 from muntin.cli.console import notes_once, out, print_json, print_notes, print_table, say, status
 from muntin.cli.options import JsonOption, TrustOption
-from muntin.cli.start import first_process, prepare_torch, refuse_without_gradients
-from muntin.cli.train import training_bar
-from muntin.text import count
+from muntin.cli.start import alone, prepare_torch, refuse_without_gradients
 
 if TYPE_CHECKING:
     from muntin.budgeting.result import CompressionResult, Holdout
-    from muntin.compression.stages import CompressionRun
-    from muntin.models.compression_record import Stage
     from muntin.reporting.front.schema import FrontRecord
-    from muntin.training import Checkpoint, FitProgress, Recipe
+    from muntin.training import Checkpoint, Recipe
 
 QUANTIZATION = ("quantization.calibration_images", "quantization.keep")
 """Keys of a recipe's `quantization` that compression uses."""
 
 
 def compress_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the stages, RUN/compressed by default, or of the trials, RUN/budget.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the stages in the folder.")] = False,
+    run: Annotated[Path, typer.Argument(help="A run's folder or one of its checkpoints, trained by `muntin fit`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the trials; RUN/compressed by default.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.average_bits=5; repeatable.")
+        list[str] | None, typer.Option("--set", help="Replace a value, e.g. --set compression.distillation=0.5; repeatable.")
     ] = None,
-    until: Annotated[str, typer.Option(help="The last stage to run: low-rank, w4a8 or mixed.")] = "mixed",
     max_drop: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="Instead of the stages, search for the smallest model that loses at most this much of the validation metric: of mIoU or "
-            "accuracy, e.g. 0.01, or for restore dB of PSNR, e.g. 0.1. The same command goes on with a search, and another value judges "
-            "its trials again.",
+            help="The most that the model may lose of the validation metric: of mIoU or accuracy (0.01 by default), or for restore dB of "
+            "PSNR (0.1). Another value judges the trials again.",
         ),
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="With --max-drop: quantity to minimise, size or latency.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Quantity to minimise: size (the default) or latency.")] = None,
     confidence: Annotated[
         float | None,
         typer.Option(
-            help="With --max-drop: certainty, from 0.5 to below 1, with which a trial that is called kept stays within the budget on "
-            "other data, too; 0.95 by default. Another value judges the trials again."
+            help="Certainty, from 0.5 to below 1, with which a trial that is called kept stays within the budget on other data, too; 0.95 "
+            "by default. Another value judges the trials again."
         ),
     ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="With --max-drop: time limit of this call, tables and held-out scores included. It is exceeded by at most one export, one "
-            "scoring, or the preparation of tables or of a candidate. The same command goes on.",
+            help="Time limit of this call, tables and held-out scores included. It is exceeded by at most one export, one scoring, or the "
+            "preparation of tables or of a candidate. The same command goes on.",
         ),
     ] = None,
-    trials: Annotated[
-        int | None, typer.Option(min=0, help="With --max-drop: maximum number of models to try beside plain INT8; 12 by default.")
+    trials: Annotated[int | None, typer.Option(min=0, help="Most models to try beside plain INT8; 12 by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, help="Training steps of each; by default half of the run's.")] = None,
+    course: Annotated[
+        str | None,
+        typer.Option(help="Training of each: direct, with its ranks and bits; or stages: its ranks, then 4 bits a weight, then its bits."),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=0, help="With --max-drop: training steps of each; by default those of the stages together.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --max-drop: print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     trust_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Make a trained model small: within a budget of accuracy (--max-drop), or in three stages of the recipe.
+    """Search for the smallest or fastest form of a trained model that keeps its accuracy.
 
-    The stages are low rank, 4-bit training and mixed precision. With --max-drop, ranks, channels and bits are chosen together, and each
-    candidate is trained, exported and scored as an artifact. Plain INT8 is tried first. Exit code 1 if no trial is within the budget on the
-    validation data; if that is not certain on other data, a note says so.
+    Ranks, channels and bits are chosen together, and each candidate is trained, exported and scored as an artifact. Plain INT8 is tried
+    first. The same command goes on with an interrupted search. Exit code 1 if no trial is within the budget on the validation data; if that
+    is not certain on other data, a note says so.
     """
-    refuse_without_gradients(checkpoint)
-    limits = {"minutes": minutes, "trials": trials, "steps": steps}
-    if max_drop is not None:
-        if resume or until != "mixed":
-            raise typer.BadParameter("--resume and --until are of the stages: leave them out with --max-drop, which goes on by itself")
-        changes = [*(set_ or ()), *(f"budget.{name}={value}" for name, value in limits.items() if value is not None)]
-        terms = {name: value for name, value in {"objective": objective, "confidence": confidence}.items() if value is not None}
-        terms = {"max_drop": max_drop, **terms}
-        compress_within(checkpoint, output, terms=terms, overrides=changes, trust_code=trust_code, dry_run=dry_run, json=json)
-        return
-    options = {"objective": objective, "confidence": confidence, **limits, "dry-run": dry_run or None}
-    if given := [f"--{name}" for name, value in options.items() if value is not None]:
-        raise typer.BadParameter(f"{', '.join(given)}: give --max-drop too, such as --max-drop 0.01")
+    refuse_without_gradients(run)
+    given = {
+        "max_drop": max_drop, "objective": objective, "confidence": confidence, "minutes": minutes, "trials": trials, "steps": steps,
+        "course": course,
+    }  # fmt: skip
+    changes = [*(set_ or ()), *(f"compression.{name}={value}" for name, value in given.items() if value is not None)]
     notes = prepare_torch()  # before PyTorch is imported
-    from muntin.compression.stages import FOLDER
+    from muntin.budgeting.display import plan_lines
+    from muntin.budgeting.result import SearchProgress
+    from muntin.budgeting.run_budget import FOLDER, budget_of, forecast_run
     from muntin.errors import RecipeError
-    from muntin.models.compression_record import STAGES
     from muntin.training import find_checkpoint, read_checkpoint
 
-    if until not in STAGES:
-        raise RecipeError(f"--until '{until}': give one of {', '.join(STAGES)}")
-
-    file = find_checkpoint(checkpoint)
-    directory = output or file.parent.parent / FOLDER
-    trained = read_checkpoint(file, trust_code=trust_code)
-    begin = notes_once(notes if first_process() and not json else ())
-    run = compress_with_progress(trained, directory, until=until, resume=resume, overrides=set_ or (), begin=begin)
-    if not first_process():
-        raise typer.Exit(run.interrupted)
-    if json:
-        document = {"directory": run.directory, "interrupted": run.interrupted, "checkpoint": run.checkpoint}
-        print_json(document | {"stages": [asdict(stage) for stage in run.stages], "notes": [*notes, *run.notes]})
-    else:
-        describe_compression(run)
-        if not run.interrupted:
-            out.print(f"next      `{shlex.join(['muntin', 'export', str(run.checkpoint.parent.parent)])}`")
-    if run.interrupted:
-        changes = [word for change in set_ or () for word in ("--set", change)]
-        places = [*(() if output is None else ("--output", str(output))), *(() if until == "mixed" else ("--until", until))]
-        say(f"muntin: interrupted; `{shlex.join(['muntin', 'compress', str(checkpoint), *places, *changes, '--resume'])}` goes on")
+    if not alone():
+        raise RecipeError("muntin compress searches in one process: start it without torchrun")
+    file = find_checkpoint(run)
+    checkpoint = read_checkpoint(file, trust_code=trust_code)
+    checkpoint = with_recipe(checkpoint, compression_recipe(checkpoint, changes))
+    folder = output or file.parent.parent / FOLDER
+    if dry_run:
+        plan, budget = forecast_run(checkpoint, folder), budget_of(checkpoint.recipe)
+        if json:
+            print_json({"folder": folder, "max_drop": budget.max_drop, "objective": budget.objective, "plan": asdict(plan)})
+        else:
+            for line in plan_lines(SearchProgress(stage="plan", forecast=plan)):
+                out.print(line)
+        return
+    if not search_within(checkpoint, folder, notes, json=json).kept:
         raise typer.Exit(1)
 
 
-def compress_with_progress(
-    checkpoint: Checkpoint,
-    directory: Path,
-    *,
-    until: Stage = "mixed",
-    resume: bool,
-    overrides: Sequence[str] = (),
-    begin: Callable[[], None],
-) -> CompressionRun:
-    """Run `compress_checkpoint` and show its progress. `begin` is called when work begins, after the checks that may refuse it."""
-    from muntin.compression.stages import compress_checkpoint
-
-    recipe = compression_recipe(checkpoint, overrides)
-    with training_bar(recipe.task) as report:
-
-        def show(stage: str, progress: FitProgress) -> None:
-            begin()
-            report(stage, progress)
-
-        return compress_checkpoint(
-            checkpoint, directory, config=recipe.compression, quantization=recipe.quantization, until=until, resume=resume, report=show
-        )
+def with_recipe(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint with another recipe."""
+    return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
 
 
 def compression_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Recipe:
@@ -152,86 +111,39 @@ def compression_recipe(checkpoint: Checkpoint, overrides: Sequence[str]) -> Reci
     from muntin.errors import RecipeError
     from muntin.training.recipe import override_recipe
 
-    allowed = ("compression.", "budget.", *(f"{key}=" for key in QUANTIZATION))
+    allowed = ("compression.", *(f"{key}=" for key in QUANTIZATION))
     other = next((override for override in overrides if not override.startswith(allowed)), None)
     if other is not None:
-        raise RecipeError(
-            f"'{other}': the model is trained already; what can be set is compression.KEY=VALUE, budget.KEY=VALUE, "
-            f"{' and '.join(QUANTIZATION)}"
-        )
+        keys = ", ".join(("compression.KEY=VALUE", *QUANTIZATION))
+        raise RecipeError(f"'{other}': the model is trained already; what can be set is {keys}")
     return override_recipe(checkpoint.recipe, overrides)
 
 
-def describe_compression(run: CompressionRun) -> None:
-    """Print the stages, ranks and bits of a compression."""
-    from muntin.reporting.text import METRICS
-    from muntin.training import read_checkpoint
+def search_within(checkpoint: Checkpoint, folder: Path, notes: Sequence[str], *, json: bool, quiet: bool = False) -> CompressionResult:
+    """Search by a checkpoint's recipe, and print the trials and the chosen one, unless `quiet`. `notes`: to print when work begins.
 
-    last = read_checkpoint(run.checkpoint)
-    metric = METRICS[last.recipe.task]
-    for stage in run.stages:
-        score = "" if stage.score is None else f", {metric.exact(stage.score)} on the validation split"
-        out.print(f"{stage.stage:<9} {stage.step} of {stage.steps} steps in {stage.seconds:.0f} s{score}")
-    changes = last.changes
-    kept = [change.kept for change in changes if change.pass_ == "low_rank"]
-    if kept:
-        out.print(f"ranks     {kept.count(False)} of {len(kept)} layers are factored")
-    bits = [change.done for change in changes if change.pass_ == "mix"]
-    if bits:
-        out.print("bits      " + ", ".join(f"{count(bits.count(kind), 'layer')} {kind}" for kind in sorted(set(bits))))
-    print_notes(run.notes)
-    out.print(f"wrote     {run.checkpoint}")
-
-
-def compress_within(
-    run: Path,
-    output: Path | None,
-    *,
-    terms: Mapping[str, Any],
-    overrides: Sequence[str],
-    trust_code: bool,
-    dry_run: bool,
-    json: bool,
-) -> None:
-    """Search within `Budget(**terms)`, print the trials and the chosen one. Exits with 1 if no trial is within the budget."""
-    notes = prepare_torch()  # before PyTorch is imported
+    Exits with 1 after an interruption.
+    """
     from muntin.artifact import open_artifact
-    from muntin.budgeting import Budget
-    from muntin.budgeting.display import plan_lines, shown_search
-    from muntin.budgeting.result import SearchProgress
-    from muntin.budgeting.run_budget import FOLDER, compress_run, forecast_run
-    from muntin.compression.stages import broken_off
-    from muntin.errors import RecipeError
+    from muntin.budgeting.display import shown_search
+    from muntin.budgeting.run_budget import budget_of, compress_run
     from muntin.reporting.front.page import write_front
     from muntin.reporting.text import METRICS
-    from muntin.training import find_checkpoint, read_checkpoint
+    from muntin.training.fitting import broken_off
     from muntin.updating.drift.training_pictures import with_training_reference
 
-    budget = Budget(**terms)
-    if not first_process():
-        raise RecipeError("--max-drop searches in one process: start it without torchrun")
-    file = find_checkpoint(run)
-    checkpoint = read_checkpoint(file, trust_code=trust_code)
-    recipe = compression_recipe(checkpoint, overrides)
-    checkpoint = replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
-    folder = output or file.parent.parent / FOLDER
-    if dry_run:
-        plan = forecast_run(checkpoint, folder)
-        if json:
-            print_json({"folder": folder, "max_drop": budget.max_drop, "objective": budget.objective, "plan": asdict(plan)})
-        else:
-            for line in plan_lines(SearchProgress(stage="plan", forecast=plan)):
-                out.print(line)
-        return
+    recipe = checkpoint.recipe
     try:
-        with shown_search(budget.objective, not json, begin=notes_once(() if json else notes)) as progress:
-            result = compress_run(checkpoint, budget, folder, progress=progress)
+        with shown_search(budget_of(recipe).objective, not json, begin=notes_once(() if json else notes)) as progress:
+            result = compress_run(checkpoint, folder=folder, progress=progress)
     except KeyboardInterrupt as error:
         say("muntin: interrupted; the same command goes on")
         raise typer.Exit(1) from error
     _, drift_notes = with_training_reference(open_artifact(result.artifact.path), checkpoint)
     metric = METRICS[recipe.task].name + METRICS[recipe.task].unit_after
     page = write_front(folder, front_record(result, title=recipe.name, weights=checkpoint.state.weights, metric=metric))
+    if quiet:
+        return result
     if json:
         print_json({**_document(result), "page": page, "notes": [*notes, *broken_off(checkpoint), *result.notes, *drift_notes]})
     else:
@@ -239,8 +151,7 @@ def compress_within(
         out.print(f"size      ms are of one image of {recipe.data.crop}x{recipe.data.crop}, as in training")
         print_notes((*broken_off(checkpoint), *drift_notes))
         out.print(f"page      {page}")
-    if not result.kept:
-        raise typer.Exit(1)
+    return result
 
 
 def describe_search(result: CompressionResult, metric: str) -> None:

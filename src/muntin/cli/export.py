@@ -123,10 +123,10 @@ def export_command(
         _write_standalone(checkpoint, standalone, json=json)
         return
     start = prepare_torch()  # before PyTorch is imported
-    from muntin.compression.stages import broken_off
     from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, exported, other_artifact, quantized_by
     from muntin.tasks.classes import renamed_by
     from muntin.training import find_checkpoint, read_checkpoint
+    from muntin.training.fitting import broken_off
     from muntin.updating.drift.training_pictures import with_training_reference
 
     if floating and set_:
@@ -135,6 +135,8 @@ def export_command(
     target = output or file.parent.parent / ARTIFACT
     with status("exporting") as stage:
         trained = quantized_by(read_checkpoint(file, trust_code=trust_code), set_ or ())
+        if output is None and trained.trial:
+            raise RecipeError(f"{target} is the artefact that the search measured: give another place, --output")
         if classes is not None:
             trained = replace(trained, classes=renamed_by(Path(classes), trained.classes))
         replaced = other_artifact(trained, target, integer=not floating)

@@ -62,26 +62,21 @@ def demo_command(
 
 def _demo(recipe: Recipe, output: Path, json: bool, before: tuple[str, ...]) -> None:
     """Run all steps of the demonstration, in a folder that no other process works in. `before`: notes to print when work begins."""
-    from muntin.cli.compress import compress_with_progress, describe_compression
+    from muntin.budgeting.run_budget import FOLDER
+    from muntin.cli.compress import search_within, with_recipe
     from muntin.cli.train import describe_fit, fit_with_progress
-    from muntin.compression.stages import FOLDER
     from muntin.training import read_checkpoint
     from muntin.training.checkpoint import checkpoints_in
 
     begun, begin = bool(checkpoints_in(output / "checkpoints")), notes_once(() if json else before)
-    result = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json, begin=begin)
-    if result.stop_requested:
-        say(f"muntin: interrupted after step {result.step} of {result.steps}; the same command goes on")
+    fitted = fit_with_progress(recipe, root=Path.cwd(), directory=output, resume=begun, quiet=json, begin=begin)
+    if fitted.stop_requested:
+        say(f"muntin: interrupted after step {fitted.step} of {fitted.steps}; the same command goes on")
         raise typer.Exit(1)
     if not json:
-        describe_fit(result)
-    run = compress_with_progress(read_checkpoint(result.checkpoint), output / FOLDER, resume=True, begin=begin)
-    if run.stop_requested:
-        say("muntin: interrupted while compressing; the same command goes on")
-        raise typer.Exit(1)
-    if not json:
-        describe_compression(run)
-    _finish(result.checkpoint, output, json, begin, before=(*before, *result.notes, *run.notes))
+        describe_fit(fitted)
+    found = search_within(with_recipe(read_checkpoint(fitted.checkpoint), recipe), output / FOLDER, (), json=json, quiet=json)
+    _finish(fitted.checkpoint, output, json, begin, before=(*before, *fitted.notes, *found.notes))
 
 
 def _leave_out_damaged_search(report: dict[str, Any]) -> None:

@@ -27,6 +27,11 @@ def first_process(environment: Mapping[str, str] = os.environ) -> bool:
     return int(environment.get("RANK", "0")) == 0
 
 
+def alone(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return True for a process that `torchrun` did not start beside others."""
+    return int(environment.get("WORLD_SIZE", "1")) == 1
+
+
 def prepare_torch() -> list[str]:
     """Set how PyTorch's threads wait, unless a variable of `WAITING` is set. Called before PyTorch is imported.
 

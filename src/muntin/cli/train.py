@@ -114,9 +114,9 @@ def fit_command(
         if not result.interrupted:
             from muntin.models.trusted_code import is_code
 
-            folder, drop = str(result.directory), f"{loaded.answer.score.margin:g}"
+            folder = str(result.directory)
             trusted = ["--trust-code"] if is_code(loaded.model.name) else []
-            smaller = shlex.join(["muntin", "compress", folder, "--max-drop", drop, *trusted])
+            smaller = shlex.join(["muntin", "compress", folder, *trusted])
             out.print(f"next      `{shlex.join(['muntin', 'export', folder, *trusted])}`, or smaller: `{smaller}`")
     if result.interrupted:
         places = [] if output is None else ["--output", str(output)]
@@ -317,7 +317,6 @@ def evaluate_command(
     from muntin.artifact import open_artifact
     from muntin.artifact.store import MANIFEST
     from muntin.compression import load_model
-    from muntin.compression.stages import broken_off
     from muntin.data.source import SPLITS
     from muntin.deployment.run_artifacts import run_of
     from muntin.errors import ArtifactError
@@ -329,6 +328,7 @@ def evaluate_command(
     from muntin.training import evaluate, read_checkpoint
     from muntin.training.checkpoint import source_of
     from muntin.training.evaluation import tile_of
+    from muntin.training.fitting import broken_off
 
     if split not in SPLITS:
         raise RecipeError(f"split '{split}': give one of {', '.join(SPLITS)}")

@@ -12,7 +12,7 @@ from muntin.compression.quantization.post_training import quantize
 from muntin.compression.quantization.qat import freeze, prepare_qat, set_bits
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLinear, QuantizedProduct, QuantizedSoftmaxProduct
 from muntin.compression.saving import load_compressed, save
-from muntin.compression.sparsity.holding import hold_sparsity
+from muntin.compression.sparsity.pattern import hold_sparsity
 from muntin.compression.sparsity.sparsification import sparsify
 from muntin.models.compression_record import Change
 

@@ -1,200 +1,213 @@
-"""Allocation of ranks (or bits) to layers under one budget of parameters, on plain numbers.
+"""Allocation: one option for each layer, with the least total cost under limits of what all use together, on plain numbers.
 
-Every layer has choices, each with a number of parameters and a loss; one is to stay dense, with loss 0. To minimise the sum of
-losses under a sum of parameters is a multiple-choice knapsack problem (Kellerer et al., Knapsack Problems, chapter 11).
+    ranks: error under parameters and multiply-adds      bits: error under bytes      forms within a budget: bytes or ms under harm
+
+A multiple-choice knapsack problem (Kellerer et al., Knapsack Problems, chapter 11), solved by the integer programme of HiGHS.
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, vstack
 
 from muntin.errors import MuntinError
 
-Values = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+SECONDS = 20.0
+"""Time limit of the integer programme. Some thousand options take less than one second."""
+SLACK = 1e-9
+"""Relative excess over a limit that counts as rounding of the sum."""
+NOTHING = "nothing was found within all limits together: allow more"
+_COST_RANGE = 1e3
+"""Total range of scaled costs: HiGHS stops at an absolute gap of 1e-6."""
+
+
+class OutOfReachError(MuntinError):
+    """A limit is below `least`, the sum of the least that each layer uses. `index`: of the limit."""
+
+    def __init__(self, index: int, limit: float, least: float) -> None:
+        super().__init__(f"a total of at most {limit:.4g} is out of reach: the least that these options have together is {least:.4g}")
+        self.index, self.least = index, least
+
+
+@dataclass(frozen=True)
+class Option:
+    """A form of a layer in numbers, additive over layers: its cost, and what it uses of each limited quantity, >= 0."""
+
+    cost: float
+    uses: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One form of a layer."""
+class Allocation:
+    """The index of each layer's option, and the sums of what these use. `gap`: by which share of the cost the optimum may be lower; 0 if
+    optimality is proved."""
 
-    ranks: tuple[int, ...] = ()
-    """Empty: dense."""
-    parameters: int
-    """Weights and biases."""
-    macs: float = 0.0
-    """Multiply-adds an image."""
-    loss: float = 0.0
-    """Harm to the model's answer, >= 0, in a unit that adds up over layers."""
+    picked: Mapping[str, int]
+    cost: float
+    used: tuple[float, ...]
+    gap: float
 
 
-def ladder(full: int, multiple: int) -> list[int]:
-    """The ranks to choose from for a mode of rank `full`: multiples of `multiple` up to it, or `full` itself if it is smaller."""
-    return list(range(multiple, full + 1, multiple)) or [full]
+def allocate(choices: Mapping[str, Sequence[Option]], limits: Sequence[float], *, gap: float = 0.0, seconds: float = SECONDS) -> Allocation:
+    """One option for each layer with the least total cost under the limits.
 
-
-def choices(
-    spectra: Sequence[Values],
-    size: Callable[[tuple[int, ...]], tuple[int, float]],
-    dense: Choice,
-    *,
-    multiple: int,
-    scale: float = 1.0,
-) -> list[Choice]:
-    """A layer's choices: every combination of ranks that has fewer parameters than `dense`, and `dense`, last.
-
-    `spectra`: for each mode, σ² of each component, descending. Loss: `scale` times the sum of σ² of the dropped components of all
-    modes. `size`: parameters and multiply-adds of the layer at given ranks. Costs one step a combination.
+    Deterministic, except where `seconds` end the search; then the gap says how far the optimum may be. Options that another one beats in
+    everything are left out first, and those that exceed a limit even with the least use elsewhere. Raises `OutOfReachError`, `MuntinError`
+    where nothing within all limits is found, and ValueError for a layer without options or values that are not finite.
     """
-    tails = [np.append(np.cumsum(values[::-1])[::-1], 0.0) for values in spectra]  # tails[mode][r]: loss at rank r
-    smaller = []
-    for ranks in itertools.product(*(ladder(len(values), multiple) for values in spectra)):
-        count, macs = size(ranks)
-        if count < dense.parameters:
-            loss = scale * sum(float(tail[rank]) for tail, rank in zip(tails, ranks, strict=True))
-            smaller.append(Choice(ranks=ranks, parameters=count, macs=macs, loss=loss))
-    return [*smaller, dense]
+    _check(choices, limits, seconds)
+    uses = {name: np.array([option.uses for option in options], float).reshape(len(options), -1) for name, options in choices.items()}
+    least = {name: table.min(0) for name, table in uses.items()}
+    rooms = []
+    for index, limit in enumerate(limits):
+        floor = math.fsum(float(values[index]) for values in least.values())
+        rooms.append(limit + SLACK * abs(limit) - floor)
+        if rooms[-1] < 0:
+            raise OutOfReachError(index, limit, floor)
+    menus = {name: _frontier(options) for name, options in choices.items()}
+    menus = {name: [i for i in menu if (uses[name][i] - least[name] <= rooms).all()] for name, menu in menus.items()}
+    if not all(menus.values()):
+        raise MuntinError(NOTHING)
+    programme = _Programme(choices, menus, {name: uses[name] - least[name] for name in menus}, rooms)
+    picked = {name: min(menu, key=lambda index: choices[name][index].cost) for name, menu in menus.items()}
+    bound = programme.floor
+    if not programme.fits(picked):
+        picked, bound = programme.solution(seconds)
+    cost = math.fsum(choices[name][index].cost for name, index in picked.items())
+    costs = [[choices[name][index].cost for index in menu] for name, menu in menus.items()]
+    spread = math.fsum(max(menu) - min(menu) for menu in costs)
+    used = tuple(math.fsum(choices[name][index].uses[k] for name, index in picked.items()) for k in range(len(limits)))
+    return Allocation(picked=picked, cost=cost, used=used, gap=_gap(cost, bound, spread) if spread else 0.0)
 
 
-def rank_at(values: Values, threshold: float, multiple: int) -> int:
-    """The least rank whose components have the share `threshold` of the sum of `values` (descending), rounded up to `multiple`."""
-    total = float(values.sum())
-    reached = np.cumsum(values) / total if total > 0 else np.ones(len(values))
-    rank = int(np.searchsorted(reached, threshold - 1e-12)) + 1  # the last sum may round to just below 1
-    return min(-(-rank // multiple) * multiple, len(values))
+def _check(choices: Mapping[str, Sequence[Option]], limits: Sequence[float], seconds: float) -> None:
+    for name, options in choices.items():
+        if not options:
+            raise ValueError(f"layer '{name}' has no options: give at least one")
+        for option in options:
+            numbers = len(option.uses) == len(limits) and all(0 <= use < math.inf for use in option.uses)
+            if not (numbers and math.isfinite(option.cost)):
+                raise ValueError(f"layer '{name}': {option}: give a finite cost, and for each limit a finite number from 0")
+    if not all(map(math.isfinite, limits)) or seconds <= 0:
+        raise ValueError(f"limits={limits!r}, seconds={seconds!r}: give finite limits and a time above 0")
 
 
-def largest_threshold(parameters: Callable[[float], int], budget: int) -> float:
-    """The largest threshold, 0-1 to within 1e-9, at which the non-decreasing `parameters(threshold)` is within the budget.
-
-    Raises `MuntinError` if even 0 is not.
-    """
-    if parameters(1.0) <= budget:
-        return 1.0
-    if parameters(0.0) > budget:
-        raise _out_of_reach(parameters(0.0), parameters(1.0), budget)
-    low, high = 0.0, 1.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if parameters(middle) <= budget else (low, middle)
-    return low
-
-
-def _out_of_reach(smallest: int, dense: int, budget: int) -> MuntinError:
-    share = math.ceil(1e4 * smallest / dense) / 1e4
-    return MuntinError(
-        f"{budget:,} parameters are out of reach: at the smallest ranks {smallest:,} of {dense:,} are left, a share of {share:.4f}; "
-        "allow that, or keep fewer layers, or a smaller multiple"
-    )
-
-
-def allocate(layers: Mapping[str, Sequence[Choice]], budget: int, *, fixed: int = 0) -> dict[str, Choice]:
-    """One choice a layer, with the least total loss found under total parameters <= `budget`, of which other layers use `fixed`.
-
-    Lagrangian relaxation: for a price λ of a parameter, each layer alone takes the choice that minimises loss + λ·parameters. All prices
-    are swept by walking the layers' lower convex hulls from the smallest choices up, best loss a parameter first. The rest of the budget
-    is spent greedily by loss a parameter, or on the one step that saves most. The total loss is above the optimum by at most the saving of
-    the first step that did not fit, and a larger budget never gives a larger loss. O(n log n) in the number of choices, times
-    steps for the greedy end. Raises `MuntinError`, with the least possible share, if the smallest choices exceed the budget.
-    """
-    if any(not options for options in layers.values()):
-        raise ValueError(f"layers without choices: {', '.join(name for name, options in layers.items() if not options)}")
-    menus = {name: _frontier(options) for name, options in layers.items()}
-    picked = {name: menu[0] for name, menu in menus.items()}
-    spent = fixed + sum(choice.parameters for choice in picked.values())
-    if spent > budget:
-        dense = fixed + sum(max(choice.parameters for choice in options) for options in layers.values())
-        raise _out_of_reach(spent, dense, budget)
-    steps = [(name, before, after) for name, menu in menus.items() for before, after in itertools.pairwise(_hull(menu))]
-    for name, before, after in sorted(steps, key=lambda step: -_gain(step[1], step[2])):
-        cost = after.parameters - before.parameters
-        if spent + cost > budget:
-            return _spend_rest(picked, menus, budget - spent, cost)
-        picked[name] = after
-        spent += cost
-    return picked
-
-
-def allocate_within(layers: Mapping[str, Sequence[Choice]], budget: int, macs: float, *, fixed: int = 0) -> dict[str, Choice]:
-    """`allocate` under a second budget: total `macs` of the layers.
-
-    Bisection finds, in 40 allocations, the lowest price of a multiply-add that meets the budget. Raises `MuntinError` if none does.
-    """
-
-    def priced(price: float) -> dict[str, Choice]:
-        menus = {name: [replace(c, loss=c.loss + price * c.macs) for c in options] for name, options in layers.items()}
-        picked = allocate(menus, budget, fixed=fixed)
-        return {name: options[menus[name].index(picked[name])] for name, options in layers.items()}
-
-    def spent(picked: Mapping[str, Choice]) -> float:
-        return math.fsum(choice.macs for choice in picked.values())
-
-    picked = priced(0.0)
-    if spent(picked) <= macs:
-        return picked
-    losses = [choice.loss for options in layers.values() for choice in options]
-    high = max(losses, default=0.0) or 1.0  # one multiply-add costs more than any loss
-    picked = priced(high)
-    if spent(picked) > macs:
-        dense = math.fsum(max(choice.macs for choice in options) for options in layers.values())
-        raise MuntinError(
-            f"{macs:,.0f} multiply-adds are out of reach with {budget:,} parameters: {spent(picked):,.0f} of {dense:,.0f} are left at "
-            "least; allow more of them, or keep fewer layers"
-        )
-    low = high * 1e-15
-    for _ in range(40):
-        middle = math.sqrt(low * high)
-        tried = priced(middle)
-        if spent(tried) <= macs:
-            high, picked = middle, tried
-        else:
-            low = middle
-    return picked
-
-
-def _frontier(options: Sequence[Choice]) -> list[Choice]:
-    """The choices that no other one beats in both size and loss, smallest first."""
-    kept: list[Choice] = []
-    for choice in sorted(options, key=lambda c: (c.parameters, c.loss)):
-        if not kept or choice.loss < kept[-1].loss:
-            kept.append(choice)
+def _frontier(options: Sequence[Option]) -> list[int]:
+    """The indices of the options that no other one beats in cost and uses, least use first; of equal options the first."""
+    kept: list[int] = []
+    values = [(*option.uses, option.cost) for option in options]
+    for index in sorted(range(len(options)), key=lambda index: (values[index], index)):
+        if not any(all(a <= b for a, b in zip(values[other], values[index], strict=True)) for other in kept):
+            kept.append(index)
     return kept
 
 
-def _gain(before: Choice, after: Choice) -> float:
-    """Loss saved a parameter."""
-    return (before.loss - after.loss) / (after.parameters - before.parameters)
+def _gap(cost: float, bound: float, spread: float) -> float:
+    """`spread`: between the highest and the lowest total cost."""
+    if math.isnan(bound):
+        return math.inf
+    if cost - bound <= 1e-6 * max(abs(cost), spread):  # tolerance of the solver
+        return 0.0
+    return (cost - bound) / abs(cost) if cost else 1.0
 
 
-def _hull(menu: Sequence[Choice]) -> list[Choice]:
-    """The lower convex hull of a frontier: gains fall from each step to the next."""
-    hull: list[Choice] = []
-    for choice in menu:
-        while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], choice):
-            hull.pop()
-        hull.append(choice)
-    return hull
+class _Programme:
+    """A variable for each option, costs and uses above the least ones, in shares of the room."""
+
+    def __init__(
+        self, choices: Mapping[str, Sequence[Option]], menus: Mapping[str, Sequence[int]], excess: Mapping[str, NDArray[np.float64]],
+        rooms: Sequence[float],
+    ) -> None:  # fmt: skip
+        self.pairs = [(name, index) for name, menu in menus.items() for index in menu]
+        cheapest = {name: min(choices[name][index].cost for index in menu) for name, menu in menus.items()}
+        self.floor = math.fsum(cheapest.values())
+        cost_N = np.array([choices[name][index].cost - cheapest[name] for name, index in self.pairs])
+        spread = math.fsum(max(choices[name][index].cost for index in menu) - cheapest[name] for name, menu in menus.items())
+        self.unit = spread / _COST_RANGE if spread > 0 else 1.0
+        self.cost_N = cost_N / self.unit
+        self.excess = [{pair: float(excess[pair[0]][pair[1], k]) for pair in self.pairs} for k in range(len(rooms))]
+        self.rooms = rooms
+        rows = {name: row for row, name in enumerate(menus)}
+        ones = np.ones(len(self.pairs)), ([rows[name] for name, _ in self.pairs], range(len(self.pairs)))
+        shares = [[used[pair] / room if room > 0 else 0.0 for pair in self.pairs] for used, room in zip(self.excess, rooms, strict=True)]
+        self.one_each = csr_array(ones, shape=(len(rows), len(self.pairs)))
+        self.shares = csr_array(np.array(shares).reshape(len(rooms), len(self.pairs)))
+
+    def solution(self, seconds: float) -> tuple[dict[str, int], float]:
+        """The indices of the options, and a lower bound of the total cost, NaN without one.
+
+        HiGHS allows an excess of 1e-6, so a solution that uses it is refused and the room made smaller by that. If no whole solution is
+        found in time, the one of the linear relaxation is rounded to less use: of one limit it is fractional in one layer.
+        """
+        bound = math.nan
+        for tightened in (0.0, 2e-6, 1e-5):
+            result = self._solve(1 - tightened, seconds=seconds)
+            if not tightened and result.mip_dual_bound is not None:
+                bound = float(result.mip_dual_bound) * self.unit + self.floor
+            if result.x is None:
+                break
+            picked = {name: index for (name, index), value in zip(self.pairs, result.x, strict=True) if value > 0.5}
+            if self.fits(picked):
+                return picked, bound
+        relaxed = self._solve(1 - 1e-5, seconds=SECONDS, whole=False)
+        if relaxed.x is not None and self.fits(rounded := self._rounded(relaxed.x)):
+            return rounded, bound
+        raise MuntinError(NOTHING)
+
+    def _solve(self, room: float, *, seconds: float, whole: bool = True) -> Any:
+        limits = LinearConstraint(vstack([self.one_each, self.shares]), *self._ends(room))
+        with without_standard_output():
+            return milp(
+                self.cost_N,
+                integrality=np.full(len(self.pairs), int(whole)),
+                bounds=Bounds(0, 1),
+                constraints=[limits],
+                options={"time_limit": seconds, "mip_rel_gap": 0.0},
+            )
+
+    def _ends(self, room: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        ones = np.ones(self.one_each.shape[0])
+        return np.append(ones, np.full(len(self.rooms), -np.inf)), np.append(ones, np.full(len(self.rooms), room))
+
+    def fits(self, picked: Mapping[str, int]) -> bool:
+        """Return True if options are within all limits."""
+        sums = [math.fsum(used[pair] for pair in picked.items()) for used in self.excess]
+        return len(picked) == self.one_each.shape[0] and all(used <= room for used, room in zip(sums, self.rooms, strict=True))
+
+    def _rounded(self, values_N: NDArray[np.float64]) -> dict[str, int]:
+        """Of each layer the option that uses least, of those that have a share."""
+        shares = self.shares.toarray().max(0) if len(self.rooms) else np.zeros(len(self.pairs))
+        order = sorted(range(len(self.pairs)), key=lambda n: -shares[n])
+        return {self.pairs[n][0]: self.pairs[n][1] for n in order if values_N[n] > 1e-6}
 
 
-def _spend_rest(picked: dict[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int, gap: int) -> dict[str, Choice]:
-    """Spend `rest` parameters, fewer than the `gap` to the next optimum."""
-    path, single = dict(picked), dict(picked)
-    spent = 0
-    while fitting := _steps(path, menus, gap - 1 - spent):
-        name, after = max(fitting, key=lambda step: _gain(path[step[0]], step[1]))
-        spent += after.parameters - path[name].parameters
-        if spent > rest:
-            break
-        path[name] = after
-    if fitting := _steps(picked, menus, rest):
-        name, after = max(fitting, key=lambda step: picked[step[0]].loss - step[1].loss)
-        single[name] = after
-    return min(path, single, key=lambda choices: math.fsum(choice.loss for choice in choices.values()))
-
-
-def _steps(picked: Mapping[str, Choice], menus: Mapping[str, Sequence[Choice]], rest: int) -> list[tuple[str, Choice]]:
-    return [(name, choice) for name, menu in menus.items() for choice in menu if 0 < choice.parameters - picked[name].parameters <= rest]
+@contextmanager
+def without_standard_output() -> Iterator[None]:
+    """Drop standard output during the block: HiGHS 1.12 prints debugging lines there (ERGO-Code/HiGHS#2783), which would mix with a
+    command's JSON."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed: nothing can be printed
+        yield
+        return
+    try:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+        yield
+    finally:
+        ctypes.CDLL(None if os.name == "posix" else "msvcrt").fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from muntin.compression.sparsity.holding import hold_sparsity
+from muntin.compression.sparsity.pattern import hold_sparsity
 from muntin.errors import MuntinError
 from muntin.models.eager import ModelInputs, call, check_module, inputs_of, tensors_of
 from muntin.tasks.base_learning import at_least_float32, mean_divergence

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +61,33 @@ def load_compressed(path: Path | str, model: nn.Module) -> nn.Module:
     """
     check_eager(model)
     folder = Path(path)
-    try:
-        text, weights = (folder / RECORD).read_bytes(), (folder / WEIGHTS).read_bytes()
-        record = SavedRecord.model_validate_json(text)
+    record = saved_record(folder)
+    with _reading(folder):
+        weights = (folder / WEIGHTS).read_bytes()
         tensors = read_tensors(weights)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror or error}: give a folder that muntin.save wrote") from error
-    except (ValidationError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: it is damaged, or of a newer version of muntin: {reason}") from error
     if hashlib.sha256(weights).hexdigest() != record.weights:
         raise CheckpointError(f"{folder}: {WEIGHTS} is not the file that was saved with {RECORD}: save the model again")
     model.eval()
     restore_structure(model, record, tensors)
     _fill(model, tensors, f"{folder}: saved of {record.model}, and this is {type(model).__qualname__}")
     return model.eval()
+
+
+def saved_record(folder: Path) -> SavedRecord:
+    """Read the record of a folder that `save` wrote. Raises `CheckpointError` as `load_compressed` does."""
+    with _reading(folder):
+        return SavedRecord.model_validate_json((folder / RECORD).read_bytes())
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror or error}: give a folder that muntin.save wrote") from error
+    except (ValidationError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: it is damaged, or of a newer version of muntin: {reason}") from error
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor], what: str) -> None:

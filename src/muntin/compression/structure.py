@@ -24,7 +24,7 @@ from muntin.compression.quantization.embeddings import apply_tables, table_struc
 from muntin.compression.quantization.qat import apply_qat, qat_structure
 from muntin.compression.quantization.quantized_layers import apply_integers, integer_structure
 from muntin.compression.rewrite import named
-from muntin.compression.sparsity.holding import apply_patterns, sparse_structure
+from muntin.compression.sparsity.pattern import apply_patterns, sparse_structure
 from muntin.models.compression_record import Structure
 
 

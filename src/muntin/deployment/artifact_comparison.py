@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 
 from muntin.artifact.answers import Task
 from muntin.compression import load_model
-from muntin.compression.stages import broken_off
 from muntin.data import Source
 from muntin.data.source import Samples
 from muntin.deployment.checkpoint_candidate import CheckpointCandidate
 from muntin.deployment.checkpoint_export import SIZE_REASON, export_side
-from muntin.deployment.run_artifacts import RunArtifact, missing_forms, run_artifacts, run_folder, stage_notes
+from muntin.deployment.run_artifacts import RunArtifact, missing_forms, run_artifacts, run_folder
 from muntin.errors import CheckpointError
 from muntin.images.rasters import Raster
 from muntin.models import TorchSession
@@ -42,6 +41,7 @@ from muntin.tasks.scores import PictureAnswers, TaskScores
 from muntin.text import count
 from muntin.training.checkpoint import Checkpoint, source_of
 from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.fitting import broken_off
 
 REFERENCE = "fp32"
 """Name of the row of PyTorch FP32."""
@@ -58,11 +58,12 @@ Announce = Callable[[str], None]
 class ArtifactComparison:
     """Result of `compare_artifacts`, by the names of the rows.
 
-    `record`: plain values, `ArtifactsRecord` of `muntin.reporting`. `tests`: evaluations on the test split, of the reference too. `labels`:
-    of one artefact, for each test sample; of restore the pictures. `seconds`: of the evaluations.
+    `record`: plain values, `ArtifactsRecord` of `muntin.reporting`. `taken`: the artefact to take. `tests`: evaluations on the test split,
+    of the reference too. `labels`: of the artefact to take, for each test sample; of restore the pictures. `seconds`: of the evaluations.
     """
 
     record: dict[str, Any]
+    taken: RunArtifact
     sessions: dict[str, Session]
     tests: dict[str, TaskScores]
     labels: PictureAnswers
@@ -73,7 +74,7 @@ class ArtifactComparison:
 def compare_run(checkpoint: Checkpoint, *, rounds: int = ROUNDS, stage: Announce = lambda name: None) -> dict[str, Any]:
     """Compare all artefacts that lie in a run's folder. Returns plain values: the rows, the missing forms, and notes.
 
-    Raises `CheckpointError` for a run without an artefact, and for the checkpoint of a stage.
+    Raises `CheckpointError` for a run without an artefact, and for the checkpoint of a compressed model.
     """
     artifacts, notes = run_artifacts(checkpoint)
     missing = missing_forms(checkpoint, artifacts)
@@ -91,7 +92,7 @@ def compare_run(checkpoint: Checkpoint, *, rounds: int = ROUNDS, stage: Announce
         "task": checkpoint.recipe.task,
         "artifacts": compared.record,
         "missing": [asdict(entry) for entry in missing],
-        "notes": [*broken_off(checkpoint), *notes, *stage_notes(checkpoint), *compared.notes, *source.notes],
+        "notes": [*broken_off(checkpoint), *notes, *compared.notes, *source.notes],
     }
 
 
@@ -103,17 +104,18 @@ def compare_artifacts(
     *,
     rounds: int = ROUNDS,
     memory: bool = False,
-    keep: str | None = None,
     stage: Announce = lambda name: None,
 ) -> ArtifactComparison:
     """Measure artefacts in OpenVINO beside the reference, PyTorch FP32 of the run's checkpoint, and choose one by `rule`.
 
-    `memory`: also open each candidate in a process of its own, and measure its peak. `keep`: the artefact whose test labels are returned.
+    `memory`: also open each candidate in a process of its own, and measure its peak. The test split is read when the artefact is chosen.
     Costs a prediction of both splits for each candidate, and `rounds` timed calls.
     """
     opened = {entry.name: load(entry.artifact.path) for entry in artifacts}
     sessions: dict[str, Predictor] = {REFERENCE: reference, **opened}
-    scored = _score(sessions, source, tile=tile_of(checkpoint.recipe.data.crop), keep=keep, stage=stage)
+    tile = tile_of(checkpoint.recipe.data.crop)
+    scored = _Scored(validation={}, tests={}, same={}, labels=[], seconds={})
+    scored.validate(sessions, source.split("validation"), tile=tile, stage=stage)
     side, threads = _common_side(export_side(checkpoint.recipe), opened.values()), next(iter(opened.values())).threads
     engines = {REFERENCE: f"PyTorch {torch.__version__} eager FP32, {count(threads, 'thread')}"}
     engines |= {entry.name: engine_words(entry, opened[entry.name]) for entry in artifacts}
@@ -126,23 +128,31 @@ def compare_artifacts(
         REFERENCE: (checkpoint.path, checkpoint.bytes),
         **{entry.name: (entry.artifact.path, entry.artifact.bytes) for entry in artifacts},
     }
-    rows, score_format = [], checkpoint.recipe.answer.score
-    for timed in latency["rows"]:
-        name = timed["name"]
-        path, nbytes = files[name]
+    score_format = checkpoint.recipe.answer.score
+    known = {
+        timed["name"]: {"validation": scored.validation[timed["name"]], "bytes": files[timed["name"]][1], **timed}
+        for timed in latency["rows"]
+    }  # fmt: skip
+    take = choose([row for name, row in known.items() if name != REFERENCE], score_format.margin)["name"]
+    scored.test(sessions, source.split("test"), tile=tile, keep=take, stage=stage)
+    rows = []
+    for name, row in known.items():
+        path, _ = files[name]
         stage(f"memory of {name}")
         peak = _peak_mib(path, threads=threads, side=side, reference=name == REFERENCE) if memory else None
-        rows.append({"name": name, "path": str(path), **scored.scores[name], "bytes": nbytes, **timed, "peak_mib": peak})
+        found = {"test": scored.tests[name].score, "same_labels": scored.same[name], "peak_mib": peak}
+        rows.append({"name": name, "path": str(path), **row, **found})
     return ArtifactComparison(
         record={
             **{key: latency[key] for key in ("height", "width", "rounds")},
             "size_reason": SIZE_REASON if side == export_side(checkpoint.recipe) else f"nearest to {SIZE_REASON} that the artefacts take",
             "samples": {name: len(source.split(name)) for name in ("validation", "test")},
             "rows": rows,
-            "take": choose([row for row in rows if row["name"] != REFERENCE], score_format.margin)["name"],
+            "take": take,
             "rule": rule(score_format.margin, score_format.unit),
             "others": watch.others,
         },
+        taken=next(entry for entry in artifacts if entry.name == take),
         sessions=opened,
         tests=scored.tests,
         labels=scored.labels,
@@ -160,32 +170,33 @@ def _common_side(side: int, sessions: Iterable[Session]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Scored:
-    """Evaluations by name. `scores`: the columns of each row. `labels`: of the session that `keep` names, for each test sample."""
+    """Evaluations by name. `same`: share of labels that equal those of the first session, the reference. `labels`: of the kept one."""
 
-    scores: dict[str, dict[str, float]]
+    validation: dict[str, float]
     tests: dict[str, TaskScores]
+    same: dict[str, float]
     labels: PictureAnswers
     seconds: dict[str, float]
 
+    def validate(self, sessions: Mapping[str, Predictor], samples: Samples, *, tile: int, stage: Announce) -> None:
+        for name, session in sessions.items():
+            stage(f"validate {name}")
+            started = perf_counter()
+            self.validation[name] = evaluate(session, samples, tile=tile, similarity=False).score
+            self.seconds[f"evaluate {name}"] = perf_counter() - started
 
-def _score(sessions: Mapping[str, Predictor], source: Source, *, tile: int, keep: str | None, stage: Announce) -> _Scored:
-    """Evaluate sessions on both splits. Compares labels with those of the first session, the reference."""
-    validation, test = source.split("validation"), source.split("test")
-    scored = _Scored(scores={}, tests={}, labels=[], seconds={})
-    reference_labels: PictureAnswers = []
-    for name, session in sessions.items():
-        stage(f"evaluate {name}")
-        started = perf_counter()
-        labels: PictureAnswers = []
-        scored.tests[name] = evaluate(session, test, tile=tile, answers=labels)
-        reference_labels = reference_labels or labels
-        if name == keep:
-            scored.labels.extend(labels)
-        validated = evaluate(session, validation, tile=tile)
-        same = equal_labels(test, reference_labels, labels, session.signature.task)
-        scored.scores[name] = {"validation": validated.score, "test": scored.tests[name].score, "same_labels": same}
-        scored.seconds[f"evaluate {name}"] = perf_counter() - started
-    return scored
+    def test(self, sessions: Mapping[str, Predictor], samples: Samples, *, tile: int, keep: str, stage: Announce) -> None:
+        reference: PictureAnswers = []
+        for name, session in sessions.items():
+            stage(f"evaluate {name}")
+            started = perf_counter()
+            labels: PictureAnswers = []
+            self.tests[name] = evaluate(session, samples, tile=tile, answers=labels)
+            reference = reference or labels
+            if name == keep:
+                self.labels.extend(labels)
+            self.same[name] = equal_labels(samples, reference, labels, session.signature.task)
+            self.seconds[f"evaluate {name}"] += perf_counter() - started
 
 
 def rule(margin: float, unit: str = "") -> str:

@@ -13,7 +13,6 @@ from muntin.compression import freeze, load_model
 from muntin.deployment.export import export
 from muntin.deployment.sizes.requested import parse_sizes, usual_sizes
 from muntin.errors import ArtifactError, ExportError, RecipeError
-from muntin.models.compression_record import Stage
 from muntin.tasks.classes import relabel_artifact
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.evaluation import tile_of
@@ -44,7 +43,7 @@ def quantized_by(checkpoint: Checkpoint, overrides: Iterable[str]) -> Checkpoint
     if other is not None:
         raise RecipeError(f"'{other}': the model is trained already; only quantization.KEY=VALUE can be set here")
     if overrides and checkpoint.quantized:
-        raise RecipeError(f"{checkpoint.path} was quantised by `muntin compress`: set compression.KEY=VALUE there")
+        raise RecipeError(f"{checkpoint.path} was quantised by `muntin compress`: its --set changes how")
     recipe = override_recipe(checkpoint.recipe, overrides)
     return replace(checkpoint, state=checkpoint.state.model_copy(update={"recipe": recipe}))
 
@@ -62,7 +61,7 @@ def export_checkpoint(
     if not integer and checkpoint.quantized:
         raise ExportError(
             f"{checkpoint.path} is quantised already and has no float form: leave out --float (integer=False), or export the checkpoint of "
-            "`muntin fit` or of the low-rank stage"
+            "`muntin fit`"
         )
     text = sizes or usual_sizes(checkpoint.recipe.task)
     requested = parse_sizes(text)
@@ -106,19 +105,12 @@ def other_artifact(checkpoint: Checkpoint, path: Path, *, integer: bool = True) 
     origin = manifest.measured.get("origin")
     if origin == _origin_of(checkpoint, integer):
         return None
-    stage = compressed_stage(manifest) or "plain"
+    kind = "compressed" if {"qat", "low_rank"} & {entry.get("pass") for entry in manifest.passes} else "plain"
     numbers = "INT8" if any(layer.activation_bits == 8 for layer in manifest.layers) else "float"
     weights = origin_weights(manifest)
     own = weights == checkpoint.state.weights
     source = "these weights" if own else f"weights {weights[:8]}" if weights else "weights not recorded"
-    return f"{stage} {numbers} of {source}, exported {manifest.created}"
-
-
-def compressed_stage(manifest: Manifest) -> Stage | None:
-    """Return the last stage of `muntin compress` in an artefact; None for a model that was not compressed."""
-    passes = {entry.get("pass") for entry in manifest.passes}
-    stages: dict[str, Stage] = {"mix": "mixed", "qat": "w4a8", "low_rank": "low-rank"}
-    return next((stage for pass_, stage in stages.items() if pass_ in passes), None)
+    return f"{kind} {numbers} of {source}, exported {manifest.created}"
 
 
 def origin_weights(manifest: Manifest) -> str | None:

@@ -1,7 +1,7 @@
 """The report of a run: scores, sizes and latencies of every step and every deployed artefact on one test split.
 
-    checkpoint -> FP32 score -> score of each compression stage
-               -> export -> scores of the artefacts in their runtime, agreement, latency -> pictures
+    checkpoint -> FP32 score
+               -> artefacts -> validation scores, latency -> the artefact to take -> test scores, agreement, pictures
 
 Nothing is chosen by the test split.
 """
@@ -17,46 +17,45 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from muntin.artifact import Artifact, Signature, check_target
-from muntin.compression import freeze, load_model
-from muntin.compression.stages import broken_off
+from muntin.compression import load_model
+from muntin.compression.saving import saved_record
 from muntin.data import EarthSource, Samples
 from muntin.data.source import SPLITS
 from muntin.deployment.artifact_comparison import (
     REFERENCE,
     ROUNDS,
     Announce,
-    ArtifactComparison,
     compare_artifacts,
     engine_words,
-    equal_labels,
     middle_window,
 )
-from muntin.deployment.checkpoint_export import export_checkpoint, export_side
+from muntin.deployment.checkpoint_export import export_checkpoint, export_side, origin_weights
 from muntin.deployment.counting import image_macs, parameter_count, stored_bytes
 from muntin.deployment.layer_rows import deployed_sizes, layer_rows, rank_rows
 from muntin.deployment.pictures import write_picture
 from muntin.deployment.run_artifacts import (
+    COMPRESSED,
+    INT8,
     RunArtifact,
     artifact_place,
-    budget_record,
+    check_trained,
     existing_place,
-    finished_stages,
     run_artifacts,
-    stage_notes,
+    search_record,
 )
-from muntin.errors import CheckpointError, VerificationError
+from muntin.errors import VerificationError
 from muntin.models import TorchSession
-from muntin.models.compression_record import Stage
 from muntin.runtime import Session, describe_hardware, verify
 from muntin.tasks.learning import LEARNING
 from muntin.tasks.scores import Judging, PictureAnswers, TaskScores
 from muntin.text import count, plain
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.distributed.ranks import ALONE
-from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.evaluation import tile_of
+from muntin.training.fitting import broken_off
 from muntin.training.recipe import recipe_text
 
 NAMES_SHOWN = 200
@@ -66,17 +65,15 @@ PICTURE_SIDE = 512
 
 
 def compare(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Export a run's checkpoint, measure all its artefacts, and return the report as plain values (see `muntin.reporting`).
+    """Measure all artefacts of a run's checkpoint, and return the report as plain values (see `muntin.reporting`).
 
-    The report describes the artefact of the last stage of `muntin compress`, if all are finished, otherwise plain INT8 with a note why.
-    Beside it stands plain INT8, and every other artefact of these weights in the run's folder (`compare_artifacts`). An artefact that is
-    missing is exported into `directory/artifact`, or into `artifact-FORM` where another one is at that place. Writes the pictures into
-    `directory`. Costs a prediction of the test split for each step in PyTorch, one of two splits for each artefact, one or two exports, and
-    `rounds` timed calls. Raises `VerificationError` where an exported artefact does not compute what was recorded, and `CheckpointError`
-    for the checkpoint of a stage.
+    The report describes the artefact to take (`compare_artifacts`), of all of these weights in the run's folder and `directory`. Without
+    an INT8 artefact, one is exported into `directory/artifact`, or into `artifact-int8` where another one is at that place. Writes the
+    pictures into `directory`. Costs a prediction of two splits for each artefact and for PyTorch, at most one export, and `rounds` timed
+    calls. Raises `VerificationError` where the artefact to take does not compute what was recorded, and `CheckpointError` for the
+    checkpoint of a compressed model.
     """
-    if checkpoint.state.compression is not None:
-        raise CheckpointError(f"{checkpoint.path} holds a compressed model: give the checkpoint of `muntin fit` that it was made from")
+    check_trained(checkpoint)
     return _Comparison(checkpoint, directory, stage).run(rounds)
 
 
@@ -88,72 +85,61 @@ class _Comparison:
         self.test = self.source.split("test")
         self.signature: Signature = checkpoint.signature
         self.tile = tile_of(self.recipe.data.crop)
-        self.stages = finished_stages(checkpoint)
         self.seconds = {"train": checkpoint.state.seconds}
         self.notes: list[str] = []
         self.side = export_side(self.recipe)
 
     def run(self, rounds: int) -> dict[str, Any]:
-        last = self.stages.get("mixed", self.checkpoint)
-        targets = self._targets(last)
-        for target in targets.values():
-            check_target(target)  # before the long work
+        entries = self._artifacts()
         model = load_model(self.checkpoint)
-        reference = TorchSession(model, self.signature)
         self.probe = torch.from_numpy(middle_window(self.test[0].image, self.side)).permute(2, 0, 1)[None]
-        calibration = calibration_of(self.checkpoint, self.source)
-        subject, compared = self._deployed(last, targets, reference, rounds)
+        reference = TorchSession(model, self.signature)
+        compared = compare_artifacts(self.checkpoint, entries, self.source, reference, rounds=rounds, stage=self.stage)
+        self.seconds |= compared.seconds
+        self.notes += compared.notes
+        subject = compared.taken
         artifact, session = subject.artifact, compared.sessions[subject.name]
+        self._verify(artifact)
         rows = {row["name"]: row for row in compared.record["rows"]}
         fp32 = self._row("fp32", "PyTorch FP32", compared.tests[REFERENCE], self._sizes(model, bytes=self.checkpoint.bytes))
-        steps, agreement = [fp32 | {"latency_ms": rows[REFERENCE]["median_ms"]}], rows[subject.name]["same_labels"]
-        for name, stage in self.stages.items():
-            step, labels = self._stage_step(name, stage, calibration)
-            steps.append(step)
-            agreement = equal_labels(self.test, labels, compared.labels, self.recipe.task)
-        self.seconds |= {f"train {name}": stage.state.seconds for name, stage in self.stages.items()}
-        deployed = self._row("deployed", engine_words(subject, session), compared.tests[subject.name], deployed_sizes(artifact))
-        steps.append(deployed | {"latency_ms": rows[subject.name]["median_ms"]})
-        record = last.state.compression
+        steps = [fp32 | {"latency_ms": rows[REFERENCE]["median_ms"]}]
+        plain = [entry for entry in entries if entry.form == INT8 and subject.form == COMPRESSED]
+        for name, entry in [*((entry.name, entry) for entry in plain), ("deployed", subject)]:
+            words = engine_words(entry, compared.sessions[entry.name])
+            step = self._row(name, words, compared.tests[entry.name], deployed_sizes(entry.artifact))
+            steps.append(step | {"latency_ms": rows[entry.name]["median_ms"]})
+        calibration = calibration_of(self.checkpoint, self.source)
         return {
             **self._about(artifact),
             **compared.tests[subject.name].report(self.signature.scale),
             "steps": steps,
-            "artifacts": compared.record | {"described": subject.name},
+            "artifacts": compared.record,
             "latency": self._latency(compared.record, subject.name) | {"others": compared.record["others"]},
-            "agreement": agreement,
-            "ranks": rank_rows(model, last.changes, record.widths) if self.stages and record is not None else [],
+            "agreement": rows[subject.name]["same_labels"],
+            "ranks": self._ranks(model, artifact) if subject.form == COMPRESSED else [],
             "layers": layer_rows(artifact, session, calibration[:2]),
             "counted": list((artifact.manifest.shape or self.probe.shape[1:])[1:]),
             "pictures": self._pictures(session, compared.labels),
-            "search": budget_record(self.checkpoint),
+            "search": search_record(self.checkpoint),
             "splits": {name: _split_record(self.source.split(name)) for name in SPLITS},
             "seconds": self.seconds,
         }
 
-    def _targets(self, last: Checkpoint) -> dict[Path, Path]:
-        """Return the folders of the artefacts of the last stage and of plain INT8, by checkpoint: where they lie, or shall be written."""
+    def _artifacts(self) -> list[RunArtifact]:
+        """Return the artefacts of the run; one in INT8 is exported if there is none, or if it is of another version of muntin."""
         existing, _ = run_artifacts(self.checkpoint, self.directory)
-        targets: dict[Path, Path] = {}
-        for form in (last, self.checkpoint):
-            place = artifact_place(form, self.directory, taken=targets.values())
-            targets.setdefault(form.path, existing_place(form, existing) or place)
-        return targets
-
-    def _deployed(
-        self, last: Checkpoint, targets: dict[Path, Path], reference: TorchSession, rounds: int
-    ) -> tuple[RunArtifact, ArtifactComparison]:
-        """Export what is missing, and measure all artefacts. Returns the artefact that the report describes, and the measurements."""
-        artifacts = []
-        for form in (self.checkpoint, last) if self.stages else (last,):
-            artifacts.append(self._timed("export", partial(export_checkpoint, form, targets[form.path])))
-            self._verify(artifacts[-1])
+        place = existing_place(self.checkpoint, existing) or artifact_place(self.checkpoint, self.directory)
+        if not any(entry.form == INT8 and origin_weights(entry.artifact.manifest) is None for entry in existing):  # none of a search
+            check_target(place)
+            self._timed("export", partial(export_checkpoint, self.checkpoint, place))
         entries, notes = run_artifacts(self.checkpoint, self.directory)
-        subject = next(entry for entry in entries if entry.artifact.manifest.files == artifacts[-1].manifest.files)
-        compared = compare_artifacts(self.checkpoint, entries, self.source, reference, rounds=rounds, keep=subject.name, stage=self.stage)
-        self.seconds |= compared.seconds
-        self.notes += [*notes, *compared.notes]
-        return subject, compared
+        self.notes += notes
+        return entries
+
+    def _ranks(self, model: nn.Module, artifact: Artifact) -> list[dict[str, Any]]:
+        """Return the ranks of a trial's layers; none for a pruned model, whose layers have other sizes."""
+        record = saved_record(artifact.path.parent / "model")
+        return [] if record.pruning is not None else rank_rows(model, record.changes, record.widths)
 
     def _latency(self, record: dict[str, Any], subject: str) -> dict[str, Any]:
         """Return the timings of all artefacts, the one that the report describes last, named as its step."""
@@ -162,26 +148,12 @@ class _Comparison:
         timed[-1]["name"] = "deployed"
         return {key: record[key] for key in ("height", "width", "rounds")} | {"rows": timed}
 
-    def _stage_step(self, name: Stage, stage: Checkpoint, calibration: list[Tensor]) -> tuple[dict[str, Any], PictureAnswers]:
-        model = load_model(stage)
-        if name == "low-rank":
-            return self._step(name, "PyTorch FP32", model, bytes=stage.bytes)
-        freeze(model, calibration)
-        return self._step(name, "PyTorch FP32, simulated integers", model, bytes=None)
-
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         self.stage(name)
         started = perf_counter()
         result = work()
         self.seconds[name] = self.seconds.get(name, 0.0) + perf_counter() - started
         return result
-
-    def _step(self, name: str, engine: str, model: nn.Module, *, bytes: int | None) -> tuple[dict[str, Any], PictureAnswers]:
-        """Return the row of a step in PyTorch, and its labels of each test sample."""
-        session = TorchSession(model, self.signature)
-        labels: PictureAnswers = []
-        result = self._timed(f"evaluate {name}", lambda: evaluate(session, self.test, tile=self.tile, answers=labels))
-        return self._row(name, engine, result, self._sizes(model, bytes=bytes)), labels
 
     def _sizes(self, model: nn.Module, *, bytes: int | None) -> dict[str, Any]:
         """Return the columns of a model in PyTorch: parameters, bytes of its weights, and multiply-adds."""
@@ -199,7 +171,7 @@ class _Comparison:
 
     def _about(self, artifact: Artifact) -> dict[str, Any]:
         state, layers = self.checkpoint.state, artifact.manifest.layers
-        kept = [f"{layer.name} stays in 16 bits: {layer.note}" for layer in layers if layer.note and not self.stages]
+        kept = [f"{layer.name} stays in 16 bits: {layer.note}" for layer in layers if layer.note]
         return {
             "format": 1,
             "title": self.recipe.name,
@@ -214,7 +186,6 @@ class _Comparison:
                 f"Trained in {state.precision}; scores are of the test split, which nothing was chosen by.",
                 *broken_off(self.checkpoint),
                 *self._weights_note(),
-                *(f"Plain INT8: {note}" for note in stage_notes(self.checkpoint)),
                 *kept,
                 *self.notes,
                 *self.source.notes,

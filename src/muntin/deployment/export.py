@@ -22,7 +22,7 @@ from muntin.compression import Change, QuantizedConv2d, QuantizedLinear
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.sparsity.holding import check_held
+from muntin.compression.sparsity.pattern import check_held
 from muntin.deployment.capture.model_contract import (
     SizeError,
     answer_to,

@@ -14,7 +14,7 @@ from muntin.compression import fold, remove_closed_channels
 from muntin.compression.calibration import calibration_list
 from muntin.compression.history import history
 from muntin.compression.quantization.qat import check_frozen
-from muntin.compression.sparsity.holding import check_held
+from muntin.compression.sparsity.pattern import check_held
 from muntin.deployment.capture.named_graph import Axes, NamedModel, NamedTensors, answer, as_arrays, check_call, to_named_onnx, usual_axes
 from muntin.deployment.capture.trained_grids import take_grids
 from muntin.deployment.quantization_changes import pass_entry, reasons_of

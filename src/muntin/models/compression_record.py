@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_serializer, model_validator
 
-Stage = Literal["low-rank", "w4a8", "mixed"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-"""The stages of compression, in order."""
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
@@ -37,18 +34,6 @@ class Change:
     def kept(self) -> bool:
         """True if the pass left the layer as it was."""
         return self.done == "kept"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sensitivity:
-    """Gains of one layer with more bits: reductions of the distance of the answer to the teacher's."""
-
-    bits: int
-    """Weight bits of the layer at the time of the measurement."""
-    weights: int
-    """Number of weights."""
-    gains: dict[int, float] = field(default_factory=dict)
-    """By number of bits: the reduction, as a share of the distance. May be negative."""
 
 
 class OperationRecord(BaseModel):
@@ -152,7 +137,7 @@ class Structure(BaseModel):
     tables: dict[str, TableRecord] = {}
     """Embeddings of integers."""
     sparsity: dict[str, str] = {}
-    """Layers with a pattern of zeros: "2:4", "block:4x4:0.5"."""
+    """Layers with a pattern of zeros: "2:4"."""
     changes: tuple[Change, ...]
     """Changes of all passes."""
 
@@ -163,21 +148,12 @@ class Structure(BaseModel):
 
 
 class CompressionRecord(Structure):
-    """The structure of a checkpoint's model, made of a recipe's by the stages of compression."""
+    """The structure of a checkpoint's model, which `muntin compress` made of a run's."""
 
-    stage: Stage
-    """The stage that trained the checkpoint."""
     origin: str
     """sha256 of the averaged weights that compression started from."""
-    notes: tuple[str, ...] = ()
-    """Notes for the user: reasons why the result is less certain."""
-    sensitivity: dict[str, Sensitivity] = {}
-    """Measured by the stage `w4a8`, empty elsewhere."""
-
-    @property
-    def quantized(self) -> bool:
-        """True from the stage `w4a8` on, even if `keep` names all layers."""
-        return self.stage != "low-rank"
+    steps: PositiveInt
+    """Steps of the run's training."""
 
 
 class SavedRecord(Structure):

@@ -119,11 +119,9 @@ def panes(report: Report) -> list[Pane]:
         changes.append(
             Pane(label=f"Over {name}", figure=text.with_minus(f"{gain:+.2f} dB"), detail=_over_baseline(report.baseline, end.miou))
         )
-    row = report.recommended
-    agreement = report.agreement if row is None else row.same_labels
-    if agreement is not None:
-        other = "the step before" if row is None else "the first model"
-        changes.append(Pane(label="Agreement", figure=text.percent(agreement, 2), detail=f"of {metric.same} equal to those of {other}"))
+    if report.agreement is not None:
+        figure = text.percent(report.agreement, 2)
+        changes.append(Pane(label="Agreement", figure=figure, detail=f"of {metric.same} equal to those of the first model"))
     return changes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -99,8 +99,7 @@ class ArtifactRow(Record):
 class ArtifactsRecord(TimingsRecord):
     """The deployed artefacts of a run after the FP32 model, measured together at one size, which was chosen for the `size_reason`.
 
-    `take`: the name of the one to take, chosen by the `rule`, in which the test score has no part. `samples`: of each split. `described`:
-    the one that a report's headline and layers describe.
+    `take`: the name of the one to take, chosen by the `rule`, in which the test score has no part. `samples`: of each split.
     """
 
     size_reason: Text
@@ -108,15 +107,13 @@ class ArtifactsRecord(TimingsRecord):
     rows: Annotated[tuple[ArtifactRow, ...], Field(min_length=2)]
     take: Text
     rule: Text
-    described: str | None = None
 
     @model_validator(mode="after")
     def _named(self) -> Self:
         names = [row.name for row in self.rows]
         check_unique("artifacts.rows", names)
-        for key, name in (("take", self.take), ("described", self.described)):
-            if name is not None and name not in names[1:]:
-                raise ValueError(f"artifacts.{key} is {name!r}; the artefacts are {names[1:]}")
+        if self.take not in names[1:]:
+            raise ValueError(f"artifacts.take is {self.take!r}; the artefacts are {names[1:]}")
         return self
 
 
@@ -251,14 +248,6 @@ class SplitRecord(Record):
     names: tuple[Text, ...] = ()
 
 
-class HeadlineFigures(NamedTuple):
-    """Figures of the first model or of the one that the headline is about: bytes and milliseconds, if measured, and the metric."""
-
-    bytes: int | None
-    latency_ms: float | None
-    miou: float
-
-
 class Report(Record):
     """A whole report. The first step is the FP32 model, which `ranks` describe; the last is the deployed model, which `layers` describe.
 
@@ -297,20 +286,9 @@ class Report(Record):
         return self.latency is not None and self.latency.disturbed
 
     @property
-    def recommended(self) -> ArtifactRow | None:
-        """Return the artefact to take if the steps describe another one; None otherwise."""
-        record = self.artifacts
-        if record is None or record.described in (None, record.take):
-            return None
-        return next(row for row in record.rows if row.name == record.take)
-
-    @property
-    def ends(self) -> tuple[HeadlineFigures, ...]:
-        """Return the figures of the first model, and of the one that the headline is about: the artefact to take, or the last step."""
-        if (row := self.recommended) is not None and self.artifacts is not None:
-            return tuple(HeadlineFigures(one.bytes, one.median_ms, one.test) for one in (self.artifacts.rows[0], row))
-        steps = (self.steps[0], self.steps[-1]) if len(self.steps) > 1 else self.steps
-        return tuple(HeadlineFigures(step.bytes, step.latency_ms, step.miou) for step in steps)
+    def ends(self) -> tuple[StepRecord, ...]:
+        """The steps of the headline: the first and the last."""
+        return (self.steps[0], self.steps[-1]) if len(self.steps) > 1 else self.steps
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -176,7 +176,7 @@ def disturbance(report: Report) -> str:
 
 
 def headline(report: Report) -> str:
-    """Return the report in one sentence, about its first model and the one to take (`Report.ends`)."""
+    """Return the report in one sentence, about its first model and the deployed one."""
     parts, closing = headline_parts(report)
     return f"{', '.join(parts)}: {closing}" if closing else ", ".join(parts)
 

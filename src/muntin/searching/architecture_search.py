@@ -16,7 +16,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from muntin.errors import RecipeError
 from muntin.models import PRESETS, ModelConfig
 from muntin.models.create import preset_config
 from muntin.searching.cost import layer_macs, parameters_of
-from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, with_latencies
+from muntin.searching.finalists import Finalist, rank_correlation, spread, train_finalist, unbeaten, with_latencies
 from muntin.searching.plan import SearchPlan, candidate_seconds
 from muntin.searching.point_recipe import NETWORKS, commands, network_recipe, place_name, write_recipes
 from muntin.searching.preparation import base_config, check_data, check_gates, check_model
@@ -90,7 +90,7 @@ class ArchitectureSearch:
 
     def command(self, point: StudyPoint) -> str:
         """The commands that train and export a point of the front by its recipe, `networks/NNN.yaml`."""
-        return commands(self.folder / NETWORKS, place_name(point), point.architecture)
+        return commands(self.folder / NETWORKS, place_name(point))
 
 
 def search_architectures(
@@ -181,10 +181,20 @@ class _Search:
         )  # fmt: skip
 
     def _step_seconds(self) -> float:
-        """Seconds of a training step of the recipe's own network."""
-        recipe = self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update={"steps": TIMED_STEPS})})
+        """Seconds of a training step of the recipe's own network. Raises KeyboardInterrupt after Ctrl-C."""
+        limits = {"steps": TIMED_STEPS, "validate_every": TIMED_STEPS}
+        recipe = self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=limits)})
+        ends: list[float] = []
+
+        def note_end(progress: FitProgress) -> None:
+            if progress.kind == "step":
+                ends.append(time.perf_counter())
+
         with tempfile.TemporaryDirectory() as folder:
-            return fit(recipe, directory=Path(folder) / "run", root=self.root, progress=False).seconds / TIMED_STEPS
+            result = fit(recipe, directory=Path(folder) / "run", root=self.root, progress=note_end)
+        if result.interrupted or result.stop_requested:
+            raise KeyboardInterrupt
+        return ends[-1] - ends[-2]
 
     @property
     def _network_count(self) -> int:
@@ -209,24 +219,26 @@ class _Search:
 
     def run(self) -> ArchitectureSearch:
         study = ArchitectureStudy(
-            self.space, self.base, self.folder, begin=self._begin(), rungs=len(RUNGS), seed=self.recipe.seed,
+            self.space, self.base, self.folder, begin=[*self._known().values()], rungs=len(RUNGS), seed=self.recipe.seed,
             sampler=self.settings.sampler,
         )  # fmt: skip
         try:
             self._study(study)
-        except StoppedTrialError:
+            return self._finish(study) if study.front else self._unfinished(study, out_of_time=True)
+        except (StoppedTrialError, KeyboardInterrupt):
             return self._unfinished(study, out_of_time=False)
-        return self._finish(study) if study.front else self._unfinished(study, out_of_time=True)
 
-    def _begin(self) -> list[ModelConfig]:
-        """Networks that are tried first: the recipe's own, and the presets."""
+    def _known(self) -> dict[str, ModelConfig]:
+        """Networks that need no search, by name: the recipe's own, and the presets. They are tried first."""
         own: dict[str, Any] = {
             "task": self.base.task,
             "classes": self.base.classes,
             "channels": self.base.channels,
             "scale": self.base.scale,
         }
-        return [self.base, *(preset_config(name, **own, options={}, encoder=None) for name in PRESETS)]
+        unused = {name: getattr(self.base, name) for name in ("decoder", "fusion", "finest") if self.base.answer.one}
+        presets = {f"the preset {name}": preset_config(name, **own, options=unused, encoder=None) for name in PRESETS}
+        return {"the recipe's own model": self.base, **presets}
 
     def _unfinished(self, study: ArchitectureStudy, *, out_of_time: bool) -> ArchitectureSearch:
         self.out_of_time = out_of_time
@@ -242,11 +254,16 @@ class _Search:
         )  # fmt: skip
         file.scored = scored_before
         study_before, started = file.study_seconds, self.call.used
-        self.report(SearchStage(stage="study", done=scored_before, total=total, front=study.front))
+        shown = SearchStage(stage="study", done=scored_before, total=total, front=study.front)
+        self.report(shown)
+
+        def show_step(progress: FitProgress) -> None:
+            if progress.kind == "step":
+                self.report(replace(shown, text=f", {progress.position}"))
 
         def judge(one: Architecture) -> tuple[Sequence[float], float]:
             cost = trials.cost(one)
-            return trials.score(one, cost, _by_rung(study.points)), cost
+            return trials.score(one, cost, _by_rung(study.points), show_step), cost
 
         while (done := len(study.proposals)) < total and self.call.left() > 0:
             expected = file.study_seconds / done if done else 0.0
@@ -258,11 +275,12 @@ class _Search:
             self._save()
             left = (self.call.used - started) / (file.scored - scored_before) * (total - file.scored)
             left = min(left, self.call.left(STUDY_SHARE))
-            self.report(SearchStage(stage="study", done=file.scored, total=total, left=max(0.0, left), front=study.front))
+            shown = SearchStage(stage="study", done=file.scored, total=total, left=max(0.0, left), front=study.front)
+            self.report(shown)
         if (missing := total - len(study.proposals)) > 0:
             self.notes.append(f"the minutes of the study ended with {missing} of {total} candidates not tried: the same command goes on")
         elif not study.points:
-            raise RecipeError(f"space: none of {total} proposals makes a network: remove choices that exclude each other")
+            raise RecipeError(f"space: none of {total} proposals makes a network; the last one: {study.refusal}")
 
     def _finish(self, study: ArchitectureStudy) -> ArchitectureSearch:
         """Train, deploy and measure the best few and the recipe's own model, which comes last: without time it is left out."""
@@ -274,7 +292,7 @@ class _Search:
         def recipe_of(name: str, one: Architecture) -> Recipe:
             return network_recipe(recipe, one, one.options(self.base), name)
 
-        front = [(recipe_of(place_name(point), point.architecture), point.architecture) for point in study.front]
+        front = [recipe_of(place_name(point), point.architecture) for point in study.front]
         write_recipes(self.folder / NETWORKS, front, root=self.root)
         networks: list[Finalist] = []
         longest = 0.0
@@ -308,6 +326,8 @@ class _Search:
         if not networks:
             return self._result(study, finished=False)
         networks = with_latencies(networks, threads=self.recipe.training.threads)
+        known = {Architecture(config=config).key: name for name, config in self._known().items()}
+        self.notes += unbeaten(networks, known, objective=self.settings.objective)
         result = self._result(study, tuple(sorted(networks, key=lambda network: network.point is not None)), finished=True)
         self._save(results=document(result))
         return result

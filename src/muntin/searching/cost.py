@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from muntin.models import HybridNet, ModelConfig
 from muntin.searching.space import Architecture
 
-DEPLOYED_BITS = 8
-"""Bits of weights where an architecture does not say."""
 _KEPT = 4096
 
 
@@ -24,7 +22,7 @@ _KEPT = 4096
 def layer_counts(config: ModelConfig) -> tuple[tuple[int, int], ...]:
     """Parameters of the layers of a network by the stride of the map that they are applied to; stride 0: once an image."""
     totals: dict[int, int] = {}
-    maps = strides(config)
+    maps = _strides(config)
     with torch.device("meta"):
         network = HybridNet(config)
     for name, parameter in network.named_parameters():
@@ -44,20 +42,18 @@ def layer_macs(config: ModelConfig, resolution: float = 1.0) -> float:
 
 
 def artifact_bytes(architecture: Architecture) -> float:
-    """Bytes of the weights as deployed, a prediction: the graph and the golden pairs of the artefact come on top."""
-    bits = DEPLOYED_BITS if architecture.bits is None else architecture.bits
-    return architecture.rank_share * parameters_of(architecture.config) * bits / 8
+    """Bytes of the weights in 8 bits, a prediction: the graph and the golden pairs of the artefact come on top."""
+    return float(parameters_of(architecture.config))
 
 
 def memory_bytes(architecture: Architecture, side: int) -> float:
-    """Bytes of the weights, with their ranks, and of the activations at the peak, an estimate from shapes: the layer with the largest input
+    """Bytes of the weights and of the activations at the peak, an estimate from shapes: the layer with the largest input
     and output, and the maps that the decoder waits for, for one picture of `side` pixels a side.
 
-    All in 8 bits: OpenVINO expands weights of fewer bits when it loads them.
+    All in 8 bits.
     """
     side = max(1, round(architecture.resolution * side))
-    weights = architecture.rank_share * parameters_of(architecture.config)
-    return weights * DEPLOYED_BITS / 8 + _activations(architecture.config, side)
+    return float(parameters_of(architecture.config) + _activations(architecture.config, side))
 
 
 @lru_cache(maxsize=_KEPT)
@@ -77,12 +73,12 @@ def _activations(config: ModelConfig, side: int) -> int:
             layer.register_forward_hook(watch)
     with torch.no_grad():
         network(image)
-    maps = zip((*config.stem, *config.dims), strides(config), strict=True)
+    maps = zip((*config.stem, *config.dims), _strides(config), strict=True)
     waiting = 0 if config.answer.one else sum(c * (side // s) ** 2 for c, s in maps if s >= config.finest)
     return largest + waiting
 
 
-def strides(config: ModelConfig) -> tuple[int, ...]:
+def _strides(config: ModelConfig) -> tuple[int, ...]:
     """Strides of the maps, from 2 to the coarsest: of the convolutional stages, then of the attention stages."""
     return tuple(2 << index for index in range(len(config.stem) + len(config.dims)))
 
@@ -92,7 +88,7 @@ def _decoder_stride(parts: Sequence[str], config: ModelConfig) -> int:
 
     `parts`: of the layer's name inside the decoder.
     """
-    coarse_first = strides(config)[::-1]
+    coarse_first = _strides(config)[::-1]
     if parts[0] == "context":
         return 0
     if parts[0] == "fuse":

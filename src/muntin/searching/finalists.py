@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from muntin.compression.stages import FOLDER, compress_checkpoint, stage_checkpoints
 from muntin.data import Source
 from muntin.deployment.checkpoint_export import ARTIFACT, export_checkpoint, export_side
 from muntin.runtime import load
 from muntin.runtime.profiling.timing import interleaved_latency
-from muntin.searching.cost import layer_macs, parameters_of
-from muntin.searching.point_recipe import compression_of, last_stage
+from muntin.searching.cost import layer_macs, memory_bytes, parameters_of
 from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
 from muntin.training.checkpoint import checkpoints_in, read_checkpoint
@@ -32,6 +30,8 @@ ENDED_BEFORE = "ended at step "
 """Begins the note of `fit` on a run that it found finished."""
 FEWEST_RANKED = 3
 """Networks below which a rank correlation says nothing."""
+CHEAPER = 1.2
+"""Ratio of costs from which a network counts as cheaper. Scores differ from the margin of the task's score on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,30 +83,20 @@ def train_finalist(
     point: StudyPoint | None = None,
     report: FitReport = lambda progress: None,
 ) -> Finalist | None:
-    """Train a network by a recipe, with ranks or bits of its own by stages of compression, too, or go on with it, and export it in INT8.
+    """Train a network by a recipe, or go on with it, and export it in INT8.
 
     Returns None if the training was interrupted. `folder`: of its run.
     """
     result = fit(recipe, directory=folder, root=root, resume=bool(checkpoints_in(folder / "checkpoints")), progress=report)
     if result.interrupted or result.stop_requested:
         return None
-    checkpoint, notes = read_checkpoint(result.checkpoint), _notes(result, recipe)
-    if (stage := last_stage(architecture)) is not None:
-        compressed = folder / FOLDER
-        run = compress_checkpoint(
-            checkpoint, compressed, config=compression_of(recipe.compression, architecture), until=stage,
-            resume=bool(stage_checkpoints(compressed)), report=lambda stage, progress: report(progress),
-        )  # fmt: skip
-        if run.interrupted or run.stop_requested:
-            return None
-        checkpoint, notes = read_checkpoint(run.checkpoint), (*notes, *run.notes)
-    artifact = export_checkpoint(checkpoint, folder / ARTIFACT)
+    artifact = export_checkpoint(read_checkpoint(result.checkpoint), folder / ARTIFACT)
     with closing(load(artifact.path)) as session:
         score = evaluate(session, source.split("validation"), tile=tile_of(recipe.data.crop), similarity=False).score
     return Finalist(
         name=name, architecture=architecture, point=point, run=folder, artifact=artifact.path, recipe=recipe,
         float_score=float((result.result or result.validation[-1])["score"]), score=score, bytes=artifact.bytes,
-        notes=notes,
+        notes=_notes(result, recipe),
     )  # fmt: skip
 
 
@@ -131,6 +121,29 @@ def with_latencies(networks: Sequence[Finalist], *, threads: int | None = None) 
         timed += [replace(network, ms=latencies[network.name].median_ms) for network in group]
     order = [network.name for network in networks]
     return sorted(timed, key=lambda network: order.index(network.name))
+
+
+def unbeaten(networks: Sequence[Finalist], known: Mapping[str, str], *, objective: str) -> tuple[str, ...]:
+    """Return a note if no other network is better than the presets and the recipe's own model that were trained beside it.
+
+    `known`: their names by `Architecture.key`. Better: a higher score without a higher cost, or a lower cost without a lower score.
+    """
+    beside = [network for network in networks if network.architecture.key in known]
+    if not beside:
+        return ()
+    side, margin = export_side(beside[0].recipe), beside[0].architecture.config.answer.score.margin
+
+    def cost(network: Finalist) -> float:
+        return {"latency": network.ms, "size": network.bytes, "memory": memory_bytes(network.architecture, side)}[objective]
+
+    def better(one: Finalist, other: Finalist) -> bool:
+        gain, ratio = one.score - other.score, cost(other) / cost(one)
+        return (gain >= margin and ratio > 1 / CHEAPER) or (gain > -margin and ratio >= CHEAPER)
+
+    if any(better(one, other) for one in networks if one not in beside for other in beside):
+        return ()
+    names = " or ".join({known[network.architecture.key]: None for network in beside})
+    return (f"no network of the search is better than {names} at its cost: take {names}",)
 
 
 def rank_correlation(networks: Sequence[Finalist]) -> float | None:

@@ -68,4 +68,4 @@ def candidate_seconds(network_s: float, *, scored: int, study_s: float, deployed
     """Seconds of a candidate, the mean and those of the first one, and whether they are rough. `deployed`: candidates are exported."""
     export = ROUGH_EXPORT_S / 2 if deployed else 0.0
     first = network_s * sum(1 / divisor for divisor in RUNGS) + 2 * export
-    return (study_s / scored, first, False) if scored else (network_s * MEAN_SHARE + export, first, True)
+    return (study_s / scored, first, False) if scored and study_s else (network_s * MEAN_SHARE + export, first, True)

@@ -1,8 +1,6 @@
 """The recipe of a point of the front, a file from which `muntin fit` trains the network, and the commands that do it.
 
-    networks/NNN.yaml    all values of the search's recipe, with absolute paths, and the network's own
-
-Ranks and bits are in the section `compression` of the file: `muntin compress` trains them, as it does for the best few of the search.
+networks/NNN.yaml    all values of the search's recipe, with absolute paths, and the network's own
 """
 
 from __future__ import annotations
@@ -13,12 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from muntin.artifact.atomic_files import write_files
-from muntin.compression.stages import FOLDER, stage_folder
-from muntin.models.compression_record import STAGES, Stage
 from muntin.searching.space import Architecture
 from muntin.searching.study import StudyPoint
 from muntin.tasks.folders import FolderPair
-from muntin.training.config import CompressionConfig, LowRankConfig
 from muntin.training.recipe import Recipe, recipe_text
 
 NETWORKS = "networks"
@@ -44,43 +39,18 @@ def recipe_of(recipe: Recipe, architecture: Architecture) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"crop": crop})})
 
 
-def write_recipes(folder: Path, recipes: Iterable[tuple[Recipe, Architecture]], *, root: Path) -> None:
+def write_recipes(folder: Path, recipes: Iterable[Recipe], *, root: Path) -> None:
     """Write the recipes of some networks into `folder`, by their names. `root`: where relative paths of the recipes start."""
-    files = {f"{recipe.name}.yaml": recipe_text(_file_recipe(recipe, one, root)).encode() for recipe, one in recipes}
+    files = {f"{recipe.name}.yaml": recipe_text(recipe.model_copy(update=_absolute(recipe, root))).encode() for recipe in recipes}
     if files:
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, files)
 
 
-def commands(folder: Path, name: str, architecture: Architecture) -> str:
-    """The commands that train and export a network of `write_recipes`, with its ranks and bits if it has any."""
+def commands(folder: Path, name: str) -> str:
+    """The commands that train and export a network of `write_recipes`."""
     run = str(folder / name)
-    steps = [["muntin", "fit", str(folder / f"{name}.yaml"), "-o", run], ["muntin", "export", run]]
-    if (stage := last_stage(architecture)) is not None:
-        steps[1:] = [["muntin", "compress", run, "--until", stage], ["muntin", "export", str(stage_folder(folder / name / FOLDER, stage))]]
-    return " && ".join(map(shlex.join, steps))
-
-
-def last_stage(architecture: Architecture) -> Stage | None:
-    """The last stage of `muntin compress` that an architecture needs."""
-    if architecture.bits is not None:
-        return STAGES[1]
-    return STAGES[0] if architecture.rank_share < 1 else None
-
-
-def _file_recipe(recipe: Recipe, architecture: Architecture, root: Path) -> Recipe:
-    compression = recipe.compression
-    if last_stage(architecture) is not None:
-        compression = compression_of(recipe.compression, architecture)
-    return recipe.model_copy(update={"compression": compression, **_absolute(recipe, root)})
-
-
-def compression_of(config: CompressionConfig, architecture: Architecture) -> CompressionConfig:
-    """The section `compression` of a network with ranks or bits of its own."""
-    share, bits = architecture.rank_share, architecture.bits or config.weight_bits
-    ranks = LowRankConfig(parameters=share) if share < 1 else None  # as candidates are factored
-    changes = {"low_rank": ranks, "weight_bits": bits, "average_bits": max(config.average_bits, bits)}
-    return config.model_copy(update=changes)
+    return " && ".join(map(shlex.join, (["muntin", "fit", str(folder / f"{name}.yaml"), "-o", run], ["muntin", "export", run])))
 
 
 def _absolute(recipe: Recipe, root: Path) -> dict[str, Any]:

@@ -94,6 +94,11 @@ class SearchFile:
     def _continue(self, file: Path) -> None:
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))
+            if earlier["format"] != FORMAT:
+                raise RecipeError(
+                    f"{file}: a search of format {earlier['format']}, by another version of muntin; this one goes on with format {FORMAT}: "
+                    "give another --output"
+                )
             self.seconds, self.reference_ms = float(earlier["seconds"]), float(earlier["reference_ms"])
             self.scored, self.study_seconds = int(earlier["scored"]), float(earlier["study_seconds"])
             before, minutes = int(earlier["settings"]["candidates"]), earlier["settings"]["minutes"]

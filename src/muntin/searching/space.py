@@ -5,8 +5,6 @@
     depths.0: [1, 2, 4]                   one entry of a field, counted from 0; an entry after the last one is appended
     stages: [1, 2]                        how many attention stages are kept
     resolution: [0.75, 1]                 side of the pictures over data.crop; classify only
-    rank_share: [0.6, 1]                  share of the parameters that low rank keeps; 1: not factored
-    bits: [4, 8]                          bits of the weights as deployed
 
 Fields without effect (latents without latent heads, the decoder of a classifier) have the base's value, so that two choices that make the
 same network are one architecture.
@@ -38,9 +36,9 @@ FIELDS = (
 )  # fmt: skip
 """Fields of ModelConfig that may be searched. `head_dim` is the unit of widths, and the others are the task's."""
 SEQUENCES = ("stem", "pairs", "dims", "depths")
-RANGES: dict[str, tuple[float, float]] = {"stages": (1, 8), "resolution": (0.25, 1), "rank_share": (0.1, 1), "bits": (2, 8)}
+RANGES: dict[str, tuple[float, float]] = {"stages": (1, 8), "resolution": (0.25, 1)}
 """Choices beside the fields of ModelConfig, with their least and greatest value."""
-WHOLE = ("stages", "bits")
+WHOLE = ("stages",)
 WHOLE_FIELDS = ("window", "latents", "decoder", "finest")
 EXHAUSTIVE = 2000
 """Most combinations that are all tried when a space is checked; of more, `SAMPLES` are drawn."""
@@ -53,18 +51,15 @@ class UnbuildableError(RecipeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One point of a space: a network and its deployed form. `bits` None: not chosen, so deployed in 8 and scored in floats."""
+    """One point of a space: a network, and the side of its pictures over the recipe's."""
 
     config: ModelConfig
     resolution: float = 1.0
-    rank_share: float = 1.0
-    bits: int | None = None
 
     @property
     def key(self) -> str:
         """The same text for the same architecture."""
-        own = {"resolution": self.resolution, "rank_share": self.rank_share, "bits": self.bits}
-        return json.dumps({**self.config.model_dump(mode="json"), **own}, sort_keys=True)
+        return json.dumps({**self.config.model_dump(mode="json"), "resolution": self.resolution}, sort_keys=True)
 
     def options(self, base: ModelConfig) -> dict[str, Any]:
         """Fields of the configuration that differ from those of `base`, as plain values."""
@@ -116,22 +111,20 @@ class Space(BaseModel):
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise UnbuildableError(f"{where}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")) from error
-        resolution, share, bits = chosen.get("resolution", 1.0), chosen.get("rank_share", 1.0), chosen.get("bits")
-        assert not isinstance(resolution, str | tuple) and not isinstance(share, str | tuple) and not isinstance(bits, str | tuple)
+        resolution = chosen.get("resolution", 1.0)
+        assert not isinstance(resolution, str | tuple)
         if resolution != 1 and not base.answer.one:
             raise UnbuildableError(
                 f"resolution {resolution:g}: pictures of {base.task} keep their size: search `stem` and `finest` instead"
             )
-        return Architecture(
-            config=config, resolution=float(resolution), rank_share=float(share), bits=None if bits is None else int(bits)
-        )  # fmt: skip
+        return Architecture(config=config, resolution=float(resolution))
 
     def sample(self, generator: random.Random) -> dict[str, Value]:
         """Draw a value of each choice, uniformly."""
         return {name: generator.choice(values) for name, values in self.choices.items()}
 
-    def chosen_for(self, config: ModelConfig) -> dict[str, Value] | None:
-        """The choices that make a network, as far as the space has its values; None if it lacks one of them."""
+    def chosen_for(self, config: ModelConfig, base: ModelConfig) -> dict[str, Value] | None:
+        """The choices that make a network, with `base` for the other fields; None if there are none."""
         chosen: dict[str, Value] = {}
         for name, values in self.choices.items():
             field, dot, position = name.partition(".")
@@ -139,12 +132,14 @@ class Space(BaseModel):
                 entries = getattr(config, field)
                 wanted: Any = entries[int(position)] if int(position) < len(entries) else values[0]
             else:
-                usual = {"stages": len(config.dims), "resolution": 1.0, "rank_share": 1.0, "bits": 8}
+                usual = {"stages": len(config.dims), "resolution": 1.0}
                 wanted = usual[name] if name in usual else getattr(config, name)
             found = [value for value in values if value == wanted]
             if not found:
                 return None
             chosen[name] = found[0]
+        if self._reason(chosen, base) is not None or self.architecture(chosen, base).config != config:
+            return None
         return chosen
 
     def check(self, base: ModelConfig) -> None:
@@ -264,7 +259,7 @@ def default_space(task: Task, head_dim: int = 64, *, gated: bool = False) -> Spa
     if ANSWERS[task].one:
         choices["resolution"] = (0.75, 1.0)
     else:
-        finest = (4, 8) if ANSWERS[task].has_classes else (2, 4)
+        finest = (4, 8) if ANSWERS[task].has_classes else (2, 4, 8)
         choices |= {"decoder": (32, 48, 64), "fusion": ("progressive", "one-step", "upernet"), "finest": finest}
     return Space(choices=choices)
 

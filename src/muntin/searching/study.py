@@ -65,7 +65,7 @@ class ArchitectureStudy:
         sampler: Sampler = "tpe",
     ) -> None:  # fmt: skip
         self.space, self.base, self.seed, self.sampler, self.rungs = space, base, seed, sampler, rungs
-        known = [chosen for config in begin if (chosen := space.chosen_for(config)) is not None]
+        known = [chosen for config in begin if (chosen := space.chosen_for(config, base)) is not None]
         self.begin = list({json.dumps(chosen, sort_keys=True): chosen for chosen in known}.values())
         self._labels = {name: {_label(value): value for value in values} for name, values in space.choices.items()}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -77,6 +77,8 @@ class ArchitectureStudy:
             self.study = optuna.create_study(study_name=NAME, storage=storage, directions=["maximize", "minimize"], load_if_exists=True)
         except (ValueError, KeyError, OSError) as error:
             raise DataError(f"{file}: not the journal of a study ({error}): search anew, with another --output") from error
+        for _ in self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self.study.ask()  # makes it a running one
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)  # its process was killed
 
@@ -87,6 +89,11 @@ class ArchitectureStudy:
             trial for trial in self.study.get_trials(deepcopy=False)
             if trial.state == TrialState.COMPLETE or _REFUSED in trial.user_attrs
         ]  # fmt: skip
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the last refused proposal makes no network; None if none was refused."""
+        return next((trial.user_attrs[_REFUSED] for trial in reversed(self.proposals) if _REFUSED in trial.user_attrs), None)
 
     @property
     def points(self) -> list[StudyPoint]:
@@ -117,18 +124,21 @@ class ArchitectureStudy:
         try:
             architecture = self.space.architecture(chosen, self.base)
             known = next((one for one in proposals if one.user_attrs.get(_KEY) == architecture.key), None)
+            trial.set_user_attr(_KEY, architecture.key)
+            if known is not None and _REFUSED in known.user_attrs:
+                raise UnbuildableError(known.user_attrs[_REFUSED])
             scores, cost = judge(architecture) if known is None else (known.user_attrs[_SCORES], known.values[1])
         except UnbuildableError as error:
             trial.set_user_attr(_REFUSED, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             return None
-        trial.set_user_attr(_KEY, architecture.key)
         trial.set_user_attr(_SCORES, list(scores))
         self.study.tell(trial, [scores[-1], cost])
         return self._point(self.study.trials[trial.number])
 
     def importances(self) -> dict[str, dict[str, float]]:
-        """Worth of each choice for the score and for the cost: shares that add up to 1, largest first; empty for few points.
+        """Worth of each choice for the score of the first rung and for the cost: shares that add up to 1, largest first; empty for few
+        points.
 
         Source: PED-ANOVA (Watanabe et al., 2304.10255).
         """
@@ -139,7 +149,7 @@ class ArchitectureStudy:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator(evaluate_on_local=False)
 
             def target(trial: FrozenTrial, index: int = index) -> float:
-                return (-1 if index == 0 else 1) * float(trial.values[index])
+                return -float(trial.user_attrs[_SCORES][0]) if index == 0 else float(trial.values[1])
 
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that low targets count as good, which the sign above takes care of

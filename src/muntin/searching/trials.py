@@ -13,31 +13,29 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
-from muntin.compression import low_rank, quantize
-from muntin.compression.loading import load_model
 from muntin.data import Source, calibration_batches
 from muntin.deployment.checkpoint_export import export_side
 from muntin.deployment.export import export
-from muntin.errors import ExportError, MuntinError
-from muntin.models import HybridNet, ModelConfig, TorchSession
+from muntin.errors import MuntinError
+from muntin.models import HybridNet, ModelConfig
 from muntin.runtime.engines.registry import open_image_session
 from muntin.runtime.options import SessionOptions
 from muntin.runtime.profiling.timing import interleaved_latency
 from muntin.searching.cost import artifact_bytes, memory_bytes
 from muntin.searching.point_recipe import network_recipe, recipe_of
 from muntin.searching.space import Architecture, UnbuildableError
-from muntin.training.checkpoint import checkpoints_in, read_checkpoint
-from muntin.training.evaluation import evaluate, tile_of
+from muntin.training.checkpoint import checkpoints_in
 from muntin.training.fitting import fit
 from muntin.training.progress.report import FitReport
 from muntin.training.recipe import Recipe
@@ -52,6 +50,7 @@ IMAGES = 16
 """Training pictures with which a candidate is quantised."""
 TRIALS = "trials"
 """Folder of the runs of candidates, which are removed when they are scored."""
+NOT_DEPLOYED = "the network cannot be deployed"
 Judged = tuple[float, float]
 """Score, higher is better, and cost, lower is better."""
 
@@ -60,10 +59,20 @@ class StoppedTrialError(MuntinError):
     """A training was ended by the user; the same search goes on with it."""
 
 
+@contextmanager
+def _refused(reason: str) -> Iterator[None]:
+    """Turn an error into the refusal of a candidate, so that the search goes on with others."""
+    try:
+        yield
+    except MuntinError as error:
+        raise UnbuildableError(f"{reason}: {error}") from error
+
+
 class CandidateTrials:
     """Costs and scores of candidates. `recipe`: with the length of a training of a network alone. `objective`: latency, size or memory.
 
-    `reference_ms`: latency of the recipe's own network, 0: it is measured; candidates are timed in turns with it.
+    `reference_ms`: latency of the recipe's own network, 0: it is measured; candidates are timed in turns with it. Errors of that network
+    end the search; those of others are `UnbuildableError`.
     """
 
     def __init__(
@@ -71,6 +80,8 @@ class CandidateTrials:
     ) -> None:
         self.recipe, self.base, self.source = recipe, base, source
         self.folder, self.root, self.objective, self.reference_ms = folder / TRIALS, root, objective, reference_ms
+        for place in self.folder.glob("*.untrained"):  # of a process that was killed
+            shutil.rmtree(place)
 
     def cost(self, architecture: Architecture) -> float:
         """Milliseconds of the deployed network with random weights, or bytes. Raises `UnbuildableError` if it cannot be deployed."""
@@ -78,12 +89,10 @@ class CandidateTrials:
             return artifact_bytes(architecture)
         if self.objective == "memory":
             return memory_bytes(architecture, export_side(self.recipe))
-        reference = self.folder / "reference"
-        if not reference.is_dir():
-            self._deploy(Architecture(config=self.base), reference)
-        place = self._place(architecture).with_suffix(".untrained")
+        reference, place = self._reference, self._place(architecture).with_suffix(".untrained")
         try:
-            self._deploy(architecture, place)
+            with _refused(NOT_DEPLOYED):
+                self._deploy(architecture, place)
             ms, own = self._latencies(place, reference, architecture)
         finally:
             shutil.rmtree(place, ignore_errors=True)
@@ -95,39 +104,38 @@ class CandidateTrials:
     ) -> tuple[float, ...]:
         """Validation scores of the rungs that a candidate comes to. `earlier`: of each rung those that came there.
 
-        Goes on with a trial that was interrupted. Raises `StoppedTrialError` if it is interrupted.
+        Goes on with a trial that was interrupted. Raises `StoppedTrialError` if it is interrupted, and `UnbuildableError` if it fails.
         """
         place, scores = self._place(architecture), list[float]()
-        for rung, divisor in enumerate(RUNGS):
-            scores.append(self._train(architecture, place / f"rung-{rung}", divisor, report))
-            if not goes_on((scores[-1], cost), earlier[rung]):
-                break
+        try:
+            for rung, divisor in enumerate(RUNGS):
+                scores.append(self._train(architecture, place / f"rung-{rung}", divisor, report))
+                if not goes_on((scores[-1], cost), earlier[rung]):
+                    break
+        except UnbuildableError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
         shutil.rmtree(place, ignore_errors=True)
         return tuple(scores)
+
+    @cached_property
+    def _reference(self) -> Path:
+        """The recipe's own network with random weights, exported anew by each call of a search."""
+        place = self.folder / "reference"
+        self._deploy(Architecture(config=self.base), place)
+        return place
 
     def _place(self, architecture: Architecture) -> Path:
         return self.folder / hashlib.sha256(architecture.key.encode()).hexdigest()[:12]
 
     def _train(self, architecture: Architecture, folder: Path, divisor: int, report: FitReport) -> float:
         recipe = shorter(network_recipe(self.recipe, architecture, architecture.options(self.base), self.recipe.name), divisor)
-        result = fit(recipe, directory=folder, root=self.root, resume=bool(checkpoints_in(folder / "checkpoints")), progress=report)
+        resume = bool(checkpoints_in(folder / "checkpoints"))
+        with nullcontext() if architecture == Architecture(config=self.base) else _refused("training"):
+            result = fit(recipe, directory=folder, root=self.root, resume=resume, progress=report, check=False)
         if result.interrupted or result.stop_requested:
             raise StoppedTrialError("the training of a candidate was interrupted")
-        if architecture.rank_share == 1 and architecture.bits is None:
-            return float((result.result or result.validation[-1])["score"])
-        model = load_model(read_checkpoint(result.checkpoint))
-        self._compress(model, architecture, self._batches(recipe.data.crop))
-        session = TorchSession(model.eval(), recipe.signature(tuple(self.source.classes)))
-        return evaluate(session, self.source.split("validation"), tile=tile_of(recipe.data.crop), similarity=False).score
-
-    def _compress(self, model: nn.Module, architecture: Architecture, batches: list[Tensor]) -> None:
-        try:
-            if architecture.rank_share < 1:
-                low_rank(model, batches, parameters=architecture.rank_share)
-            if architecture.bits is not None:
-                quantize(model, batches, bits=architecture.bits)
-        except MuntinError as error:
-            raise UnbuildableError(f"rank_share {architecture.rank_share:g}, bits {architecture.bits}: {error}") from error
+        return float((result.result or result.validation[-1])["score"])
 
     def _batches(self, side: int) -> list[Tensor]:
         batches = calibration_batches(
@@ -140,25 +148,23 @@ class CandidateTrials:
         batches = self._batches(export_side(recipe))
         torch.manual_seed(0)
         model = HybridNet(architecture.config).eval()
-        if architecture.rank_share < 1:
-            self._compress(model, Architecture(config=architecture.config, rank_share=architecture.rank_share), batches)
         place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            export(
-                model, batches[0], place, signature=recipe.signature(tuple(self.source.classes)), calibration=batches, sizes="fixed",
-                progress=False,
-            )  # fmt: skip
-        except ExportError as error:
-            raise UnbuildableError(f"the network cannot be deployed: {error}") from error
+        export(
+            model, batches[0], place, signature=recipe.signature(tuple(self.source.classes)), calibration=batches,
+            quantization=recipe.quantization, sizes="fixed", progress=False,
+        )  # fmt: skip
 
     def _latencies(self, place: Path, reference: Path, architecture: Architecture) -> tuple[float, float]:
         """Median milliseconds of a candidate and of the recipe's own network, in turns."""
-        options = SessionOptions(threads=self.recipe.training.threads)
+        options = SessionOptions(threads=self.recipe.training.threads, cache=False)
         sides = export_side(recipe_of(self.recipe, architecture)), export_side(self.recipe)
         image, other_image = (np.zeros((1, side, side, self.recipe.data.channels), np.uint8) for side in sides)
-        with closing(open_image_session(place, options)) as session, closing(open_image_session(reference, options)) as other:
-            calls: dict[str, Any] = {"candidate": lambda _: session(image), "reference": lambda _: other(other_image)}
-            found = interleaved_latency(calls, image, rounds=ROUNDS)
+        with closing(open_image_session(reference, options)) as other:
+            with _refused(NOT_DEPLOYED):
+                session = open_image_session(place, options)
+            with closing(session):
+                calls: dict[str, Any] = {"candidate": lambda _: session(image), "reference": lambda _: other(other_image)}
+                found = interleaved_latency(calls, image, rounds=ROUNDS)
         return found["candidate"].median_ms, found["reference"].median_ms
 
 

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -40,7 +40,7 @@ from muntin.models.trusted_code import trust_model
 from muntin.training.config import UpdateStrategy
 from muntin.training.distributed.ranks import ALONE, Ranks
 from muntin.training.distributed.stored_tensors import AVERAGE, GROUPS, StoredTensors, folder_of
-from muntin.training.recipe import Recipe
+from muntin.training.recipe import Recipe, present_keys
 from muntin.training.recovery.instability import GuardState
 from muntin.training.recovery.out_of_memory import MemoryUse
 from muntin.training.weights import structure_of
@@ -87,7 +87,7 @@ class CheckpointState(BaseModel):
 
     format: int
     step: int
-    recipe: Recipe
+    recipe: Annotated[Recipe, BeforeValidator(present_keys)]
     root: str
     """Folder that the recipe's relative paths start at."""
     classes: tuple[ClassInfo, ...]
@@ -156,13 +156,24 @@ class Checkpoint:
         return sum(part.stat().st_size for part in parts)
 
     @property
+    def trained_steps(self) -> int:
+        """Steps of its run, at least 1: fewer than the recipe's if `training.minutes` or `patience` ended it."""
+        return max(1, min(self.state.step, self.recipe.training.steps))
+
+    @property
+    def trial(self) -> bool:
+        """True for a candidate of `muntin compress`; False for runs, also those that go on from one."""
+        return self.state.compression is not None and self.state.update is None
+
+    @property
     def quantized(self) -> bool:
-        """True if a stage of compression has quantised the model, even if `keep` names all layers."""
-        return self.state.compression is not None and self.state.compression.quantized
+        """True if the model's layers have integer weights, or are trained for them."""
+        record = self.state.compression
+        return record is not None and bool(record.qat or record.integers)
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """Changes of all compression stages up to this checkpoint."""
+        """Changes of compression up to this checkpoint."""
         return () if self.state.compression is None else self.state.compression.changes
 
 
@@ -184,10 +195,9 @@ def source_of(checkpoint: Checkpoint) -> Source:
     except DataError as error:
         if root.is_dir():
             raise
-        stages = "" if checkpoint.state.compression is None else ", and then `muntin compress RUN --resume` its stages"
         raise DataError(
             f"{checkpoint.path} was trained on data in {root}, which does not exist any more: `muntin fit RECIPE --resume` records "
-            f"the recipe's new place{stages}"
+            "the recipe's new place"
         ) from error
     check_classes(checkpoint, source)
     return source
@@ -289,8 +299,8 @@ def find_checkpoint(path: Path | str) -> Path:
     if not checkpoints:
         problem = "does not exist" if not path.exists() else "holds no checkpoint"
         raise CheckpointError(
-            f"{path} {problem}; give a run's directory or one of its checkpoints/step-..., written by `muntin fit`, or a stage's in "
-            "RUN/compressed, written by `muntin compress RUN`"
+            f"{path} {problem}; give a run's directory or one of its checkpoints/step-..., written by `muntin fit`, or a trained model in "
+            "RUN/compressed/trials, written by `muntin compress RUN`"
         )
     return _with_run(checkpoints[-1])
 
@@ -361,7 +371,7 @@ def recipe_changes(start: Checkpoint, recipe: Recipe) -> str:
 
 
 def _fixed(recipe: Recipe) -> dict[str, Any]:
-    content = recipe.model_dump(mode="json", exclude={"update"})
+    content = recipe.model_dump(mode="json", exclude={"update", "compression"})
     data = {key: value for key, value in content["data"].items() if key not in FREE}
     return {**content, "data": data, "training": {key: content["training"][key] for key in FIXED}}
 

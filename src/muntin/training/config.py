@@ -247,7 +247,7 @@ class QuantizationConfig(Section):
 
 
 class LowRankConfig(Section):
-    """Factoring layers into low rank. All fields have working defaults."""
+    """Arguments of `muntin.low_rank`. All fields have working defaults."""
 
     criterion: Literal["activation", "energy", "cumulative"] = Field(
         default="activation",
@@ -277,50 +277,47 @@ class LowRankConfig(Section):
 
 
 class StageConfig(Section):
-    """One stage of compression: length of its training, and learning rate."""
+    """One stage of the training of a candidate: its length, and its learning rate."""
 
-    share: float = Field(
-        default=0.2, ge=0, le=10, description="steps, as a share of those that fit took, and of training.minutes; 0: no training"
-    )
+    share: float = Field(default=0.2, ge=0, le=10, description="steps, as a share of those that fit took; 0: no training")
     learning_rate: float = Field(default=1e-3, gt=0, le=1, description="at the end of the stage's warm-up")
 
 
 class CompressionConfig(Section):
-    """The stages after FP32 training, in order: low rank, quantisation-aware training, mixed precision. All fields have defaults."""
+    """The search of `muntin compress` and `muntin.compress` for a small model. All fields have defaults."""
 
-    low_rank: LowRankConfig | None = Field(default=LowRankConfig(), description="how to factor layers; null: keep them dense")
-    weight_bits: int = Field(default=4, ge=2, le=8, description="bits of weights in quantisation-aware training; activations have 8")
-    average_bits: float = Field(default=4.8, ge=2, le=32, description="average bits of a weight in the last stage; floats count as 16")
-    recover: StageConfig = Field(default=StageConfig(share=0.2, learning_rate=1e-3), description="training after low rank")
-    quantize: StageConfig = Field(default=StageConfig(share=0.05, learning_rate=4e-4), description="quantisation-aware training")
-    mix: StageConfig = Field(default=StageConfig(share=0.25, learning_rate=4e-4), description="training with the bits of every layer fixed")
-    distillation: float = Field(default=1.0, ge=0, le=100, description="weight of the distance to the FP32 model's answers in the loss")
-    average: float = Field(default=0.98, ge=0, lt=1, description="decay a step of the averaged weights in these stages")
-    keep: tuple[str, ...] = Field(default=(), description="layers to leave as they are, by dotted name")
-
-    @model_validator(mode="after")
-    def _affordable(self) -> Self:
-        if self.average_bits < self.weight_bits:
-            raise ValueError(
-                f"average_bits {self.average_bits:g} is less than the {self.weight_bits} weight_bits that every layer has at least"
-            )
-        return self
-
-
-class BudgetConfig(Section):
-    """The search of `muntin.compress` and `muntin compress --max-drop`."""
-
+    max_drop: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="the score that may be lost, in the metric's unit; unset: 0.01 of mIoU and accuracy, 0.1 dB of PSNR",
+    )
+    objective: Literal["size", "latency"] = Field(default="size", description="what is made least: bytes of the artefact, or milliseconds")
+    confidence: float | None = Field(
+        default=0.95, ge=0.5, lt=1, description="certainty with which the budget is kept on other data, too; null: no bound is computed"
+    )
     trials: int = Field(default=12, ge=0, description="most candidates to make, train, export and score")
     minutes: float | None = Field(
         default=None, ge=0, allow_inf_nan=False, description="no candidate begins that is expected to end later; 0: none"
     )
     widths: tuple[float, ...] = Field(default=(1.0, 0.8, 0.6), description="shares of the parameters that pruning leaves; the first is 1")
+    course: Literal["direct", "stages"] = Field(
+        default="direct",
+        description="training of a candidate. direct: with its ranks and bits; stages: its ranks, then 4 bits a weight, then its own bits",
+    )
     steps: int | None = Field(
         default=None,
         ge=0,
-        description="training steps of a candidate; 0: none; unset: as the three stages, fewer with minutes, or a pass over finetune",
+        description="training steps of a candidate; 0: none; unset: the shares of the stages, fewer with minutes, or a pass over finetune",
     )
-    learning_rate: float | None = Field(default=None, gt=0, le=1, description="unset: that of compression.mix for a run, otherwise 0.001")
+    learning_rate: float | None = Field(default=None, gt=0, le=1, description="unset: that of mix for a run, otherwise 0.001")
+    recover: StageConfig = Field(default=StageConfig(share=0.2, learning_rate=1e-3), description="first stage: low rank, in floats")
+    quantize: StageConfig = Field(default=StageConfig(share=0.05, learning_rate=4e-4), description="second stage: 4 bits a weight")
+    mix: StageConfig = Field(default=StageConfig(share=0.25, learning_rate=4e-4), description="last stage: the bits of each layer")
+    distillation: float = Field(default=1.0, ge=0, le=100, description="weight of the distance to the FP32 model's answers in the loss")
+    average: float = Field(default=0.98, ge=0, lt=1, description="decay a step of the averaged weights")
+    keep: tuple[str, ...] = Field(default=(), description="layers to leave as they are, by dotted name or pattern")
+    dense: tuple[str, ...] = Field(default=(), description="layers to leave unfactored, by dotted name or pattern")
 
     @model_validator(mode="after")
     def _check_widths(self) -> Self:

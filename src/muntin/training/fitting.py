@@ -20,7 +20,7 @@ from muntin.errors import RecipeError
 from muntin.images import write_whole
 from muntin.models.trusted_code import trust_model
 from muntin.text import plain
-from muntin.training.checkpoint import check_classes, checkpoints_in, find_start, recipe_changes
+from muntin.training.checkpoint import Checkpoint, check_classes, checkpoints_in, find_start, recipe_changes
 from muntin.training.config import TrainingConfig
 from muntin.training.distributed.ranks import Ranks, joined_processes, restarted
 from muntin.training.evaluation import poor_classes, worse_than_input
@@ -77,6 +77,7 @@ def fit(
     root: Path | str | None = None,
     resume: bool = False,
     progress: bool | FitReport = True,
+    check: bool = True,
 ) -> FitResult:
     """Train by a recipe: a `Recipe`, or the path of a YAML file.
 
@@ -85,7 +86,8 @@ def fit(
     directory without one; False refuses a directory with one. Changed keys of `training` (except `gate_budget` and `optimizer`) are noted
     and apply from this step on. Ctrl-C ends the run after the step in progress, with a checkpoint. Writes `checkpoints/`, `metrics.jsonl`,
     `splits.csv` (which picture is in which split) and TensorBoard events. `progress`: True shows a bar on a terminal, and elsewhere a line
-    every half minute; False shows nothing; a function is called with each `FitProgress` instead. Raises kinds of `MuntinError`.
+    every half minute; False shows nothing; a function is called with each `FitProgress` instead. `check`: open every image of the
+    data before the first step. Raises kinds of `MuntinError`.
     """
     if not isinstance(recipe, Recipe):
         root = Path(recipe).resolve().parent if root is None else root
@@ -94,7 +96,7 @@ def fit(
     with joined_processes() as ranks, held_folder(directory, "muntin fit", ranks) as notes:
         resume = resume or (ranks.any(restarted()) and bool(checkpoints_in(directory / "checkpoints")))
         with shown_fit(recipe.task, progress if ranks.first else False) as report:
-            return _fit(recipe, directory, root, resume, report, list(notes), ranks)
+            return _fit(recipe, directory, root, resume, report, list(notes), ranks, check)
 
 
 def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager[tuple[str, ...]]:
@@ -102,7 +104,9 @@ def held_folder(folder: Path, work: str, ranks: Ranks) -> AbstractContextManager
     return folder_in_use(folder, work) if ranks.first else nullcontext(())
 
 
-def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks) -> FitResult:
+def _fit(
+    recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitReport, notes: list[str], ranks: Ranks, check: bool
+) -> FitResult:  # fmt: skip
     trust_model(recipe.model.name)
     recipe = settled(recipe, root)
     start = find_start(directory, recipe, resume=resume, ranks=ranks, note=notes.append)
@@ -133,7 +137,7 @@ def _fit(recipe: Recipe, directory: Path, root: Path, resume: bool, report: FitR
         report(FitProgress(kind="check", step=done, steps=total))
 
     # last: it may take minutes
-    checked = (*source.check(report_checked), *check_unlabelled(recipe, root, report_checked)) if ranks.first else ()
+    checked = (*source.check(report_checked), *check_unlabelled(recipe, root, report_checked)) if check and ranks.first else ()
     small = small_picture_notes(source.split("train"), task=recipe.task, crop=recipe.data.crop)
     notes += (*source.notes, *checked, *small, *unsuited, *begun, *taught, *precision.notes)
     if ranks.first:
@@ -172,6 +176,19 @@ def write_splits(file: Path, source: Source) -> None:
     csv.writer(text, lineterminator="\n").writerows([("split", "picture"), *rows])
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, plain(text.getvalue()).encode())
+
+
+def broken_off(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A note if the training of a checkpoint ended before its last step or its validation, with the command that continues."""
+    state, config = checkpoint.state, checkpoint.recipe.training
+    if checkpoint.trial:
+        return ()  # it is kept when it is trained
+    command = "`muntin fit RECIPE --resume`" if state.update is None else "the same `muntin update`"
+    if config.share_done(state.step, state.seconds) >= 1 or out_of_patience(config.patience, state.validation):
+        return () if state.judged else (f"its last step was not validated: {command} does it",)
+    newest = (checkpoints_in(checkpoint.path.parent) or [checkpoint.path])[-1]  # a copied checkpoint may have another name
+    rest = f"{command} goes on" if newest.name == checkpoint.path.name else f"{newest.name} is there, too"
+    return (f"step {state.step} of {config.steps_expected(state.step, state.seconds)}: {rest}",)
 
 
 def ended_early(config: TrainingConfig, step: int, validation: Sequence[Mapping[str, Any]] = ()) -> tuple[str, ...]:

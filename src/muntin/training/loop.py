@@ -68,7 +68,7 @@ class Training:
 
     update: UpdateRecord | None = None
     keeps_best = True
-    """True if the result has the averaged weights of the best validation; False: of the last step, as of stages and of gates that close."""
+    """True if the result has the averaged weights of the best validation; False: of the last step."""
     maker: BatchMaker
 
     def __init__(
@@ -257,7 +257,7 @@ class Training:
         earlier = newest_sound(folder, ranks=self.ranks, note=self.note) if checkpoints_in(folder) else None
         guard = self.trainer.guard
         if earlier is None or not guard.go_back(earlier.state.guard, self.step - earlier.state.step):
-            advice = lower_rate(self.config, of_stage=self.compression is not None, resumable=bool(checkpoints_in(folder)))
+            advice = lower_rate(self.config, of_candidate=self.compression is not None, resumable=bool(checkpoints_in(folder)))
             raise MuntinError(f"{error}, and at {guard.state.in_a_row - 1} batches before it: {advice}") from error
         self._restore(earlier)
         self.trainer.guard = guard

@@ -22,7 +22,6 @@ from muntin.section import Section
 from muntin.tasks.answers import ANSWERING
 from muntin.tasks.learning import LEARNING
 from muntin.training.config import (
-    BudgetConfig,
     CompressionConfig,
     ModelChoice,
     QuantizationConfig,
@@ -46,7 +45,6 @@ class Recipe(Section):
     teacher: TeacherConfig | None = Field(default=None, description="a trained model to learn from, too; null: none")
     quantization: QuantizationConfig = QuantizationConfig()
     compression: CompressionConfig = CompressionConfig()
-    budget: BudgetConfig = BudgetConfig()
     update: UpdateConfig = UpdateConfig()
 
     @model_validator(mode="after")
@@ -87,6 +85,14 @@ class Recipe(Section):
         side = self.data.crop if self.answer.one else None
         scale = self.data.output_scale
         return Signature(task=self.task, channels=self.data.channels, classes=tuple(classes), side=side, scale=scale)
+
+
+def present_keys(recipe: Any) -> Any:
+    """The values of a stored recipe without keys that earlier versions had and that do not change the trained model."""
+    if not isinstance(recipe, dict) or not isinstance(compression := recipe.get("compression"), dict):
+        return recipe
+    known = {key: value for key, value in compression.items() if key in CompressionConfig.model_fields}
+    return {key: value for key, value in recipe.items() if key != "budget"} | {"compression": known}
 
 
 def settled(recipe: Recipe, root: Path) -> Recipe:

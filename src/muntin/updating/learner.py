@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from muntin.compression.loading import load_model
-from muntin.compression.stages import stage_steps, trained_steps
 from muntin.compression.structure import structure_fields
 from muntin.data import Crops, calibration_batches, open_source
 from muntin.data.batches import BatchMaker
@@ -99,10 +98,7 @@ def base_steps(parent: Checkpoint) -> int:
     state = parent.state
     if state.update is not None:
         return state.update.steps
-    if state.compression is None:
-        return trained_steps(parent)
-    whole, own = parent.recipe.training.steps, stage_steps(parent.recipe, state.compression.stage)
-    return whole if not own or parent.recipe.training.minutes is None else max(1, round(whole * state.step / own))
+    return parent.trained_steps if state.compression is None else state.compression.steps
 
 
 def _prepare(plan: UpdatePlan, directory: Path, report: FitReport) -> None:

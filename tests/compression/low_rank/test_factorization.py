@@ -20,7 +20,6 @@ from model_helpers import answer, count, pixels, settled
 from muntin import create_model
 from muntin.compression import Change, fold, quantize
 from muntin.compression.activation_moments import answer_sensitivity, input_moments
-from muntin.compression.allocation import rank_at
 from muntin.compression.low_rank.factored_layers import full_ranks
 from muntin.compression.low_rank.factorization import (
     DAMPING,
@@ -32,6 +31,7 @@ from muntin.compression.low_rank.factorization import (
     square_root,
     structure_of,
 )
+from muntin.compression.low_rank.rank_choices import rank_at
 from muntin.compression.quantization.fake_quantization import sqnr_db
 from muntin.errors import MuntinError
 from muntin.training.config import LowRankConfig

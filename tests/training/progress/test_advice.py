@@ -18,7 +18,7 @@ def test_where_the_best_weights_are(tmp_path: Path) -> None:
 def test_advice_names_the_rate() -> None:
     config = TrainingConfig(learning_rate=0.08, final_learning_rate=0.04, gate_budget=0.5)
     assert "(now 0.08) is probably too high or training.gate_budget (0.5) too low" in after_collapse("it fell", config, result="")
-    assert lower_rate(config, of_stage=False, resumable=True).endswith(
+    assert lower_rate(config, of_candidate=False, resumable=True).endswith(
         "by --resume --set training.learning_rate=0.02 --set training.final_learning_rate=0.02"
     )
-    assert "another --output" in lower_rate(config, of_stage=True, resumable=True)
+    assert "another --output" in lower_rate(config, of_candidate=True, resumable=True)

@@ -13,7 +13,6 @@ import torch
 
 from model_helpers import assert_same_state
 from muntin.compression import load_model
-from muntin.compression.stages import broken_off
 from muntin.data import open_source
 from muntin.data.source import SPLITS
 from muntin.errors import RecipeError
@@ -21,7 +20,7 @@ from muntin.models import TorchSession
 from muntin.training.checkpoint import read_checkpoint
 from muntin.training.distributed.stored_tensors import AVERAGE, BEST
 from muntin.training.evaluation import evaluate, tile_of
-from muntin.training.fitting import FitResult, fit
+from muntin.training.fitting import FitResult, broken_off, fit
 from muntin.training.progress.best import best_point, out_of_patience
 from muntin.training.progress.report import FitProgress
 from muntin.training.recipe import load_recipe

@@ -110,16 +110,13 @@ def _form_text(form: Form) -> str:
 
 
 class LatencyCache:
-    """Measured times in a file of the user's cache; without a cache folder they last as long as this object.
+    """Measured times in a file of the user's cache; without a cache folder they last as long as this object."""
 
-    `kind`: the cache's folder, by what is measured: "latency" for single layers.
-    """
-
-    def __init__(self, threads: int, kind: str = "latency") -> None:
+    def __init__(self, threads: int) -> None:
         self._head = latency_settings(threads)
         digest = hashlib.sha256(f"{cpu_identity()}\n{threads}".encode()).hexdigest()[:16]
         folder = cache_folder()
-        self._file = None if folder is None else folder / kind / f"{self._head['engine']}-{self._head['version']}-{digest}.json"
+        self._file = None if folder is None else folder / "latency" / f"{self._head['engine']}-{self._head['version']}-{digest}.json"
         self.ms: Milliseconds = self._read()
 
     def _read(self) -> Milliseconds:

@@ -14,9 +14,9 @@ from torch.utils import _pytree
 from muntin.artifact.packing import packed_size
 from muntin.budgeting.forms.plans import Form
 from muntin.compression.activation_moments import Moment, input_moments
-from muntin.compression.allocation import ladder
 from muntin.compression.low_rank.factored_layers import factored_macs, factored_parameters, full_ranks, shell
 from muntin.compression.low_rank.factorization import Dense, reasons_to_stay_dense
+from muntin.compression.low_rank.rank_choices import ladder
 from muntin.compression.quantization.embeddings import replaceable_tables, scale_columns
 from muntin.compression.quantization.observer import ActivationGrid
 from muntin.compression.quantization.pixel_grid import align_with_pixels

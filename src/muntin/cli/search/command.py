@@ -30,7 +30,7 @@ FOLDER = "search"
 STAGES = {
     "data": "checking data: {done} of {total}",
     "plan": "the plan",
-    "study": "candidates: {done} of {total}",
+    "study": "candidates: {done} of {total}{text}",
     "train": "trained alone: {done} of {total}, now {text}",
 }
 
@@ -47,7 +47,9 @@ def search_command(
     finalists: Annotated[int, typer.Option(min=1, help="Architectures of the front to train alone and to deploy.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the search; runs/NAME-search by default.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Replace a value of the recipe; repeatable.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing; without --minutes three steps are timed.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Search a network for a recipe's data and this machine, and train and deploy the best few.

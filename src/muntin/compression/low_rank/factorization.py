@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.activation_moments import Moment, answer_sensitivity, input_moments
-from muntin.compression.allocation import Choice, Values, allocate, allocate_within, choices, ladder, largest_threshold, rank_at
 from muntin.compression.calibration import calibration_list, check_weights
 from muntin.compression.equivalent.plain_convolutions import plain_convolutions
 from muntin.compression.history import checked, remember
@@ -42,6 +41,7 @@ from muntin.compression.low_rank.factored_layers import (
     full_ranks,
     shell,
 )
+from muntin.compression.low_rank.rank_choices import Choice, Values, choices, chosen_ranks, ladder, largest_threshold, rank_at
 from muntin.compression.quantization.dequantization import quantized_layers, through_floats
 from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.replaceability import irreplaceable
@@ -287,9 +287,9 @@ def _pick_by_answer(
         )
     budget, fixed = factored.budget(config), factored.fixed(free)
     if config.macs is None:
-        return allocate(menus, budget, fixed=fixed)
+        return chosen_ranks(menus, budget, fixed=fixed)
     whole = factored.dense_macs + sum(menu[-1].macs for menu in menus.values())  # dense
-    return allocate_within(menus, budget, config.macs * whole * (1 + 1e-9) - factored.macs, fixed=fixed)
+    return chosen_ranks(menus, budget, macs=config.macs * whole * (1 + 1e-9) - factored.macs, fixed=fixed)
 
 
 def _pick_by_threshold(free: Mapping[str, Dense], config: LowRankConfig, factored: FactoredCosts) -> dict[str, Choice]:

@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.quantization.fake_quantization import weight_limit
 from muntin.compression.quantization.qat import QATConv2d, QATLinear
-from muntin.compression.sparsity.holding import held_places
+from muntin.compression.sparsity.pattern import held_places
 
 ROWS, VALUES = 8192, 2**22
 """Approximate maximum number of rows of one batch that enter a moment, and of their values; of more rows, every n-th is taken."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from muntin.compression.quantization.qat import QATConv2d, QATLinear
 from muntin.compression.quantization.units import Arguments, Unit, run_unit
-from muntin.compression.sparsity.holding import HeldZeros
+from muntin.compression.sparsity.pattern import HeldZeros
 from muntin.models.eager import ModelInputs, call, tensors_of
 
 WEIGHT_RATE, SCALE_RATE, BIAS_RATE = 0.02, 0.001, 0.002

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from muntin.compression.activation_moments import answer_sensitivity
-from muntin.compression.allocation import Choice, allocate
+from muntin.compression.allocation import Option, allocate
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear, QuantizedOperation
 from muntin.compression.rewrite import EVERY, check_kept, is_kept
 from muntin.errors import MuntinError
@@ -82,7 +82,7 @@ def chosen_widths(
     """
     sensitivity = answer_sensitivity(model, batches[:BATCHES], layers)
     least = math.floor(average)
-    menus: dict[str, list[Choice]] = {}
+    menus: dict[str, list[Option]] = {}
 
     def watch(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if name in menus:
@@ -91,11 +91,11 @@ def chosen_widths(
         menus[name] = []
         for width in range(least, 9):
             error = float((form_of(name, width)(inputs[0]) - exact).double().square().sum()) / len(exact)
-            menus[name].append(Choice(ranks=(width,), parameters=width * count, loss=sensitivity[name] * error))
+            menus[name].append(Option(sensitivity[name] * error, (float(width * count),)))
 
     for batch in batches:
         if menus.keys() != layers.keys():
             watch_inputs(model, layers, [batch], watch)
-    weights = sum(menu[0].parameters for menu in menus.values()) / least
-    chosen = {name: choice.ranks[0] for name, choice in allocate(menus, math.floor(average * weights)).items()} if menus else {}
-    return dict.fromkeys(layers, least) | chosen
+    weights = sum(menu[0].uses[0] for menu in menus.values()) / least
+    picked = allocate(menus, [average * weights]).picked
+    return dict.fromkeys(layers, least) | {name: least + index for name, index in picked.items()}

@@ -2,7 +2,7 @@
 
 Source: SparseGPT (Frantar and Alistarh, 2301.00774, sections 3.2 to 3.4): the places of a group are chosen when its columns are reached, by
 w² / [H⁻¹]ᵢᵢ, and the error of each column is made up for by those that follow. Deviations: float64; convolutions by patches, tap by tap;
-blocks are chosen before the first column; the moment is about the mean where a bias takes over the mean error.
+the moment is about the mean where a bias takes over the mean error.
 
 Axes: O outputs, I inputs and T taps (one after the other as columns), N rows (tokens, positions of a map).
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from muntin.compression.quantization.rounding import layer_rows
-from muntin.compression.sparsity.patterns import Pattern, taps_first, taps_last
+from muntin.compression.sparsity.pattern import Pattern, taps_first, taps_last
 
 DAMPING = 0.01
 """Added to the diagonal of a second moment, a share of its mean (SparseGPT's)."""
@@ -64,7 +64,7 @@ def sparsify_weight(layer: nn.Linear | nn.Conv2d, pattern: Pattern, moments: Inp
     level = float(xx_II.diagonal().mean()) or 1.0
     damping = (DAMPING + FEW * len(xx_II) / moments.count) * level
     damped_II = xx_II + damping * torch.eye(len(xx_II), dtype=xx_II.dtype, device=xx_II.device)
-    sparse_OI = sparse_columns(flat_OI, damped_II, pattern, before_OTI.shape[1])
+    sparse_OI = sparse_columns(flat_OI, damped_II, pattern)
     plain_OI = torch.where(pattern.mask(before_OTI.square()).flatten(1), flat_OI, 0.0)
     error, plain_error = (_power(form_OI - flat_OI, xx_II) for form_OI in (sparse_OI, plain_OI))
     if not error <= plain_error:
@@ -76,21 +76,18 @@ def sparsify_weight(layer: nn.Linear | nn.Conv2d, pattern: Pattern, moments: Inp
     return error / power if power else 0.0, error / plain_error if plain_error else 1.0
 
 
-def sparse_columns(weight_OI: Tensor, moment_II: Tensor, pattern: Pattern, taps: int) -> Tensor:
+def sparse_columns(weight_OI: Tensor, moment_II: Tensor, pattern: Pattern) -> Tensor:
     """The weight with the pattern whose outputs are near those of `weight` for inputs of a (damped) second moment. Columns: tap by tap."""
     upper_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment_II)), upper=True)
     scale_I = upper_II.diagonal()
     left_OI, width = weight_OI.clone(), weight_OI.shape[1]
     stay_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
-    if not pattern.kept:
-        saliency_OI = weight_OI.square() / torch.cholesky_inverse(torch.linalg.cholesky(moment_II)).diagonal()
-        stay_OI = pattern.mask(saliency_OI.reshape(len(weight_OI), taps, -1)).flatten(1)
-    step = COLUMNS // pattern.group * pattern.group if pattern.kept else COLUMNS
+    step = COLUMNS // pattern.group * pattern.group
     for start in range(0, width, step):
         end = min(start + step, width)
         errors = []
         for i in range(start, end):
-            if pattern.kept and i % pattern.group == 0:
+            if i % pattern.group == 0:
                 group = slice(i, i + pattern.group)
                 stay_OI[:, group] = pattern.mask((left_OI[:, group] / scale_I[group]).square()[:, None])[:, 0]
             error_O1 = torch.where(stay_OI[:, i], 0.0, left_OI[:, i] / scale_I[i])[:, None]

@@ -39,8 +39,16 @@ from muntin.compression.rewrite import (
     parameter_users,
 )
 from muntin.compression.sparsity.columns import InputMoments, sparsify_weight
-from muntin.compression.sparsity.holding import held_places, pattern_of, set_pattern, sparse_layers
-from muntin.compression.sparsity.patterns import Pattern, parse_pattern, taps_first, taps_last
+from muntin.compression.sparsity.pattern import (
+    Pattern,
+    held_places,
+    parse_pattern,
+    pattern_of,
+    set_pattern,
+    sparse_layers,
+    taps_first,
+    taps_last,
+)
 from muntin.errors import MuntinError
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, first_row, watch_inputs
@@ -56,7 +64,6 @@ def sparsify(
     calibration: Iterable[ModelInputs],
     *,
     pattern: str = "2:4",
-    share: float | None = None,
     scores: Scores = "reconstruction",
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
@@ -64,19 +71,18 @@ def sparsify(
     """Set weights of Linear and Conv2d to zero in a pattern along their inputs, in place; see the head of this file.
 
     `pattern`: "2:4", "4:8", "1:4", N:M with M of 2, 4, 8, 16 and N of at most M/2: of M neighbouring input channels, at each tap of a
-    kernel, at most N weights are not zero; or blocks of outputs and inputs, "block:4x4", of which `share` (0.5) are zero. `calibration`:
-    batches of training inputs, as in `quantize`; "reconstruction" wants some hundred images or some thousand tokens. `only`, `keep`: names
-    or patterns of the layers to take, and to leave dense.
+    kernel, at most N weights are not zero. `calibration`: batches of training inputs, as in `quantize`; "reconstruction" wants some hundred
+    images or some thousand tokens. `only`, `keep`: names or patterns of the layers to take, and to leave dense.
 
-    Layers whose sides are no multiples of the pattern's, grouped and depthwise convolutions, and layers that share their weights stay
+    Layers whose inputs are no multiple of M, grouped and depthwise convolutions, and layers that share their weights stay
     dense, with the reason. Closed channels are cut first. Quantised layers keep their bits. A second run with the same pattern changes
     nothing.
 
     Costs a forward pass for "activations"; for "reconstruction" one for every `TOGETHER` layers, moments of (I·k²)² numbers, and
-    `sparsify_weight` of each layer. No CPU runtime computes faster with zeros: they save bytes. Raises `MuntinError` for another pattern,
+    `sparsify_weight` of each layer. No CPU runtime computes faster with zeros. Raises `MuntinError` for another pattern,
     if there is no calibration batch, for NaN or infinity, if `only` or `keep` name no layer, and in quantisation-aware training.
     """
-    form = parse_pattern(pattern, share)
+    form = parse_pattern(pattern)
     if scores not in get_args(Scores):
         raise MuntinError(f"scores={scores!r}: give {', '.join(map(repr, get_args(Scores)))}")
     check_eager(model)

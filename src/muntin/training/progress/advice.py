@@ -25,11 +25,11 @@ def where_best(step: int, newest: Path, *, kept: bool) -> str:
     return f"the checkpoint of step {step} is not kept" if path is None else f"{path} has the best score"
 
 
-def lower_rate(config: TrainingConfig, *, of_stage: bool, resumable: bool) -> str:
-    """Advice after the loss has diverged. `of_stage`: in a stage of compression. `resumable`: if there is a checkpoint."""
+def lower_rate(config: TrainingConfig, *, of_candidate: bool, resumable: bool) -> str:
+    """Advice after the loss has diverged. `of_candidate`: of compression. `resumable`: if there is a checkpoint."""
     rate, final = config.learning_rate, config.final_learning_rate
-    if of_stage:
-        return f"lower this stage's learning_rate in compression (now {rate:g}) and compress anew, into another --output"
+    if of_candidate:
+        return f"lower learning_rate in compression (now {rate:g}) and compress anew, into another --output"
     lower = f"{rate / 4:.2g}"
     words = ["--set", f"training.learning_rate={lower}"]
     words += ["--set", f"training.final_learning_rate={lower}"] if final > float(lower) else []

@@ -11,7 +11,7 @@ from typing import Literal
 class FitProgress:
     """Progress of a run. Notes (`FitResult.notes`) are reported before the first step.
 
-    `kind`: "check" (of pictures), "note", "prepare" (a stage of compression before its first step; `note`: a part of an update), "step"
+    `kind`: "check" (of pictures), "note", "prepare" (`note`: a part of an update), "step"
     (each one; `loss` is a mean over at most 10, `waiting` share of time spent waiting for batches), "validating" (`step` of `steps`
     pictures), "validation" (end). `share`: of the run that is done, for a run with a limit in time; `steps` is then an estimate.
     """

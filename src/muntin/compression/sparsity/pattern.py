@@ -1,19 +1,79 @@
-"""The pattern of a sparse layer, kept on the layer, and its zeros, held while the layer is trained.
+"""N:M sparsity of a layer's weight: which places stay, the pattern noted on the layer, and its zeros, held while the layer is trained.
 
-The places that may change are read from the zeros of the weight, so no mask is stored.
+At each tap of a kernel, at most N of M neighbouring inputs are not zero. The places that may change are read from the zeros of the weight,
+so no mask is stored.
+
+Axes: O outputs, T taps of a kernel (1 of a Linear), I inputs.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from muntin.artifact.sparsity import GROUPS
 from muntin.compression.rewrite import SPARSITY
-from muntin.compression.sparsity.patterns import Pattern, parse_pattern
 from muntin.errors import MuntinError
+
+_FORM = re.compile(r"(\d+):(\d+)", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """At most `kept` of `group` neighbouring inputs are not zero."""
+
+    kept: int
+    group: int
+
+    @property
+    def text(self) -> str:
+        """The pattern as `parse_pattern` reads it: "2:4"."""
+        return f"{self.kept}:{self.group}"
+
+    def misfit(self, weight: Tensor) -> str | None:
+        """Why a weight (O, I, ...) cannot have the pattern; None if it can."""
+        return f"{weight.shape[1]} inputs are no multiple of {self.group}" if weight.shape[1] % self.group else None
+
+    def mask(self, saliency_OTI: Tensor) -> Tensor:
+        """The places that stay, bool, of the shape of the saliencies (>= 0): those with the largest in each group."""
+        groups = saliency_OTI.reshape(*saliency_OTI.shape[:2], -1, self.group)
+        order = torch.argsort(groups, dim=-1, descending=True, stable=True)[..., : self.kept]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order, True).flatten(2)
+
+    def held(self, weight: Tensor) -> Tensor | None:
+        """The places of a weight (O, I, ...) that may change without leaving the pattern, bool; None if the pattern does not hold.
+
+        In groups with fewer than `kept` values, the first zeros count as values.
+        """
+        if self.misfit(weight) is not None:
+            return None
+        weight_OTI = taps_first(weight.detach())
+        mask = self.mask((weight_OTI != 0).to(torch.float32))
+        return None if bool((weight_OTI[~mask] != 0).any()) else taps_last(mask, weight)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Read "2:4", "4:8" or another N:M. Raises `MuntinError` for one that the artefact does not record: N above M/2, other M."""
+    form = _FORM.fullmatch(text) if isinstance(text, str) else None
+    n, m = map(int, form.groups()) if form is not None else (0, 0)
+    if m not in GROUPS or not 0 < 2 * n <= m:
+        raise MuntinError(f"pattern={text!r}: give N:M, such as '2:4', with M of {', '.join(map(str, GROUPS))}, and N from 1 to M/2")
+    return Pattern(kept=n, group=m)
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """A weight (O, I) or (O, I, H, W) as (O, T, I)."""
+    return weight.flatten(2).transpose(1, 2) if weight.ndim > 2 else weight[:, None]
+
+
+def taps_last(weight_OTI: Tensor, like: Tensor) -> Tensor:
+    """Inverse of `taps_first`, in the shape of `like`."""
+    return weight_OTI.transpose(1, 2).reshape(like.shape)
 
 
 def pattern_of(layer: nn.Module) -> Pattern | None:
