@@ -171,9 +171,9 @@ def test_unknown_field(tmp_path: Path, save_step: Save, recipe: Recipe) -> None:
 
 def test_damaged_compression_record(tmp_path: Path, save_step: Save) -> None:
     path = save_step(tmp_path, 1)
-    rewrite(path, compression={"stage": "w8a8", "origin": "", "ranks": {}, "changes": []})
+    rewrite(path, compression={"steps": 0, "origin": "", "ranks": {}, "changes": []})
     text = mistake(path)
-    assert "compression.stage: Input should be 'low-rank', 'w4a8' or 'mixed' (got 'w8a8'): corrupted, or written by" in text
+    assert "compression.steps: Input should be greater than 0 (got 0): corrupted, or written by" in text
     assert "use an older step beside it" in text
 
 

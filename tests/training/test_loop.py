@@ -384,7 +384,7 @@ def test_diverged_loss(tmp_path: Path, write_foreign: Callable[[str], Any]) -> N
 
 
 def test_advice_after_divergence(tmp_path: Path, write_foreign: Callable[[str], Any]) -> None:
-    """A constant learning rate, a run without a checkpoint, and a stage of compression."""
+    """A constant learning rate, a run without a checkpoint, and a candidate of compression."""
     tiny = write_foreign(UNSOUND)
     plan = ("training.final_learning_rate=0.002", "training.validate_every=100", "training.checkpoint_every=100")
     with pytest.raises(MuntinError, match="and train anew, by --set") as error:
@@ -403,7 +403,7 @@ def test_advice_after_divergence(tmp_path: Path, write_foreign: Callable[[str], 
         root=tiny.root,
         start=None,
         report=lambda progress: None,
-        compression=CompressionRecord(stage="low-rank", origin="", ranks={}, changes=()),
+        compression=CompressionRecord(steps=1, origin="", ranks={}, changes=()),
     )
     with pytest.raises(MuntinError, match=r"lower learning_rate in compression \(now 0\.002\) and compress anew") as error:
         stage.run(Interruption())
