@@ -51,7 +51,7 @@ StepReport = Callable[[int, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class CourseStage:
-    """A stage of a course. `name`: "low-rank", "w4a8" or "mixed"; the rate falls to `final_learning_rate` in `steps`."""
+    """A stage of a course. `name`: "low-rank" (skipped without ranks), "w4a8" or "mixed"; the rate falls to `final_learning_rate`."""
 
     name: Literal["low-rank", "w4a8", "mixed"]
     steps: int

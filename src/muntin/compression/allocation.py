@@ -60,7 +60,7 @@ class Allocation:
     gap: float
 
 
-def allocate(choices: Mapping[str, Sequence[Option]], limits: Sequence[float], *, gap: float = 0.0, seconds: float = SECONDS) -> Allocation:
+def allocate(choices: Mapping[str, Sequence[Option]], limits: Sequence[float], *, seconds: float = SECONDS) -> Allocation:
     """One option for each layer with the least total cost under the limits.
 
     Deterministic, except where `seconds` end the search; then the gap says how far the optimum may be. Options that another one beats in
@@ -187,7 +187,7 @@ class _Programme:
         return len(picked) == self.one_each.shape[0] and all(used <= room for used, room in zip(sums, self.rooms, strict=True))
 
     def _rounded(self, values_N: NDArray[np.float64]) -> dict[str, int]:
-        """Of each layer the option that uses least, of those that have a share."""
+        """The option of each layer that uses least, of those to which the relaxation gives a share."""
         shares = self.shares.toarray().max(0) if len(self.rooms) else np.zeros(len(self.pairs))
         order = sorted(range(len(self.pairs)), key=lambda n: -shares[n])
         return {self.pairs[n][0]: self.pairs[n][1] for n in order if values_N[n] > 1e-6}

@@ -267,17 +267,6 @@ def check_frozen(model: nn.Module) -> None:
         )
 
 
-def bits_of(model: nn.Module) -> dict[str, int]:
-    """Weight bits of each layer in quantisation-aware training."""
-    return {name: layer.bits for name, layer in named(model, *_WEIGHTED)}
-
-
-def float_weights(model: nn.Module) -> int:
-    """Number of weights in layers that are not in quantisation-aware training, those without an integer form included."""
-    layers = (*(layer for _, layer in named(model, nn.Linear, nn.Conv2d)), *others(model).values())
-    return sum(parameter.numel() for layer in layers for parameter in layer.parameters(recurse=False) if parameter.ndim > 1)
-
-
 def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
     """Change the widths of layers: 2-8 with 8-bit inputs, or `FLOAT` for the plain layer.
 
