@@ -23,10 +23,11 @@ BUDGET = Budget(max_drop=0.01)
 
 
 class Smooth:
-    """Plans of `STEPS` harms from 1e-7 to 10; bytes fall with the logarithm of the harm. `share`: of the bytes of the first width."""
+    """Plans of `STEPS` harms from 1e-7 to 10; bytes fall with the logarithm of the harm. `share`: of the bytes of the first width.
+    `int8_harm`: predicted for plain INT8."""
 
-    def __init__(self, width: float = 1.0, share: float = 1.0, least: float = 1e-7) -> None:
-        self.width, self.share, self.least = width, share, least
+    def __init__(self, width: float = 1.0, share: float = 1.0, least: float = 1e-7, int8_harm: float = 1e-4) -> None:
+        self.width, self.share, self.least, self.int8_harm = width, share, least, int8_harm
 
     def propose(self, limit: float) -> Plan | None:
         if limit < self.least:
@@ -36,7 +37,7 @@ class Smooth:
         return Plan(width=self.width, forms={"layer": Form(index, 8)}, harm=harm, cost=self.share * (1000 - 2 * index))
 
     def int8(self) -> Plan:
-        return Plan(width=self.width, forms={"layer": Form(None, 8)}, harm=1e-4, cost=800 * self.share)
+        return Plan(width=self.width, forms={"layer": Form(None, 8)}, harm=self.int8_harm, cost=800 * self.share)
 
 
 def measured(number: int, plan: Plan, limit: float, lost: float, budget: Budget = BUDGET) -> Trial:
@@ -71,9 +72,10 @@ def searched(
 INT8 = measured(0, Plan(cost=800.0), 0.0, 0.0)
 
 
-def test_int8_within_the_budget() -> None:
+@pytest.mark.parametrize("harm", [1e-4, 5.0])
+def test_int8_within_the_budget(harm: float) -> None:
     """Trials lie between plain INT8 and the most harmful plan, each more careful than the one before that broke the budget."""
-    search = searched(lambda number, plan: 0.02, known=[INT8], trials=4)
+    search = searched(lambda number, plan: 0.02, (Smooth(int8_harm=harm),), known=[INT8], trials=4)
     costs = [trial.plan.cost for trial in search.trials[1:]]
     assert costs == sorted(costs) and costs[-1] > 0.75 * 800 and max(costs) <= 800
     assert search.best is search.trials[0] and search.best.number == 0 and not search.unreachable

@@ -4,10 +4,10 @@
 
 The next limit is the one whose plan costs the geometric mean of the plans at the limits known: harm spans many decades, cost a few octaves.
 Predicted harm orders plans well but is no accuracy, so only trials decide. The budget may be kept at one limit and broken at a lower one
-(training is noisy), so the best accepted trial wins, not the last. If plain INT8 (trial 0) is accepted, the search begins between that
-and the most harmful plan, so each trial that breaks the budget is followed by a more careful one. Decisions depend on the measurements
-alone: a search that is resumed takes the same ones, and one with more trials goes on where it ended. Trials of an earlier call with
-another budget count as evidence, too.
+(training is noisy), so the best accepted trial wins, not the last. If plain INT8 (trial 0) is accepted, the search begins between plans
+of its cost and the most harmful plan, so each trial that breaks the budget is followed by a more careful one. Decisions depend on the
+measurements alone: a search that is resumed takes the same ones, and one with more trials goes on where it ended. Trials of an earlier call
+with another budget count as evidence, too.
 """
 
 from __future__ import annotations
@@ -154,8 +154,10 @@ class Search:
             if trial.number == 0:
                 plan = bracket.base.int8()
                 self.trials[index] = replace(trial, plan=plan)
-                if trial.accepted or not (self.trained or trial.failed):
-                    bracket.settle(max(plan.harm, bracket.low[0]), plan, kept=trial.accepted)
+                if trial.accepted:
+                    bracket.begin_at(plan)
+                elif not (self.trained or trial.failed):
+                    bracket.settle(max(plan.harm, bracket.low[0]), plan, kept=False)
 
     def _learn(self, bracket: _Bracket) -> list[Trial]:
         """Take the trials of a width that were measured by earlier calls into account, and return them."""
@@ -254,6 +256,15 @@ class _Bracket:
             self.settle(limit, plan, kept)
         untried = not self._tried or (self.high[1].cost < (1 - NARROW) * self.low[1].cost and not self.was_tried(self.high[1]))
         return self.high if untried else None
+
+    def begin_at(self, plan: Plan) -> None:
+        """Search plans that cost less than one that keeps the budget.
+
+        Its own harm is no limit: it may lie in one layer that other plans leave in 16 bits.
+        """
+        self._tried[_key(plan)] = True
+        if self.high[1].cost < plan.cost:
+            self.low = self._at_cost(plan.cost)
 
     def was_tried(self, plan: Plan) -> bool:
         return _key(plan) in self._tried
