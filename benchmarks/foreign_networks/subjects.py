@@ -232,7 +232,7 @@ def _pruned_by(model: nn.Module, images: Sequence[Tensor], ratio: float) -> nn.M
     return small
 
 
-NEAREST = {"rounding": "nearest", "equalize": False, "correct_bias": False, "min_sqnr_db": 0}
+NEAREST: dict[str, Any] = {"rounding": "nearest", "min_sqnr_db": 0}
 """Scales of least squared error for each output channel, nearest rounding, and nothing else."""
 FORMS: dict[str, Pass | None] = {
     "float": None,  # as it is

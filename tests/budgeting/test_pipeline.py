@@ -23,9 +23,8 @@ from muntin.budgeting import pipeline
 from muntin.budgeting.forecast import Deadline
 from muntin.budgeting.pipeline import compress, search_config
 from muntin.budgeting.result import CompressionResult, SearchProgress
-from muntin.compression import Change, load_compressed
+from muntin.compression import Change
 from muntin.errors import MuntinError
-from muntin.models.eager import eager_copy
 from muntin.training.config import CompressionConfig
 
 BUDGET = Budget(max_drop=0.02, confidence=None)
@@ -85,12 +84,13 @@ def test_kept_on_the_samples_but_not_with_certainty(digits: Any, uniform: Any, s
 
 def test_plain_int8_comes_first(digits: Any, uniform: Any, finished: CompressionResult) -> None:
     first = finished.trials[0]
-    weights = [
-        layer.integers
-        for layer in load_compressed(first.folder / "model", eager_copy(digits.model)).modules()
-        if hasattr(layer, "integers")
-    ]
-    assert len(weights) == 4 and finished.rows[0]["trial"] is None and finished.rows[1]["trial"] == 0
+    layers = open_artifact(first.artifact).manifest.layers
+    assert (
+        len(layers) == 4
+        and all(layer.activation_bits == layer.weight_bits == 8 for layer in layers)
+        and finished.rows[0]["trial"] is None
+        and finished.rows[1]["trial"] == 0
+    )
     assert first.plan == Uniform().int8() and finished.rows[0]["bytes"] / first.bytes > 2
 
 

@@ -29,14 +29,14 @@ PASSES: dict[str, Callable[[nn.Module], list[Change]]] = {
     "prune": lambda model: muntin.prune(model, BATCHES, ratio=0.5, multiple=4),
     "low_rank": lambda model: muntin.low_rank(model, BATCHES, parameters=0.97, multiple=2),
     "quantize": lambda model: muntin.quantize(model, BATCHES),
-    "quantize_w4": lambda model: muntin.quantize(model, BATCHES, bits=4, steps=2),
+    "quantize_w4": lambda model: muntin.quantize(model, BATCHES, bits=4),
     "prepare_qat": lambda model: muntin.prepare_qat(model, BATCHES, bits=4),
     "freeze": lambda model: muntin.freeze(model, BATCHES),
     "sparsify": lambda model: muntin.sparsify(model, BATCHES),
 }
 REFUSED = {
     *product(("prepare_qat",), ("prune", "low_rank", "quantize", "quantize_w4", "sparsify")),
-    ("quantize", "quantize_w4"), ("quantize_w4", "quantize"),
+    ("quantize_w4", "quantize"),
 }  # fmt: skip
 """Pairs that are an error, which names the order."""
 

@@ -56,7 +56,7 @@ def test_hybrid_network(gate: bool, tmp_path: Path) -> None:
 
 def test_other_models_and_damage(tmp_path: Path) -> None:
     model = Tied().eval()
-    quantize(model, [X])
+    quantize(model, [X], bits=6)
     folder = save(model, tmp_path / "m")
     with pytest.raises(MuntinError, match="'first' is no Linear, Conv2d or product of the model"):
         load_compressed(folder, nn.Sequential(nn.Linear(12, 3)))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import muntin
 from muntin.artifact import Artifact
-from muntin.compression import quantize
 from muntin.errors import ExportError, MuntinError
 from muntin.layers import ChannelGate, MapNorm, TokenNorm
+from muntin.training.config import QuantizationConfig
 
 
 class Built(nn.Module):
@@ -37,7 +37,7 @@ class Built(nn.Module):
 
 @dataclass(frozen=True)
 class Exported:
-    """An artefact, and the PyTorch model that it must compute: the quantised form, where it was quantised."""
+    """An artefact, and the PyTorch model that it was made of."""
 
     model: nn.Module
     artifact: Artifact
@@ -153,9 +153,9 @@ def export_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Expo
 
     def run(model: nn.Module, *, quantized: bool, sizes: Any, example: Tensor | None = None, keep: tuple[str, ...] = ()) -> Exported:
         example = make_pixels(2, 3, 64, 64) if example is None else example
-        changes = quantize(model, [example], keep=keep, min_sqnr_db=0) if quantized else []
+        config = {"calibration": [example], "quantization": QuantizationConfig(keep=keep, min_sqnr_db=0)} if quantized else {}
         path = tmp_path_factory.mktemp("export") / "artifact"
-        return Exported(model, muntin.export(model, example, path, changes=changes, sizes=sizes))
+        return Exported(model, muntin.export(model, example, path, sizes=sizes, **config))
 
     return run
 

@@ -72,9 +72,7 @@ def test_restoring_hybrid_in_integers(trained: Any, pixels: Any, pictures: Any, 
     images = pictures(1, 32, 48, 3)
     scores = muntin.load(artifact.path, precision="f32", threads=1)(images)
     assert scores.shape == (1, 3, 64, 96)
-    quantised = copy.deepcopy(restorer)
-    quantize(quantised, [example])
-    expected = muntin.TorchSession(quantised, artifact.manifest.signature)(images)
+    expected = muntin.TorchSession(restorer, artifact.manifest.signature)(images)
     assert np.abs(scores - expected).max() <= 0.1 * expected.std()
     assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed
     assert_standalone(artifact, tmp_path / "restore.onnx")
@@ -228,7 +226,9 @@ def test_normalisation_of_a_models_input(pixels: Any, tmp_path: Path, tiny: Any)
 def test_layers_of_a_normalised_model(pixels: Any, tmp_path: Path, tiny: Any) -> None:
     model, example = tiny(), pixels(2, 3, 32, 32)
     quantize(model, [example / 255])
-    artifact = muntin.export(model, example, tmp_path / "artifact", mean=0, std=1, sizes="fixed")
+    with pytest.raises(ExportError, match="give calibration"):  # the batches of `quantize` are no raw pixels
+        muntin.export(model, example, tmp_path / "artifact", mean=0, std=1, sizes="fixed")
+    artifact = muntin.export(model, example, tmp_path / "artifact", calibration=[example], mean=0, std=1, sizes="fixed")
     assert [record.name for record in artifact.manifest.layers if record.activation_bits == 8] == ["model.0", "model.2"]
     assert {entry["layer"] for entry in artifact.manifest.passes if entry["pass"] == "quantize"} == {"model.0", "model.2"}
     assert muntin.verify(artifact.path, SessionOptions(threads=1)).passed
@@ -275,6 +275,27 @@ def test_model_in_16_bits(pixels: Any, pictures: Any, tmp_path: Path, tiny: Any)
         expected = copy.deepcopy(model).float()(torch.from_numpy(images).permute(0, 3, 1, 2).float()).numpy()
     assert np.abs(muntin.load(artifact.path, precision="f32", threads=1)(images) - expected).max() <= 1e-4 * expected.std()
     assert next(model.parameters()).dtype == torch.float16
+
+
+def test_quantised_model(pixels: Any, tmp_path: Path) -> None:
+    """Export calibrates with the batches of `quantize`, which copies have, and saved models do not."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 1, 1), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+
+    model, example = build(), pixels(2, 3, 32, 32)
+    quantize(model, [example], bits=4.5, keep=("4",), min_sqnr_db=0)
+    artifact = muntin.export(copy.deepcopy(model), example, tmp_path / "a", sizes="fixed")
+    *integers, kept = artifact.manifest.layers
+    assert (kept.name, kept.activation_bits, kept.note) == ("4", None, "named in keep")
+    assert all(record.activation_bits == 8 for record in integers)
+    sizes = {"0": 432, "2": 2304}
+    assert 4 < sum(record.weight_bits * sizes[record.name] for record in integers) / sum(sizes.values()) <= 4.5
+    loaded = muntin.load_compressed(muntin.save(model, tmp_path / "saved"), build())
+    with pytest.raises(ExportError, match="give calibration"):
+        muntin.export(loaded, example, tmp_path / "b", sizes="fixed")
+    again = muntin.export(loaded, example, tmp_path / "b", calibration=[example], sizes="fixed")
+    assert again.model_bytes() == artifact.model_bytes()
 
 
 def test_kept_layers(pixels: Any, tmp_path: Path, tiny: Any) -> None:

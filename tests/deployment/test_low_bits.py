@@ -30,7 +30,7 @@ def network(build: type[nn.Module]) -> nn.Module:
     """A convolution, a depthwise one, one of odd length (its last byte is not full), and two Linears."""
 
     def run(m: Any, x: Tensor) -> Any:
-        y = torch.relu(m.depthwise(torch.relu(m.stem(x / 60 - 2))))
+        y = torch.relu(m.depthwise(torch.relu(m.stem(x / 255))))
         y = torch.relu(m.body(y)).permute(0, 2, 3, 1)
         return m.head(torch.relu(m.expand(y))).permute(0, 3, 1, 2)
 

@@ -16,7 +16,7 @@ def test_levels_of_a_range(low: float, unsigned: bool, levels: int) -> None:
     observer.see_range(float(values.min()), float(values.max()))
     observer.see_values(values)
     grid = observer.grid()
-    assert (grid.unsigned, grid.offset) == (unsigned, 0)
+    assert (grid.unsigned, grid.zero_point) == (unsigned, 0)
     assert grid.scale == pytest.approx(1 / levels, rel=0.02)
 
 
@@ -29,3 +29,15 @@ def test_range_of_a_constant() -> None:
 def test_range_that_is_not_finite() -> None:
     with pytest.raises(ValueError, match="NaN or infinity"):
         RangeObserver().see_range(0.0, float("inf"))
+
+
+def test_zero_point() -> None:
+    """Of values like those after GELU; even ones keep a symmetric grid, and products of two activations do."""
+    values = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+    for one, zero_point in ((np.maximum(values, -0.17), True), (values, False)):
+        observer = RangeObserver()
+        observer.see_range(float(one.min()), float(one.max()))
+        observer.see_values(one)
+        grid = observer.grid()
+        assert (grid.zero_point > 0, grid.unsigned, grid.zero_point % 2) == (zero_point, zero_point, 0)
+        assert observer.grid(symmetric=True).zero_point == 0

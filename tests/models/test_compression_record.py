@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from muntin.models.compression_record import Change, CompressionRecord, OperationRecord
+from muntin.models.compression_record import Change, CompressionRecord, TrainedRecord
 
 RECORD = CompressionRecord(
     origin="0" * 64,
     steps=9,
     widths={"stage4.0": 16},
     ranks={"head": (8,), "stem": (4, 12)},
-    qat={"stem": OperationRecord(bits=4, unsigned=(False,)), "scores": OperationRecord(bits=0, unsigned=(False, True))},
+    qat={"stem": TrainedRecord(bits=4, unsigned=(False,)), "scores": TrainedRecord(bits=0, unsigned=(False, True))},
     changes=(
         Change(layer="head", pass_="low_rank", done="rank 8 of 16", ranks=(8,)),
         Change(layer="x", pass_="qat", done="kept", reason="y"),
@@ -30,12 +30,12 @@ def test_json_round_trip() -> None:
 
 
 def test_zero_points() -> None:
-    record = OperationRecord(bits=4, unsigned=(True,), zero_points=(14,))
+    record = TrainedRecord(bits=4, unsigned=(True,), zero_points=(14,))
     content = record.model_dump(mode="json")
     assert content == {"bits": 4, "unsigned": [True], "zero_points": [14]}
-    assert OperationRecord.model_validate(content) == record
+    assert TrainedRecord.model_validate(content) == record
     with pytest.raises(ValidationError, match="2 zero_points for 1 grids"):
-        OperationRecord.model_validate(content | {"zero_points": [14, 2]})
+        TrainedRecord.model_validate(content | {"zero_points": [14, 2]})
 
 
 def test_record_of_an_earlier_version() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from muntin.artifact import Artifact, Signature, open_artifact
 from muntin.artifact.store import with_precision
 from muntin.deployment.capture.model_contract import as_bytes
-from muntin.deployment.capture.named_graph import as_arrays
+from muntin.deployment.capture.named_graph import as_arrays, usual_axes
 from muntin.deployment.export import check_pixels, export, infer_signature
 from muntin.errors import ExportError, MuntinError
 from muntin.models.eager import ModelInputs, as_input, batch_rows, call, first_row
@@ -90,7 +90,7 @@ def interface_of(model: nn.Module, batches: Sequence[ModelInputs], signature: Si
     for name, tensor in named[0].items():
         if not isinstance(tensor, Tensor):
             raise MuntinError(f"calibration: input '{name}' is a {type(tensor).__name__}: the artefact takes tensors; leave others out")
-    return Interface(signature=None, names=names, axes=_axes(named), answer=interface.answer)
+    return Interface(signature=None, names=names, axes=usual_axes(*named), answer=interface.answer)
 
 
 def _positional(model: nn.Module, count: int) -> tuple[str, ...]:
@@ -101,22 +101,6 @@ def _positional(model: nn.Module, count: int) -> tuple[str, ...]:
     if len(names) < count:
         raise MuntinError(f"calibration: a batch holds {count} tensors, the model's forward names {len(names)}: give dictionaries")
     return tuple(names[:count])
-
-
-def _axes(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[str | None, ...]]:
-    """Names of free dimensions; those that have the same sizes in every batch share a name."""
-    first = {batch[name].shape[0] if batch[name].ndim else None for batch in batches[:1] for name in batch}
-    shared = len(first) == 1 and None not in first
-    free: dict[tuple[int, ...], str] = {}
-    axes = {}
-    for name, tensor in batches[0].items():
-        dims: list[str | None] = []
-        for axis in range(tensor.ndim):
-            sizes = tuple(batch[name].shape[axis] for batch in batches)
-            varied = len(set(sizes)) > 1
-            dims.append("batch" if axis == 0 and shared else free.setdefault(sizes, f"size_{len(free)}") if varied else None)
-        axes[name] = tuple(dims)
-    return axes
 
 
 def deploy(model: nn.Module, interface: Interface, example: ModelInputs, path: Path, *, exact: bool = False) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from muntin.compression.quantization.observer import Observer
 from muntin.errors import MuntinError
+from muntin.graph.grids import RangeObserver
 from muntin.models.eager import ModelInputs, batch_rows, inputs_of, tensors_of, watch_inputs
 
 LARGEST_CALIBRATION = 512
@@ -50,23 +50,28 @@ def not_finite(name: str, error: ValueError) -> MuntinError:
     return MuntinError(f"calibration: {error} at the input of layer '{name}': check the weights and the images")
 
 
-def observe(model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[ModelInputs]) -> dict[str, tuple[Observer, Observer]]:
+def observe(
+    model: nn.Module, operations: Mapping[str, nn.Module], batches: Sequence[ModelInputs]
+) -> dict[str, tuple[RangeObserver, RangeObserver]]:
     """Observe the first and, if there is one, the second input of each operation, in two passes over the batches.
 
     Raises `MuntinError`, naming the operation, on NaN or infinity.
     """
-    observers = {name: (Observer(), Observer()) for name in operations}
+    observers = {name: (RangeObserver(), RangeObserver()) for name in operations}
 
     def ranges(name: str, operation: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for observer, x in zip(observers[name], inputs, strict=False):
+            if not x.numel():
+                continue
             try:
-                observer.see_range(x)
+                observer.see_range(*(float(end) for end in torch.aminmax(x.detach().float())))
             except ValueError as error:
                 raise not_finite(name, error) from error
 
     def values(name: str, operation: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         for observer, x in zip(observers[name], inputs, strict=False):
-            observer.see_values(x)
+            if x.numel():
+                observer.see_values(x.detach().float().cpu().numpy())
 
     watch_inputs(model, operations, batches, ranges)
     watch_inputs(model, operations, batches, values)

@@ -16,7 +16,6 @@ from muntin.compression.channels.slimming import apply_widths, widths_of
 from muntin.compression.channels.split_attention import split_attentions
 from muntin.compression.equivalent.batch_norm import FOLDED, apply_folds
 from muntin.compression.equivalent.fold import fold
-from muntin.compression.equivalent.input_factors import apply_factors, factor_structure
 from muntin.compression.equivalent.plain_convolutions import apply_plain, plain_records
 from muntin.compression.history import history, pruned_from, remember, remember_pruning
 from muntin.compression.low_rank.factorization import apply_structure, structure_of
@@ -36,7 +35,6 @@ def structure_fields(model: nn.Module) -> dict[str, Any]:
         "sizes": {} if pruning is None else sizes_of(model),
         "pruning": pruning,
         "convolutions": plain_records(model),
-        "factors": factor_structure(model),
         "ranks": structure_of(model),
         "qat": qat_structure(model) or None,
         "integers": integer_structure(model),
@@ -56,10 +54,7 @@ def restore_structure(model: nn.Module, record: Structure, tensors: Container[st
     apply_plain(model, record.convolutions)
     if record.pruning is not None:
         split_attentions(model, record.pruning.split)
-    layers = dict(model.named_modules())
-    apply_factors(model, [name for name in record.factors if name in layers])
     apply_structure(model, record.ranks)
-    apply_factors(model, [name for name in record.factors if name not in layers])  # parts of factored layers
     apply_sizes(model, record.sizes)
     if record.pruning is not None:
         apply_heads(model, record.pruning.heads)

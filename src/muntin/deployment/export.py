@@ -30,6 +30,7 @@ from muntin.deployment.capture.model_contract import (
     check_example,
 )
 from muntin.deployment.capture.named_graph import Axes, NamedTensors
+from muntin.deployment.capture.trained_grids import needed_calibration
 from muntin.deployment.image_export import ImageDraft
 from muntin.deployment.named_export import export_named
 from muntin.deployment.sizes.probe import Probe
@@ -122,6 +123,8 @@ def export(
             calibration = model.pictures(calibration, (quantization or QuantizationConfig()).calibration_images)
         measured = {SOURCE: model.source, "source_notes": list(model.notes)} | (measured or {})
         signature, model = model.signature, model.model
+    if calibration is None:
+        calibration = needed_calibration(model, normalised=mean is None and std is None)
     if isinstance(calibration, Path | str):
         raise ExportError(f"calibration '{calibration}': a folder is for a model of open_model; give batches of raw pixels")
     if example is None and isinstance(calibration, list) and calibration:  # pictures of an opened model

@@ -32,7 +32,7 @@ from muntin.deployment.capture.model_contract import (
 from muntin.deployment.capture.onnx_export import to_onnx
 from muntin.deployment.capture.trained_grids import take_grids
 from muntin.deployment.engine_check import write_checked_images
-from muntin.deployment.quantization_changes import pass_entry, quantization_changes, reasons_of
+from muntin.deployment.quantization_changes import kept_layers, pass_entry, quantization_changes, reasons_of
 from muntin.deployment.sizes.probe import Probe
 from muntin.graph.artifacts.engine_check import FAR_OFF, write_with_fallbacks
 from muntin.graph.artifacts.manifest_entries import layer_records, packing_of
@@ -102,7 +102,7 @@ class ImageDraft:
         self.stage(f"capturing the graph for {sizes.text}")
         captured = self._capture(sizes, signature)
         model, trained, changes = captured.model, captured.trained, captured.changes
-        if not trained:
+        if not any(grids.activations for grids in trained.values()):
             errors = errors_by_size(graph_pairs(captured.proto, [images for images, _ in due], exact=False), due)
             if len(changes) > len(self.changes):
                 check_folded(model, due, errors)
@@ -116,7 +116,7 @@ class ImageDraft:
             self.stage("computing reference outputs")
             pairs = graph_pairs(result.model, [images for images, _ in due], exact=True)
             errors = errors_by_size(pairs, due)
-            if trained:
+            if self.calibration is None and trained:
                 check_capture(errors, FAR_OFF)
             rounding = check_rounding(errors) if self.calibration is not None else []
             lacking = result.notes if trained or self.calibration is not None else ()
@@ -164,7 +164,10 @@ class ImageDraft:
             return with_grids(proto, trained, reasons_of(changes), example=example, half=bool(trained))
         config = self.quantization or QuantizationConfig()
         batches = [{"images": as_bytes(batch)} for batch in self.calibration]
-        return calibrate(proto, batches, min_sqnr_db=config.min_sqnr_db, keep=config.keep, example=example, half=True)
+        floats = kept_layers(changes)
+        return calibrate(
+            proto, batches, min_sqnr_db=config.min_sqnr_db, keep=config.keep, example=example, half=True, given=trained, floats=floats
+        )
 
     def _signature(self, sizes: Sizes) -> Signature:
         """Return the signature with the sizes. Raises `ExportError` where the signature's `side` is not one of them."""

@@ -17,12 +17,14 @@ from muntin.compression.quantization.qat import check_frozen
 from muntin.compression.sparsity.pattern import check_held
 from muntin.deployment.capture.named_graph import Axes, NamedModel, NamedTensors, answer, as_arrays, check_call, to_named_onnx, usual_axes
 from muntin.deployment.capture.trained_grids import take_grids
-from muntin.deployment.quantization_changes import pass_entry, reasons_of
+from muntin.deployment.quantization_changes import kept_layers, pass_entry, reasons_of
 from muntin.errors import ExportError
-from muntin.graph import export_onnx
 from muntin.graph.artifacts.export import write_graph
+from muntin.graph.calibration import Inputs
 from muntin.graph.float_run import FloatRun
-from muntin.graph.quantize import with_grids
+from muntin.graph.onnx_file import named_inputs
+from muntin.graph.onnx_graph import Array
+from muntin.graph.quantize import GraphQuantization, calibrate, with_grids
 from muntin.runtime.verification.golden import compare_outputs
 from muntin.training.config import QuantizationConfig
 
@@ -35,7 +37,7 @@ def export_named(
     example: NamedTensors,
     path: Path | str,
     *,
-    calibration: Iterable[NamedTensors] | None,
+    calibration: Iterable[Any] | None,
     axes: Axes | None,
     quantization: QuantizationConfig | None,
     measured: Mapping[str, Any] | None,
@@ -49,48 +51,50 @@ def export_named(
     check_held(model)
     remove_closed_channels(model)
     fold(model)
-    axes = usual_axes(example) if axes is None else axes
+    batches = None if calibration is None else _batches(calibration, model, example)
+    axes = usual_axes(example, *(batches or ())) if axes is None else axes
     check_call(model, example, axes)
     wrapped, changes = NamedModel(model, tuple(example)).eval(), history(model)
     example = {name: tensor.cpu() for name, tensor in example.items()}
     arrays = as_arrays(example)
     deployed = answer(wrapped, example)
     trained = take_grids(model)
-    if trained and (calibration is not None or quantization is not None):
-        raise ExportError("the model is quantised in PyTorch already: leave calibration and quantization out, or give the float model")
     proto = onnx.shape_inference.infer_shapes(to_named_onnx(model, example, axes))
-    for result in compare_outputs(FloatRun(proto)(arrays), answer(wrapped, example) if trained else deployed, SAME):
+    for result in compare_outputs(FloatRun(proto)(arrays), answer(wrapped, example), SAME):
         if not result.passed:
             raise ExportError(
                 f"what was traced does not compute what PyTorch does: {result.problem}; it holds one branch of each condition and no "
                 "random numbers: leave them out, or write all branches in one (torch.where); nothing was written"
             )
-    passes = [pass_entry(change) for change in changes]
-    if trained:
-        reasons = reasons_of(changes)
-        return write_graph(
-            proto,
-            path,
-            lambda rows: with_grids(proto, trained, reasons, example=rows, half=True),
-            [arrays],
-            {"measured": measured or {}, "passes": passes},
-            integers=True,
-            due=(arrays, deployed),
-        )
-    config = quantization or QuantizationConfig()
-    return export_onnx(
-        proto,
-        path,
-        calibration=None if calibration is None else [as_arrays(_by_name(batch)) for batch in calibration_list(calibration, model)],
-        example=arrays,
-        keep=config.keep,
-        min_sqnr_db=config.min_sqnr_db,
-        measured=measured,
-        passes=passes,
-    )
+    content = {"measured": measured or {}, "passes": [pass_entry(change) for change in changes]}
+    config, reasons = quantization or QuantizationConfig(), reasons_of(changes)
+
+    if config.keep and batches is None:
+        raise ExportError(f"keep names {', '.join(config.keep)}, and without calibration nothing is quantised: give it, or no keep")
+
+    def quantize(rows: Inputs) -> GraphQuantization:
+        if batches is None:
+            return with_grids(proto, trained, reasons, example=rows, half=bool(trained))
+        options: Any = {"min_sqnr_db": config.min_sqnr_db, "keep": config.keep, "given": trained, "floats": kept_layers(changes)}
+        return calibrate(proto, [named_inputs(batch, proto) for batch in batches], example=rows, half=True, **options)
+
+    due = (arrays, deployed) if trained and batches is None else None
+    return write_graph(proto, path, quantize, [arrays], content, integers=bool(trained) or batches is not None, due=due)
 
 
-def _by_name(batch: object) -> NamedTensors:
-    if not isinstance(batch, Mapping):
-        raise ExportError(f"a calibration batch is a {type(batch).__name__}, and the example a dictionary: give dictionaries of tensors")
-    return batch
+def _batches(calibration: Iterable[Any], model: nn.Module, example: NamedTensors) -> list[dict[str, Array]]:
+    """Return batches as arrays by the names of the inputs."""
+    batches = []
+    for batch in calibration_list(calibration, model):
+        if not isinstance(batch, Mapping):
+            given = (batch,) if isinstance(batch, Tensor) else tuple(batch)
+            if len(given) != len(example):
+                raise ExportError(
+                    f"a calibration batch is a {type(batch).__name__} of {len(given)}, and the model takes {', '.join(example)}: give "
+                    "dictionaries of tensors"
+                )
+            batch = dict(zip(example, given, strict=True))
+        if missing := [name for name in example if not isinstance(batch.get(name), Tensor)]:
+            raise ExportError(f"a calibration batch has no tensor '{missing[0]}', an input of the example: give all of them")
+        batches.append(as_arrays({name: tensor.cpu() for name, tensor in batch.items()}))
+    return batches

@@ -33,6 +33,12 @@ def reasons_of(changes: Iterable[Change]) -> Mapping[str, str]:
     return reasons
 
 
+def kept_layers(changes: Iterable[Change]) -> Mapping[str, str]:
+    """Return why layers are to stay in floats, by name: those that the last pass of integers kept."""
+    last = {change.layer: change for change in changes if change.pass_ in ("qat", "quantize")}
+    return {name: change.reason for name, change in last.items() if change.kept}
+
+
 def pass_entry(change: Change) -> dict[str, Any]:
     """Return the manifest's entry of a change."""
     sqnr_db = change.sqnr_db if change.sqnr_db is not None and math.isfinite(change.sqnr_db) else None

@@ -22,7 +22,7 @@ def quantized_inputs(model: bytes, batches: Sequence[Inputs]) -> dict[str, tuple
         quantizer = graph.makers.get(dequantizer.input[0]) if dequantizer is not None else None
         if quantizer is not None and quantizer.op_type == "QuantizeLinear":
             scale, zero = (graph.constants[name] for name in quantizer.input[1:3])
-            grid = ByteGrid(scale=float(scale), unsigned=zero.dtype == np.uint8, offset=int(zero))
+            grid = ByteGrid(scale=float(scale), unsigned=zero.dtype == np.uint8, zero_point=int(zero))
             rounded[node.name] = quantizer.input[0], grid
     observers = observe(graph, [tensor for tensor, _ in rounded.values()], batches) if rounded else {}
     return {name: (observers[tensor], grid) for name, (tensor, grid) in rounded.items()}

@@ -28,6 +28,7 @@ class FloatRun:
             self._session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise _failure("cannot open the model", error) from error
+        self.input_names = [entry.name for entry in self._session.get_inputs()]
         self.output_names = [output.name for output in self._session.get_outputs()]
 
     def __call__(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:

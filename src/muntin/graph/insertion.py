@@ -70,7 +70,7 @@ def _round(graph: Graph, tensor: str, grid: ByteGrid, rounded: dict[tuple[str, B
         number = sum(1 for name, _ in rounded if name == tensor)
         base = tensor if not number else f"{tensor}/{number}"
         scale = graph.constant(f"{base}/scale", np.array(grid.scale, np.float32))
-        zero = graph.constant(f"{base}/zero", grid.zero_point())
+        zero = graph.constant(f"{base}/zero", grid.typed_zero_point())
         graph.nodes.append(helper.make_node("QuantizeLinear", [tensor, scale, zero], [f"{base}/integers"], name=f"{base}/quantize"))
         graph.nodes.append(
             helper.make_node("DequantizeLinear", [f"{base}/integers", scale, zero], [f"{base}/rounded"], name=f"{base}/dequantize")

@@ -48,7 +48,7 @@ class Graph:
         self.makers = {output: node for node in self.nodes for output in node.output if output}
         self.readers = {}
         for node in self.nodes:
-            for name in (*node.input, *_captured(node)):
+            for name in tensors_read(node):
                 self.readers.setdefault(name, []).append(node)
 
     def only_reader(self, tensor: str) -> onnx.NodeProto | None:
@@ -77,7 +77,7 @@ class Graph:
         model.CopyFrom(self._frame)
         graph = model.graph
         graph.node.extend(_sorted(self.nodes))
-        read = {name for node in self.nodes for name in (*node.input, *_captured(node))} | set(self.outputs)
+        read = {name for node in self.nodes for name in tensors_read(node)} | set(self.outputs)
         graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in read)
         graph.output.extend(helper.make_empty_tensor_value_info(name) for name in extra_outputs)
         return model
@@ -94,10 +94,10 @@ def set_attributes(node: onnx.NodeProto, values: Mapping[str, Any]) -> None:
     node.attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
 
 
-def _captured(node: onnx.NodeProto) -> list[str]:
-    """Return the names that the graphs inside a node (If, Loop) read."""
+def tensors_read(node: onnx.NodeProto) -> list[str]:
+    """Return the names of a node's inputs, and of what the graphs inside it (If, Loop) read."""
     inner = [graph for entry in node.attribute for graph in (*entry.graphs, *([entry.g] if entry.HasField("g") else []))]
-    return [name for graph in inner for part in graph.node for name in (*part.input, *_captured(part))]
+    return [*node.input, *(name for graph in inner for part in graph.node for name in tensors_read(part))]
 
 
 def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
@@ -114,7 +114,7 @@ def _sorted(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
             index = waiting[-1]
             if len(waiting) > len(nodes) ** 2:
                 raise ExportError(f"the graph has a cycle through tensor '{nodes[index].output[0]}': check the model")
-            needs = {made_by[name] for name in (*nodes[index].input, *_captured(nodes[index])) if name in made_by}
+            needs = {made_by[name] for name in tensors_read(nodes[index]) if name in made_by}
             if index in done or needs <= done:
                 waiting.pop()
                 if index not in done:

@@ -17,6 +17,7 @@ from muntin.graph.calibration import Inputs, measure, observe, output_shapes
 from muntin.graph.grids import RangeObserver
 from muntin.graph.insertion import Grids, ProductGrids, insert
 from muntin.graph.onnx_graph import Graph
+from muntin.graph.passes.biases import correct_biases
 from muntin.graph.passes.concats import clip_before_signed_quantizers
 from muntin.graph.passes.pixel_grid import align_with_pixels
 from muntin.graph.passes.simplify import simplify
@@ -82,33 +83,41 @@ def calibrate(
     keep: Collection[str] = (),
     example: Inputs | None = None,
     half: bool = False,
+    given: Grids | None = None,
+    floats: Mapping[str, str] | None = None,
 ) -> GraphQuantization:
     """Return a float model, quantised to static W8A8.
 
     `calibration`: batches of named inputs. `keep`: names of products, or of modules around them. `example`: by default one row of the last
-    batch. Raises ExportError as `quantize_onnx` does.
+    batch. `given`: the weights' bits and scales of products or layers, by name, and the grids of their activations if these are trained.
+    `floats`: layers that stay in floats, by name, with the reasons. Raises ExportError as `quantize_onnx` does.
     """
     graph = simplified(model)
-    smooth(graph, calibration)
+    fixed = _of_products(given or {}, find_products(graph))
+    smooth(graph, calibration, rounded=[name for name, grids in fixed.items() if grids.activations or grids.weight_bits < 8])
     products = find_products(graph)
     if not products:
         raise ExportError("the model holds no convolution and no matrix product: there is nothing to quantise")
     _check_kept(keep, products)
     reasons = {product.name: "named in keep" for product in products if is_kept(product.name, keep)}
+    reasons |= {
+        product.name: reason for product in products if product.name not in fixed and (reason := (floats or {}).get(layer_of(product)))
+    }
     reasons |= {product.name: reason for product in products if (reason := no_integer_form(graph, product) or _saturation(product))}
     free = [product for product in products if product.name not in reasons]
     observers = observe(graph, [name for product in free for name in product.activations.values()], calibration)
-    grids = align_with_pixels(graph, _calibrated(free, observers), free, first_row(calibration[0]))
+    grids = align_with_pixels(graph, _calibrated(free, observers, fixed), free, first_row(calibration[0]))
     sqnr = measure(graph, free, grids, calibration[0])
     noisy = {
         name: f"integers leave {value:.1f} dB of signal over noise in its output, less than {min_sqnr_db:g}"
         for name, value in sqnr.items()
         if value < min_sqnr_db
     }
-    whole = GraphQuantization(
-        graph=graph, grids=grids, reasons=reasons, sqnr=sqnr, example=example or first_row(calibration[-1]), half=half
+    grids = {name: value for name, value in grids.items() if name not in noisy}
+    correct_biases(graph, grids, calibration, trained=[name for name, value in fixed.items() if value.activations])
+    return GraphQuantization(
+        graph=graph, grids=grids, reasons=reasons | noisy, sqnr=sqnr, example=example or first_row(calibration[-1]), half=half
     )  # fmt: skip
-    return whole.without(noisy)
 
 
 def with_grids(model: onnx.ModelProto, trained: Grids, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> GraphQuantization:
@@ -118,14 +127,23 @@ def with_grids(model: onnx.ModelProto, trained: Grids, reasons: Mapping[str, str
     """
     graph = simplified(model)
     products = find_products(graph)
-    layers = {product.name: product.name.rpartition("/")[0] for product in products if product.weight is not None}
-    grids = {product.name: trained.get(product.name) or trained.get(layers.get(product.name, "")) for product in products}
-    used = {name: value for name, value in grids.items() if value is not None}
+    used = align_with_pixels(graph, _of_products(trained, products), products, example)
     others = {product.name: NOT_PREPARED for product in products if used and product.name not in used}
     if used and sums_saturate():
         others |= {product.name: reason for product in products if product.name in used and (reason := _saturation(product))}
         used = {name: value.in_seven_bits() for name, value in used.items() if name not in others}
     return GraphQuantization(graph=graph, grids=used, reasons={**others, **reasons}, sqnr={}, example=example, half=half)
+
+
+def _of_products(by_layer: Grids, products: Sequence[GraphProduct]) -> dict[str, ProductGrids]:
+    """Return the grids of layers by the names of their products."""
+    found = {product.name: by_layer.get(product.name) or by_layer.get(layer_of(product)) for product in products}
+    return {name: grids for name, grids in found.items() if grids is not None}
+
+
+def layer_of(product: GraphProduct) -> str:
+    """Return the name of a product's layer: a further product of the same weight is called "layer/2"."""
+    return product.name.rpartition("/")[0] or product.name if product.weight is not None else product.name
 
 
 def is_kept(name: str, keep: Collection[str]) -> bool:
@@ -164,15 +182,18 @@ def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(f"the model is of opset {opset}, and onnx cannot convert it to {OPSET}: {cause}: export it anew") from error
 
 
-def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver]) -> Grids:
-    return {
-        product.name: ProductGrids(
-            activations={index: observers[name].grid() for index, name in product.activations.items()},
-            spread_softmax=product.softmax is not None,
-            weight_bits=7 if sums_saturate() else 8,
-        )
-        for product in products
-    }
+def _calibrated(products: Sequence[GraphProduct], observers: Mapping[str, RangeObserver], fixed: Grids) -> Grids:
+    """Return the grids of products; `fixed`: those that are given, whose activations may be left to calibration."""
+    grids = {}
+    for product in products:
+        given = fixed.get(product.name)
+        own = given or ProductGrids(activations={}, spread_softmax=product.softmax is not None)
+        own = own.in_seven_bits() if sums_saturate() else own
+        activations = own.activations or {
+            index: observers[name].grid(symmetric=product.weight is None) for index, name in product.activations.items()
+        }
+        grids[product.name] = replace(own, activations=activations)
+    return grids
 
 
 def _saturation(product: GraphProduct) -> str | None:

@@ -46,8 +46,8 @@ class OperationRecord(BaseModel):
 
     bits: Annotated[int, Field(ge=0, le=8)]
     """Weight bits; 0 for a product, which has no weight."""
-    unsigned: Annotated[tuple[bool, ...], Field(min_length=1, max_length=2)]
-    """For each activation grid: True if it is unsigned."""
+    unsigned: Annotated[tuple[bool, ...], Field(max_length=2)]
+    """For each activation grid: True if it is unsigned. Empty where export is to calibrate the input."""
     zero_points: Annotated[tuple[Annotated[int, Field(ge=0, le=255)], ...], Field(max_length=2)] = ()
     """For each activation grid in training: the level of the value 0. Empty if all are 0, and for integers, whose tensors hold it."""
 
@@ -67,6 +67,12 @@ class OperationRecord(BaseModel):
         if self.zero_points:
             return {"bits": self.bits, "unsigned": list(self.unsigned), "zero_points": list(self.zero_points)}
         return [self.bits, *map(int, self.unsigned)]
+
+
+class TrainedRecord(OperationRecord):
+    """One operation in quantisation-aware training, whose inputs have grids."""
+
+    unsigned: Annotated[tuple[bool, ...], Field(min_length=1, max_length=2)]
 
 
 class TableRecord(BaseModel):
@@ -126,11 +132,11 @@ class Structure(BaseModel):
     """The model before its first pruning; None if it is not pruned."""
     convolutions: dict[str, ConvolutionRecord] = {}
     """Convolutions that were written as a padding and a plain one."""
-    factors: tuple[str, ...] = ()
-    """Linears with a factor for each input channel before them."""
+    factors: Annotated[tuple[str, ...], Field(max_length=0, exclude=True)] = ()
+    """Empty in records of earlier versions that can be read."""
     ranks: dict[str, Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=2)]]
     """Ranks of each factored layer."""
-    qat: dict[str, OperationRecord] | None = None
+    qat: dict[str, TrainedRecord] | None = None
     """Operations in quantisation-aware training; None where there are none."""
     integers: dict[str, OperationRecord] = {}
     """Quantised operations."""

@@ -30,11 +30,12 @@ from muntin.budgeting.forms.plans import Form
 from muntin.compression import quantize
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_weight
-from muntin.compression.quantization.observer import ActivationGrid
-from muntin.compression.quantization.qat import QATLinear
+from muntin.compression.quantization.qat import QATConv2d, QATLinear, freeze, prepare_qat
 from muntin.compression.quantization.quantized_layers import quantized_form
+from muntin.compression.quantization.reconstruction import reconstruct
 from muntin.compression.quantization.rounding import add_rows, round_layer
-from muntin.compression.rewrite import replace
+from muntin.compression.rewrite import named, replace
+from muntin.graph.grids import ByteGrid
 from muntin.models.eager import eager_copy
 
 CASES: list[tuple[Dense, tuple[int, ...]]] = [
@@ -135,7 +136,8 @@ def test_harm_of_an_input_is_measured_in_the_answer(model: nn.Module, layer: str
     with torch.no_grad():
         exact = model(x[16:])
         narrow = copy.deepcopy(model)
-        quantize(narrow, [x[:16], x[16:]], only=(layer,), smooth=False, min_sqnr_db=0.0)
+        prepare_qat(narrow, [x[:16], x[16:]], bits=8, only=(layer,))
+        freeze(narrow)
         noise = float((narrow(x[16:]) - exact).square().mean() / exact.var(correction=0))
     assert predicted == pytest.approx(noise, rel=0.5)
 
@@ -164,11 +166,11 @@ def test_reconstruction_keeps_the_predicted_share() -> None:
     mixing = torch.randn(48, 48) + 0.3 * torch.ones(48, 48)
     x = torch.randn(4000, 48) @ mixing
     layer = nn.Linear(48, 64, bias=False)
-    grid = ActivationGrid(scale=float(x.abs().max()) / 127, unsigned=False)
+    grid = ByteGrid(scale=float(x.abs().max()) / 127, unsigned=False)
     for bits in (3, 4):
         trained = QATLinear(layer, grid, bits)
         moments = add_rows(None, trained, x, x)
-        share = round_layer(trained, moments, correct_bias=False)
+        share = round_layer(trained, moments)
         predicted = float(kept_by_reconstruction(x[None, ::2], x[None, 1::2])[0])
         assert predicted == pytest.approx(share, rel=0.35)
 
@@ -232,7 +234,9 @@ def changed(layers: FormLayers, name: str, form: Form, images: list[Tensor]) -> 
         assert one.moment is not None
         replace(model, name, factorize(one.layer, ranks_of(one.layer, form.rank), square_root(one.moment.shrunk())))
     if form.bits < KEPT:
-        quantize(model, images, bits={name: form.bits}, only=(name,), min_sqnr_db=0.0, equalize=False, correct_bias=True)
+        prepare_qat(model, images, bits={name: form.bits}, only=(name,))
+        reconstruct(model, dict(named(model, QATConv2d, QATLinear)), images)
+        freeze(model)
     return model.eval()
 
 

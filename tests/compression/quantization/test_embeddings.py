@@ -180,5 +180,3 @@ def test_training_and_artifact(tmp_path: Path) -> None:
             due = answer(model, inputs).numpy()
             output = session({name: tensor.numpy() for name, tensor in inputs.items()})["output"]
             assert np.abs(output - due).max() < 0.05 * due.std()
-    with pytest.raises(MuntinError, match="quantised in PyTorch already"):
-        muntin.export(model, text(2, 9, 5), tmp_path / "a", calibration=BATCHES)

@@ -22,7 +22,6 @@ from muntin import create_model
 from muntin.compression import fold, freeze, prepare_qat, quantize, set_bits
 from muntin.compression.low_rank.factorization import low_rank
 from muntin.compression.quantization.fake_quantization import along, sqnr_db
-from muntin.compression.quantization.observer import ActivationGrid, Observer, usable
 from muntin.compression.quantization.qat import (
     FLOAT,
     LearnedGrid,
@@ -45,8 +44,9 @@ from muntin.compression.quantization.quantized_layers import (
 )
 from muntin.deployment import export
 from muntin.errors import MuntinError
+from muntin.graph.grids import ByteGrid, RangeObserver, usable
 from muntin.layers import Product, SoftmaxProduct
-from muntin.models.compression_record import OperationRecord
+from muntin.models.compression_record import TrainedRecord
 
 SMALL = {"depths": (1,), "dims": (32,), "head_dim": 16, "window": 4, "latents": 4, "decoder": 16}
 WEIGHTED = (nn.Linear, nn.Conv2d)
@@ -62,15 +62,15 @@ def bits_of(model: nn.Module) -> dict[str, int]:
     return {name: layer.bits for name, layer in model.named_modules() if isinstance(layer, QATLinear | QATConv2d)}
 
 
-def grid_of(x: Tensor) -> ActivationGrid:
-    observer = Observer()
-    observer.see_range(x)
-    observer.see_values(x)
+def grid_of(x: Tensor) -> ByteGrid:
+    observer = RangeObserver()
+    observer.see_range(float(x.min()), float(x.max()))
+    observer.see_values(x.detach().numpy())
     return observer.grid()
 
 
-def grid_at(scale: float, *, unsigned: bool, zero_point: int = 0) -> ActivationGrid:
-    return ActivationGrid(scale=scale, unsigned=unsigned, zero_point=zero_point if unsigned else 0)
+def grid_at(scale: float, *, unsigned: bool, zero_point: int = 0) -> ByteGrid:
+    return ByteGrid(scale=scale, unsigned=unsigned, zero_point=zero_point if unsigned else 0)
 
 
 GRIDS = st.builds(grid_at, st.floats(1e-3, 10), unsigned=st.booleans(), zero_point=st.sampled_from([0, 0, 14, 128, 254]))
@@ -198,17 +198,6 @@ def test_autocast() -> None:
         assert parameter.dtype == parameter.grad.dtype == torch.float32, name
 
 
-def test_percentile_grid() -> None:
-    x = torch.rand(2, 3, 32, 32) * 255
-    whole, half = Perceptron().eval(), Perceptron().eval()
-    half.load_state_dict(whole.state_dict())
-    for model, percentile in ((whole, 100.0), (half, 50.0)):
-        prepare_qat(model, [x], percentile=percentile)
-    scales = [float(model.get_parameter("first.input.log_scale").detach().exp()) for model in (whole, half)]
-    assert scales[0] == pytest.approx(2 / 127, rel=0.01)  # x / 64 - 2 of uniform bytes: -2..1.98
-    assert scales[1] == pytest.approx(1 / 127, rel=0.05)
-
-
 # ---- one operation ----
 
 
@@ -228,9 +217,9 @@ def settle_weight(layer: QATLinear | QATConv2d) -> Tensor:
     return q * scale
 
 
-def inputs_of(grid: ActivationGrid, *shape: int) -> tuple[Tensor, Tensor]:
+def inputs_of(grid: ByteGrid, *shape: int) -> tuple[Tensor, Tensor]:
     """Inputs `(*shape)`, and their rounded values in float64."""
-    q, v = away_from_borders(shape, *grid.ends)
+    q, v = away_from_borders(shape, *grid.levels)
     scale = float(torch.tensor(grid.scale, dtype=torch.float32).log().exp())
     return (v * scale).float(), q * scale
 
@@ -246,9 +235,7 @@ def assert_as_deployed(layer: Any, x: tuple[Tensor, ...], expected: Tensor, magn
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 5), max_size=3), st.integers(1, 9), st.integers(1, 9), BITS, st.booleans(), GRIDS, SEEDS)
-def test_linear_against_integers(
-    lead: list[int], inputs: int, outputs: int, bits: int, bias: bool, grid: ActivationGrid, seed: int
-) -> None:
+def test_linear_against_integers(lead: list[int], inputs: int, outputs: int, bits: int, bias: bool, grid: ByteGrid, seed: int) -> None:
     torch.manual_seed(seed)
     layer = QATLinear(nn.Linear(inputs, outputs, bias=bias), grid, bits)
     weight_OI = settle_weight(layer)
@@ -280,7 +267,7 @@ def test_convolution_against_integers(
     size: tuple[int, int],
     bits: int,
     bias: bool,
-    grid: ActivationGrid,
+    grid: ByteGrid,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -296,9 +283,7 @@ def test_convolution_against_integers(
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), GRIDS, GRIDS, SEEDS)
-def test_product_against_integers(
-    heads: int, rows: int, between: int, columns: int, left: ActivationGrid, right: ActivationGrid, seed: int
-) -> None:
+def test_product_against_integers(heads: int, rows: int, between: int, columns: int, left: ByteGrid, right: ByteGrid, seed: int) -> None:
     torch.manual_seed(seed)
     (a, rounded_a), (b, rounded_b) = inputs_of(left, heads, rows, between), inputs_of(right, heads, between, columns)
     layer = QATProduct(left, right)
@@ -307,7 +292,7 @@ def test_product_against_integers(
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 5), GRIDS, st.booleans(), SEEDS)
-def test_softmax_product_against_integers(rows: int, entries: int, columns: int, grid: ActivationGrid, biased: bool, seed: int) -> None:
+def test_softmax_product_against_integers(rows: int, entries: int, columns: int, grid: ByteGrid, biased: bool, seed: int) -> None:
     torch.manual_seed(seed)
     levels_RN, steps_RN = away_from_borders((rows, entries), 0, 255)
     levels_RN[:, 0], steps_RN[:, 0] = 255, 255  # the largest logit, whose exponential is 1
@@ -447,12 +432,12 @@ def test_structure_round_trip() -> None:
     apply_qat(again, structure)
     again.load_state_dict(model.state_dict())
     assert qat_structure(again) == structure and bits_of(again) == bits_of(model)
-    assert structure["stem.0.conv"] == OperationRecord(bits=8, unsigned=(False,))
-    assert structure["stages.0.blocks.0.mlp.reduce"] == OperationRecord(bits=4, unsigned=(True,))  # behind a ReLU
-    assert structure["stages.0.blocks.0.attention.local.scores"] == OperationRecord(bits=0, unsigned=(False, False))
+    assert structure["stem.0.conv"] == TrainedRecord(bits=8, unsigned=(False,))
+    assert structure["stages.0.blocks.0.mlp.reduce"] == TrainedRecord(bits=4, unsigned=(True,))  # behind a ReLU
+    assert structure["stages.0.blocks.0.attention.local.scores"] == TrainedRecord(bits=0, unsigned=(False, False))
     assert structure.keys().isdisjoint({"stem.1.conv", "head.conv"})
     assert torch.equal(answer(again, x), answer(model, x))
-    for wrong in ({"nowhere": structure["stem.0.conv"]}, {"head.conv": OperationRecord(bits=4, unsigned=(False, False))}):
+    for wrong in ({"nowhere": structure["stem.0.conv"]}, {"head.conv": TrainedRecord(bits=4, unsigned=(False, False))}):
         with pytest.raises(MuntinError, match=r"^qat: '.*: build the model that the checkpoint was made of$"):
             apply_qat(create_model("hybrid-xs", options=SMALL), wrong)
 

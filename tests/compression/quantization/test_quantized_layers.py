@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from muntin.compression import QuantizedConv2d, QuantizedLinear
 from muntin.compression.low_rank.factored_layers import full_ranks
 from muntin.compression.low_rank.factorization import factorize
-from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.qat import QATConv2d, QATLinear
 from muntin.compression.quantization.quantized_layers import GEOMETRY
+from muntin.graph.grids import ByteGrid, RangeObserver
 
 
-def grid_of(x: Tensor, *, asymmetric: bool = False) -> ActivationGrid:
-    observer = Observer()
-    observer.see_range(x)
-    observer.see_values(x)
-    return observer.grid(asymmetric=asymmetric)
+def grid_of(x: Tensor, *, symmetric: bool = False) -> ByteGrid:
+    observer = RangeObserver()
+    observer.see_range(float(x.min()), float(x.max()))
+    observer.see_values(x.detach().numpy())
+    return observer.grid(symmetric=symmetric)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -45,13 +45,13 @@ def test_error_and_state(bias: bool) -> None:
 def test_zero_point() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 32), nn.functional.gelu(torch.randn(50, 64))
-    form = QuantizedLinear(layer, grid_of(x, asymmetric=True))
+    form = QuantizedLinear(layer, grid_of(x))
     zero, scale = form.input.zero_point, form.input.scale
     assert zero.dtype == torch.uint8 and zero > 0
     q = torch.round(x / scale).add(zero).clamp(0, 255).double()
     product = ((q - zero) @ form.integers.double()) * scale * form.weight_scale + layer.bias
     torch.testing.assert_close(form(x), product.float(), rtol=1e-5, atol=1e-6)
-    symmetric = QuantizedLinear(layer, grid_of(x))
+    symmetric = QuantizedLinear(layer, grid_of(x, symmetric=True))
     errors = [(one(x) - layer(x)).square().mean() for one in (form, symmetric)]
     assert errors[0] < 0.6 * errors[1]
     assert (form.input.ends()[0], form.input.ends()[1]) == (-int(zero) * float(scale), (255 - int(zero)) * float(scale))

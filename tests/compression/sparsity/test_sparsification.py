@@ -132,7 +132,7 @@ def test_attention_keeps_its_projection() -> None:
     assert changes["self_attn"].reason == "MultiheadAttention: no sparse form here"
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [4, 3])
 @pytest.mark.parametrize("first", ["sparsify", "quantize"])
 def test_zeros_of_integers(bits: int, first: str) -> None:
     model = network()
@@ -155,8 +155,8 @@ def test_reconstruction_of_integers_sees_the_zeros() -> None:
     muntin.sparsify(model, BATCHES)
     exact = answer(model, BATCHES[0])
     near, column = copy.deepcopy(model), copy.deepcopy(model)
-    muntin.quantize(near, BATCHES, bits=3, rounding="nearest", equalize=False, min_sqnr_db=0)
-    muntin.quantize(column, BATCHES, bits=3, equalize=False, min_sqnr_db=0, steps=2)
+    muntin.quantize(near, BATCHES, bits=3, rounding="nearest", min_sqnr_db=0)
+    muntin.quantize(column, BATCHES, bits=3, min_sqnr_db=0)
     check_held(column)
     assert error(column, exact) < error(near, exact)
 
@@ -245,7 +245,7 @@ def test_artifact_is_verified(tmp_path: Path) -> None:
     assert open_artifact(artifact.path).model_bytes() == artifact.model_bytes()
 
 
-@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("bits", [None, 4, 8])
 def test_artifact_of_named_inputs(bits: int | None, tmp_path: Path) -> None:
     texts = [{"ids": torch.randint(0, 50, (16, 8))} for _ in range(2)]
     model = WithText().eval()

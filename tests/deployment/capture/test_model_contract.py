@@ -14,12 +14,12 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 import muntin
 from muntin.artifact.sizes import GOLDEN_SIDE, golden_sizes
-from muntin.compression.quantization.observer import ActivationGrid
 from muntin.compression.quantization.quantized_layers import QuantizedConv2d
 from muntin.deployment import infer_signature
 from muntin.deployment.capture.model_contract import check_copy, check_independence, pairs_at
 from muntin.errors import ExportError
 from muntin.graph.artifacts.engine_check import FLOAT_LIMITS
+from muntin.graph.grids import ByteGrid
 from muntin.models import DividedSides
 from muntin.runtime import load
 from muntin.runtime.verification.golden import compare_outputs
@@ -43,7 +43,7 @@ class Rounded(nn.Module):
 
     def __init__(self, mean: bool = False) -> None:
         super().__init__()
-        self.mean, self.conv = mean, QuantizedConv2d(nn.Conv2d(3, 4, 1), ActivationGrid(scale=40.0, unsigned=True))
+        self.mean, self.conv = mean, QuantizedConv2d(nn.Conv2d(3, 4, 1), ByteGrid(scale=40.0, unsigned=True))
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.div(40).floor() * 40 + 20

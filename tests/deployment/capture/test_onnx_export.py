@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.artifact import ClassInfo, Signature, Sizes
-from muntin.compression import quantize
+from muntin.compression import freeze, prepare_qat
 from muntin.deployment.capture.model_contract import answer_to
 from muntin.deployment.capture.onnx_export import COMPUTE, PixelInput, _traced_example, canonical_names, to_onnx
 from muntin.deployment.capture.trained_grids import take_grids
@@ -91,7 +91,8 @@ def test_nodes_of_quantised_layers(build: type[nn.Module], pixels: Callable[...,
         return m.linear(torch.relu(m.conv(x / 255)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     model = build(run, conv=nn.Conv2d(3, 8, 3, groups=1), linear=nn.Linear(8, 4))
-    quantize(model, [pixels(1, 3, 32, 32)])
+    prepare_qat(model, [pixels(1, 3, 32, 32)], bits=8)
+    freeze(model)
     model.run = lambda m, x: F.pad(run(m, x), (1, 1, 1, 1))  # type: ignore[assignment]  # back to the size of the input
     grids = take_grids(model)
     captured = to_onnx(model, pixels(1, 3, 32, 32), signature(4))

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from muntin.graph.onnx_graph import Graph
-from muntin.graph.passes.simplify import flat_gathers
+from muntin.graph.passes.simplify import LARGEST_GROWTH, flat_gathers, fold_constants
 
 
 @settings(max_examples=30, deadline=None)
@@ -35,3 +35,13 @@ def test_flat_gathers(axis: int, rows: list[int], computed: bool, seed: int) -> 
     (result,) = ReferenceEvaluator(rewritten).run(None, given_inputs)
     assert result.shape == np.take(x, table, axis).shape
     assert result == pytest.approx(np.take(x, table, axis))
+
+
+def test_large_constant_node() -> None:
+    """The weights of models that hold them in Constant nodes become constants, too."""
+    weight = np.ones((4, LARGEST_GROWTH), np.float32)
+    nodes = [helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weight)), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", side]) for name, side in (("x", 4), ("y", LARGEST_GROWTH))]
+    graph = Graph(helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:]), opset_imports=[helper.make_opsetid("", 20)]))
+    fold_constants(graph)
+    assert [node.op_type for node in graph.nodes] == ["MatMul"] and graph.constants["w"].shape == weight.shape

@@ -28,10 +28,10 @@ from muntin.compression.low_rank.factored_layers import FactoredLayer
 from muntin.compression.low_rank.factorization import Dense, factorize, square_root
 from muntin.compression.quantization.embeddings import integer_table
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
-from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.quantization.quantized_layers import InputGrid
 from muntin.compression.quantization.rounding import DAMPING, MAX_INPUTS, SPARSE
 from muntin.compression.quantization.widths import BATCHES
+from muntin.graph.grids import ByteGrid, RangeObserver
 from muntin.models.eager import ModelInputs, call, tensors_of, watch_inputs
 from muntin.runtime.tiles import Progress
 
@@ -144,7 +144,7 @@ def input_harm(model: nn.Module, batch: ModelInputs, exact: Tensor, one: FormLay
 class _RoundedInput:
     """Computes a layer on its rounded input, without the mean error, which a bias takes over."""
 
-    def __init__(self, layer: Dense, grid: ActivationGrid) -> None:
+    def __init__(self, layer: Dense, grid: ByteGrid) -> None:
         self.layer, self.grid = layer, grid
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ def form_errors(one: FormLayer, fitted_GNI: Tensor, rows_GNI: Tensor) -> dict[Fo
     return errors
 
 
-def _on_grid(x: Tensor, grid: ActivationGrid) -> Tensor:
+def _on_grid(x: Tensor, grid: ByteGrid) -> Tensor:
     rounding = InputGrid(grid)
     return quantize_dequantize(x, rounding.scale, rounding.zero_point)
 
@@ -334,7 +334,7 @@ class _Chain:
             x = rounded_NI.reshape(exact.shape)
         for index, weight in enumerate(weights):
             if form.bits < KEPT and index:
-                x = _on_grid(x, _grid_of(exact, asymmetric=isinstance(self.layer, nn.Linear)))
+                x = _on_grid(x, _grid_of(exact))
             used = weight
             if form.bits < KEPT:
                 used = _rounded(weight, form.bits, torch.tensor(self.kept if index == 0 else 1.0))
@@ -365,8 +365,8 @@ def _part(x_NIHW: Tensor, weight_OIHW: Tensor) -> Tensor:
     return out.reshape(N, rows, columns, -1).permute(0, 3, 1, 2)
 
 
-def _grid_of(x: Tensor, *, asymmetric: bool) -> ActivationGrid:
-    observer = Observer()
-    observer.see_range(x)
-    observer.see_values(x)
-    return observer.grid(asymmetric=asymmetric)
+def _grid_of(x: Tensor) -> ByteGrid:
+    observer = RangeObserver()
+    observer.see_range(float(x.min()), float(x.max()))
+    observer.see_values(x.numpy())
+    return observer.grid()

@@ -18,11 +18,9 @@ from muntin.compression.low_rank.factored_layers import factored_macs, factored_
 from muntin.compression.low_rank.factorization import Dense, reasons_to_stay_dense
 from muntin.compression.low_rank.rank_choices import ladder
 from muntin.compression.quantization.embeddings import replaceable_tables, scale_columns
-from muntin.compression.quantization.observer import ActivationGrid
-from muntin.compression.quantization.pixel_grid import align_with_pixels
-from muntin.compression.quantization.preparation import Prepared, prepare
-from muntin.compression.quantization.quantized_layers import quantized_form
-from muntin.compression.rewrite import EVERY, replace
+from muntin.compression.quantization.preparation import prepare
+from muntin.compression.rewrite import EVERY
+from muntin.graph.grids import ByteGrid
 from muntin.models.eager import ModelInputs, batch_rows, eager_copy, run
 
 KEPT = 16
@@ -63,7 +61,7 @@ class FormLayer:
 
     layer: Dense
     forms: Mapping[Form, FormCost]
-    grid: ActivationGrid | None
+    grid: ByteGrid | None
     moment: Moment | None
     positions: float
     shape: tuple[int, ...]
@@ -154,7 +152,7 @@ def layer_forms(model: nn.Module, calibration: Iterable[ModelInputs], *, bits: S
     free = {name: layer for name, layer in layers.items() if name in sizes and name not in ready.reasons}
     fitted, judged = halves(ready.batches)
     moments = input_moments(model, fitted, {name: layer for name, layer in free.items() if name not in dense})
-    grids = _grids(model, ready, free)
+    grids = {name: ready.observed[name][0].grid() for name in free}
     offered = {}
     for name, layer in layers.items():
         reasons = tuple(dict.fromkeys(reason for by_name in (ready.reasons, dense) if (reason := by_name.get(name)) is not None))
@@ -197,18 +195,6 @@ def some_rows(batch: ModelInputs, first: int, last: int) -> ModelInputs:
         dict(batch) if isinstance(batch, Mapping) else batch,
     )
     return cut
-
-
-def _grids(model: nn.Module, ready: Prepared, layers: Mapping[str, Dense]) -> dict[str, ActivationGrid]:
-    """The grids of the layers' inputs, as `quantize` has them, those of pixels aligned (`align_with_pixels`)."""
-    integers = {
-        name: quantized_form(layer, ready.observed[name][0].grid(asymmetric=isinstance(layer, nn.Linear))) for name, layer in layers.items()
-    }
-    copied = eager_copy(model)
-    for name, form in integers.items():
-        replace(copied, name, form)
-    align_with_pixels(copied, ready.batches[0])
-    return {name: form.input.grid() for name, form in integers.items()}
 
 
 def _sizes(

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 
 from muntin.compression.calibration import calibration_list, check_weights, observe
 from muntin.compression.channels.slimming import remove_closed_channels
 from muntin.compression.equivalent.batch_norm import fold_batch_norms
-from muntin.compression.equivalent.equalization import equalize
 from muntin.compression.equivalent.fold import fold
-from muntin.compression.equivalent.input_factors import ScaledLinear
 from muntin.compression.equivalent.plain_convolutions import plain_convolutions
-from muntin.compression.equivalent.smoothing import smooth
-from muntin.compression.quantization.observer import Observer
 from muntin.compression.quantization.quantized_layers import no_integer_form
 from muntin.compression.replaceability import irreplaceable
 from muntin.compression.rewrite import (
@@ -28,6 +23,7 @@ from muntin.compression.rewrite import (
     left_out,
     named,
 )
+from muntin.graph.grids import RangeObserver
 from muntin.models.compression_record import Change
 from muntin.models.eager import ModelInputs, check_eager, first_row, watch_inputs
 
@@ -39,7 +35,7 @@ class Prepared:
     batches: list[ModelInputs]
     changes: list[Change]
     operations: dict[str, nn.Module]
-    observed: dict[str, tuple[Observer, Observer]]
+    observed: dict[str, tuple[RangeObserver, RangeObserver]]
     """By operation that another form can replace: its first and second input."""
     reasons: dict[str, str]
     """Reasons to keep operations in float."""
@@ -54,15 +50,11 @@ def prepare(
     done: Mapping[str, nn.Module],
     products: tuple[type[nn.Module], ...] = (),
     cut: bool = False,
-    equalized: Callable[[str], int] | None = None,
-    smoothed: Callable[[str], int] | None = None,
 ) -> Prepared:
     """Check a model, fold its norms and gates in place, and observe the inputs of its layers and `products`.
 
-    `cut`: remove closed channels first. `equalized`, `smoothed`: give the weight bits of a layer, if channels are to be equalised
-    (`equalization`), or the inputs of Linears smoothed (`smoothing`).
-    `done`: operations that have another form already, which `only` and `keep` may name. Raises `MuntinError` if there is no batch, for NaN
-    and infinity, and if `only` or `keep` name no layer.
+    `cut`: remove closed channels first. `done`: operations that have another form already, which `only` and `keep` may name. Raises
+    `MuntinError` if there is no batch, for NaN and infinity, and if `only` or `keep` name no layer.
     """
     check_eager(model)
     batches = calibration_list(calibration, model)
@@ -79,15 +71,6 @@ def prepare(
     fixed = irreplaceable(model, layers, first_row(batches[0]))
     replaceable = {name: operation for name, operation in operations.items() if name not in fixed}
     unusual = _unusual(model, replaceable, batches)
-    plain = {name: layer for name, layer in layers.items() if name not in fixed and name not in unusual and name not in unnamed}
-    if equalized is not None:
-        changes += equalize(model, batches, cast(dict[str, nn.Linear | nn.Conv2d], plain), equalized)
-    linears = {name: layer for name, layer in plain.items() if isinstance(layer, nn.Linear)}
-    if smoothed is not None and linears:
-        changes += smooth(model, batches, linears, smoothed)
-        moved = {name: layer.linear for name, layer in named(model, ScaledLinear) if name in linears}
-        operations = {f"{name}.linear" if name in moved else name: moved.get(name, one) for name, one in operations.items()}
-        replaceable = {name: operation for name, operation in operations.items() if name not in fixed}
     observed = observe(model, replaceable, batches)
     reasons = {name: reason for name, (first, _) in observed.items() if (reason := no_integer_form(operations[name], first)) is not None}
     kept = {name: unnamed[name] for name in operations if name in unnamed}

@@ -22,12 +22,12 @@ from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.history import remember
 from muntin.compression.quantization.fake_quantization import along, round_to_grid, round_to_half, sqnr_db, weight_limit, weight_scale
-from muntin.compression.quantization.observer import ActivationGrid, usable
-from muntin.compression.quantization.pixel_grid import align_with_pixels
 from muntin.compression.quantization.preparation import prepare
 from muntin.compression.quantization.quantized_layers import (
-    SHARES,
+    InputGrid,
+    QuantizedConv2d,
     QuantizedLayer,
+    QuantizedLinear,
     QuantizedOperation,
     QuantizedProduct,
     QuantizedSoftmaxProduct,
@@ -37,22 +37,24 @@ from muntin.compression.quantization.quantized_layers import (
     plain_layer,
     quantized_form,
     quantized_operations,
+    uncalibrated,
 )
 from muntin.compression.quantization.widths import WidthOf, check_bits, requested_widths
 from muntin.compression.rewrite import EVERY, is_kept, keepable, left_out, named, others, out_of_reach, replace
 from muntin.errors import MuntinError
+from muntin.graph.grids import SHARES, ByteGrid, usable
 from muntin.layers import Product, SoftmaxProduct
-from muntin.models.compression_record import Change, OperationRecord
+from muntin.models.compression_record import Change, OperationRecord, TrainedRecord
 from muntin.models.eager import ModelInputs, check_eager, inputs_of, watch_inputs
 
 
 class LearnedGrid(nn.Module):
     """Rounds a tensor to an 8-bit grid whose scale is learned. The zero point stays as calibrated."""
 
-    def __init__(self, grid: ActivationGrid) -> None:
+    def __init__(self, grid: ByteGrid) -> None:
         super().__init__()
         self.unsigned, self.zero_point = grid.unsigned, grid.zero_point
-        self.low, self.high = grid.ends
+        self.low, self.high = grid.levels
         self.log_scale = nn.Parameter(torch.tensor(grid.scale, dtype=torch.float32).log())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,21 +62,21 @@ class LearnedGrid(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return round_to_grid(x, self.log_scale.exp(), self.low, self.high)
 
-    def frozen(self) -> ActivationGrid:
+    def frozen(self) -> ByteGrid:
         """The grid with the current scale."""
         scale = usable(float(self.log_scale.detach().exp()))
-        return ActivationGrid(scale=scale, unsigned=self.unsigned, zero_point=self.zero_point)
+        return ByteGrid(scale=scale, unsigned=self.unsigned, zero_point=self.zero_point)
 
 
 class _LearnedWeight(nn.Module):
-    """Base of QATLinear and QATConv2d: a float weight, a learned scale for each output channel, a grid for the inputs."""
+    """Base of QATLinear and QATConv2d: a float weight, a learned scale for each output channel, a grid for the inputs or None."""
 
     layer: nn.Linear | nn.Conv2d
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, bits: int, scale: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ByteGrid | None, bits: int, scale: Tensor | None = None) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.input = LearnedGrid(grid)
+        self.input = nn.Identity() if grid is None else LearnedGrid(grid)
         self.bits = bits
         self.groups = getattr(layer, "groups", 1)
         keep_geometry(self, layer)
@@ -107,7 +109,8 @@ class _LearnedWeight(nn.Module):
 
     def frozen(self) -> QuantizedLayer:
         """The integer form."""
-        return quantized_form(self.plain(), self.input.frozen(), bits=self.bits, scale=self.log_scale.exp())
+        grid = self.input.frozen() if isinstance(self.input, LearnedGrid) else None
+        return quantized_form(self.plain(), grid, bits=self.bits, scale=self.log_scale.exp())
 
 
 class QATLinear(_LearnedWeight):
@@ -130,7 +133,7 @@ class QATConv2d(_LearnedWeight):
 class QATProduct(nn.Module):
     """A product of two activations in quantisation-aware training."""
 
-    def __init__(self, left: ActivationGrid, right: ActivationGrid) -> None:
+    def __init__(self, left: ByteGrid, right: ByteGrid) -> None:
         super().__init__()
         self.left, self.right = LearnedGrid(left), LearnedGrid(right)
 
@@ -145,7 +148,7 @@ class QATProduct(nn.Module):
 class QATSoftmaxProduct(nn.Module):
     """softmax(logits)·values in quantisation-aware training; see `QuantizedSoftmaxProduct`."""
 
-    def __init__(self, values: ActivationGrid) -> None:
+    def __init__(self, values: ByteGrid) -> None:
         super().__init__()
         self.values = LearnedGrid(values)
 
@@ -175,14 +178,13 @@ def prepare_qat(
     bits: int | Mapping[str, int] = 4,
     only: Sequence[str] = EVERY,
     keep: Sequence[str] = (),
-    percentile: float | None = None,
 ) -> list[Change]:
     """Put a model into W`bits`A8 quantisation-aware training, in place.
 
     Linear, Conv2d and depthwise convolutions get weights of `bits` bits (2-8) per output channel and 8-bit inputs; the products of muntin's
     attention get two 8-bit operands. `bits` by name or pattern are as in `quantize`: the last that fits counts, other layers get 8. Norms
     and gates are folded first. `calibration`: batches of training inputs, as in `quantize`; activation grids start at the least squared
-    error over them, or at `percentile` (of 100) of their values. `only`, `keep`: names or patterns of the layers and products to take, and
+    error over them. `only`, `keep`: names or patterns of the layers and products to take, and
     to leave in float. Costs two forward passes over the batches and three of one row.
 
     A second run with the same bits changes nothing, and one of other layers may have other bits. Raises `MuntinError` like `prepare`, for
@@ -192,7 +194,7 @@ def prepare_qat(
         check_bits(bits)
     check_eager(model)
     width_of = requested_widths(bits, {**keepable(model), **quantized_operations(model), **qat_operations(model)})
-    thawed = _thaw(model, width_of, only, keep)
+    thawed, scales = _thaw(model, width_of, only, keep)
     before = qat_operations(model)
     taken = {name: one for name, one in before.items() if is_kept(name, only) and not is_kept(name, keep)}
     other = {name: one.bits for name, one in taken.items() if isinstance(one, QATLinear | QATConv2d) and one.bits != width_of(name)}
@@ -212,22 +214,34 @@ def prepare_qat(
         if name in ready.reasons:
             changes.append(Change(layer=name, pass_="qat", done="kept", reason=ready.reasons[name]))
             continue
-        linear = isinstance(operation, nn.Linear)
-        grids = [observer.grid(percentile, asymmetric=linear) if observer.seen else SHARES for observer in ready.observed[name]]
-        form = _qat_form(operation, grids, width_of(name))
+        symmetric = isinstance(operation, Product | SoftmaxProduct)
+        grids = [observer.grid(symmetric=symmetric) if observer.seen else SHARES for observer in ready.observed[name]]
+        form = _qat_form(operation, grids, width_of(name), scales.get(name))
         replace(model, name, form)
         changes.append(Change(layer=name, pass_="qat", done=_form(form)))
     return remember(model, changes + out_of_reach(model, "qat", "integer form"))
 
 
-def _thaw(model: nn.Module, width_of: WidthOf, only: Sequence[str], keep: Sequence[str]) -> list[str]:
-    """Put quantised operations into quantisation-aware training with their values and grids, in place; return their names."""
+def _thaw(model: nn.Module, width_of: WidthOf, only: Sequence[str], keep: Sequence[str]) -> tuple[list[str], dict[str, Tensor]]:
+    """Put quantised operations into quantisation-aware training with their values and grids, in place; return their names.
+
+    Layers whose inputs have no grid become float layers, to be calibrated; the scales of those with the requested bits are returned.
+    """
     operations = quantized_operations(model)
     unnamed = left_out({**keepable(model), **operations, **qat_operations(model)}, only, keep)
-    names = [name for name in operations if name not in unnamed]
-    for name in names:
-        replace(model, name, _thawed(operations[name], width_of(name)))
-    return names
+    bare, thawed, scales = uncalibrated(model), list[str](), dict[str, Tensor]()
+    for name, form in operations.items():
+        if name in unnamed:
+            continue
+        if name in bare:
+            assert isinstance(form, QuantizedLinear | QuantizedConv2d)
+            replace(model, name, plain_layer(form))
+            if form.bits == width_of(name):
+                scales[name] = form.weight_scale
+        else:
+            replace(model, name, _thawed(form, width_of(name)))
+            thawed.append(name)
+    return thawed, scales
 
 
 def _thawed(form: QuantizedOperation, bits: int) -> QATOperation:
@@ -235,21 +249,23 @@ def _thawed(form: QuantizedOperation, bits: int) -> QATOperation:
         return QATProduct(form.left.grid(), form.right.grid())
     if isinstance(form, QuantizedSoftmaxProduct):
         return QATSoftmaxProduct(form.values.grid())
-    layer, scale = plain_layer(form), form.weight_scale if form.bits == bits else None
-    kind = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
-    return kind(layer, form.input.grid(), bits, scale)
+    assert isinstance(form.input, InputGrid)
+    return _qat_form(plain_layer(form), [form.input.grid()], bits, form.weight_scale if form.bits == bits else None)
 
 
 def _form(operation: QATOperation) -> str:
     return f"W{operation.bits}A8" if isinstance(operation, QATLinear | QATConv2d) else "A8"
 
 
-def _qat_form(operation: nn.Module, grids: Sequence[ActivationGrid], bits: int) -> QATOperation:
-    """The form of an operation in quantisation-aware training. `grids`: of its inputs; of a SoftmaxProduct the last is the values'."""
+def _qat_form(operation: nn.Module, grids: Sequence[ByteGrid], bits: int, scale: Tensor | None = None) -> QATOperation:
+    """The form of an operation in quantisation-aware training.
+
+    `grids`: of its inputs; of a SoftmaxProduct the last is the values'. `scale`: of its weight, `(O,)`; by default chosen from its values.
+    """
     if isinstance(operation, nn.Conv2d):
-        return QATConv2d(operation, grids[0], bits)
+        return QATConv2d(operation, grids[0], bits, scale)
     if isinstance(operation, nn.Linear):
-        return QATLinear(operation, grids[0], bits)
+        return QATLinear(operation, grids[0], bits, scale)
     return QATProduct(grids[0], grids[1]) if isinstance(operation, Product) else QATSoftmaxProduct(grids[-1])
 
 
@@ -283,14 +299,14 @@ def set_bits(model: nn.Module, bits: Mapping[str, int]) -> None:
             layer.set_bits(width)
 
 
-def qat_structure(model: nn.Module) -> dict[str, OperationRecord]:
+def qat_structure(model: nn.Module) -> dict[str, TrainedRecord]:
     """The operations in quantisation-aware training, by dotted name, for a checkpoint's record."""
     structure = {}
     for name, operation in qat_operations(model).items():
         grids = [module for module in operation.modules() if isinstance(module, LearnedGrid)]
         bits = operation.bits if isinstance(operation, QATLinear | QATConv2d) else 0
         zero_points = tuple(grid.zero_point for grid in grids)
-        structure[name] = OperationRecord(
+        structure[name] = TrainedRecord(
             bits=bits, unsigned=tuple(grid.unsigned for grid in grids), zero_points=zero_points if any(zero_points) else ()
         )
     return structure
@@ -309,9 +325,7 @@ def apply_qat(model: nn.Module, structure: Mapping[str, OperationRecord]) -> Non
             raise MuntinError(f"qat: '{name}' {what}: build the model that the checkpoint was made of")
     for name, record in structure.items():
         zero_points = record.zero_points or (0,) * len(record.unsigned)
-        grids_of = [
-            ActivationGrid(scale=1.0, unsigned=sign, zero_point=zero) for sign, zero in zip(record.unsigned, zero_points, strict=True)
-        ]
+        grids_of = [ByteGrid(scale=1.0, unsigned=sign, zero_point=zero) for sign, zero in zip(record.unsigned, zero_points, strict=True)]
         replace(model, name, _qat_form(operations[name], grids_of, record.bits))
 
 
@@ -319,8 +333,7 @@ def freeze(model: nn.Module, calibration: Iterable[ModelInputs] = ()) -> list[Ch
     """Turn every operation in quantisation-aware training into its integer form, in place.
 
     Float layers are rounded to the FP16 in which they are stored. `calibration`: on its first batch, if there is one, the signal over noise
-    of each layer is measured against its float form, and grids of pixels are aligned with the levels of the image. A second run changes
-    nothing.
+    of each layer is measured against its float form. A second run changes nothing.
     """
     batches = [inputs_of(model, batch) for batch in itertools.islice(calibration, 1)]
     before = already_quantized(quantized_operations(model))
@@ -342,6 +355,4 @@ def freeze(model: nn.Module, calibration: Iterable[ModelInputs] = ()) -> list[Ch
         changes.append(Change(layer=name, pass_="quantize", done="kept", reason="16 bits, as assigned"))
     for other in others(model).values():
         round_to_half(other)
-    if batches and any(not change.kept for change in changes):
-        align_with_pixels(model, batches[0])
     return remember(model, changes)

@@ -1,4 +1,6 @@
-"""Quantised layers: integer weights, an input rounded to its 8-bit grid, float arithmetic with exactly the integers' results.
+"""Quantised layers: integer weights, and inputs on trained 8-bit grids or, where export is to calibrate them, in floats.
+
+Float arithmetic gives exactly the integers' results.
 
 Axes: B batch, O output and I input channels, H W map.
 """
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the field's usual name
 
 from muntin.compression.quantization.fake_quantization import dequantize_weight, quantize_dequantize, quantize_weight
-from muntin.compression.quantization.observer import ActivationGrid, Observer
 from muntin.compression.rewrite import SPARSITY, computed_weight, keepable, named, other_padding, replace
 from muntin.errors import MuntinError
+from muntin.graph.grids import SHARES, ByteGrid, RangeObserver
 from muntin.layers import Product, SoftmaxProduct
 from muntin.models.compression_record import Change, OperationRecord
 
@@ -27,21 +29,20 @@ class InputGrid(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, grid: ActivationGrid) -> None:
+    def __init__(self, grid: ByteGrid) -> None:
         super().__init__()
         self.register_buffer("scale", torch.tensor(grid.scale, dtype=torch.float32))
         kind = torch.uint8 if grid.unsigned else torch.int8
         self.register_buffer("zero_point", torch.tensor(grid.zero_point, dtype=kind))
 
-    def grid(self) -> ActivationGrid:
+    def grid(self) -> ByteGrid:
         """The grid as a value."""
         unsigned = self.zero_point.dtype == torch.uint8
-        return ActivationGrid(scale=float(self.scale), unsigned=unsigned, zero_point=int(self.zero_point))
+        return ByteGrid(scale=float(self.scale), unsigned=unsigned, zero_point=int(self.zero_point))
 
     def ends(self) -> tuple[float, float]:
         """The least and the greatest value of the grid."""
-        lowest, highest = self.grid().ends
-        return lowest * float(self.scale), highest * float(self.scale)
+        return self.grid().ends
 
     def forward(self, x: Tensor) -> Tensor:
         rounded: Tensor = quantize_dequantize(x, self.scale, self.zero_point)
@@ -79,20 +80,22 @@ class _QuantizedWeight(nn.Module):
     integers: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    input: InputGrid | nn.Identity
+    """Rounds the input to its grid; an identity where the grid is left to export."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, grid: ByteGrid | None = None, *, bits: int = 8, scale: Tensor | None = None) -> None:
         super().__init__()
         keep_geometry(self, layer)
         q, scale_O = quantize_weight(layer.weight, 0, bits, scale)
         self.bits = bits
-        self.input = InputGrid(grid)
+        self.input = nn.Identity() if grid is None else InputGrid(grid)
         self.register_buffer("integers", q.t().contiguous() if isinstance(layer, nn.Linear) else q)
         self.register_buffer("weight_scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
 
 class QuantizedLinear(_QuantizedWeight):
-    """A Linear with integer weights per output channel and 8-bit inputs; `(..., I) -> (..., O)`.
+    """A Linear with integer weights per output channel; `(..., I) -> (..., O)`.
 
     `integers` are `(I, O)`, the order in which runtimes multiply them, so that no transposition follows in the graph.
     """
@@ -110,7 +113,7 @@ class QuantizedLinear(_QuantizedWeight):
 
 
 class QuantizedConv2d(_QuantizedWeight):
-    """A Conv2d (groups and depthwise included) with integer weights per output channel and 8-bit inputs; zero padding."""
+    """A Conv2d (groups and depthwise included) with integer weights per output channel; zero padding."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -131,16 +134,12 @@ class QuantizedConv2d(_QuantizedWeight):
 class QuantizedProduct(nn.Module):
     """A product of two activations, both rounded to 8 bits: `(..., I, J), (..., J, L) -> (..., I, L)`."""
 
-    def __init__(self, left: ActivationGrid, right: ActivationGrid) -> None:
+    def __init__(self, left: ByteGrid, right: ByteGrid) -> None:
         super().__init__()
         self.left, self.right = InputGrid(left), InputGrid(right)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(self.left(a), self.right(b))
-
-
-SHARES = ActivationGrid(scale=1 / 255, unsigned=True)
-"""The grid of exp(s - max), which is in 0..1 for all logits."""
 
 
 class QuantizedSoftmaxProduct(nn.Module):
@@ -149,7 +148,7 @@ class QuantizedSoftmaxProduct(nn.Module):
     A softmax over N entries shrinks as 1/N and vanishes in 8 bits; its largest exponential is 1 for every N.
     """
 
-    def __init__(self, values: ActivationGrid) -> None:
+    def __init__(self, values: ByteGrid) -> None:
         super().__init__()
         self.shares, self.values = InputGrid(SHARES), InputGrid(values)
 
@@ -183,6 +182,11 @@ def quantized_operations(model: nn.Module) -> dict[str, QuantizedOperation]:
     return dict(named(model, *_OPERATIONS))
 
 
+def uncalibrated(model: nn.Module) -> list[str]:
+    """The names of the quantised layers whose inputs have no grid: export calibrates these."""
+    return [name for name, layer in named(model, QuantizedLinear, QuantizedConv2d) if isinstance(layer.input, nn.Identity)]
+
+
 def already_quantized(operations: Mapping[str, QuantizedOperation]) -> list[Change]:
     """A kept `Change` for each of the operations."""
     widths = {name: f"W{one.bits}A8" if isinstance(one, _QuantizedWeight) else "A8" for name, one in operations.items()}
@@ -206,8 +210,8 @@ def plain_layer(form: QuantizedLayer) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def quantized_form(layer: nn.Module, grid: ActivationGrid, *, bits: int = 8, scale: Tensor | None = None) -> QuantizedLayer:
-    """The integer form of a Linear or Conv2d."""
+def quantized_form(layer: nn.Module, grid: ByteGrid | None = None, *, bits: int = 8, scale: Tensor | None = None) -> QuantizedLayer:
+    """The integer form of a Linear or Conv2d. `grid`: of its input; None leaves it to export."""
     if isinstance(layer, nn.Conv2d):
         return QuantizedConv2d(layer, grid, bits=bits, scale=scale)
     return QuantizedLinear(cast(nn.Linear, layer), grid, bits=bits, scale=scale)
@@ -230,25 +234,25 @@ def apply_integers(model: nn.Module, structure: Mapping[str, OperationRecord]) -
     """
     operations = keepable(model)
     for name, record in structure.items():
-        grids = 2 if isinstance(operations.get(name), Product | SoftmaxProduct) else 1
-        if name not in operations or len(record.unsigned) != grids:
-            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has {grids} activation grids"
+        grids = (2,) if isinstance(operations.get(name), Product | SoftmaxProduct) else (0, 1)
+        if name not in operations or len(record.unsigned) not in grids:
+            what = "is no Linear, Conv2d or product of the model" if name not in operations else f"has at most {grids[-1]} activation grids"
             raise MuntinError(f"integers: '{name}' {what}: build the model that was saved")
     for name, record in structure.items():
         replace(model, name, _empty_form(operations[name], record))
 
 
 def _empty_form(operation: nn.Module, record: OperationRecord) -> nn.Module:
-    grids = [ActivationGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
+    grids = [ByteGrid(scale=1.0, unsigned=sign) for sign in record.unsigned]
     if isinstance(operation, Product):
         return QuantizedProduct(*grids)
     if isinstance(operation, SoftmaxProduct):
         return QuantizedSoftmaxProduct(grids[-1])
     weight = cast(Tensor, operation.weight)
-    return quantized_form(operation, grids[0], bits=record.bits, scale=torch.ones(len(weight), device=weight.device))
+    return quantized_form(operation, grids[0] if grids else None, bits=record.bits, scale=torch.ones(len(weight), device=weight.device))
 
 
-def no_integer_form(layer: nn.Module, observer: Observer) -> str | None:
+def no_integer_form(layer: nn.Module, observer: RangeObserver) -> str | None:
     """Why a Linear, Conv2d or product cannot be quantised; None if it can. `observer`: of its first input."""
     if not observer.seen:
         return "no calibration image reached it"

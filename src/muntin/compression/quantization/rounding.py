@@ -27,10 +27,8 @@ DAMPING = 0.1
 """Added to the diagonal of a second moment, a share of its mean: inputs that hardly vary do not take over others' errors."""
 SPARSE = 0.1
 """Added to `DAMPING`, times inputs over rows: few rows do not determine a moment."""
-CANCELLED = 1e-4
+CANCELLED = 1e-3
 """Least spread of the inputs of a group, a share of their second moment: less is rounding of the sums, as of inputs that hardly vary."""
-SYSTEMATIC = 0.1
-"""Least share of a channel's squared error that its mean must be for the bias to take it over, where weights are rounded to nearest."""
 MAX_INPUTS = 8192
 """Maximum number of inputs of an output: of more, the moment takes too much memory."""
 COLUMNS = 64
@@ -97,44 +95,16 @@ def layer_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     return patches.reshape(B, groups, width // groups, positions).permute(1, 0, 3, 2).reshape(groups, B * positions, -1)
 
 
-@dataclass
-class MeanErrors:
-    """Sums of the errors of a layer's outputs by channel, over positions and rows: those that a bias can take over."""
-
-    count: int = 0
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
-
-    def add(self, error: Tensor, *, channels: int) -> None:
-        error_NO = error.movedim(channels, -1).flatten(0, -2)
-        self.count += len(error_NO)
-        self.total = self.total + error_NO.sum(0, dtype=torch.float64)
-        self.squares = self.squares + error_NO.square().sum(0, dtype=torch.float64)
-
-    @torch.no_grad()
-    def correct(self, layer: Layer) -> str:
-        """Add the mean error to the bias where it makes up `SYSTEMATIC` of the squared error; return what was done.
-
-        Elsewhere a few inputs have most of the error, such as single tokens of a transformer, and the others would get it.
-        """
-        if layer.bias is None or not self.count:
-            return "no bias"
-        mean_O, squares_O = torch.as_tensor(self.total) / self.count, torch.as_tensor(self.squares) / self.count
-        systematic_O = mean_O.square() > SYSTEMATIC * squares_O
-        layer.bias += torch.where(systematic_O, mean_O, 0.0).to(layer.bias.dtype)
-        return f"bias corrected in {int(systematic_O.sum())} of {len(systematic_O)} channels"
-
-
 @torch.no_grad()
-def round_layer(layer: Layer, moments: Moments, *, correct_bias: bool) -> float:
+def round_layer(layer: Layer, moments: Moments) -> float:
     """Move a layer's weight to values whose nearest rounding gives outputs near the float layer's, in place.
 
-    `correct_bias`: the bias takes over the mean error. The zeros of a pattern stay. Returns the mean squared error of the outputs, as a
-    share of nearest rounding's.
+    The bias takes over the mean error. The zeros of a pattern stay. Returns the mean squared error of the outputs, as a share of nearest
+    rounding's.
     """
     groups = layer.groups
     limit = weight_limit(layer.bits)
-    mean = correct_bias and layer.bias is not None
+    mean = layer.bias is not None
     weight_GOI = layer.weight.detach().double().reshape(groups, -1, inputs_of_an_output(layer))
     scale_GO1 = layer.log_scale.detach().exp().double().reshape(groups, -1, 1)
     rounded_GOI = (weight_GOI / scale_GO1).round().clamp_(-limit, limit) * scale_GO1

@@ -36,8 +36,6 @@ class Unit:
     """Its arguments in the first batch, with empty tensors."""
     nbytes: int
     """Size of its inputs."""
-    rows: int
-    """Least number of rows (tokens, positions of a map) of its layers' inputs in the first batch."""
 
 
 class _ReachedError(Exception):
@@ -56,8 +54,6 @@ class _Calls:
     templates: dict[str, Arguments]
     sizes: dict[str, int]
     """Bytes of the inputs of each module."""
-    rows: dict[str, int]
-    """Rows of the input of each layer."""
     outputs: dict[str, tuple[Tensor, int] | None]
 
 
@@ -77,14 +73,13 @@ def units_of(model: nn.Module, layers: Mapping[str, nn.Module], batch: ModelInpu
     for name, inside in members.items():
         given, before = calls.inputs[name], calls.outputs[units[-1].name] if units else None
         follows = given is not None and before is not None and given[0] is before[0] and given[1] == before[1]
-        rows = min(calls.rows[layer] for layer in inside)
         template, nbytes = calls.templates[name], calls.sizes[name]
-        units.append(Unit(name=name, layers=tuple(inside), follows=follows, template=template, nbytes=nbytes, rows=rows))
+        units.append(Unit(name=name, layers=tuple(inside), follows=follows, template=template, nbytes=nbytes))
     return units
 
 
 def _record(model: nn.Module, layers: Mapping[str, nn.Module], batch: ModelInputs) -> _Calls:
-    calls = _Calls(counts={}, around={}, inputs={}, templates={}, sizes={}, rows={}, outputs={})
+    calls = _Calls(counts={}, around={}, inputs={}, templates={}, sizes={}, outputs={})
     running: list[str] = []
 
     def before(name: str) -> Callable[..., None]:
@@ -97,8 +92,6 @@ def _record(model: nn.Module, layers: Mapping[str, nn.Module], batch: ModelInput
             calls.inputs[name] = (given[0], given[0]._version) if len(given) == 1 else None
             if name in layers:
                 calls.around.setdefault(name, tuple(running))
-                features = given[0].shape[-3 if isinstance(layers[name], nn.Conv2d) else -1]
-                calls.rows.setdefault(name, given[0].numel() // max(1, features))
 
         return hook
 

@@ -54,11 +54,24 @@ def _tensors_of(answer: Any, name: str = "output") -> dict[str, Tensor]:
     return {key: tensor for name, value in entries for key, tensor in _tensors_of(value, name).items()}
 
 
-def usual_axes(example: NamedTensors) -> Axes:
-    """Return the axes of inputs for which none are given: a first dimension that all inputs share is the batch, others are fixed."""
-    sizes = {tensor.shape[0] if tensor.ndim else None for tensor in example.values()}
-    first = "batch" if len(sizes) == 1 and None not in sizes else None
-    return {name: (first, *(None,) * (tensor.ndim - 1)) if tensor.ndim else () for name, tensor in example.items()}
+def usual_axes(*batches: Mapping[str, Any]) -> Axes:
+    """Return the axes of inputs for which none are given, from tensors or arrays by name.
+
+    A first dimension that all inputs of the first batch share is the batch. Dimensions that differ between batches are free, and those
+    that have the same sizes in every batch share a name; others are fixed.
+    """
+    first = {tensor.shape[0] if tensor.ndim else None for tensor in batches[0].values()}
+    shared = len(first) == 1 and None not in first
+    free: dict[tuple[int, ...], str] = {}
+    axes = {}
+    for name, tensor in batches[0].items():
+        dims: list[str | None] = []
+        for axis in range(tensor.ndim):
+            sizes = tuple(batch[name].shape[axis] for batch in batches)
+            varied = len(set(sizes)) > 1
+            dims.append("batch" if axis == 0 and shared else free.setdefault(sizes, f"size_{len(free)}") if varied else None)
+        axes[name] = tuple(dims)
+    return axes
 
 
 def to_named_onnx(model: nn.Module, example: NamedTensors, axes: Axes) -> onnx.ModelProto:

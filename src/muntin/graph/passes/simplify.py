@@ -9,6 +9,7 @@ flat_gathers     Gather by a table of indices becomes Gather by a list and Resha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -41,7 +42,8 @@ def fold_constants(graph: Graph) -> None:
         random = node.op_type.startswith(("Random", "Bernoulli", "Multinomial"))
         if all(name in sizes for name in node.input) and node.op_type not in _KEPT and not random:
             folded.append(node)
-            sizes |= dict.fromkeys(node.output, sum(sizes[name] for name in node.input))
+            own = sum(math.prod(entry.t.dims) for entry in node.attribute) if node.op_type == "Constant" else 0
+            sizes |= dict.fromkeys(node.output, own + sum(sizes[name] for name in node.input))
     if not folded:
         return
     ids = {id(node) for node in folded}
