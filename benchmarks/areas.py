@@ -28,7 +28,7 @@ from muntin.training import Recipe
 from muntin.training.checkpoint import source_of
 from muntin.training.evaluation import evaluate
 from muntin.training.precision import cpu_computes_bf16
-from resumed import PERCENTILE, demo_recipe, float_artifact, integer_artifact, network_of, trained
+from resumed import demo_recipe, float_artifact, integer_artifact, network_of, trained
 
 FLOATS = "floats"
 TIMES = (1, 2, 4)
@@ -84,7 +84,7 @@ class AreasOptions(Options):
 def rows(run: Run) -> Iterator[Row]:
     for seed in dict.fromkeys(run.options.seeds):
         recipe, name = recipe_of(seed, run.options), f"{run.options.model}-{seed}"
-        settings = {"recipe": recipe.model_dump(mode="json"), "percentile": PERCENTILE, **network_of(run.options.model)}
+        settings = {"recipe": recipe.model_dump(mode="json"), **network_of(run.options.model)}
         row = run.row(f"{name}/row", measure, recipe, run.folder / name, **settings)
         yield from ({"seed": seed, **form, "created": row["created"]} for form in row["forms"])
 

@@ -26,9 +26,6 @@ from muntin.training.checkpoint import calibration_of, checkpoints_in, recipe_ch
 from muntin.training.config import CompressionConfig
 from muntin.training.distributed.stored_tensors import AVERAGE
 
-PERCENTILE = 99.99
-"""Percentile of a layer's inputs at which W4A8 without training clips them."""
-
 
 def network_of(name: str) -> Row:
     """Describe a network beyond its name: the preset's structure, and the version of the export. Both may change under the same name."""
@@ -89,8 +86,8 @@ def integer_artifact(checkpoint: Checkpoint, path: Path) -> Artifact:
     return _exported(
         checkpoint,
         path,
-        f"W4A8, {PERCENTILE:g}",
-        lambda model, calibration: prepare_qat(model, calibration, percentile=PERCENTILE) + freeze(model, calibration),
+        "W4A8",
+        lambda model, calibration: prepare_qat(model, calibration) + freeze(model, calibration),
     )
 
 
