@@ -1,4 +1,4 @@
-"""What passes keep on a model: their changes, which a second run of a pass reads and `save` writes, and their calibration batches."""
+"""Records of passes on a model: their changes, which a second run of a pass reads and `save` writes, and their calibration batches."""
 
 from __future__ import annotations
 

@@ -41,8 +41,9 @@ NOT_PREPARED = "it is not quantised in the model that was exported"
 class GraphQuantization:
     """A simplified float graph, and how its products are quantised. Made by `calibrate` or `with_grids`.
 
-    `reasons`: why a product stays in floats, by its name. `sqnr`: signal over noise in dB where it was measured. `example`: inputs for
-    which multiply-adds are counted. `half`: True to round weights that stay in floats to FP16.
+    `reasons`: why a product is not quantised, by its name. `sqnr`: signal over noise in dB where it was measured. `example`: inputs for
+    which multiply-adds are counted. `half`: True to round weights that are not quantised to FP16. `calibration`: batches on which biases
+    are corrected, empty for none; `trained`: products whose biases stay.
     """
 
     graph: Graph
@@ -51,6 +52,8 @@ class GraphQuantization:
     sqnr: Mapping[str, float]
     example: Inputs
     half: bool
+    calibration: Sequence[Inputs] = ()
+    trained: Collection[str] = ()
 
     def without(self, reasons: Mapping[str, str]) -> GraphQuantization:
         """Return it with further products in floats, by name, with the reasons."""
@@ -58,8 +61,10 @@ class GraphQuantization:
         return replace(self, grids=grids, reasons={**self.reasons, **reasons})
 
     def quantized(self) -> QuantizedOnnx:
-        """Return the model with the quantisers, and a record of each product."""
+        """Return the model with the quantisers, and a record of each product. Costs the pass of `correct_biases`."""
         graph = Graph(self.graph.proto())
+        if self.calibration:
+            correct_biases(graph, self.grids, self.calibration, trained=self.trained)
         products = find_products(graph)
         ends = [name for product in products for name in (product.node.input[0], product.node.output[0])]
         shapes = output_shapes(graph, ends, self.example)
@@ -114,10 +119,16 @@ def calibrate(
         if value < min_sqnr_db
     }
     grids = {name: value for name, value in grids.items() if name not in noisy}
-    correct_biases(graph, grids, calibration, trained=[name for name, value in fixed.items() if value.activations])
     return GraphQuantization(
-        graph=graph, grids=grids, reasons=reasons | noisy, sqnr=sqnr, example=example or first_row(calibration[-1]), half=half
-    )  # fmt: skip
+        graph=graph,
+        grids=grids,
+        reasons=reasons | noisy,
+        sqnr=sqnr,
+        example=example or first_row(calibration[-1]),
+        half=half,
+        calibration=calibration,
+        trained=[name for name, value in fixed.items() if value.activations],
+    )
 
 
 def with_grids(model: onnx.ModelProto, trained: Grids, reasons: Mapping[str, str], *, example: Inputs, half: bool) -> GraphQuantization:

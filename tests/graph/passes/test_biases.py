@@ -79,3 +79,30 @@ def test_uneven_channels_are_smoothed(uneven: float, nodes: int) -> None:
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
     smooth(kept := Graph(model), inputs, rounded=["linear"])
     assert len(kept.nodes) == 1
+
+
+def test_products_left_in_floats_keep_their_biases() -> None:
+    """Without any quantised product, as where no engine has a kernel, the graph computes what it did."""
+    model, x = convolutions(4), np.random.default_rng(1).normal(5, 1, size=(4, 8, 12, 12)).astype(np.float32)
+    whole = quantize.calibrate(model, [{"x": x}], min_sqnr_db=0)
+    floats = whole.without(dict.fromkeys(whole.grids, "no kernel")).quantized().model
+    np.testing.assert_allclose(FloatRun(floats)({"x": x})["y"], FloatRun(model)({"x": x})["y"], rtol=1e-4)
+
+
+def test_sequence_between_products() -> None:
+    """A sequence of tensors that a later product depends on."""
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], name="first"),
+        helper.make_node("Add", ["a", "b"], ["c"]),
+        helper.make_node("SplitToSequence", ["c"], ["parts"], axis=1, keepdims=1),
+        helper.make_node("MatMul", ["c", "w"], ["d"], name="second"),
+        helper.make_node("Add", ["d", "b"], ["e"]),
+        helper.make_node("ConcatFromSequence", ["parts"], ["f"], axis=1),
+        helper.make_node("MatMul", ["f", "w"], ["g"], name="third"),
+        helper.make_node("Add", ["g", "b"], ["h"]),
+        helper.make_node("Add", ["e", "h"], ["y"]),
+    ]
+    constants = {"w": rng.normal(size=(8, 8)).astype(np.float32), "b": rng.normal(size=8).astype(np.float32)}
+    result = quantize.calibrate(model_of(nodes, constants, ["n", 8]), [{"x": rng.normal(size=(16, 8)).astype(np.float32)}]).quantized()
+    assert [record.bits for record in result.products] == [8, 8, 8]

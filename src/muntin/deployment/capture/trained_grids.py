@@ -22,7 +22,7 @@ from muntin.layers import Product, SoftmaxProduct
 from muntin.models.eager import ModelInputs
 
 INTEGERS = re.compile(r"W[2-8]A8")
-"""What `muntin.quantize` says that it did to a layer which is to be in integers."""
+"""Form of `Change.done` for a layer that is to have integer weights and 8-bit inputs."""
 Quantized = QuantizedConv2d | QuantizedLinear | QuantizedProduct | QuantizedSoftmaxProduct
 
 

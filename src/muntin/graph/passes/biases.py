@@ -77,7 +77,7 @@ def _sum_behind(graph: Graph, product: GraphProduct) -> tuple[onnx.NodeProto, in
 
 def _few(graph: Graph, tensors: Sequence[str], batches: Sequence[Inputs]) -> list[Inputs]:
     """Return batches, evenly from all, with about `ROWS` rows, or fewer where tensors are large."""
-    rows = max(1, *(len(value) for value in batches[0].values() if value.ndim))
+    rows = max([1, *(len(value) for value in batches[0].values() if value.ndim)])
     largest = 4 * max(math.prod(shape) for shape in output_shapes(graph, tensors, batches[0]).values())
     count = max(1, min(len(batches), -(-ROWS // rows), LARGEST // max(1, largest)))
     return list(batches[:: max(1, len(batches) // count)][:count])
@@ -158,14 +158,18 @@ class _PartRuns:
         part.graph.initializer.extend(
             numpy_helper.from_array(self.graph.constants[name], name) for name in read & self.graph.constants.keys()
         )
-        part.graph.input.extend(
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(known[name].dtype), _declared(known[name]))
-            for name in known.keys() & read
-        )
+        part.graph.input.extend(_declared(name, known[name]) for name in known.keys() & read)
         part.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in outputs)
         return FloatRun(part, exact=True)
 
 
-def _declared(value: Array) -> list[int | None]:
-    """Return the shape to declare: lists of sizes and axes as they are, since ONNX Runtime reads ranks from their lengths."""
-    return list(value.shape) if value.dtype.kind in "iu" and value.ndim < 2 else [None] * value.ndim
+def _declared(name: str, value: Array | list[Array]) -> onnx.ValueInfoProto:
+    """Return the declaration of a tensor, or of a sequence of tensors.
+
+    Lists of integers, such as sizes, are declared with their length: ONNX Runtime takes ranks from it.
+    """
+    if isinstance(value, list):
+        kind = value[0].dtype if value else np.dtype(np.float32)
+        return helper.make_tensor_sequence_value_info(name, helper.np_dtype_to_tensor_dtype(kind), None)
+    shape = list(value.shape) if value.dtype.kind in "iu" and value.ndim < 2 else [None] * value.ndim
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), shape)
