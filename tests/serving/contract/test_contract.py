@@ -351,15 +351,21 @@ def test_many_clients_and_sizes(triton: Any) -> None:
         batch = requests[number][:, :0] if number % 10 == 9 else requests[number]
         return triton("gRPC").infer("pixels", {"images": batch}, ["scores"])
 
-    with ThreadPoolExecutor(12) as threads:
-        answers = list(threads.map(answer, range(len(requests))))
-    for number, (batch, given) in enumerate(zip(requests, answers, strict=True)):
-        if number % 10 == 9:
-            assert given.status == "INVALID_ARGUMENT"
-        else:
-            np.testing.assert_array_equal(given.outputs["scores"], batch.transpose(0, 3, 1, 2))
-    (statistics,) = triton("JSON").describe("stats", "pixels").document["model_stats"]
-    assert statistics["execution_count"] < statistics["inference_stats"]["success"]["count"]
+    def joined() -> bool:
+        (statistics,) = triton("JSON").describe("stats", "pixels").document["model_stats"]
+        return bool(statistics["execution_count"] < statistics["inference_stats"]["success"]["count"])
+
+    for _ in range(50):  # on a busy machine the requests of a round may each come alone
+        with ThreadPoolExecutor(12) as threads:
+            answers = list(threads.map(answer, range(len(requests))))
+        for number, (batch, given) in enumerate(zip(requests, answers, strict=True)):
+            if number % 10 == 9:
+                assert given.status == "INVALID_ARGUMENT"
+            else:
+                np.testing.assert_array_equal(given.outputs["scores"], batch.transpose(0, 3, 1, 2))
+        if joined():
+            return
+    pytest.fail("Triton joined no requests")
 
 
 @pytest.mark.slow
