@@ -17,6 +17,8 @@ QAT_STEPS = 2.0
 """Time of a step of quantisation-aware training with a teacher, in steps of FP32 training."""
 PASSES = 2.5
 """Forward passes over the probed rows that the forms of a layer cost."""
+PARAMETER_S = 5e-6
+"""Seconds that the forms of a layer cost for each of its parameters, on two cores: the decomposition and the rounding of its weight."""
 
 
 class OutOfTime(BaseException):
@@ -80,7 +82,8 @@ def forecast(
     clock: Callable[[], float] = time.perf_counter,
 ) -> SearchForecast:  # fmt: skip
     """Estimate a search's work. Costs two forward passes over a few rows, whose time the estimate of the tables is based on."""
-    layers = sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in model.modules()) + len(tables(model))
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    count, parameters = len(layers) + len(tables(model)), sum(layer.weight.numel() for layer in layers)
     probe = probe_of(model, batches[0])
     with torch.no_grad():
         call(model, probe)
@@ -88,7 +91,7 @@ def forecast(
         call(model, probe)
         pass_s = clock() - started
     return SearchForecast(
-        layers=layers, table_s=PASSES * layers * pass_s, measured=measured, trials=trials, steps=steps,
+        layers=count, table_s=PASSES * count * pass_s + PARAMETER_S * parameters, measured=measured, trials=trials, steps=steps,
         training_s=QAT_STEPS * steps * step_s or None, minutes=minutes,
     )  # fmt: skip
 

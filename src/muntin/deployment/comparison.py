@@ -51,7 +51,7 @@ from muntin.models import TorchSession
 from muntin.runtime import Session, describe_hardware, verify
 from muntin.tasks.learning import LEARNING
 from muntin.tasks.scores import Judging, PictureAnswers, TaskScores
-from muntin.text import count, plain
+from muntin.text import count, list_some, plain
 from muntin.training.checkpoint import Checkpoint, calibration_of, source_of
 from muntin.training.distributed.ranks import ALONE
 from muntin.training.evaluation import tile_of
@@ -171,7 +171,11 @@ class _Comparison:
 
     def _about(self, artifact: Artifact) -> dict[str, Any]:
         state, layers = self.checkpoint.state, artifact.manifest.layers
-        kept = [f"{layer.name} stays in 16 bits: {layer.note}" for layer in layers if layer.note]
+        reasons: dict[str, list[str]] = {}
+        for layer in layers:
+            if layer.note:
+                reasons.setdefault(layer.note, []).append(layer.name)
+        kept = [f"In 16 bits, {reason}: {list_some(names)}" for reason, names in reasons.items()]
         return {
             "format": 1,
             "title": self.recipe.name,
