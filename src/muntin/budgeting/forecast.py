@@ -18,7 +18,8 @@ QAT_STEPS = 2.0
 PASSES = 2.5
 """Forward passes over the probed rows that the forms of a layer cost."""
 PARAMETER_S = 5e-6
-"""Seconds that the forms of a layer cost for each of its parameters, on two cores: the decomposition and the rounding of its weight."""
+"""Seconds for each parameter of the layers, besides the passes: fitted to hybrid-s, ResNet-18 and MobileNetV2 on one machine of two cores,
+whose tables took 1.4 to 5 times the passes alone."""
 
 
 class OutOfTime(BaseException):

@@ -1,7 +1,7 @@
-"""The report of a run: scores, sizes and latencies of every step and every deployed artefact on one test split.
+"""The report of a run: scores, sizes and latencies of every step and every deployed artifact on one test split.
 
     checkpoint -> FP32 score
-               -> artefacts -> validation scores, latency -> the artefact to take -> test scores, agreement, pictures
+               -> artifacts -> validation scores, latency -> the artifact to take -> test scores, agreement, pictures
 
 Nothing is chosen by the test split.
 """
@@ -65,12 +65,12 @@ PICTURE_SIDE = 512
 
 
 def compare(checkpoint: Checkpoint, directory: Path, *, stage: Announce = lambda name: None, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Measure all artefacts of a run's checkpoint, and return the report as plain values (see `muntin.reporting`).
+    """Measure all artifacts of a run's checkpoint, and return the report as plain values (see `muntin.reporting`).
 
-    The report describes the artefact to take (`compare_artifacts`), of all of these weights in the run's folder and `directory`. Without
-    an INT8 artefact, one is exported into `directory/artifact`, or into `artifact-int8` where another one is at that place. Writes the
-    pictures into `directory`. Costs a prediction of two splits for each artefact and for PyTorch, at most one export, and `rounds` timed
-    calls. Raises `VerificationError` where the artefact to take does not compute what was recorded, and `CheckpointError` for the
+    The report describes the artifact to take (`compare_artifacts`), of all of these weights in the run's folder and `directory`. Without
+    an INT8 artifact, one is exported into `directory/artifact`, or into `artifact-int8` where another one is at that place. Writes the
+    pictures into `directory`. Costs a prediction of two splits for each artifact and for PyTorch, at most one export, and `rounds` timed
+    calls. Raises `VerificationError` where the artifact to take does not compute what was recorded, and `CheckpointError` for the
     checkpoint of a compressed model.
     """
     check_trained(checkpoint)
@@ -126,7 +126,7 @@ class _Comparison:
         }
 
     def _artifacts(self) -> list[RunArtifact]:
-        """Return the artefacts of the run; one in INT8 is exported if there is none, or if it is of another version of muntin."""
+        """Return the artifacts of the run; one in INT8 is exported if there is none, or if it is of another version of muntin."""
         existing, _ = run_artifacts(self.checkpoint, self.directory)
         place = existing_place(self.checkpoint, existing) or artifact_place(self.checkpoint, self.directory)
         if not any(entry.form == INT8 and origin_weights(entry.artifact.manifest) is None for entry in existing):  # none of a search
@@ -142,7 +142,7 @@ class _Comparison:
         return [] if record.pruning is not None else rank_rows(model, record.changes, record.widths)
 
     def _latency(self, record: dict[str, Any], subject: str) -> dict[str, Any]:
-        """Return the timings of all artefacts, the one that the report describes last, named as its step."""
+        """Return the timings of all artifacts, the one that the report describes last, named as its step."""
         rows = [row for row in record["rows"] if row["name"] != subject] + [row for row in record["rows"] if row["name"] == subject]
         timed = [{key: row[key] for key in ("name", "engine", "median_ms", "p90_ms")} for row in rows]
         timed[-1]["name"] = "deployed"
